@@ -1,0 +1,9 @@
+"""Small weights that ship with the project; jobs/pretrain/ holds the scripts that made them."""
+
+from pathlib import Path
+
+DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher.safetensors"
+"""A small DINOv2-like ViT, self-distilled on scikit-learn's digits."""
+
+DEMO_AUTOENCODER = Path(__file__).parent / "demo" / "autoencoder"
+"""A diffusers AutoencoderKL for the same images."""

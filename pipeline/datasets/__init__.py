@@ -1,0 +1,40 @@
+"""Where images come from: a fixed, numbered order of (key, label, image)."""
+
+from __future__ import annotations
+
+from pipeline.datasets.base import ImageItem, Listing
+from pipeline.datasets.digits import list_digits, read_digit
+from pipeline.datasets.folder import list_folder
+from pipeline.datasets.imagenet import list_imagenet
+from pipeline.datasets.reader import FileReader, Reader
+from pipeline.datasets.tars import list_tars
+from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+
+__all__ = ["ImageItem", "Listing", "list_images", "open_reader"]
+
+
+def list_images(config: ExtractConfig) -> Listing:
+    """Every image of ``config.dataset``, in the order of the store. Raises ``UserError``."""
+    if config.dataset == "demo":
+        listing = list_digits()
+    else:
+        source = _source(config)
+        if config.dataset == "imagenet":
+            listing = list_imagenet(source, config.synsets)
+        elif config.dataset == "folder":
+            listing = list_folder(source)
+        else:
+            listing = list_tars(source)
+    return listing.shuffled(config.order_seed)
+
+
+def open_reader(config: ExtractConfig) -> Reader:
+    """What reads the encoded bytes of an item; made in the process that uses it."""
+    return read_digit if config.dataset == "demo" else FileReader(_source(config))
+
+
+def _source(config: ExtractConfig) -> str:
+    if config.source is None:
+        raise UserError("--source is missing: the folder or URL of the images")
+    return config.source

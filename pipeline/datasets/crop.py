@@ -1,0 +1,58 @@
+"""Encoded bytes to the square uint8 crop that teacher and autoencoder see."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+
+# Pillow warns at its pixel limit and raises at twice that; here the limit itself is an error.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadImageError(Exception):
+    """These bytes are not an image that can be used; the message says why."""
+
+
+def decode_crop(data: bytes, resolution: int) -> np.ndarray:
+    """Decode and centre-crop: uint8 (resolution, resolution, 3). Raises ``BadImageError``."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:
+            raise BadImageError(f"{image.width}x{image.height} pixels, the limit is {limit}")
+        return center_crop(to_rgb(image), resolution)
+    except BadImageError:
+        raise
+    except UnidentifiedImageError:
+        raise BadImageError("not an image") from None
+    # Pillow's decoders raise a zoo of types on damaged input
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
+        raise BadImageError(str(error) or type(error).__name__) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB. 16-bit greys are scaled, where Pillow's own conversion clips them."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """The centre crop of ADM (arXiv 2105.05233), as HASTE, REPA, SiT and DiT prepare ImageNet.
+
+    Halve with a box filter while the short side is at least twice ``resolution``, resize the short
+    side to ``resolution`` bicubically, cut the centre: uint8 (resolution, resolution, 3).
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    array = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    top = (array.shape[0] - resolution) // 2
+    left = (array.shape[1] - resolution) // 2
+    return np.ascontiguousarray(array[top : top + resolution, left : left + resolution])

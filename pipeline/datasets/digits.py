@@ -1,0 +1,69 @@
+"""scikit-learn's hand-written digits: 1,797 real images that need no download.
+
+They come from the UCI "Optical Recognition of Handwritten Digits" test set: 8x8 pixels, 17 grey
+levels, 10 classes. The demo and the tests use them as a data set that every machine has.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+
+import numpy as np
+from PIL import Image
+
+from pipeline.datasets.base import ImageItem, Listing
+from schemas.errors import UserError
+
+LEVELS = 16  # the brightest value of a pixel in the source
+
+
+def digits_images(resolution: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """All digits in scikit-learn's order, bicubically resized to ``resolution`` and made RGB.
+
+    Returns uint8 images (N, R, R, 3) and int64 labels (N,), with N = 1797 and R = ``resolution``.
+    The result is the same on every call.
+    """
+    if resolution < 1:
+        raise ValueError(f"the resolution of the digits must be positive, not {resolution}")
+    grey, labels = _source_digits()
+    size = (resolution, resolution)
+    resized = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in grey]
+    images = np.repeat(np.stack(resized)[..., None], 3, axis=-1)
+    return images, labels
+
+
+@functools.cache
+def _source_digits() -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (N, 8, 8) and int64 labels (N,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the digits data set comes with scikit-learn, which is not installed; "
+            "install it with: pip install '.[demo]'"
+        ) from error
+    source = load_digits()
+    grey = np.rint(source.images * (255 / LEVELS)).astype(np.uint8)
+    return grey, source.target.astype(np.int64)
+
+
+def list_digits() -> Listing:
+    """The digits as a data set; 10 classes."""
+    try:
+        _, labels = _source_digits()
+    except ImportError as error:
+        raise UserError(str(error)) from None
+    items = [
+        ImageItem(key=f"digit-{i:04d}", label=int(label), path=f"digit-{i:04d}.png")
+        for i, label in enumerate(labels)
+    ]
+    return Listing(items, num_classes=10)
+
+
+def read_digit(item: ImageItem) -> bytes:
+    """One digit as a PNG of 8x8 pixels; the crop resizes it as `digits_images` does."""
+    images, _ = _source_digits()
+    buffer = io.BytesIO()
+    Image.fromarray(images[int(item.key.removeprefix("digit-"))]).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,60 @@
+"""One folder per class, at any depth below the source."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from pipeline.datasets.base import ImageItem, Listing
+from pipeline.files import open_url, without_credentials
+from schemas.errors import UserError
+
+
+def list_folder(source: str) -> Listing:
+    """``source/CLASS/**/FILE``; the label is the rank of CLASS among the sorted class folders."""
+    paths = [path for path in list_files(source) if "/" in path]
+    if not paths:
+        raise UserError(
+            f"--source '{without_credentials(source)}' holds no images: expected CLASS/FILE"
+        )
+    classes = sorted({path.split("/", 1)[0] for path in paths})
+    rank = {name: i for i, name in enumerate(classes)}
+    labels = [rank[path.split("/", 1)[0]] for path in paths]
+    return Listing(make_items(paths, labels), num_classes=len(classes))
+
+
+def list_files(source: str, below: str = "") -> list[str]:
+    """Sorted paths of all files below ``source/below``, relative to ``source``; hidden ones left out.
+
+    Every file counts, whatever its suffix: one that is no image is reported when it is read.
+    """
+    filesystem, root = open_url(source, what="--source")
+    folder = f"{root}/{below}".rstrip("/")
+    try:
+        found = filesystem.find(folder)
+    except OSError as error:
+        raise UserError(f"--source '{without_credentials(source)}': {error}") from None
+    relative = (str(path)[len(root) :].lstrip("/") for path in found)
+    return sorted(
+        path for path in relative if not any(part.startswith(".") for part in path.split("/"))
+    )
+
+
+def make_items(paths: Sequence[str], labels: Sequence[int]) -> list[ImageItem]:
+    """Keys are paths without suffix; files that share one (``a.jpg``, ``a.png``) keep theirs."""
+    stems = [_stem(path) for path in paths]
+    shared = {stem for stem, count in Counter(stems).items() if count > 1}
+    return [
+        ImageItem(escape_dots(path if stem in shared else stem), label, path)
+        for path, stem, label in zip(paths, stems, labels, strict=True)
+    ]
+
+
+def escape_dots(name: str) -> str:
+    """WebDataset ends a key at the first dot of the file name, so a key must not hold any."""
+    return name.replace("%", "%25").replace(".", "%2E")
+
+
+def _stem(path: str) -> str:
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + (name.rsplit(".", 1)[0] or name)

@@ -1,0 +1,25 @@
+"""From an item to the bytes of its image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.datasets.base import ImageItem
+from pipeline.files import open_url
+
+Reader = Callable[[ImageItem], bytes]
+
+
+class FileReader:
+    """Reads items below a source folder or URL; safe to share between threads."""
+
+    def __init__(self, source: str) -> None:
+        self.filesystem, self.root = open_url(source, what="--source")
+
+    def __call__(self, item: ImageItem) -> bytes:
+        """The encoded image. Raises ``OSError`` where the file cannot be read."""
+        path = f"{self.root}/{item.path}".rstrip("/")
+        end = None if item.length is None else item.offset + item.length
+        start = None if item.length is None else item.offset
+        data: bytes = self.filesystem.cat_file(path, start=start, end=end)
+        return data

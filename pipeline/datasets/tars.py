@@ -1,0 +1,70 @@
+"""Images in WebDataset tars: NAME.jpg (or png, webp) beside NAME.cls."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from dataclasses import dataclass
+
+from pipeline.datasets.base import ImageItem, Listing
+from pipeline.datasets.folder import escape_dots, list_files
+from pipeline.files import open_url, without_credentials
+from schemas.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm", "bmp"})
+
+
+@dataclass
+class _Member:
+    label: int | None = None
+    offset: int | None = None
+    length: int = 0
+
+
+def list_tars(source: str) -> Listing:
+    """Every sample of every ``*.tar`` below ``source`` (or of the one tar that it names)."""
+    shown = without_credentials(source)
+    paths = [path for path in list_files(source) if path.endswith(".tar") or path == ""]
+    if not paths:
+        raise UserError(f"--source '{shown}' holds no .tar files")
+    found = [(path, key, member) for path in paths for key, member in _scan(source, path).items()]
+    repeated = {key for key, count in Counter(key for _, key, _ in found).items() if count > 1}
+    items = []
+    for path, key, member in found:
+        where = f"{shown}/{path}".rstrip("/")
+        if member.offset is None:
+            raise UserError(f"{where}: sample '{key}' has no image (jpg, png, webp)")
+        if member.label is None:
+            raise UserError(f"{where}: sample '{key}' has no .cls")
+        name = f"{escape_dots(path)}/{key}" if key in repeated else key
+        items.append(ImageItem(name, member.label, path, member.offset, member.length))
+    if not items:
+        raise UserError(f"--source '{shown}' holds no samples")
+    return Listing(items, num_classes=max(item.label for item in items) + 1)
+
+
+def _scan(source: str, path: str) -> dict[str, _Member]:
+    """Offsets and labels of one tar: headers and .cls members are read, images are not."""
+    filesystem, root = open_url(source, what="--source")
+    members: dict[str, _Member] = {}
+    where = f"{without_credentials(source)}/{path}".rstrip("/")
+    try:
+        with filesystem.open(f"{root}/{path}".rstrip("/"), "rb") as raw:
+            with tarfile.open(fileobj=raw, mode="r:") as tar:
+                for info in tar:
+                    if not info.isreg():
+                        continue
+                    folder, slash, name = info.name.rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    member = members.setdefault(f"{folder}{slash}{stem}", _Member())
+                    if suffix.lower() in IMAGE_SUFFIXES:
+                        member.offset, member.length = info.offset_data, info.size
+                    elif suffix == "cls":
+                        handle = tar.extractfile(info)
+                        text = handle.read(32) if handle else b""
+                        if not text.strip().isdigit():
+                            raise UserError(f"{where}: {info.name} is not a class number")
+                        member.label = int(text)
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{where}: cannot read this tar ({error})") from None
+    return members

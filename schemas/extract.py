@@ -1,0 +1,109 @@
+"""What an extraction is asked to do: the options of ``python -m pipeline.extract``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from schemas.base import Strict
+from schemas.fields import Layers
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class TeacherConfig(Strict):
+    """The frozen vision transformer."""
+
+    model: str = "vit_base_patch14_dinov2.lvd142m"
+    """Any timm vision transformer id."""
+    weights: str = "hub"
+    """'hub' (timm's own download), a path to an official DINOv2 .pth or a safetensors file, 'demo'
+    (ships with the project), or 'random' (seeded, with layer scales and logits of a trained
+    model's size; for tests)."""
+    seed: int = 0
+    """Seed of weights 'random'."""
+    image_size: int | None = None
+    """Pixels per side that the teacher sees. Default: the size that gives one token per 16 pixels
+    of the crop, as the student has (224 for patch 14 at resolution 256)."""
+    model_args: dict[str, Any] = {}
+    """Extra arguments of timm.create_model, for instance --teacher.model-args.depth 6."""
+
+
+class ExtractConfig(Strict):
+    """Options of one extraction."""
+
+    dataset: Literal["imagenet", "folder", "webdataset", "demo"] = "imagenet"
+    """Where the images come from: 'imagenet' (train/WNID/*.JPEG or Kaggle's
+    ILSVRC/Data/CLS-LOC/train), 'folder' (any tree with one folder per class), 'webdataset' (tars of
+    jpg + cls), 'demo' (scikit-learn's digits, ships with the packages)."""
+    source: str | None = None
+    """Folder or URL of the images."""
+    store: str | None = None
+    """Folder or fsspec URL of the store to make or complete."""
+    synsets: str | None = None
+    """ImageNet only: a file of WNIDs, one per line (LOC_synset_mapping.txt will do). The class
+    index is then the rank in this list even where the source lacks some of its classes."""
+    resolution: Annotated[int, Field(ge=16, le=4096)] = 256
+    """Pixels per side of the centre crop."""
+    teacher: TeacherConfig = TeacherConfig()
+    autoencoder: str = "stabilityai/sd-vae-ft-mse"
+    """Hub id or folder of a diffusers AutoencoderKL or AutoencoderTiny, or 'demo' (ships with the
+    project)."""
+    cut: Literal["maps"] = "maps"
+    """Where the teacher's forward pass is frozen: 'maps' keeps attention probabilities and
+    features."""
+    layers: Layers = (7, 8, 9, 10, 11)
+    """Teacher layers whose attention is kept, 0-based. 7-11 serves every layer map of the paper."""
+    codec: Literal["float16", "float32"] = "float16"
+    """How the teacher's tensors are stored."""
+    format: Literal["webdataset"] = "webdataset"
+    """How a shard is written."""
+    shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = 64
+    """Samples per shard."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Images per forward pass."""
+    precision: Literal["auto"] | Precision = "auto"
+    """Arithmetic of teacher and autoencoder; 'auto' is bfloat16 on GPUs, float32 on CPUs."""
+    actors: Annotated[int, Field(ge=1)] | None = None
+    """Encoder actors. Default: one per GPU of the cluster, or one per CPU where it has no GPU."""
+    cpus_per_actor: Annotated[int, Field(ge=1)] | None = None
+    """CPUs of one actor: its decoding threads, and on CPU its arithmetic threads. Default: 1 on
+    CPU; beside a GPU the node's CPUs divided by its GPUs, 8 at most."""
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of one actor. Default: 1 where the cluster has GPUs, else 0."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do with files that are not images: 'stop' commits nothing of their shard and names
+    them; 'skip' leaves them out and lists them in the manifest."""
+    order_seed: int = 0
+    """Seed of the one permutation that spreads the classes over the shards."""
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    """How often a shard is tried when the actor that works on it dies."""
+    ray_address: str | None = None
+    """Ray cluster to join ('auto' for the one on this node). Default: RAY_ADDRESS, else a private
+    local one."""
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_rise(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError("name each layer once, lowest first")
+        return layers
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Digits are 8 x 8 pixels drawn at 32; the demo teacher sees them as 8 x 8 tokens.
+    "demo": {
+        "resolution": 32,
+        "teacher": {
+            "model": "vit_small_patch14_dinov2.lvd142m",
+            "weights": "demo",
+            "image_size": 32,
+            "model_args": {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 6},
+        },
+        "autoencoder": "demo",
+        "layers": (2, 3, 4, 5),
+        "shard_size": 128,
+    },
+}
+"""Defaults that a data set brings with it."""

@@ -1,0 +1,256 @@
+"""Command-line options and YAML files that fill a pydantic model.
+
+One rule for every command: a YAML file gives a nested mapping, ``--a.b VALUE`` overrides one leaf,
+the model gives types, defaults and help. A key that the model does not have is an error that
+suggests the nearest one that it has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from schemas.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse_options(
+    model: type[M],
+    argv: list[str],
+    *,
+    command: str,
+    about: str,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    preset_key: str = "",
+) -> M:
+    """Build ``model`` from defaults < preset < ``--config FILE`` < ``--option VALUE``.
+
+    ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults. Prints the help
+    and leaves with code 0 on ``--help``; raises ``UserError`` on anything that does not fit.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(model, command=command, about=about))
+        sys.exit(0)
+    leaves = dict(leaf_fields(model))
+    overrides: dict[str, Any] = {}
+    files: list[str] = []
+    for name, value in _split_arguments(argv, leaves):
+        if name == "config":
+            files.append(str(value))
+        else:
+            overrides[name] = value
+
+    given: dict[str, Any] = {}
+    for file in files:
+        given = merge(given, read_yaml(file))
+    for name, value in overrides.items():
+        given = merge(given, _nest(name, value))
+    if presets:
+        given = merge(presets.get(str(given.get(preset_key)), {}), given)
+    return validate(model, given, where=files[-1] if files and not overrides else "options")
+
+
+def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
+    """``model(**values)``, with pydantic's complaints folded into one line that names the keys."""
+    _check_keys(model, values, where=where)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {message}" if key else message)
+        raise UserError(f"{where}: {'; '.join(problems)}") from None
+
+
+def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping; its key ``base`` names a file beside it whose values it overrides."""
+    file = Path(path)
+    if file.resolve() in _seen:
+        raise UserError(f"{file}: 'base' leads back to this file")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file}: cannot read this config ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a mapping of options, found {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return merge(read_yaml(file.parent / str(base), (*_seen, file.resolve())), values)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the leaves of ``over`` laid on top; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every option of ``model`` by dotted name, nested models opened."""
+    for name, field in model.model_fields.items():
+        inner = _inner_model(field.annotation)
+        if inner is not None:
+            yield from leaf_fields(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def help_text(model: type[BaseModel], *, command: str, about: str) -> str:
+    """The ``--help`` page, made of field names, defaults and docstrings."""
+    lines = [f"usage: {command} [--config FILE.yaml] [--option VALUE ...]", "", about, "", "options:"]
+    for name, field in leaf_fields(model):
+        default = "required" if field.is_required() else f"default {_show(field.get_default())}"
+        choices = _choices(field.annotation)
+        lines.append(f"  --{name.replace('_', '-')}{choices}  ({default})")
+        if field.description:
+            lines.append(f"      {' '.join(field.description.split())}")
+    return "\n".join(lines)
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """`` (did you mean 'x'?)`` or nothing."""
+    short = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        tails = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), n=1, cutoff=0.7)
+        close = [short[tail] for tail in tails]
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _split_arguments(argv: list[str], leaves: dict[str, FieldInfo]) -> Iterator[tuple[str, Any]]:
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise UserError(f"unexpected argument '{token}': options look like --name VALUE")
+        option, equals, value = token[2:].partition("=")
+        name = option.replace("-", "_")
+        table, _, entry = name.rpartition(".")
+        in_table = table in leaves and _is_mapping(leaves[table].annotation)
+        if name != "config" and name not in leaves and not in_table:
+            options = [leaf.replace("_", "-") for leaf in [*leaves, "config"]]
+            hint = suggest(option.replace("_", "-"), options).replace("'", "'--", 1)
+            raise UserError(f"unknown option --{option}{hint}; --help lists them all")
+        if not equals:
+            flag = name in leaves and leaves[name].annotation is bool
+            if flag and (not rest or rest[0].startswith("--")):
+                value = "true"
+            elif not rest:
+                raise UserError(f"option --{option} needs a value")
+            else:
+                value = rest.pop(0)
+        if name == "config":
+            yield name, value
+        elif in_table:
+            yield table, {entry: _parse_scalar(value)}
+        else:
+            yield name, _parse_value(value, leaves[name].annotation)
+
+
+def _parse_value(text: str, annotation: Any) -> Any:
+    """A string as typed at the shell, in the shape that pydantic can validate for ``annotation``."""
+    if _accepts(annotation, str) and not _accepts(annotation, type(None)):
+        return text
+    if text.lower() in {"null", "none"} and _accepts(annotation, type(None)):
+        return None
+    if _accepts(annotation, str):
+        return text
+    if any(_accepts(annotation, kind) for kind in (tuple, list)):
+        if text.startswith("["):
+            return yaml.safe_load(text)
+        return text if "-" in text[1:] else [_parse_scalar(part) for part in text.split(",") if part]
+    if _is_mapping(annotation) or isinstance(_inner_model(annotation), type):
+        return yaml.safe_load(text)
+    return _parse_scalar(text)
+
+
+def _parse_scalar(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _nest(name: str, value: Any) -> dict[str, Any]:
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def _check_keys(model: type[BaseModel], values: Mapping[str, Any], *, where: str, at: str = "") -> None:
+    for key, value in values.items():
+        if key not in model.model_fields:
+            hint = suggest(str(key), list(model.model_fields))
+            raise UserError(f"{where}: unknown key '{at}{key}'{hint}")
+        inner = _inner_model(model.model_fields[key].annotation)
+        if inner is not None and isinstance(value, Mapping):
+            _check_keys(inner, value, where=where, at=f"{at}{key}.")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    for member in _members(annotation):
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            return member
+    return None
+
+
+def _accepts(annotation: Any, kind: type) -> bool:
+    for member in _members(annotation):
+        origin = typing.get_origin(member)
+        if origin is typing.Literal:
+            if any(isinstance(choice, kind) for choice in typing.get_args(member)):
+                return True
+        elif (origin or member) is kind:
+            return True
+    return False
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return _accepts(annotation, dict)
+
+
+def _choices(annotation: Any) -> str:
+    for member in _members(annotation):
+        if typing.get_origin(member) is typing.Literal:
+            return " {" + ",".join(str(choice) for choice in typing.get_args(member)) + "}"
+    return ""
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return "none" if value is None else str(value)
