@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
-    """Run ``main(argv)`` as a command: a ``UserError`` becomes one line on stderr and exit code 2."""
+    """Run ``main(argv)`` as a command: a ``UserError`` is one line on stderr and exit code 2."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:

@@ -26,7 +26,7 @@ class TeacherConfig(Strict):
     image_size: int | None = None
     """Pixels per side that the teacher sees. Default: the size that gives one token per 16 pixels
     of the crop, as the student has (224 for patch 14 at resolution 256)."""
-    model_args: dict[str, Any] = {}
+    model_args: dict[str, Any] = Field(default={})
     """Extra arguments of timm.create_model, for instance --teacher.model-args.depth 6."""
 
 

@@ -32,19 +32,22 @@ def parse_options(
     about: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     preset_key: str = "",
+    positional: str | None = None,
 ) -> M:
     """Build ``model`` from defaults < preset < ``--config FILE`` < ``--option VALUE``.
 
-    ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults. Prints the help
-    and leaves with code 0 on ``--help``; raises ``UserError`` on anything that does not fit.
+    ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults; ``positional``
+    names the option that an argument without dashes fills. Prints the help and leaves with code 0
+    on ``--help``; raises ``UserError`` on anything that does not fit.
     """
     if {"-h", "--help"} & set(argv):
-        print(help_text(model, command=command, about=about))
+        argument = f" {positional.upper()}" if positional else ""
+        print(help_text(model, command=command + argument, about=about))
         sys.exit(0)
     leaves = dict(leaf_fields(model))
     overrides: dict[str, Any] = {}
     files: list[str] = []
-    for name, value in _split_arguments(argv, leaves):
+    for name, value in _split_arguments(argv, leaves, positional):
         if name == "config":
             files.append(str(value))
         else:
@@ -108,7 +111,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every option of ``model`` by dotted name, nested models opened."""
-    for name, field in model.model_fields.items():
+    for name, field in _fields_by_key(model).items():
         inner = _inner_model(field.annotation)
         if inner is not None:
             yield from leaf_fields(inner, f"{prefix}{name}.")
@@ -118,7 +121,13 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 def help_text(model: type[BaseModel], *, command: str, about: str) -> str:
     """The ``--help`` page, made of field names, defaults and docstrings."""
-    lines = [f"usage: {command} [--config FILE.yaml] [--option VALUE ...]", "", about, "", "options:"]
+    lines = [
+        f"usage: {command} [--config FILE.yaml] [--option VALUE ...]",
+        "",
+        about,
+        "",
+        "options:",
+    ]
     for name, field in leaf_fields(model):
         default = "required" if field.is_required() else f"default {_show(field.get_default())}"
         choices = _choices(field.annotation)
@@ -138,10 +147,16 @@ def suggest(name: str, known: list[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def _split_arguments(argv: list[str], leaves: dict[str, FieldInfo]) -> Iterator[tuple[str, Any]]:
+def _split_arguments(
+    argv: list[str], leaves: dict[str, FieldInfo], positional: str | None
+) -> Iterator[tuple[str, Any]]:
     rest = list(argv)
     while rest:
         token = rest.pop(0)
+        if not token.startswith("--") and positional is not None:
+            yield positional, token
+            positional = None
+            continue
         if not token.startswith("--"):
             raise UserError(f"unexpected argument '{token}': options look like --name VALUE")
         option, equals, value = token[2:].partition("=")
@@ -154,7 +169,7 @@ def _split_arguments(argv: list[str], leaves: dict[str, FieldInfo]) -> Iterator[
             raise UserError(f"unknown option --{option}{hint}; --help lists them all")
         if not equals:
             flag = name in leaves and leaves[name].annotation is bool
-            if flag and (not rest or rest[0].startswith("--")):
+            if flag and (not rest or rest[0].lower() not in {"true", "false"}):
                 value = "true"
             elif not rest:
                 raise UserError(f"option --{option} needs a value")
@@ -169,7 +184,7 @@ def _split_arguments(argv: list[str], leaves: dict[str, FieldInfo]) -> Iterator[
 
 
 def _parse_value(text: str, annotation: Any) -> Any:
-    """A string as typed at the shell, in the shape that pydantic can validate for ``annotation``."""
+    """What was typed at the shell, in the shape that pydantic validates for ``annotation``."""
     if _accepts(annotation, str) and not _accepts(annotation, type(None)):
         return text
     if text.lower() in {"null", "none"} and _accepts(annotation, type(None)):
@@ -179,7 +194,7 @@ def _parse_value(text: str, annotation: Any) -> Any:
     if any(_accepts(annotation, kind) for kind in (tuple, list)):
         if text.startswith("["):
             return yaml.safe_load(text)
-        return text if "-" in text[1:] else [_parse_scalar(part) for part in text.split(",") if part]
+        return text if "-" in text[1:] else [_parse_scalar(p) for p in text.split(",") if p]
     if _is_mapping(annotation) or isinstance(_inner_model(annotation), type):
         return yaml.safe_load(text)
     return _parse_scalar(text)
@@ -204,14 +219,20 @@ def _nest(name: str, value: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], value)
 
 
-def _check_keys(model: type[BaseModel], values: Mapping[str, Any], *, where: str, at: str = "") -> None:
+def _check_keys(
+    model: type[BaseModel], values: Mapping[str, Any], *, where: str, at: str = ""
+) -> None:
+    fields = _fields_by_key(model)
     for key, value in values.items():
-        if key not in model.model_fields:
-            hint = suggest(str(key), list(model.model_fields))
-            raise UserError(f"{where}: unknown key '{at}{key}'{hint}")
-        inner = _inner_model(model.model_fields[key].annotation)
+        if key not in fields:
+            raise UserError(f"{where}: unknown key '{at}{key}'{suggest(str(key), list(fields))}")
+        inner = _inner_model(fields[key].annotation)
         if inner is not None and isinstance(value, Mapping):
             _check_keys(inner, value, where=where, at=f"{at}{key}.")
+
+
+def _fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

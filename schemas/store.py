@@ -157,7 +157,7 @@ class StreamFile(Strict):
         for column, offsets in self.offsets.items():
             sizes = self.sizes[column]
             if not len(offsets) == len(sizes) == len(self.crc32[column]):
-                raise ValueError(f"column '{column}' has offsets, sizes and crc32 of unequal length")
+                raise ValueError(f"column '{column}' has unequal offsets, sizes and crc32")
             if any(o + n > self.bytes for o, n in zip(offsets, sizes, strict=True)):
                 raise ValueError(f"column '{column}' reaches past the end of {self.file}")
         return self
@@ -180,8 +180,10 @@ class CommitRecord(Strict):
         for stream in self.streams.values():
             lengths |= {len(column) for column in stream.offsets.values()}
         if lengths != {self.samples}:
-            raise ValueError(f"record of shard {self.shard} counts {self.samples} samples and lists "
-                             f"{sorted(lengths)}")
+            raise ValueError(
+                f"record of shard {self.shard} counts {self.samples} samples and lists "
+                f"{sorted(lengths)}"
+            )
         return self
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from diffusers import AutoencoderKL
@@ -26,23 +27,23 @@ ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a file: Python then looks beside this file, not in the repository root
     sys.path.insert(0, str(ROOT))
 
-from pipeline.datasets.digits import digits_images  # noqa: E402
+from pipeline.datasets.digits import digits_images
 
 
 class AutoencoderConfig(BaseModel):
-    """What is trained and how. The number of widths sets the downsampling: 2 ** (len(widths) - 1)."""
+    """What is trained and how. Every width after the first halves the resolution."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     widths: tuple[int, ...] = (16, 32, 32)
-    norm_groups: int = Field(8, gt=0)
-    latent_channels: int = Field(4, gt=0)
-    steps: int = Field(1500, gt=0)
-    batch_size: int = Field(64, gt=0)
-    learning_rate: float = Field(2e-3, gt=0)
-    warmup_steps: int = Field(50, gt=0)
-    kl_weight: float = Field(1e-4, ge=0, description="per latent value, against L1 per pixel")
-    held_out: float = Field(0.1, gt=0, lt=1, description="fraction never trained on")
+    norm_groups: Annotated[int, Field(gt=0)] = 8
+    latent_channels: Annotated[int, Field(gt=0)] = 4
+    steps: Annotated[int, Field(gt=0)] = 1500
+    batch_size: Annotated[int, Field(gt=0)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    warmup_steps: Annotated[int, Field(gt=0)] = 50
+    kl_weight: Annotated[float, Field(ge=0, description="per latent value; L1 is per pixel")] = 1e-4
+    held_out: Annotated[float, Field(gt=0, lt=1, description="fraction never trained on")] = 0.1
     seed: int = 0
 
 

@@ -46,7 +46,7 @@ class Autoencoder(nn.Module):
             weights_sha256=self.weights_sha256,
             scaling_factor=self.scaling_factor,
             shift_factor=self.shift_factor,
-            latent_shape=tuple(mean.shape[1:]),
+            latent_shape=(mean.shape[1], mean.shape[2], mean.shape[3]),
         )
 
     @torch.no_grad()
@@ -80,8 +80,10 @@ def _load(name: str, option: str) -> tuple[Any, Literal["AutoencoderKL", "Autoen
         kind = diffusers.AutoencoderKL.load_config(place).get("_class_name")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{option} '{name}': is no folder with a diffusers config.json and no hub "
-                        f"model that can be reached ({reason})") from None
+        raise UserError(
+            f"{option} '{name}': is no folder with a diffusers config.json and no hub "
+            f"model that can be reached ({reason})"
+        ) from None
     if kind not in KINDS:
         raise UserError(f"{option} '{name}' is a {kind}; expected {' or '.join(KINDS)}")
     try:

@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-
 # Pillow warns at its pixel limit and raises at twice that; here the limit itself is an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 

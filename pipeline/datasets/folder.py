@@ -24,7 +24,7 @@ def list_folder(source: str) -> Listing:
 
 
 def list_files(source: str, below: str = "") -> list[str]:
-    """Sorted paths of all files below ``source/below``, relative to ``source``; hidden ones left out.
+    """Sorted paths of all files below ``source/below``, relative to ``source``, hidden ones not.
 
     Every file counts, whatever its suffix: one that is no image is reported when it is read.
     """

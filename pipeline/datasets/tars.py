@@ -49,22 +49,24 @@ def _scan(source: str, path: str) -> dict[str, _Member]:
     members: dict[str, _Member] = {}
     where = f"{without_credentials(source)}/{path}".rstrip("/")
     try:
-        with filesystem.open(f"{root}/{path}".rstrip("/"), "rb") as raw:
-            with tarfile.open(fileobj=raw, mode="r:") as tar:
-                for info in tar:
-                    if not info.isreg():
-                        continue
-                    folder, slash, name = info.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    member = members.setdefault(f"{folder}{slash}{stem}", _Member())
-                    if suffix.lower() in IMAGE_SUFFIXES:
-                        member.offset, member.length = info.offset_data, info.size
-                    elif suffix == "cls":
-                        handle = tar.extractfile(info)
-                        text = handle.read(32) if handle else b""
-                        if not text.strip().isdigit():
-                            raise UserError(f"{where}: {info.name} is not a class number")
-                        member.label = int(text)
+        with (
+            filesystem.open(f"{root}/{path}".rstrip("/"), "rb") as raw,
+            tarfile.open(fileobj=raw, mode="r:") as tar,
+        ):
+            for info in tar:
+                if not info.isreg():
+                    continue
+                folder, slash, name = info.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                member = members.setdefault(f"{folder}{slash}{stem}", _Member())
+                if suffix.lower() in IMAGE_SUFFIXES:
+                    member.offset, member.length = info.offset_data, info.size
+                elif suffix == "cls":
+                    handle = tar.extractfile(info)
+                    text = handle.read(32) if handle else b""
+                    if not text.strip().isdigit():
+                        raise UserError(f"{where}: {info.name} is not a class number")
+                    member.label = int(text)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{where}: cannot read this tar ({error})") from None
     return members

@@ -1,0 +1,1 @@
+"""Pulling the student towards the teacher, and when to stop."""

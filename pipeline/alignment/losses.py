@@ -1,0 +1,23 @@
+"""The two alignment losses of HASTE (arXiv 2505.16792, sections 2.1 and 2.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def feature_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:
+    """Negative cosine between projected student tokens and teacher tokens, mean over tokens: (B,).
+
+    In float32 whatever the input: half-precision norms overflow.
+    """
+    cosine = F.cosine_similarity(projected_BND.float(), teacher_BND.float(), dim=-1, eps=1e-12)
+    return -cosine.mean(1)
+
+
+def attention_loss(student_logits_BLHNN: Tensor, teacher_probs_BLHNN: Tensor) -> Tensor:
+    """Cross-entropy from the teacher's attention rows to the student's, mean over layers, heads
+    and queries: (B,). Logits are softmaxed here, over keys; probabilities come normalised."""
+    log_probs = torch.log_softmax(student_logits_BLHNN.float(), dim=-1)
+    return -(teacher_probs_BLHNN * log_probs).sum(-1).flatten(1).mean(1)

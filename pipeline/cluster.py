@@ -1,0 +1,67 @@
+"""Joining a Ray cluster, or starting a private one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from schemas.errors import UserError
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """The cluster at ``address``, at RAY_ADDRESS, or a private local one for the time of the
+    context. A connection that the caller already has is used and left open."""
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    # Later versions of Ray will leave CUDA_VISIBLE_DEVICES alone where no GPU is asked for, and
+    # warn about it today; this code does not depend on either.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"'{address}'" if address else "on this machine"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no Ray cluster {where}: {reason}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def total(resource: str) -> float:
+    """How much of 'CPU' or 'GPU' the whole cluster has."""
+    return float(ray.cluster_resources().get(resource, 0))
+
+
+def require(resource: str, each: float, count: int, *, option: str) -> None:
+    """Raises ``UserError`` where the cluster could never hold ``count`` processes that need
+    ``each`` of a resource."""
+    have = total(resource)
+    if each * count > have:
+        wanted = f"{each:g} {resource}{'s' if each != 1 else ''}"
+        raise UserError(
+            f"{option} asks for {count} x {wanted}; the Ray cluster has {have:g} {resource}s"
+        )
+
+
+class PatienceWarning:
+    """Says once what is being waited for, when that takes long."""
+
+    def __init__(self, message: str, seconds: float = 30.0) -> None:
+        self.message = message
+        self.deadline = time.monotonic() + seconds
+
+    def still_waiting(self) -> str | None:
+        """The message, the first time that the deadline has passed."""
+        if time.monotonic() < self.deadline:
+            return None
+        self.deadline = float("inf")
+        return self.message

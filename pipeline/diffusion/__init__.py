@@ -1,0 +1,1 @@
+"""Interpolants between data and noise, and the samplers that go back."""

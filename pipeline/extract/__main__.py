@@ -1,0 +1,44 @@
+"""`python -m pipeline.extract --dataset imagenet --source DIR --store URL`."""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.extract.job import extract
+from schemas.errors import run_command
+from schemas.extract import PRESETS, ExtractConfig
+from schemas.options import parse_options
+
+ABOUT = """\
+Run the teacher and the autoencoder once over a data set and write what training needs to sharded
+storage. Run it again after an interruption: it does only what is missing."""
+
+
+def main(argv: list[str]) -> int:
+    config = parse_options(
+        ExtractConfig,
+        argv,
+        command="python -m pipeline.extract",
+        about=ABOUT,
+        presets=PRESETS,
+        preset_key="dataset",
+    )
+    summary = extract(config)
+    store = summary.store
+    index = store.index()
+    samples = sum(index.samples_per_shard)
+    if summary.images == 0:
+        print(f"nothing is missing: {store.shown_url} holds all {samples} samples")
+    else:
+        print(
+            f"{store.shown_url} is complete: {samples} samples in {store.manifest.num_shards} "
+            f"shards; {summary.images} encoded at {summary.images_per_second:.1f} images/s"
+        )
+    if store.manifest.skipped:
+        print(f"{len(store.manifest.skipped)} bad images were skipped; the manifest lists them")
+    sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

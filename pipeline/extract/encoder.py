@@ -1,0 +1,153 @@
+"""Teacher and autoencoder on one device: images of a shard in, a committed shard out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.alignment.targets import stored_values
+from pipeline.autoencoders import Autoencoder
+from pipeline.datasets import ImageItem, open_reader
+from pipeline.datasets.crop import BadImageError, decode_crop
+from pipeline.extract.plan import ShardTask
+from pipeline.store import ShardWriter
+from pipeline.teachers import Teacher
+from schemas.errors import UserError
+from schemas.extract import ExtractConfig, Precision
+from schemas.store import AutoencoderInfo, ComputeInfo, SkippedImage, Stream, TeacherInfo
+
+VERSIONED = ("torch", "timm", "diffusers", "numpy", "pillow")
+BATCHES_AHEAD = 2  # decoded while the networks work on the one before
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an encoder is; encoders that work on one store must agree in all of it."""
+
+    teacher: TeacherInfo
+    autoencoder: AutoencoderInfo
+    compute: ComputeInfo
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What became of a shard."""
+
+    shard: int
+    samples: int
+    bad_images: tuple[SkippedImage, ...]
+    committed: bool
+
+
+class Encoder:
+    """Encodes shards of one extraction. Plain Python: the Ray actor only wraps it."""
+
+    def __init__(self, config: ExtractConfig, *, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)  # thread counts decide the last bits of CPU arithmetic
+        torch.backends.cudnn.benchmark = False  # as autotuned kernels would
+        self.config = config
+        self.device = torch.device(device)
+        self.precision: Precision = choose_precision(config, device)
+        self.threads = threads
+        self.teacher = Teacher(config.teacher, resolution=config.resolution, layers=config.layers)
+        self.autoencoder = Autoencoder(config.autoencoder)
+        self.teacher.to(self.device)
+        self.autoencoder.to(self.device)
+        self.read = open_reader(config)
+
+    def describe(self) -> Description:
+        """Also a first forward pass of the autoencoder, so that what cannot work fails here."""
+        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+        return Description(
+            teacher=self.teacher.info(),
+            autoencoder=self.autoencoder.info(self.config.resolution),
+            compute=ComputeInfo(
+                device="cuda" if self.device.type == "cuda" else "cpu",
+                precision=self.precision,
+                batch_size=self.config.batch_size,
+                threads=self.threads if self.device.type == "cpu" else 0,
+                versions=versions,
+            ),
+        )
+
+    def encode_shard(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
+        """Write and commit one shard; with bad images and ``on_bad_image: stop``, commit nothing.
+
+        Raises ``ValueError`` where a number cannot be stored, ``OSError`` where storage fails.
+        """
+        bad: list[SkippedImage] = []
+        with ShardWriter(url, streams, task.shard) as writer:
+            for items, images in self._decoded_batches(task, bad):
+                if bad and self.config.on_bad_image == "stop":
+                    continue  # only to find the others
+                for item, values in zip(items, self._encode(items, images), strict=True):
+                    writer.add(item.key, values)
+            if bad and self.config.on_bad_image == "stop":
+                return ShardResult(task.shard, 0, tuple(bad), committed=False)
+            record = writer.commit(skipped=bad)
+        return ShardResult(task.shard, record.samples, tuple(bad), committed=True)
+
+    @torch.inference_mode()
+    def _encode(
+        self, items: list[ImageItem], images: np.ndarray
+    ) -> Iterator[dict[str, dict[str, np.ndarray | int]]]:
+        """uint8 (B, R, R, 3) to each sample's stream -> column -> value."""
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        dtype = getattr(torch, self.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            mean, std = self.autoencoder.encode(pixels)
+            targets = self.teacher(pixels)
+        maps = stored_values(targets.features, targets.class_token, targets.attention_logits)
+        columns = {name: tensor.cpu().numpy() for name, tensor in maps.items()}
+        means, stds = mean.cpu().numpy(), std.cpu().numpy()
+        for i, item in enumerate(items):
+            yield {
+                "latents": {"mean": means[i], "std": stds[i], "label": item.label},
+                "maps": {name: column[i] for name, column in columns.items()},
+            }
+
+    def _decoded_batches(
+        self, task: ShardTask, bad: list[SkippedImage]
+    ) -> Iterator[tuple[list[ImageItem], np.ndarray]]:
+        """Batches cut by position in the shard, less the bad images, which ``bad`` collects."""
+        size = self.config.batch_size
+        waiting: deque[list[tuple[ImageItem, Future[np.ndarray]]]] = deque()
+        starts = iter(range(0, len(task.items), size))
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+            while True:
+                while len(waiting) <= BATCHES_AHEAD and (start := next(starts, None)) is not None:
+                    batch = task.items[start : start + size]
+                    waiting.append([(item, pool.submit(self._decode, item)) for item in batch])
+                if not waiting:
+                    return
+                items, images = [], []
+                for item, future in waiting.popleft():
+                    try:
+                        images.append(future.result())
+                        items.append(item)
+                    except BadImageError as error:
+                        bad.append(SkippedImage(key=item.key, path=item.path, error=str(error)))
+                if items:
+                    yield items, np.stack(images)
+
+    def _decode(self, item: ImageItem) -> np.ndarray:
+        try:
+            data = self.read(item)
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise BadImageError(error.strerror or type(error).__name__) from None
+        return decode_crop(data, self.config.resolution)
+
+
+def choose_precision(config: ExtractConfig, device: str) -> Precision:
+    """The arithmetic that 'auto' stands for."""
+    if config.precision != "auto":
+        if device == "cpu" and config.precision == "float16":
+            raise UserError("--precision float16 needs a GPU; use bfloat16 or float32 on CPU")
+        return config.precision
+    return "bfloat16" if device == "cuda" else "float32"

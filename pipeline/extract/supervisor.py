@@ -1,0 +1,181 @@
+"""The loop that keeps encoder actors at work and survives their deaths.
+
+Plain actors under a driver loop: an actor never restarts by itself (Ray's own restarts retry a
+shard that kills its actor without end); the driver requeues the shard, up to a limit, and starts
+another actor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from pipeline.cluster import PatienceWarning
+from pipeline.extract.encoder import Description, Encoder, ShardResult
+from pipeline.extract.plan import ShardTask
+from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+from schemas.store import Stream
+
+
+class EncoderActor:
+    """An encoder in a process of its own."""
+
+    def load(self, config: ExtractConfig, device: str, threads: int) -> Description:
+        """Not the constructor, whose errors Ray turns into a dead actor without a message."""
+        self.encoder = Encoder(config, device=device, threads=threads)
+        return self.encoder.describe()
+
+    def encode(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
+        return self.encoder.encode_shard(url, streams, task)
+
+
+class Supervisor:
+    """Encoder actors, and the shards that they still have to make."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        *,
+        actors: int,
+        cpus: int,
+        gpus: float,
+        log: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.cpus = cpus
+        self.gpus = gpus
+        self.log = log
+        self.remote = ray.remote(EncoderActor).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
+        )
+        self.description: Description | None = None
+        self._idle: list[Any] = []
+        self._loading: dict[Any, Any] = {}  # ref -> actor
+        self._working: dict[Any, tuple[Any, ShardTask]] = {}  # ref -> (actor, task)
+        self._deaths_while_loading = 0
+        for _ in range(actors):
+            self._spawn()
+
+    def describe(self) -> Description:
+        """Wait for the first actor to load. Raises its ``UserError``."""
+        patience = PatienceWarning(
+            f"waiting for the cluster to have {self.cpus} free CPUs and {self.gpus:g} free GPUs"
+        )
+        while self.description is None:
+            self._wait(patience)
+        return self.description
+
+    def encode(
+        self, url: str, streams: dict[str, Stream], tasks: Iterable[ShardTask]
+    ) -> Iterable[ShardResult]:
+        """Results as shards are finished. Stops handing out shards after a bad image where the
+        config says so, and finishes those at work. Raises ``UserError`` naming a shard that failed
+        ``max_attempts`` times, with its last error."""
+        pending = deque(tasks)
+        attempts: Counter[int] = Counter()
+        patience = PatienceWarning("no encoder is free to start; waiting for the cluster")
+        stopping = False
+        while (pending and not stopping) or self._working:
+            while pending and self._idle and not stopping:
+                actor, task = self._idle.pop(), pending.popleft()
+                attempts[task.shard] += 1
+                self._working[actor.encode.remote(url, streams, task)] = (actor, task)
+            for actor, task, outcome in self._wait(patience):
+                if isinstance(outcome, ShardResult):
+                    stopping |= bool(outcome.bad_images) and self.config.on_bad_image == "stop"
+                    self._idle.append(actor)
+                    yield outcome
+                    continue
+                if isinstance(outcome, UserError):
+                    raise outcome
+                if attempts[task.shard] >= self.config.max_attempts:
+                    raise UserError(
+                        f"shard {task.shard} (first image '{task.items[0].path}') failed "
+                        f"{attempts[task.shard]} times; the last error: {_one_line(outcome)}"
+                    )
+                self.log(f"shard {task.shard} goes back to the queue: {_one_line(outcome)}")
+                pending.appendleft(task)
+                if isinstance(outcome, RayActorError):
+                    self._replace(actor)
+                else:
+                    self._idle.append(actor)
+
+    def close(self) -> None:
+        """End every actor."""
+        actors = [*self._idle, *self._loading.values(), *(a for a, _ in self._working.values())]
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        self._idle, self._loading, self._working = [], {}, {}
+
+    def _spawn(self) -> None:
+        actor = self.remote.remote()
+        device = "cuda" if self.gpus else "cpu"
+        self._loading[actor.load.remote(self.config, device, self.cpus)] = actor
+
+    def _replace(self, actor: Any) -> None:
+        ray.kill(actor, no_restart=True)
+        self._spawn()
+
+    def _wait(self, patience: PatienceWarning) -> list[tuple[Any, ShardTask, Any]]:
+        """Actors that finished or failed a shard: (actor, task, result or error)."""
+        refs = [*self._loading, *self._working]
+        ready, _ = ray.wait(refs, num_returns=1, timeout=1.0)
+        if not (ready or self._working or self._idle):
+            message = patience.still_waiting()
+            if message:
+                self.log(message)
+        finished = []
+        for ref in ready:
+            outcome = _get(ref)
+            if ref in self._loading:
+                self._loaded(self._loading.pop(ref), outcome)
+            else:
+                finished.append((*self._working.pop(ref), outcome))
+        return finished
+
+    def _loaded(self, actor: Any, outcome: Any) -> None:
+        if isinstance(outcome, Description):
+            if self.description is None:
+                self.description = outcome
+            elif outcome != self.description:
+                raise UserError(
+                    "encoder actors differ in weights, device or library versions: "
+                    f"{_difference(self.description, outcome)}; give every node the same image"
+                )
+            self._idle.append(actor)
+            return
+        if isinstance(outcome, UserError):
+            raise outcome
+        self._deaths_while_loading += 1
+        if self._deaths_while_loading >= self.config.max_attempts:
+            raise UserError(f"encoder actors die while loading: {_one_line(outcome)}")
+        self._replace(actor)
+
+
+def _get(ref: Any) -> Any:
+    """The result of a finished call, or its error as a value."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        return error.cause if isinstance(error.cause, Exception) else error
+    except RayActorError as error:
+        return error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}"
+
+
+def _difference(one: Description, other: Description) -> str:
+    for part in ("teacher", "autoencoder", "compute"):
+        a, b = getattr(one, part).model_dump(), getattr(other, part).model_dump()
+        for key, value in a.items():
+            if value != b[key]:
+                return f"{part}.{key} is {value} and {b[key]}"
+    return "unknown"

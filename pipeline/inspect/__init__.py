@@ -1,0 +1,1 @@
+"""`python -m pipeline.inspect STORE`: what a store is and what it holds."""

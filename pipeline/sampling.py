@@ -1,0 +1,67 @@
+"""Images from a trained checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.autoencoders import Autoencoder
+from pipeline.diffusion.samplers import sample
+from pipeline.models import SiT
+from pipeline.randomness import Purpose, generator
+from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
+from pipeline.train.local import newest_checkpoint
+from schemas.diffusion import Path as DiffusionPath
+from schemas.diffusion import SamplerConfig
+from schemas.errors import UserError
+
+
+def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:
+    """The student of a checkpoint, or of a run's newest one, and the checkpoint's state."""
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise UserError(f"--checkpoint '{folder}' holds no checkpoint")
+    state = read_state(newest)
+    student = SiT(state.config.student)
+    load_weights(newest, weights, student)
+    return student.requires_grad_(False).eval(), state
+
+
+def draw_images(
+    student: SiT,
+    autoencoder: Autoencoder,
+    labels: Sequence[int],
+    config: SamplerConfig,
+    *,
+    path: DiffusionPath = "linear",
+    first_index: int = 0,
+) -> Tensor:
+    """uint8 (B, 3, R, R) on the CPU. Image i depends on the seed, ``first_index + i`` and its
+    label alone, so that any split into batches or workers draws the same images."""
+    device = next(student.parameters()).device
+    shape = student.config.latent_shape
+
+    def normals(draw: int) -> Tensor:
+        """Standard normal numbers of one draw, (B, C, h, w)."""
+        numbers = [
+            generator(Purpose.SAMPLING, config.seed, first_index + i, draw).standard_normal(
+                shape, dtype=np.float32
+            )
+            for i in range(len(labels))
+        ]
+        return torch.from_numpy(np.stack(numbers)).to(device)
+
+    latents = sample(
+        lambda x, t, y: student(x, t, y).velocity,
+        normals(0),
+        torch.tensor(labels, device=device),
+        config,
+        null_label=student.config.num_classes,
+        path=path,
+        step_noise=lambda step: normals(step + 1),
+    )
+    return autoencoder.decode(latents.float()).cpu()

@@ -1,0 +1,266 @@
+"""A training run from its first or resumed step to its last."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.alignment.targets import check_fit
+from pipeline.alignment.termination import Trigger, make_trigger
+from pipeline.files import write_atomic
+from pipeline.store import BatchLoader, SampleOrder, Store
+from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
+from pipeline.train.meter import Meter
+from pipeline.train.metrics import MetricsLog
+from pipeline.train.parallel import Parallel
+from pipeline.train.trainer import Trainer
+from schemas.errors import UserError
+from schemas.run import RunConfig
+from schemas.store import Manifest
+
+SaveCheckpoint = Callable[[int, Callable[[Path], None]], None]
+"""(step, write) -> None. Called on every rank at the same steps; the first rank calls ``write``
+with an empty folder and keeps what it finds there afterwards."""
+
+
+def check_store(config: RunConfig, manifest: Manifest) -> None:
+    """Raises ``UserError`` where this run cannot be trained on a store with this manifest."""
+    student = config.student
+    stored = manifest.autoencoder.latent_shape
+    if tuple(stored) != student.latent_shape:
+        raise UserError(
+            f"the store holds latents {_shape(stored)} of {manifest.resolution} px images; "
+            f"{student.model} expects {_shape(student.latent_shape)}: set --student.latent-size "
+            f"{stored[1]}"
+            + (
+                f" --student.latent-channels {stored[0]}"
+                if stored[0] != student.latent_channels
+                else ""
+            )
+            + " or use another store"
+        )
+    if manifest.dataset.num_classes > student.num_classes:
+        raise UserError(
+            f"the store has {manifest.dataset.num_classes} classes, student.num_classes is "
+            f"{student.num_classes}"
+        )
+    if config.alignment.active:
+        check_fit(config.alignment, student, manifest)
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    save_checkpoint: SaveCheckpoint,
+    *,
+    parallel: Parallel | None = None,
+    resume: Path | None = None,
+) -> dict[str, Any]:
+    """Train as ``config`` says; metrics and summary go to ``folder``. Every rank calls this.
+
+    ``resume`` is the folder of a checkpoint of this run. Returns the summary.
+    """
+    parallel = parallel or Parallel()
+    assert config.store is not None
+    store = Store.open(config.store)
+    check_store(config, store.manifest)
+    run = _Run(config, store, folder, parallel, save_checkpoint, resume)
+    try:
+        return run.to_the_end()
+    finally:
+        run.close()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        folder: Path,
+        parallel: Parallel,
+        save_checkpoint: SaveCheckpoint,
+        resume: Path | None,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.folder = folder
+        self.parallel = parallel
+        self.save_checkpoint = save_checkpoint
+        self.trainer = Trainer(config, store.manifest, parallel)
+        self.trigger: Trigger = make_trigger(config.alignment.termination)
+        self.earlier: dict[str, dict[str, int]] = {}  # bytes read before the resume
+        if resume is not None:
+            state = load_checkpoint(resume, self.trainer)
+            self.trigger.load_state_dict(state.trigger)
+            self.earlier = state.bytes_read
+        self.log: MetricsLog | None = None
+        if parallel.is_first:
+            self.log = MetricsLog(folder, config, start_step=self.trainer.step)
+            config_text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            _write(folder / "config.yaml", config_text)
+        self.loader = self._open_loader()
+        self.bytes_at_termination: dict[str, int] | None = None
+        if self.trainer.termination is not None:
+            self.bytes_at_termination = dict.fromkeys(self.loader.bytes_read, 0)
+        self.meter = Meter(parallel, config.global_batch)
+        self.clock = _PhaseClock()
+
+    def to_the_end(self) -> dict[str, Any]:
+        config, trainer = self.config, self.trainer
+        batches = iter(self.loader)
+        self.meter.restart()
+        saved = trainer.step
+        while trainer.step < config.steps:
+            self._terminate_if_due()
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            if batch.step != trainer.step:
+                raise RuntimeError(f"batch of step {batch.step} at step {trainer.step}")
+            self.meter.add(trainer.train_step(batch), waited)
+            self.clock.tick(1 if trainer.aligned else 2)
+            if trainer.step % config.log_every == 0 or trainer.step == config.steps:
+                self._log_row()
+            if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
+                self._save()
+                saved = trainer.step
+                self.clock.pause()
+        if saved != trainer.step:
+            self._save()
+        return self._summarise()
+
+    def close(self) -> None:
+        self.loader.close()
+        if self.log is not None:
+            self.log.close()
+
+    def _open_loader(self) -> BatchLoader:
+        config, manifest = self.config, self.store.manifest
+        streams = ["latents"]
+        needed_until: dict[str, int] = {}
+        if self.trainer.targets is not None:
+            teacher = self.trainer.targets.stream
+            streams.append(teacher)
+            known = self.trigger.known_step()
+            if known is not None:
+                needed_until[teacher] = known
+        order = SampleOrder(
+            config.seed, self.store.index().samples_per_shard, window=config.data.window
+        )
+        self.teacher_streams = [name for name in streams if name in manifest.teacher_streams]
+        return BatchLoader(
+            self.store,
+            streams,
+            order,
+            global_batch=config.global_batch,
+            rank=self.parallel.rank,
+            world_size=self.parallel.world_size,
+            start_step=self.trainer.step,
+            needed_until=needed_until,
+            prefetch=config.data.prefetch,
+            verify=config.data.verify,
+        )
+
+    def _terminate_if_due(self) -> None:
+        trainer = self.trainer
+        if not trainer.aligned:
+            return
+        evidence = self.trigger.evidence(trainer.step)
+        if evidence is None:
+            return
+        if trainer.step % self.config.log_every and self.meter.steps:
+            self._log_row()  # so that no row mixes the phases
+        self.loader.close_streams(self.teacher_streams)
+        trainer.terminate(evidence)
+        self.bytes_at_termination = self.loader.bytes_read
+        if self.log is not None:
+            self.log.row({"step": trainer.step, "event": "alignment terminated", **evidence})
+        self.meter.restart()
+        self.clock.pause()
+
+    def _log_row(self) -> None:
+        row: dict[str, Any] = {"step": self.trainer.step, "phase": 1 if self.trainer.aligned else 2}
+        row.update(self.meter.take(self.trainer.aligned))
+        for name, count in self.parallel.sum_counts(self.loader.bytes_read).items():
+            row[f"bytes_read_{name}"] = count
+        if self.log is not None:
+            self.log.row(row)
+
+    def _save(self) -> None:
+        bytes_read = self._bytes_read()
+        state = self.trigger.state_dict()
+
+        def write(folder: Path) -> None:
+            write_checkpoint(folder, self.trainer, trigger=state, bytes_read=bytes_read)
+
+        self.save_checkpoint(self.trainer.step, write)
+        self.meter.restart()
+
+    def _bytes_read(self) -> dict[str, dict[str, int]]:
+        """Per stream of the store, before and after the termination, summed over all workers and
+        over what the run did before it was resumed."""
+        now = dict.fromkeys(self.store.manifest.streams, 0) | self.loader.bytes_read
+        at_end = self.bytes_at_termination
+        before = now if at_end is None else dict.fromkeys(now, 0) | at_end
+        after = {name: now[name] - before[name] for name in now}
+        total_before = self.parallel.sum_counts(before)
+        total_after = self.parallel.sum_counts(after)
+        nothing: Mapping[str, int] = {"before": 0, "after": 0}
+        return {
+            name: {
+                "before": total_before[name] + self.earlier.get(name, nothing)["before"],
+                "after": total_after[name] + self.earlier.get(name, nothing)["after"],
+            }
+            for name in now
+        }
+
+    def _summarise(self) -> dict[str, Any]:
+        termination = self.trainer.termination
+        summary = {
+            "name": self.config.name,
+            "steps": self.trainer.step,
+            "termination_step": termination and termination["terminated_at_step"],
+            "steps_per_second": {"phase1": self.clock.rate(1), "phase2": self.clock.rate(2)},
+            "bytes_read": self._bytes_read(),
+        }
+        if self.log is not None:
+            _write(self.folder / "summary.json", json.dumps(summary, indent=1))
+        return summary
+
+
+class _PhaseClock:
+    """Steps per second of each phase, less the first step after every pause."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._steps = {1: 0, 2: 0}
+        self._seconds = {1: 0.0, 2: 0.0}
+
+    def tick(self, phase: int) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self._steps[phase] += 1
+            self._seconds[phase] += now - self._last
+        self._last = now
+
+    def pause(self) -> None:
+        self._last = None
+
+    def rate(self, phase: int) -> float | None:
+        """None where the phase had no step to measure."""
+        return self._steps[phase] / self._seconds[phase] if self._steps[phase] else None
+
+
+def _write(path: Path, text: str) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    write_atomic(LocalFileSystem(), str(path), text.encode())
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in shape)

@@ -1,0 +1,52 @@
+"""Means and rates between two rows of the metrics."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from pipeline.train.module import LOSSES
+from pipeline.train.parallel import Parallel
+
+
+class Meter:
+    """Collects steps without looking at their numbers, which would make the device wait."""
+
+    def __init__(self, parallel: Parallel, global_batch: int) -> None:
+        self.parallel = parallel
+        self.global_batch = global_batch
+        self._sums: Tensor | None = None
+        self.steps = 0
+        self._waited = 0.0
+        self._began = time.perf_counter()
+
+    def add(self, losses_and_norm: Tensor, waited: float) -> None:
+        """One step: what ``Trainer.train_step`` returned, and seconds spent waiting for data."""
+        self._sums = losses_and_norm if self._sums is None else self._sums + losses_and_norm
+        self.steps += 1
+        self._waited += waited
+
+    def take(self, aligned: bool) -> dict[str, float]:
+        """Means over all workers since the last call, in which every worker takes part."""
+        assert self._sums is not None
+        waited = self._sums.new_tensor([self._waited])
+        values = self.parallel.sum(torch.cat([self._sums, waited])).tolist()
+        seconds = time.perf_counter() - self._began
+        world = self.parallel.world_size
+        row: dict[str, float] = {}
+        for name, total in zip(LOSSES, values[:3], strict=True):
+            if name == "denoising" or aligned:
+                row[name] = total / (self.steps * self.global_batch)
+        row["grad_norm"] = values[3] / (self.steps * world)  # the same on every rank
+        row["steps_per_second"] = self.steps / seconds
+        row["images_per_second"] = self.steps * self.global_batch / seconds
+        row["data_wait_share"] = min(values[4] / (world * seconds), 1.0)
+        self.restart()
+        return row
+
+    def restart(self) -> None:
+        """Forget what was collected; time counts from here."""
+        self._sums, self.steps, self._waited = None, 0, 0.0
+        self._began = time.perf_counter()

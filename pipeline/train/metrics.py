@@ -1,0 +1,96 @@
+"""What a run writes down as it goes: a JSONL file, TensorBoard, and a line for the person."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from schemas.errors import UserError
+from schemas.run import RunConfig
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Rows of ``metrics.jsonl`` in a run's folder; the first rank owns it."""
+
+    def __init__(self, folder: Path, config: RunConfig, *, start_step: int) -> None:
+        """Rows beyond ``start_step`` come from steps that will be taken again: they are dropped."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / METRICS
+        self.total_steps = config.steps
+        _drop_rows_after(self.path, start_step)
+        self._file = self.path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = _open_wandb(config, folder) if config.wandb else None
+
+    def row(self, values: dict[str, Any]) -> None:
+        """Write one row; ``values["step"]`` counts finished steps."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        step = values["step"]
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        sys.stderr.write(self._line(values) + "\n")  # Ray Train prints what is print()ed twice
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        if "event" in row:
+            return f"step {row['step']}: {row['event']}"
+        rate = row["steps_per_second"]
+        left = (self.total_steps - row["step"]) / rate if rate else 0
+        parts = [f"step {row['step']}/{self.total_steps}", f"phase {row['phase']}"]
+        parts += [
+            f"{name} {row[name]:.4f}"
+            for name in ("denoising", "feature", "attention")
+            if name in row
+        ]
+        parts += [f"{rate:.2f} steps/s", f"data wait {row['data_wait_share']:.0%}"]
+        return "  ".join(
+            [*parts, f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"]
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; a last line that a crash cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    rows = read_metrics(path)
+    if not rows:
+        return
+    temporary = path.with_suffix(".tmp")
+    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _open_wandb(config: RunConfig, folder: Path) -> Any:
+    try:
+        import wandb  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise UserError("--wandb needs the package: pip install '.[wandb]'") from None
+    return wandb.init(
+        project=config.wandb, name=config.name, dir=str(folder), config=config.model_dump()
+    )

@@ -1,0 +1,43 @@
+"""This process among those that train together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Rank and device of this worker; the process group is torch's default one."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with averaged gradients; itself where there is one worker."""
+        if self.world_size == 1:
+            return module
+        ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all workers, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
+        """Sums of integers over all workers; every worker passes the same keys."""
+        names = sorted(counts)
+        numbers = [counts[name] for name in names]
+        values = self.sum(torch.tensor(numbers, dtype=torch.int64, device=self.device))
+        return dict(zip(names, (int(value) for value in values), strict=True))

@@ -1,0 +1,146 @@
+"""One training step, and the one step boundary at which the teacher is let go."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.alignment.projector import Projector
+from pipeline.alignment.targets import MapsTargets, Targets, aligned_heads
+from pipeline.diffusion.interpolant import interpolate
+from pipeline.store import Batch
+from pipeline.train.draws import draw
+from pipeline.train.ema import Ema
+from pipeline.train.module import AlignedStudent
+from pipeline.train.parallel import Parallel
+from schemas.run import RunConfig
+from schemas.store import Manifest
+
+NO_TARGETS = Targets(None, None)
+
+
+class Trainer:
+    """Owns the weights, their averages and the optimizer."""
+
+    def __init__(self, config: RunConfig, manifest: Manifest, parallel: Parallel) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.parallel = parallel
+        self.step = 0
+        self.aligned = config.alignment.active
+        self.termination: dict[str, Any] | None = None
+
+        heads = aligned_heads(config.student, manifest)
+        torch.manual_seed(config.seed)
+        self.module = AlignedStudent(
+            config.student, config.alignment, teacher_width=manifest.teacher.width, heads=heads
+        ).to(parallel.device)
+        self.ema = Ema(self.module.student, config.ema_decay)
+        self.projector: Projector | None = self.module.projector
+        self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
+        self.projector_ema_step = 0  # after the termination: what the average is up to date with
+        self.targets = MapsTargets(manifest, config.alignment, heads) if self.aligned else None
+        self.optimizer = _make_optimizer(self.module, config)
+        self.wrapped: nn.Module = parallel.wrap(self.module)
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """One optimizer step on this rank's slice of a global batch.
+
+        Returns, on the device, this rank's sums of the three losses and the global gradient norm
+        before clipping: (4,). Gradients are means over the samples of the global batch, however
+        unequal the ranks' slices.
+        """
+        config, world = self.config, self.parallel.world_size
+        x_t, t, labels, velocity = self._inputs(batch)
+        with torch.autocast(
+            self.parallel.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+        ):
+            losses = self.wrapped(x_t, t, labels, velocity, self._targets(batch))
+        alignment = config.alignment
+        weights = losses.new_tensor([1.0, alignment.feature_weight, alignment.attention_weight])
+        # DDP divides the sum of gradients by the number of ranks
+        total = (losses * weights).sum() * (world / config.global_batch)
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.module.parameters(), config.optimizer.max_grad_norm
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.module.student)
+        if self.module.projector is not None and self.projector_ema is not None:
+            self.projector_ema.update(self.module.projector)
+        self.step += 1
+        return torch.cat([losses.detach(), norm.detach().view(1)])
+
+    def terminate(self, evidence: Mapping[str, Any]) -> None:
+        """Let the teacher go before step ``self.step``: taps off, the projector out of the graph,
+        DDP and the optimizer. The projector stays here for checkpoints. ``evidence`` is why; a
+        resumed run passes what its checkpoint says."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.module.release_alignment()
+        self.aligned, self.targets = False, None
+        self.termination = {"terminated_at_step": self.step, **evidence}
+        self.projector_ema_step = self.step
+        for group in self.optimizer.param_groups[1:]:
+            for parameter in group["params"]:
+                self.optimizer.state.pop(parameter, None)
+        del self.optimizer.param_groups[1:]
+        if self.parallel.world_size > 1:
+            self.wrapped = self.module  # frees the old reducer and its hooks before a new one
+            gc.collect()
+            self.wrapped = self.parallel.wrap(self.module)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """None: plain float32."""
+        name = self.config.precision
+        if name == "auto":
+            name = "bfloat16" if self.parallel.device.type == "cuda" else "float32"
+        return None if name == "float32" else getattr(torch, name)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents, times, labels and velocities of this rank's samples, on the device."""
+        config, device = self.config, self.parallel.device
+        columns = self._to_device(batch.columns["latents"])
+        draws = draw(
+            config.seed, batch.positions, config.student.latent_shape, config.diffusion.label_drop
+        )
+        t, drop, posterior, noise = (values.to(device, non_blocking=True) for values in draws)
+        vae = self.manifest.autoencoder
+        latents = columns["mean"].float() + columns["std"].float() * posterior
+        latents = (latents - vae.shift_factor) * vae.scaling_factor
+        labels = torch.where(drop, config.student.num_classes, columns["label"])
+        x_t, velocity = interpolate(config.diffusion.path, latents, noise, t)
+        return x_t, t, labels, velocity
+
+    def _targets(self, batch: Batch) -> Targets:
+        if self.targets is None:
+            return NO_TARGETS
+        return self.targets(self._to_device(batch.columns[self.targets.stream]))
+
+    def _to_device(self, columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        device = self.parallel.device
+        tensors = {name: torch.from_numpy(array) for name, array in columns.items()}
+        if device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def _make_optimizer(module: AlignedStudent, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW with the student in the first group and the projector in a second, which goes."""
+    groups = [{"params": list(module.student.parameters())}]
+    if module.projector is not None:
+        groups.append({"params": list(module.projector.parameters())})
+    options = config.optimizer
+    return torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+        eps=options.eps,
+    )

@@ -1,0 +1,119 @@
+"""What a training run is: the options of ``jobs/train_haste.py``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.alignment import AlignmentConfig
+from schemas.base import Strict
+from schemas.diffusion import DiffusionConfig
+from schemas.extract import Precision
+from schemas.student import StudentConfig
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class OptimizerConfig(Strict):
+    """AdamW, as SiT, REPA and HASTE set it."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Constant learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this global L2 norm."""
+
+
+class DataConfig(Strict):
+    """How the store is streamed."""
+
+    window: Positive = 8
+    """Shards whose samples are shuffled together."""
+    prefetch: Positive = 2
+    """Batches read ahead."""
+    verify: bool = True
+    """Check each sample's checksum the first time a worker reads it."""
+
+
+class WorkersConfig(Strict):
+    """The processes that train together."""
+
+    count: Positive = 1
+    """Workers; the global batch is shared out between them."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each worker. Default: 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs that Ray reserves for each worker; on CPU also its arithmetic threads."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """How often a run restarts from its newest checkpoint when a worker dies; -1: without limit."""
+
+
+class CheckpointConfig(Strict):
+    """What is kept of a run."""
+
+    every: Positive = 10_000
+    """Steps between checkpoints; the last step always makes one."""
+    keep: Positive = 3
+    """Newest checkpoints that are kept."""
+
+
+class RunConfig(Strict):
+    """Options of one training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run. A run of the same name in the same output continues where it stopped."""
+    output: str = "runs"
+    """Folder that holds the runs."""
+    store: str | None = None
+    """Folder or URL of the store to train on."""
+    steps: Positive = 400_000
+    """Optimizer steps."""
+    global_batch: Positive = 256
+    """Samples of one step, over all workers."""
+    seed: int = 0
+    """Seed of initialisation, sample order, noise, timesteps and label drops."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Decay of the averaged weights, from the first step on."""
+    precision: Literal["auto"] | Precision = "auto"
+    """Autocast dtype; 'auto' is bfloat16 on GPUs, float32 on CPUs."""
+    log_every: Positive = 100
+    """Steps between rows of the metrics file; each row is the mean since the last."""
+    wandb: str | None = None
+    """Weights & Biases project to log to as well (needs the extra 'wandb')."""
+    ray_address: str | None = None
+    """Ray cluster to join ('auto' for the one on this node). Default: RAY_ADDRESS, else a private
+    local one."""
+    student: StudentConfig = StudentConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    workers: WorkersConfig = WorkersConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _alignment_fits_student(self) -> RunConfig:
+        depth = self.student.size.depth
+        alignment = self.alignment
+        if alignment.feature_weight and alignment.feature_depth > depth:
+            raise ValueError(
+                f"alignment.feature_depth {alignment.feature_depth} is beyond the student's "
+                f"{depth} blocks"
+            )
+        if alignment.attention_weight and max(alignment.student_layers) >= depth:
+            raise ValueError(
+                f"alignment.student_layers asks for block {max(alignment.student_layers)}; the "
+                f"student has blocks 0 to {depth - 1}"
+            )
+        if self.global_batch < self.workers.count:
+            raise ValueError(
+                f"global_batch {self.global_batch} leaves some of {self.workers.count} workers "
+                "without a sample"
+            )
+        return self

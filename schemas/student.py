@@ -1,0 +1,66 @@
+"""Which diffusion transformer is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, model_validator
+
+from schemas.base import Strict
+
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+"""Depth, width and heads of the published sizes (arXiv 2401.08740, table 1)."""
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class StudentSize(NamedTuple):
+    depth: int
+    width: int
+    heads: int
+    patch_size: int
+
+
+class StudentConfig(Strict):
+    """The student network."""
+
+    model: Annotated[str, Field(pattern=r"^SiT-(S|B|L|XL)/(1|2|4|8)$")] = "SiT-XL/2"
+    """Published size and patch: SiT-S, -B, -L or -XL, then /1, /2, /4 or /8."""
+    latent_size: Positive = 32
+    """Rows and columns of the latent: 32 for 256 px images, 64 for 512 px."""
+    latent_channels: Positive = 4
+    """Channels of the latent."""
+    num_classes: Positive = 1000
+    """Classes of the data set."""
+    depth: Positive | None = None
+    """Blocks, where not those of the published size."""
+    width: Positive | None = None
+    """Width, where not that of the published size."""
+    heads: Positive | None = None
+    """Attention heads, where not those of the published size."""
+
+    @property
+    def size(self) -> StudentSize:
+        """The sizes in force."""
+        name, patch = self.model.removeprefix("SiT-").split("/")
+        depth, width, heads = SIZES[name]
+        return StudentSize(
+            self.depth or depth, self.width or width, self.heads or heads, int(patch)
+        )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.latent_channels, self.latent_size, self.latent_size)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> StudentConfig:
+        size = self.size
+        if size.width % size.heads:
+            raise ValueError(f"width {size.width} is not a multiple of {size.heads} heads")
+        if size.width % 4:
+            raise ValueError(f"width {size.width} is not a multiple of 4")
+        if self.latent_size % size.patch_size:
+            raise ValueError(
+                f"latent_size {self.latent_size} is not a multiple of patch {size.patch_size}"
+            )
+        return self
