@@ -67,7 +67,8 @@ def draw_grid(config: SampleConfig) -> Path:
             )
         )
     path = Path(config.png).expanduser()
-    save_grid(torch.cat(images), path, columns=config.per_class)
+    names = [str(label) for label in config.classes]
+    save_grid(torch.cat(images), path, columns=config.per_class, row_names=names)
     return path
 
 

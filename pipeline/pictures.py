@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 
-def save_grid(images_B3RR: Tensor, path: Path, columns: int, *, gap: int = 2) -> None:
-    """uint8 images row by row on white, small ones enlarged so that a person can see them."""
+def save_grid(
+    images_B3RR: Tensor, path: Path, columns: int, *, row_names: Sequence[str] = (), gap: int = 2
+) -> None:
+    """uint8 images row by row on white, small ones enlarged so that a person can see them;
+    ``row_names`` stand at the left."""
     images = images_B3RR.permute(0, 2, 3, 1).numpy()
     count, height, width, _ = images.shape
     scale = max(1, 96 // height)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width, rows = height * scale, width * scale, -(-count // columns)
-    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, 3)
+    margin = 12 * max((len(name) for name in row_names), default=0)
+    shape = (rows * (height + gap) + gap, margin + columns * (width + gap) + gap, 3)
     canvas = np.full(shape, 255, np.uint8)
     for i, image in enumerate(images):
         top = gap + i // columns * (height + gap)
-        left = gap + i % columns * (width + gap)
+        left = margin + gap + i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas).save(path)
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    for row, name in enumerate(row_names):
+        middle = gap + row * (height + gap) + height // 2
+        draw.text((margin // 2, middle), name, fill="black", anchor="mm", font_size=18)
+    picture.save(path)

@@ -45,12 +45,13 @@ class Supervisor:
         cpus: int,
         gpus: float,
         log: Callable[[str], None],
+        actor_class: type[EncoderActor] = EncoderActor,
     ) -> None:
         self.config = config
         self.cpus = cpus
         self.gpus = gpus
         self.log = log
-        self.remote = ray.remote(EncoderActor).options(
+        self.remote = ray.remote(actor_class).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )
         self.description: Description | None = None

@@ -1,0 +1,32 @@
+# `make demo` and `make test` share one virtual environment at .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint types install lock
+
+demo: .venv/.installed
+	$(BIN)/python jobs/demo.py
+
+test: .venv/.installed lint types
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/.installed
+	$(BIN)/pytest -m slow
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed
+	$(BIN)/mypy
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Resolve anew what pyproject.toml allows: run in a fresh environment, then commit constraints.txt.
+lock:
+	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt

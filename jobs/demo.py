@@ -1,0 +1,120 @@
+"""The whole pipeline on a small data set: images to shards to a student that let its teacher go.
+
+`make demo` runs this. Everything is real but small: scikit-learn's digits, a teacher self-distilled
+on them and an autoencoder trained on them (jobs/pretrain/), Ray actors, Ray Train with 2 workers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+
+from jobs.sample import draw_grid
+from jobs.train_haste import train_run
+from pipeline.cluster import ray_cluster
+from pipeline.extract.job import extract
+from pipeline.inspect.summary import describe, summarise
+from pipeline.report.attention import draw_attention
+from pipeline.report.curves import draw_curves
+from pipeline.sampling import load_student
+from pipeline.store import Store, StreamReader
+from pipeline.train.metrics import METRICS, read_metrics
+from schemas.errors import run_command
+from schemas.extract import PRESETS, ExtractConfig
+from schemas.options import read_yaml, validate
+from schemas.run import RunConfig
+from schemas.sample import SampleConfig
+
+RUN = ROOT / "runs" / "demo"
+
+
+def main(argv: list[str]) -> int:
+    shutil.rmtree(RUN, ignore_errors=True)
+    store_path = RUN / "store"
+    options = {"dataset": "demo", "store": str(store_path), **PRESETS["demo"]}
+    values = read_yaml(ROOT / "jobs" / "configs" / "demo.yaml")
+    values |= {"store": str(store_path), "output": str(RUN.parent)}
+    config = validate(RunConfig, values, where="jobs/configs/demo.yaml")
+    with ray_cluster(None):
+        _say("1/3  the teacher and the autoencoder look at every image once")
+        extraction = extract(validate(ExtractConfig, options, where="the demo's extraction"))
+        _say("2/3  a small SiT trains, aligned at first, then alone")
+        train_run(config)
+    _say("3/3  pictures")
+    trained = json.loads((RUN / "summary.json").read_text())
+    pictures = _draw(config, extraction.store, trained)
+    summary = {
+        "images": extraction.images,
+        "extraction_images_per_second": extraction.images_per_second,
+        **{key: trained[key] for key in ("steps", "termination_step", "steps_per_second")},
+        "bytes_read": trained["bytes_read"],
+        "pictures": [str(picture.relative_to(ROOT)) for picture in pictures],
+    }
+    (RUN / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _report(extraction.store, summary)
+    return 0
+
+
+def _draw(config: RunConfig, store: Store, trained: dict[str, Any]) -> list[Path]:
+    grid, curves, attention = (
+        RUN / name for name in ("samples.png", "losses.png", "attention.png")
+    )
+    draw_grid(
+        SampleConfig.model_validate(
+            {
+                "checkpoint": str(RUN),
+                "classes": tuple(range(10)),
+                "png": str(grid),
+                "batch_size": 80,
+                "sampler": {"steps": 50, "guidance": 2.0},
+            }
+        )
+    )
+    step = trained["termination_step"]
+    draw_curves(read_metrics(RUN / METRICS), curves, termination=step)
+    students = {
+        f"student at step {step}": load_student(RUN / f"checkpoint-{step:09d}")[0],
+        f"student at step {trained['steps']}": load_student(RUN)[0],
+    }
+    draw_attention(store, students, config.alignment, _one_of_each_class(store, 4), attention)
+    return [grid, curves, attention]
+
+
+def _one_of_each_class(store: Store, count: int) -> list[int]:
+    """Rows of shard 0 with the first sample of each of the first ``count`` classes met there."""
+    rows = np.arange(store.record(0).samples)
+    labels = StreamReader(store, "latents").read(np.zeros_like(rows), rows)["label"]
+    return sorted(np.unique(labels, return_index=True)[1].tolist())[:count]
+
+
+def _report(store: Store, summary: dict[str, Any]) -> None:
+    rates = summary["steps_per_second"]
+    lines = ["", describe(store, summarise(store)), ""]
+    lines.append(f"extraction: {summary['extraction_images_per_second']:.0f} images/s")
+    lines.append(
+        f"training: {summary['steps']} steps; {rates['phase1']:.2f} steps/s until the alignment "
+        f"ended at step {summary['termination_step']}, {rates['phase2']:.2f} steps/s after it"
+    )
+    for stream, count in summary["bytes_read"].items():
+        lines.append(
+            f"bytes read of stream {stream}: {count['before']:,} before the termination, "
+            f"{count['after']:,} after it"
+        )
+    lines.append(f"pictures: {', '.join(summary['pictures'])}")
+    print("\n".join(lines))
+
+
+def _say(message: str) -> None:
+    print(f"\n== {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

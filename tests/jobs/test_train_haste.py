@@ -1,0 +1,68 @@
+"""Training through Ray Train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.train_haste import train_run
+from pipeline.train.local import LocalCheckpoints
+from pipeline.train.loop import train
+from pipeline.train.metrics import read_metrics
+from schemas.errors import UserError
+from schemas.run import RunConfig
+
+pytestmark = pytest.mark.usefixtures("two_cpus")
+Make = Callable[..., RunConfig]
+
+
+def test_two_workers_train_what_one_process_trains(
+    run_config: Make,
+    tmp_path: Path,
+) -> None:
+    """A global batch of 5 on 2 workers: slices of 2 and 3 samples, through the termination."""
+    alone = tmp_path / "alone"
+    one = train(run_config(), alone, LocalCheckpoints(alone, keep=1).save)
+    folder = train_run(run_config(workers={"count": 2, "cpus_per_worker": 0.5}))
+    two = json.loads((folder / "summary.json").read_text())
+    assert two["termination_step"] == one["termination_step"] == 3
+    assert two["bytes_read"]["maps"]["after"] == 0
+    assert two["bytes_read"]["latents"]["after"] > 0
+    names = ("step", "phase", "denoising", "feature", "attention", "grad_norm")
+    rows = [
+        [[row[n] for n in names if n in row] for row in read_metrics(path / "metrics.jsonl")]
+        for path in (alone, folder)
+    ]
+    assert len(rows[0]) == len(rows[1]) == 7
+    for expected, got in zip(*rows, strict=True):
+        assert got == pytest.approx(expected, rel=2e-5)
+
+    # the same name again: nothing is left to do; more steps: it goes on where it stopped
+    assert train_run(run_config(workers={"count": 2, "cpus_per_worker": 0.5})) == folder
+    assert len(read_metrics(folder / "metrics.jsonl")) == 7
+    train_run(run_config(steps=8))
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")][-3:] == [6, 7, 8]
+    with pytest.raises(UserError, match=r"4 for student.depth, the config says 3"):
+        train_run(run_config(student={"depth": 3}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"store": None}, "--store is missing"),
+        ({"store": "/no/store"}, "--store '/no/store' holds no store: manifest.json is missing"),
+        ({"workers": {"gpus_per_worker": 1}}, "asks for 1 x 1 GPU; the Ray cluster has 0 GPUs"),
+        ({"workers": {"count": 3}}, "--workers.count asks for 3 x 1 CPU"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    run_config: Make,
+    overrides: dict[str, object],
+    complaint: str,
+) -> None:
+    with pytest.raises(UserError, match=complaint) as error:
+        train_run(run_config(**overrides))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,176 @@
+"""Extraction through Ray: progress, idempotence, deaths and errors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.datasets import list_images
+from pipeline.extract.job import extract
+from pipeline.extract.plan import ShardTask, make_manifest, make_tasks
+from pipeline.extract.supervisor import EncoderActor, ShardResult, Supervisor
+from pipeline.store import Store
+from schemas.errors import UserError
+from schemas.extract import PRESETS, ExtractConfig
+from schemas.options import merge
+from schemas.store import Stream
+
+pytestmark = pytest.mark.usefixtures("two_cpus")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two classes of six flat pictures."""
+    folder = tmp_path / "images"
+    for number in range(12):
+        path = folder / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 48), (20 * number, 90, 255 - 20 * number)).save(path)
+    return folder
+
+
+def demo_like(source: Path, store: Path, **overrides: object) -> ExtractConfig:
+    """The demo's small networks on a folder of pictures."""
+    values = {
+        "dataset": "folder",
+        "source": str(source),
+        "store": str(store),
+        "shard_size": 3,
+        "batch_size": 2,
+    }
+    return ExtractConfig.model_validate(merge({**PRESETS["demo"], **values}, overrides))
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+
+
+def test_actors_that_take_every_cpu_make_progress_and_the_result_is_the_same(
+    images: Path, tmp_path: Path
+) -> None:
+    two = extract(demo_like(images, tmp_path / "two", actors=2))
+    assert two.images == 12
+    assert sum(two.store.index().samples_per_shard) == 12
+    one = extract(demo_like(images, tmp_path / "one", actors=1))
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert one.images_per_second > 0
+
+    again = extract(demo_like(images, tmp_path / "two", actors=2))
+    assert again.images == 0
+
+    lost = tmp_path / "two" / "commits" / "shard-000002.json"
+    lost.unlink()
+    assert extract(demo_like(images, tmp_path / "two")).images == 3
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+    with pytest.raises(UserError, match=r"made with resolution 32, this extraction has 48"):
+        extract(demo_like(images, tmp_path / "two", resolution=48))
+    with pytest.raises(UserError, match=r"made with teacher.weights_sha256"):
+        extract(demo_like(images, tmp_path / "two", teacher={"weights": "random"}))
+    Image.new("RGB", (9, 9)).save(images / "class0" / "new.png")
+    with pytest.raises(UserError, match=r"made with the images"):
+        extract(demo_like(images, tmp_path / "two"))
+
+
+class DiesOnce(EncoderActor):
+    """Exits in the middle of shard 1, the first time that anyone works on it."""
+
+    def encode(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
+        marker = Path(url).parent / "died"
+        if task.shard == 1 and not marker.exists():
+            marker.touch()
+            os._exit(1)
+        return super().encode(url, streams, task)
+
+
+class AlwaysDies(EncoderActor):
+    """Shard 1 kills whoever touches it."""
+
+    def encode(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
+        if task.shard == 1:
+            os._exit(1)
+        return super().encode(url, streams, task)
+
+
+def supervise(
+    config: ExtractConfig, actor_class: type[EncoderActor], log: list[str]
+) -> list[ShardResult]:
+    supervisor = Supervisor(
+        config, actors=2, cpus=1, gpus=0, log=log.append, actor_class=actor_class
+    )
+    try:
+        description = supervisor.describe()
+        listing = list_images(config)
+        manifest = make_manifest(
+            config, listing, description.teacher, description.autoencoder, description.compute
+        )
+        assert config.store is not None
+        store = Store.create(config.store, manifest)
+        tasks = make_tasks(listing, config.shard_size)
+        results = list(supervisor.encode(store.url, manifest.streams, tasks))
+        store.finish()
+        return results
+    finally:
+        supervisor.close()
+
+
+def test_a_dead_actors_shard_is_made_by_another(images: Path, tmp_path: Path) -> None:
+    log: list[str] = []
+    (tmp_path / "a").mkdir()
+    results = supervise(demo_like(images, tmp_path / "a" / "store"), DiesOnce, log)
+    assert sorted(result.shard for result in results) == [0, 1, 2, 3]
+    assert any("shard 1 goes back to the queue" in line for line in log)
+    extract(demo_like(images, tmp_path / "undisturbed"))
+    assert files_of(tmp_path / "a" / "store") == files_of(tmp_path / "undisturbed")
+
+
+def test_a_shard_that_kills_every_actor_is_named(images: Path, tmp_path: Path) -> None:
+    log: list[str] = []
+    config = demo_like(images, tmp_path / "store", max_attempts=2)
+    with pytest.raises(UserError, match=r"shard 1 \(first image 'class\d/\d+\.png'\) failed 2"):
+        supervise(config, AlwaysDies, log)
+
+
+def test_bad_images_stop_the_job_or_are_skipped(images: Path, tmp_path: Path) -> None:
+    (images / "class1" / "03.png").write_bytes(b"no picture")
+    whole = (images / "class0" / "04.png").read_bytes()
+    (images / "class0" / "04.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"bad image class\d/0\d\.png"):
+        extract(demo_like(images, tmp_path / "store"))
+    skipping = demo_like(images, tmp_path / "store", on_bad_image="skip")
+    extract(skipping)
+    store = Store.open(str(tmp_path / "store"))
+    assert sum(store.index().samples_per_shard) == 10
+    assert {s.path for s in store.manifest.skipped} == {"class1/03.png", "class0/04.png"}
+    assert extract(skipping).images == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"source": None}, "--source is missing"),
+        ({"store": None}, "--store is missing"),
+        ({"source": "/nowhere/at/all"}, r"--source '/nowhere/at/all'.*no images"),
+        ({"store": "nosuchprotocol://x/y"}, "--store 'nosuchprotocol://x/y'"),
+        ({"gpus_per_actor": 1}, r"asks for 1 x 1 GPU; the Ray cluster has 0 GPUs"),
+        ({"actors": 3}, r"--actors asks for 3 x 1 CPU; the Ray cluster has 2 CPUs"),
+        ({"layers": (4, 9)}, r"--layers asks for layer 9; teacher .* has 6 layers"),
+        ({"teacher": {"weights": "/no/such.pth"}}, "'/no/such.pth': cannot read these weights"),
+        ({"autoencoder": "/no/such/folder"}, "--autoencoder '/no/such/folder'"),
+        ({"teacher": {"model": "resnet18", "weights": "random"}}, "--teacher.model 'resnet18'"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    images: Path, tmp_path: Path, overrides: dict[str, object], complaint: str
+) -> None:
+    values = demo_like(images, tmp_path / "store").model_dump()
+    if "model" in overrides.get("teacher", {}):  # type: ignore[operator]
+        values["teacher"]["model_args"] = {}
+    config = ExtractConfig.model_validate(merge(values, overrides))
+    with pytest.raises(UserError, match=complaint) as error:
+        extract(config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "store").exists()

@@ -1,0 +1,187 @@
+"""Whole runs in one plain process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import load_file
+
+from pipeline.store import Store
+from pipeline.train.local import LocalCheckpoints, newest_checkpoint
+from pipeline.train.loop import check_store, train
+from pipeline.train.metrics import read_metrics
+from schemas.errors import UserError
+from schemas.run import RunConfig
+
+Make = Callable[..., RunConfig]
+
+
+def run(config: RunConfig, folder: Path, resume: Path | None = None) -> dict[str, Any]:
+    checkpoints = LocalCheckpoints(folder, keep=config.checkpoint.keep)
+    return train(config, folder, checkpoints.save, resume=resume)
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """Rows without what depends on the clock or on storage."""
+    names = ("step", "phase", "denoising", "feature", "attention", "grad_norm")
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{n: row[n] for n in names if n in row} for row in rows if "event" not in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    return {
+        f"{name}.{key}": tensor
+        for name in ("model", "ema", "projector", "projector_ema")
+        if (newest / f"{name}.safetensors").exists()
+        for key, tensor in load_file(newest / f"{name}.safetensors").items()
+    }
+
+
+def test_phases_and_summary(run_config: Make, tmp_path: Path) -> None:
+    summary = run(run_config(), tmp_path / "a")
+    rows = losses(tmp_path / "a")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["phase"] for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert all(("feature" in row) == (row["phase"] == 1) for row in rows)
+    assert summary["steps"] == 6
+    assert summary["termination_step"] == 3
+    assert summary["bytes_read"]["maps"]["before"] > 0
+    assert summary["bytes_read"]["maps"]["after"] == 0
+    assert summary["bytes_read"]["latents"]["after"] > 0
+    assert json.loads((tmp_path / "a" / "summary.json").read_text()) == summary
+
+
+def test_no_teacher_file_is_opened_after_the_termination(
+    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[str, int]] = []
+    taken = 0
+    plain = LocalFileSystem.cat_file
+
+    def counting(self: Any, path: str, *args: Any, **kwargs: Any) -> bytes:
+        opened.append((path, taken))
+        return plain(self, path, *args, **kwargs)
+
+    from pipeline.train.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def stepping(self: Trainer, batch: Any) -> torch.Tensor:
+        nonlocal taken
+        taken = batch.step + 1
+        return step(self, batch)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", counting)
+    monkeypatch.setattr(Trainer, "train_step", stepping)
+    # prefetch far enough that the reader would run into Phase II with teacher bytes
+    run(run_config(steps=8, data={"window": 1, "prefetch": 4}), tmp_path / "a")
+    teacher = [when for path, when in opened if "/maps/" in path]
+    latents = [when for path, when in opened if "/latents/" in path]
+    assert teacher
+    assert max(teacher) < 3
+    assert max(latents) > 3
+
+
+def test_vanilla_run_never_opens_the_teacher(run_config: Make, tmp_path: Path) -> None:
+    off = {"feature_weight": 0, "attention_weight": 0, "termination": None}
+    summary = run(run_config(alignment=off), tmp_path / "a")
+    assert summary["bytes_read"]["maps"] == {"before": 0, "after": 0}
+    assert summary["termination_step"] is None
+    assert not any(name.startswith("projector") for name in weights(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("killed_at", [2, 3, 5])
+def test_resumed_run_is_bit_identical(run_config: Make, tmp_path: Path, killed_at: int) -> None:
+    """Killed in Phase I, at the termination and in Phase II."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(run_config(), whole)
+
+    class KilledError(Exception):
+        pass
+
+    every = run_config(checkpoint={"every": killed_at})
+    checkpoints = LocalCheckpoints(parts, keep=3)
+
+    def save_then_die(step: int, write: Callable[[Path], None]) -> None:
+        checkpoints.save(step, write)
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        train(every, parts, save_then_die)
+    assert newest_checkpoint(parts) == parts / f"checkpoint-{killed_at:09d}"
+    summary = run(every, parts, resume=newest_checkpoint(parts))
+    assert losses(parts) == losses(whole)
+    assert summary["termination_step"] == 3
+    expected, got = weights(whole), weights(parts)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        if name.startswith("projector_ema"):  # brought up to date in two leaps instead of one
+            torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.equal(got[name], tensor), name
+
+
+def test_projectors_stay_in_the_checkpoint_frozen(run_config: Make, tmp_path: Path) -> None:
+    run(run_config(checkpoint={"every": 3}), tmp_path / "a")
+    at_end = weights(tmp_path / "a")
+    earlier = tmp_path / "a" / "checkpoint-000000003"
+    for key, tensor in load_file(earlier / "projector.safetensors").items():
+        assert torch.equal(tensor, at_end[f"projector.{key}"])
+    optimizer = torch.load(
+        tmp_path / "a" / "checkpoint-000000006" / "optimizer.pt", weights_only=True
+    )
+    assert len(optimizer["param_groups"]) == 1
+
+
+def test_checkpoint_of_another_model_is_refused(run_config: Make, tmp_path: Path) -> None:
+    run(run_config(), tmp_path / "a")
+    with pytest.raises(UserError, match=r"another model.*4 for student\.depth.*says 5") as error:
+        run(run_config(student={"depth": 5}), tmp_path / "a", newest_checkpoint(tmp_path / "a"))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_checkpoint_is_named(run_config: Make, tmp_path: Path) -> None:
+    run(run_config(), tmp_path / "a")
+    newest = newest_checkpoint(tmp_path / "a")
+    assert newest is not None
+    whole = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"damaged: model\.safetensors"):
+        run(run_config(), tmp_path / "a", newest)
+
+
+def test_only_the_newest_checkpoints_stay(run_config: Make, tmp_path: Path) -> None:
+    run(run_config(checkpoint={"every": 1, "keep": 2}), tmp_path / "a")
+    names = sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*"))
+    assert names == ["checkpoint-000000005", "checkpoint-000000006"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"student": {"latent_size": 16}}, r"holds latents 4x8x8 of 64 px.*expects 4x16x16"),
+        ({"student": {"num_classes": 3}}, r"5 classes, student.num_classes is 3"),
+        ({"alignment": {"teacher_layers": [0, 1]}}, r"teacher layer 0; the store holds 1, 2, 3"),
+    ],
+)
+def test_a_store_that_does_not_fit_is_refused(
+    run_config: Make, random_store: Store, overrides: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint) as error:
+        check_store(run_config(**overrides), random_store.manifest)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_beyond_the_checkpoint_are_dropped_on_resume(run_config: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    run(run_config(steps=4, checkpoint={"every": 2}), folder)
+    run(run_config(checkpoint={"every": 2}), folder, folder / "checkpoint-000000002")
+    assert [row["step"] for row in losses(folder)] == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,54 @@
+"""The parts of the training core."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.train.draws import draw
+from pipeline.train.ema import Ema
+
+
+def test_draws_depend_on_position_alone() -> None:
+    together = draw(7, np.arange(10, 20), (2, 3, 3), 0.5)
+    alone = draw(7, np.array([13]), (2, 3, 3), 0.5)
+    for all_values, value in zip(together, alone, strict=True):
+        assert torch.equal(all_values[3:4], value)
+    other = draw(8, np.array([13]), (2, 3, 3), 0.5)
+    assert not torch.equal(other.noise, alone.noise)
+
+
+def test_draws_have_the_right_distributions() -> None:
+    draws = draw(0, np.arange(4000), (2, 4, 4), 0.1)
+    assert draws.t.min() >= 0
+    assert draws.t.max() < 1
+    assert draws.t.mean() == pytest.approx(0.5, abs=0.02)
+    assert draws.drop_label.float().mean() == pytest.approx(0.1, abs=0.02)
+    for normal in (draws.noise, draws.posterior):
+        assert normal.mean() == pytest.approx(0, abs=0.01)
+        assert normal.std() == pytest.approx(1, abs=0.01)
+    correlation = (draws.noise * draws.posterior).mean()
+    assert correlation == pytest.approx(0, abs=0.01)
+
+
+def test_ema_follows_its_recurrence() -> None:
+    module = nn.Linear(3, 2)
+    ema = Ema(module, 0.9)
+    expected = module.weight.detach().clone()
+    for _ in range(4):
+        nn.init.normal_(module.weight)
+        ema.update(module)
+        expected = 0.9 * expected + 0.1 * module.weight.detach()
+    torch.testing.assert_close(ema.module.weight, expected)
+
+
+def test_ema_catches_up_in_closed_form() -> None:
+    module = nn.Linear(3, 2)
+    ema = Ema(module, 0.9)
+    nn.init.normal_(module.weight)
+    leaped = ema.caught_up(module, 5)
+    for _ in range(5):
+        ema.update(module)
+    torch.testing.assert_close(leaped["weight"], ema.module.state_dict()["weight"])

@@ -1,0 +1,148 @@
+"""Small stores of random numbers for tests that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.store import ShardWriter, Store
+from schemas.store import Manifest
+
+GRID, HEADS, WIDTH, LAYERS = 4, 3, 12, (1, 2, 3)
+LATENT = (4, 8, 8)
+
+
+def random_manifest(samples: int, shard_size: int) -> Manifest:
+    """A `maps` store for a student with 4 x 4 tokens (latent 8, patch 2), 5 classes."""
+    tokens = GRID * GRID
+    return Manifest.model_validate(
+        {
+            "format": "webdataset",
+            "cut": "maps",
+            "resolution": 64,
+            "shard_size": shard_size,
+            "num_shards": -(-samples // shard_size),
+            "dataset": {
+                "name": "folder",
+                "source": None,
+                "samples": samples,
+                "num_classes": 5,
+                "fingerprint": "0" * 64,
+                "order_seed": 0,
+            },
+            "teacher": {
+                "model": "none",
+                "model_args": {},
+                "weights": "random",
+                "seed": 0,
+                "weights_sha256": "1" * 64,
+                "image_size": 64,
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.5, 0.5, 0.5),
+                "depth": 4,
+                "width": WIDTH,
+                "heads": HEADS,
+                "grid": (GRID, GRID),
+                "layers": LAYERS,
+            },
+            "autoencoder": {
+                "name": "none",
+                "kind": "AutoencoderKL",
+                "weights_sha256": "2" * 64,
+                "scaling_factor": 0.5,
+                "shift_factor": 0.0,
+                "latent_shape": LATENT,
+            },
+            "compute": {
+                "device": "cpu",
+                "precision": "float32",
+                "batch_size": 4,
+                "threads": 1,
+                "versions": {},
+            },
+            "streams": {
+                "latents": {
+                    "kind": "latents",
+                    "columns": {
+                        "mean": {"shape": LATENT, "codec": "float16"},
+                        "std": {"shape": LATENT, "codec": "float16"},
+                        "label": {"shape": (), "codec": "int64"},
+                    },
+                },
+                "maps": {
+                    "kind": "teacher",
+                    "columns": {
+                        "features": {"shape": (tokens, WIDTH), "codec": "float16"},
+                        "class_token": {"shape": (WIDTH,), "codec": "float16"},
+                        "attention": {
+                            "shape": (len(LAYERS), HEADS, tokens, tokens),
+                            "codec": "float16",
+                        },
+                    },
+                },
+            },
+        }
+    )
+
+
+def make_random_store(folder: Path, samples: int = 22, shard_size: int = 6) -> Store:
+    """Complete, seeded; the last shard is shorter than the others."""
+    manifest = random_manifest(samples, shard_size)
+    store = Store.create(str(folder), manifest)
+    rng = np.random.default_rng(0)
+    for shard in range(manifest.num_shards):
+        first = shard * shard_size
+        with ShardWriter(store.url, manifest.streams, shard) as writer:
+            for number in range(first, min(first + shard_size, samples)):
+                writer.add(f"sample-{number}", _random_sample(rng, number, manifest))
+            writer.commit()
+    store.finish()
+    return store
+
+
+def _random_sample(
+    rng: np.random.Generator, number: int, manifest: Manifest
+) -> dict[str, dict[str, np.ndarray | int]]:
+    shapes = {name: column.shape for name, column in manifest.streams["maps"].columns.items()}
+    weights = np.exp(rng.standard_normal(shapes["attention"]))
+    return {
+        "latents": {
+            "mean": rng.standard_normal(LATENT),
+            "std": np.abs(rng.standard_normal(LATENT)) * 0.1,
+            "label": number % 5,
+        },
+        "maps": {
+            "features": rng.standard_normal(shapes["features"]),
+            "class_token": rng.standard_normal(shapes["class_token"]),
+            "attention": weights / weights.sum(-1, keepdims=True),
+        },
+    }
+
+
+def tiny_run() -> dict[str, object]:
+    """A HASTE run of six steps that such a store can train: three aligned, three not."""
+    return {
+        "name": "tiny",
+        "steps": 6,
+        "global_batch": 5,
+        "ema_decay": 0.9,
+        "log_every": 1,
+        "student": {
+            "model": "SiT-S/2",
+            "depth": 4,
+            "width": 24,
+            "heads": 4,
+            "latent_size": 8,
+            "num_classes": 5,
+        },
+        "alignment": {
+            "feature_depth": 3,
+            "student_layers": [1, 2],
+            "teacher_layers": [3, 1],
+            "projector_width": 16,
+            "termination": {"kind": "fixed", "step": 3},
+        },
+        "optimizer": {"learning_rate": 1e-2},
+        "data": {"window": 2},
+    }
