@@ -47,9 +47,8 @@ def main(argv: list[str]) -> int:
         _say("1/3  the teacher and the autoencoder look at every image once")
         extraction = extract(validate(ExtractConfig, options, where="the demo's extraction"))
         _say("2/3  a small SiT trains, aligned at first, then alone")
-        train_run(config)
+        trained = train_run(config)
     _say("3/3  pictures")
-    trained = json.loads((RUN / "summary.json").read_text())
     pictures = _draw(config, extraction.store, trained)
     summary = {
         "images": extraction.images,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,9 +18,10 @@ from pipeline.cluster import ray_cluster
 from pipeline.files import absolute_url
 from pipeline.store import Store
 from pipeline.train.checkpoint import check_same_run, read_state
+from pipeline.train.folder import RunFolder
 from pipeline.train.local import newest_checkpoint
 from pipeline.train.loop import check_store
-from pipeline.train.ray import fit, run_folder
+from pipeline.train.ray import fit
 from schemas.errors import UserError, run_command
 from schemas.options import parse_options
 from schemas.run import RunConfig
@@ -32,31 +34,30 @@ def main(argv: list[str]) -> int:
         command="python jobs/train_haste.py",
         about="Train a diffusion transformer with HASTE on a store that pipeline.extract made.",
     )
-    folder = train_run(config)
-    summary = json.loads((folder / "summary.json").read_text())
-    print(json.dumps(summary, indent=1))
+    print(json.dumps(train_run(config), indent=1))
     return 0
 
 
-def train_run(config: RunConfig) -> Path:
-    """Check what can be checked without workers, then train. Returns the run's folder."""
+def train_run(config: RunConfig) -> dict[str, Any]:
+    """Check what can be checked without workers, then train. Returns the run's summary."""
     if config.store is None:
         raise UserError("--store is missing: the folder or URL of the store to train on")
     config = config.model_copy(update={"store": absolute_url(config.store)})
     store = Store.open(config.store)
     check_store(config, store.manifest)
     store.index()
-    folder = run_folder(config)
-    newest = newest_checkpoint(folder)
+    run = RunFolder(config)
+    remote = "://" in config.output  # then only the workers look for its checkpoints
+    newest = None if remote else newest_checkpoint(run.path)
     if newest is not None:
         state = read_state(newest)
         check_same_run(state, config, newest)
         if state.step >= config.steps:
             print(f"run '{config.name}' already has its {state.step} steps", file=sys.stderr)
-            return folder
+            return run.summary()
     with ray_cluster(config.ray_address):
         fit(config)
-    return folder
+    return run.summary()
 
 
 if __name__ == "__main__":

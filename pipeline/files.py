@@ -33,8 +33,8 @@ def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
 
 def without_credentials(url: str) -> str:
     """``s3://user:secret@bucket/x?token=y`` without what must not be written down."""
-    url = re.sub(r"(?<=://)[^/@]*@", "", url)
-    return re.sub(r"\?.*$", "", url) if "://" in url else url
+    url = re.sub(r"(?<=://)[^/\s]*@", "", url)
+    return re.sub(r"\?\S*", "", url) if "://" in url else url
 
 
 def absolute_url(url: str) -> str:

@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     SAMPLE_ORDER = 2
     TRAINING = 3
     SAMPLING = 4
+    PROBE = 5
 
 
 def generator(purpose: Purpose, seed: int, *index: int) -> np.random.Generator:

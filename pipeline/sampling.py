@@ -11,13 +11,14 @@ from torch import Tensor
 
 from pipeline.autoencoders import Autoencoder
 from pipeline.diffusion.samplers import sample
-from pipeline.models import SiT
+from pipeline.models import SiT, make_student
 from pipeline.randomness import Purpose, generator
 from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
 from pipeline.train.local import newest_checkpoint
 from schemas.diffusion import Path as DiffusionPath
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
+from schemas.student import StudentConfig
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:
@@ -26,9 +27,19 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointSta
     if newest is None:
         raise UserError(f"--checkpoint '{folder}' holds no checkpoint")
     state = read_state(newest)
-    student = SiT(state.config.student)
+    student = make_student(state.config.student)
     load_weights(newest, weights, student)
     return student.requires_grad_(False).eval(), state
+
+
+def check_sampler(student: StudentConfig, sampler: SamplerConfig) -> None:
+    """Raises ``UserError`` where this method does not draw from this student."""
+    if (sampler.method == "ddpm") != (student.family == "DiT"):
+        needed = "ddpm" if student.family == "DiT" else "sde, ode or ode_heun"
+        raise UserError(
+            f"sampler method {sampler.method} cannot draw from {student.model}: set "
+            f"--sampler.method {needed}"
+        )
 
 
 def draw_images(
@@ -42,6 +53,7 @@ def draw_images(
 ) -> Tensor:
     """uint8 (B, 3, R, R) on the CPU. Image i depends on the seed, ``first_index + i`` and its
     label alone, so that any split into batches or workers draws the same images."""
+    check_sampler(student.config, config)
     device = next(student.parameters()).device
     shape = student.config.latent_shape
 
@@ -56,7 +68,7 @@ def draw_images(
         return torch.from_numpy(np.stack(numbers)).to(device)
 
     latents = sample(
-        lambda x, t, y: student(x, t, y).velocity,
+        lambda x, t, y: student(x, t, y).prediction,
         normals(0),
         torch.tensor(labels, device=device),
         config,

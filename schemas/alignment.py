@@ -11,15 +11,56 @@ from schemas.fields import Layers
 
 
 class FixedStep(Strict):
-    """Terminate before a given step."""
+    """Terminate before a given step (the paper's trigger, section 2.4)."""
 
     kind: Literal["fixed"] = "fixed"
-    """The trigger."""
+    """The trigger: 'fixed', 'gradient_cosine' or 'residual_plateau'."""
+    dry: bool = False
+    """Only log when the trigger would have terminated."""
     step: Annotated[int, Field(ge=0)]
-    """The first step without alignment."""
+    """fixed: the first step without alignment."""
 
 
-TerminationConfig = FixedStep
+class GradientCosine(Strict):
+    """Terminate when the alignment's gradient opposes the denoising gradient (appendix A.2)."""
+
+    kind: Literal["gradient_cosine"]
+    """The trigger."""
+    dry: bool = False
+    """Only log when the trigger would have terminated."""
+    start: Annotated[int, Field(ge=0)] = 50_000
+    """First step at which the trigger looks."""
+    every: Annotated[int, Field(ge=1)] = 10_000
+    """Steps between two looks."""
+    samples: Annotated[int, Field(ge=1)] = 2048
+    """gradient_cosine: samples of one look."""
+    times: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.02, 0.1, 0.5, 0.8)
+    """gradient_cosine: noise times; the mean of their cosines decides."""
+    threshold: Annotated[float, Field(ge=-1, le=1)] = -0.05
+    """gradient_cosine: terminate when the mean cosine is below this."""
+
+
+class ResidualPlateau(Strict):
+    """Terminate when the alignment residual has stopped falling: its fast and slow moving averages
+    agree."""
+
+    kind: Literal["residual_plateau"]
+    """The trigger."""
+    dry: bool = False
+    """Only log when the trigger would have terminated."""
+    start: Annotated[int, Field(ge=0)] = 50_000
+    """First step at which the trigger looks."""
+    every: Annotated[int, Field(ge=1)] = 100
+    """Steps between two looks; the averages take in every step."""
+    fast: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """residual_plateau: decay of the fast average."""
+    slow: Annotated[float, Field(gt=0, lt=1)] = 0.99995
+    """residual_plateau: decay of the slow average."""
+    tolerance: Annotated[float, Field(gt=0)] = 0.02
+    """residual_plateau: relative difference at which the averages agree."""
+
+
+TerminationConfig = FixedStep | GradientCosine | ResidualPlateau
 
 
 class AlignmentConfig(Strict):
@@ -37,7 +78,7 @@ class AlignmentConfig(Strict):
     """The teacher layer that each of them follows, 0-based."""
     projector_width: Annotated[int, Field(ge=1)] = 2048
     """Hidden width of the projector."""
-    termination: TerminationConfig | None = None
+    termination: Annotated[TerminationConfig, Field(discriminator="kind")] | None = None
     """When the alignment ends; none keeps it to the end."""
 
     @property
@@ -54,6 +95,8 @@ class AlignmentConfig(Strict):
             )
         if self.attention_weight and not self.student_layers:
             raise ValueError("the attention loss needs student_layers and teacher_layers")
+        if self.termination is not None and not self.active:
+            raise ValueError("a run without alignment has nothing to terminate: termination none")
         if list(self.student_layers) != sorted(set(self.student_layers)):
             raise ValueError("name each of student_layers once, lowest first")
         return self

@@ -10,17 +10,19 @@ from schemas.base import Strict
 from schemas.fields import Layers
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Cut = Literal["maps", "image"]
 
 
 class TeacherConfig(Strict):
     """The frozen vision transformer."""
 
     model: str = "vit_base_patch14_dinov2.lvd142m"
-    """Any timm vision transformer id."""
+    """Any timm id of a vision transformer: DINOv2, DINOv3, CLIP, MAE, SigLIP, ... (OpenAI's CLIP
+    was trained with another activation: take its quickgelu variants.)"""
     weights: str = "hub"
-    """'hub' (timm's own download), a path to an official DINOv2 .pth or a safetensors file, 'demo'
-    (ships with the project), or 'random' (seeded, with layer scales and logits of a trained
-    model's size; for tests)."""
+    """'hub' (timm's own download), a path to a .pth, .pt or .safetensors file in the authors' key
+    format or timm's, 'demo' (ships with the project), or 'random' (seeded, with layer scales and
+    logits of a trained model's size; for tests)."""
     seed: int = 0
     """Seed of weights 'random'."""
     image_size: int | None = None
@@ -50,9 +52,9 @@ class ExtractConfig(Strict):
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
     """Hub id or folder of a diffusers AutoencoderKL or AutoencoderTiny, or 'demo' (ships with the
     project)."""
-    cut: Literal["maps"] = "maps"
+    cut: Cut = "maps"
     """Where the teacher's forward pass is frozen: 'maps' keeps attention probabilities and
-    features."""
+    features; 'image' keeps the crop, and training runs the whole teacher (the online baseline)."""
     layers: Layers = (7, 8, 9, 10, 11)
     """Teacher layers whose attention is kept, 0-based. 7-11 serves every layer map of the paper."""
     codec: Literal["float16", "float32"] = "float16"

@@ -8,6 +8,7 @@ suggests the nearest one that it has.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import types
 import typing
@@ -45,18 +46,21 @@ def parse_options(
         print(help_text(model, command=command + argument, about=about))
         sys.exit(0)
     leaves = dict(leaf_fields(model))
-    overrides: dict[str, Any] = {}
+    tables = set(_optional_tables(model))
+    overrides: list[tuple[str, Any]] = []  # one table may get several entries
     files: list[str] = []
-    for name, value in _split_arguments(argv, leaves, positional):
+    for name, value in _split_arguments(argv, leaves, tables, positional):
         if name == "config":
             files.append(str(value))
         else:
-            overrides[name] = value
+            overrides.append((name, value))
 
     given: dict[str, Any] = {}
     for file in files:
-        given = merge(given, read_yaml(file))
-    for name, value in overrides.items():
+        values = read_yaml(file)
+        _check_keys(model, values, where=file)
+        given = merge(given, values)
+    for name, value in overrides:
         given = merge(given, _nest(name, value))
     if presets:
         given = merge(presets.get(str(given.get(preset_key)), {}), given)
@@ -103,7 +107,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            merged[key] = merge(old, value)
+            # another kind of a thing has other options: it starts afresh
+            same = value.get("kind", old.get("kind")) == old.get("kind")
+            merged[key] = merge(old, value) if same else dict(value)
         else:
             merged[key] = value
     return merged
@@ -112,11 +118,20 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every option of ``model`` by dotted name, nested models opened."""
     for name, field in _fields_by_key(model).items():
-        inner = _inner_model(field.annotation)
-        if inner is not None:
-            yield from leaf_fields(inner, f"{prefix}{name}.")
-        else:
+        inner = _inner_models(field.annotation)
+        for one in inner:
+            yield from leaf_fields(one, f"{prefix}{name}.")
+        if not inner:
             yield f"{prefix}{name}", field
+
+
+def _optional_tables(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of nested models that may be switched off with ``--name none``."""
+    for name, field in _fields_by_key(model).items():
+        for inner in _inner_models(field.annotation):
+            if _accepts(field.annotation, type(None)):
+                yield f"{prefix}{name}"
+            yield from _optional_tables(inner, f"{prefix}{name}.")
 
 
 def help_text(model: type[BaseModel], *, command: str, about: str) -> str:
@@ -148,7 +163,7 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 def _split_arguments(
-    argv: list[str], leaves: dict[str, FieldInfo], positional: str | None
+    argv: list[str], leaves: dict[str, FieldInfo], tables: set[str], positional: str | None
 ) -> Iterator[tuple[str, Any]]:
     rest = list(argv)
     while rest:
@@ -163,7 +178,7 @@ def _split_arguments(
         name = option.replace("-", "_")
         table, _, entry = name.rpartition(".")
         in_table = table in leaves and _is_mapping(leaves[table].annotation)
-        if name != "config" and name not in leaves and not in_table:
+        if name != "config" and name not in leaves and name not in tables and not in_table:
             options = [leaf.replace("_", "-") for leaf in [*leaves, "config"]]
             hint = suggest(option.replace("_", "-"), options).replace("'", "'--", 1)
             raise UserError(f"unknown option --{option}{hint}; --help lists them all")
@@ -171,12 +186,18 @@ def _split_arguments(
             flag = name in leaves and leaves[name].annotation is bool
             if flag and (not rest or rest[0].lower() not in {"true", "false"}):
                 value = "true"
-            elif not rest:
+            elif not rest or rest[0].startswith("--"):
                 raise UserError(f"option --{option} needs a value")
             else:
                 value = rest.pop(0)
         if name == "config":
             yield name, value
+        elif name in tables:
+            if value.lower() not in {"null", "none"}:
+                raise UserError(
+                    f"option --{option} takes 'none', or set its parts: --{option}.NAME"
+                )
+            yield name, None
         elif in_table:
             yield table, {entry: _parse_scalar(value)}
         else:
@@ -192,11 +213,10 @@ def _parse_value(text: str, annotation: Any) -> Any:
     if _accepts(annotation, str):
         return text
     if any(_accepts(annotation, kind) for kind in (tuple, list)):
-        if text.startswith("["):
-            return yaml.safe_load(text)
-        return text if "-" in text[1:] else [_parse_scalar(p) for p in text.split(",") if p]
-    if _is_mapping(annotation) or isinstance(_inner_model(annotation), type):
-        return yaml.safe_load(text)
+        if re.search(r"\d\s*-\s*\d", text):  # a range such as 7-11, for the model to read
+            return text
+        if not text.startswith("["):
+            return [_parse_scalar(part) for part in text.split(",") if part]
     return _parse_scalar(text)
 
 
@@ -226,9 +246,9 @@ def _check_keys(
     for key, value in values.items():
         if key not in fields:
             raise UserError(f"{where}: unknown key '{at}{key}'{suggest(str(key), list(fields))}")
-        inner = _inner_model(fields[key].annotation)
-        if inner is not None and isinstance(value, Mapping):
-            _check_keys(inner, value, where=where, at=f"{at}{key}.")
+        inner = _inner_models(fields[key].annotation)
+        if len(inner) == 1 and isinstance(value, Mapping):
+            _check_keys(inner[0], value, where=where, at=f"{at}{key}.")
 
 
 def _fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -237,16 +257,17 @@ def _fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
 
 def _members(annotation: Any) -> tuple[Any, ...]:
     origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _members(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
+        parts = (_members(member) for member in typing.get_args(annotation))
+        return tuple(member for part in parts for member in part)
     return (annotation,)
 
 
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    for member in _members(annotation):
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            return member
-    return None
+def _inner_models(annotation: Any) -> list[type[BaseModel]]:
+    members = _members(annotation)
+    return [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
 
 
 def _accepts(annotation: Any, kind: type) -> bool:
@@ -265,10 +286,9 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def _choices(annotation: Any) -> str:
-    for member in _members(annotation):
-        if typing.get_origin(member) is typing.Literal:
-            return " {" + ",".join(str(choice) for choice in typing.get_args(member)) + "}"
-    return ""
+    literals = [m for m in _members(annotation) if typing.get_origin(m) is typing.Literal]
+    choices = [str(choice) for member in literals for choice in typing.get_args(member)]
+    return " {" + ",".join(choices) + "}" if choices else ""
 
 
 def _show(value: Any) -> str:

@@ -111,6 +111,11 @@ class RunConfig(Strict):
                 f"alignment.student_layers asks for block {max(alignment.student_layers)}; the "
                 f"student has blocks 0 to {depth - 1}"
             )
+        if self.student.family == "DiT" and self.diffusion.path != "linear":
+            raise ValueError(
+                f"diffusion.path {self.diffusion.path} is for SiT; {self.student.model} has a "
+                "noise schedule of its own"
+            )
         if self.global_batch < self.workers.count:
             raise ValueError(
                 f"global_batch {self.global_batch} leaves some of {self.workers.count} workers "

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Strict
-from schemas.extract import Precision
+from schemas.extract import Cut, Precision
 from schemas.fields import Layers, Shape, element_count
 
 STORE_VERSION = 1
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Version = Annotated[int, Field(ge=1, le=STORE_VERSION)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -23,7 +24,7 @@ class Column(Strict):
 
     shape: Shape
     """Shape of one sample's array, as the reader sees it."""
-    codec: Literal["float16", "float32", "int64"]
+    codec: Literal["float16", "float32", "int64", "uint8"]
     """How it is stored."""
 
     @field_validator("shape")
@@ -50,6 +51,16 @@ class DatasetInfo(Strict):
     fingerprint: Sha256
     """SHA-256 of every (key, label) in order."""
     order_seed: int
+
+
+class WeightsFile(Strict):
+    """A safetensors file of weights beside the shards."""
+
+    file: Annotated[str, Field(pattern=r"^[a-z0-9_]+\.safetensors$")]
+    """Name below the store's root."""
+    bytes: Count
+    sha256: Sha256
+    """Of the file."""
 
 
 class TeacherInfo(Strict):
@@ -100,17 +111,19 @@ class SkippedImage(Strict):
 class Manifest(Strict):
     """What a store is."""
 
-    version: int = STORE_VERSION
+    version: Version = STORE_VERSION
     format: Literal["webdataset"]
-    cut: Literal["maps"]
+    cut: Cut
     dataset: DatasetInfo
     resolution: int
     teacher: TeacherInfo
     autoencoder: AutoencoderInfo
     compute: ComputeInfo
     streams: dict[Name, Stream]
+    tail: WeightsFile | None = None
+    """Weights of the part of the teacher that training runs, where the cut leaves one."""
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)]
-    num_shards: Annotated[int, Field(ge=0, le=1 << 31)]
+    num_shards: Annotated[int, Field(ge=0, le=1 << 24)]
     skipped: tuple[SkippedImage, ...] = ()
     """Images left out by --on-bad-image skip; filled in when the extraction is complete."""
 
@@ -147,7 +160,7 @@ class StreamFile(Strict):
     @classmethod
     def _stays_inside(cls, file: str) -> str:
         if not re.fullmatch(r"[a-z0-9_][a-z0-9_.-]*(/[a-z0-9_][a-z0-9_.-]*)*", file):
-            raise ValueError(f"'{file}' is not a plain path below the store")
+            raise ValueError(f"{file!r} is not a plain path below the store")
         return file
 
     @model_validator(mode="after")
@@ -166,7 +179,7 @@ class StreamFile(Strict):
 class CommitRecord(Strict):
     """The proof that one shard is complete in all its streams."""
 
-    version: int = STORE_VERSION
+    version: Version = STORE_VERSION
     shard: Count
     samples: Count
     """True count: planned samples less skipped ones."""
@@ -190,6 +203,6 @@ class CommitRecord(Strict):
 class StoreIndex(Strict):
     """Sample counts of all shards of a complete store, so that opening it reads one small file."""
 
-    version: int = STORE_VERSION
+    version: Version = STORE_VERSION
     samples_per_shard: list[Count]
     bytes_per_stream: dict[Name, Count]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -24,8 +24,8 @@ class StudentSize(NamedTuple):
 class StudentConfig(Strict):
     """The student network."""
 
-    model: Annotated[str, Field(pattern=r"^SiT-(S|B|L|XL)/(1|2|4|8)$")] = "SiT-XL/2"
-    """Published size and patch: SiT-S, -B, -L or -XL, then /1, /2, /4 or /8."""
+    model: Annotated[str, Field(pattern=r"^(SiT|DiT)-(S|B|L|XL)/(1|2|4|8)$")] = "SiT-XL/2"
+    """Family, published size and patch: SiT or DiT, -S, -B, -L or -XL, then /1, /2, /4 or /8."""
     latent_size: Positive = 32
     """Rows and columns of the latent: 32 for 256 px images, 64 for 512 px."""
     latent_channels: Positive = 4
@@ -40,13 +40,24 @@ class StudentConfig(Strict):
     """Attention heads, where not those of the published size."""
 
     @property
+    def family(self) -> Literal["SiT", "DiT"]:
+        """SiT predicts velocities, DiT noise and variance."""
+        return "DiT" if self.model.startswith("DiT-") else "SiT"
+
+    @property
     def size(self) -> StudentSize:
         """The sizes in force."""
-        name, patch = self.model.removeprefix("SiT-").split("/")
+        name, patch = self.model.removeprefix(f"{self.family}-").split("/")
         depth, width, heads = SIZES[name]
         return StudentSize(
             self.depth or depth, self.width or width, self.heads or heads, int(patch)
         )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        rows = self.latent_size // self.size.patch_size
+        return (rows, rows)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

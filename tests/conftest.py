@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before ray is imported anywhere: no token in the user's home, no usage report, quick polling.
 os.environ["HOME"] = tempfile.mkdtemp(prefix="haste-test-home-")
@@ -17,10 +17,16 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 import pytest
 import ray
 
+from pipeline.datasets import Listing, list_images
 from pipeline.store import Store
+from schemas.extract import PRESETS, ExtractConfig
 from schemas.options import merge
 from schemas.run import RunConfig
+from tests.helpers import write_known_store
 from tests.stores import make_random_store, tiny_run
+
+if TYPE_CHECKING:
+    from pipeline.extract.encoder import Encoder
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -56,3 +62,49 @@ def run_config(random_store: Store, tmp_path: Path) -> Callable[..., RunConfig]:
         return RunConfig.model_validate(merge(values, overrides))
 
     return make
+
+
+@pytest.fixture
+def known_store(tmp_path: Path) -> Store:
+    """Uneven shards of numbers that tests can recompute; see ``tests.helpers``."""
+    return write_known_store(str(tmp_path / "known"))
+
+
+@pytest.fixture(scope="session")
+def digits_config(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
+    """The demo's networks on digits, 10 to a shard, in batches that do not divide it."""
+    store = tmp_path_factory.mktemp("digits") / "store"
+    values = {"dataset": "demo", "store": str(store), "shard_size": 10, "batch_size": 4}
+    return ExtractConfig.model_validate(merge(PRESETS["demo"], values))
+
+
+@pytest.fixture(scope="session")
+def digits_listing(digits_config: ExtractConfig) -> Listing:
+    """24 digits."""
+    listing = list_images(digits_config)
+    return Listing(listing.items[:24], listing.num_classes)
+
+
+@pytest.fixture(scope="session")
+def digits_encoder(digits_config: ExtractConfig) -> Encoder:
+    from pipeline.extract.encoder import Encoder
+
+    return Encoder(digits_config, device="cpu", threads=1)
+
+
+@pytest.fixture(scope="session")
+def digits_store(
+    digits_config: ExtractConfig, digits_listing: Listing, digits_encoder: Encoder
+) -> Store:
+    """A real, complete store, made without Ray. Read it only."""
+    from pipeline.extract.plan import make_manifest, make_tasks
+
+    about = digits_encoder.describe()
+    manifest = make_manifest(
+        digits_config, digits_listing, about.teacher, about.autoencoder, about.compute
+    )
+    store = Store.create(str(digits_config.store), manifest)
+    for task in make_tasks(digits_listing, digits_config.shard_size):
+        digits_encoder.encode_shard(store.url, manifest.streams, task)
+    store.finish()
+    return store

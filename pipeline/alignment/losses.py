@@ -21,3 +21,8 @@ def attention_loss(student_logits_BLHNN: Tensor, teacher_probs_BLHNN: Tensor) ->
     and queries: (B,). Logits are softmaxed here, over keys; probabilities come normalised."""
     log_probs = torch.log_softmax(student_logits_BLHNN.float(), dim=-1)
     return -(teacher_probs_BLHNN * log_probs).sum(-1).flatten(1).mean(1)
+
+
+def attention_entropy(probs_BLHNN: Tensor) -> Tensor:
+    """Entropy of attention rows in nats, mean over layers, heads and queries: (B,)."""
+    return torch.special.entr(probs_BLHNN).sum(-1).flatten(1).mean(1)

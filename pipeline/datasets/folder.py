@@ -32,8 +32,9 @@ def list_files(source: str, below: str = "") -> list[str]:
     folder = f"{root}/{below}".rstrip("/")
     try:
         found = filesystem.find(folder)
-    except OSError as error:
-        raise UserError(f"--source '{without_credentials(source)}': {error}") from None
+    except Exception as error:  # every fsspec backend raises its own types
+        reason = " ".join(without_credentials(str(error)).split()) or type(error).__name__
+        raise UserError(f"--source '{without_credentials(source)}': {reason}") from None
     relative = (str(path)[len(root) :].lstrip("/") for path in found)
     return sorted(
         path for path in relative if not any(part.startswith(".") for part in path.split("/"))
@@ -44,6 +45,7 @@ def make_items(paths: Sequence[str], labels: Sequence[int]) -> list[ImageItem]:
     """Keys are paths without suffix; files that share one (``a.jpg``, ``a.png``) keep theirs."""
     stems = [_stem(path) for path in paths]
     shared = {stem for stem, count in Counter(stems).items() if count > 1}
+    shared |= set(stems) & set(paths)  # the stem of a.jpg.jpg is a.jpg
     return [
         ImageItem(escape_dots(path if stem in shared else stem), label, path)
         for path, stem, label in zip(paths, stems, labels, strict=True)

@@ -58,6 +58,8 @@ def _scan(source: str, path: str) -> dict[str, _Member]:
                     continue
                 folder, slash, name = info.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
+                if not stem:  # hidden, as the ._NAME files that macOS leaves
+                    continue
                 member = members.setdefault(f"{folder}{slash}{stem}", _Member())
                 if suffix.lower() in IMAGE_SUFFIXES:
                     member.offset, member.length = info.offset_data, info.size

@@ -1,4 +1,5 @@
-"""From noise to latents along the probability-flow ODE or the reverse SDE (arXiv 2401.08740).
+"""From noise to latents: SiT along the probability-flow ODE or the reverse SDE (arXiv 2401.08740),
+DiT by ancestral sampling.
 
 State and step arithmetic are float64; the network sees the dtype of the starting noise.
 """
@@ -12,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.ancestral import sample_ancestral
 from pipeline.diffusion.interpolant import coefficients
 from schemas.diffusion import Path, SamplerConfig
 
@@ -35,8 +37,15 @@ def sample(
 ) -> Tensor:
     """Latents (B, C, h, w) in float64, scaled as in training.
 
-    ``step_noise(i)`` gives the standard normal numbers of SDE step i; the ODE needs none.
+    ``step_noise(i)`` gives the standard normal numbers of step i; the ODE needs none. With method
+    "ddpm" ``velocity`` is DiT's network instead, see ``sample_ancestral``.
     """
+    if config.method == "ddpm":
+        if step_noise is None:
+            raise ValueError("the DDPM sampler needs step_noise")
+        return sample_ancestral(
+            velocity, noise_BChw, labels_B, config, null_label=null_label, step_noise=step_noise
+        )
     guided = partial(_guided_velocity, velocity, labels_B, config, null_label, noise_BChw.dtype)
     if config.method == "sde":
         if step_noise is None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.alignment.targets import stored_values
+from pipeline.alignment.cuts import LEAVES_A_TAIL, cut_values
+from pipeline.alignment.tail import save_tail
 from pipeline.autoencoders import Autoencoder
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
@@ -20,7 +21,14 @@ from pipeline.store import ShardWriter
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision
-from schemas.store import AutoencoderInfo, ComputeInfo, SkippedImage, Stream, TeacherInfo
+from schemas.store import (
+    AutoencoderInfo,
+    ComputeInfo,
+    SkippedImage,
+    Stream,
+    TeacherInfo,
+    WeightsFile,
+)
 
 VERSIONED = ("torch", "timm", "diffusers", "numpy", "pillow")
 BATCHES_AHEAD = 2  # decoded while the networks work on the one before
@@ -76,6 +84,10 @@ class Encoder:
             ),
         )
 
+    def save_tail(self, url: str) -> WeightsFile | None:
+        """Put the weights that training will need into the store, where the cut leaves any."""
+        return save_tail(self.teacher, url) if self.config.cut in LEAVES_A_TAIL else None
+
     def encode_shard(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
         """Write and commit one shard; with bad images and ``on_bad_image: stop``, commit nothing.
 
@@ -102,14 +114,13 @@ class Encoder:
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             mean, std = self.autoencoder.encode(pixels)
-            targets = self.teacher(pixels)
-        maps = stored_values(targets.features, targets.class_token, targets.attention_logits)
-        columns = {name: tensor.cpu().numpy() for name, tensor in maps.items()}
+            kept = cut_values(self.config.cut, self.teacher, pixels)
+        columns = {name: tensor.cpu().numpy() for name, tensor in kept.items()}
         means, stds = mean.cpu().numpy(), std.cpu().numpy()
         for i, item in enumerate(items):
             yield {
                 "latents": {"mean": means[i], "std": stds[i], "label": item.label},
-                "maps": {name: column[i] for name, column in columns.items()},
+                self.config.cut: {name: column[i] for name, column in columns.items()},
             }
 
     def _decoded_batches(

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from pipeline.cluster import ray_cluster, require, total
 from pipeline.datasets import Listing, list_images
-from pipeline.extract.encoder import Description
 from pipeline.extract.plan import make_manifest, make_tasks
 from pipeline.extract.supervisor import Supervisor
 from pipeline.files import absolute_url
@@ -44,7 +43,8 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
     if existing is not None:
         _check_request(config, listing, existing)
         # Weights named otherwise may still be the same ones: only loading them tells.
-        if not existing.missing_shards() and _same_weight_names(config, existing.manifest):
+        whole = not existing.missing_shards() and not _lacks_tail(existing)
+        if whole and _same_weight_names(config, existing.manifest):
             if not _is_finished(existing):
                 existing.finish()
             return ExtractionSummary(0, 0.0, existing)
@@ -61,13 +61,18 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
     )
     try:
         description = supervisor.describe()
-        manifest = _manifest(config, listing, description)
+        manifest = make_manifest(
+            config, listing, description.teacher, description.autoencoder, description.compute
+        )
         if existing is not None:
             check_same_store(existing.manifest, manifest, existing.shown_url)
             store = existing
+            if _lacks_tail(store):
+                supervisor.save_tail(store.url)
         else:
             assert config.store is not None
-            store = Store.create(config.store, manifest)
+            tail = supervisor.save_tail(config.store)
+            store = Store.create(config.store, manifest.model_copy(update={"tail": tail}))
         wanted = set(store.missing_shards())
         tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in wanted]
         images = sum(len(task.items) for task in tasks)
@@ -88,17 +93,12 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
     return ExtractionSummary(done, seconds, store)
 
 
-def _manifest(config: ExtractConfig, listing: Listing, description: Description) -> Manifest:
-    return make_manifest(
-        config, listing, description.teacher, description.autoencoder, description.compute
-    )
-
-
 def check_same_store(old: Manifest, new: Manifest, url: str) -> None:
     """Raises ``UserError`` where shards made now would not fit those that a store already has."""
     a, b = old.model_dump(), new.model_dump()
     for values in (a, b):  # where files lie is not what they are
         values.pop("skipped")
+        values.pop("tail")
         values["dataset"].pop("source")
         values["teacher"].pop("weights")
         values["autoencoder"].pop("name")
@@ -126,7 +126,7 @@ def _check_request(config: ExtractConfig, listing: Listing, store: Store) -> Non
         "cut": (manifest.cut, config.cut),
         "format": (manifest.format, config.format),
         "layers": (manifest.teacher.layers, config.layers),
-        "codec": (manifest.streams["maps"].columns["features"].codec, config.codec),
+        "codec": (_codec(manifest) or config.codec, config.codec),
         "shard_size": (manifest.shard_size, config.shard_size),
         "batch_size": (manifest.compute.batch_size, config.batch_size),
         "order_seed": (manifest.dataset.order_seed, config.order_seed),
@@ -141,6 +141,17 @@ def _check_request(config: ExtractConfig, listing: Listing, store: Store) -> Non
                 f"store '{store.shown_url}' was made with {name} {_plain(was)}, this extraction "
                 f"has {_plain(now)}: use another --store or the same options"
             )
+
+
+def _codec(manifest: Manifest) -> str | None:
+    """That of the teacher's tensors; None where the cut keeps none."""
+    maps = manifest.streams.get("maps")
+    return None if maps is None else maps.columns["features"].codec
+
+
+def _lacks_tail(store: Store) -> bool:
+    tail = store.manifest.tail
+    return tail is not None and not store.filesystem.exists(f"{store.root}/{tail.file}")
 
 
 def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pipeline.alignment.cuts import cut_columns
 from pipeline.datasets import ImageItem, Listing
 from pipeline.files import absolute_url, without_credentials
 from schemas.extract import ExtractConfig
@@ -15,6 +16,7 @@ from schemas.store import (
     Manifest,
     Stream,
     TeacherInfo,
+    WeightsFile,
 )
 
 __all__ = ["ShardTask", "make_manifest", "make_tasks"]
@@ -42,25 +44,19 @@ def make_manifest(
     teacher: TeacherInfo,
     autoencoder: AutoencoderInfo,
     compute: ComputeInfo,
+    tail: WeightsFile | None = None,
 ) -> Manifest:
     """What the store of this extraction will be."""
     samples = len(listing.items)
-    tokens = teacher.grid[0] * teacher.grid[1]
     latent = Column(shape=autoencoder.latent_shape, codec="float16")
     streams = {
         "latents": Stream(
             kind="latents",
             columns={"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
         ),
-        "maps": Stream(
+        config.cut: Stream(
             kind="teacher",
-            columns={
-                "features": Column(shape=(tokens, teacher.width), codec=config.codec),
-                "class_token": Column(shape=(teacher.width,), codec=config.codec),
-                "attention": Column(
-                    shape=(len(teacher.layers), teacher.heads, tokens, tokens), codec=config.codec
-                ),
-            },
+            columns=cut_columns(config.cut, teacher, config.resolution, config.codec),
         ),
     }
     source = None if config.source is None else without_credentials(absolute_url(config.source))
@@ -80,6 +76,7 @@ def make_manifest(
         autoencoder=autoencoder,
         compute=compute,
         streams=streams,
+        tail=tail,
         shard_size=config.shard_size,
         num_shards=-(-samples // config.shard_size),
     )

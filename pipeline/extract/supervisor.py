@@ -19,7 +19,7 @@ from pipeline.extract.encoder import Description, Encoder, ShardResult
 from pipeline.extract.plan import ShardTask
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Stream
+from schemas.store import Stream, WeightsFile
 
 
 class EncoderActor:
@@ -29,6 +29,9 @@ class EncoderActor:
         """Not the constructor, whose errors Ray turns into a dead actor without a message."""
         self.encoder = Encoder(config, device=device, threads=threads)
         return self.encoder.describe()
+
+    def save_tail(self, url: str) -> WeightsFile | None:
+        return self.encoder.save_tail(url)
 
     def encode(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
         return self.encoder.encode_shard(url, streams, task)
@@ -70,6 +73,11 @@ class Supervisor:
         while self.description is None:
             self._wait(patience)
         return self.description
+
+    def save_tail(self, url: str) -> WeightsFile | None:
+        """Have a loaded actor write what training needs of the teacher; after ``describe``."""
+        tail: WeightsFile | None = ray.get(self._idle[0].save_tail.remote(url))
+        return tail
 
     def encode(
         self, url: str, streams: dict[str, Stream], tasks: Iterable[ShardTask]

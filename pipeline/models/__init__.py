@@ -1,6 +1,8 @@
 """Students: diffusion transformers with taps for the alignment."""
 
+from pipeline.models.dit import DiT
+from pipeline.models.factory import make_student
 from pipeline.models.sit import SiT
 from pipeline.models.taps import StudentOutput, Taps
 
-__all__ = ["SiT", "StudentOutput", "Taps"]
+__all__ = ["DiT", "SiT", "StudentOutput", "Taps", "make_student"]

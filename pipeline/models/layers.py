@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,6 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.heads = heads
-        self.head_dim = width // heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -26,12 +26,16 @@ class Attention(nn.Module):
 
         The output never depends on the explicit logits: it comes from the fused kernel.
         """
-        B, N, D = x_BND.shape
-        qkv = self.qkv(x_BND).view(B, N, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        q, k, v = split_heads(self.qkv(x_BND), self.heads)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         logits = attention_logits(q, k, tapped_heads) if tapped_heads else None
         return self.proj(out), logits
+
+
+def split_heads(qkv_BNE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, 3 H d), queries first, to queries, keys and values, each (B, H, N, d)."""
+    q, k, v = qkv_BNE.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 def attention_logits(q_BHNd: Tensor, k_BHNd: Tensor, heads: int) -> Tensor:
@@ -90,6 +94,20 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y_B)
 
 
+class FinalLayer(nn.Module):
+    """Modulated norm and the linear map to patches."""
+
+    def __init__(self, width: int, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_size * patch_size * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x_BND), shift, scale))
+
+
 def sinusoid(t_B: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Cosines, then sines, of t at geometric frequencies: (B, dim), float32 (GLIDE's form)."""
     half = dim // 2
@@ -121,3 +139,37 @@ def position_table(width: int, rows: int, columns: int) -> Tensor:
 def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """x (1 + scale) + shift, per sample."""
     return x_BND * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+
+
+def unpatchify(x_BNP: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Tokens of patch * patch * C numbers, channels fastest, to (B, C, h, w)."""
+    x = x_BNP.unflatten(1, grid).unflatten(3, (patch_size, patch_size, -1))
+    return torch.einsum("nhwpqc->nchpwq", x).flatten(4, 5).flatten(2, 3)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module) -> None:
+    """The initialisation of DiT and SiT: every block starts as the identity, the model at 0."""
+    parts = list(model.modules())
+    for part in parts:
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
+    for part in parts:
+        if isinstance(part, PatchEmbed):
+            nn.init.xavier_uniform_(part.proj.weight.flatten(1))
+            nn.init.zeros_(cast(Tensor, part.proj.bias))
+        elif isinstance(part, LabelEmbedder):
+            nn.init.normal_(part.embedding_table.weight, std=0.02)
+    for part in parts:
+        if isinstance(part, TimestepEmbedder):
+            for layer in (part.mlp[0], part.mlp[2]):
+                nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02)
+        if hasattr(part, "adaLN_modulation"):
+            modulation = cast(nn.Sequential, part.adaLN_modulation)
+            last = cast(nn.Linear, modulation[-1])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        if isinstance(part, FinalLayer):
+            nn.init.zeros_(part.linear.weight)
+            nn.init.zeros_(part.linear.bias)

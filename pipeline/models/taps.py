@@ -23,9 +23,14 @@ class Taps:
 class StudentOutput(NamedTuple):
     """One forward pass (B samples, N tokens, D width)."""
 
-    velocity: Tensor
-    """(B, C, h, w) the prediction."""
+    prediction: Tensor
+    """(B, C, h, w) SiT's velocity; (B, 2 C, h, w) DiT's noise, then variance."""
     features: Tensor | None
     """(B, N, D) tokens that leave the block at the feature depth."""
     attention_logits: Tensor | None
     """(B, L, heads, N, N) q k^T / sqrt(d) of the tapped blocks, before the softmax, float32."""
+
+    @property
+    def velocity(self) -> Tensor:
+        """The prediction of a SiT."""
+        return self.prediction

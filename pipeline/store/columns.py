@@ -15,6 +15,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
     "int64": np.dtype("<i8"),
+    "uint8": np.dtype("|u1"),
 }
 
 
@@ -26,6 +27,8 @@ def member_suffix(name: str, column: Column) -> str:
 def encode(column: Column, value: np.ndarray | int) -> bytes:
     """The member's bytes. Raises ``ValueError`` on another shape or a number that does not fit."""
     if _is_class(column):
+        if not 0 <= value < 10**18:
+            raise ValueError(f"{value} is not a class number")
         return str(int(value)).encode()
     array = np.asarray(value, dtype=DTYPES[column.codec])
     if array.shape != column.shape:

@@ -74,6 +74,11 @@ class StreamReader:
         names = list(self.columns)
         if file.offsets.keys() != self.columns.keys():
             raise DamagedShardError(f"{self._where(shard)}: its record lists other columns")
+        if rows[-1] >= record.samples:  # rows come sorted
+            raise DamagedShardError(
+                f"{self._where(shard)} has {record.samples} samples, not {rows[-1] + 1}: the "
+                "store's index is stale; delete it and run the extraction again"
+            )
         ranges = [
             (file.offsets[name][row], file.sizes[name][row]) for row in rows for name in names
         ]

@@ -90,7 +90,9 @@ class Store:
                 ) from None
             return self.build_index()
         index = _parse(StoreIndex, text, f"{self.shown_url}/{INDEX}")
-        if len(index.samples_per_shard) != self.manifest.num_shards:
+        counts = index.samples_per_shard
+        fits = max(counts, default=0) <= self.manifest.shard_size
+        if len(counts) != self.manifest.num_shards or not fits:
             raise UserError(
                 f"{self.shown_url}/{INDEX} does not fit its manifest; delete it and "
                 "run the extraction again"
@@ -143,7 +145,8 @@ def _parse(model: type[M], text: bytes, where: str) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where} is damaged: {key}: {first['msg']}") from None
+        reason = f"{key}: {first['msg']}" if key else first["msg"]
+        raise UserError(f"{where} is damaged: {' '.join(reason.split())}") from None
 
 
 def _unreachable(url: str, error: Exception) -> UserError:

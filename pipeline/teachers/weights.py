@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ from pipeline.assets import DEMO_TEACHER
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
 
+NOT_NEEDED = ("head", "attn_pool.", "decoder")
+"""Starts of names that no target comes from: classifiers and CLIP's projection, SigLIP's pooling,
+MAE's decoder."""
+
 
 def load_weights(vit: Any, config: TeacherConfig) -> None:
     """Fill a timm vision transformer as ``config.weights`` says. Raises ``UserError``."""
@@ -23,20 +28,44 @@ def load_weights(vit: Any, config: TeacherConfig) -> None:
         return
     path = DEMO_TEACHER if config.weights == "demo" else Path(config.weights).expanduser()
     state = read_state_dict(path, option="--teacher.weights")
-    # The module that defines the model knows its authors' key formats and resamples the position
-    # embedding to the model's grid (bicubic, antialiased), as the HASTE reference does.
-    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        state = convert(state, vit)
-    state = {name: value for name, value in state.items() if not name.startswith("head.")}
     try:
-        vit.load_state_dict(state)
-    except RuntimeError as error:
+        vit.load_state_dict(_to_timm_names(state, vit))
+    except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        first = lines[1] if len(lines) > 1 else lines[0]
-        raise UserError(
-            f"--teacher.weights '{path}' do not fit '{config.model}': {first[:200]}"
-        ) from None
+        raise UserError(_misfit(path, config, lines[1] if len(lines) > 1 else lines[0])) from None
+    except Exception:  # timm's converters trip in their own ways over files of other things
+        reason = "not a checkpoint in a format that timm knows for this model"
+        raise UserError(_misfit(path, config, reason)) from None
+
+
+def _misfit(path: Path, config: TeacherConfig, reason: str) -> str:
+    return f"--teacher.weights '{path}' do not fit '{config.model}': {reason[:200]}"
+
+
+def _to_timm_names(state: dict[str, Any], vit: Any) -> dict[str, Tensor]:
+    """A checkpoint in its authors' key format, less what no target needs.
+
+    The timm module that defines the model knows these formats, and resamples the position
+    embedding to the model's grid (bicubic, antialiased), as the HASTE reference does.
+    """
+    _keep_biases(state, vit)
+    with contextlib.redirect_stdout(sys.stderr):  # timm prints there, and ours is for results
+        state = sys.modules[type(vit).__module__].checkpoint_filter_fn(state, vit)
+    return {name: value for name, value in state.items() if not name.startswith(NOT_NEEDED)}
+
+
+def _keep_biases(state: dict[str, Any], vit: Any) -> None:
+    """Refuse DINOv3's query and value biases where the model has none: timm would drop them.
+
+    Its distilled models are published with zeros there, so timm has two variants of each.
+    """
+    if "storage_tokens" not in state or getattr(vit.blocks[0].attn, "q_bias", None) is not None:
+        return
+    for name, bias in state.items():
+        if name.endswith("attn.qkv.bias"):
+            query, _, value = bias.chunk(3)
+            if query.any() or value.any():
+                raise ValueError(f"{name} is not zero; take the model's _qkvb variant")
 
 
 def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
@@ -45,7 +74,10 @@ def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # torch's advice is to run the code
+        reason = "damaged, or more than tensors: no code is run"
+        raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
+    except (OSError, RuntimeError, EOFError) as error:
         reason = "no such file" if not path.exists() else " ".join(str(error).split())[:200]
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except Exception as error:  # safetensors raises its own type, which it does not export
@@ -60,7 +92,8 @@ def randomise(vit: nn.Module, seed: int) -> None:
     """Seeded random weights under which attention and features behave as in a trained model.
 
     timm's own initialisation has layer scales of 1e-5, which makes every block a no-op. Here layer
-    scales are about 0.5 and qkv weights wide enough for attention logits of std about 2.
+    scales are about 0.5, and projections to queries and keys (or their norms) wide enough for
+    attention logits of std about 2, whatever the model's width.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -68,21 +101,17 @@ def randomise(vit: nn.Module, seed: int) -> None:
         values = torch.randn(tensor.shape, generator=generator) * std + mean
         tensor.copy_(values)
 
-    norms = {
-        name
-        for name, module in vit.named_modules()
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
-    }
     for name, parameter in vit.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if leaf == "gamma" or leaf.startswith("gamma_"):
+        if leaf == "gamma" or leaf.startswith("gamma_"):  # layer scales
             normal(parameter, 0.2, mean=0.5)
-        elif owner in norms and leaf == "weight":
-            normal(parameter, 0.2, mean=1.0)
         elif leaf.endswith("bias"):
             normal(parameter, 0.1)
+        elif leaf == "weight" and parameter.ndim == 1:  # norms
+            normal(parameter, 0.2, mean=1.3 if owner.endswith(("q_norm", "k_norm")) else 1.0)
         elif leaf == "weight":
-            std = min(max(parameter[0].numel() ** -0.5, 0.05), 0.2)
-            normal(parameter, min(1.3 * std, 0.25) if "qkv" in owner else std)
+            std = min(parameter[0].numel() ** -0.5, 0.2)
+            widened = owner.endswith(("qkv", "q_proj", "k_proj"))
+            normal(parameter, min(1.3 * std, 0.25) if widened else std)
         else:  # class and register tokens, position embedding
             normal(parameter, 0.2)

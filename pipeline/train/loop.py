@@ -11,13 +11,15 @@ from typing import Any
 import yaml
 
 from pipeline.alignment.targets import check_fit
-from pipeline.alignment.termination import Trigger, make_trigger
+from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
 from pipeline.files import write_atomic
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
+from pipeline.train.folder import CONFIG, SUMMARY
 from pipeline.train.meter import Meter
 from pipeline.train.metrics import MetricsLog
 from pipeline.train.parallel import Parallel
+from pipeline.train.probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -91,19 +93,23 @@ class _Run:
         self.folder = folder
         self.parallel = parallel
         self.save_checkpoint = save_checkpoint
-        self.trainer = Trainer(config, store.manifest, parallel)
-        self.trigger: Trigger = make_trigger(config.alignment.termination)
+        self.trigger: Trigger = make_trigger(config.alignment.termination, config.alignment)
+        self.trainer = Trainer(config, store, parallel, measure_entropy=self.trigger.needs_entropy)
         self.earlier: dict[str, dict[str, int]] = {}  # bytes read before the resume
         if resume is not None:
             state = load_checkpoint(resume, self.trainer)
-            self.trigger.load_state_dict(state.trigger)
+            self.trigger.load_state_dict(state.trigger, parallel.is_first)
             self.earlier = state.bytes_read
         self.log: MetricsLog | None = None
         if parallel.is_first:
             self.log = MetricsLog(folder, config, start_step=self.trainer.step)
             config_text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-            _write(folder / "config.yaml", config_text)
+            _write(folder / CONFIG, config_text)
+        self.order = SampleOrder(
+            config.seed, store.index().samples_per_shard, window=config.data.window
+        )
         self.loader = self._open_loader()
+        self.probe = GradientProbe(self.trainer, store, self.order)
         self.bytes_at_termination: dict[str, int] | None = None
         if self.trainer.termination is not None:
             self.bytes_at_termination = dict.fromkeys(self.loader.bytes_read, 0)
@@ -122,7 +128,10 @@ class _Run:
             waited = time.perf_counter() - asked
             if batch.step != trainer.step:
                 raise RuntimeError(f"batch of step {batch.step} at step {trainer.step}")
-            self.meter.add(trainer.train_step(batch), waited)
+            result = trainer.train_step(batch)
+            self.meter.add(result, waited)
+            if trainer.aligned:
+                self.trigger.record(StepLosses(*(result[1:4] / config.global_batch)))
             self.clock.tick(1 if trainer.aligned else 2)
             if trainer.step % config.log_every == 0 or trainer.step == config.steps:
                 self._log_row()
@@ -149,14 +158,11 @@ class _Run:
             known = self.trigger.known_step()
             if known is not None:
                 needed_until[teacher] = known
-        order = SampleOrder(
-            config.seed, self.store.index().samples_per_shard, window=config.data.window
-        )
         self.teacher_streams = [name for name in streams if name in manifest.teacher_streams]
         return BatchLoader(
             self.store,
             streams,
-            order,
+            self.order,
             global_batch=config.global_batch,
             rank=self.parallel.rank,
             world_size=self.parallel.world_size,
@@ -167,33 +173,55 @@ class _Run:
         )
 
     def _terminate_if_due(self) -> None:
+        """Ask the trigger at the boundary before a step, and do as it says."""
         trainer = self.trainer
-        if not trainer.aligned:
-            return
-        evidence = self.trigger.evidence(trainer.step)
-        if evidence is None:
+        if not trainer.aligned or not self.trigger.wants(trainer.step):
             return
         if trainer.step % self.config.log_every and self.meter.steps:
-            self._log_row()  # so that no row mixes the phases
-        self.loader.close_streams(self.teacher_streams)
-        trainer.terminate(evidence)
-        self.bytes_at_termination = self.loader.bytes_read
+            self._log_row()  # so that no row mixes the phases or times a measurement
+        decision = self.trigger.observe(trainer.step, self.probe, self.parallel.sum)
+        config = self.config.alignment.termination
+        terminates = decision.terminate and config is not None and not config.dry
+        event = "trigger observation"
+        if decision.terminate:
+            event = "alignment terminated" if terminates else "alignment would terminate (dry)"
         if self.log is not None:
-            self.log.row({"step": trainer.step, "event": "alignment terminated", **evidence})
+            self.log.row({"step": trainer.step, "event": event, **decision.observation})
+        if terminates:
+            self.loader.close_streams(self.teacher_streams)
+            trainer.terminate(decision.observation)
+            self.bytes_at_termination = self._bytes_now()
         self.meter.restart()
         self.clock.pause()
 
     def _log_row(self) -> None:
         row: dict[str, Any] = {"step": self.trainer.step, "phase": 1 if self.trainer.aligned else 2}
-        row.update(self.meter.take(self.trainer.aligned))
-        for name, count in self.parallel.sum_counts(self.loader.bytes_read).items():
+        row.update(self.meter.take(self._measured()))
+        for name, count in self.parallel.sum_counts(self._bytes_now()).items():
             row[f"bytes_read_{name}"] = count
         if self.log is not None:
             self.log.row(row)
 
+    def _measured(self) -> list[str]:
+        """The losses that mean something now."""
+        if not self.trainer.aligned:
+            return ["denoising"]
+        alignment = self.config.alignment
+        names = ["denoising"]
+        names += ["feature"] if alignment.feature_weight else []
+        names += ["attention"] if alignment.attention_weight else []
+        return names + (["teacher_entropy"] if self.trigger.needs_entropy else [])
+
+    def _bytes_now(self) -> dict[str, int]:
+        """Bytes that this process has read, per stream that it opened."""
+        counts = self.loader.bytes_read
+        for name, count in self.probe.bytes_read.items():
+            counts[name] += count
+        return counts
+
     def _save(self) -> None:
         bytes_read = self._bytes_read()
-        state = self.trigger.state_dict()
+        state = self.trigger.state_dict(self.parallel.sum)
 
         def write(folder: Path) -> None:
             write_checkpoint(folder, self.trainer, trigger=state, bytes_read=bytes_read)
@@ -204,7 +232,7 @@ class _Run:
     def _bytes_read(self) -> dict[str, dict[str, int]]:
         """Per stream of the store, before and after the termination, summed over all workers and
         over what the run did before it was resumed."""
-        now = dict.fromkeys(self.store.manifest.streams, 0) | self.loader.bytes_read
+        now = dict.fromkeys(self.store.manifest.streams, 0) | self._bytes_now()
         at_end = self.bytes_at_termination
         before = now if at_end is None else dict.fromkeys(now, 0) | at_end
         after = {name: now[name] - before[name] for name in now}
@@ -229,7 +257,7 @@ class _Run:
             "bytes_read": self._bytes_read(),
         }
         if self.log is not None:
-            _write(self.folder / "summary.json", json.dumps(summary, indent=1))
+            _write(self.folder / SUMMARY, json.dumps(summary, indent=1))
         return summary
 
 

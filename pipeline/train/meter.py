@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -28,21 +29,23 @@ class Meter:
         self.steps += 1
         self._waited += waited
 
-    def take(self, aligned: bool) -> dict[str, float]:
-        """Means over all workers since the last call, in which every worker takes part."""
+    def take(self, names: Collection[str]) -> dict[str, float]:
+        """Means over all workers since the last call, in which every worker takes part; of the
+        losses, those in ``names``."""
         assert self._sums is not None
         waited = self._sums.new_tensor([self._waited])
         values = self.parallel.sum(torch.cat([self._sums, waited])).tolist()
         seconds = time.perf_counter() - self._began
         world = self.parallel.world_size
         row: dict[str, float] = {}
-        for name, total in zip(LOSSES, values[:3], strict=True):
-            if name == "denoising" or aligned:
+        *sums, norms, waits = values
+        for name, total in zip(LOSSES, sums, strict=True):
+            if name in names:
                 row[name] = total / (self.steps * self.global_batch)
-        row["grad_norm"] = values[3] / (self.steps * world)  # the same on every rank
+        row["grad_norm"] = norms / (self.steps * world)  # the same on every rank
         row["steps_per_second"] = self.steps / seconds
         row["images_per_second"] = self.steps * self.global_batch / seconds
-        row["data_wait_share"] = min(values[4] / (world * seconds), 1.0)
+        row["data_wait_share"] = min(waits / (world * seconds), 1.0)
         self.restart()
         return row
 

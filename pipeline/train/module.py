@@ -5,15 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.alignment.losses import attention_loss, feature_loss
+from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
 from pipeline.alignment.projector import Projector
+from pipeline.alignment.resample import Grid, resample_features, resample_logits
 from pipeline.alignment.targets import Targets
-from pipeline.diffusion.interpolant import denoising_loss
-from pipeline.models import SiT, Taps
+from pipeline.diffusion.objective import make_objective
+from pipeline.models import Taps, make_student
 from schemas.alignment import AlignmentConfig
+from schemas.diffusion import DiffusionConfig
 from schemas.student import StudentConfig
 
-LOSSES = ("denoising", "feature", "attention")
+LOSSES = ("denoising", "feature", "attention", "teacher_entropy")
+"""What ``AlignedStudent`` returns; the last is no loss but the least that the attention loss can
+reach, measured where a trigger asks for it."""
+
+DEFAULT_DIFFUSION = DiffusionConfig()
 
 
 class AlignedStudent(nn.Module):
@@ -27,10 +33,17 @@ class AlignedStudent(nn.Module):
         *,
         teacher_width: int,
         heads: int,
+        teacher_grid: Grid | None = None,
+        diffusion: DiffusionConfig = DEFAULT_DIFFUSION,
+        measure_entropy: bool = False,
     ) -> None:
+        """``teacher_grid``: rows and columns of the teacher's tokens, where not the student's."""
         super().__init__()
-        self.student = SiT(student)
+        self.student = make_student(student)
+        self.objective = make_objective(student, diffusion)
         self.alignment = alignment
+        self.measure_entropy = measure_entropy
+        self.grids = (student.grid, teacher_grid or student.grid)
         self.projector: Projector | None = None
         self.taps = Taps()
         if alignment.feature_weight:
@@ -48,20 +61,23 @@ class AlignedStudent(nn.Module):
         return projector
 
     def forward(
-        self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, velocity_BChw: Tensor, targets: Targets
+        self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, target_BChw: Tensor, targets: Targets
     ) -> Tensor:
-        """Sums over the batch of the losses in ``LOSSES``: (3,), float32, 0 where one is off."""
+        """Sums over the batch of what ``LOSSES`` names: (4,), float32, 0 where one is off.
+
+        ``x``, ``t`` and ``target`` are what ``objective.corrupt`` gives.
+        """
         out = self.student(x_BChw, t_B, y_B, self.taps)
-        losses = [denoising_loss(out.velocity, velocity_BChw).sum()]
-        off = torch.zeros_like(losses[0])
+        denoising = self.objective.loss(out.prediction, x_BChw, t_B, target_BChw).sum()
+        feature = attention = entropy = torch.zeros_like(denoising)
         if self.projector is not None:
             assert targets.features is not None
-            losses.append(feature_loss(self.projector(out.features), targets.features).sum())
-        else:
-            losses.append(off)
+            features = resample_features(out.features, *self.grids)
+            feature = feature_loss(self.projector(features), targets.features).sum()
         if self.taps.attention_layers:
             assert targets.attention is not None
-            losses.append(attention_loss(out.attention_logits, targets.attention).sum())
-        else:
-            losses.append(off)
-        return torch.stack(losses)
+            logits = resample_logits(out.attention_logits, *self.grids)
+            attention = attention_loss(logits, targets.attention).sum()
+            if self.measure_entropy:
+                entropy = attention_entropy(targets.attention).sum()
+        return torch.stack([denoising, feature, attention, entropy])

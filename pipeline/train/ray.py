@@ -10,13 +10,15 @@ from typing import Any
 
 import ray.train
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, FailureConfig, ScalingConfig, WorkerGroupError
 from ray.train import CheckpointConfig as RayCheckpointConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.cluster import require, total
-from pipeline.files import absolute_url
+from pipeline.files import absolute_url, open_url
+from pipeline.train.folder import RunFolder
 from pipeline.train.loop import train
 from pipeline.train.parallel import Parallel
 from schemas.errors import UserError
@@ -36,6 +38,7 @@ def fit(config: RunConfig) -> None:
     if gpus:
         require("GPU", gpus, workers.count, option="--workers.gpus-per-worker")
     require("CPU", workers.cpus_per_worker, workers.count, option="--workers.count")
+    storage_path, storage_filesystem = _storage(config)
     resources = {"CPU": workers.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     trainer = TorchTrainer(
         _worker,
@@ -46,7 +49,8 @@ def fit(config: RunConfig) -> None:
         ),
         run_config=RayRunConfig(
             name=config.name,
-            storage_path=absolute_url(config.output),
+            storage_path=storage_path,
+            storage_filesystem=storage_filesystem,
             checkpoint_config=RayCheckpointConfig(num_to_keep=config.checkpoint.keep),
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
@@ -61,11 +65,14 @@ def fit(config: RunConfig) -> None:
         raise
 
 
-def run_folder(config: RunConfig) -> Path:
-    """Where metrics and summary lie: in the run's own folder, or, where that is on an object
-    store, in a local one of the same name."""
+def _storage(config: RunConfig) -> tuple[str, Any]:
+    """Ray's path and pyarrow filesystem of the output folder; remote ones through fsspec, so that
+    they see the credentials and endpoint that the store sees."""
     output = absolute_url(config.output)
-    return Path("runs" if "://" in output else output).absolute() / config.name
+    if "://" not in output:
+        return output, None
+    filesystem, root = open_url(output, what="--output")
+    return root, PyFileSystem(FSSpecHandler(filesystem))
 
 
 def _worker(arguments: dict[str, Any]) -> None:
@@ -76,17 +83,18 @@ def _worker(arguments: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
     parallel = Parallel(context.get_world_rank(), context.get_world_size(), device)
     newest = ray.train.get_checkpoint()
-    with newest.as_directory() if newest else nullcontext() as resume:
+    at_newest = newest.as_directory() if newest else nullcontext()
+    with at_newest as resume, RunFolder(config) as folder:
         train(
             config,
-            run_folder(config),
-            _reporter(parallel),
+            folder.path,
+            _reporter(parallel, folder),
             parallel=parallel,
             resume=Path(resume) if resume else None,
         )
 
 
-def _reporter(parallel: Parallel) -> Callable[[int, Callable[[Path], None]], None]:
+def _reporter(parallel: Parallel, run: RunFolder) -> Callable[[int, Callable[[Path], None]], None]:
     def save(step: int, write: Callable[[Path], None]) -> None:
         """Every rank reports (it is a barrier), the first with the checkpoint."""
         with tempfile.TemporaryDirectory(prefix="haste-checkpoint-") as folder:
@@ -94,6 +102,7 @@ def _reporter(parallel: Parallel) -> Callable[[int, Callable[[Path], None]], Non
             if parallel.is_first:
                 write(Path(folder))
                 checkpoint = Checkpoint.from_directory(folder)
+                run.publish()
             ray.train.report(
                 {"step": step},
                 checkpoint=checkpoint,

@@ -4,32 +4,51 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.alignment.projector import Projector
-from pipeline.alignment.targets import MapsTargets, Targets, aligned_heads
-from pipeline.diffusion.interpolant import interpolate
-from pipeline.store import Batch
+from pipeline.alignment.targets import Targets, TargetSource, aligned_heads, open_targets
+from pipeline.store import Batch, Store
 from pipeline.train.draws import draw
 from pipeline.train.ema import Ema
 from pipeline.train.module import AlignedStudent
 from pipeline.train.parallel import Parallel
 from schemas.run import RunConfig
-from schemas.store import Manifest
 
 NO_TARGETS = Targets(None, None)
+
+
+class Inputs(NamedTuple):
+    """What a step feeds to the student (B samples), as its objective makes it."""
+
+    noisy: Tensor
+    """(B, C, h, w) noisy latents."""
+    time: Tensor
+    """(B,) the time that the network is told."""
+    labels: Tensor
+    """(B,) classes; ``num_classes`` where the label was dropped."""
+    target: Tensor
+    """(B, C, h, w) the denoising target."""
 
 
 class Trainer:
     """Owns the weights, their averages and the optimizer."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, parallel: Parallel) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        parallel: Parallel,
+        *,
+        measure_entropy: bool = False,
+    ) -> None:
+        """``measure_entropy``: also measure the teacher's attention entropy, for a trigger."""
         self.config = config
-        self.manifest = manifest
+        self.manifest = manifest = store.manifest
         self.parallel = parallel
         self.step = 0
         self.aligned = config.alignment.active
@@ -38,33 +57,39 @@ class Trainer:
         heads = aligned_heads(config.student, manifest)
         torch.manual_seed(config.seed)
         self.module = AlignedStudent(
-            config.student, config.alignment, teacher_width=manifest.teacher.width, heads=heads
+            config.student,
+            config.alignment,
+            teacher_width=manifest.teacher.width,
+            heads=heads,
+            teacher_grid=manifest.teacher.grid,
+            diffusion=config.diffusion,
+            measure_entropy=measure_entropy,
         ).to(parallel.device)
         self.ema = Ema(self.module.student, config.ema_decay)
         self.projector: Projector | None = self.module.projector
         self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
         self.projector_ema_step = 0  # after the termination: what the average is up to date with
-        self.targets = MapsTargets(manifest, config.alignment, heads) if self.aligned else None
+        self.targets: TargetSource | None = None
+        if self.aligned:
+            self.targets = open_targets(store, config.alignment, heads, parallel.device)
         self.optimizer = _make_optimizer(self.module, config)
         self.wrapped: nn.Module = parallel.wrap(self.module)
 
     def train_step(self, batch: Batch) -> Tensor:
-        """One optimizer step on this rank's slice of a global batch.
+        """One optimizer step on this rank's slice of a global batch; returns as ``step_on``."""
+        return self.step_on(self.inputs(batch), self.targets_of(batch))
 
-        Returns, on the device, this rank's sums of the three losses and the global gradient norm
-        before clipping: (4,). Gradients are means over the samples of the global batch, however
-        unequal the ranks' slices.
+    def step_on(self, inputs: Inputs, targets: Targets) -> Tensor:
+        """One optimizer step.
+
+        Returns, on the device, this rank's sums of ``LOSSES`` and the global gradient norm before
+        clipping: (5,). Gradients are means over the samples of the global batch, however unequal
+        the ranks' slices.
         """
         config, world = self.config, self.parallel.world_size
-        x_t, t, labels, velocity = self._inputs(batch)
-        with torch.autocast(
-            self.parallel.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
-        ):
-            losses = self.wrapped(x_t, t, labels, velocity, self._targets(batch))
-        alignment = config.alignment
-        weights = losses.new_tensor([1.0, alignment.feature_weight, alignment.attention_weight])
+        losses = self.losses(self.wrapped, inputs, targets)
         # DDP divides the sum of gradients by the number of ranks
-        total = (losses * weights).sum() * (world / config.global_batch)
+        total = self.total(losses) * (world / config.global_batch)
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(
             self.module.parameters(), config.optimizer.max_grad_norm
@@ -76,6 +101,23 @@ class Trainer:
             self.projector_ema.update(self.module.projector)
         self.step += 1
         return torch.cat([losses.detach(), norm.detach().view(1)])
+
+    def losses(self, module: nn.Module, inputs: Inputs, targets: Targets) -> Tensor:
+        """Sums over the samples of what ``LOSSES`` names, (4,), from ``module``: the wrapped one,
+        or the bare one where no gradients are to be averaged."""
+        dtype = self.autocast_dtype
+        with torch.autocast(self.parallel.device.type, dtype, enabled=dtype is not None):
+            losses: Tensor = module(*inputs, targets)
+        return losses
+
+    def alignment_loss(self, losses: Tensor) -> Tensor:
+        """The weighted alignment losses (HASTE section 2.4)."""
+        alignment = self.config.alignment
+        return alignment.feature_weight * losses[1] + alignment.attention_weight * losses[2]
+
+    def total(self, losses: Tensor) -> Tensor:
+        """What is minimised."""
+        return losses[0] + self.alignment_loss(losses)
 
     def terminate(self, evidence: Mapping[str, Any]) -> None:
         """Let the teacher go before step ``self.step``: taps off, the projector out of the graph,
@@ -103,8 +145,8 @@ class Trainer:
             name = "bfloat16" if self.parallel.device.type == "cuda" else "float32"
         return None if name == "float32" else getattr(torch, name)
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, times, labels and velocities of this rank's samples, on the device."""
+    def inputs(self, batch: Batch, time: float | None = None) -> Inputs:
+        """What the student sees of a batch, on the device; ``time`` replaces the drawn times."""
         config, device = self.config, self.parallel.device
         columns = self._to_device(batch.columns["latents"])
         draws = draw(
@@ -115,10 +157,13 @@ class Trainer:
         latents = columns["mean"].float() + columns["std"].float() * posterior
         latents = (latents - vae.shift_factor) * vae.scaling_factor
         labels = torch.where(drop, config.student.num_classes, columns["label"])
-        x_t, velocity = interpolate(config.diffusion.path, latents, noise, t)
-        return x_t, t, labels, velocity
+        if time is not None:
+            t = torch.full_like(t, time)
+        noisy, told, target = self.module.objective.corrupt(latents, noise, t)
+        return Inputs(noisy, told, labels, target)
 
-    def _targets(self, batch: Batch) -> Targets:
+    def targets_of(self, batch: Batch) -> Targets:
+        """What the student is pulled towards, on the device."""
         if self.targets is None:
             return NO_TARGETS
         return self.targets(self._to_device(batch.columns[self.targets.stream]))

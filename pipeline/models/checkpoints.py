@@ -1,0 +1,167 @@
+"""Checkpoints in the file format of the SiT, REPA and HASTE repositories.
+
+A ``.pt`` or ``.pth`` file with ``model``, ``ema``, ``opt``, and ``steps`` or ``args``, or one bare
+state dict. A state dict holds the student under the names that our students use, and the projector
+as ``projectors.0.{0,2,4}``; ``module.`` may stand before every name (a DDP-wrapped model).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.models.sit import SiT
+from schemas.errors import UserError
+from schemas.student import SIZES, StudentConfig
+
+PROJECTOR = "projectors.0."
+WRAPPERS = ("module.", "_orig_mod.")  # DDP, torch.compile
+SETS = ("model", "ema")
+
+
+class Parts(NamedTuple):
+    """One state dict, taken apart."""
+
+    student: dict[str, Tensor]
+    projector: dict[str, Tensor]
+    """Empty where there is none (SiT's own checkpoints)."""
+
+
+def read_file(path: Path, weights: str = "ema") -> Parts:
+    """``weights`` ('model' or 'ema') of a checkpoint file; a bare state dict is either.
+
+    Loaded without unpickling code. Raises ``UserError``.
+    """
+    try:
+        # HASTE and REPA keep the command line under 'args'
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # mapped, not read: the optimizer's state is two thirds of such a file
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = "no such file" if not path.exists() else " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint '{path}': cannot read it ({reason})") from None
+    state = content
+    if isinstance(content, dict) and any(name in content for name in SETS):
+        if weights not in content:
+            raise UserError(
+                f"checkpoint '{path}' has no '{weights}' weights, only {_keys(content)}"
+            )
+        state = content[weights]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(
+            f"checkpoint '{path}' is neither a state dict nor a mapping with 'model' and 'ema' "
+            f"(found {_keys(content)})"
+        )
+    return take_apart(state)
+
+
+def take_apart(state: Mapping[str, Tensor]) -> Parts:
+    """The student's and the projector's state, each under our names."""
+    student: dict[str, Tensor] = {}
+    projector: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        while name.startswith(WRAPPERS):
+            name = name.partition(".")[2]
+        if name.startswith(PROJECTOR):
+            projector[name.removeprefix(PROJECTOR)] = tensor
+        else:
+            student[name] = tensor
+    return Parts(student, projector)
+
+
+def put_together(parts: Parts) -> dict[str, Tensor]:
+    """The inverse of ``take_apart``, in the order of the authors' models: projector, then the
+    final layer."""
+    projector = {PROJECTOR + name: tensor for name, tensor in parts.projector.items()}
+    last = {name: t for name, t in parts.student.items() if name.startswith("final_layer.")}
+    first = {name: t for name, t in parts.student.items() if name not in last}
+    return first | projector | last
+
+
+def sit_from_file(path: Path, model: str, weights: str = "ema") -> SiT:
+    """The SiT that a checkpoint file holds. ``model`` is its published name, such as SiT-XL/2:
+    the number of heads stands nowhere else. Raises ``UserError``."""
+    state = read_file(path, weights).student
+    try:
+        config = sit_config(state, model)
+    except (KeyError, IndexError) as error:
+        raise UserError(f"checkpoint '{path}' holds no SiT: it lacks {error}") from None
+    except ValueError as error:
+        raise UserError(f"checkpoint '{path}' {error}") from None
+    student = SiT(config)
+    try:
+        student.load_state_dict(drop_learned_sigma(state, config))
+    except RuntimeError as error:
+        lines = [" ".join(line.split()) for line in str(error).splitlines()]
+        raise UserError(
+            f"checkpoint '{path}' is no {model}: {lines[min(1, len(lines) - 1)][:200]}"
+        ) from None
+    return student
+
+
+def sit_config(state: Mapping[str, Tensor], model: str) -> StudentConfig:
+    """What the shapes in ``state`` say of a SiT. Raises ``ValueError`` where it is no ``model``."""
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    side = math.isqrt(state["pos_embed"].shape[1]) * patch
+    classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
+    config = StudentConfig(
+        model=model, latent_size=side, latent_channels=channels, num_classes=classes
+    )
+    size = config.size
+    if (size.depth, size.width, size.patch_size) != (depth, width, patch):
+        names = [f"SiT-{n}/{patch}" for n, (d, w, _) in SIZES.items() if (d, w) == (depth, width)]
+        hint = f" (did you mean --model {names[0]}?)" if names else ""
+        raise ValueError(
+            f"has {depth} blocks of width {width} and patch {patch}; {model} has {size.depth} of "
+            f"width {size.width} and patch {size.patch_size}{hint}"
+        )
+    return config
+
+
+def drop_learned_sigma(state: Mapping[str, Tensor], config: StudentConfig) -> dict[str, Tensor]:
+    """Keep the velocity's half of a final layer with twice the channels.
+
+    SiT's own repository builds its models with ``learn_sigma``: 2 C output channels, the second C
+    of which its transport objective never reads. A patch's outputs are ordered (row, column,
+    channel), channels fastest; the other repositories never had the second half.
+    """
+    state = dict(state)
+    cells, channels = config.size.patch_size**2, config.latent_channels
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if name in state and state[name].shape[0] == 2 * cells * channels:
+            rows = state[name].unflatten(0, (cells, 2 * channels))
+            state[name] = rows[:, :channels].flatten(0, 1).clone()
+    return state
+
+
+def write_file(
+    path: Path, *, model: Parts, ema: Parts, steps: int, opt: Mapping[str, Any], args: Any
+) -> None:
+    """A file that the HASTE and REPA repositories read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "model": put_together(model),
+        "ema": put_together(ema),
+        "opt": dict(opt),
+        "args": args,
+        "steps": steps,
+    }
+    torch.save(content, path)
+
+
+def _keys(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    names = [repr(key) for key in content]
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -1,0 +1,142 @@
+"""MM-DiT, the text-to-image transformer of Stable Diffusion 3 (arXiv 2403.03206), with taps.
+
+Text and image tokens have weights of their own and attend to each other in every block. Parameter
+names are those of the REPA and HASTE repositories, so that their checkpoints load; as there, the
+text is known through its tokens alone, without a pooled vector.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.layers import (
+    FinalLayer,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    attention_logits,
+    initialise,
+    modulate,
+    position_table,
+    split_heads,
+    unpatchify,
+)
+from pipeline.models.taps import StudentOutput, Taps
+from schemas.mmdit import MMDiTConfig
+
+NO_TAPS = Taps()
+
+
+class MMDiT(nn.Module):
+    """Predicts the velocity of a noisy latent, given its time and a text."""
+
+    pos_embed: Tensor
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, grid = config.width, config.latent_size // config.patch_size
+        self.grid = (grid, grid)
+        self.x_embedder = PatchEmbed(config.patch_size, config.latent_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.context_embedder = nn.Linear(config.context_width, width)
+        self.register_buffer("pos_embed", position_table(width, grid, grid))
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(width, config.heads, last=number == config.depth - 1)
+            for number in range(config.depth)
+        )
+        self.final_layer = FinalLayer(width, config.patch_size, config.latent_channels)
+        initialise(self)
+
+    def forward(
+        self, x_BChw: Tensor, t_B: Tensor, context_BTE: Tensor, taps: Taps = NO_TAPS
+    ) -> StudentOutput:
+        """Velocity at ``x`` (B, C, h, w), times ``t`` in [0, 1] and text embeddings (B, T, E).
+
+        Taps read the image stream: its tokens, and its queries against its own keys, which is not
+        the whole of the joint attention (HASTE section 3.3).
+        """
+        x = self.x_embedder(x_BChw) + self.pos_embed
+        context = self.context_embedder(context_BTE)
+        c = self.t_embedder(t_B)
+        features = None
+        logits = []
+        for number, block in enumerate(self.joint_blocks):
+            heads = taps.heads if number in taps.attention_layers else 0
+            context, x, block_logits = block(context, x, c, heads)
+            if block_logits is not None:
+                logits.append(block_logits)
+            if number + 1 == taps.feature_depth:
+                features = x
+        prediction = unpatchify(self.final_layer(x, c), self.grid, self.config.patch_size)
+        return StudentOutput(prediction, features, torch.stack(logits, dim=1) if logits else None)
+
+
+class JointBlock(nn.Module):
+    """One attention over text and image tokens; all else happens within each stream."""
+
+    def __init__(self, width: int, heads: int, *, last: bool) -> None:
+        """After the ``last`` block nobody reads the text: it gives keys and values, and ends."""
+        super().__init__()
+        self.heads = heads
+        self.context_block: Stream | KeyStream = KeyStream(width) if last else Stream(width)
+        self.x_block = Stream(width)
+
+    def forward(
+        self, context_BTD: Tensor, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Text tokens, image tokens, and image logits (B, tapped_heads, N, N) where asked for."""
+        text_qkv, text_rest = self.context_block.before(context_BTD, c_BD)
+        image_qkv, image_rest = self.x_block.before(x_BND, c_BD)
+        text, image = split_heads(text_qkv, self.heads), split_heads(image_qkv, self.heads)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text, image, strict=True))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        text_out, image_out = out.split([context_BTD.shape[1], x_BND.shape[1]], dim=1)
+        logits = attention_logits(image[0], image[1], tapped_heads) if tapped_heads else None
+        context = self.context_block.after(context_BTD, text_out, text_rest)
+        return context, self.x_block.after(x_BND, image_out, image_rest), logits
+
+
+Rest = tuple[Tensor, ...]
+"""Modulations (B, D) that a stream needs after the attention."""
+
+
+class KeyStream(nn.Module):
+    """The text in the last block: modulated norm, queries, keys and values."""
+
+    modulations = 2
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width)})
+        modulation = nn.Linear(width, self.modulations * width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
+
+    def before(self, x_BND: Tensor, c_BD: Tensor) -> tuple[Tensor, Rest]:
+        """(B, N, 3 D) queries, keys and values, and what ``after`` needs."""
+        shift, scale, *rest = self.adaLN_modulation(c_BD).chunk(self.modulations, dim=1)
+        return self.attn["qkv"](modulate(self.norm1(x_BND), shift, scale)), tuple(rest)
+
+    def after(self, x_BND: Tensor, attended_BND: Tensor, rest: Rest) -> Tensor:
+        return x_BND
+
+
+class Stream(KeyStream):
+    """One modality's share of a block with adaLN-Zero conditioning."""
+
+    modulations = 6
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.attn["proj"] = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+
+    def after(self, x_BND: Tensor, attended_BND: Tensor, rest: Rest) -> Tensor:
+        """Tokens that leave the block."""
+        gate1, shift2, scale2, gate2 = rest
+        x = x_BND + gate1.unsqueeze(1) * self.attn["proj"](attended_BND)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))

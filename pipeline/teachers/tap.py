@@ -1,0 +1,72 @@
+"""Reading the attention logits of a block that runs timm's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Attended(NamedTuple):
+    """The operands of one call of torch's attention (T tokens, prefix tokens included)."""
+
+    q: Tensor
+    """(B, H, T, d), after query norm and rotary embedding, where the model has them."""
+    k: Tensor
+    """(B, H, T, d)."""
+    v: Tensor
+    """(B, H, T, d)."""
+    scale: float
+    """Factor of q k^T."""
+    plain: bool
+    """Whether softmax(scale q k^T) v is all there is to it: no mask, no bias, no causality."""
+
+    def logits(self, prefix: int) -> Tensor:
+        """scale q k^T between the patches, whose tokens follow ``prefix`` others: (B, H, N, N),
+        float32."""
+        q, k = self.q[:, :, prefix:].float(), self.k[:, :, prefix:].float()
+        with torch.autocast(q.device.type, enabled=False):
+            return (q * self.scale) @ k.transpose(-2, -1)
+
+
+class AttentionTap(TorchFunctionMode):
+    """While entered, notes what is given to ``scaled_dot_product_attention``.
+
+    That is where all of timm's fused attention ends up, after whatever a model does to its queries
+    and keys (norms, rotary embedding, heads that share keys), so what is read is what is used.
+    Only references are kept: the logits exist when they are asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Attended] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.calls.append(_operands(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Attended:
+    plain = attn_mask is None and not dropout_p and not is_causal and q.shape == k.shape
+    return Attended(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, plain)

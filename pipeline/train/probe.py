@@ -1,0 +1,82 @@
+"""Measurements on a run in progress that a termination trigger can ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.randomness import Purpose, generator
+from pipeline.store import Batch, SampleOrder, Store, StreamReader
+from pipeline.store.loader import rank_slice
+from pipeline.train.trainer import Trainer
+
+CHUNK = 32  # samples of one pass
+
+
+class GradientProbe:
+    """Compares the gradients of the two losses on one block (HASTE section 2.2, appendix A.2).
+
+    The block is the one at the feature depth. Samples, noise and posterior draws are functions of
+    the seed and the step, so that any number of ranks measures the same.
+    """
+
+    def __init__(self, trainer: Trainer, store: Store, order: SampleOrder) -> None:
+        self.trainer = trainer
+        self.store = store
+        self.order = order
+        self.bytes_read: dict[str, int] = {}
+
+    def gradient_cosines(self, times: Sequence[float], samples: int) -> list[float]:
+        """Cosine between the gradients of the weighted alignment losses and of the denoising loss,
+        at each time; 0 where one of them vanishes. Every rank calls it."""
+        trainer = self.trainer
+        depth = trainer.config.alignment.feature_depth
+        parameters = list(trainer.module.student.blocks[depth - 1].parameters())
+        size = sum(parameter.numel() for parameter in parameters)
+        sums = torch.zeros(len(times), 2, size, device=trainer.parallel.device)
+        for batch in self._batches(samples):
+            targets = trainer.targets_of(batch)
+            for row, time in zip(sums, times, strict=True):
+                inputs = trainer.inputs(batch, time=time)
+                losses = trainer.losses(trainer.module, inputs, targets)
+                row[0] += _gradient(trainer.alignment_loss(losses), parameters, keep=True)
+                row[1] += _gradient(losses[0], parameters, keep=False)
+        trainer.parallel.sum(sums)
+        cosines: list[float] = torch.cosine_similarity(sums[:, 0], sums[:, 1], dim=1).tolist()
+        return cosines
+
+    def _batches(self, samples: int) -> Iterator[Batch]:
+        """This rank's share of ``samples`` different ones, drawn from the whole data set."""
+        trainer = self.trainer
+        assert trainer.targets is not None
+        rng = generator(Purpose.PROBE, trainer.config.seed, trainer.step)
+        total = min(samples, self.order.epoch_size)
+        chosen = np.sort(rng.choice(self.order.epoch_size, size=total, replace=False))
+        begin, end = rank_slice(total, trainer.parallel.rank, trainer.parallel.world_size)
+        readers = {
+            name: StreamReader(self.store, name) for name in ("latents", trainer.targets.stream)
+        }
+        for start in range(begin, end, CHUNK):
+            positions = chosen[start : min(start + CHUNK, end)].astype(np.int64)
+            where = self.order.locate(positions)
+            columns = {name: reader.read(*where) for name, reader in readers.items()}
+            yield Batch(trainer.step, positions, columns)
+        for name, reader in readers.items():
+            self.bytes_read[name] = self.bytes_read.get(name, 0) + reader.bytes_read
+            reader.close()
+
+
+def _gradient(loss: Tensor, parameters: Sequence[Tensor], *, keep: bool) -> Tensor:
+    """The flat gradient of ``loss``, zeros where it does not depend on a parameter."""
+    if not loss.requires_grad:
+        return torch.zeros(sum(p.numel() for p in parameters), device=loss.device)
+    parts = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
+    return torch.cat(
+        [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(parameters, parts, strict=True)
+        ]
+    )

@@ -1,0 +1,89 @@
+"""Stores whose every number is known, ways to damage them, and eyes on what is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.store import ShardWriter, Store
+from schemas.store import Manifest
+from tests.stores import random_manifest
+
+Values = dict[str, dict[str, np.ndarray | int]]
+
+SIZES = (5, 3, 0, 4)
+"""Samples of each shard of `known_store`: uneven, one without any."""
+
+
+def known_manifest(sizes: Sequence[int] = SIZES) -> Manifest:
+    """The manifest of a store with shards of these sizes, where some images were skipped."""
+    largest = max(sizes)
+    return random_manifest(len(sizes) * largest, largest)
+
+
+def known_values(shard: int, row: int) -> Values:
+    """The one sample at (shard, row): a pure function, exact in float16."""
+    manifest = known_manifest((1,))
+    rng = np.random.default_rng([shard, row])
+
+    def column(stream: str, name: str) -> np.ndarray:
+        shape = manifest.streams[stream].columns[name].shape
+        return rng.standard_normal(shape).astype(np.float16)
+
+    maps = {name: column("maps", name) for name in manifest.streams["maps"].columns}
+    latents: dict[str, np.ndarray | int] = {n: column("latents", n) for n in ("mean", "std")}
+    return {"latents": {**latents, "label": 100 * shard + row}, "maps": {**maps}}
+
+
+def known_key(shard: int, row: int) -> str:
+    return f"class/{shard}-{row}"
+
+
+def write_known_shard(url: str, manifest: Manifest, shard: int, samples: int) -> None:
+    with ShardWriter(url, manifest.streams, shard) as writer:
+        for row in range(samples):
+            writer.add(known_key(shard, row), known_values(shard, row))
+        writer.commit()
+
+
+def write_known_store(url: str, sizes: Sequence[int] = SIZES) -> Store:
+    """A complete store of `known_values`."""
+    store = Store.create(url, known_manifest(sizes))
+    for shard, samples in enumerate(sizes):
+        write_known_shard(store.url, store.manifest, shard, samples)
+    store.finish()
+    return store
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest, record or index in place."""
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def all_files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@contextmanager
+def recorded_opens() -> Iterator[list[str]]:
+    """Every path that a local fsspec filesystem opens, from any thread, whoever asks."""
+    paths: list[str] = []
+    original = LocalFileSystem._open
+
+    def open_and_record(self: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
+        paths.append(str(path))
+        return original(self, path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalFileSystem, "_open", open_and_record)
+        yield paths

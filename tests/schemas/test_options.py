@@ -1,0 +1,308 @@
+"""Options from defaults, presets, YAML and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.errors import UserError
+from schemas.extract import PRESETS, ExtractConfig
+from schemas.inspect import InspectConfig
+from schemas.options import leaf_fields, parse_options
+from schemas.run import RunConfig
+
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+
+
+def extraction(*argv: str) -> ExtractConfig:
+    return parse_options(
+        ExtractConfig, list(argv), command="c", about="a", presets=PRESETS, preset_key="dataset"
+    )
+
+
+def training(*argv: str) -> RunConfig:
+    return parse_options(RunConfig, list(argv), command="c", about="a")
+
+
+def inspection(*argv: str) -> InspectConfig:
+    return parse_options(InspectConfig, list(argv), command="c", about="a", positional="store")
+
+
+def complaint(call: Any, *argv: str) -> str:
+    """The message of the ``UserError``, which must be one line."""
+    with pytest.raises(UserError) as error:
+        call(*argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Any:
+    def write(text: str, name: str = "config.yaml") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_defaults_then_preset_then_yaml_then_command_line(yaml_file: Any) -> None:
+    default, preset = ExtractConfig(), extraction("--dataset", "demo")
+    assert (default.resolution, default.shard_size, default.batch_size) == (256, 64, 32)
+    assert (preset.resolution, preset.shard_size, preset.batch_size) == (32, 128, 32)
+    assert preset.teacher.weights == "demo"
+
+    file = yaml_file("dataset: demo\nshard_size: 7\nbatch_size: 9\nteacher: {seed: 3}")
+    mixed = extraction("--config", file, "--batch-size", "11")
+    assert (mixed.resolution, mixed.shard_size, mixed.batch_size) == (32, 7, 11)
+    assert (mixed.teacher.seed, mixed.teacher.weights) == (3, "demo")
+
+
+def test_a_later_config_overrides_an_earlier_one(yaml_file: Any) -> None:
+    first = yaml_file("steps: 5\nseed: 1", "first.yaml")
+    second = yaml_file("steps: 6", "second.yaml")
+    config = training("--seed", "2", "--config", first, "--config", second)
+    assert (config.steps, config.seed) == (6, 2)
+
+
+def test_yaml_inherits_from_its_base_through_several_files(yaml_file: Any) -> None:
+    yaml_file("steps: 5\nglobal_batch: 8\noptimizer: {eps: 1e-3, weight_decay: 0.5}", "root.yaml")
+    yaml_file("base: root.yaml\nglobal_batch: 9\noptimizer: {eps: 0.25}", "middle.yaml")
+    config = training("--config", yaml_file("base: middle.yaml\nsteps: 7", "leaf.yaml"))
+    assert (config.steps, config.global_batch) == (7, 9)
+    assert (config.optimizer.eps, config.optimizer.weight_decay) == (0.25, 0.5)
+
+
+def test_yaml_that_is_its_own_base_is_an_error(yaml_file: Any) -> None:
+    yaml_file("base: b.yaml", "a.yaml")
+    assert "leads back" in complaint(training, "--config", yaml_file("base: a.yaml", "b.yaml"))
+
+
+def test_dotted_options_change_one_leaf_of_a_yaml_mapping(yaml_file: Any) -> None:
+    file = yaml_file("alignment: {feature_weight: 0.25, attention_weight: 0.75}")
+    config = training("--config", file, "--alignment.feature-weight", "2")
+    assert (config.alignment.feature_weight, config.alignment.attention_weight) == (2.0, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("argv", "path", "value"),
+    [
+        (["--optimizer.learning-rate", "1e-4"], "optimizer.learning_rate", 1e-4),
+        (["--optimizer.learning-rate=3"], "optimizer.learning_rate", 3.0),
+        (["--optimizer.betas", "0.9,1e-3"], "optimizer.betas", (0.9, 1e-3)),
+        (["--optimizer.betas", "[0.5, 0.6]"], "optimizer.betas", (0.5, 0.6)),
+        (["--steps", "1e5"], "steps", 100_000),
+        (["--workers.max-failures", "-1"], "workers.max_failures", -1),
+        (["--workers.max_failures", "7"], "workers.max_failures", 7),
+        (["--wandb", "none"], "wandb", None),
+        (["--wandb", "12"], "wandb", "12"),
+        (["--name", "none"], "name", "none"),
+        (["--data.verify"], "data.verify", True),
+        (["--data.verify", "false"], "data.verify", False),
+        (["--data.verify=false"], "data.verify", False),
+        (["--data.verify", "--seed", "4"], "seed", 4),
+        (["--precision", "bfloat16"], "precision", "bfloat16"),
+        (["--alignment.termination", "none"], "alignment.termination", None),
+    ],
+)
+def test_types_of_training_options(argv: list[str], path: str, value: object) -> None:
+    found: Any = training(*argv)
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("1,2,3", (1, 2, 3)),
+        ("7-11", (7, 8, 9, 10, 11)),
+        ("1-3, 7", (1, 2, 3, 7)),
+        ("4", (4,)),
+        ("[2, 5]", (2, 5)),
+    ],
+)
+def test_layers_are_lists_and_ranges(text: str, layers: tuple[int, ...]) -> None:
+    assert extraction("--layers", text).layers == layers
+
+
+@pytest.mark.parametrize("text", ["11-7", "a", "", "3,1", "[1,", "-1", "0-100000"])
+def test_layers_that_make_no_sense_are_refused(text: str) -> None:
+    assert "layers" in complaint(extraction, f"--layers={text}")
+
+
+def test_entries_of_a_table_add_up() -> None:
+    argv = ["--teacher.model-args.depth", "6", "--teacher.model-args.embed-dim=96"]
+    assert extraction(*argv).teacher.model_args == {"depth": 6, "embed_dim": 96}
+    args = extraction("--dataset", "demo", *argv[:2]).teacher.model_args
+    assert args == {**PRESETS["demo"]["teacher"]["model_args"], "depth": 6}
+    assert extraction("--teacher.model-args", "{depth: 3}").teacher.model_args == {"depth": 3}
+
+
+def test_the_argument_without_dashes_fills_the_positional_option() -> None:
+    config = inspection("--json", "s3://bucket/store")
+    assert config.store == "s3://bucket/store"
+    assert config.as_json
+    assert "unexpected argument 'b'" in complaint(inspection, "a", "b")
+    assert "unexpected argument 'a'" in complaint(training, "a")
+
+
+@pytest.mark.parametrize(
+    ("call", "option", "right"),
+    [
+        (extraction, "--shard-sise", "--shard-size"),
+        (extraction, "--teacher.wieghts", "--teacher.weights"),
+        (extraction, "--weights", "--teacher.weights"),
+        (training, "--feature-weight", "--alignment.feature-weight"),
+        (training, "--optimizer.lerning_rate", "--optimizer.learning-rate"),
+        (training, "--confg", "--config"),
+    ],
+)
+def test_unknown_option_suggests_the_right_one(call: Any, option: str, right: str) -> None:
+    message = complaint(call, option, "1")
+    assert f"unknown option {option}" in message
+    assert f"'{right}'" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "right"),
+    [
+        ("stesp: 3", "stesp", "steps"),
+        ("optimizer: {learnin_rate: 3}", "optimizer.learnin_rate", "learning_rate"),
+    ],
+)
+def test_unknown_yaml_key_names_the_file_and_the_right_key(
+    yaml_file: Any, text: str, wrong: str, right: str
+) -> None:
+    file = yaml_file(text)
+    for more in ([], ["--store", "x"]):
+        message = complaint(training, "--config", file, *more)
+        assert message.startswith(f"{file}: unknown key '{wrong}'")
+        assert f"'{right}'" in message
+
+
+def test_wrong_values_are_one_line_that_names_every_key() -> None:
+    message = complaint(training, "--steps", "many", "--optimizer.eps", "-1")
+    assert "steps" in message
+    assert "optimizer.eps" in message
+    assert "resolution" in complaint(extraction, "--resolution", "8")
+    assert "precision" in complaint(training, "--precision", "float8")
+    assert "model_args" in complaint(extraction, "--teacher.model-args", "{a: ")
+
+
+@pytest.mark.parametrize("argv", [["--store"], ["--store", "--steps", "3"], ["--config"]])
+def test_missing_value_is_named(argv: list[str]) -> None:
+    assert complaint(training, *argv) == f"option {argv[0]} needs a value"
+
+
+def test_models_that_contradict_themselves_are_refused() -> None:
+    assert "feature_depth 13" in complaint(
+        training, "--student.model", "SiT-B/2", "--alignment.feature-depth", "13"
+    )
+    assert "do not pair up" in complaint(training, "--alignment.student-layers", "1,2")
+    assert "global_batch 3" in complaint(training, "--global-batch", "3", "--workers.count", "4")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [1,\nb: 2", "not YAML"),
+        ("- 1\n- 2", "expected a mapping of options, found list"),
+        ("!!python/object/apply:os.getcwd []", "not YAML"),
+        ("base: nowhere.yaml", "nowhere.yaml: cannot read"),
+    ],
+)
+def test_broken_yaml_is_one_line_that_names_the_file(
+    yaml_file: Any, text: str, reason: str
+) -> None:
+    file = yaml_file(text)
+    message = complaint(training, "--config", file)
+    assert str(Path(file).parent) in message
+    assert reason in message
+
+
+def test_unreadable_yaml_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.yaml")
+    assert complaint(training, "--config", missing).startswith(f"{missing}: cannot read")
+    assert "cannot read this config" in complaint(training, "--config", str(tmp_path))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "not YAML" in complaint(training, "--config", str(tmp_path / "binary.yaml"))
+
+
+def test_empty_yaml_is_all_defaults(yaml_file: Any) -> None:
+    assert training("--config", yaml_file("# nothing")) == RunConfig()
+
+
+# design.md, section 5: feature depth, student <- teacher layers, termination, batch; and the
+# published size and length of each run.
+PAPER = {
+    "sit_b2": (12, 5, (2, 3, 4), (7, 9, 11), 100_000, 400_000),
+    "sit_l2": (24, 8, (4, 5, 6, 7), (8, 9, 10, 11), 250_000, 400_000),
+    "sit_xl2": (28, 8, (4, 5, 6, 7), (8, 9, 10, 11), 250_000, 500_000),
+}
+WEIGHTS = {"haste": (0.5, 0.5), "repa": (0.5, 0.0), "vanilla": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize("recipe", WEIGHTS)
+@pytest.mark.parametrize("student", PAPER)
+def test_configs_have_the_numbers_of_the_paper(student: str, recipe: str) -> None:
+    config = training("--config", str(CONFIGS / f"{student}_{recipe}.yaml"))
+    depth, feature_depth, student_layers, teacher_layers, end, steps = PAPER[student]
+    alignment = config.alignment
+    assert config.name == f"{student}_{recipe}"
+    assert config.student.model == f"SiT-{student.removeprefix('sit_').upper()[:-1]}/2"
+    assert (config.student.size.depth, config.student.num_classes) == (depth, 1000)
+    assert (alignment.feature_weight, alignment.attention_weight) == WEIGHTS[recipe]
+    assert alignment.feature_depth == feature_depth
+    assert alignment.student_layers == student_layers
+    assert alignment.teacher_layers == teacher_layers
+    assert alignment.projector_width == 2048
+    if recipe == "haste":
+        assert alignment.termination is not None
+        assert (alignment.termination.kind, alignment.termination.step) == ("fixed", end)  # type: ignore[union-attr]
+    else:
+        assert alignment.termination is None
+    assert (config.global_batch, config.steps) == (256, steps)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_loads_with_the_shared_settings_of_the_paper(file: Path) -> None:
+    config = training("--config", str(file))
+    optimizer = config.optimizer
+    assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.999), 0.0)
+    assert (optimizer.eps, optimizer.max_grad_norm) == (1e-8, 1.0)
+    assert (config.diffusion.path, config.diffusion.label_drop) == ("linear", 0.1)
+    if file.stem != "demo":
+        assert (optimizer.learning_rate, config.ema_decay) == (1e-4, 0.9999)
+        assert config.global_batch == 256
+
+
+@pytest.mark.parametrize(
+    ("call", "model"),
+    [(extraction, ExtractConfig), (training, RunConfig), (inspection, InspectConfig)],
+)
+def test_help_lists_every_option_with_a_description(
+    call: Any, model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        call("--help")
+    assert leaving.value.code == 0
+    page = capsys.readouterr().out
+    lines = page.splitlines()
+    for name, field in leaf_fields(model):
+        option = f"  --{name.replace('_', '-')}"
+        at = [i for i, line in enumerate(lines) if line.split("  (")[0].split(" {")[0] == option]
+        assert at, option
+        assert field.description, option
+        assert any(lines[i + 1].strip() == " ".join(field.description.split()) for i in at), option
+
+
+def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        extraction("--help")
+    page = capsys.readouterr().out
+    assert "--precision {auto,float32,bfloat16,float16}  (default auto)" in page
+    assert "--layers  (default 7,8,9,10,11)" in page
+    assert "--source  (default none)" in page
