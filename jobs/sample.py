@@ -1,6 +1,7 @@
 """Draw a grid of images from a trained checkpoint.
 
 python jobs/sample.py --checkpoint runs/demo --classes 1,2,3 --png samples.png
+python jobs/sample.py --checkpoint FILE.pt --model SiT-XL/2 --classes 207,360 --png samples.png
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from pipeline.autoencoders import Autoencoder
 from pipeline.pictures import save_grid
-from pipeline.sampling import draw_images, load_student
+from pipeline.sampling import draw_images, open_trained
 from schemas.errors import UserError, run_command
 from schemas.options import parse_options
 from schemas.sample import SampleConfig
@@ -35,17 +36,21 @@ def main(argv: list[str]) -> int:
 def draw_grid(config: SampleConfig) -> Path:
     """Write the grid and return its path. Raises ``UserError``."""
     if config.checkpoint is None:
-        raise UserError("--checkpoint is missing: the folder of a run or of one checkpoint")
+        raise UserError(
+            "--checkpoint is missing: the folder of a run or of one checkpoint, or a .pt file"
+        )
     if config.png is None:
         raise UserError("--png is missing: the picture file to write")
-    student, state = load_student(Path(config.checkpoint).expanduser(), config.weights)
+    checkpoint = Path(config.checkpoint).expanduser()
+    trained = open_trained(checkpoint, config.weights, config.model)
+    student = trained.student
     classes = student.config.num_classes
     if max(config.classes) >= classes:
         raise UserError(
             f"--classes asks for class {max(config.classes)}; the model has classes 0 to "
             f"{classes - 1}"
         )
-    autoencoder = Autoencoder(config.autoencoder or state.autoencoder.name)
+    autoencoder = Autoencoder(config.autoencoder or trained.autoencoder)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,7 +67,7 @@ def draw_grid(config: SampleConfig) -> Path:
                 autoencoder,
                 labels[start : start + config.batch_size],
                 config.sampler,
-                path=state.config.diffusion.path,
+                path=trained.path,
                 first_index=start,
             )
         )

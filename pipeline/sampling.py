@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from pipeline.autoencoders import Autoencoder
 from pipeline.diffusion.samplers import sample
 from pipeline.models import SiT, make_student
+from pipeline.models.checkpoints import student_from_file
 from pipeline.randomness import Purpose, generator
 from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
 from pipeline.train.local import newest_checkpoint
@@ -19,6 +21,39 @@ from schemas.diffusion import Path as DiffusionPath
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
 from schemas.student import StudentConfig
+
+PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
+"""What the authors of SiT, REPA and HASTE decode with."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student, and what is needed to draw from it."""
+
+    student: SiT
+    path: DiffusionPath
+    autoencoder: str
+    """Name of the decoder, where nobody asks for another."""
+
+
+def open_trained(checkpoint: Path, weights: str = "ema", model: str | None = None) -> Trained:
+    """A run's folder or one checkpoint's; or a file of the SiT, REPA or HASTE repositories, of
+    which only the asker knows that it is a ``model``. Raises ``UserError``."""
+    if checkpoint.is_file() or checkpoint.suffix in (".pt", ".pth"):
+        if model is None:
+            raise UserError(
+                f"--checkpoint '{checkpoint}' does not say what it is: add --model, for example "
+                "--model SiT-XL/2"
+            )
+        student = student_from_file(checkpoint, model, weights)
+        return Trained(student.requires_grad_(False).eval(), "linear", PUBLISHED_AUTOENCODER)
+    if model is not None:
+        raise UserError(
+            f"--model is for a .pt file; --checkpoint '{checkpoint}' is a folder that says what "
+            "it holds"
+        )
+    student, state = load_student(checkpoint, weights)
+    return Trained(student, state.config.diffusion.path, state.autoencoder.name)
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:

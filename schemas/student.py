@@ -12,6 +12,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 """Depth, width and heads of the published sizes (arXiv 2401.08740, table 1)."""
 
 Positive = Annotated[int, Field(ge=1)]
+ModelName = Annotated[str, Field(pattern=r"^(SiT|DiT)-(S|B|L|XL)/(1|2|4|8)$")]
 
 
 class StudentSize(NamedTuple):
@@ -24,7 +25,7 @@ class StudentSize(NamedTuple):
 class StudentConfig(Strict):
     """The student network."""
 
-    model: Annotated[str, Field(pattern=r"^(SiT|DiT)-(S|B|L|XL)/(1|2|4|8)$")] = "SiT-XL/2"
+    model: ModelName = "SiT-XL/2"
     """Family, published size and patch: SiT or DiT, -S, -B, -L or -XL, then /1, /2, /4 or /8."""
     latent_size: Positive = 32
     """Rows and columns of the latent: 32 for 256 px images, 64 for 512 px."""

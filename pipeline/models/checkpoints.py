@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.models.factory import make_student
 from pipeline.models.sit import SiT
 from schemas.errors import UserError
 from schemas.student import SIZES, StudentConfig
@@ -88,76 +90,90 @@ def put_together(parts: Parts) -> dict[str, Tensor]:
     return first | projector | last
 
 
-def sit_from_file(path: Path, model: str, weights: str = "ema") -> SiT:
-    """The SiT that a checkpoint file holds. ``model`` is its published name, such as SiT-XL/2:
-    the number of heads stands nowhere else. Raises ``UserError``."""
+def student_from_file(path: Path, model: str, weights: str = "ema") -> SiT:
+    """The student that a checkpoint file holds. ``model`` is its published name, such as SiT-XL/2:
+    its number of heads stands nowhere else. Raises ``UserError``."""
     state = read_file(path, weights).student
     try:
-        config = sit_config(state, model)
-    except (KeyError, IndexError) as error:
-        raise UserError(f"checkpoint '{path}' holds no SiT: it lacks {error}") from None
+        config = student_config(state, model)
+    except KeyError as error:
+        raise UserError(f"checkpoint '{path}' is no {model}: it lacks {error}") from None
     except ValueError as error:
-        raise UserError(f"checkpoint '{path}' {error}") from None
-    student = SiT(config)
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint '{path}' is no {model}: {reason}") from None
+    student = make_student(config)
     try:
         student.load_state_dict(drop_learned_sigma(state, config))
     except RuntimeError as error:
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
-        raise UserError(
-            f"checkpoint '{path}' is no {model}: {lines[min(1, len(lines) - 1)][:200]}"
-        ) from None
+        reason = lines[min(1, len(lines) - 1)][:200]
+        raise UserError(f"checkpoint '{path}' is no {model}: {reason}") from None
     return student
 
 
-def sit_config(state: Mapping[str, Tensor], model: str) -> StudentConfig:
-    """What the shapes in ``state`` say of a SiT. Raises ``ValueError`` where it is no ``model``."""
+def student_config(state: Mapping[str, Tensor], model: str) -> StudentConfig:
+    """What the shapes in ``state`` say of a ``model``. Raises ``ValueError`` where it is another,
+    ``KeyError`` where it is none at all."""
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    side = math.isqrt(state["pos_embed"].shape[1]) * patch
     classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-    config = StudentConfig(
-        model=model, latent_size=side, latent_channels=channels, num_classes=classes
-    )
-    size = config.size
-    if (size.depth, size.width, size.patch_size) != (depth, width, patch):
-        names = [f"SiT-{n}/{patch}" for n, (d, w, _) in SIZES.items() if (d, w) == (depth, width)]
-        hint = f" (did you mean --model {names[0]}?)" if names else ""
+    tokens = state["pos_embed"].shape[1]
+    family, size, wanted_patch = re.split("[-/]", model)
+    if (depth, width) != SIZES[size][:2] or patch != int(wanted_patch):
+        fitting = [name for name, sizes in SIZES.items() if sizes[:2] == (depth, width)]
         raise ValueError(
-            f"has {depth} blocks of width {width} and patch {patch}; {model} has {size.depth} of "
-            f"width {size.width} and patch {size.patch_size}{hint}"
+            f"it has {depth} blocks of width {width} and patch {patch}"
+            + (f", which is {family}-{fitting[0]}/{patch}" if fitting else "")
         )
-    return config
+    return StudentConfig(
+        model=model,
+        latent_size=math.isqrt(tokens) * patch,
+        latent_channels=channels,
+        num_classes=classes,
+    )
 
 
 def drop_learned_sigma(state: Mapping[str, Tensor], config: StudentConfig) -> dict[str, Tensor]:
-    """Keep the velocity's half of a final layer with twice the channels.
+    """For a SiT, keep the velocity's half of a final layer with twice the channels.
 
-    SiT's own repository builds its models with ``learn_sigma``: 2 C output channels, the second C
-    of which its transport objective never reads. A patch's outputs are ordered (row, column,
-    channel), channels fastest; the other repositories never had the second half.
+    SiT's own repository builds its models with ``learn_sigma``: 2 C output channels, of which its
+    forward pass returns the first C, the velocity. A patch's outputs are ordered row, column,
+    channel. REPA and HASTE never made the second half; a DiT needs it.
     """
     state = dict(state)
-    cells, channels = config.size.patch_size**2, config.latent_channels
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        if name in state and state[name].shape[0] == 2 * cells * channels:
-            rows = state[name].unflatten(0, (cells, 2 * channels))
-            state[name] = rows[:, :channels].flatten(0, 1).clone()
+    if config.family == "SiT":
+        cells, channels = config.size.patch_size**2, config.latent_channels
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            if name in state and len(state[name]) == 2 * cells * channels:
+                outputs = state[name].unflatten(0, (cells, 2 * channels))
+                state[name] = outputs[:, :channels].flatten(0, 1)
     return state
 
 
 def write_file(
-    path: Path, *, model: Parts, ema: Parts, steps: int, opt: Mapping[str, Any], args: Any
+    path: Path,
+    *,
+    model: Parts,
+    ema: Parts,
+    optimizer: Mapping[str, Any],
+    steps: int,
+    args: Mapping[str, Any],
 ) -> None:
-    """A file that the HASTE and REPA repositories read."""
+    """A file that the authors' repositories read: plain data and tensors, no pickled classes.
+
+    ``optimizer`` numbers the parameters in the order of ``put_together(model)``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "model": put_together(model),
         "ema": put_together(ema),
-        "opt": dict(opt),
-        "args": args,
+        "opt": dict(optimizer),
+        "args": dict(args),
         "steps": steps,
     }
-    torch.save(content, path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    torch.save(content, temporary)
+    temporary.replace(path)
 
 
 def _keys(content: Any) -> str:

@@ -75,9 +75,7 @@ def test_batches_hold_the_samples_of_the_order_in_every_stream(known_store: Stor
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5, 7])
 def test_ranks_together_read_what_one_reads(known_store: Store, world_size: int) -> None:
     whole = take(known_store, 6)
-    ranks = [
-        take(known_store, 6, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
+    ranks = [take(known_store, 6, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         same(batch, joined([batches[step] for batches in ranks]))
 
@@ -138,9 +136,7 @@ def test_counters_agree_with_what_the_filesystem_saw(known_store: Store) -> None
 
 
 @pytest.mark.parametrize("start", [0, 2])
-def test_a_stream_is_not_read_for_steps_that_do_not_need_it(
-    known_store: Store, start: int
-) -> None:
+def test_a_stream_is_not_read_for_steps_that_do_not_need_it(known_store: Store, start: int) -> None:
     """Though the thread is ahead of the consumer, nothing of step 3 or later is read."""
     options = {"window": 1, "start_step": start, "prefetch": 9}
     with recorded_opens() as paths:

@@ -88,9 +88,7 @@ def test_shards_and_rows_are_shuffled_inside_the_window() -> None:
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
-def test_no_more_shards_than_the_window_are_in_use_at_a_time(
-    sizes: list[int], window: int
-) -> None:
+def test_no_more_shards_than_the_window_are_in_use_at_a_time(sizes: list[int], window: int) -> None:
     shards = [shard for shard, _ in epoch_of(SampleOrder(1, sizes, window), 0)]
     first = {shard: shards.index(shard) for shard in shards}
     last = {shard: place for place, shard in enumerate(shards)}

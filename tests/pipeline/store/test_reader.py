@@ -37,9 +37,7 @@ def check(store: Store, stream: str, where: np.ndarray, limit: int) -> StreamRea
 
 @pytest.mark.parametrize("limit", [WHOLE, RANGED])
 @pytest.mark.parametrize("stream", STREAMS)
-def test_what_was_written_is_read_in_any_order(
-    known_store: Store, stream: str, limit: int
-) -> None:
+def test_what_was_written_is_read_in_any_order(known_store: Store, stream: str, limit: int) -> None:
     rng = np.random.default_rng(0)
     for where in (ALL, ALL[::-1], rng.permutation(ALL), ALL[[3]], ALL[[7, 7, 0, 7]]):
         check(known_store, stream, where, limit)

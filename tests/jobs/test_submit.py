@@ -1,0 +1,91 @@
+"""The README's cluster recipe on this machine: `ray start --head`, then `ray job submit`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the dashboard of a fresh one-node cluster."""
+    port, dashboard_port = free_port(), free_port()
+    folder = tmp_path_factory.mktemp("ray")
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    arguments = [
+        str(BIN / "ray"),
+        *("start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
+        f"--port={port}",
+        f"--dashboard-port={dashboard_port}",
+        f"--temp-dir={Path('/tmp') / f'haste-{port}'}",  # socket paths are short or fail
+    ]
+    with (folder / "head.log").open("w") as log:
+        head = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
+    try:
+        _wait_for_port(dashboard_port)
+        yield f"http://127.0.0.1:{dashboard_port}"
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise TimeoutError("Ray's dashboard did not come up")
+
+
+def submit(dashboard: str, *command: str) -> subprocess.CompletedProcess[str]:
+    arguments = [str(BIN / "ray"), "job", "submit", "--address", dashboard, "--working-dir", "."]
+    return subprocess.run(
+        [*arguments, "--", *command], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_extract_and_train_as_submitted_jobs(dashboard: str, tmp_path: Path) -> None:
+    store, runs = tmp_path / "store", tmp_path / "runs"
+    extract = ("python", "-m", "pipeline.extract", "--dataset", "demo", "--store", str(store))
+    done = submit(dashboard, *extract)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1797 samples" in done.stdout
+    train = (
+        *("python", "jobs/train_haste.py", "--config", "jobs/configs/demo.yaml"),
+        *("--store", str(store), "--output", str(runs), "--steps", "12"),
+        *("--alignment.termination.step", "6"),
+    )
+    done = submit(dashboard, *train)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((runs / "demo" / "summary.json").read_text())
+    assert summary["termination_step"] == 6
+    assert summary["bytes_read"]["maps"]["after"] == 0
+
+
+def test_a_bad_job_says_why_in_one_line(dashboard: str, tmp_path: Path) -> None:
+    done = submit(dashboard, "python", "jobs/train_haste.py", "--store", str(tmp_path))
+    assert done.returncode != 0
+    assert f"error: --store '{tmp_path}' holds no store: manifest.json is missing" in done.stdout

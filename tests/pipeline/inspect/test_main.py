@@ -1,0 +1,178 @@
+"""`python -m pipeline.inspect`: the page, the JSON line and the picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.inspect.__main__ import main
+from pipeline.inspect.summary import summarise
+from pipeline.store import Store, StreamReader
+from schemas.errors import UserError
+from tests.helpers import SIZES, known_key
+
+Capture = pytest.CaptureFixture[str]
+
+
+def stream_bytes(store: Store) -> dict[str, int]:
+    return {
+        stream: sum(path.stat().st_size for path in Path(store.root, stream).glob("*.tar"))
+        for stream in store.manifest.streams
+    }
+
+
+def json_of(capsys: Capture, *argv: str) -> dict[str, object]:
+    assert main([*argv, "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_json_is_one_line_with_samples_completeness_and_bytes(
+    known_store: Store, capsys: Capture
+) -> None:
+    sizes = stream_bytes(known_store)
+    found = json_of(capsys, known_store.url)
+    assert found == {
+        "samples": sum(SIZES),
+        "complete": True,
+        "streams": sizes,
+        "bytes_per_image": pytest.approx(sum(sizes.values()) / sum(SIZES)),
+    }
+    assert isinstance(found["samples"], int)
+    assert all(isinstance(size, int) for size in found["streams"].values())  # type: ignore[attr-defined]
+
+
+def test_the_page_says_what_the_store_is(known_store: Store, capsys: Capture) -> None:
+    assert main([known_store.url]) == 0
+    page = capsys.readouterr().out
+    manifest = known_store.manifest
+    assert page.startswith(f"{known_store.url}: complete")
+    for text in ("12 in 4 shards of 5", manifest.teacher.model, "latents:", "maps:", "1, 2, 3"):
+        assert text in page
+
+
+def test_incomplete_store_says_so(known_store: Store, capsys: Capture) -> None:
+    for name in ("commits/shard-000000.json", "commits/shard-000003.json", "index.json"):
+        Path(known_store.root, name).unlink()
+    found = json_of(capsys, known_store.url)
+    assert (found["samples"], found["complete"]) == (3, False)
+    assert main([known_store.url]) == 0
+    page = capsys.readouterr().out
+    assert "INCOMPLETE: 2 of 4 shards are missing (first: 0)" in page
+
+
+def test_a_record_that_vanished_counts_though_the_index_has_it(known_store: Store) -> None:
+    Path(known_store.root, "commits", "shard-000001.json").unlink()
+    summary = summarise(Store.open(known_store.url))
+    assert summary.missing_shards == [1]
+    assert (summary.samples, summary.complete) == (9, False)
+
+
+def test_a_store_without_any_shard_is_told_about(known_store: Store, capsys: Capture) -> None:
+    for folder in ("commits", "latents", "maps"):
+        shutil.rmtree(Path(known_store.root, folder))
+    Path(known_store.root, "index.json").unlink()
+    found = json_of(capsys, known_store.url)
+    assert found == {
+        "samples": 0,
+        "complete": False,
+        "streams": {"latents": 0, "maps": 0},
+        "bytes_per_image": 0.0,
+    }
+    assert main([known_store.url]) == 0
+
+
+def test_a_real_store_is_summed_up(digits_store: Store, capsys: Capture) -> None:
+    found = json_of(capsys, digits_store.url)
+    assert (found["samples"], found["complete"]) == (24, True)
+    assert found["streams"] == stream_bytes(digits_store)
+
+
+def test_a_sample_is_drawn(digits_store: Store, tmp_path: Path, capsys: Capture) -> None:
+    key = digits_store.record(2).keys[1]
+    png = tmp_path / "new" / "folder" / "sample.png"
+    found = json_of(capsys, digits_store.url, "--sample", key, "--png", str(png))
+    assert found["samples"] == 24
+    with Image.open(png) as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    height, width, _ = pixels.shape
+    layers = len(digits_store.manifest.teacher.layers)
+    assert width > 100 * (2 + layers)
+    assert height > 300
+    # as many columns with something in them as there are panels: latent, features, each layer
+    top = pixels[height // 8 : height // 3]
+    assert (np.abs(top - 255).sum(-1) > 0).any(0).mean() > 0.5
+    assert pixels.std() > 20
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+def test_different_samples_give_different_pictures(digits_store: Store, tmp_path: Path) -> None:
+    pictures = []
+    for row in (0, 0, 1):
+        png = tmp_path / f"{len(pictures)}.png"
+        main([digits_store.url, "--sample", digits_store.record(0).keys[row], "--png", str(png)])
+        with Image.open(png) as picture:
+            pictures.append(np.asarray(picture))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_the_drawn_latent_decodes_to_the_digit(digits_store: Store) -> None:
+    from pipeline.datasets.digits import digits_images
+    from pipeline.inspect.draw import decode_latent
+
+    images, labels = digits_images(32)
+    batch = StreamReader(digits_store, "latents").read(np.zeros(10, int), np.arange(10))
+    for row, key in enumerate(digits_store.record(0).keys):
+        number = int(key.removeprefix("digit-"))
+        decoded = decode_latent(digits_store, batch["mean"][row])
+        assert decoded.shape == (32, 32, 3)
+        assert np.abs(decoded.astype(int) - images[number]).mean() < 16
+        assert batch["label"][row] == labels[number]
+
+
+def test_unknown_key_is_one_line_that_shows_what_keys_look_like(
+    known_store: Store, tmp_path: Path
+) -> None:
+    png = tmp_path / "x.png"
+    with pytest.raises(UserError, match="--sample 'nobody' is not in") as error:
+        main([known_store.url, "--sample", "nobody", "--png", str(png)])
+    assert known_key(0, 0) in str(error.value)
+    assert not png.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ([], "STORE is missing"),
+        (["/no/such/store"], "holds no store"),
+        (["x", "--sample", "a"], "go together"),
+        (["x", "--png", "a.png"], "go together"),
+        (["x", "--jsn"], "did you mean '--json'"),
+    ],
+)
+def test_bad_requests_are_one_line(argv: list[str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as error:
+        main(argv)
+    assert "\n" not in str(error.value)
+
+
+def test_as_a_command_stdout_is_the_object_and_errors_go_to_stderr(known_store: Store) -> None:
+    command = [sys.executable, "-m", "pipeline.inspect", "--json"]
+    done = subprocess.run([*command, known_store.url], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1
+    assert json.loads(done.stdout)["samples"] == sum(SIZES)
+    failed = subprocess.run([*command, "/no/such"], capture_output=True, text=True, check=False)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("error: --store '/no/such'")
+    assert failed.stderr.count("\n") == 1
