@@ -143,12 +143,19 @@ def help_text(model: type[BaseModel], *, command: str, about: str) -> str:
         "",
         "options:",
     ]
+    same_name: dict[str, list[FieldInfo]] = {}  # kinds of one thing share option names
     for name, field in leaf_fields(model):
-        default = "required" if field.is_required() else f"default {_show(field.get_default())}"
-        choices = _choices(field.annotation)
-        lines.append(f"  --{name.replace('_', '-')}{choices}  ({default})")
-        if field.description:
-            lines.append(f"      {' '.join(field.description.split())}")
+        same_name.setdefault(name, []).append(field)
+    kinds = {name.rpartition(".")[0] for name, fields in same_name.items() if len(fields) > 1}
+    for name, fields in same_name.items():
+        first = fields[0]
+        needed = "required by its kind" if name.rpartition(".")[0] in kinds else "required"
+        default = needed if first.is_required() else f"default {_show(first.get_default())}"
+        choices = list(dict.fromkeys(choice for f in fields for choice in _choices(f.annotation)))
+        shown = " {" + ",".join(choices) + "}" if choices else ""
+        lines.append(f"  --{name.replace('_', '-')}{shown}  ({default})")
+        if first.description:
+            lines.append(f"      {' '.join(first.description.split())}")
     return "\n".join(lines)
 
 
@@ -285,10 +292,9 @@ def _is_mapping(annotation: Any) -> bool:
     return _accepts(annotation, dict)
 
 
-def _choices(annotation: Any) -> str:
+def _choices(annotation: Any) -> list[str]:
     literals = [m for m in _members(annotation) if typing.get_origin(m) is typing.Literal]
-    choices = [str(choice) for member in literals for choice in typing.get_args(member)]
-    return " {" + ",".join(choices) + "}" if choices else ""
+    return [str(choice) for member in literals for choice in typing.get_args(member)]
 
 
 def _show(value: Any) -> str:

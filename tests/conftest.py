@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,12 @@ from tests.stores import make_random_store, tiny_run
 if TYPE_CHECKING:
     from pipeline.extract.encoder import Encoder
 
+PRIVATE_HOME = os.environ["HOME"]  # as made above, whatever tests set it to
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(PRIVATE_HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

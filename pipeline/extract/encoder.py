@@ -72,6 +72,7 @@ class Encoder:
     def describe(self) -> Description:
         """Also a first forward pass of the autoencoder, so that what cannot work fails here."""
         versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+        versions["torch"] = torch.__version__  # with the build: CUDA versions differ in last bits
         return Description(
             teacher=self.teacher.info(),
             autoencoder=self.autoencoder.info(self.config.resolution),

@@ -14,6 +14,8 @@ from schemas.errors import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 QUERIES = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))  # rows and columns, as shares of the grid
 
@@ -39,42 +41,48 @@ def read_sample(store: Store, shard: int, row: int) -> dict[str, dict[str, np.nd
 
 
 def draw_sample(store: Store, key: str, path: Path) -> None:
-    """The decoded latent, a PCA of the features, and attention rows of every stored layer."""
+    """The decoded latent beside what the store's cut keeps: the crop, or a PCA of the features and
+    attention rows of every stored layer."""
     sample = read_sample(store, *find_sample(store, key))
-    maps, grid = sample["maps"], store.manifest.teacher.grid
     image = decode_latent(store, sample["latents"]["mean"])
-    layers = store.manifest.teacher.layers
-    figure, axes = plt.subplots(
-        len(QUERIES),
-        2 + len(layers),
-        figsize=(2 * (2 + len(layers)), 2.1 * len(QUERIES)),
-        squeeze=False,
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    axes[0, 0].imshow(image)
-    axes[0, 0].set_title("decoded latent", fontsize=8)
-    axes[0, 1].imshow(feature_pca(maps["features"], grid))
-    axes[0, 1].set_title("feature PCA", fontsize=8)
-    for number, (down, right) in enumerate(QUERIES):
-        row, column = int(down * grid[0]), int(right * grid[1])
-        if number:
-            axes[number, 1].imshow(image)
-        mark = ((column + 0.5) * image.shape[1] / grid[1], (row + 0.5) * image.shape[0] / grid[0])
-        axes[number, 1 if number else 0].plot(*mark, "r+", markersize=9, markeredgewidth=2)
-        for i, layer in enumerate(layers):
-            attention = maps["attention"][i, :, row * grid[1] + column].astype(np.float32).mean(0)
-            axis = axes[number, 2 + i]
-            axis.imshow(attention.reshape(grid), cmap="viridis")
-            axis.set_title(f"layer {layer}", fontsize=8)
-    label = int(sample["latents"]["label"])
-    figure.suptitle(
-        f"{key} (class {label}); attention of the marked token, mean of heads", fontsize=9
-    )
+    if "maps" in sample:
+        figure = _draw_maps(store, sample["maps"], image)
+    else:
+        figure, axes = plt.subplots(1, 2, figsize=(6, 3.3))
+        _show(axes[0], image, "decoded latent")
+        _show(axes[1], sample["image"]["crop"], "crop")
+    figure.suptitle(f"{key} (class {int(sample['latents']['label'])})", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_maps(store: Store, maps: dict[str, np.ndarray], image: np.ndarray) -> Figure:
+    """One line per query token: where it is, then its attention in every layer, mean of heads."""
+    grid, layers = store.manifest.teacher.grid, store.manifest.teacher.layers
+    columns = 2 + len(layers)
+    figure, axes = plt.subplots(
+        len(QUERIES), columns, figsize=(2 * columns, 2.1 * len(QUERIES)), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for line, (down, right) in zip(axes, QUERIES, strict=True):
+        row, column = int(down * grid[0]), int(right * grid[1])
+        mark = ((column + 0.5) * image.shape[1] / grid[1], (row + 0.5) * image.shape[0] / grid[0])
+        _show(line[0], image, "decoded latent, query token")
+        line[0].plot(*mark, "r+", markersize=9, markeredgewidth=2)
+        for i, layer in enumerate(layers):
+            attention = maps["attention"][i, :, row * grid[1] + column].astype(np.float32).mean(0)
+            _show(line[2 + i], attention.reshape(grid), f"attention, layer {layer}")
+    _show(axes[0, 1], feature_pca(maps["features"], grid), "feature PCA")
+    return figure
+
+
+def _show(axis: Axes, picture: np.ndarray, title: str) -> None:
+    axis.imshow(picture)
+    axis.set_title(title, fontsize=8)
+    axis.axis("off")
 
 
 def decode_latent(store: Store, mean_Chw: np.ndarray) -> np.ndarray:

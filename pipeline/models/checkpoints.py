@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -49,7 +48,7 @@ def read_file(path: Path, weights: str = "ema") -> Parts:
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises whatever it trips over in a damaged file
         reason = "no such file" if not path.exists() else " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint '{path}': cannot read it ({reason})") from None
     state = content
@@ -59,7 +58,9 @@ def read_file(path: Path, weights: str = "ema") -> Parts:
                 f"checkpoint '{path}' has no '{weights}' weights, only {_keys(content)}"
             )
         state = content[weights]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise UserError(
             f"checkpoint '{path}' is neither a state dict nor a mapping with 'model' and 'ema' "
             f"(found {_keys(content)})"
@@ -82,8 +83,8 @@ def take_apart(state: Mapping[str, Tensor]) -> Parts:
 
 
 def put_together(parts: Parts) -> dict[str, Tensor]:
-    """The inverse of ``take_apart``, in the order of the authors' models: projector, then the
-    final layer."""
+    """The inverse of ``take_apart``, in the order of SiT in the authors' code, whose projector
+    stands before the final layer."""
     projector = {PROJECTOR + name: tensor for name, tensor in parts.projector.items()}
     last = {name: t for name, t in parts.student.items() if name.startswith("final_layer.")}
     first = {name: t for name, t in parts.student.items() if name not in last}
@@ -98,7 +99,7 @@ def student_from_file(path: Path, model: str, weights: str = "ema") -> SiT:
         config = student_config(state, model)
     except KeyError as error:
         raise UserError(f"checkpoint '{path}' is no {model}: it lacks {error}") from None
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint '{path}' is no {model}: {reason}") from None
     student = make_student(config)

@@ -36,7 +36,10 @@ def export_checkpoint(folder: Path, out: Path) -> None:
     theirs = list(put_together(model))
     ours = [name for name, _ in student.named_parameters()]
     ours += [name for name in theirs if name not in model.student]
-    optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint '{folder}' lacks optimizer.pt") from None
     write_file(
         out,
         model=model,

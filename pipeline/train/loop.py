@@ -51,6 +51,8 @@ def check_store(config: RunConfig, manifest: Manifest) -> None:
             f"the store has {manifest.dataset.num_classes} classes, student.num_classes is "
             f"{student.num_classes}"
         )
+    if len(manifest.skipped) == manifest.dataset.samples:
+        raise UserError("the store holds no samples: every image was skipped")
     if config.alignment.active:
         check_fit(config.alignment, student, manifest)
 

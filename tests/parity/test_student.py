@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from pipeline.models import Taps
+from pipeline.models.checkpoints import Parts, put_together, take_apart
 from pipeline.models.layers import position_table
 from tests.parity.reference import Golden, entropy, probes
-from tests.parity.students import all_taps, make_sit
+from tests.parity.students import all_taps, make_projector, make_sit
 
 FILE = "sit_io"
 
@@ -88,3 +89,13 @@ def test_position_table_is_the_reference_s(golden: Golden, run: SimpleNamespace)
     # `run.student` took its table from the file; a new run of ours makes its own
     table = position_table(run.student.config.size.width, *run.student.grid)
     golden.check("sit_state", "pos_embed", table)
+
+
+def test_exported_names_stand_in_the_reference_s_order(
+    golden: Golden, run: SimpleNamespace
+) -> None:
+    # a checkpoint's optimizer state numbers the parameters in this order
+    parts = take_apart(golden.tensors("sit_state"))
+    ours = Parts(run.student.state_dict(), make_projector(parts.projector).state_dict())
+    recorded = golden.readme["files"]["sit_state.safetensors"]["tensors"]
+    assert list(put_together(ours)) == list(recorded)

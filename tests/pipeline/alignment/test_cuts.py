@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.alignment.tail import TAIL, load_tail
 from pipeline.alignment.targets import Targets, open_targets
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks
+from pipeline.inspect.draw import draw_sample
 from pipeline.store import Store, StreamReader
 from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
@@ -144,3 +146,10 @@ def test_a_damaged_tail_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="is missing: run the extraction again"):
         load_tail(store, (3,))
+
+
+def test_a_sample_of_every_cut_can_be_drawn(stores: dict[str, Store], tmp_path: Path) -> None:
+    for name, store in stores.items():
+        picture = tmp_path / f"{name}.png"
+        draw_sample(store, store.record(0).keys[3], picture)
+        assert np.asarray(Image.open(picture)).std() > 10

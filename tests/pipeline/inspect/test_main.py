@@ -105,15 +105,14 @@ def test_a_sample_is_drawn(digits_store: Store, tmp_path: Path, capsys: Capture)
     with Image.open(png) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture.convert("RGB")).astype(int)
+    panels = 2 + len(digits_store.manifest.teacher.layers)  # the latent, the features, each layer
     height, width, _ = pixels.shape
-    layers = len(digits_store.manifest.teacher.layers)
-    assert width > 100 * (2 + layers)
+    assert width > 100 * panels
     assert height > 300
-    # as many columns with something in them as there are panels: latent, features, each layer
-    top = pixels[height // 8 : height // 3]
-    assert (np.abs(top - 255).sum(-1) > 0).any(0).mean() > 0.5
-    assert pixels.std() > 20
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    for panel in np.array_split(pixels[height // 8 : height // 3], panels, axis=1):
+        painted = np.abs(panel - 255).sum(-1) > 0
+        assert painted.mean() > 0.4
+        assert len(np.unique(panel.reshape(-1, 3), axis=0)) > 20
 
 
 def test_different_samples_give_different_pictures(digits_store: Store, tmp_path: Path) -> None:

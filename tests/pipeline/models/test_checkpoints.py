@@ -144,6 +144,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         "Unexpected key",
     ),
     "no ema": (lambda: {"model": random_student(0).state_dict()}, "has no 'ema' weights"),
+    "a flat table": (
+        lambda: {**random_student(0).state_dict(), "pos_embed": torch.ones(3)},
+        "is no SiT-S/2",
+    ),
+    "no names": (lambda: {1: torch.ones(3)}, "neither a state dict nor"),
     "no state dict": (lambda: [1, 2], "neither a state dict nor"),
 }
 

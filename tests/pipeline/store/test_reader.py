@@ -174,7 +174,7 @@ def test_another_shard_s_file_is_not_taken_for_this_one(known_store: Store) -> N
 
 def test_rows_beyond_the_record_are_refused(known_store: Store) -> None:
     reader = StreamReader(known_store, "latents")
-    with pytest.raises(DamagedShardError, match="shard 1 .* has 3 samples"):
+    with pytest.raises(DamagedShardError, match=r"shard 1 .* has 3 samples"):
         reader.read(np.array([1, 1]), np.array([3, 0]))
 
 
