@@ -25,7 +25,7 @@ class GradientCosine(Strict):
     """Terminate when the alignment's gradient opposes the denoising gradient (appendix A.2)."""
 
     kind: Literal["gradient_cosine"]
-    """The trigger."""
+    """The trigger: 'fixed', 'gradient_cosine' or 'residual_plateau'."""
     dry: bool = False
     """Only log when the trigger would have terminated."""
     start: Annotated[int, Field(ge=0)] = 50_000
@@ -45,7 +45,7 @@ class ResidualPlateau(Strict):
     agree."""
 
     kind: Literal["residual_plateau"]
-    """The trigger."""
+    """The trigger: 'fixed', 'gradient_cosine' or 'residual_plateau'."""
     dry: bool = False
     """Only log when the trigger would have terminated."""
     start: Annotated[int, Field(ge=0)] = 50_000

@@ -150,7 +150,8 @@ def help_text(model: type[BaseModel], *, command: str, about: str) -> str:
     for name, fields in same_name.items():
         first = fields[0]
         needed = "required by its kind" if name.rpartition(".")[0] in kinds else "required"
-        default = needed if first.is_required() else f"default {_show(first.get_default())}"
+        defaults = dict.fromkeys(_show(f.get_default()) for f in fields if not f.is_required())
+        default = f"default {' or '.join(defaults)}" if defaults else needed
         choices = list(dict.fromkeys(choice for f in fields for choice in _choices(f.annotation)))
         shown = " {" + ",".join(choices) + "}" if choices else ""
         lines.append(f"  --{name.replace('_', '-')}{shown}  ({default})")
