@@ -41,8 +41,8 @@ class GradientCosine(Strict):
 
 
 class ResidualPlateau(Strict):
-    """Terminate when the alignment residual has stopped falling: its fast and slow moving averages
-    agree."""
+    """Terminate when the alignment residual has stopped falling: its fast and slow moving averages,
+    which take in every step, agree."""
 
     kind: Literal["residual_plateau"]
     """The trigger: 'fixed', 'gradient_cosine' or 'residual_plateau'."""
@@ -51,7 +51,7 @@ class ResidualPlateau(Strict):
     start: Annotated[int, Field(ge=0)] = 50_000
     """First step at which the trigger looks."""
     every: Annotated[int, Field(ge=1)] = 100
-    """Steps between two looks; the averages take in every step."""
+    """Steps between two looks."""
     fast: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """residual_plateau: decay of the fast average."""
     slow: Annotated[float, Field(gt=0, lt=1)] = 0.99995
