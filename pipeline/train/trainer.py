@@ -69,9 +69,9 @@ class Trainer:
         self.projector: Projector | None = self.module.projector
         self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
         self.projector_ema_step = 0  # after the termination: what the average is up to date with
-        self.targets: TargetSource | None = None
-        if self.aligned:
-            self.targets = open_targets(store, config.alignment, heads, parallel.device)
+        self._store = store
+        self._heads = heads
+        self._targets: TargetSource | None = None
         self.optimizer = _make_optimizer(self.module, config)
         self.wrapped: nn.Module = parallel.wrap(self.module)
 
@@ -125,7 +125,7 @@ class Trainer:
         resumed run passes what its checkpoint says."""
         self.optimizer.zero_grad(set_to_none=True)
         self.module.release_alignment()
-        self.aligned, self.targets = False, None
+        self.aligned, self._targets = False, None
         self.termination = {"terminated_at_step": self.step, **evidence}
         self.projector_ema_step = self.step
         for group in self.optimizer.param_groups[1:]:
@@ -136,6 +136,16 @@ class Trainer:
             self.wrapped = self.module  # frees the old reducer and its hooks before a new one
             gc.collect()
             self.wrapped = self.parallel.wrap(self.module)
+
+    @property
+    def targets(self) -> TargetSource | None:
+        """Where the targets come from, opened when first asked for: a run that is resumed after
+        the termination never loads what the cut left of the teacher. None once it has gone."""
+        if self.aligned and self._targets is None:
+            self._targets = open_targets(
+                self._store, self.config.alignment, self._heads, self.parallel.device
+            )
+        return self._targets
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -164,9 +174,10 @@ class Trainer:
 
     def targets_of(self, batch: Batch) -> Targets:
         """What the student is pulled towards, on the device."""
-        if self.targets is None:
+        source = self.targets
+        if source is None:
             return NO_TARGETS
-        return self.targets(self._to_device(batch.columns[self.targets.stream]))
+        return source(self._to_device(batch.columns[source.stream]))
 
     def _to_device(self, columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         device = self.parallel.device

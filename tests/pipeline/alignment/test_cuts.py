@@ -17,7 +17,7 @@ from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks
 from pipeline.inspect.draw import draw_sample
 from pipeline.store import Store, StreamReader
-from pipeline.train.local import LocalCheckpoints
+from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from schemas.alignment import AlignmentConfig
@@ -133,6 +133,44 @@ def test_runs_on_either_cut_have_the_same_losses(stores: dict[str, Store], tmp_p
     for expected, online, half in zip(rows["exact"], rows["image"], rows["half"], strict=True):
         assert online == pytest.approx(expected, rel=1e-6)  # other batches, other summation order
         assert half == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_run_resumed_after_the_termination_needs_no_tail(
+    stores: dict[str, Store], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    save = LocalCheckpoints(folder, keep=2).save
+    config = tiny_online_run(stores["image"])
+    train(config.model_copy(update={"steps": 3}), folder, save)
+    tail = Path(stores["image"].root) / TAIL
+    tail.rename(tail.with_suffix(".away"))
+    try:
+        newest = newest_checkpoint(folder)
+        assert train(config, folder, save, resume=newest)["steps"] == 5
+        with pytest.raises(UserError, match="is missing"):
+            train(config, tmp_path / "fresh", save)
+    finally:
+        tail.with_suffix(".away").rename(tail)
+
+
+def tiny_online_run(store: Store) -> RunConfig:
+    """Five steps, two of them aligned."""
+    return RunConfig.model_validate(
+        {
+            "store": store.url,
+            "steps": 5,
+            "global_batch": 2,
+            "student": {
+                "model": "SiT-S/1",
+                "depth": 3,
+                "width": 24,
+                "heads": 6,
+                "latent_size": 8,
+                "num_classes": 10,
+            },
+            "alignment": {**ALIGNMENT.model_dump(), "termination": {"kind": "fixed", "step": 2}},
+        }
+    )
 
 
 def test_a_damaged_tail_is_refused(tmp_path: Path) -> None:
