@@ -39,6 +39,8 @@ def draw_grid(config: SampleConfig) -> Path:
         raise UserError(
             "--checkpoint is missing: the folder of a run or of one checkpoint, or a .pt file"
         )
+    if not config.classes:
+        raise UserError("--classes is empty: name class numbers such as 1,2,3")
     if config.png is None:
         raise UserError("--png is missing: the picture file to write")
     checkpoint = Path(config.checkpoint).expanduser()

@@ -18,7 +18,7 @@ from pipeline.cluster import ray_cluster
 from pipeline.files import absolute_url
 from pipeline.store import Store
 from pipeline.train.checkpoint import check_same_run, read_state
-from pipeline.train.folder import RunFolder
+from pipeline.train.folder import SUMMARY, RunFolder
 from pipeline.train.local import newest_checkpoint
 from pipeline.train.loop import check_store
 from pipeline.train.ray import fit
@@ -45,14 +45,14 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     config = config.model_copy(update={"store": absolute_url(config.store)})
     store = Store.open(config.store)
     check_store(config, store.manifest)
-    store.index()
+    store.require_complete()
     run = RunFolder(config)
     remote = "://" in config.output  # then only the workers look for its checkpoints
     newest = None if remote else newest_checkpoint(run.path)
     if newest is not None:
         state = read_state(newest)
         check_same_run(state, config, newest)
-        if state.step >= config.steps:
+        if state.step >= config.steps and (run.path / SUMMARY).exists():
             print(f"run '{config.name}' already has its {state.step} steps", file=sys.stderr)
             return run.summary()
     with ray_cluster(config.ray_address):

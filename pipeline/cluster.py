@@ -25,7 +25,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     # warn about it today; this code does not depend on either.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True)
+        ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"'{address}'" if address else "on this machine"
         reason = " ".join(str(error).split())[:200]

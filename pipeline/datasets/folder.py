@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.datasets.base import ImageItem, Listing
-from pipeline.files import open_url, without_credentials
+from pipeline.files import is_local, open_url, without_credentials
 from schemas.errors import UserError
 
 
@@ -31,7 +32,7 @@ def list_files(source: str, below: str = "") -> list[str]:
     filesystem, root = open_url(source, what="--source")
     folder = f"{root}/{below}".rstrip("/")
     try:
-        found = filesystem.find(folder)
+        found = _walk(folder) if is_local(filesystem) else filesystem.find(folder)
     except Exception as error:  # every fsspec backend raises its own types
         reason = " ".join(without_credentials(str(error)).split()) or type(error).__name__
         raise UserError(f"--source '{without_credentials(source)}': {reason}") from None
@@ -39,6 +40,21 @@ def list_files(source: str, below: str = "") -> list[str]:
     return sorted(
         path for path in relative if not any(part.startswith(".") for part in path.split("/"))
     )
+
+
+def _walk(folder: str) -> list[str]:
+    """All files below a local folder, links to folders followed: fsspec lists those as files."""
+    if os.path.isfile(folder):
+        return [folder]
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        found += [os.path.join(place, name) for name in files]
+    return found
 
 
 def make_items(paths: Sequence[str], labels: Sequence[int]) -> list[ImageItem]:

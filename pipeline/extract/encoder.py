@@ -112,9 +112,9 @@ class Encoder:
     ) -> Iterator[dict[str, dict[str, np.ndarray | int]]]:
         """uint8 (B, R, R, 3) to each sample's stream -> column -> value."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        mean, std = self.autoencoder.encode(pixels)  # in float32: every run inherits its rounding
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            mean, std = self.autoencoder.encode(pixels)
             kept = cut_values(self.config.cut, self.teacher, pixels)
         columns = {name: tensor.cpu().numpy() for name, tensor in kept.items()}
         means, stds = mean.cpu().numpy(), std.cpu().numpy()

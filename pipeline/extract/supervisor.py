@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline.cluster import PatienceWarning
 from pipeline.extract.encoder import Description, Encoder, ShardResult
@@ -109,7 +109,7 @@ class Supervisor:
                     )
                 self.log(f"shard {task.shard} goes back to the queue: {_one_line(outcome)}")
                 pending.appendleft(task)
-                if isinstance(outcome, RayActorError):
+                if isinstance(outcome, RayError) and not isinstance(outcome, RayTaskError):
                     self._replace(actor)
                 else:
                     self._idle.append(actor)
@@ -157,6 +157,7 @@ class Supervisor:
                     f"{_difference(self.description, outcome)}; give every node the same image"
                 )
             self._idle.append(actor)
+            self._deaths_while_loading = 0
             return
         if isinstance(outcome, UserError):
             raise outcome
@@ -172,7 +173,7 @@ def _get(ref: Any) -> Any:
         return ray.get(ref)
     except RayTaskError as error:
         return error.cause if isinstance(error.cause, Exception) else error
-    except RayActorError as error:
+    except RayError as error:  # the actor, its node or its memory is gone
         return error
 
 

@@ -75,19 +75,23 @@ class Store:
         committed = self.committed_shards()
         return [shard for shard in range(self.manifest.num_shards) if shard not in committed]
 
+    def require_complete(self) -> None:
+        """Raises ``UserError`` where a planned shard has no commit record."""
+        missing = self.missing_shards()
+        if missing:
+            raise UserError(
+                f"store '{self.shown_url}' is not complete: {len(missing)} of "
+                f"{self.manifest.num_shards} shards are missing (first: {missing[0]}); "
+                "run its extraction again"
+            )
+
     def index(self) -> StoreIndex:
         """Sample counts of a complete store. Raises ``UserError`` where shards are missing."""
         path = f"{self.root}/{INDEX}"
         try:
             text = read_bytes(self.filesystem, path)
         except FileNotFoundError:
-            missing = self.missing_shards()
-            if missing:
-                raise UserError(
-                    f"store '{self.shown_url}' is not complete: {len(missing)} of "
-                    f"{self.manifest.num_shards} shards are missing (first: {missing[0]}); "
-                    "run its extraction again"
-                ) from None
+            self.require_complete()
             return self.build_index()
         index = _parse(StoreIndex, text, f"{self.shown_url}/{INDEX}")
         counts = index.samples_per_shard

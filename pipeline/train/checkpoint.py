@@ -20,6 +20,17 @@ from schemas.store import AutoencoderInfo
 
 STATE = "state.json"
 VERSION = 1
+KEPT = (
+    "student",
+    "diffusion",
+    "alignment",
+    "optimizer",
+    "data",
+    "global_batch",
+    "seed",
+    "ema_decay",
+)
+"""Parts of a config that a resumed run must not change; of ``data`` only the window counts."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +129,14 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> CheckpointState:
 
 def check_same_run(state: CheckpointState, config: RunConfig, folder: Path) -> None:
     """Raises ``UserError`` where ``config`` would not continue what the checkpoint began."""
-    for key in ("student", "diffusion", "alignment", "global_batch", "seed", "ema_decay"):
+    for key in KEPT:
         old, new = getattr(state.config, key), getattr(config, key)
         if old != new:
             names = type(old).model_fields if hasattr(old, "model_fields") else {}
             changed = [f"{key}.{n}" for n in names if getattr(old, n) != getattr(new, n)] or [key]
+            if key == "data" and "data.window" not in changed:
+                continue
+            changed = ["data.window"] if key == "data" else changed
             raise UserError(
                 f"checkpoint '{folder}' is of another model or run: it has "
                 f"{_value(state.config, changed[0])} for {changed[0]}, the config says "

@@ -28,6 +28,8 @@ class Ema:
 
         e_n = w + decay^n (e_0 - w): what the authors' code reaches by updating every step.
         """
+        if steps == 0:
+            return self.module.state_dict()
         weights, share = module.state_dict(), self.decay**steps
         return {
             name: weights[name] + share * (average - weights[name])

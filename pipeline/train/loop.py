@@ -228,8 +228,9 @@ class _Run:
         def write(folder: Path) -> None:
             write_checkpoint(folder, self.trainer, trigger=state, bytes_read=bytes_read)
 
+        began = time.perf_counter()
         self.save_checkpoint(self.trainer.step, write)
-        self.meter.restart()
+        self.meter.leave_out(time.perf_counter() - began)
 
     def _bytes_read(self) -> dict[str, dict[str, int]]:
         """Per stream of the store, before and after the termination, summed over all workers and

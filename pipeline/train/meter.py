@@ -49,6 +49,10 @@ class Meter:
         self.restart()
         return row
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that was spent on something else than training."""
+        self._began += seconds
+
     def restart(self) -> None:
         """Forget what was collected; time counts from here."""
         self._sums, self.steps, self._waited = None, 0, 0.0

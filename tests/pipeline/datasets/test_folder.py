@@ -130,3 +130,18 @@ def test_sources_on_other_filesystems_are_listed_and_read() -> None:
     config = ExtractConfig(dataset="folder", source="memory://test-folder/images")
     (item,) = list_images(config).items
     assert (item.key, item.path, open_reader(config)(item)) == ("dog/1", "dog/1.jpg", b"one")
+
+
+def test_linked_class_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    elsewhere, source = tmp_path / "elsewhere", tmp_path / "source"
+    for folder in (elsewhere, source / "a", source / "c"):
+        folder.mkdir(parents=True)
+        (folder / "x.png").write_bytes(b"")
+    (source / "b").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(source)
+    listing = list_folder(str(source))
+    assert [(item.path, item.label) for item in listing.items] == [
+        ("a/x.png", 0),
+        ("b/x.png", 1),
+        ("c/x.png", 2),
+    ]

@@ -185,3 +185,31 @@ def test_rows_beyond_the_checkpoint_are_dropped_on_resume(run_config: Make, tmp_
     run(run_config(steps=4, checkpoint={"every": 2}), folder)
     run(run_config(checkpoint={"every": 2}), folder, folder / "checkpoint-000000002")
     assert [row["step"] for row in losses(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ({"data": {"window": 3}}, r"data\.window"),
+        ({"optimizer": {"learning_rate": 0.5}}, r"optimizer\.learning_rate"),
+    ],
+)
+def test_resume_refuses_what_would_change_the_run(
+    run_config: Make, tmp_path: Path, overrides: dict[str, Any], key: str
+) -> None:
+    run(run_config(steps=4), tmp_path / "a")
+    newest = newest_checkpoint(tmp_path / "a")
+    with pytest.raises(UserError, match=key):
+        run(run_config(**overrides), tmp_path / "a", newest)
+    run(run_config(data={"prefetch": 5}), tmp_path / "a", newest)
+
+
+def test_rows_are_means_since_the_last_row_across_checkpoints(
+    run_config: Make, tmp_path: Path
+) -> None:
+    off = {"termination": None}
+    run(run_config(alignment=off), tmp_path / "each")
+    run(run_config(alignment=off, log_every=3, checkpoint={"every": 2}), tmp_path / "rows")
+    each = [row["denoising"] for row in losses(tmp_path / "each")]
+    rows = [row["denoising"] for row in losses(tmp_path / "rows")]
+    assert rows == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3], rel=1e-6)
