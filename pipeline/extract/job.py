@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from pipeline.extract.plan import make_manifest, make_tasks
 from pipeline.extract.supervisor import Supervisor
 from pipeline.files import absolute_url
 from pipeline.store import Store
+from pipeline.store.layout import INDEX
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest, SkippedImage
@@ -162,7 +164,7 @@ def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:
 
 
 def _is_finished(store: Store) -> bool:
-    return bool(store.filesystem.exists(f"{store.root}/index.json"))
+    return bool(store.filesystem.exists(f"{store.root}/{INDEX}"))
 
 
 def _resources(config: ExtractConfig) -> tuple[int, int, float]:
@@ -190,8 +192,6 @@ def _with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
         raise UserError("--store is missing: the folder or URL of the store to make")
     if config.dataset != "demo" and config.source is None:
         raise UserError("--source is missing: the folder or URL of the images")
-    from pathlib import Path
-
     update: dict[str, object] = {"store": absolute_url(config.store)}
     if config.source is not None:
         update["source"] = absolute_url(config.source)

@@ -122,7 +122,6 @@ class _Run:
         config, trainer = self.config, self.trainer
         batches = iter(self.loader)
         self.meter.restart()
-        saved = trainer.step
         while trainer.step < config.steps:
             self._terminate_if_due()
             asked = time.perf_counter()
@@ -139,10 +138,7 @@ class _Run:
                 self._log_row()
             if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
                 self._save()
-                saved = trainer.step
                 self.clock.pause()
-        if saved != trainer.step:
-            self._save()
         return self._summarise()
 
     def close(self) -> None:
