@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
     return data
 
 
+def read_ranges(
+    filesystem: fsspec.AbstractFileSystem, path: str, ranges: Sequence[tuple[int, int]]
+) -> list[bytes]:
+    """Bytes ``[begin, end)`` of one file for each range, fetched concurrently."""
+    begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
+    blocks: list[bytes] = filesystem.cat_ranges(
+        [path] * len(ranges), begins, ends, on_error="raise"
+    )
+    return blocks
+
+
 def write_atomic(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     """Write a small file so that a reader sees the old one, none or all of the new one."""
     if not is_local(filesystem):  # object stores publish an object when it is whole
@@ -66,6 +78,7 @@ def write_atomic(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) 
 def publish(filesystem: fsspec.AbstractFileSystem, local: Path, path: str) -> None:
     """Move a finished local file to ``path`` under its final name, atomically."""
     if is_local(filesystem):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(local, path)
     else:
         filesystem.put_file(str(local), path)
@@ -79,3 +92,31 @@ def sha256_of_arrays(items: Any) -> str:
         digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def exists(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
+    return bool(filesystem.exists(path))
+
+
+def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Full paths of what lies in a folder now; none where there is no such folder."""
+    filesystem.invalidate_cache()
+    try:
+        return [str(found) for found in filesystem.ls(path, detail=False)]
+    except FileNotFoundError:
+        return []
+
+
+def list_tree(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, int]:
+    """Every file below a folder, with its size in bytes."""
+    filesystem.invalidate_cache()
+    found = filesystem.find(path, detail=True)
+    return {str(name): int(info["size"]) for name, info in found.items()}
+
+
+def remove(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
+    filesystem.rm_file(path)
+
+
+def file_size(filesystem: fsspec.AbstractFileSystem, path: str) -> int:
+    return int(filesystem.size(path))

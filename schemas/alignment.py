@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from schemas.base import Strict
-from schemas.fields import Layers
+from schemas.fields import Layers, Name
 
 
 class FixedStep(Strict):
@@ -78,6 +78,8 @@ class AlignmentConfig(Strict):
     """The teacher layer that each of them follows, 0-based."""
     projector_width: Annotated[int, Field(ge=1)] = 2048
     """Hidden width of the projector."""
+    stream: Name | None = None
+    """The store's teacher stream to follow, where it holds several."""
     termination: Annotated[TerminationConfig, Field(discriminator="kind")] | None = None
     """When the alignment ends; none keeps it to the end."""
 

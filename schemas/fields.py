@@ -30,6 +30,9 @@ def parse_layers(value: Any) -> Any:
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(parse_layers)]
 """0-based block numbers."""
 
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+"""Of a stream or a column: also a folder's, so without anything that could lead elsewhere."""
+
 Shape = tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...]
 """Sizes of one sample's array; bounded, so that a hostile manifest cannot ask for the moon."""
 

@@ -63,7 +63,8 @@ def parse_options(
     for name, value in overrides:
         given = merge(given, _nest(name, value))
     if presets:
-        given = merge(presets.get(str(given.get(preset_key)), {}), given)
+        chosen = given.get(preset_key, model.model_fields[preset_key].default)
+        given = merge(presets.get(str(chosen), {}), given)
     return validate(model, given, where=files[-1] if files and not overrides else "options")
 
 

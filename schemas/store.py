@@ -8,13 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Strict
-from schemas.extract import Cut, Precision
-from schemas.fields import Layers, Shape, element_count
+from schemas.codecs import CodecName, Lossless
+from schemas.errors import UserError
+from schemas.extract import Cut, Format, Precision
+from schemas.fields import Layers, Name, Shape, element_count
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-Version = Annotated[int, Field(ge=1, le=STORE_VERSION)]
+PartName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[a-z][a-z0-9_]{0,31})?$")]
+"""A column's name, or ``column.part`` where its codec keeps several arrays."""
+Version = Annotated[int, Field(ge=STORE_VERSION, le=STORE_VERSION)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -23,22 +26,17 @@ class Column(Strict):
     """One tensor of every sample."""
 
     shape: Shape
-    """Shape of one sample's array, as the reader sees it."""
-    codec: Literal["float16", "float32", "int64", "uint8"]
-    """How it is stored."""
+    """Shape of one sample's tensor, as it was before the codec and is again after it."""
+    codec: CodecName
+    """How its numbers are stored: as one array or several."""
+    lossless: Lossless = "none"
+    """How the bytes of its arrays are compressed."""
 
     @field_validator("shape")
     @classmethod
     def _bounded(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
         element_count(shape)
         return shape
-
-
-class Stream(Strict):
-    """The smallest thing a reader may skip; one file per shard."""
-
-    kind: Literal["latents", "teacher"]
-    columns: dict[Name, Column]
 
 
 class DatasetInfo(Strict):
@@ -77,9 +75,14 @@ class TeacherInfo(Strict):
     depth: int
     width: int
     heads: int
+    head_width: int
+    """Numbers of one head's query or key."""
     grid: tuple[int, int]
     """Patch tokens, rows x columns."""
+    prefix: int
+    """Class and register tokens, which come before those of the patches."""
     layers: Layers
+    """Layers whose attention can be had, 0-based."""
 
 
 class AutoencoderInfo(Strict):
@@ -102,6 +105,32 @@ class ComputeInfo(Strict):
     versions: dict[str, str]
 
 
+class LatentsStream(Strict):
+    """The autoencoder's posterior and the label of every sample."""
+
+    kind: Literal["latents"]
+    columns: dict[Name, Column]
+    compute: ComputeInfo
+
+
+class TeacherStream(Strict):
+    """What one cut keeps of one teacher."""
+
+    kind: Literal["teacher"]
+    cut: Cut
+    columns: dict[Name, Column]
+    teacher: TeacherInfo
+    tail: WeightsFile | None = None
+    """Weights of the part of the teacher that training runs, where the cut leaves one."""
+    compute: ComputeInfo
+    added: bool = False
+    """Whether it came to the store later than the latents, with commit records of its own."""
+
+
+Stream = Annotated[LatentsStream | TeacherStream, Field(discriminator="kind")]
+"""The smallest thing a reader may skip."""
+
+
 class SkippedImage(Strict):
     key: str
     path: str
@@ -112,16 +141,11 @@ class Manifest(Strict):
     """What a store is."""
 
     version: Version = STORE_VERSION
-    format: Literal["webdataset"]
-    cut: Cut
+    format: Format
     dataset: DatasetInfo
     resolution: int
-    teacher: TeacherInfo
     autoencoder: AutoencoderInfo
-    compute: ComputeInfo
     streams: dict[Name, Stream]
-    tail: WeightsFile | None = None
-    """Weights of the part of the teacher that training runs, where the cut leaves one."""
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)]
     num_shards: Annotated[int, Field(ge=0, le=1 << 24)]
     skipped: tuple[SkippedImage, ...] = ()
@@ -136,25 +160,54 @@ class Manifest(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _latents_are_there(self) -> Manifest:
+        latents = self.streams.get("latents")
+        if not isinstance(latents, LatentsStream):
+            raise ValueError("there is no stream 'latents' of kind latents")
+        if sum(isinstance(stream, LatentsStream) for stream in self.streams.values()) > 1:
+            raise ValueError("only the stream 'latents' can be of kind latents")
+        return self
+
     @property
-    def teacher_streams(self) -> tuple[str, ...]:
-        """Names of the streams that only the alignment reads."""
-        return tuple(name for name, stream in self.streams.items() if stream.kind == "teacher")
+    def teacher_streams(self) -> dict[str, TeacherStream]:
+        """The streams that only the alignment reads."""
+        streams = self.streams.items()
+        return {name: stream for name, stream in streams if isinstance(stream, TeacherStream)}
+
+    @property
+    def base_streams(self) -> dict[str, LatentsStream | TeacherStream]:
+        """The streams that were extracted together with the latents, under one commit record."""
+        added = {name for name, stream in self.teacher_streams.items() if stream.added}
+        return {name: stream for name, stream in self.streams.items() if name not in added}
+
+    def teacher_stream(self, name: str | None = None) -> tuple[str, TeacherStream]:
+        """The teacher stream called ``name``, or the only one. Raises ``UserError``."""
+        streams = self.teacher_streams
+        if not streams:
+            raise UserError("the store holds no teacher stream: add one with extract --add-stream")
+        held = ", ".join(streams)
+        if name is None and len(streams) > 1:
+            raise UserError(f"the store holds several teacher streams: choose one of {held}")
+        chosen = next(iter(streams)) if name is None else name
+        if chosen not in streams:
+            raise UserError(f"the store holds no teacher stream '{chosen}', only {held}")
+        return chosen, streams[chosen]
 
 
 class StreamFile(Strict):
-    """One stream of one shard, with what random access and verification need."""
+    """A file of one stream and shard, with what random access and verification need."""
 
     file: str
     """Path below the store's root."""
     bytes: Count
     sha256: Sha256
-    offsets: dict[Name, list[Count]]
-    """Per column: where each sample's stored array begins in the file."""
-    sizes: dict[Name, list[Count]]
-    """Per column: its length in bytes, .npy header included."""
-    crc32: dict[Name, list[Annotated[int, Field(ge=0, lt=1 << 32)]]]
-    """Per column: CRC-32 of those bytes."""
+    offsets: dict[PartName, list[Count]]
+    """Per array: where each sample's stored bytes begin in the file."""
+    sizes: dict[PartName, list[Count]]
+    """Per array: how many they are, after lossless compression, with a .npy header in tars."""
+    crc32: dict[PartName, list[Annotated[int, Field(ge=0, lt=1 << 32)]]]
+    """Per array: CRC-32 of those bytes."""
 
     @field_validator("file")
     @classmethod
@@ -166,18 +219,18 @@ class StreamFile(Strict):
     @model_validator(mode="after")
     def _ranges_lie_in_file(self) -> StreamFile:
         if not self.offsets.keys() == self.sizes.keys() == self.crc32.keys():
-            raise ValueError("offsets, sizes and crc32 name different columns")
-        for column, offsets in self.offsets.items():
-            sizes = self.sizes[column]
-            if not len(offsets) == len(sizes) == len(self.crc32[column]):
-                raise ValueError(f"column '{column}' has unequal offsets, sizes and crc32")
+            raise ValueError("offsets, sizes and crc32 name different arrays")
+        for part, offsets in self.offsets.items():
+            sizes = self.sizes[part]
+            if not len(offsets) == len(sizes) == len(self.crc32[part]):
+                raise ValueError(f"array '{part}' has unequal offsets, sizes and crc32")
             if any(o + n > self.bytes for o, n in zip(offsets, sizes, strict=True)):
-                raise ValueError(f"column '{column}' reaches past the end of {self.file}")
+                raise ValueError(f"array '{part}' reaches past the end of {self.file}")
         return self
 
 
 class CommitRecord(Strict):
-    """The proof that one shard is complete in all its streams."""
+    """The proof that one shard is complete in all streams that were written together."""
 
     version: Version = STORE_VERSION
     shard: Count
@@ -185,13 +238,17 @@ class CommitRecord(Strict):
     """True count: planned samples less skipped ones."""
     keys: list[str]
     skipped: tuple[SkippedImage, ...] = ()
-    streams: dict[Name, StreamFile]
+    streams: dict[Name, tuple[StreamFile, ...]]
+    """A tar of each stream, or a zarr shard of each of its arrays."""
 
     @model_validator(mode="after")
     def _counts_agree(self) -> CommitRecord:
         lengths = {len(self.keys)}
-        for stream in self.streams.values():
-            lengths |= {len(column) for column in stream.offsets.values()}
+        for files in self.streams.values():
+            parts = [part for file in files for part in file.offsets]
+            if len(parts) != len(set(parts)):
+                raise ValueError(f"record of shard {self.shard} lists an array twice")
+            lengths |= {len(file.offsets[part]) for file in files for part in file.offsets}
         if lengths != {self.samples}:
             raise ValueError(
                 f"record of shard {self.shard} counts {self.samples} samples and lists "

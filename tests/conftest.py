@@ -80,7 +80,13 @@ def known_store(tmp_path: Path) -> Store:
 def digits_config(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
     """The demo's networks on digits, 10 to a shard, in batches that do not divide it."""
     store = tmp_path_factory.mktemp("digits") / "store"
-    values = {"dataset": "demo", "store": str(store), "shard_size": 10, "batch_size": 4}
+    values = {
+        "dataset": "demo",
+        "store": str(store),
+        "shard_size": 10,
+        "batch_size": 4,
+        "codec": "float16",
+    }
     return ExtractConfig.model_validate(merge(PRESETS["demo"], values))
 
 
@@ -106,11 +112,9 @@ def digits_store(
     from pipeline.extract.plan import make_manifest, make_tasks
 
     about = digits_encoder.describe()
-    manifest = make_manifest(
-        digits_config, digits_listing, about.teacher, about.autoencoder, about.compute
-    )
+    manifest = make_manifest(digits_config, digits_listing, about)
     store = Store.create(str(digits_config.store), manifest)
     for task in make_tasks(digits_listing, digits_config.shard_size):
-        digits_encoder.encode_shard(store.url, manifest.streams, task)
+        digits_encoder.encode_shard(store.url, manifest, task)
     store.finish()
     return store

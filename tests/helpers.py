@@ -47,7 +47,7 @@ def known_key(shard: int, row: int) -> str:
 
 
 def write_known_shard(url: str, manifest: Manifest, shard: int, samples: int) -> None:
-    with ShardWriter(url, manifest.streams, shard) as writer:
+    with ShardWriter(url, manifest, shard) as writer:
         for row in range(samples):
             writer.add(known_key(shard, row), known_values(shard, row))
         writer.commit()

@@ -13,13 +13,38 @@ GRID, HEADS, WIDTH, LAYERS = 4, 3, 12, (1, 2, 3)
 LATENT = (4, 8, 8)
 
 
-def random_manifest(samples: int, shard_size: int) -> Manifest:
+TEACHER = {
+    "model": "none",
+    "model_args": {},
+    "weights": "random",
+    "seed": 0,
+    "weights_sha256": "1" * 64,
+    "image_size": 64,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "depth": 4,
+    "width": WIDTH,
+    "heads": HEADS,
+    "head_width": WIDTH // HEADS,
+    "grid": (GRID, GRID),
+    "prefix": 1,
+    "layers": LAYERS,
+}
+COMPUTE = {
+    "device": "cpu",
+    "precision": "float32",
+    "batch_size": 4,
+    "threads": 1,
+    "versions": {},
+}
+
+
+def random_manifest(samples: int, shard_size: int, format: str = "webdataset") -> Manifest:
     """A `maps` store for a student with 4 x 4 tokens (latent 8, patch 2), 5 classes."""
     tokens = GRID * GRID
     return Manifest.model_validate(
         {
-            "format": "webdataset",
-            "cut": "maps",
+            "format": format,
             "resolution": 64,
             "shard_size": shard_size,
             "num_shards": -(-samples // shard_size),
@@ -31,21 +56,6 @@ def random_manifest(samples: int, shard_size: int) -> Manifest:
                 "fingerprint": "0" * 64,
                 "order_seed": 0,
             },
-            "teacher": {
-                "model": "none",
-                "model_args": {},
-                "weights": "random",
-                "seed": 0,
-                "weights_sha256": "1" * 64,
-                "image_size": 64,
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.5, 0.5, 0.5),
-                "depth": 4,
-                "width": WIDTH,
-                "heads": HEADS,
-                "grid": (GRID, GRID),
-                "layers": LAYERS,
-            },
             "autoencoder": {
                 "name": "none",
                 "kind": "AutoencoderKL",
@@ -54,16 +64,10 @@ def random_manifest(samples: int, shard_size: int) -> Manifest:
                 "shift_factor": 0.0,
                 "latent_shape": LATENT,
             },
-            "compute": {
-                "device": "cpu",
-                "precision": "float32",
-                "batch_size": 4,
-                "threads": 1,
-                "versions": {},
-            },
             "streams": {
                 "latents": {
                     "kind": "latents",
+                    "compute": COMPUTE,
                     "columns": {
                         "mean": {"shape": LATENT, "codec": "float16"},
                         "std": {"shape": LATENT, "codec": "float16"},
@@ -72,6 +76,9 @@ def random_manifest(samples: int, shard_size: int) -> Manifest:
                 },
                 "maps": {
                     "kind": "teacher",
+                    "cut": "maps",
+                    "compute": COMPUTE,
+                    "teacher": TEACHER,
                     "columns": {
                         "features": {"shape": (tokens, WIDTH), "codec": "float16"},
                         "class_token": {"shape": (WIDTH,), "codec": "float16"},
@@ -93,7 +100,7 @@ def make_random_store(folder: Path, samples: int = 22, shard_size: int = 6) -> S
     rng = np.random.default_rng(0)
     for shard in range(manifest.num_shards):
         first = shard * shard_size
-        with ShardWriter(store.url, manifest.streams, shard) as writer:
+        with ShardWriter(store.url, manifest, shard) as writer:
             for number in range(first, min(first + shard_size, samples)):
                 writer.add(f"sample-{number}", _random_sample(rng, number, manifest))
             writer.commit()

@@ -1,40 +1,165 @@
-"""Where the teacher's forward pass is frozen: what each cut keeps of an image."""
+"""Where the teacher's forward pass is frozen: what each cut keeps of an image, and how."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pipeline.store.codecs import encode_column, find_codec
 from pipeline.teachers import Teacher
+from schemas.codecs import CodecName, CodecSet, Lossless
+from schemas.errors import UserError
 from schemas.extract import Cut
 from schemas.store import Column, TeacherInfo
 
-LEAVES_A_TAIL: tuple[Cut, ...] = ("image",)
-"""Cuts after which training still runs a part of the teacher, whose weights the store carries."""
+Kind = Literal["activations", "features", "factors", "probabilities", "vector"]
+"""What a tensor is, for the choice of its codec."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
+    "faithful": {
+        "activations": "tokens20",
+        "features": "rms26",
+        "factors": "heads24",
+        "probabilities": "cbrt8",
+        "vector": "float16",
+    },
+    "small": {
+        "activations": "tokens8",
+        "features": "rms8",
+        "factors": "heads10",
+        "probabilities": "sqrt220",
+        "vector": "float16",
+    },
+    "int8": {
+        "activations": "int8_centred",
+        "features": "int8_centred",
+        "factors": "int8",
+        "probabilities": "cbrt8",
+        "vector": "float16",
+    },
+    "bfloat16": dict.fromkeys(KINDS, "bfloat16"),
+    "float16": dict.fromkeys(KINDS, "float16"),
+    "float32": dict.fromkeys(KINDS, "float32"),
+}
+"""The codecs of ``--codec``; tests/bench/RESULTS.md has what each one costs in bytes and errors."""
 
 
-def cut_columns(cut: Cut, teacher: TeacherInfo, resolution: int, codec: Any) -> dict[str, Column]:
-    """The columns of the cut's stream, which has the cut's name."""
+def cut_columns(
+    cut: Cut,
+    teacher: TeacherInfo,
+    resolution: int,
+    codec: CodecSet,
+    overrides: Mapping[str, CodecName] | None = None,
+    *,
+    compress: bool = True,
+) -> dict[str, Column]:
+    """The columns of a cut's stream; ``compress`` allows lossless compression. Raises ``UserError`` where ``overrides`` names another one or
+    a codec that cannot store it."""
     if cut == "image":
-        return {"crop": Column(shape=(resolution, resolution, 3), codec="uint8")}
+        columns = {"crop": Column(shape=(resolution, resolution, 3), codec="uint8")}
+    else:
+        columns = {
+            name: _column(shape, CODEC_SETS[codec][kind], compress)
+            for name, (kind, shape) in _tensors(cut, teacher).items()
+        }
+    for name, chosen in (overrides or {}).items():
+        if name not in columns:
+            raise UserError(
+                f"--column-codecs.{name}: cut '{cut}' has no tensor of this name, only "
+                f"{', '.join(columns)}"
+            )
+        try:
+            columns[name] = _column(columns[name].shape, chosen, compress)
+        except ValueError as error:
+            raise UserError(f"--column-codecs.{name} {chosen}: {error}") from None
+    return columns
+
+
+def _tensors(cut: Cut, teacher: TeacherInfo) -> dict[str, tuple[Kind, tuple[int, ...]]]:
     tokens = teacher.grid[0] * teacher.grid[1]
-    attention = (len(teacher.layers), teacher.heads, tokens, tokens)
-    return {
-        "features": Column(shape=(tokens, teacher.width), codec=codec),
-        "class_token": Column(shape=(teacher.width,), codec=codec),
-        "attention": Column(shape=attention, codec=codec),
+    layers, heads = len(teacher.layers), teacher.heads
+    if cut == "activations":
+        return {"tokens": ("activations", (teacher.prefix + tokens, teacher.width))}
+    kept: dict[str, tuple[Kind, tuple[int, ...]]] = {
+        "features": ("features", (tokens, teacher.width)),
+        "class_token": ("vector", (teacher.width,)),
     }
+    if cut == "maps":
+        kept["attention"] = ("probabilities", (layers, heads, tokens, tokens))
+    else:
+        factor = (layers, heads, tokens, teacher.head_width)
+        kept |= {"query": ("factors", factor), "key": ("factors", factor)}
+    return kept
+
+
+def _column(shape: tuple[int, ...], codec: CodecName, compress: bool) -> Column:
+    find_codec(codec).arrays(shape)  # complains about shapes that it cannot store
+    ways = [way for name, way in LOSSLESS.items() if codec.startswith(name)]
+    return Column(shape=shape, codec=codec, lossless=ways[0] if compress and ways else "none")
+
+
+LOSSLESS: dict[str, Lossless] = {
+    "int8": "zstd",
+    "tokens": "zstd",
+    "rms": "zstd",
+    "heads": "zstd",
+    "cbrt": "zstd",
+    "sqrt": "zstd",
+    "bfloat16": "blosc",
+}
+"""What pays, by the start of a codec's name: quantised numbers are far from uniform, and so are the
+exponents of bfloat16. (Shuffling bits would cost quantised ones a quarter.)"""
 
 
 def cut_values(cut: Cut, teacher: Teacher, images_B3RR: Tensor) -> dict[str, Tensor]:
-    """The cut's columns for a batch of uint8 crops; the inverse of the target sources."""
+    """The cut's tensors for a batch of uint8 crops; the inverse of the target sources."""
     if cut == "image":
         return {"crop": images_B3RR.permute(0, 2, 3, 1)}
-    targets = teacher(images_B3RR)
-    return {
-        "features": targets.features,
-        "class_token": targets.class_token,
-        "attention": torch.softmax(targets.attention_logits.float(), dim=-1),
-    }
+    tokens = teacher.embed(teacher.preprocess(images_B3RR))
+    if cut == "activations":
+        tokens, _ = teacher.run_blocks(tokens, stop=teacher.layers[0])
+        return {"tokens": tokens.float()}
+    tokens, attended = teacher.tap_blocks(tokens)
+    features, class_token = teacher.normed(tokens)
+    kept = {"features": features, "class_token": class_token}
+    if cut == "maps":
+        logits = [attended[layer].logits(teacher.prefix) for layer in teacher.layers]
+        kept["attention"] = torch.softmax(torch.stack(logits, dim=1), dim=-1)
+        return kept
+    pairs = [attended[layer].patches(teacher.prefix) for layer in teacher.layers]
+    kept["query"] = torch.stack([query for query, _ in pairs], dim=1)
+    # Keys less their mean: every row of logits shifts by a constant, which its softmax drops, and
+    # what is left is small enough to quantise well.
+    keys = torch.stack([key for _, key in pairs], dim=1)
+    kept["key"] = keys - keys.mean(dim=-2, keepdim=True)
+    return kept
+
+
+def encode_values(columns: Mapping[str, Column], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of a cut's tensors as the arrays that are stored, on their device.
+
+    Raises ``NotFiniteError`` for samples that hold NaN or infinities: no codec could keep them.
+    """
+    stored: dict[str, Tensor] = {}
+    for name, column in columns.items():
+        tensor = values[name]
+        if tensor.is_floating_point():
+            bad = (~torch.isfinite(tensor)).flatten(1).any(1).nonzero().flatten().tolist()
+            if bad:
+                raise NotFiniteError(name, bad)
+        stored |= encode_column(name, column, tensor)
+    return stored
+
+
+class NotFiniteError(ValueError):
+    """A tensor holds NaN or an infinity."""
+
+    def __init__(self, column: str, rows: list[int]) -> None:
+        super().__init__(f"{column} holds NaN or an infinity")
+        self.column = column
+        self.rows = rows
+        """Samples of the batch that do."""

@@ -13,45 +13,56 @@ from safetensors.torch import save
 from pipeline.files import open_url, read_bytes, write_atomic
 from pipeline.store import Store
 from pipeline.teachers import Teacher
+from pipeline.teachers.vit import tail_state
 from schemas.errors import UserError
-from schemas.extract import TeacherConfig
-from schemas.store import WeightsFile
-
-TAIL = "teacher_tail.safetensors"
+from schemas.extract import Cut, TeacherConfig
+from schemas.store import TeacherStream, WeightsFile
 
 
-def save_tail(teacher: Teacher, url: str) -> WeightsFile:
-    """Write the teacher's weights beside the shards of the store at ``url``."""
+def tail_file(stream: str) -> str:
+    """Name of the file that holds the weights of a stream's tail."""
+    return f"{stream}_teacher_tail.safetensors"
+
+
+def first_tail_block(cut: Cut, layers: Sequence[int]) -> int | None:
+    """The teacher's block with which training begins; None where the cut leaves it nothing."""
+    if cut == "image":
+        return 0
+    return layers[0] if cut == "activations" else None
+
+
+def save_tail(teacher: Teacher, url: str, stream: str, first_block: int) -> WeightsFile:
+    """Write the teacher's weights from ``first_block`` on beside the shards of a store."""
     filesystem, root = open_url(url, what="--store")
-    state = {name: value.cpu().contiguous() for name, value in teacher.vit.state_dict().items()}
-    data = save(state)
-    write_atomic(filesystem, f"{root}/{TAIL}", data)
-    return WeightsFile(file=TAIL, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    state = tail_state(teacher.vit, first_block)
+    data = save({name: value.cpu().contiguous() for name, value in state.items()})
+    file = tail_file(stream)
+    write_atomic(filesystem, f"{root}/{file}", data)
+    return WeightsFile(file=file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def load_tail(store: Store, layers: Sequence[int]) -> Teacher:
-    """The teacher of a store, with taps on ``layers``. Raises ``UserError`` where its weights are
-    missing or not those that the store was made with."""
-    manifest = store.manifest
-    where = f"{store.shown_url}/{TAIL}"
-    if manifest.tail is None:
+def load_tail(store: Store, stream: TeacherStream, layers: Sequence[int]) -> Teacher:
+    """The rest of the teacher of a stream, with taps on ``layers``. Raises ``UserError`` where its
+    weights are missing or not those that the store was made with."""
+    first_block = first_tail_block(stream.cut, stream.teacher.layers)
+    if stream.tail is None or first_block is None:
         raise UserError(f"store '{store.shown_url}' carries no weights of its teacher")
+    where = f"{store.shown_url}/{stream.tail.file}"
     try:
-        data = read_bytes(store.filesystem, f"{store.root}/{manifest.tail.file}")
+        data = read_bytes(store.filesystem, f"{store.root}/{stream.tail.file}")
     except FileNotFoundError:
         raise UserError(f"{where} is missing: run the extraction again") from None
-    if hashlib.sha256(data).hexdigest() != manifest.tail.sha256:
+    if hashlib.sha256(data).hexdigest() != stream.tail.sha256:
         raise UserError(f"{where} is damaged: its checksum is wrong; run the extraction again")
     with tempfile.TemporaryDirectory(prefix="haste-teacher-") as folder:
-        path = Path(folder) / TAIL
+        path = Path(folder) / "tail.safetensors"
         path.write_bytes(data)
         config = TeacherConfig(
-            model=manifest.teacher.model,
-            model_args=manifest.teacher.model_args,
-            image_size=manifest.teacher.image_size,
+            model=stream.teacher.model,
+            model_args=stream.teacher.model_args,
+            image_size=stream.teacher.image_size,
             weights=str(path),
         )
-        teacher = Teacher(config, resolution=manifest.resolution, layers=layers)
-    if teacher.weights_sha256 != manifest.teacher.weights_sha256:
-        raise UserError(f"{where} holds other weights than the store was made with")
-    return teacher
+        return Teacher(
+            config, resolution=store.manifest.resolution, layers=layers, first_block=first_block
+        )

@@ -11,36 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.alignment.cuts import LEAVES_A_TAIL, cut_values
-from pipeline.alignment.tail import save_tail
+from pipeline.alignment.cuts import NotFiniteError, cut_values, encode_values
+from pipeline.alignment.tail import first_tail_block, save_tail
 from pipeline.autoencoders import Autoencoder
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
-from pipeline.extract.plan import ShardTask
+from pipeline.extract.plan import Description, ShardTask, stream_name
 from pipeline.store import ShardWriter
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision
-from schemas.store import (
-    AutoencoderInfo,
-    ComputeInfo,
-    SkippedImage,
-    Stream,
-    TeacherInfo,
-    WeightsFile,
-)
+from schemas.store import ComputeInfo, Manifest, SkippedImage, WeightsFile
 
-VERSIONED = ("torch", "timm", "diffusers", "numpy", "pillow")
+VERSIONED = ("torch", "timm", "diffusers", "numpy", "numcodecs", "pillow")
 BATCHES_AHEAD = 2  # decoded while the networks work on the one before
-
-
-@dataclass(frozen=True)
-class Description:
-    """What an encoder is; encoders that work on one store must agree in all of it."""
-
-    teacher: TeacherInfo
-    autoencoder: AutoencoderInfo
-    compute: ComputeInfo
 
 
 @dataclass(frozen=True)
@@ -64,18 +48,22 @@ class Encoder:
         self.precision: Precision = choose_precision(config, device)
         self.threads = threads
         self.teacher = Teacher(config.teacher, resolution=config.resolution, layers=config.layers)
-        self.autoencoder = Autoencoder(config.autoencoder)
         self.teacher.to(self.device)
-        self.autoencoder.to(self.device)
+        self.autoencoder: Autoencoder | None = None
+        if config.add_stream is None:  # otherwise the latents are there already
+            self.autoencoder = Autoencoder(config.autoencoder).to(self.device)
         self.read = open_reader(config)
 
     def describe(self) -> Description:
         """Also a first forward pass of the autoencoder, so that what cannot work fails here."""
         versions = {name: importlib.metadata.version(name) for name in VERSIONED}
         versions["torch"] = torch.__version__  # with the build: CUDA versions differ in last bits
+        if self.config.format == "zarr":
+            versions["zarr"] = importlib.metadata.version("zarr")
+        vae = self.autoencoder
         return Description(
             teacher=self.teacher.info(),
-            autoencoder=self.autoencoder.info(self.config.resolution),
+            autoencoder=None if vae is None else vae.info(self.config.resolution),
             compute=ComputeInfo(
                 device="cuda" if self.device.type == "cuda" else "cpu",
                 precision=self.precision,
@@ -87,20 +75,34 @@ class Encoder:
 
     def save_tail(self, url: str) -> WeightsFile | None:
         """Put the weights that training will need into the store, where the cut leaves any."""
-        return save_tail(self.teacher, url) if self.config.cut in LEAVES_A_TAIL else None
+        first = first_tail_block(self.config.cut, self.config.layers)
+        if first is None:
+            return None
+        return save_tail(self.teacher, url, stream_name(self.config), first)
 
-    def encode_shard(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
+    def encode_shard(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
         """Write and commit one shard; with bad images and ``on_bad_image: stop``, commit nothing.
 
-        Raises ``ValueError`` where a number cannot be stored, ``OSError`` where storage fails.
+        Raises ``UserError`` where a number cannot be stored, ``OSError`` where storage fails.
         """
         bad: list[SkippedImage] = []
-        with ShardWriter(url, streams, task.shard) as writer:
+        with ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer:
             for items, images in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # only to find the others
-                for item, values in zip(items, self._encode(items, images), strict=True):
-                    writer.add(item.key, values)
+                try:
+                    for item, values in zip(
+                        items, self._encode(manifest, items, images), strict=True
+                    ):
+                        writer.add(item.key, values)
+                except NotFiniteError as error:
+                    item = items[error.rows[0]]
+                    raise UserError(
+                        f"shard {task.shard}, sample '{item.key}' ({item.path}): the teacher's "
+                        f"{error}; try --precision float32, or check its weights"
+                    ) from None
+                except ValueError as error:
+                    raise UserError(f"shard {task.shard}: {error}") from None
             if bad and self.config.on_bad_image == "stop":
                 return ShardResult(task.shard, 0, tuple(bad), committed=False)
             record = writer.commit(skipped=bad)
@@ -108,21 +110,27 @@ class Encoder:
 
     @torch.inference_mode()
     def _encode(
-        self, items: list[ImageItem], images: np.ndarray
+        self, manifest: Manifest, items: list[ImageItem], images: np.ndarray
     ) -> Iterator[dict[str, dict[str, np.ndarray | int]]]:
-        """uint8 (B, R, R, 3) to each sample's stream -> column -> value."""
+        """uint8 (B, R, R, 3) to each sample's stream -> stored array -> value."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        mean, std = self.autoencoder.encode(pixels)  # in float32: every run inherits its rounding
+        name = stream_name(self.config)
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            kept = cut_values(self.config.cut, self.teacher, pixels)
-        columns = {name: tensor.cpu().numpy() for name, tensor in kept.items()}
-        means, stds = mean.cpu().numpy(), std.cpu().numpy()
+            values = cut_values(self.config.cut, self.teacher, pixels)
+        kept = encode_values(manifest.streams[name].columns, values)
+        arrays = {name: {part: tensor.cpu().numpy() for part, tensor in kept.items()}}
+        if self.autoencoder is not None:  # in float32: every run inherits its rounding
+            mean, std = self.autoencoder.encode(pixels)
+            arrays["latents"] = {"mean": mean.cpu().numpy(), "std": std.cpu().numpy()}
         for i, item in enumerate(items):
-            yield {
-                "latents": {"mean": means[i], "std": stds[i], "label": item.label},
-                self.config.cut: {name: column[i] for name, column in columns.items()},
+            sample: dict[str, dict[str, np.ndarray | int]] = {
+                stream: {part: values[i] for part, values in parts.items()}
+                for stream, parts in arrays.items()
             }
+            if "latents" in sample:
+                sample["latents"]["label"] = item.label
+            yield sample
 
     def _decoded_batches(
         self, task: ShardTask, bad: list[SkippedImage]

@@ -11,14 +11,22 @@ from tqdm import tqdm
 
 from pipeline.cluster import ray_cluster, require, total
 from pipeline.datasets import Listing, list_images
-from pipeline.extract.plan import make_manifest, make_tasks
+from pipeline.extract.plan import (
+    ShardTask,
+    make_manifest,
+    make_stream,
+    make_tasks,
+    stream_name,
+    with_tail,
+)
+from pipeline.extract.request import check_request, check_same_store, with_stores_options
 from pipeline.extract.supervisor import Supervisor
-from pipeline.files import absolute_url
+from pipeline.files import absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest, SkippedImage
+from schemas.store import Manifest, SkippedImage, TeacherStream
 
 
 @dataclass(frozen=True)
@@ -37,17 +45,26 @@ class ExtractionSummary:
 
 
 def extract(config: ExtractConfig) -> ExtractionSummary:
-    """Make or complete the store that ``config`` describes. Raises ``UserError``."""
+    """Make or complete the store that ``config`` describes, or add a teacher stream to it. Raises
+    ``UserError``."""
+    if config.store is None:
+        raise UserError("--store is missing: the folder or URL of the store to make")
+    store_url = absolute_url(config.store)
+    existing = Store.open(store_url) if Store.exists(store_url) else None
+    if config.add_stream is not None:
+        if existing is None:
+            raise UserError(f"--add-stream needs a store; '{config.store}' holds none")
+        existing.require_complete()
+        config = with_stores_options(config, existing)
     config = _with_absolute_paths(config)
-    assert config.store is not None
-    existing = Store.open(config.store) if Store.exists(config.store) else None
     listing = list_images(config)
+    name = stream_name(config)
     if existing is not None:
-        _check_request(config, listing, existing)
+        check_request(config, listing, existing)
         # Weights named otherwise may still be the same ones: only loading them tells.
-        whole = not existing.missing_shards() and not _lacks_tail(existing)
-        if whole and _same_weight_names(config, existing.manifest):
-            if not _is_finished(existing):
+        known = name in existing.manifest.streams and _same_weight_names(config, existing.manifest)
+        if known and not existing.missing_shards(name) and not _lacks_tail(existing, name):
+            if not exists(existing.filesystem, f"{existing.root}/{INDEX}"):
                 existing.finish()
             return ExtractionSummary(0, 0.0, existing)
     with ray_cluster(config.ray_address):
@@ -55,35 +72,23 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
 
 
 def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> ExtractionSummary:
+    name = stream_name(config)
     actors, cpus, gpus = _resources(config)
-    missing = None if existing is None else len(existing.missing_shards())
-    shards = -(-len(listing.items) // config.shard_size) if missing is None else missing
+    shards = -(-len(listing.items) // config.shard_size)
+    if existing is not None and name in existing.manifest.streams:
+        shards = len(existing.missing_shards(name))
     supervisor = Supervisor(
         config, actors=max(1, min(actors, shards)), cpus=cpus, gpus=gpus, log=_log
     )
     try:
-        description = supervisor.describe()
-        manifest = make_manifest(
-            config, listing, description.teacher, description.autoencoder, description.compute
-        )
-        if existing is not None:
-            check_same_store(existing.manifest, manifest, existing.shown_url)
-            store = existing
-            if _lacks_tail(store):
-                supervisor.save_tail(store.url)
-        else:
-            assert config.store is not None
-            tail = supervisor.save_tail(config.store)
-            store = Store.create(config.store, manifest.model_copy(update={"tail": tail}))
-        wanted = set(store.missing_shards())
-        tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in wanted]
+        store = _open_store(config, listing, existing, supervisor)
+        tasks = _missing_tasks(config, listing, store)
         images = sum(len(task.items) for task in tasks)
         done = 0
         bad: list[SkippedImage] = []
         began = time.perf_counter()
-        streams = store.manifest.streams
         with tqdm(total=images, unit="image", desc="extract", file=sys.stderr) as bar:
-            for result in supervisor.encode(store.url, streams, tasks):
+            for result in supervisor.encode(store.url, store.manifest, tasks):
                 bar.update(result.samples + len(result.bad_images))
                 done += result.samples
                 bad.extend(result.bad_images)
@@ -95,76 +100,56 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
     return ExtractionSummary(done, seconds, store)
 
 
-def check_same_store(old: Manifest, new: Manifest, url: str) -> None:
-    """Raises ``UserError`` where shards made now would not fit those that a store already has."""
-    a, b = old.model_dump(), new.model_dump()
-    for values in (a, b):  # where files lie is not what they are
-        values.pop("skipped")
-        values.pop("tail")
-        values["dataset"].pop("source")
-        values["teacher"].pop("weights")
-        values["autoencoder"].pop("name")
-    for path, was, now in _differences(a, b):
-        raise UserError(
-            f"store '{url}' was made with {path} {was}, this extraction has {now}: use another "
-            "--store or the same options"
-        )
+def _open_store(
+    config: ExtractConfig, listing: Listing, existing: Store | None, supervisor: Supervisor
+) -> Store:
+    """The store with its manifest and the teacher's tail, ready for shards."""
+    about = supervisor.describe()
+    name = stream_name(config)
+    if existing is None:
+        assert config.store is not None
+        manifest = make_manifest(config, listing, about)
+        tail = supervisor.save_tail(config.store)
+        return Store.create(config.store, with_tail(manifest, name, tail))
+    manifest = existing.manifest
+    if config.add_stream is None:
+        check_same_store(manifest, make_manifest(config, listing, about), existing.shown_url)
+    else:
+        stream = make_stream(config, about)
+        wanted = manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})
+        if name not in manifest.streams:
+            tail = supervisor.save_tail(existing.url)
+            return Store.create(existing.url, with_tail(wanted, name, tail))
+        check_same_store(manifest, wanted, existing.shown_url)
+    if _lacks_tail(existing, name):
+        supervisor.save_tail(existing.url)
+    return existing
 
 
-def _differences(a: object, b: object, path: str = "") -> list[tuple[str, object, object]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = []
-        for key in sorted(a.keys() | b.keys()):
-            found += _differences(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
-        return found
-    return [] if a == b else [(path, a, b)]
+def _missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> list[ShardTask]:
+    """Shards that the stream lacks; an added one takes the samples that the store has."""
+    wanted = set(store.missing_shards(stream_name(config)))
+    tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in wanted]
+    if config.add_stream is None:
+        return tasks
+    kept = []
+    for task in tasks:
+        keys = set(store.record(task.shard).keys)
+        kept.append(ShardTask(task.shard, tuple(i for i in task.items if i.key in keys)))
+    return kept
 
 
-def _check_request(config: ExtractConfig, listing: Listing, store: Store) -> None:
-    """What can be told without loading weights."""
-    manifest = store.manifest
-    asked = {
-        "resolution": (manifest.resolution, config.resolution),
-        "cut": (manifest.cut, config.cut),
-        "format": (manifest.format, config.format),
-        "layers": (manifest.teacher.layers, config.layers),
-        "codec": (_codec(manifest) or config.codec, config.codec),
-        "shard_size": (manifest.shard_size, config.shard_size),
-        "batch_size": (manifest.compute.batch_size, config.batch_size),
-        "order_seed": (manifest.dataset.order_seed, config.order_seed),
-        "teacher.model": (manifest.teacher.model, config.teacher.model),
-        "teacher.seed": (manifest.teacher.seed, config.teacher.seed),
-        "teacher.model_args": (manifest.teacher.model_args, config.teacher.model_args),
-        "the images": (manifest.dataset.fingerprint[:12], listing.fingerprint()[:12]),
-    }
-    for name, (was, now) in asked.items():
-        if was != now:
-            raise UserError(
-                f"store '{store.shown_url}' was made with {name} {_plain(was)}, this extraction "
-                f"has {_plain(now)}: use another --store or the same options"
-            )
-
-
-def _codec(manifest: Manifest) -> str | None:
-    """That of the teacher's tensors; None where the cut keeps none."""
-    maps = manifest.streams.get("maps")
-    return None if maps is None else maps.columns["features"].codec
-
-
-def _lacks_tail(store: Store) -> bool:
-    tail = store.manifest.tail
-    return tail is not None and not store.filesystem.exists(f"{store.root}/{tail.file}")
+def _lacks_tail(store: Store, name: str) -> bool:
+    stream = store.manifest.streams[name]
+    tail = stream.tail if isinstance(stream, TeacherStream) else None
+    return tail is not None and not exists(store.filesystem, f"{store.root}/{tail.file}")
 
 
 def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:
-    return (config.teacher.weights, config.autoencoder) == (
-        manifest.teacher.weights,
-        manifest.autoencoder.name,
-    )
-
-
-def _is_finished(store: Store) -> bool:
-    return bool(store.filesystem.exists(f"{store.root}/{INDEX}"))
+    stream = manifest.streams[stream_name(config)]
+    assert isinstance(stream, TeacherStream)
+    same = config.teacher.weights == stream.teacher.weights
+    return same and (stream.added or config.autoencoder == manifest.autoencoder.name)
 
 
 def _resources(config: ExtractConfig) -> tuple[int, int, float]:
@@ -188,8 +173,7 @@ def _resources(config: ExtractConfig) -> tuple[int, int, float]:
 
 def _with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
     """Local paths made absolute, since actors run in another folder."""
-    if config.store is None:
-        raise UserError("--store is missing: the folder or URL of the store to make")
+    assert config.store is not None
     if config.dataset != "demo" and config.source is None:
         raise UserError("--source is missing: the folder or URL of the images")
     update: dict[str, object] = {"store": absolute_url(config.store)}
@@ -212,10 +196,6 @@ def _report_bad(bad: list[SkippedImage], config: ExtractConfig) -> None:
             f"bad image {bad[0].path} ({bad[0].error}){more}: mend or remove it, or run with "
             "--on-bad-image skip; shards without bad images are kept"
         )
-
-
-def _plain(value: object) -> str:
-    return ",".join(str(v) for v in value) if isinstance(value, tuple) else str(value)
 
 
 def _log(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.alignment.cuts import cut_columns
@@ -13,13 +14,12 @@ from schemas.store import (
     Column,
     ComputeInfo,
     DatasetInfo,
+    LatentsStream,
     Manifest,
-    Stream,
     TeacherInfo,
+    TeacherStream,
     WeightsFile,
 )
-
-__all__ = ["ShardTask", "make_manifest", "make_tasks"]
 
 
 class ShardTask(NamedTuple):
@@ -27,6 +27,16 @@ class ShardTask(NamedTuple):
 
     shard: int
     items: tuple[ImageItem, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an encoder is; encoders that work on one store must agree in all of it."""
+
+    teacher: TeacherInfo
+    autoencoder: AutoencoderInfo | None
+    """None where only a teacher stream is added."""
+    compute: ComputeInfo
 
 
 def make_tasks(listing: Listing, shard_size: int) -> list[ShardTask]:
@@ -38,31 +48,24 @@ def make_tasks(listing: Listing, shard_size: int) -> list[ShardTask]:
     ]
 
 
-def make_manifest(
-    config: ExtractConfig,
-    listing: Listing,
-    teacher: TeacherInfo,
-    autoencoder: AutoencoderInfo,
-    compute: ComputeInfo,
-    tail: WeightsFile | None = None,
-) -> Manifest:
-    """What the store of this extraction will be."""
+def stream_name(config: ExtractConfig) -> str:
+    """The teacher stream that an extraction writes: the first one is called after its cut."""
+    return config.add_stream or config.cut
+
+
+def make_manifest(config: ExtractConfig, listing: Listing, about: Description) -> Manifest:
+    """What the store of this extraction will be, but for the teacher's tail."""
     samples = len(listing.items)
-    latent = Column(shape=autoencoder.latent_shape, codec="float16")
-    streams = {
-        "latents": Stream(
-            kind="latents",
-            columns={"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
-        ),
-        config.cut: Stream(
-            kind="teacher",
-            columns=cut_columns(config.cut, teacher, config.resolution, config.codec),
-        ),
-    }
+    assert about.autoencoder is not None
+    latent = Column(shape=about.autoencoder.latent_shape, codec="float16")
+    latents = LatentsStream(
+        kind="latents",
+        columns={"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
+        compute=about.compute,
+    )
     source = None if config.source is None else without_credentials(absolute_url(config.source))
     return Manifest(
         format=config.format,
-        cut=config.cut,
         dataset=DatasetInfo(
             name=config.dataset,
             source=source,
@@ -72,11 +75,34 @@ def make_manifest(
             order_seed=config.order_seed,
         ),
         resolution=config.resolution,
-        teacher=teacher,
-        autoencoder=autoencoder,
-        compute=compute,
-        streams=streams,
-        tail=tail,
+        autoencoder=about.autoencoder,
+        streams={"latents": latents, stream_name(config): make_stream(config, about)},
         shard_size=config.shard_size,
         num_shards=-(-samples // config.shard_size),
     )
+
+
+def make_stream(config: ExtractConfig, about: Description) -> TeacherStream:
+    """The teacher stream of this extraction, but for its tail."""
+    columns = cut_columns(
+        config.cut,
+        about.teacher,
+        config.resolution,
+        config.codec,
+        config.column_codecs,
+        compress=config.compress,
+    )
+    return TeacherStream(
+        kind="teacher",
+        cut=config.cut,
+        columns=columns,
+        teacher=about.teacher,
+        compute=about.compute,
+        added=config.add_stream is not None,
+    )
+
+
+def with_tail(manifest: Manifest, name: str, tail: WeightsFile | None) -> Manifest:
+    """The manifest once the weights of a stream's tail lie in the store."""
+    stream = manifest.streams[name].model_copy(update={"tail": tail})
+    return manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})

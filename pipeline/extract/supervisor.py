@@ -15,11 +15,11 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.cluster import PatienceWarning
-from pipeline.extract.encoder import Description, Encoder, ShardResult
-from pipeline.extract.plan import ShardTask
+from pipeline.extract.encoder import Encoder, ShardResult
+from pipeline.extract.plan import Description, ShardTask
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Stream, WeightsFile
+from schemas.store import Manifest, WeightsFile
 
 
 class EncoderActor:
@@ -33,8 +33,8 @@ class EncoderActor:
     def save_tail(self, url: str) -> WeightsFile | None:
         return self.encoder.save_tail(url)
 
-    def encode(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
-        return self.encoder.encode_shard(url, streams, task)
+    def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
+        return self.encoder.encode_shard(url, manifest, task)
 
 
 class Supervisor:
@@ -80,7 +80,7 @@ class Supervisor:
         return tail
 
     def encode(
-        self, url: str, streams: dict[str, Stream], tasks: Iterable[ShardTask]
+        self, url: str, manifest: Manifest, tasks: Iterable[ShardTask]
     ) -> Iterable[ShardResult]:
         """Results as shards are finished. Stops handing out shards after a bad image where the
         config says so, and finishes those at work. Raises ``UserError`` naming a shard that failed
@@ -93,7 +93,7 @@ class Supervisor:
             while pending and self._idle and not stopping:
                 actor, task = self._idle.pop(), pending.popleft()
                 attempts[task.shard] += 1
-                self._working[actor.encode.remote(url, streams, task)] = (actor, task)
+                self._working[actor.encode.remote(url, manifest, task)] = (actor, task)
             for actor, task, outcome in self._wait(patience):
                 if isinstance(outcome, ShardResult):
                     stopping |= bool(outcome.bad_images) and self.config.on_bad_image == "stop"
@@ -184,6 +184,8 @@ def _one_line(error: BaseException) -> str:
 
 def _difference(one: Description, other: Description) -> str:
     for part in ("teacher", "autoencoder", "compute"):
+        if getattr(one, part) is None:
+            continue
         a, b = getattr(one, part).model_dump(), getattr(other, part).model_dump()
         for key, value in a.items():
             if value != b[key]:

@@ -8,9 +8,11 @@ import matplotlib
 import numpy as np
 import torch
 
+from pipeline.alignment.targets import Targets, Wanted, read_targets
 from pipeline.autoencoders import Autoencoder
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
+from schemas.store import TeacherInfo
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,36 +33,34 @@ def find_sample(store: Store, key: str) -> tuple[int, int]:
     raise UserError(f"--sample '{key}' is not in {store.shown_url}{hint}")
 
 
-def read_sample(store: Store, shard: int, row: int) -> dict[str, dict[str, np.ndarray]]:
-    """All streams of one sample: stream -> column -> array without a batch axis."""
-    where = np.array([shard]), np.array([row])
-    return {
-        name: {column: batch[0] for column, batch in StreamReader(store, name).read(*where).items()}
-        for name in store.manifest.streams
-    }
+def read_latents(store: Store, shard: int, row: int) -> dict[str, np.ndarray]:
+    """Mean, std and label of one sample, without a batch axis."""
+    batch = StreamReader(store, "latents").read(np.array([shard]), np.array([row]))
+    return {column: values[0] for column, values in batch.items()}
 
 
-def draw_sample(store: Store, key: str, path: Path) -> None:
-    """The decoded latent beside what the store's cut keeps: the crop, or a PCA of the features and
-    attention rows of every stored layer."""
-    sample = read_sample(store, *find_sample(store, key))
-    image = decode_latent(store, sample["latents"]["mean"])
-    if "maps" in sample:
-        figure = _draw_maps(store, sample["maps"], image)
-    else:
-        figure, axes = plt.subplots(1, 2, figsize=(6, 3.3))
-        _show(axes[0], image, "decoded latent")
-        _show(axes[1], sample["image"]["crop"], "crop")
-    figure.suptitle(f"{key} (class {int(sample['latents']['label'])})", fontsize=9)
+def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -> None:
+    """The decoded latent beside a PCA of the teacher's features and its attention from some query
+    tokens in every layer, as training would see them from whatever the store's cut keeps."""
+    shard, row = find_sample(store, key)
+    sample = read_latents(store, shard, row)
+    image = decode_latent(store, sample["mean"])
+    teacher = store.manifest.teacher_stream(stream)[1].teacher
+    wanted = Wanted(features=True, layers=teacher.layers, heads=teacher.heads)
+    targets = read_targets(store, np.array([shard]), np.array([row]), wanted, stream)
+    figure = _draw_targets(teacher, targets, image)
+    figure.suptitle(f"{key} (class {int(sample['label'])})", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_maps(store: Store, maps: dict[str, np.ndarray], image: np.ndarray) -> Figure:
+def _draw_targets(teacher: TeacherInfo, targets: Targets, image: np.ndarray) -> Figure:
     """One line per query token: where it is, then its attention in every layer, mean of heads."""
-    grid, layers = store.manifest.teacher.grid, store.manifest.teacher.layers
+    assert targets.features is not None
+    assert targets.attention is not None
+    grid, layers = teacher.grid, teacher.layers
     columns = 2 + len(layers)
     figure, axes = plt.subplots(
         len(QUERIES), columns, figsize=(2 * columns, 2.1 * len(QUERIES)), squeeze=False
@@ -73,9 +73,9 @@ def _draw_maps(store: Store, maps: dict[str, np.ndarray], image: np.ndarray) -> 
         _show(line[0], image, "decoded latent, query token")
         line[0].plot(*mark, "r+", markersize=9, markeredgewidth=2)
         for i, layer in enumerate(layers):
-            attention = maps["attention"][i, :, row * grid[1] + column].astype(np.float32).mean(0)
+            attention = targets.attention[0, i, :, row * grid[1] + column].mean(0).numpy()
             _show(line[2 + i], attention.reshape(grid), f"attention, layer {layer}")
-    _show(axes[0, 1], feature_pca(maps["features"], grid), "feature PCA")
+    _show(axes[0, 1], feature_pca(targets.features[0].numpy(), grid), "feature PCA")
     return figure
 
 

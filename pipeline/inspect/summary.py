@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.files import file_size
 from pipeline.store import Store
+from pipeline.store.layout import MANIFEST
+from schemas.store import Column, TeacherStream
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,15 @@ class StoreSummary:
     samples: int
     bytes_per_stream: dict[str, int]
     missing_shards: list[int]
+    """Of the streams that were extracted with the latents."""
+    incomplete_streams: dict[str, list[int]]
+    """Missing shards of streams that were added later."""
+    fixed_bytes: int
+    """What does not grow with the images: teacher tails and the manifest."""
 
     @property
     def complete(self) -> bool:
-        return not self.missing_shards
+        return not (self.missing_shards or self.incomplete_streams)
 
     @property
     def bytes_per_image(self) -> float:
@@ -30,52 +38,80 @@ class StoreSummary:
             "complete": self.complete,
             "streams": self.bytes_per_stream,
             "bytes_per_image": self.bytes_per_image,
+            "fixed_bytes": self.fixed_bytes,
         }
 
 
 def summarise(store: Store) -> StoreSummary:
     """From the commit records (of a complete store, from its index)."""
     missing = store.missing_shards()
-    index = store.build_index() if missing else store.index()
-    return StoreSummary(sum(index.samples_per_shard), index.bytes_per_stream, missing)
+    added = {name: store.missing_shards(name) for name in store.added_streams}
+    incomplete = {name: shards for name, shards in added.items() if shards}
+    index = store.build_index() if missing or incomplete else store.index()
+    tails = (stream.tail for stream in store.manifest.teacher_streams.values())
+    fixed = sum(tail.bytes for tail in tails if tail is not None)
+    fixed += file_size(store.filesystem, f"{store.root}/{MANIFEST}")
+    return StoreSummary(
+        sum(index.samples_per_shard), index.bytes_per_stream, missing, incomplete, fixed
+    )
 
 
 def describe(store: Store, summary: StoreSummary) -> str:
     """The page that a person reads."""
     m = store.manifest
-    teacher, vae = m.teacher, m.autoencoder
+    vae = m.autoencoder
     state = (
         "complete"
         if summary.complete
         else (
             f"INCOMPLETE: {len(summary.missing_shards)} of {m.num_shards} shards are missing "
             f"(first: {summary.missing_shards[0]})"
+            if summary.missing_shards
+            else f"INCOMPLETE: stream '{next(iter(summary.incomplete_streams))}' lacks shards"
         )
     )
-    layers = ", ".join(str(layer) for layer in teacher.layers)
     lines = [
         f"{store.shown_url}: {state}",
         f"  data set     {m.dataset.name} from {m.dataset.source or 'its package'}, "
         f"{m.dataset.num_classes} classes, {m.resolution} px",
         f"  samples      {summary.samples} in {m.num_shards} shards of {m.shard_size}, {m.format}",
-        f"  teacher      {teacher.model}, weights {teacher.weights} "
-        f"({teacher.weights_sha256[:12]}), {teacher.grid[0]}x{teacher.grid[1]} tokens, "
-        f"{teacher.heads} heads",
-        f"  cut          {m.cut}: attention of layers {layers}; {m.compute.precision} arithmetic",
         f"  autoencoder  {vae.name} ({vae.weights_sha256[:12]}), latents "
         f"{'x'.join(str(n) for n in vae.latent_shape)}, scaling factor {vae.scaling_factor:g}",
     ]
     for name, size in summary.bytes_per_stream.items():
         each = size / summary.samples if summary.samples else 0
         columns = ", ".join(
-            f"{column} {'x'.join(str(n) for n in spec.shape) or 'scalar'} {spec.codec}"
+            f"{column} {'x'.join(str(n) for n in spec.shape) or 'scalar'} {_codec(spec)}"
             for column, spec in m.streams[name].columns.items()
         )
         lines.append(f"  stream       {name}: {_bytes(size)}, {_bytes(each)} per image ({columns})")
-    lines.append(f"  per image    {_bytes(summary.bytes_per_image)}")
+        stream = m.streams[name]
+        if isinstance(stream, TeacherStream):
+            lines += _about_teacher(stream)
+    fixed = f"; {_bytes(summary.fixed_bytes)} beside the shards" if summary.fixed_bytes else ""
+    lines.append(f"  per image    {_bytes(summary.bytes_per_image)}{fixed}")
     if m.skipped:
         lines.append(f"  skipped      {len(m.skipped)} bad images, first: {m.skipped[0].path}")
     return "\n".join(lines)
+
+
+def _about_teacher(stream: TeacherStream) -> list[str]:
+    teacher = stream.teacher
+    layers = ", ".join(str(layer) for layer in teacher.layers)
+    lines = [
+        f"    cut        {stream.cut}: attention of layers {layers or 'none'}; "
+        f"{stream.compute.precision} arithmetic",
+        f"    teacher    {teacher.model}, weights {teacher.weights} "
+        f"({teacher.weights_sha256[:12]}), {teacher.grid[0]}x{teacher.grid[1]} tokens, "
+        f"{teacher.heads} heads",
+    ]
+    if stream.tail is not None:
+        lines.append(f"    tail       {stream.tail.file}, {_bytes(stream.tail.bytes)}")
+    return lines
+
+
+def _codec(column: Column) -> str:
+    return column.codec if column.lossless == "none" else f"{column.codec}+{column.lossless}"
 
 
 def _bytes(count: float) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.alignment.targets import aligned_heads
+from pipeline.alignment.targets import Wanted, aligned_heads, read_targets
 from pipeline.diffusion.interpolant import interpolate
-from pipeline.inspect.draw import decode_latent, read_sample
+from pipeline.inspect.draw import decode_latent, read_latents
 from pipeline.models import SiT, Taps
 from pipeline.randomness import Purpose, generator
 from pipeline.store import Store
@@ -33,20 +33,24 @@ def draw_attention(
 ) -> None:
     """One line per sample (``rows`` of shard 0): the image with the query token marked, then for
     the last layer pair the mean over heads of the teacher's attention row and of each student's."""
-    manifest = store.manifest
-    grid = manifest.teacher.grid
+    teacher = store.manifest.teacher_stream(alignment.stream)[1].teacher
+    grid = teacher.grid
     titles = ["image, query token", f"teacher,\nlayer {alignment.teacher_layers[-1]}"]
     titles += [f"{name},\nblock {alignment.student_layers[-1]}" for name in students]
     figure, axes = plt.subplots(
         len(rows), len(titles), figsize=(2.1 * len(titles), 2.1 * len(rows)), squeeze=False
     )
-    layer = list(manifest.teacher.layers).index(alignment.teacher_layers[-1])
+    heads = aligned_heads(next(iter(students.values())).config, teacher)
+    wanted = Wanted(features=False, layers=alignment.teacher_layers[-1:], heads=heads)
+    of_teacher = read_targets(
+        store, np.zeros_like(rows), np.asarray(rows), wanted, alignment.stream
+    ).attention
+    assert of_teacher is not None
     for line, row in enumerate(rows):
-        sample = read_sample(store, 0, row)
-        image = decode_latent(store, sample["latents"]["mean"])
+        sample = read_latents(store, 0, row)
+        image = decode_latent(store, sample["mean"])
         query = _brightest_token(image, grid)
-        heads = aligned_heads(next(iter(students.values())).config, manifest)
-        maps = [sample["maps"]["attention"][layer, :heads, query].astype(np.float32).mean(0)]
+        maps = [of_teacher[line, 0, :, query].mean(0).numpy()]
         maps += [
             student_attention(store, student, alignment, sample, heads)[query].numpy()
             for student in students.values()
@@ -72,19 +76,19 @@ def student_attention(
     store: Store,
     student: SiT,
     alignment: AlignmentConfig,
-    sample: Mapping[str, Mapping[str, np.ndarray]],
+    sample: Mapping[str, np.ndarray],
     heads: int,
 ) -> Tensor:
     """The last aligned block's attention on a slightly noisy latent, mean over the aligned heads:
     (N, N)."""
     vae = store.manifest.autoencoder
-    mean = torch.from_numpy(sample["latents"]["mean"]).float().unsqueeze(0)
+    mean = torch.from_numpy(sample["mean"]).float().unsqueeze(0)
     latents = (mean - vae.shift_factor) * vae.scaling_factor
     rng = generator(Purpose.SAMPLING, 0, 0)
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     t = torch.tensor([NOISE_TIME])
     x_t, _ = interpolate("linear", latents, noise, t)
-    label = torch.tensor([int(sample["latents"]["label"])])
+    label = torch.tensor([int(sample["label"])])
     taps = Taps(attention_layers=(alignment.student_layers[-1],), heads=heads)
     logits = student(x_t, t, label, taps).attention_logits
     return torch.softmax(logits[0, 0], dim=-1).mean(0)

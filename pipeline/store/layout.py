@@ -9,9 +9,19 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:06d}"
 
 
-def commit_path(shard: int) -> str:
-    return f"{COMMITS}/{shard_name(shard)}.json"
+def commit_folder(added: str | None) -> str:
+    """Where the commit records lie: those of the base streams, or those of an ``added`` one."""
+    return COMMITS if added is None else f"{COMMITS}/{added}"
 
 
-def stream_path(stream: str, shard: int) -> str:
+def commit_path(shard: int, added: str | None = None) -> str:
+    return f"{commit_folder(added)}/{shard_name(shard)}.json"
+
+
+def tar_path(stream: str, shard: int) -> str:
     return f"{stream}/{shard_name(shard)}.tar"
+
+
+def chunk_path(stream: str, part: str, shard: int, dimensions: int) -> str:
+    """The zarr v3 key of a shard of an array whose samples have so many dimensions."""
+    return f"{stream}/{part}/c/{shard}" + "/0" * dimensions

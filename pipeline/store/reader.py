@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.store.columns import decode, empty_batch
+from pipeline.files import read_bytes, read_ranges
+from pipeline.store.parts import empty_batch, read_chunk, read_npy_member, stream_parts
 from pipeline.store.store import Store
 from schemas.errors import UserError
-from schemas.store import StreamFile
+from schemas.store import CommitRecord, StreamFile
 
 
 class DamagedShardError(UserError):
@@ -21,9 +22,9 @@ class DamagedShardError(UserError):
 class StreamReader:
     """Random access to one stream. Not thread-safe; open it in the thread or process that reads.
 
-    Files up to ``whole_file_limit`` bytes are fetched whole and the last ``cache_files`` of them
-    kept, as many as a shuffle window needs; of larger ones only the wanted rows are read. Each
-    row's checksum is verified the first time that this reader meets it. ``opens`` and
+    Files up to ``whole_file_limit`` bytes are fetched whole, and those of the last ``cache_files``
+    shards kept, as many as a shuffle window needs; of larger ones only the wanted rows are read.
+    Each row's checksum is verified the first time that this reader meets it. ``opens`` and
     ``bytes_read`` count what storage was asked for.
     """
 
@@ -43,18 +44,20 @@ class StreamReader:
             )
         self.store = store
         self.stream = stream
-        self.columns = store.manifest.streams[stream].columns
+        self.parts = stream_parts(store.manifest.streams[stream].columns)
+        self._decode = read_chunk if store.manifest.format == "zarr" else read_npy_member
         self.verify = verify
         self.whole_file_limit = whole_file_limit
         self.cache_files = cache_files
         self.opens = 0
         self.bytes_read = 0
-        self._cache: OrderedDict[int, bytes] = OrderedDict()
+        self._cache: OrderedDict[str, bytes] = OrderedDict()  # by path
         self._verified: dict[int, np.ndarray] = {}
 
     def read(self, shards: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The samples at ``(shards[i], rows[i])``: per column an array (len(rows), *shape)."""
-        out = {name: empty_batch(spec, len(rows)) for name, spec in self.columns.items()}
+        """The samples at ``(shards[i], rows[i])``: per stored array (len(rows), *shape),
+        contiguous, decompressed but not decoded (see ``pipeline.store.codecs``)."""
+        out = {name: empty_batch(part, len(rows)) for name, part in self.parts.items()}
         for shard in np.unique(shards):
             places = np.flatnonzero(shards == shard)
             places = places[np.argsort(rows[places])]  # neighbours in the file become one request
@@ -68,37 +71,50 @@ class StreamReader:
     def _read_shard(
         self, shard: int, rows: np.ndarray, places: np.ndarray, out: dict[str, np.ndarray]
     ) -> None:
-        record = self.store.record(shard)
-        file = record.streams[self.stream]
+        record = self.store.record(shard, self.stream)
         verified = self._verified.setdefault(shard, np.zeros(record.samples, dtype=bool))
-        names = list(self.columns)
-        if file.offsets.keys() != self.columns.keys():
-            raise DamagedShardError(f"{self._where(shard)}: its record lists other columns")
         if rows[-1] >= record.samples:  # rows come sorted
             raise DamagedShardError(
                 f"{self._where(shard)} has {record.samples} samples, not {rows[-1] + 1}: the "
                 "store's index is stale; delete it and run the extraction again"
             )
+        files = record.streams[self.stream]
+        if {name for file in files for name in file.offsets} != self.parts.keys():
+            raise DamagedShardError(f"{self._where(shard)}: its record lists other columns")
+        for file in files:
+            self._read_file(shard, record, file, rows, places, out)
+        verified[rows] = True
+
+    def _read_file(
+        self,
+        shard: int,
+        record: CommitRecord,
+        file: StreamFile,
+        rows: np.ndarray,
+        places: np.ndarray,
+        out: dict[str, np.ndarray],
+    ) -> None:
+        verified = self._verified[shard]
+        names = list(file.offsets)
         ranges = [
             (file.offsets[name][row], file.sizes[name][row]) for row in rows for name in names
         ]
-        parts = iter(self._fetch(shard, file, ranges))
+        pieces = iter(self._fetch(shard, file, ranges))
         for row, place in zip(rows, places, strict=True):
             for name in names:
-                data = next(parts)
+                data = next(pieces)
                 try:
                     if len(data) != file.sizes[name][row]:
                         raise ValueError("the file is too short")
                     unverified = self.verify and not verified[row]
                     if unverified and zlib.crc32(data) != file.crc32[name][row]:
                         raise ValueError("its checksum is wrong")
-                    out[name][place] = decode(self.columns[name], data)
+                    out[name][place] = self._decode(self.parts[name], data)
                 except ValueError as error:
                     raise DamagedShardError(
                         f"{self._where(shard)} is damaged: sample '{record.keys[row]}', column "
                         f"'{name}': {error}; delete its commit record and run the extraction again"
                     ) from None
-            verified[row] = True
 
     def _fetch(
         self, shard: int, file: StreamFile, ranges: Sequence[tuple[int, int]]
@@ -106,16 +122,17 @@ class StreamReader:
         if file.bytes <= self.whole_file_limit:
             whole = memoryview(self._whole(shard, file))
             return [whole[start : start + size] for start, size in ranges]
-        # Members of one sample lie side by side: reading across the headers between them is one
-        # request instead of several.
+        # Neighbours are one request: reading across a tar's headers is cheaper than asking twice.
+        # (zarr orders the chunks of a shard as it likes: a file's order is not that of its rows.)
         spans: list[list[int]] = []
-        homes = []
-        for start, size in ranges:
+        homes = [0] * len(ranges)
+        for number in sorted(range(len(ranges)), key=ranges.__getitem__):
+            start, size = ranges[number]
             if spans and 0 <= start - spans[-1][1] <= 4096:
                 spans[-1][1] = start + size
             else:
                 spans.append([start, start + size])
-            homes.append(len(spans) - 1)
+            homes[number] = len(spans) - 1
         blocks = [memoryview(block) for block in self._read_spans(shard, file, spans)]
         return [
             blocks[home][start - spans[home][0] :][:size]
@@ -126,26 +143,25 @@ class StreamReader:
         path = f"{self.store.root}/{file.file}"
         self.opens += 1
         try:
-            blocks: list[bytes] = self.store.filesystem.cat_ranges(
-                [path] * len(spans), [s for s, _ in spans], [e for _, e in spans], on_error="raise"
-            )
+            blocks = read_ranges(self.store.filesystem, path, [(s, e) for s, e in spans])
         except FileNotFoundError:
             raise DamagedShardError(f"{self._where(shard)} is missing") from None
         self.bytes_read += sum(len(block) for block in blocks)
         return blocks
 
     def _whole(self, shard: int, file: StreamFile) -> bytes:
-        if shard in self._cache:
-            self._cache.move_to_end(shard)
-            return self._cache[shard]
+        if file.file in self._cache:
+            self._cache.move_to_end(file.file)
+            return self._cache[file.file]
         self.opens += 1
         try:
-            data: bytes = self.store.filesystem.cat_file(f"{self.store.root}/{file.file}")
+            data = read_bytes(self.store.filesystem, f"{self.store.root}/{file.file}")
         except FileNotFoundError:
             raise DamagedShardError(f"{self._where(shard)} is missing") from None
         self.bytes_read += len(data)
-        self._cache[shard] = data
-        if len(self._cache) > self.cache_files:
+        self._cache[file.file] = data
+        files_of_a_shard = len(self.parts) if self.store.manifest.format == "zarr" else 1
+        if len(self._cache) > self.cache_files * files_of_a_shard:
             self._cache.popitem(last=False)
         return data
 

@@ -8,8 +8,17 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.files import absolute_url, open_url, read_bytes, without_credentials, write_atomic
-from pipeline.store.layout import COMMITS, INDEX, MANIFEST, commit_path
+from pipeline.files import (
+    absolute_url,
+    exists,
+    list_folder,
+    open_url,
+    read_bytes,
+    without_credentials,
+    write_atomic,
+)
+from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
+from pipeline.store.parts import stream_parts
 from schemas.errors import UserError
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, StoreIndex
 
@@ -24,14 +33,14 @@ class Store:
         self.shown_url = without_credentials(self.url)
         self.manifest = manifest
         self.filesystem, self.root = open_url(self.url, what="--store")
-        self.record = lru_cache(maxsize=1024)(self._read_record)
+        self._record = lru_cache(maxsize=1024)(self._read_record)
 
     @staticmethod
     def exists(url: str) -> bool:
         """Whether there is a manifest. Raises ``UserError`` where the URL cannot be reached."""
         filesystem, root = open_url(absolute_url(url), what="--store")
         try:
-            return bool(filesystem.exists(f"{root}/{MANIFEST}"))
+            return exists(filesystem, f"{root}/{MANIFEST}")
         except Exception as error:  # every fsspec backend raises its own types
             raise _unreachable(url, error) from None
 
@@ -51,39 +60,41 @@ class Store:
 
     @staticmethod
     def create(url: str, manifest: Manifest) -> Store:
-        """Write the manifest of a new store, or of one that is being completed."""
+        """Write the manifest of a new store, of one that is being completed, or that gets another
+        stream."""
         store = Store(url, manifest)
         try:
+            for path, data in store._zarr_metadata().items():
+                write_atomic(store.filesystem, f"{store.root}/{path}", data)
             text = manifest.model_dump_json(indent=1).encode()
             write_atomic(store.filesystem, f"{store.root}/{MANIFEST}", text)
         except Exception as error:  # every fsspec backend raises its own types
             raise _unreachable(url, error) from None
         return store
 
-    def committed_shards(self) -> set[int]:
-        """Numbers of the shards that exist, by listing their records."""
-        self.filesystem.invalidate_cache()
-        try:
-            paths = self.filesystem.ls(f"{self.root}/{COMMITS}", detail=False)
-        except FileNotFoundError:
-            return set()
-        names = (re.fullmatch(r".*/shard-(\d{6,9})\.json", str(path)) for path in paths)
+    def committed_shards(self, stream: str = "latents") -> set[int]:
+        """Numbers of the shards that exist in ``stream``, by listing their records."""
+        paths = list_folder(self.filesystem, f"{self.root}/{commit_folder(self._added(stream))}")
+        names = (re.fullmatch(r".*/shard-(\d{6,9})\.json", path) for path in paths)
         return {int(name[1]) for name in names if name is not None}
 
-    def missing_shards(self) -> list[int]:
-        """Planned shards that have no commit record."""
-        committed = self.committed_shards()
+    def missing_shards(self, stream: str = "latents") -> list[int]:
+        """Planned shards that have no commit record of ``stream``."""
+        committed = self.committed_shards(stream)
         return [shard for shard in range(self.manifest.num_shards) if shard not in committed]
 
-    def require_complete(self) -> None:
-        """Raises ``UserError`` where a planned shard has no commit record."""
-        missing = self.missing_shards()
-        if missing:
-            raise UserError(
-                f"store '{self.shown_url}' is not complete: {len(missing)} of "
-                f"{self.manifest.num_shards} shards are missing (first: {missing[0]}); "
-                "run its extraction again"
-            )
+    def require_complete(self, *streams: str) -> None:
+        """Raises ``UserError`` where a planned shard has no commit record of one of ``streams``
+        (by default of those that were extracted with the latents)."""
+        for stream in streams or ("latents",):
+            missing = self.missing_shards(stream)
+            if missing:
+                what = f"stream '{stream}' of store" if self._added(stream) else "store"
+                raise UserError(
+                    f"{what} '{self.shown_url}' is not complete: {len(missing)} of "
+                    f"{self.manifest.num_shards} shards are missing (first: {missing[0]}); "
+                    "run its extraction again"
+                )
 
     def index(self) -> StoreIndex:
         """Sample counts of a complete store. Raises ``UserError`` where shards are missing."""
@@ -105,12 +116,15 @@ class Store:
 
     def build_index(self) -> StoreIndex:
         """Sum up the commit records of all committed shards."""
-        counts, sizes = [], dict.fromkeys(self.manifest.streams, 0)
-        for shard in sorted(self.committed_shards()):
-            record = self.record(shard)
-            counts.append(record.samples)
-            for name, file in record.streams.items():
-                sizes[name] += file.bytes
+        counts = []
+        sizes = dict.fromkeys(self.manifest.streams, 0)
+        for added in (None, *self.added_streams):
+            for shard in sorted(self.committed_shards(added or "latents")):
+                record = self.record(shard, added or "latents")
+                if added is None:
+                    counts.append(record.samples)
+                for name, files in record.streams.items():
+                    sizes[name] += sum(file.bytes for file in files)
         return StoreIndex(samples_per_shard=counts, bytes_per_stream=sizes)
 
     def finish(self) -> None:
@@ -125,16 +139,45 @@ class Store:
             self.manifest = manifest
         write_atomic(self.filesystem, f"{self.root}/{INDEX}", index.model_dump_json().encode())
 
-    def _read_record(self, shard: int) -> CommitRecord:
-        where = f"{self.shown_url}/{commit_path(shard)}"
+    def record(self, shard: int, stream: str = "latents") -> CommitRecord:
+        """The commit record of a shard of ``stream``. Raises ``UserError`` where there is none, or
+        where it does not belong here."""
+        return self._record(shard, self._added(stream))
+
+    def _added(self, stream: str) -> str | None:
+        """The stream's own name, where it has commit records of its own."""
+        return None if stream in self.manifest.base_streams else stream
+
+    @property
+    def added_streams(self) -> list[str]:
+        """Streams that came later than the latents, with commit records of their own."""
+        return [name for name in self.manifest.streams if self._added(name)]
+
+    def _read_record(self, shard: int, added: str | None) -> CommitRecord:
+        path = commit_path(shard, added)
+        where = f"{self.shown_url}/{path}"
         try:
-            text = read_bytes(self.filesystem, f"{self.root}/{commit_path(shard)}")
+            text = read_bytes(self.filesystem, f"{self.root}/{path}")
         except FileNotFoundError:
             raise UserError(f"{where} is missing: the shard was never committed") from None
         record = _parse(CommitRecord, text, where)
-        if record.shard != shard or record.streams.keys() != self.manifest.streams.keys():
+        streams = self.manifest.base_streams.keys() if added is None else {added}
+        if record.shard != shard or record.streams.keys() != streams:
             raise UserError(f"{where} does not belong to this store")
+        if added is not None and record.keys != self.record(shard).keys:
+            raise UserError(f"{where} lists other samples than the store's first streams")
         return record
+
+    def _zarr_metadata(self) -> dict[str, bytes]:
+        if self.manifest.format != "zarr":
+            return {}
+        from pipeline.store.zarr import metadata_files  # stores of tars need no zarr
+
+        return metadata_files(
+            {name: stream_parts(s.columns) for name, s in self.manifest.streams.items()},
+            shard_size=self.manifest.shard_size,
+            num_shards=self.manifest.num_shards,
+        )
 
 
 def _parse(model: type[M], text: bytes, where: str) -> M:
@@ -143,6 +186,11 @@ def _parse(model: type[M], text: bytes, where: str) -> M:
         raise UserError(
             f"{where} is of version {int(version[1])}, newer than this software knows "
             f"({STORE_VERSION}); update it"
+        )
+    if version and int(version[1]) < STORE_VERSION:
+        raise UserError(
+            f"{where} is of version {int(version[1])}, from before the first release; extract the "
+            "store anew"
         )
     try:
         return model.model_validate_json(text)

@@ -7,46 +7,56 @@ import io
 import os
 import tarfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
+from pipeline.store.layout import tar_path
+from pipeline.store.parts import Part, member_suffix, npy_member
 from schemas.store import StreamFile
 
 BLOCK = 512
 
 
 class TarWriter:
-    """Writes members to a local file and keeps the index that its commit record will hold."""
+    """One stream of one shard as a local tar, and the index that its commit record will hold."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stream: str, shard: int, parts: Mapping[str, Part]) -> None:
         self.path = path
+        self.final = tar_path(stream, shard)
+        self.parts = parts
         self._file = _HashingFile(path)
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
         self._offsets: dict[str, list[int]] = {}
         self._sizes: dict[str, list[int]] = {}
         self._crc32: dict[str, list[int]] = {}
 
-    def add(self, column: str, member: str, data: bytes) -> None:
-        """Append one member, the next sample's ``column``."""
-        info = tarfile.TarInfo(member)  # owner, mode and time are tarfile's constants
-        info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
-        padded = -(-len(data) // BLOCK) * BLOCK
-        self._offsets.setdefault(column, []).append(self._tar.offset - padded)
-        self._sizes.setdefault(column, []).append(len(data))
-        self._crc32.setdefault(column, []).append(zlib.crc32(data))
+    def add(self, key: str, values: Mapping[str, np.ndarray]) -> None:
+        """Append the next sample: the arrays of all parts."""
+        for name, part in self.parts.items():
+            data = npy_member(part, values[name])
+            info = tarfile.TarInfo(f"{key}.{member_suffix(name, part)}")
+            info.size = len(data)  # owner, mode and time are tarfile's constants
+            self._tar.addfile(info, io.BytesIO(data))
+            padded = -(-len(data) // BLOCK) * BLOCK
+            self._offsets.setdefault(name, []).append(self._tar.offset - padded)
+            self._sizes.setdefault(name, []).append(len(data))
+            self._crc32.setdefault(name, []).append(zlib.crc32(data))
 
-    def finish(self, file: str, columns: list[str]) -> StreamFile:
-        """Close, flush to disk, and describe the file; ``file`` is its final path in the store."""
+    def finish(self) -> list[tuple[Path, StreamFile]]:
+        """Close and flush to disk. The local file, and what it will be in the store."""
         self._tar.close()
         self._file.sync_and_close()
-        return StreamFile(
-            file=file,
+        about = StreamFile(
+            file=self.final,
             bytes=self._file.written,
             sha256=self._file.digest.hexdigest(),
-            offsets={column: self._offsets.get(column, []) for column in columns},
-            sizes={column: self._sizes.get(column, []) for column in columns},
-            crc32={column: self._crc32.get(column, []) for column in columns},
+            offsets={name: self._offsets.get(name, []) for name in self.parts},
+            sizes={name: self._sizes.get(name, []) for name in self.parts},
+            crc32={name: self._crc32.get(name, []) for name in self.parts},
         )
+        return [(self.path, about)]
 
     def abandon(self) -> None:
         """Remove what was written."""

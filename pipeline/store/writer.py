@@ -7,71 +7,94 @@ import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.files import TEMPORARY, is_local, open_url, publish, write_atomic
-from pipeline.store.columns import encode, member_suffix
-from pipeline.store.layout import commit_path, stream_path
+from pipeline.store.layout import commit_path
+from pipeline.store.parts import check_value, stream_parts
 from pipeline.store.tar import TarWriter
-from schemas.store import CommitRecord, SkippedImage, Stream
+from pipeline.store.zarr import ZarrWriter
+from schemas.store import CommitRecord, Manifest, SkippedImage
+
+Values = Mapping[str, Mapping[str, Any]]
+"""stream -> stored array -> one sample's values, as ``encode_column`` names and makes them."""
 
 
 class ShardWriter:
-    """One shard of all streams. Use as a context: leaving it without ``commit`` removes its files.
+    """One shard of all streams that are written together. Use as a context: leaving it without
+    ``commit`` removes its files.
 
     One process writes a shard at a time; two that do (a requeued task whose first actor was not
     dead) publish identical files, so either order of renames is right.
     """
 
-    def __init__(self, url: str, streams: Mapping[str, Stream], shard: int) -> None:
+    def __init__(
+        self, url: str, manifest: Manifest, shard: int, *, added: str | None = None
+    ) -> None:
+        """``added``: the one stream that is written, to a store that has the others."""
         self.shard = shard
-        self.streams = streams
+        self.added = added
+        names = list(manifest.base_streams) if added is None else [added]
+        self.parts = {name: stream_parts(manifest.streams[name].columns) for name in names}
+        self._manifest = manifest
         self._filesystem, self._root = open_url(url, what="--store")
         self._keys: list[str] = []
         self._scratch: Path | None = None
-        self._tars: dict[str, TarWriter] = {}
+        self._writers: dict[str, TarWriter | ZarrWriter] = {}
 
     def __enter__(self) -> ShardWriter:
         if not is_local(self._filesystem):
             self._scratch = Path(tempfile.mkdtemp(prefix="haste-shard-"))
-        for name in self.streams:
+        for name in self.parts:
             folder = self._scratch or Path(self._root) / name
             folder.mkdir(parents=True, exist_ok=True)
-            self._tars[name] = TarWriter(folder / f"{TEMPORARY}{uuid.uuid4().hex}")
+            self._writers[name] = self._open(name, folder, f"{TEMPORARY}{uuid.uuid4().hex}")
         return self
 
     def __exit__(self, *_: object) -> None:
-        for tar in self._tars.values():
-            tar.abandon()
+        for writer in self._writers.values():
+            writer.abandon()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def add(self, key: str, values: Mapping[str, Mapping[str, np.ndarray | int]]) -> None:
-        """Append ``values[stream][column]`` of one sample. Raises ``ValueError`` naming it."""
-        for name, stream in self.streams.items():
-            for column, spec in stream.columns.items():
+    def add(self, key: str, values: Values) -> None:
+        """Append one sample. Raises ``ValueError`` naming it."""
+        checked: dict[str, dict[str, np.ndarray]] = {}
+        for name, parts in self.parts.items():
+            checked[name] = {}
+            for array, part in parts.items():
                 try:
-                    data = encode(spec, values[name][column])
+                    checked[name][array] = check_value(part, values[name][array])
                 except ValueError as error:
-                    raise ValueError(f"sample '{key}', {name}.{column}: {error}") from None
-                self._tars[name].add(column, f"{key}.{member_suffix(column, spec)}", data)
+                    raise ValueError(f"sample '{key}', {name}.{array}: {error}") from None
+        for name, writer in self._writers.items():
+            writer.add(key, checked[name])
         self._keys.append(key)
 
     def commit(self, skipped: Sequence[SkippedImage] = ()) -> CommitRecord:
         """Publish the files under their final names, then the record that makes them exist."""
-        files = {}
-        for name, tar in self._tars.items():
-            path = stream_path(name, self.shard)
-            files[name] = tar.finish(path, list(self.streams[name].columns))
-            publish(self._filesystem, tar.path, f"{self._root}/{path}")
+        streams = {}
+        for name, writer in self._writers.items():
+            files = writer.finish()
+            streams[name] = tuple(about for _, about in files)
+            for local, about in files:
+                publish(self._filesystem, local, f"{self._root}/{about.file}")
         record = CommitRecord(
             shard=self.shard,
             samples=len(self._keys),
             keys=self._keys,
             skipped=tuple(skipped),
-            streams=files,
+            streams=streams,
         )
-        path = f"{self._root}/{commit_path(self.shard)}"
+        path = f"{self._root}/{commit_path(self.shard, self.added)}"
         write_atomic(self._filesystem, path, record.model_dump_json().encode())
         return record
+
+    def _open(self, stream: str, folder: Path, temporary: str) -> TarWriter | ZarrWriter:
+        parts = self.parts[stream]
+        if self._manifest.format == "zarr":
+            size = self._manifest.shard_size
+            return ZarrWriter(folder, f"{temporary}-", stream, self.shard, parts, size)
+        return TarWriter(folder / temporary, stream, self.shard, parts)

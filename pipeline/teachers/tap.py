@@ -25,12 +25,21 @@ class Attended(NamedTuple):
     plain: bool
     """Whether softmax(scale q k^T) v is all there is to it: no mask, no bias, no causality."""
 
-    def logits(self, prefix: int) -> Tensor:
-        """scale q k^T between the patches, whose tokens follow ``prefix`` others: (B, H, N, N),
-        float32."""
-        q, k = self.q[:, :, prefix:].float(), self.k[:, :, prefix:].float()
-        with torch.autocast(q.device.type, enabled=False):
-            return (q * self.scale) @ k.transpose(-2, -1)
+    def patches(self, prefix: int) -> tuple[Tensor, Tensor]:
+        """Scaled queries, and keys, of the patches, whose tokens follow ``prefix`` others: each
+        (B, H, N, d), float32. Their product is the logits."""
+        return self.q[:, :, prefix:].float() * self.scale, self.k[:, :, prefix:].float()
+
+    def logits(self, prefix: int, heads: int | None = None) -> Tensor:
+        """scale q k^T between the patches, of the first ``heads`` heads: (B, H, N, N), float32."""
+        query, key = self.patches(prefix)
+        return attention_logits(query[:, :heads], key[:, :heads])
+
+
+def attention_logits(query: Tensor, key: Tensor) -> Tensor:
+    """q k^T of (..., N, d) each, in float32 also under autocast: (..., N, N)."""
+    with torch.autocast(query.device.type, enabled=False):
+        return query @ key.transpose(-2, -1)
 
 
 class AttentionTap(TorchFunctionMode):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.files import sha256_of_arrays
-from pipeline.teachers.tap import AttentionTap
+from pipeline.teachers.tap import Attended, AttentionTap
 from pipeline.teachers.vit import block_arguments, create_vit, embed, final_norm
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
@@ -40,11 +40,22 @@ class Teacher(nn.Module):
     block to any other, so a forward pass can be cut and taken up again.
     """
 
-    def __init__(self, config: TeacherConfig, *, resolution: int, layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        *,
+        resolution: int,
+        layers: Sequence[int],
+        first_block: int = 0,
+    ) -> None:
+        """``first_block``: make the tail from there on only, from a file of ``tail_state``."""
         super().__init__()
         self.config = config
         self.layers = tuple(layers)
-        self.vit, self.heads = create_vit(config, resolution)
+        self.first_block = first_block
+        self.vit, (self.depth, self.heads, self.head_width) = create_vit(
+            config, resolution, first_block
+        )
         self.weights_sha256 = sha256_of_arrays(
             (name, tensor.numpy()) for name, tensor in sorted(self.vit.state_dict().items())
         )
@@ -53,7 +64,6 @@ class Teacher(nn.Module):
         self.std = tuple(cfg.get("std") or IMAGENET_STD)
         self.image_size = int(self.vit.patch_embed.img_size[0])
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
-        self.depth = len(self.vit.blocks)
         self.prefix = int(self.vit.num_prefix_tokens)
         if self.layers and max(self.layers) >= self.depth:
             raise UserError(
@@ -76,7 +86,9 @@ class Teacher(nn.Module):
             depth=self.depth,
             width=self.vit.embed_dim,
             heads=self.heads,
+            head_width=self.head_width,
             grid=self.grid,
+            prefix=self.prefix,
             layers=self.layers,
         )
 
@@ -103,32 +115,45 @@ class Teacher(nn.Module):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Blocks ``start`` to ``stop - 1``: the tokens that leave them, and the attention logits
         (B, H, N, N) of the tapped layers among them."""
-        logits: dict[int, Tensor] = {}
+        tokens, attended = self.tap_blocks(tokens, start, stop)
+        return tokens, {layer: one.logits(self.prefix) for layer, one in attended.items()}
+
+    def tap_blocks(
+        self, tokens: Tensor, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, dict[int, Attended]]:
+        """As ``run_blocks``, with the queries and keys of the tapped layers."""
+        attended: dict[int, Attended] = {}
         arguments = block_arguments(self.vit)
         for number in range(start, self.depth if stop is None else stop):
-            block = self.vit.blocks[number]
+            here = number - self.first_block
             if number in self.layers:
                 with AttentionTap() as tap:
-                    tokens = block(tokens, **arguments[number])
-                logits[number] = tap.calls[0].logits(self.prefix)
+                    tokens = self.vit.blocks[here](tokens, **arguments[here])
+                attended[number] = tap.calls[0]
             else:
-                tokens = block(tokens, **arguments[number])
-        return tokens, logits
+                tokens = self.vit.blocks[here](tokens, **arguments[here])
+        return tokens, attended
 
     def finish(self, tokens: Tensor, logits: Mapping[int, Tensor]) -> TeacherTargets:
         """Targets from the tokens (B, P + N, D) that leave the last block and every tapped
         layer's logits."""
-        tokens = final_norm(self.vit)(tokens).float()
-        features = tokens[:, self.prefix :]
+        features, class_token = self.normed(tokens)
         B, N, _ = features.shape
         stacked = [logits[layer] for layer in self.layers]
         return TeacherTargets(
             features=features,
-            class_token=features.mean(1) if self.vit.cls_token is None else tokens[:, 0],
+            class_token=class_token,
             attention_logits=torch.stack(stacked, dim=1)
             if stacked
             else tokens.new_empty(B, 0, self.heads, N, N),
         )
+
+    def normed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and class token of ``TeacherTargets``, from the tokens that leave the last
+        block."""
+        tokens = final_norm(self.vit)(tokens).float()
+        features = tokens[:, self.prefix :]
+        return features, features.mean(1) if self.vit.cls_token is None else tokens[:, 0]
 
     def forward(self, images_B3RR: Tensor) -> TeacherTargets:
         """The whole teacher on uint8 crops (B, 3, R, R)."""

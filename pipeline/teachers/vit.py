@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -11,33 +11,71 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.teachers.tap import AttentionTap
-from pipeline.teachers.weights import load_weights
+from pipeline.teachers.weights import load_tail_weights, load_weights
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
 
 PIXELS_PER_TOKEN = 16  # of the crop: an autoencoder's 8 times the student's patch of 2
 
 
-def create_vit(config: TeacherConfig, resolution: int) -> tuple[Any, int]:
-    """The model with its weights, position embedding at the wanted grid; and its number of heads.
+class VitShape(NamedTuple):
+    """Of the whole model."""
 
-    A model that cannot be tapped is refused before its weights are fetched.
+    depth: int
+    heads: int
+    head_width: int
+
+
+def create_vit(
+    config: TeacherConfig, resolution: int, first_block: int = 0
+) -> tuple[Any, VitShape]:
+    """The model with its weights, position embedding at the wanted grid; and its shape.
+
+    With ``first_block`` only the blocks from there on are made, and the weights are a file of
+    theirs (see ``tail_state``). A model that cannot be tapped is refused before its weights are
+    fetched.
     """
     with torch.device("meta"):
         draft = _create(config)
-    heads = _tappable_heads(draft, config.model)
+    shape = _tappable_shape(draft, config.model)
     patch = draft.patch_embed.feat_ratio()
     size = config.image_size or resolution // PIXELS_PER_TOKEN * patch
     if size < patch or size % patch:
         raise UserError(
             f"--teacher.image-size {size} is not a multiple of the teacher's patch size {patch}"
         )
-    vit = _create(config, img_size=size, pretrained=config.weights == "hub")
+    if first_block:
+        vit = _create(config, img_size=size, depth=shape.depth - first_block)
+    else:
+        vit = _create(config, img_size=size, pretrained=config.weights == "hub")
     vit.attn_pool = None  # SigLIP's pooling: no target needs it
-    if config.weights != "hub":
+    if first_block:
+        load_tail_weights(vit, config)
+    elif config.weights != "hub":
         load_weights(vit, config)
     _fuse_attention(vit)
-    return vit, heads
+    return vit, shape
+
+
+def tail_state(vit: Any, first_block: int) -> dict[str, Tensor]:
+    """The weights that targets need once the tokens that enter ``first_block`` are known: those of
+    the blocks from there on, counted from 0, of the norm behind them and of learnt rotary
+    embeddings. The whole state for block 0."""
+    state: dict[str, Tensor] = vit.state_dict()
+    if not first_block:
+        return state
+    tail = {}
+    for name, value in state.items():
+        head, _, rest = name.partition(".")
+        if head == "blocks":
+            number, _, leaf = rest.partition(".")
+            if int(number) >= first_block:
+                tail[f"blocks.{int(number) - first_block}.{leaf}"] = value
+        elif head == "rope" and vit.rope_mixed:  # (2, depth, heads, d / 2)
+            tail[name] = value[:, first_block:]
+        elif head in {"norm", "fc_norm", "rope"}:
+            tail[name] = value
+    return tail
 
 
 def embed(vit: Any, pixels_B3SS: Tensor) -> Tensor:
@@ -73,14 +111,14 @@ def final_norm(vit: Any) -> nn.Module:
 
 def _create(config: TeacherConfig, **kwargs: Any) -> Any:
     try:
-        return timm.create_model(config.model, num_classes=0, **config.model_args, **kwargs)
+        return timm.create_model(config.model, num_classes=0, **{**config.model_args, **kwargs})
     except Exception as error:  # timm raises whatever its model's constructor raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--teacher.model '{config.model}': {reason}") from None
 
 
-def _tappable_heads(draft: Any, name: str) -> int:
-    """Heads of a model on the meta device. Raises ``UserError`` where attention cannot be read."""
+def _tappable_shape(draft: Any, name: str) -> VitShape:
+    """That of a model on the meta device. Raises ``UserError`` where attention cannot be read."""
     if not isinstance(draft, VisionTransformer | Eva):
         raise UserError(
             f"--teacher.model '{name}': the attention of a {type(draft).__name__} cannot be "
@@ -98,7 +136,8 @@ def _tappable_heads(draft: Any, name: str) -> int:
             f"--teacher.model '{name}': its blocks ({kind}) do not hold one plain attention each "
             "and cannot be tapped; take another vision transformer"
         )
-    return int(tap.calls[0].q.shape[1])
+    _, heads, _, head_width = tap.calls[0].q.shape
+    return VitShape(len(draft.blocks), int(heads), int(head_width))
 
 
 def _fuse_attention(vit: Any) -> None:

@@ -38,6 +38,20 @@ def load_weights(vit: Any, config: TeacherConfig) -> None:
         raise UserError(_misfit(path, config, reason)) from None
 
 
+def load_tail_weights(vit: Any, config: TeacherConfig) -> None:
+    """Fill the blocks of a teacher's tail from a file in timm's names. What lies before them is
+    never run. Raises ``UserError``."""
+    path = Path(config.weights)
+    state = read_state_dict(path, option="--teacher.weights")
+    missing, unexpected = vit.load_state_dict(state, strict=False)
+    missing = [
+        name for name in missing if name.startswith(("blocks.", "norm.", "fc_norm.", "rope."))
+    ]
+    if missing or unexpected:
+        name = (missing or unexpected)[0]
+        raise UserError(_misfit(path, config, f"{name} is {'missing' if missing else 'too much'}"))
+
+
 def _misfit(path: Path, config: TeacherConfig, reason: str) -> str:
     return f"--teacher.weights '{path}' do not fit '{config.model}': {reason[:200]}"
 

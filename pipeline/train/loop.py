@@ -54,7 +54,7 @@ def check_store(config: RunConfig, manifest: Manifest) -> None:
     if len(manifest.skipped) == manifest.dataset.samples:
         raise UserError("the store holds no samples: every image was skipped")
     if config.alignment.active:
-        check_fit(config.alignment, student, manifest)
+        check_fit(config.alignment, manifest)
 
 
 def train(

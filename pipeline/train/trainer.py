@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.alignment.projector import Projector
-from pipeline.alignment.targets import Targets, TargetSource, aligned_heads, open_targets
+from pipeline.alignment.targets import (
+    Targets,
+    TargetSource,
+    aligned_heads,
+    open_targets,
+    wanted_targets,
+)
 from pipeline.store import Batch, Store
 from pipeline.train.draws import draw
 from pipeline.train.ema import Ema
@@ -54,14 +60,17 @@ class Trainer:
         self.aligned = config.alignment.active
         self.termination: dict[str, Any] | None = None
 
-        heads = aligned_heads(config.student, manifest)
+        teacher = None
+        if config.alignment.active:
+            teacher = manifest.teacher_stream(config.alignment.stream)[1].teacher
+        self._heads = aligned_heads(config.student, teacher) if teacher else 0
         torch.manual_seed(config.seed)
         self.module = AlignedStudent(
             config.student,
             config.alignment,
-            teacher_width=manifest.teacher.width,
-            heads=heads,
-            teacher_grid=manifest.teacher.grid,
+            teacher_width=teacher.width if teacher else 0,
+            heads=self._heads,
+            teacher_grid=teacher.grid if teacher else None,
             diffusion=config.diffusion,
             measure_entropy=measure_entropy,
         ).to(parallel.device)
@@ -70,7 +79,6 @@ class Trainer:
         self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
         self.projector_ema_step = 0  # after the termination: what the average is up to date with
         self._store = store
-        self._heads = heads
         self._targets: TargetSource | None = None
         self.optimizer = _make_optimizer(self.module, config)
         self.wrapped: nn.Module = parallel.wrap(self.module)
@@ -142,8 +150,10 @@ class Trainer:
         """Where the targets come from, opened when first asked for: a run that is resumed after
         the termination never loads what the cut left of the teacher. None once it has gone."""
         if self.aligned and self._targets is None:
+            alignment = self.config.alignment
+            wanted = wanted_targets(alignment, self._heads)
             self._targets = open_targets(
-                self._store, self.config.alignment, self._heads, self.parallel.device
+                self._store, alignment.stream, wanted, self.parallel.device
             )
         return self._targets
 

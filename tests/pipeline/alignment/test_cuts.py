@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.alignment.tail import TAIL, load_tail
-from pipeline.alignment.targets import Targets, open_targets
+from pipeline.alignment.tail import load_tail, tail_file
+from pipeline.alignment.targets import Targets, Wanted, read_targets
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
-from pipeline.extract.plan import make_manifest, make_tasks
+from pipeline.extract.plan import make_manifest, make_tasks, with_tail
 from pipeline.inspect.draw import draw_sample
-from pipeline.store import Store, StreamReader
+from pipeline.store import Store
 from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
@@ -38,17 +38,12 @@ def encode(folder: Path, **options: Any) -> Store:
     about = encoder.describe()
     everything = list_images(config)
     listing = Listing(everything.items[:SAMPLES], everything.num_classes)
-    manifest = make_manifest(
-        config,
-        listing,
-        about.teacher,
-        about.autoencoder,
-        about.compute,
-        encoder.save_tail(str(folder)),
+    manifest = with_tail(
+        make_manifest(config, listing, about), config.cut, encoder.save_tail(str(folder))
     )
     store = Store.create(str(folder), manifest)
     for task in make_tasks(listing, SAMPLES):
-        encoder.encode_shard(store.url, manifest.streams, task)
+        encoder.encode_shard(store.url, manifest, task)
     store.finish()
     return store
 
@@ -58,40 +53,100 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
     folder = tmp_path_factory.mktemp("cuts")
     return {
         "exact": encode(folder / "exact", codec="float32"),
-        "half": encode(folder / "half"),
         "image": encode(folder / "image", cut="image"),
+        "qk": encode(folder / "qk", cut="qk", codec="float32"),
+        "activations": encode(folder / "activations", cut="activations", codec="float32"),
+        "zarr": encode(folder / "zarr", codec="float32", format="zarr"),
+        "maps-half": encode(folder / "half", codec="float16"),
+        **{
+            f"{cut}-{codec}": encode(folder / f"{cut}-{codec}", cut=cut, codec=codec)
+            for cut in ("maps", "qk", "activations")
+            for codec in ("faithful", "int8", "small", "bfloat16")
+        },
+        "activations-zarr": encode(folder / "az", cut="activations", format="zarr"),
     }
 
 
 def targets_of(store: Store, heads: int = 6) -> Targets:
     torch.set_num_threads(1)
-    source = open_targets(store, ALIGNMENT, heads, torch.device("cpu"))
     rows = np.arange(SAMPLES)
-    columns = StreamReader(store, source.stream).read(np.zeros_like(rows), rows)
-    return source({name: torch.from_numpy(array) for name, array in columns.items()})
+    wanted = Wanted(features=True, layers=ALIGNMENT.teacher_layers, heads=heads)
+    return read_targets(store, np.zeros_like(rows), rows, wanted)
 
 
-def test_online_teacher_gives_what_the_maps_hold_bit_for_bit(stores: dict[str, Store]) -> None:
-    exact, online = targets_of(stores["exact"]), targets_of(stores["image"])
+def divergence(exact: Targets, other: Targets) -> torch.Tensor:
+    """KL of attention rows in nats."""
+    assert exact.attention is not None
+    assert other.attention is not None
+    floor = torch.finfo(torch.float32).tiny
+    ratio = exact.attention.clamp_min(floor) / other.attention.clamp_min(floor)
+    return (exact.attention.double() * ratio.double().log()).sum(-1)
+
+
+@pytest.mark.parametrize("cut", ["image", "activations", "zarr"])
+def test_replayed_teacher_gives_what_the_maps_hold_bit_for_bit(
+    stores: dict[str, Store], cut: str
+) -> None:
+    exact, replayed = targets_of(stores["exact"]), targets_of(stores[cut])
     assert exact.features is not None
     assert exact.attention is not None
-    assert torch.equal(exact.features, online.features)
-    assert torch.equal(exact.attention, online.attention)
+    assert torch.equal(exact.features, replayed.features)
+    assert torch.equal(exact.attention, replayed.attention)
     assert exact.attention.shape == (SAMPLES, 2, 6, 64, 64)
     torch.testing.assert_close(exact.attention.sum(-1), torch.ones(SAMPLES, 2, 6, 64))
 
 
-def test_half_precision_maps_differ_by_their_rounding(stores: dict[str, Store]) -> None:
-    exact, half = targets_of(stores["exact"]), targets_of(stores["half"])
-    torch.testing.assert_close(half.features, exact.features, rtol=1e-3, atol=1e-3)
-    assert exact.attention is not None
-    assert half.attention is not None
-    divergence = (exact.attention * (exact.attention / half.attention).log()).sum(-1)
-    assert divergence.max() < 1e-5  # nats a row
+def test_centred_keys_give_the_same_attention(stores: dict[str, Store]) -> None:
+    exact, factors = targets_of(stores["exact"]), targets_of(stores["qk"])
+    assert torch.equal(exact.features, factors.features)
+    torch.testing.assert_close(factors.attention, exact.attention, rtol=2e-5, atol=1e-7)
 
 
-def test_only_the_aligned_heads_are_decoded(stores: dict[str, Store]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kl", "cosine"),
+    [
+        ("maps-half", 1e-6, 1 - 1e-6),
+        ("maps-faithful", 1e-4, 0.9999),
+        ("maps-int8", 1e-4, 0.9999),
+        ("maps-small", 1e-3, 0.999),
+        ("maps-bfloat16", 1e-4, 0.9999),
+        ("qk-faithful", 2e-4, 0.9999),
+        ("qk-int8", 2e-4, 0.9999),
+        ("qk-small", 1e-3, 0.999),
+        ("qk-bfloat16", 2e-4, 0.9999),
+        ("activations-faithful", 2e-4, 0.9999),
+        ("activations-int8", 2e-4, 0.9999),
+        ("activations-small", 1e-3, 0.999),
+        ("activations-bfloat16", 2e-4, 0.9999),
+        ("activations-zarr", 2e-4, 0.9999),
+    ],
+)
+def test_codecs_keep_targets_within_their_promise(
+    stores: dict[str, Store], name: str, kl: float, cosine: float
+) -> None:
+    exact, coded = targets_of(stores["exact"]), targets_of(stores[name])
+    assert divergence(exact, coded).mean() < kl
+    assert exact.features is not None
+    assert coded.features is not None
+    assert torch.cosine_similarity(exact.features, coded.features, dim=-1).min() > cosine
+
+
+def test_either_backend_stores_the_same_numbers(stores: dict[str, Store]) -> None:
+    tar, zarr = targets_of(stores["activations-faithful"]), targets_of(stores["activations-zarr"])
+    assert torch.equal(tar.features, zarr.features)
+    assert torch.equal(tar.attention, zarr.attention)
+
+
+def test_only_what_is_asked_for_is_decoded(stores: dict[str, Store]) -> None:
+    rows = np.arange(SAMPLES)
     for store in stores.values():
+        no_features = Wanted(features=False, layers=(3,), heads=6)
+        attention = read_targets(store, np.zeros_like(rows), rows, no_features)
+        assert attention.features is None
+        assert torch.equal(attention.attention[:, 0], targets_of(store).attention[:, 1])
+        features = read_targets(store, np.zeros_like(rows), rows, Wanted(True, (), 0))
+        assert features.attention is None
+        assert torch.equal(features.features, targets_of(store).features)
         few, all_heads = targets_of(store, heads=2), targets_of(store)
         assert few.attention is not None
         assert all_heads.attention is not None
@@ -100,18 +155,20 @@ def test_only_the_aligned_heads_are_decoded(stores: dict[str, Store]) -> None:
 
 def test_runs_on_either_cut_have_the_same_losses(stores: dict[str, Store], tmp_path: Path) -> None:
     rows = {}
-    for name, store in stores.items():
+    for name in ("exact", "image", "qk", "activations", "maps-half"):
+        store = stores[name]
         config = tiny_run_on(store)
         folder = tmp_path / name
         summary = train(config, folder, LocalCheckpoints(folder, keep=1).save)
-        assert summary["bytes_read"][store.manifest.cut]["after"] == 0
+        assert summary["bytes_read"][store.manifest.teacher_stream()[0]]["after"] == 0
         rows[name] = [
             [row[key] for key in ("denoising", "feature", "attention", "grad_norm") if key in row]
             for row in read_metrics(folder / "metrics.jsonl")
         ]
-    for expected, online, half in zip(rows["exact"], rows["image"], rows["half"], strict=True):
-        assert online == pytest.approx(expected, rel=1e-6)  # other batches, other summation order
-        assert half == pytest.approx(expected, rel=1e-3)
+    for step, expected in enumerate(rows["exact"]):
+        for cut in ("image", "qk", "activations"):  # other batches, other summation order
+            assert rows[cut][step] == pytest.approx(expected, rel=1e-6)
+        assert rows["maps-half"][step] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_run_resumed_after_the_termination_needs_no_tail(
@@ -121,7 +178,7 @@ def test_a_run_resumed_after_the_termination_needs_no_tail(
     save = LocalCheckpoints(folder, keep=2).save
     config = tiny_run_on(stores["image"]).model_copy(update={"steps": 5})
     train(config.model_copy(update={"steps": 4}), folder, save)
-    tail = Path(stores["image"].root) / TAIL
+    tail = Path(stores["image"].root) / tail_file("image")
     tail.rename(tail.with_suffix(".away"))
     try:
         newest = newest_checkpoint(folder)
@@ -155,16 +212,17 @@ def tiny_run_on(store: Store) -> RunConfig:
 
 
 def test_a_damaged_tail_is_refused(tmp_path: Path) -> None:
-    store = encode(tmp_path, cut="image")
-    path = tmp_path / TAIL
+    store = encode(tmp_path, cut="activations")
+    path = tmp_path / tail_file("activations")
+    stream = store.manifest.teacher_stream()[1]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="checksum is wrong"):
-        load_tail(store, (3,))
+        load_tail(store, stream, (3,))
     path.unlink()
     with pytest.raises(UserError, match="is missing: run the extraction again"):
-        load_tail(store, (3,))
+        load_tail(store, stream, (3,))
 
 
 def test_a_sample_of_every_cut_can_be_drawn(stores: dict[str, Store], tmp_path: Path) -> None:

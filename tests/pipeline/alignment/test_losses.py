@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
-from pipeline.alignment.targets import MapsTargets, Targets, aligned_heads
+from pipeline.alignment.targets import MapsTargets, Targets, aligned_heads, wanted_targets
 from pipeline.models import SiT, Taps
 from pipeline.train.module import LOSSES, AlignedStudent
 from schemas.alignment import AlignmentConfig
@@ -27,6 +27,10 @@ def alignment(student_layers: tuple[int, ...], teacher_layers: tuple[int, ...]) 
         teacher_layers=teacher_layers,
         projector_width=16,
     )
+
+
+def maps_targets(manifest: Manifest, config: AlignmentConfig, heads: int) -> MapsTargets:
+    return MapsTargets(*manifest.teacher_stream(), wanted_targets(config, heads))
 
 
 def random_probs(*shape: int) -> torch.Tensor:
@@ -122,9 +126,10 @@ def manifest() -> Manifest:
 
 
 def test_as_many_heads_as_both_have(manifest: Manifest) -> None:
+    teacher = manifest.teacher_stream()[1].teacher
     for heads, expected in ((2, 2), (3, 3), (4, 3)):
         student = STUDENT.model_copy(update={"heads": heads})
-        assert aligned_heads(student, manifest) == expected == min(heads, HEADS)
+        assert aligned_heads(student, teacher) == expected == min(heads, HEADS)
 
 
 def test_students_first_heads_are_tapped() -> None:
@@ -144,7 +149,7 @@ def test_teacher_layers_come_in_the_order_of_the_map(
     attention = random_probs(2, len(LAYERS), HEADS, tokens, tokens)
     columns = {"features": torch.randn(2, tokens, WIDTH), "attention": attention}
     config = alignment(tuple(range(len(teacher_layers))), teacher_layers)
-    targets = MapsTargets(manifest, config, heads=2)(columns)
+    targets = maps_targets(manifest, config, heads=2)(columns)
     assert targets.attention is not None
     assert targets.attention.shape[:3] == (2, len(teacher_layers), 2)
     for place, layer in enumerate(teacher_layers):
@@ -156,7 +161,7 @@ def test_teacher_layers_come_in_the_order_of_the_map(
 def test_stored_probabilities_are_normalised_again(manifest: Manifest) -> None:
     attention = random_probs(2, len(LAYERS), HEADS, 16, 16).half()
     columns = {"features": torch.randn(2, 16, WIDTH), "attention": attention}
-    targets = MapsTargets(manifest, alignment((0, 1), (1, 2)), heads=HEADS)(columns)
+    targets = maps_targets(manifest, alignment((0, 1), (1, 2)), heads=HEADS)(columns)
     assert targets.attention is not None
     torch.testing.assert_close(
         targets.attention.sum(-1), torch.ones(2, 2, HEADS, 16), rtol=0, atol=1e-6
@@ -180,7 +185,7 @@ def test_each_student_layer_meets_its_own_teacher_layer(
         taps = Taps(attention_layers=(student_layer,), heads=4)
         logits = module.student(x, t, y, taps).attention_logits
         stored[:, LAYERS.index(teacher_layer)] = logits[:, 0, :HEADS].softmax(-1).detach()
-    source = MapsTargets(manifest, config, heads=HEADS)
+    source = maps_targets(manifest, config, heads=HEADS)
     features = torch.randn(2, 16, WIDTH)
 
     def losses(attention: torch.Tensor) -> dict[str, float]:

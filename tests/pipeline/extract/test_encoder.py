@@ -53,7 +53,7 @@ def encode(
             patch.setattr(digits_encoder, "config", config)
             patch.setattr(digits_encoder, "read", read_changed)
             store = Store.create(str(tmp_path / name), digits_store.manifest)
-            return store, digits_encoder.encode_shard(store.url, store.manifest.streams, task)
+            return store, digits_encoder.encode_shard(store.url, store.manifest, task)
 
     return run
 
@@ -82,7 +82,7 @@ def test_a_new_encoder_makes_the_same_bytes(
 ) -> None:
     encoder = Encoder(digits_config, device="cpu", threads=1)
     task = make_tasks(digits_listing, 10)[2]
-    encoder.encode_shard(str(tmp_path), digits_store.manifest.streams, task)
+    encoder.encode_shard(str(tmp_path), digits_store.manifest, task)
     original = all_files(Path(digits_store.root))
     assert all(original[name] == data for name, data in all_files(tmp_path).items())
 
@@ -198,6 +198,7 @@ def test_description_says_what_decides_the_numbers(
     teacher, autoencoder, compute = about.teacher, about.autoencoder, about.compute
     assert (teacher.weights, teacher.depth, teacher.width, teacher.heads) == ("demo", 6, 96, 6)
     assert (teacher.grid, teacher.image_size, teacher.layers) == ((8, 8), 32, (2, 3, 4, 5))
+    assert autoencoder is not None
     assert len(teacher.weights_sha256) == len(autoencoder.weights_sha256) == 64
     assert autoencoder.name == "demo"
     assert autoencoder.latent_shape[1:] == (8, 8)
@@ -207,11 +208,9 @@ def test_description_says_what_decides_the_numbers(
     assert compute.versions["torch"] == torch.__version__
     assert {"timm", "diffusers", "numpy", "pillow"} <= compute.versions.keys()
     manifest = digits_store.manifest
-    assert (manifest.teacher, manifest.autoencoder, manifest.compute) == (
-        teacher,
-        autoencoder,
-        compute,
-    )
+    name, stream = manifest.teacher_stream()
+    assert (name, stream.teacher, manifest.autoencoder) == ("maps", teacher, autoencoder)
+    assert stream.compute == manifest.streams["latents"].compute == compute
 
 
 def test_precision_is_chosen_by_device() -> None:
@@ -239,9 +238,7 @@ def test_the_manifest_holds_no_credentials(
     source = "s3://key:hunter2@bucket/images?token=hunter2"
     config = digits_config.model_copy(update={"source": source, "dataset": "folder"})
     about = digits_encoder.describe()
-    manifest = make_manifest(
-        config, digits_listing, about.teacher, about.autoencoder, about.compute
-    )
+    manifest = make_manifest(config, digits_listing, about)
     assert manifest.dataset.source == "s3://bucket/images"
     assert "hunter2" not in manifest.model_dump_json()
     assert manifest.dataset.fingerprint == digits_listing.fingerprint()

@@ -16,7 +16,7 @@ from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.options import merge
-from schemas.store import Stream
+from schemas.store import Manifest
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -68,7 +68,7 @@ def test_actors_that_take_every_cpu_make_progress_and_the_result_is_the_same(
 
     with pytest.raises(UserError, match=r"made with resolution 32, this extraction has 48"):
         extract(demo_like(images, tmp_path / "two", resolution=48))
-    with pytest.raises(UserError, match=r"made with teacher.weights_sha256"):
+    with pytest.raises(UserError, match=r"made with streams.maps.teacher.weights_sha256"):
         extract(demo_like(images, tmp_path / "two", teacher={"weights": "random"}))
     Image.new("RGB", (9, 9)).save(images / "class0" / "new.png")
     with pytest.raises(UserError, match=r"made with the images"):
@@ -78,21 +78,21 @@ def test_actors_that_take_every_cpu_make_progress_and_the_result_is_the_same(
 class DiesOnce(EncoderActor):
     """Exits in the middle of shard 1, the first time that anyone works on it."""
 
-    def encode(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
+    def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
         marker = Path(url).parent / "died"
         if task.shard == 1 and not marker.exists():
             marker.touch()
             os._exit(1)
-        return super().encode(url, streams, task)
+        return super().encode(url, manifest, task)
 
 
 class AlwaysDies(EncoderActor):
     """Shard 1 kills whoever touches it."""
 
-    def encode(self, url: str, streams: dict[str, Stream], task: ShardTask) -> ShardResult:
+    def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
         if task.shard == 1:
             os._exit(1)
-        return super().encode(url, streams, task)
+        return super().encode(url, manifest, task)
 
 
 def supervise(
@@ -104,13 +104,11 @@ def supervise(
     try:
         description = supervisor.describe()
         listing = list_images(config)
-        manifest = make_manifest(
-            config, listing, description.teacher, description.autoencoder, description.compute
-        )
+        manifest = make_manifest(config, listing, description)
         assert config.store is not None
         store = Store.create(config.store, manifest)
         tasks = make_tasks(listing, config.shard_size)
-        results = list(supervisor.encode(store.url, manifest.streams, tasks))
+        results = list(supervisor.encode(store.url, manifest, tasks))
         store.finish()
         return results
     finally:

@@ -46,6 +46,7 @@ def test_json_is_one_line_with_samples_completeness_and_bytes(
         "complete": True,
         "streams": sizes,
         "bytes_per_image": pytest.approx(sum(sizes.values()) / sum(SIZES)),
+        "fixed_bytes": Path(known_store.root, "manifest.json").stat().st_size,
     }
     assert isinstance(found["samples"], int)
     assert all(isinstance(size, int) for size in found["streams"].values())  # type: ignore[attr-defined]
@@ -56,7 +57,13 @@ def test_the_page_says_what_the_store_is(known_store: Store, capsys: Capture) ->
     page = capsys.readouterr().out
     manifest = known_store.manifest
     assert page.startswith(f"{known_store.url}: complete")
-    for text in ("12 in 4 shards of 5", manifest.teacher.model, "latents:", "maps:", "1, 2, 3"):
+    for text in (
+        "12 in 4 shards of 5",
+        manifest.teacher_stream()[1].teacher.model,
+        "latents:",
+        "maps:",
+        "1, 2, 3",
+    ):
         assert text in page
 
 
@@ -87,6 +94,7 @@ def test_a_store_without_any_shard_is_told_about(known_store: Store, capsys: Cap
         "complete": False,
         "streams": {"latents": 0, "maps": 0},
         "bytes_per_image": 0.0,
+        "fixed_bytes": Path(known_store.root, "manifest.json").stat().st_size,
     }
     assert main([known_store.url]) == 0
 
@@ -105,7 +113,8 @@ def test_a_sample_is_drawn(digits_store: Store, tmp_path: Path, capsys: Capture)
     with Image.open(png) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    panels = 2 + len(digits_store.manifest.teacher.layers)  # the latent, the features, each layer
+    layers = digits_store.manifest.teacher_stream()[1].teacher.layers
+    panels = 2 + len(layers)  # the latent, the features, each layer
     height, width, _ = pixels.shape
     assert width > 100 * panels
     assert height > 300

@@ -55,7 +55,7 @@ def test_other_urls_are_read_the_same(tmp_path: Path, url: str, limit: int) -> N
 def test_whole_files_are_fetched_once_and_kept_as_long_as_they_are_needed(
     known_store: Store,
 ) -> None:
-    sizes = [known_store.record(shard).streams["maps"].bytes for shard in range(4)]
+    sizes = [known_store.record(shard).streams["maps"][0].bytes for shard in range(4)]
     reader = StreamReader(known_store, "maps", cache_files=2)
 
     def read(shard: int) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def test_whole_files_are_fetched_once_and_kept_as_long_as_they_are_needed(
 
 
 def test_of_large_files_only_the_wanted_rows_are_read(known_store: Store) -> None:
-    file = known_store.record(0).streams["maps"]
+    file = known_store.record(0).streams["maps"][0]
     reader = StreamReader(known_store, "maps", whole_file_limit=RANGED)
     reader.read(np.array([0]), np.array([3]))
     one = sum(sizes[3] for sizes in file.sizes.values())
@@ -122,7 +122,7 @@ def shard_file(store: Store, stream: str, shard: int = 1) -> Path:
 def test_one_flipped_bit_anywhere_is_named_by_sample(
     known_store: Store, stream: str, column: str, limit: int
 ) -> None:
-    file = known_store.record(1).streams[stream]
+    file = known_store.record(1).streams[stream][0]
     path = shard_file(known_store, stream)
     whole = path.read_bytes()
     start, size = file.offsets[column][2], file.sizes[column][2]
@@ -154,7 +154,8 @@ def test_without_verification_shapes_and_dtypes_are_still_checked(
 @pytest.mark.parametrize("stream", STREAMS)
 def test_truncated_file_is_named(known_store: Store, stream: str, limit: int) -> None:
     path = shard_file(known_store, stream)
-    offset = max(offsets[2] for offsets in known_store.record(1).streams[stream].offsets.values())
+    file = known_store.record(1).streams[stream][0]
+    offset = max(offsets[2] for offsets in file.offsets.values())
     whole = path.read_bytes()
     for length in (0, 100, offset, offset + 1):
         path.write_bytes(whole[:length])
@@ -181,7 +182,7 @@ def test_rows_beyond_the_record_are_refused(known_store: Store) -> None:
 def test_a_record_of_other_columns_is_refused(known_store: Store) -> None:
     def drop_column(record: dict) -> None:
         for table in ("offsets", "sizes", "crc32"):
-            del record["streams"]["latents"][table]["std"]
+            del record["streams"]["latents"][0][table]["std"]
 
     edit_json(Path(known_store.root, "commits", "shard-000001.json"), drop_column)
     assert "other columns" in damaged_read(Store.open(known_store.url), "latents", WHOLE)

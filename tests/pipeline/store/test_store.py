@@ -83,7 +83,7 @@ def test_finish_lists_skipped_images_in_the_manifest(tmp_path: Path) -> None:
     store = Store.create(str(tmp_path), known_manifest((2, 1, 2)))
     bad = SkippedImage(key="k", path="a/k.jpg", error="not an image")
     for shard, samples in enumerate((2, 1, 2)):
-        with ShardWriter(store.url, store.manifest.streams, shard) as writer:
+        with ShardWriter(store.url, store.manifest, shard) as writer:
             for row in range(samples):
                 writer.add(f"{shard}-{row}", known_values(shard, row))
             record = writer.commit(skipped=[bad] if shard == 1 else [])
@@ -156,6 +156,7 @@ def set_path(*path: Any, to: Any) -> Change:
     return change
 
 
+TAIL = {"file": "x.safetensors", "bytes": 1, "sha256": "0" * 64}
 FEATURES = ("streams", "maps", "columns", "features")
 
 
@@ -171,11 +172,12 @@ FEATURES = ("streams", "maps", "columns", "features")
         (set_path("num_shards", to=5), "do not hold"),
         (set_path("dataset", "samples", to=1 << 50), "samples"),
         (set_path("shard_size", to=0), "shard_size"),
-        (set_path("teacher", "weights_sha256", to="no hash"), "weights_sha256"),
+        (set_path("streams", "maps", "teacher", "weights_sha256", to="no hash"), "weights_sha256"),
         (set_path("hello", to=1), "hello"),
-        (set_path("version", to=0), "version"),
         (set_path("format", to="pickle"), "format"),
-        (lambda values: values.pop("teacher"), "teacher"),
+        (lambda values: values["streams"]["maps"].pop("teacher"), "teacher"),
+        (lambda values: values["streams"].pop("latents"), "no stream 'latents'"),
+        (set_path("streams", "maps", "tail", to={**TAIL, "file": "../x.safetensors"}), "tail"),
     ],
 )
 def test_hostile_manifest_is_refused(known_store: Store, change: Change, reason: str) -> None:
@@ -183,6 +185,11 @@ def test_hostile_manifest_is_refused(known_store: Store, change: Change, reason:
     message = complaint(lambda: Store.open(known_store.url))
     assert message.startswith(f"{known_store.url}/manifest.json is damaged: ")
     assert reason in message
+
+
+def test_stores_from_before_the_first_release_are_refused(known_store: Store) -> None:
+    edit_json(Path(known_store.root, "manifest.json"), set_path("version", to=1))
+    assert "extract the store anew" in complaint(lambda: Store.open(known_store.url))
 
 
 def test_a_manifest_of_absurdly_many_shards_is_refused(known_store: Store) -> None:
@@ -194,7 +201,7 @@ def test_a_manifest_of_absurdly_many_shards_is_refused(known_store: Store) -> No
     assert "num_shards" in complaint(lambda: Store.open(known_store.url))
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"version": 1}'])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"version": 2}'])
 @pytest.mark.parametrize(
     ("file", "read"),
     [
@@ -226,16 +233,16 @@ def test_newer_versions_are_refused(
     path = Path(known_store.root, file)
     values = json.loads(path.read_text())
     values.pop("version")
-    new = {"version": 2, "hello": 1}
+    new = {"version": 3, "hello": 1}
     path.write_text(json.dumps({**values, **new} if at_the_end else {**new, **values}))
     message = complaint(lambda: read(known_store.url))
     assert file in message
     assert "version" in message or "hello" in message
     if not at_the_end:
-        assert "is of version 2, newer than this software knows (1)" in message
+        assert "is of version 3, newer than this software knows (2)" in message
 
 
-MAPS = ("streams", "maps")
+MAPS = ("streams", "maps", 0)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +270,7 @@ MAPS = ("streams", "maps")
         (set_path(*MAPS, "crc32", "features", 0, to=1 << 32), "crc32"),
         (set_path(*MAPS, "bytes", to=1), "reaches past the end"),
         (set_path(*MAPS, "bytes", to=1 << 60), "bytes"),
+        (lambda values: values["streams"]["maps"].append(values["streams"]["maps"][0]), "twice"),
         (set_path("samples", to=1 << 39), "counts 549755813888 samples"),
         (set_path("samples", to=2), "counts 2 samples"),
         (set_path("keys", to=["a"]), "counts 3 samples"),

@@ -87,7 +87,7 @@ def test_the_record_describes_the_files(known_store: Store) -> None:
         record = known_store.record(shard)
         assert (record.samples, record.skipped) == (samples, ())
         assert record.keys == [known_key(shard, row) for row in range(samples)]
-        for file in record.streams.values():
+        for (file,) in record.streams.values():
             data = Path(known_store.root, file.file).read_bytes()
             assert (len(data), hashlib.sha256(data).hexdigest()) == (file.bytes, file.sha256)
             for column, offsets in file.offsets.items():
@@ -100,11 +100,11 @@ def test_the_record_describes_the_files(known_store: Store) -> None:
 def test_unusual_keys_are_found_again(tmp_path: Path, key: str) -> None:
     manifest = known_manifest((2,))
     Store.create(str(tmp_path), manifest)
-    with ShardWriter(str(tmp_path), manifest.streams, 0) as writer:
+    with ShardWriter(str(tmp_path), manifest, 0) as writer:
         writer.add(key, known_values(0, 0))
         writer.add("next", known_values(0, 1))
         record = writer.commit()
-    file = record.streams["latents"]
+    (file,) = record.streams["latents"]
     with tarfile.open(tmp_path / file.file) as tar:
         member = tar.getmember(f"{key}.std.npy")
         assert member.offset_data == file.offsets["std"][0]
@@ -122,7 +122,7 @@ def test_leaving_by_an_exception_leaves_nothing(
     kept = set(store.filesystem.find(store.root))
 
     def die_in_the_middle() -> None:
-        with ShardWriter(url, store.manifest.streams, 0) as writer:
+        with ShardWriter(url, store.manifest, 0) as writer:
             writer.add("a", known_values(0, 0))
             raise RuntimeError("in the middle")
 
@@ -135,14 +135,14 @@ def test_leaving_by_an_exception_leaves_nothing(
 
 def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
     store = Store.create(str(tmp_path), known_manifest((2,)))
-    with ShardWriter(store.url, store.manifest.streams, 0) as writer:
+    with ShardWriter(store.url, store.manifest, 0) as writer:
         writer.add("a", known_values(0, 0))
     assert set(all_files(tmp_path)) == {"manifest.json"}
 
 
 def test_while_a_shard_is_written_only_temporary_names_exist(tmp_path: Path) -> None:
     store = Store.create(str(tmp_path), known_manifest((2,)))
-    with ShardWriter(store.url, store.manifest.streams, 0) as writer:
+    with ShardWriter(store.url, store.manifest, 0) as writer:
         writer.add("a", known_values(0, 0))
         names = [Path(name).name for name in all_files(tmp_path) if name != "manifest.json"]
         assert len(names) == 2
@@ -194,7 +194,7 @@ def test_numbers_that_cannot_be_kept_are_refused_by_sample(
     tmp_path: Path, values: Values, reason: str
 ) -> None:
     store = Store.create(str(tmp_path), known_manifest((2,)))
-    with ShardWriter(store.url, store.manifest.streams, 0) as writer:
+    with ShardWriter(store.url, store.manifest, 0) as writer:
         writer.add("good", known_values(0, 0))
         with pytest.raises(ValueError, match=f"sample 'bad/one', {reason}"):
             writer.add("bad/one", values)

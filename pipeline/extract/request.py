@@ -1,0 +1,122 @@
+"""Whether what is asked of an extraction agrees with a store that is there."""
+
+from __future__ import annotations
+
+from pipeline.alignment.cuts import cut_columns
+from pipeline.datasets import Listing
+from pipeline.extract.plan import stream_name
+from pipeline.store import Store
+from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+from schemas.store import Manifest, TeacherStream
+
+
+def with_stores_options(config: ExtractConfig, store: Store) -> ExtractConfig:
+    """For a stream that is added: what the store's images and shards are, where the options do not
+    say it. Raises ``UserError`` where they say otherwise."""
+    manifest, dataset = store.manifest, store.manifest.dataset
+    given = config.model_fields_set
+    if config.add_stream in manifest.base_streams:
+        raise UserError(
+            f"--add-stream {config.add_stream}: store '{store.shown_url}' was made with a stream "
+            "of this name; choose another"
+        )
+    update: dict[str, object] = {}
+    for option, value in {
+        "dataset": dataset.name,
+        "resolution": manifest.resolution,
+        "format": manifest.format,
+        "shard_size": manifest.shard_size,
+        "order_seed": dataset.order_seed,
+    }.items():
+        if option in given and getattr(config, option) != value:
+            raise UserError(
+                f"store '{store.shown_url}' was made with {option} {value}, not "
+                f"{getattr(config, option)}: a stream that is added has its shards"
+            )
+        update[option] = value
+    if config.source is None:
+        update["source"] = dataset.source
+    return config.model_copy(update=update)
+
+
+def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None:
+    """What can be told without loading weights. Raises ``UserError``."""
+    manifest = store.manifest
+    asked: dict[str, tuple[object, object]] = {
+        "resolution": (manifest.resolution, config.resolution),
+        "format": (manifest.format, config.format),
+        "shard_size": (manifest.shard_size, config.shard_size),
+        "order_seed": (manifest.dataset.order_seed, config.order_seed),
+        "the images": (manifest.dataset.fingerprint[:12], listing.fingerprint()[:12]),
+    }
+    name = stream_name(config)
+    stream = manifest.streams.get(name)
+    if config.add_stream is None and name not in manifest.base_streams:
+        first = [n for n in manifest.base_streams if n in manifest.teacher_streams]
+        asked["cut"] = (", ".join(first), config.cut)
+    elif isinstance(stream, TeacherStream):
+        teacher = stream.teacher
+        asked |= {
+            "cut": (stream.cut, config.cut),
+            "layers": (teacher.layers, config.layers),
+            "batch_size": (stream.compute.batch_size, config.batch_size),
+            "teacher.model": (teacher.model, config.teacher.model),
+            "teacher.seed": (teacher.seed, config.teacher.seed),
+            "teacher.model_args": (teacher.model_args, config.teacher.model_args),
+        }
+    for key, (was, now) in asked.items():
+        if was != now:
+            raise _other(store, key, was, now)
+    if isinstance(stream, TeacherStream):
+        columns = cut_columns(
+            config.cut,
+            stream.teacher,
+            config.resolution,
+            config.codec,
+            config.column_codecs,
+            compress=config.compress,
+        )
+        for column, now in columns.items():
+            was = stream.columns[column]
+            if was != now:
+                raise _other(store, f"codec of {column}", was.codec, now.codec)
+
+
+def check_same_store(old: Manifest, new: Manifest, url: str) -> None:
+    """Raises ``UserError`` where shards made now would not fit those that a store already has."""
+    a, b = old.model_dump(), new.model_dump()
+    a["streams"] = {name: stream for name, stream in a["streams"].items() if name in b["streams"]}
+    for values in (a, b):  # where files lie is not what they are
+        values.pop("skipped")
+        values["dataset"].pop("source")
+        values["autoencoder"].pop("name")
+        for stream in values["streams"].values():
+            if stream["kind"] == "teacher":
+                stream.pop("tail")
+                stream["teacher"].pop("weights")
+    for path, was, now in _differences(a, b):
+        raise UserError(
+            f"store '{url}' was made with {path} {was}, this extraction has {now}: use another "
+            "--store or the same options"
+        )
+
+
+def _differences(a: object, b: object, path: str = "") -> list[tuple[str, object, object]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = []
+        for key in sorted(a.keys() | b.keys()):
+            found += _differences(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
+        return found
+    return [] if a == b else [(path, a, b)]
+
+
+def _other(store: Store, key: str, was: object, now: object) -> UserError:
+    return UserError(
+        f"store '{store.shown_url}' was made with {key} {_plain(was)}, this extraction has "
+        f"{_plain(now)}: use another --store or the same options"
+    )
+
+
+def _plain(value: object) -> str:
+    return ",".join(str(v) for v in value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,167 @@
+"""The stored arrays of a stream's columns: one sample's bytes of each, and back. No pickle."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numcodecs import Blosc, Zstd
+
+from pipeline.store.codecs import MAIN, find_codec, part_name
+from schemas.codecs import Lossless
+from schemas.fields import element_count
+from schemas.store import Column
+
+ZSTD_LEVEL = 1
+"""Quantised numbers have no repetitions to search for; higher levels cost time and save nothing."""
+SHUFFLED = {"cname": "zstd", "clevel": 1, "shuffle": Blosc.BITSHUFFLE}
+
+
+class Part(NamedTuple):
+    """One stored array of every sample of a stream."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    """Of one sample."""
+    lossless: Lossless
+    is_class: bool
+    """A class number, which tars hold as text in WebDataset's way."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of one sample, uncompressed."""
+        return element_count(self.shape) * self.dtype.itemsize
+
+
+def stream_parts(columns: Mapping[str, Column]) -> dict[str, Part]:
+    """The stored arrays of a stream by name, in the order of its columns."""
+    return {
+        part_name(name, array): part
+        for name, column in columns.items()
+        for array, part in _column_parts(column).items()
+    }
+
+
+def _column_parts(column: Column) -> dict[str, Part]:
+    is_class = column.codec == "int64" and column.shape == ()
+    arrays = find_codec(column.codec).arrays(column.shape)
+    return {
+        name: Part(dtype, shape, column.lossless if name == MAIN else "none", is_class)
+        for name, (dtype, shape) in arrays.items()
+    }
+
+
+def check_value(part: Part, value: np.ndarray | int) -> np.ndarray:
+    """The value as an array of its part. Raises ``ValueError`` on another shape, on a number that
+    is not finite in the stored type, and on labels that no reader would take."""
+    if part.is_class and not 0 <= value < 10**18:
+        raise ValueError(f"{value} is not a class number")
+    array = np.ascontiguousarray(value, dtype=part.dtype).reshape(np.shape(value))
+    if array.shape != part.shape:
+        raise ValueError(f"expected shape {part.shape}, got {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"a value is not finite in {array.dtype.name}")
+    return array
+
+
+def compress(part: Part, data: bytes | np.ndarray) -> bytes:
+    """Bytes as they are stored."""
+    if part.lossless == "zstd":
+        return bytes(Zstd(level=ZSTD_LEVEL).encode(data))
+    if part.lossless == "blosc":
+        return bytes(Blosc(**SHUFFLED).encode(data))
+    return bytes(data)
+
+
+def decompress(part: Part, data: bytes | memoryview, size: int) -> bytes | memoryview:
+    """``size`` bytes back. Raises ``ValueError`` where the data are damaged or hold another count;
+    nothing beyond ``size`` is allocated, whatever the data say of themselves."""
+    if part.lossless == "none":
+        if len(data) != size:
+            raise ValueError(f"it holds {len(data)} bytes, not {size}")
+        return data
+    if _stored_size(part.lossless, data) != size:
+        raise ValueError(f"its compressed form does not hold {size} bytes")
+    out = np.empty(size, np.uint8)
+    codec = Zstd() if part.lossless == "zstd" else Blosc()
+    try:
+        codec.decode(data, out=out)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot be decompressed ({error})") from None
+    return out.data
+
+
+def npy_member(part: Part, array: np.ndarray) -> bytes:
+    """A value as a member of a tar: decimal text, or a .npy file, compressed as the part asks."""
+    if part.is_class:
+        return str(int(array)).encode()
+    return compress(part, npy_header(part.shape, part.dtype.str) + array.tobytes())
+
+
+def member_suffix(name: str, part: Part) -> str:
+    """``mean.npy``; a class number is ``cls``; compressed ones tell by what."""
+    if part.is_class:
+        return "cls"
+    return f"{name}.npy" if part.lossless == "none" else f"{name}.npy.{SUFFIXES[part.lossless]}"
+
+
+SUFFIXES: dict[Lossless, str] = {"zstd": "zst", "blosc": "blosc"}
+
+
+def read_npy_member(part: Part, data: bytes | memoryview) -> np.ndarray | int:
+    """The inverse of ``npy_member``; an array may be a view of ``data``. Raises ``ValueError``
+    where the bytes are not what the manifest promises."""
+    if part.is_class:
+        text = bytes(data)
+        if not text.isdigit() or len(text) > 18:
+            raise ValueError(f"{text[:20]!r} is not a class number")
+        return int(text)
+    header = npy_header(part.shape, part.dtype.str)
+    plain = decompress(part, data, len(header) + part.nbytes)
+    if bytes(plain[: len(header)]) != header:
+        raise ValueError(f"not a {part.dtype.name} array of shape {part.shape}")
+    return np.frombuffer(plain, part.dtype, offset=len(header)).reshape(part.shape)
+
+
+def read_chunk(part: Part, data: bytes | memoryview) -> np.ndarray:
+    """The inverse of ``compress`` on an array's own bytes, as zarr stores them."""
+    plain = decompress(part, data, part.nbytes)
+    return np.frombuffer(plain, part.dtype).reshape(part.shape)
+
+
+def empty_batch(part: Part, count: int) -> np.ndarray:
+    """A contiguous array for ``count`` samples, in the stored dtype."""
+    element_count(part.shape)
+    return np.empty((count, *part.shape), part.dtype)
+
+
+@lru_cache(maxsize=256)
+def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """The header of a .npy file (version 1.0) of this shape and dtype."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": dtype, "fortran_order": False, "shape": shape}
+    )
+    return buffer.getvalue()
+
+
+def _stored_size(lossless: Lossless, data: bytes | memoryview) -> int | None:
+    """How many bytes a compressed block says it holds; None where it is no such block."""
+    head = bytes(data[:18])
+    if lossless == "blosc":  # four bytes of flags, then nbytes, blocksize and cbytes
+        whole = len(head) >= 16 and int.from_bytes(head[12:16], "little") == len(data)
+        return int.from_bytes(head[4:8], "little") if whole else None
+    # RFC 8878, section 3.1.1: magic number, frame header descriptor, ..., frame content size
+    if len(head) < 6 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    descriptor = head[4]
+    single_segment = bool(descriptor & 0x20)
+    width = (1 if single_segment else 0, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[descriptor & 3]
+    if not width or len(head) < start + width:
+        return None
+    size = int.from_bytes(head[start : start + width], "little")
+    return size + 256 if width == 2 else size
