@@ -57,8 +57,10 @@ def cut_columns(
     *,
     compress: bool = True,
 ) -> dict[str, Column]:
-    """The columns of a cut's stream; ``compress`` allows lossless compression. Raises ``UserError`` where ``overrides`` names another one or
-    a codec that cannot store it."""
+    """The columns of a cut's stream; ``compress`` allows lossless compression.
+
+    Raises ``UserError`` where ``overrides`` names another tensor or a codec that cannot store it.
+    """
     if cut == "image":
         columns = {"crop": Column(shape=(resolution, resolution, 3), codec="uint8")}
     else:
