@@ -103,7 +103,8 @@ def check_same_store(old: Manifest, new: Manifest, url: str) -> None:
         values.pop("tail")
         values["dataset"].pop("source")
         values["teacher"].pop("weights")
-        values["autoencoder"].pop("name")
+        if values["autoencoder"]["weights_sha256"] is not None:
+            values["autoencoder"].pop("name")
     for path, was, now in _differences(a, b):
         raise UserError(
             f"store '{url}' was made with {path} {was}, this extraction has {now}: use another "

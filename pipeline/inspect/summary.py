@@ -52,6 +52,11 @@ def describe(store: Store, summary: StoreSummary) -> str:
             f"(first: {summary.missing_shards[0]})"
         )
     )
+    origin = (
+        f"not run here: latents taken over from {m.dataset.source}"
+        if vae.weights_sha256 is None
+        else vae.weights_sha256[:12]
+    )
     layers = ", ".join(str(layer) for layer in teacher.layers)
     lines = [
         f"{store.shown_url}: {state}",
@@ -62,7 +67,7 @@ def describe(store: Store, summary: StoreSummary) -> str:
         f"({teacher.weights_sha256[:12]}), {teacher.grid[0]}x{teacher.grid[1]} tokens, "
         f"{teacher.heads} heads",
         f"  cut          {m.cut}: attention of layers {layers}; {m.compute.precision} arithmetic",
-        f"  autoencoder  {vae.name} ({vae.weights_sha256[:12]}), latents "
+        f"  autoencoder  {vae.name} ({origin}), latents "
         f"{'x'.join(str(n) for n in vae.latent_shape)}, scaling factor {vae.scaling_factor:g}",
     ]
     for name, size in summary.bytes_per_stream.items():
