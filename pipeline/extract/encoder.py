@@ -13,9 +13,10 @@ import torch
 
 from pipeline.alignment.cuts import LEAVES_A_TAIL, cut_values
 from pipeline.alignment.tail import save_tail
-from pipeline.autoencoders import Autoencoder
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
+from pipeline.datasets.reader import UNREADABLE
+from pipeline.extract.latents import open_latents
 from pipeline.extract.plan import ShardTask
 from pipeline.store import ShardWriter
 from pipeline.teachers import Teacher
@@ -64,9 +65,8 @@ class Encoder:
         self.precision: Precision = choose_precision(config, device)
         self.threads = threads
         self.teacher = Teacher(config.teacher, resolution=config.resolution, layers=config.layers)
-        self.autoencoder = Autoencoder(config.autoencoder)
+        self.latents = open_latents(config, self.device)
         self.teacher.to(self.device)
-        self.autoencoder.to(self.device)
         self.read = open_reader(config)
 
     def describe(self) -> Description:
@@ -75,7 +75,7 @@ class Encoder:
         versions["torch"] = torch.__version__  # with the build: CUDA versions differ in last bits
         return Description(
             teacher=self.teacher.info(),
-            autoencoder=self.autoencoder.info(self.config.resolution),
+            autoencoder=self.latents.info(self.config.resolution),
             compute=ComputeInfo(
                 device="cuda" if self.device.type == "cuda" else "cpu",
                 precision=self.precision,
@@ -96,10 +96,10 @@ class Encoder:
         """
         bad: list[SkippedImage] = []
         with ShardWriter(url, streams, task.shard) as writer:
-            for items, images in self._decoded_batches(task, bad):
+            for items, images, stored in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # only to find the others
-                for item, values in zip(items, self._encode(items, images), strict=True):
+                for item, values in zip(items, self._encode(items, images, stored), strict=True):
                     writer.add(item.key, values)
             if bad and self.config.on_bad_image == "stop":
                 return ShardResult(task.shard, 0, tuple(bad), committed=False)
@@ -108,16 +108,16 @@ class Encoder:
 
     @torch.inference_mode()
     def _encode(
-        self, items: list[ImageItem], images: np.ndarray
+        self, items: list[ImageItem], images: np.ndarray, stored: list[np.ndarray]
     ) -> Iterator[dict[str, dict[str, np.ndarray | int]]]:
-        """uint8 (B, R, R, 3) to each sample's stream -> column -> value."""
+        """uint8 (B, R, R, 3), and what was read of their latents, to each sample's stream ->
+        column -> value."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        mean, std = self.autoencoder.encode(pixels)  # in float32: every run inherits its rounding
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             kept = cut_values(self.config.cut, self.teacher, pixels)
+        means, stds = self.latents.latents(stored, pixels)
         columns = {name: tensor.cpu().numpy() for name, tensor in kept.items()}
-        means, stds = mean.cpu().numpy(), std.cpu().numpy()
         for i, item in enumerate(items):
             yield {
                 "latents": {"mean": means[i], "std": stds[i], "label": item.label},
@@ -126,10 +126,10 @@ class Encoder:
 
     def _decoded_batches(
         self, task: ShardTask, bad: list[SkippedImage]
-    ) -> Iterator[tuple[list[ImageItem], np.ndarray]]:
+    ) -> Iterator[tuple[list[ImageItem], np.ndarray, list[np.ndarray]]]:
         """Batches cut by position in the shard, less the bad images, which ``bad`` collects."""
         size = self.config.batch_size
-        waiting: deque[list[tuple[ImageItem, Future[np.ndarray]]]] = deque()
+        waiting: deque[list[tuple[ImageItem, Future[tuple[np.ndarray, np.ndarray]]]]] = deque()
         starts = iter(range(0, len(task.items), size))
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             while True:
@@ -138,22 +138,26 @@ class Encoder:
                     waiting.append([(item, pool.submit(self._decode, item)) for item in batch])
                 if not waiting:
                     return
-                items, images = [], []
+                items, images, stored = [], [], []
                 for item, future in waiting.popleft():
                     try:
-                        images.append(future.result())
+                        image, latent = future.result()
                         items.append(item)
+                        images.append(image)
+                        stored.append(latent)
                     except BadImageError as error:
                         bad.append(SkippedImage(key=item.key, path=item.path, error=str(error)))
                 if items:
-                    yield items, np.stack(images)
+                    yield items, np.stack(images), stored
 
-    def _decode(self, item: ImageItem) -> np.ndarray:
+    def _decode(self, item: ImageItem) -> tuple[np.ndarray, np.ndarray]:
+        """The crop, and what is read of its latent."""
         try:
             data = self.read(item)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except UNREADABLE as error:
             raise BadImageError(error.strerror or type(error).__name__) from None
-        return decode_crop(data, self.config.resolution)
+        crop = decode_crop(data, self.config.resolution, cropped=item.latent is not None)
+        return crop, self.latents.read(item)
 
 
 def choose_precision(config: ExtractConfig, device: str) -> Precision:
