@@ -37,10 +37,12 @@ class TeacherConfig(Strict):
 class ExtractConfig(Strict):
     """Options of one extraction."""
 
-    dataset: Literal["imagenet", "folder", "webdataset", "demo"] = "imagenet"
+    dataset: Literal["imagenet", "folder", "webdataset", "repa", "demo"] = "imagenet"
     """Where the images come from: 'imagenet' (train/WNID/*.JPEG or Kaggle's
     ILSVRC/Data/CLS-LOC/train), 'folder' (any tree with one folder per class), 'webdataset' (tars of
-    jpg + cls), 'demo' (scikit-learn's digits, ships with the packages)."""
+    jpg + cls), 'repa' (ImageNet as REPA's and HASTE's dataset_tools.py prepares it: images/ and
+    vae-sd/ with dataset.json; the latents are taken over and no autoencoder is run; their MS-COCO
+    folders are not read), 'demo' (scikit-learn's digits, ships with the packages)."""
     source: str | None = None
     """Folder or URL of the images."""
     store: str | None = None
@@ -53,7 +55,7 @@ class ExtractConfig(Strict):
     teacher: TeacherConfig = TeacherConfig()
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
     """Hub id or folder of a diffusers AutoencoderKL or AutoencoderTiny, or 'demo' (ships with the
-    project)."""
+    project). With --dataset repa: the one that made the latents."""
     cut: Cut = "maps"
     """Where the teacher's forward pass is frozen: 'maps' keeps attention probabilities and
     features; 'qk' the queries and keys that they come from, and features; 'activations' the tokens

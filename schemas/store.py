@@ -88,7 +88,8 @@ class TeacherInfo(Strict):
 class AutoencoderInfo(Strict):
     name: str
     kind: Literal["AutoencoderKL", "AutoencoderTiny"]
-    weights_sha256: Sha256
+    weights_sha256: Sha256 | None
+    """None: it was not run here; the latents were taken over from the data set's source."""
     scaling_factor: float
     shift_factor: float
     latent_shape: tuple[int, int, int]

@@ -7,6 +7,7 @@ from pipeline.datasets.digits import list_digits, read_digit
 from pipeline.datasets.folder import list_folder
 from pipeline.datasets.imagenet import list_imagenet
 from pipeline.datasets.reader import FileReader, Reader
+from pipeline.datasets.repa import list_repa
 from pipeline.datasets.tars import list_tars
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -24,6 +25,8 @@ def list_images(config: ExtractConfig) -> Listing:
             listing = list_imagenet(source, config.synsets)
         elif config.dataset == "folder":
             listing = list_folder(source)
+        elif config.dataset == "repa":
+            listing = list_repa(source)
         else:
             listing = list_tars(source)
     return listing.shuffled(config.order_seed)

@@ -22,6 +22,8 @@ class ImageItem(NamedTuple):
     """Where the image begins in the file, bytes."""
     length: int | None = None
     """Its length in bytes; None: to the end."""
+    latent: str | None = None
+    """File of its latent below the source, where the data set brings latents."""
 
 
 @dataclass(frozen=True)

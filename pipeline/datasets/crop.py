@@ -16,10 +16,16 @@ class BadImageError(Exception):
     """These bytes are not an image that can be used; the message says why."""
 
 
-def decode_crop(data: bytes, resolution: int) -> np.ndarray:
-    """Decode and centre-crop: uint8 (resolution, resolution, 3). Raises ``BadImageError``."""
+def decode_crop(data: bytes, resolution: int, *, cropped: bool = False) -> np.ndarray:
+    """Decode and centre-crop: uint8 (resolution, resolution, 3). Raises ``BadImageError``, with
+    ``cropped`` also where the image is not a crop of this resolution already."""
     try:
         image = Image.open(io.BytesIO(data))
+        if cropped and image.size != (resolution, resolution):
+            raise BadImageError(
+                f"{image.width}x{image.height} pixels; its latent is of these pixels, so it must "
+                f"be {resolution}x{resolution} or --resolution another"
+            )
         limit = Image.MAX_IMAGE_PIXELS
         # A thin strip of few pixels has very many once its short side is as long as the crop's.
         scale = max(1.0, resolution / min(image.size))

@@ -9,6 +9,9 @@ from pipeline.files import open_url
 
 Reader = Callable[[ImageItem], bytes]
 
+UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
+"""What is wrong with one file; any other ``OSError`` is the storage's."""
+
 
 class FileReader:
     """Reads items below a source folder or URL; safe to share between threads."""

@@ -13,9 +13,10 @@ import torch
 
 from pipeline.alignment.cuts import NotFiniteError, cut_values, encode_values
 from pipeline.alignment.tail import first_tail_block, save_tail
-from pipeline.autoencoders import Autoencoder
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
+from pipeline.datasets.reader import UNREADABLE
+from pipeline.extract.latents import LatentSource, open_latents
 from pipeline.extract.plan import Description, ShardTask, stream_name
 from pipeline.store import ShardWriter
 from pipeline.teachers import Teacher
@@ -49,9 +50,9 @@ class Encoder:
         self.threads = threads
         self.teacher = Teacher(config.teacher, resolution=config.resolution, layers=config.layers)
         self.teacher.to(self.device)
-        self.autoencoder: Autoencoder | None = None
+        self.latents: LatentSource | None = None
         if config.add_stream is None:  # otherwise the latents are there already
-            self.autoencoder = Autoencoder(config.autoencoder).to(self.device)
+            self.latents = open_latents(config, self.device)
         self.read = open_reader(config)
 
     def describe(self) -> Description:
@@ -60,10 +61,9 @@ class Encoder:
         versions["torch"] = torch.__version__  # with the build: CUDA versions differ in last bits
         if self.config.format == "zarr":
             versions["zarr"] = importlib.metadata.version("zarr")
-        vae = self.autoencoder
         return Description(
             teacher=self.teacher.info(),
-            autoencoder=None if vae is None else vae.info(self.config.resolution),
+            autoencoder=None if self.latents is None else self.latents.info(self.config.resolution),
             compute=ComputeInfo(
                 device="cuda" if self.device.type == "cuda" else "cpu",
                 precision=self.precision,
@@ -87,13 +87,12 @@ class Encoder:
         """
         bad: list[SkippedImage] = []
         with ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer:
-            for items, images in self._decoded_batches(task, bad):
+            for items, images, moments in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # only to find the others
                 try:
-                    for item, values in zip(
-                        items, self._encode(manifest, items, images), strict=True
-                    ):
+                    samples = self._encode(manifest, items, images, moments)
+                    for item, values in zip(items, samples, strict=True):
                         writer.add(item.key, values)
                 except NotFiniteError as error:
                     item = items[error.rows[0]]
@@ -110,9 +109,14 @@ class Encoder:
 
     @torch.inference_mode()
     def _encode(
-        self, manifest: Manifest, items: list[ImageItem], images: np.ndarray
+        self,
+        manifest: Manifest,
+        items: list[ImageItem],
+        images: np.ndarray,
+        moments: list[np.ndarray],
     ) -> Iterator[dict[str, dict[str, np.ndarray | int]]]:
-        """uint8 (B, R, R, 3) to each sample's stream -> stored array -> value."""
+        """uint8 (B, R, R, 3), and what was read of their latents, to each sample's stream ->
+        stored array -> value."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
         name = stream_name(self.config)
         dtype = getattr(torch, self.precision)
@@ -120,9 +124,9 @@ class Encoder:
             values = cut_values(self.config.cut, self.teacher, pixels)
         kept = encode_values(manifest.streams[name].columns, values)
         arrays = {name: {part: tensor.cpu().numpy() for part, tensor in kept.items()}}
-        if self.autoencoder is not None:  # in float32: every run inherits its rounding
-            mean, std = self.autoencoder.encode(pixels)
-            arrays["latents"] = {"mean": mean.cpu().numpy(), "std": std.cpu().numpy()}
+        if self.latents is not None:
+            mean, std = self.latents.latents(moments, pixels)
+            arrays["latents"] = {"mean": mean, "std": std}
         for i, item in enumerate(items):
             sample: dict[str, dict[str, np.ndarray | int]] = {
                 stream: {part: values[i] for part, values in parts.items()}
@@ -134,10 +138,10 @@ class Encoder:
 
     def _decoded_batches(
         self, task: ShardTask, bad: list[SkippedImage]
-    ) -> Iterator[tuple[list[ImageItem], np.ndarray]]:
+    ) -> Iterator[tuple[list[ImageItem], np.ndarray, list[np.ndarray]]]:
         """Batches cut by position in the shard, less the bad images, which ``bad`` collects."""
         size = self.config.batch_size
-        waiting: deque[list[tuple[ImageItem, Future[np.ndarray]]]] = deque()
+        waiting: deque[list[tuple[ImageItem, Future[tuple[np.ndarray, np.ndarray]]]]] = deque()
         starts = iter(range(0, len(task.items), size))
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             while True:
@@ -146,22 +150,26 @@ class Encoder:
                     waiting.append([(item, pool.submit(self._decode, item)) for item in batch])
                 if not waiting:
                     return
-                items, images = [], []
+                items, images, stored = [], [], []
                 for item, future in waiting.popleft():
                     try:
-                        images.append(future.result())
+                        image, latent = future.result()
                         items.append(item)
+                        images.append(image)
+                        stored.append(latent)
                     except BadImageError as error:
                         bad.append(SkippedImage(key=item.key, path=item.path, error=str(error)))
                 if items:
-                    yield items, np.stack(images)
+                    yield items, np.stack(images), stored
 
-    def _decode(self, item: ImageItem) -> np.ndarray:
+    def _decode(self, item: ImageItem) -> tuple[np.ndarray, np.ndarray]:
+        """The crop, and what is read of its latent."""
         try:
             data = self.read(item)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        except UNREADABLE as error:
             raise BadImageError(error.strerror or type(error).__name__) from None
-        return decode_crop(data, self.config.resolution)
+        crop = decode_crop(data, self.config.resolution, cropped=item.latent is not None)
+        return crop, np.empty(0) if self.latents is None else self.latents.read(item)
 
 
 def choose_precision(config: ExtractConfig, device: str) -> Precision:

@@ -70,12 +70,17 @@ def describe(store: Store, summary: StoreSummary) -> str:
             else f"INCOMPLETE: stream '{next(iter(summary.incomplete_streams))}' lacks shards"
         )
     )
+    origin = (
+        f"not run here: latents taken over from {m.dataset.source}"
+        if vae.weights_sha256 is None
+        else vae.weights_sha256[:12]
+    )
     lines = [
         f"{store.shown_url}: {state}",
         f"  data set     {m.dataset.name} from {m.dataset.source or 'its package'}, "
         f"{m.dataset.num_classes} classes, {m.resolution} px",
         f"  samples      {summary.samples} in {m.num_shards} shards of {m.shard_size}, {m.format}",
-        f"  autoencoder  {vae.name} ({vae.weights_sha256[:12]}), latents "
+        f"  autoencoder  {vae.name} ({origin}), latents "
         f"{'x'.join(str(n) for n in vae.latent_shape)}, scaling factor {vae.scaling_factor:g}",
     ]
     for name, size in summary.bytes_per_stream.items():

@@ -38,6 +38,16 @@ def test_an_image_of_the_right_size_is_kept_to_the_bit() -> None:
     assert (crop.dtype, crop.flags.c_contiguous) == (np.uint8, True)
 
 
+def test_a_crop_is_kept_to_the_bit_and_of_another_size_refused() -> None:
+    pixels = noise(32, 32)
+    data = encoded(Image.fromarray(pixels))
+    assert np.array_equal(decode_crop(data, 32, cropped=True), pixels)
+    for size in ((32, 33), (33, 32), (64, 64)):
+        data = encoded(Image.fromarray(noise(*size)))
+        with pytest.raises(BadImageError, match=f"^{size[1]}x{size[0]} pixels; its latent is of"):
+            decode_crop(data, 32, cropped=True)
+
+
 def test_the_centre_is_what_is_kept() -> None:
     wide = np.zeros((32, 64, 3), np.uint8)
     wide[:, 16:48] = noise(32, 32)

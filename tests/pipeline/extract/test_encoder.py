@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.autoencoders import Autoencoder
 from pipeline.datasets import ImageItem, Listing
 from pipeline.datasets.crop import decode_crop
 from pipeline.extract.encoder import Encoder, ShardResult, choose_precision
@@ -105,7 +106,7 @@ def test_what_is_stored_is_what_the_networks_say(
     crops = np.stack([decode_crop(digits_encoder.read(item), 32) for item in items])
     pixels = torch.from_numpy(crops).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        mean, std = digits_encoder.autoencoder.encode(pixels)
+        mean, std = Autoencoder("demo").encode(pixels)
         targets = digits_encoder.teacher(pixels)
     stored = first_shard(digits_store, 4)
     attention = torch.softmax(targets.attention_logits, -1)

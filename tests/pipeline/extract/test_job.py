@@ -17,6 +17,7 @@ from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.options import merge
 from schemas.store import Manifest
+from tests.repa import image_name, latent_name, random_repa
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -144,6 +145,22 @@ def test_bad_images_stop_the_job_or_are_skipped(images: Path, tmp_path: Path) ->
     assert sum(store.index().samples_per_shard) == 10
     assert {s.path for s in store.manifest.skipped} == {"class1/03.png", "class0/04.png"}
     assert extract(skipping).images == 0
+
+
+def test_latents_are_taken_over_without_an_autoencoder(tmp_path: Path) -> None:
+    folder = random_repa(tmp_path / "data", count=7)
+    config = demo_like(folder, tmp_path / "store", dataset="repa")
+    (folder / "vae-sd" / latent_name(3)).write_bytes(b"no numbers")
+    with pytest.raises(UserError, match=r"bad image images/.*3\.png \(vae-sd/.*3\.npy: is not a"):
+        extract(config)
+    done = extract(config.model_copy(update={"on_bad_image": "skip"}))
+    assert sum(done.store.index().samples_per_shard) == 6
+    assert [bad.path for bad in done.store.manifest.skipped] == [f"images/{image_name(3)}"]
+    assert done.store.manifest.autoencoder.weights_sha256 is None
+    assert extract(config).images == 0
+    # What made the latents is known by its name alone, so that another name is another store.
+    with pytest.raises(UserError, match=r"autoencoder\.(name|scaling_factor) "):
+        extract(config.model_copy(update={"autoencoder": "stabilityai/sd-vae-ft-mse"}))
 
 
 @pytest.mark.parametrize(

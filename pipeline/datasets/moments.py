@@ -1,0 +1,53 @@
+"""The mean and std of a latent that someone else has computed, from the bytes of a .npy file."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+
+from pipeline.datasets.crop import BadImageError
+
+MAX_HEADER_BYTES = 16_384
+MAX_BYTES = 1 << 26
+"""Of one file: 16 channels at 512 x 512, mean and std in float32, take half of it."""
+LARGEST = float(np.finfo(np.float16).max)  # latents are stored in float16
+
+
+def parse_moments(data: bytes) -> np.ndarray:
+    """A .npy file to float32 (2C, h, w), C channels of the mean, then of the std.
+
+    Nothing is unpickled and nothing is allocated on the word of the header. Raises
+    ``BadImageError`` on any other array and on numbers that are no mean and std.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read_header(stream)
+    except Exception:  # the header is Python source; its parser raises a zoo of types
+        raise BadImageError("is not a .npy file, or damaged") from None
+    if dtype.hasobject:
+        raise BadImageError("holds pickled objects, which are not read")
+    if dtype.kind != "f" or dtype.itemsize not in (2, 4):
+        raise BadImageError(f"holds {dtype} numbers; expected float32 or float16")
+    if shape[:1] == (1,):  # a batch of one: their trainer takes it too
+        shape = shape[1:]
+    if len(shape) != 3 or shape[0] % 2 or min(shape) < 1:
+        raise BadImageError(f"has shape {shape}; expected (2 x channels, rows, columns)")
+    promised, found = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    if promised != found:
+        raise BadImageError(f"holds {found} bytes of numbers, its header promises {promised}")
+    flat = np.frombuffer(data, dtype, offset=stream.tell())
+    moments = flat.reshape(shape, order="F" if fortran else "C").astype(np.float32, order="C")
+    if not (np.abs(moments) <= LARGEST).all():  # false for NaN too
+        raise BadImageError(f"a value is not finite or above {LARGEST:g}, float16's largest")
+    if (moments[shape[0] // 2 :] < 0).any():
+        raise BadImageError(
+            "the second half of its channels is negative: no standard deviations (log variances?)"
+        )
+    return moments

@@ -1,0 +1,117 @@
+"""REPA's and HASTE's preprocessed ImageNet: crops in images/, their latents in vae-sd/.
+
+Their dataset_tools.py writes images/00000/img00000000.png with ``convert`` and, from those,
+vae-sd/00000/img-mean-std-00000000.npy with ``encode``, and a dataset.json of names and labels into
+either folder. Not read: their MS-COCO folders (log variances and captions, no dataset.json). EDM2's
+own tool gives its files the same names but shows the autoencoder another range of pixels: nothing
+in the files tells those latents from these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+from pipeline.datasets.base import ImageItem, Listing
+from pipeline.files import open_url, without_credentials
+from schemas.errors import UserError
+
+LATENT = re.compile(r"([0-9]{5})/img-mean-std-([0-9]{8})\.npy")
+MAX_JSON_BYTES = 1 << 30  # ImageNet's has 5e7
+MAX_LABEL = 1 << 20
+HEAD_BYTES = 1 << 12
+
+
+def list_repa(source: str) -> Listing:
+    """Every latent of vae-sd/dataset.json with the image of its number; the key is the image's path
+    without images/ and suffix. Raises ``UserError``."""
+    shown = without_credentials(source)
+    labels = _read_labels(source, "vae-sd")
+    if not labels:
+        raise UserError(
+            f"--source '{shown}' lists no latents in vae-sd/dataset.json: expected images/ and "
+            "vae-sd/ as REPA's and HASTE's dataset_tools.py makes them of ImageNet"
+        )
+    images = _read_labels(source, "images")
+    items = []
+    for name, label in sorted(labels.items()):
+        match = LATENT.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"{shown}/vae-sd/dataset.json: {_short(name)} is no latent's name such as "
+                "00000/img-mean-std-00000000.npy"
+            )
+        key = f"{match[1]}/img{match[2]}"
+        # `encode` numbers anew what it finds: where `convert` left numbers out, or either folder
+        # was made again, the same number is another image.
+        if images is not None and images.get(f"{key}.png") != label:
+            raise UserError(
+                f"--source '{shown}': vae-sd/dataset.json gives {name} class {label}, "
+                f"images/dataset.json gives {key}.png {images.get(f'{key}.png', 'none')}: these "
+                "latents were made from other images"
+            )
+        items.append(ImageItem(key, label, f"images/{key}.png", latent=f"vae-sd/{name}"))
+    return Listing(items, num_classes=max(labels.values()) + 1)
+
+
+def first_latents(source: str) -> Iterator[ImageItem]:
+    """Some items, without reading the whole of a dataset.json that ``list_repa`` has accepted."""
+    filesystem, root = open_url(source, what="--source")
+    try:
+        head = filesystem.cat_file(f"{root}/vae-sd/dataset.json", start=0, end=HEAD_BYTES)
+    except Exception as error:  # every fsspec backend raises its own types
+        raise _unreadable(f"{without_credentials(source)}/vae-sd/dataset.json", error) from None
+    for match in LATENT.finditer(head.decode(errors="replace")):
+        key = f"{match[1]}/img{match[2]}"
+        yield ImageItem(key, 0, f"images/{key}.png", latent=f"vae-sd/{match[0]}")
+
+
+def _read_labels(source: str, folder: str) -> dict[str, int] | None:
+    """Name to label; None where the folder has no dataset.json. Raises ``UserError``."""
+    where = f"{without_credentials(source)}/{folder}/dataset.json"
+    filesystem, root = open_url(source, what="--source")
+    path = f"{root}/{folder}/dataset.json"
+    try:
+        size = filesystem.size(path) or 0
+        data = filesystem.cat_file(path) if size <= MAX_JSON_BYTES else b""
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # every fsspec backend raises its own types
+        raise _unreadable(where, error) from None
+    if size > MAX_JSON_BYTES:
+        raise UserError(f"{where}: has {size} bytes; the limit is {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not JSON ({error})") from None
+    entries = content.get("labels", "none") if isinstance(content, dict) else "none"
+    if entries is None:
+        # Also of images/: `encode` then takes the numbers of their folders for classes.
+        raise UserError(
+            f"{where}: its labels are null: these images were prepared without classes; make both "
+            "folders again from images in one folder per class"
+        )
+    if not isinstance(entries, list):
+        raise UserError(f'{where}: expected {{"labels": [[name, class number], ...]}}')
+    labels: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        name, label = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if type(name) is not str or type(label) is not int or not 0 <= label < MAX_LABEL:
+            raise UserError(
+                f"{where}: entry {number} is {_short(entry)}; expected [name, class number]"
+            )
+        if name in labels:
+            raise UserError(f"{where}: entry {number} lists {_short(name)} again")
+        labels[name] = label
+    return labels
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    reason = " ".join(without_credentials(str(error)).split()) or type(error).__name__
+    return UserError(f"{where}: {reason}")
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,0 +1,160 @@
+"""Where latents come from: an autoencoder, or files that a data set brings with it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Protocol
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.assets import DEMO_AUTOENCODER
+from pipeline.autoencoders import Autoencoder
+from pipeline.datasets import ImageItem, open_reader
+from pipeline.datasets.crop import BadImageError
+from pipeline.datasets.moments import MAX_BYTES, MAX_HEADER_BYTES, parse_moments
+from pipeline.datasets.reader import UNREADABLE
+from pipeline.datasets.repa import first_latents
+from pipeline.files import without_credentials
+from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+from schemas.store import AutoencoderInfo
+
+SD_SCALING = 0.18215
+SD_AUTOENCODERS = ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema")
+
+
+class LatentSource(Protocol):
+    """Gives the latents of the images of a batch."""
+
+    def info(self, resolution: int) -> AutoencoderInfo:
+        """What the manifest says. Raises ``UserError``."""
+
+    def read(self, item: ImageItem) -> np.ndarray:
+        """What is read of one image's latent, in the threads that decode; empty where nothing is.
+        Raises ``BadImageError``."""
+
+    def latents(
+        self, stored: Sequence[np.ndarray], pixels: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and std, float32 (B, C, h, w), from what was read and uint8 (B, 3, R, R)."""
+
+
+def open_latents(config: ExtractConfig, device: torch.device) -> LatentSource:
+    """The latents of ``config.dataset``. Raises ``UserError``."""
+    if config.dataset == "repa":
+        return StoredLatents(config)
+    return AutoencoderLatents(config, device)
+
+
+class AutoencoderLatents:
+    """Encodes pixels."""
+
+    def __init__(self, config: ExtractConfig, device: torch.device) -> None:
+        self.autoencoder = Autoencoder(config.autoencoder).to(device)
+
+    def info(self, resolution: int) -> AutoencoderInfo:
+        """Also a first forward pass, so that what cannot work fails here."""
+        return self.autoencoder.info(resolution)
+
+    def read(self, item: ImageItem) -> np.ndarray:
+        return np.empty(0, np.float32)
+
+    def latents(
+        self, stored: Sequence[np.ndarray], pixels: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        mean, std = self.autoencoder.encode(pixels)  # in float32: every run inherits its rounding
+        return mean.cpu().numpy(), std.cpu().numpy()
+
+
+class StoredLatents:
+    """Takes over the latents of `--dataset repa`; ``config.autoencoder`` says what made them, and
+    is not loaded."""
+
+    def __init__(self, config: ExtractConfig) -> None:
+        self.name = config.autoencoder
+        self.scaling_factor, self.shift_factor = _scaling(self.name)
+        self._read_file = open_reader(config)
+        self._limit = MAX_BYTES
+        self.shape = self._first_shape(config.source or "")
+        self._limit = MAX_HEADER_BYTES + 4 * int(np.prod(self.shape))
+
+    def info(self, resolution: int) -> AutoencoderInfo:
+        return AutoencoderInfo(
+            name=self.name,
+            kind="AutoencoderKL",
+            weights_sha256=None,
+            scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+            latent_shape=(self.shape[0] // 2, self.shape[1], self.shape[2]),
+        )
+
+    def read(self, item: ImageItem) -> np.ndarray:
+        """float32 (2C, h, w), of the same shape for all images."""
+        moments = self._parse(item)
+        if moments.shape != self.shape:
+            raise BadImageError(
+                f"{item.latent}: has shape {moments.shape}; the first latent has {self.shape}"
+            )
+        return moments
+
+    def latents(
+        self, stored: Sequence[np.ndarray], pixels: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        mean, std = np.split(np.stack(stored), 2, axis=1)
+        return mean, std
+
+    def _first_shape(self, source: str) -> tuple[int, ...]:
+        """That of the first latent that can be read: damaged ones are not this function's to
+        report."""
+        shown = without_credentials(source)
+        problem = f"--source '{shown}': vae-sd/dataset.json does not begin with names of latents"
+        for item in first_latents(source):
+            try:
+                return self._parse(item).shape
+            except BadImageError as error:
+                problem = f"--source '{shown}': none of its first latents can be read: {error}"
+        raise UserError(problem)
+
+    def _parse(self, item: ImageItem) -> np.ndarray:
+        assert item.latent is not None
+        try:
+            part = item._replace(path=item.latent, offset=0, length=self._limit + 1)
+            data = self._read_file(part)
+            if len(data) > self._limit:
+                raise BadImageError(f"is larger than {self._limit} bytes")
+            return parse_moments(data)
+        except UNREADABLE as error:
+            reason = error.strerror or type(error).__name__
+            raise BadImageError(f"{item.latent}: {reason}") from None
+        except BadImageError as error:
+            raise BadImageError(f"{item.latent}: {error}") from None
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what s3fs makes of a range in an empty object
+                raise
+            raise BadImageError(f"{item.latent}: is empty") from None
+
+
+def _scaling(name: str) -> tuple[float, float]:
+    """Scaling and shift factor of an autoencoder, from a config on this machine. Nothing is
+    downloaded: a run that needs no network should not fail for want of it."""
+    if name in SD_AUTOENCODERS:
+        return SD_SCALING, 0.0
+    place = str(DEMO_AUTOENCODER) if name == "demo" else name
+    try:
+        config = diffusers.AutoencoderKL.load_config(place, local_files_only=True)
+    except (OSError, ValueError):
+        raise UserError(
+            f"--autoencoder '{name}': is no folder with a diffusers config.json, which would tell "
+            "the scaling factor of the latents in --source; name the autoencoder that made them"
+        ) from None
+    if config.get("_class_name") != "AutoencoderKL":
+        raise UserError(
+            f"--autoencoder '{name}' is of class {config.get('_class_name')}; latents with mean "
+            "and std, as in --source, come from an AutoencoderKL"
+        )
+    scaling, shift = config.get("scaling_factor", SD_SCALING), config.get("shift_factor")
+    return float(scaling), float(shift or 0.0)
