@@ -23,19 +23,21 @@ def create_vit(config: TeacherConfig, resolution: int) -> tuple[Any, int]:
 
     A model that cannot be tapped is refused before its weights are fetched.
     """
-    with torch.device("meta"):
-        draft = _create(config)
-    heads = _tappable_heads(draft, config.model)
-    patch = draft.patch_embed.feat_ratio()
-    size = config.image_size or resolution // PIXELS_PER_TOKEN * patch
-    if size < patch or size % patch:
-        raise UserError(
-            f"--teacher.image-size {size} is not a multiple of the teacher's patch size {patch}"
-        )
+    heads, size = _sizes(config, resolution)
     vit = _create(config, img_size=size, pretrained=config.weights == "hub")
     vit.attn_pool = None  # SigLIP's pooling: no target needs it
     if config.weights != "hub":
         load_weights(vit, config)
+    _fuse_attention(vit)
+    return vit, heads
+
+
+def draft_vit(config: TeacherConfig, resolution: int) -> tuple[Any, int]:
+    """As ``create_vit``, on the meta device: all shapes, no weights, nothing fetched."""
+    heads, size = _sizes(config, resolution)
+    with torch.device("meta"):
+        vit = _create(config, img_size=size)
+    vit.attn_pool = None
     _fuse_attention(vit)
     return vit, heads
 
@@ -69,6 +71,20 @@ def final_norm(vit: Any) -> nn.Module:
         if not isinstance(norm, nn.Identity):
             return norm
     return nn.Identity()
+
+
+def _sizes(config: TeacherConfig, resolution: int) -> tuple[int, int]:
+    """Heads, and pixels per side of the image that the teacher sees."""
+    with torch.device("meta"):
+        draft = _create(config)
+    heads = _tappable_heads(draft, config.model)
+    patch = draft.patch_embed.feat_ratio()
+    size = config.image_size or resolution // PIXELS_PER_TOKEN * patch
+    if size < patch or size % patch:
+        raise UserError(
+            f"--teacher.image-size {size} is not a multiple of the teacher's patch size {patch}"
+        )
+    return heads, size
 
 
 def _create(config: TeacherConfig, **kwargs: Any) -> Any:
