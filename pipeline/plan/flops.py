@@ -16,12 +16,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.alignment.projector import Projector
-from pipeline.models import Taps, make_student
+from pipeline.models import make_student
 from pipeline.plan.costs import Work
 from pipeline.plan.drafts import Drafts, encode
 from pipeline.plan.geometry import Geometry
 from pipeline.teachers.vit import block_arguments, embed
-from schemas.alignment import AlignmentConfig
 from schemas.run import RunConfig
 from schemas.student import StudentConfig
 
@@ -87,13 +86,16 @@ def autoencoder_flops(autoencoder: Any, resolution: int) -> int:
     return count(lambda: encode(autoencoder, pixels))[1]
 
 
-def student_flops(config: StudentConfig, taps: Taps | None = None) -> int:
-    """One image forward, with the logits that ``taps`` asks for."""
-    with torch.device("meta"):
-        student = make_student(config)
-        x, t = torch.empty(1, *config.latent_shape), torch.empty(1)
-        y = torch.zeros(1, dtype=torch.long)
-        return count(lambda: student(x, t, y, taps or Taps()))[1]
+def student_flops(config: StudentConfig) -> int:
+    """One image forward. Blocks are equal, so one and two of them tell what any number takes."""
+    one, two = (_student(config.model_copy(update={"depth": depth})) for depth in (1, 2))
+    return one + (config.size.depth - 1) * (two - one)
+
+
+def tapped_flops(config: StudentConfig, heads: int) -> int:
+    """The logits of the first ``heads`` heads of one tapped block."""
+    rows, columns = config.grid
+    return 2 * heads * (rows * columns) ** 2 * (config.size.width // config.size.heads)
 
 
 def work(drafts: Drafts, run: RunConfig) -> Work:
@@ -101,14 +103,13 @@ def work(drafts: Drafts, run: RunConfig) -> Work:
     geometry, alignment = drafts.geometry, run.alignment
     teacher = teacher_flops(drafts.vit, geometry)
     heads = min(run.student.size.heads, geometry.heads)
-    forward = student_flops(run.student)
     depth, first, stored = geometry.depth, geometry.first_tapped, len(geometry.layers)
     tapped = len(set(alignment.teacher_layers)) if alignment.attention_weight else 0
     products = tapped * _logits(geometry, heads)
     whole = teacher.through(0, depth, stored)
     return Work(
-        step=STEP * forward,
-        alignment=STEP * _alignment(run, geometry, heads, forward),
+        step=STEP * student_flops(run.student),
+        alignment=STEP * _alignment(run, geometry, heads),
         autoencoder=autoencoder_flops(drafts.autoencoder, geometry.resolution),
         extraction={
             "maps": whole,
@@ -132,13 +133,20 @@ def work(drafts: Drafts, run: RunConfig) -> Work:
     )
 
 
-def _alignment(run: RunConfig, geometry: Geometry, heads: int, forward: int) -> int:
+def _student(config: StudentConfig) -> int:
+    with torch.device("meta"):
+        student = make_student(config)
+        x, t = torch.empty(1, *config.latent_shape), torch.empty(1)
+        y = torch.zeros(1, dtype=torch.long)
+        return count(lambda: student(x, t, y))[1]
+
+
+def _alignment(run: RunConfig, geometry: Geometry, heads: int) -> int:
     """Forward FLOPs of projector and tapped logits."""
-    alignment: AlignmentConfig = run.alignment
+    alignment = run.alignment
     extra = 0
     if alignment.attention_weight:
-        taps = Taps(attention_layers=alignment.student_layers, heads=heads)
-        extra += student_flops(run.student, taps) - forward
+        extra += len(alignment.student_layers) * tapped_flops(run.student, heads)
     if alignment.feature_weight:
         width = run.student.size.width
         with torch.device("meta"):

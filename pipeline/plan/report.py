@@ -16,22 +16,20 @@ from schemas.run import RunConfig
 WIDTH = 100
 COLUMNS = (11, -7, 7, 8, 7, 10, 9, 9, 7, 6, 9)
 """Widths; negative where text is set to the left, as in the first column."""
-HEADER = (
-    [
-        "cut",
-        "codec",
-        "KB per",
-        "in all",
-        "extract",
-        "read per",
-        "read",
-        "teacher,",
-        "hours",
-        "pays",
-        "cost of",
-    ],
-    ["", "", "image", "", "hours", "worker", "in all", "of a step", "a run", "from", "all runs"],
-)
+TITLES = {
+    "cut": "",
+    "codec": "",
+    "KB per": "image",
+    "in all": "",
+    "extract": "hours",
+    "read per": "worker",
+    "read": "in all",
+    "teacher,": "of a step",
+    "hours": "a run",
+    "pays": "from",
+    "cost of": "all runs",
+}
+"""First and second line of the header."""
 LEGEND = (
     "w: the trainer waits for bytes, which hours and cost include. KB is 1000 bytes, with latents."
 )
@@ -52,7 +50,7 @@ class Plan:
 
 def describe(plan: Plan) -> str:
     """Lines of at most 100 columns."""
-    lines = [*_wrapped(_assumptions(plan)), "", *(_line(cells) for cells in HEADER)]
+    lines = [*_wrapped(_assumptions(plan)), "", _line([*TITLES]), _line([*TITLES.values()])]
     lines += [_row(cost, plan) for cost in plan.advice.costs]
     lines += ["", LEGEND]
     if any(cost.stored.exists for cost in plan.advice.costs):
@@ -177,15 +175,17 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _bytes(count: float) -> str:
-    """Three digits and a unit: 5 to 6 characters."""
-    for unit, size in (("TB", TERA), ("GB", GIGA), ("MB", 1e6)):
+    """Three digits and a unit: 3 to 7 characters."""
+    for unit, size in (("TB", TERA), ("GB", GIGA), ("MB", 1e6), ("KB", 1e3)):
         if count >= 0.9995 * size:
             return f"{_short(count / size)} {unit}"
-    return f"{_short(count / 1000)} KB"
+    return f"{count:.0f} B"
 
 
 def _short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three digits, or all before the point; millions as such."""
+    if value >= 999_999.5:
+        return f"{value / 1e6:,.3g}M" if value < 1e8 else f"{value / 1e6:,.0f}M"
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from pipeline.models import Taps, make_student
 from pipeline.plan.drafts import draft
 from pipeline.plan.flops import (
     STEP,
     autoencoder_flops,
+    count,
     student_flops,
+    tapped_flops,
     teacher_flops,
     work,
 )
@@ -29,6 +33,17 @@ GIGA = 1e9
 )
 def test_students(model: str, gmac: float) -> None:
     assert student_flops(StudentConfig(model=model)) == pytest.approx(2 * gmac * GIGA, rel=0.03)
+
+
+def test_students_block_by_block() -> None:
+    config = StudentConfig(model="SiT-S/4", depth=5)
+    taps = Taps(attention_layers=(1, 3), heads=4)
+    with torch.device("meta"):
+        student = make_student(config)
+        inputs = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.long)
+    assert student_flops(config) == count(lambda: student(*inputs))[1]
+    tapped = count(lambda: student(*inputs, taps))[1]
+    assert tapped == student_flops(config) + 2 * tapped_flops(config, heads=4)
 
 
 def test_dinov2_base() -> None:
