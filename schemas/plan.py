@@ -32,12 +32,12 @@ class PlanOptions(Strict):
     months: NotNegative = 3.0
     """Months for which the store is kept. Default: a season, the time that one study takes."""
     runs: Annotated[int, Field(ge=1)] = 8
-    """Aligned runs that share the store. Default: the paper's ablations of one student (four
-    alignments, with and without termination)."""
+    """Aligned runs that share the store. Default: the five aligned configs that jobs/configs/
+    has for a student, and three more for seeds or a sweep."""
     gb_per_second: Positive = 2.0
     """10^9 bytes per second that one worker can read from the store's storage, and one encoder
-    write to it. Default: what one reading process was measured to copy into batches; for a node of
-    eight GPUs it takes local disks or a 200 Gbit/s network."""
+    write to it. Default: about what one reading process was measured to copy into batches (1.7 to
+    1.9); for a node of eight GPUs it takes local disks or a 200 Gbit/s network."""
     tflops: Positive | None = None
     """Plan for another device than this one: its sustained 10^12 FLOP per second in a transformer
     (200 to 300 for an H100 in bfloat16). Default: time a few batches on this device."""
