@@ -3,6 +3,7 @@
     python jobs/train_haste.py --config jobs/configs/sit_xl2_haste.yaml --store URL
 
 Every option of the config can be overridden, for example --steps 1000 --alignment.feature-weight 0.
+With --plan, it only says what every cut of the teacher would cost this run (--plan --help).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cluster import ray_cluster
 from pipeline.files import absolute_url
+from pipeline.plan import wants_plan
 from pipeline.store import Store
 from pipeline.train.checkpoint import check_same_run, read_state
 from pipeline.train.folder import SUMMARY, RunFolder
@@ -28,6 +30,10 @@ from schemas.run import RunConfig
 
 
 def main(argv: list[str]) -> int:
+    if wants_plan(argv):
+        from pipeline.plan.command import plan_training  # diffusers takes seconds to import
+
+        return plan_training(argv)
     config = parse_options(
         RunConfig,
         argv,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pipeline.teachers import Teacher
 from schemas.codecs import CodecName, CodecSet, Lossless
 from schemas.errors import UserError
 from schemas.extract import Cut
-from schemas.store import Column, TeacherInfo
+from schemas.store import Column
 
 Kind = Literal["activations", "features", "factors", "probabilities", "vector"]
 """What a tensor is, for the choice of its codec."""
@@ -48,9 +48,26 @@ CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
 """The codecs of ``--codec``; tests/bench/RESULTS.md has what each one costs in bytes and errors."""
 
 
+class TeacherShape(Protocol):
+    """What the sizes of a cut follow from; a manifest's ``TeacherInfo`` has it."""
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def prefix(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_width(self) -> int: ...
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+
 def cut_columns(
     cut: Cut,
-    teacher: TeacherInfo,
+    teacher: TeacherShape,
     resolution: int,
     codec: CodecSet,
     overrides: Mapping[str, CodecName] | None = None,
@@ -81,7 +98,7 @@ def cut_columns(
     return columns
 
 
-def _tensors(cut: Cut, teacher: TeacherInfo) -> dict[str, tuple[Kind, tuple[int, ...]]]:
+def _tensors(cut: Cut, teacher: TeacherShape) -> dict[str, tuple[Kind, tuple[int, ...]]]:
     tokens = teacher.grid[0] * teacher.grid[1]
     layers, heads = len(teacher.layers), teacher.heads
     if cut == "activations":

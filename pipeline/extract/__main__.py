@@ -5,16 +5,22 @@ from __future__ import annotations
 import sys
 
 from pipeline.extract.job import extract
+from pipeline.plan import wants_plan
 from schemas.errors import run_command
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.options import parse_options
 
 ABOUT = """\
 Run the teacher and the autoencoder once over a data set and write what training needs to sharded
-storage. Run it again after an interruption: it does only what is missing."""
+storage. Run it again after an interruption: it does only what is missing. With --plan, say first
+what every cut would cost; --plan --help lists its options."""
 
 
 def main(argv: list[str]) -> int:
+    if wants_plan(argv):
+        from pipeline.plan.command import plan_extraction  # it imports what a plan alone needs
+
+        return plan_extraction(argv)
     config = parse_options(
         ExtractConfig,
         argv,

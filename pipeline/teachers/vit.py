@@ -35,15 +35,7 @@ def create_vit(
     theirs (see ``tail_state``). A model that cannot be tapped is refused before its weights are
     fetched.
     """
-    with torch.device("meta"):
-        draft = _create(config)
-    shape = _tappable_shape(draft, config.model)
-    patch = draft.patch_embed.feat_ratio()
-    size = config.image_size or resolution // PIXELS_PER_TOKEN * patch
-    if size < patch or size % patch:
-        raise UserError(
-            f"--teacher.image-size {size} is not a multiple of the teacher's patch size {patch}"
-        )
+    shape, size = _sizes(config, resolution)
     if first_block:
         vit = _create(config, img_size=size, depth=shape.depth - first_block)
     else:
@@ -78,6 +70,16 @@ def tail_state(vit: Any, first_block: int) -> dict[str, Tensor]:
     return tail
 
 
+def draft_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
+    """As ``create_vit``, on the meta device: all shapes, no weights, nothing fetched."""
+    shape, size = _sizes(config, resolution)
+    with torch.device("meta"):
+        vit = _create(config, img_size=size)
+    vit.attn_pool = None
+    _fuse_attention(vit)
+    return vit, shape
+
+
 def embed(vit: Any, pixels_B3SS: Tensor) -> Tensor:
     """The tokens (B, P + N, D) that enter block 0: P prefix tokens, then patches row by row."""
     tokens = vit._pos_embed(vit.patch_embed(pixels_B3SS))
@@ -107,6 +109,20 @@ def final_norm(vit: Any) -> nn.Module:
         if not isinstance(norm, nn.Identity):
             return norm
     return nn.Identity()
+
+
+def _sizes(config: TeacherConfig, resolution: int) -> tuple[VitShape, int]:
+    """Shape, and pixels per side of the image that the teacher sees."""
+    with torch.device("meta"):
+        draft = _create(config)
+    shape = _tappable_shape(draft, config.model)
+    patch = draft.patch_embed.feat_ratio()
+    size = config.image_size or resolution // PIXELS_PER_TOKEN * patch
+    if size < patch or size % patch:
+        raise UserError(
+            f"--teacher.image-size {size} is not a multiple of the teacher's patch size {patch}"
+        )
+    return shape, size
 
 
 def _create(config: TeacherConfig, **kwargs: Any) -> Any:
