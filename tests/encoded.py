@@ -31,3 +31,15 @@ def encode(folder: Path, **options: Any) -> Store:
         encoder.encode_shard(store.url, manifest, task)
     store.finish()
     return store
+
+
+def demo_like(source: Path, store: Path | str, **overrides: object) -> ExtractConfig:
+    """The demo's small networks on a folder of pictures."""
+    values = {
+        "dataset": "folder",
+        "source": str(source),
+        "store": str(store),
+        "shard_size": 3,
+        "batch_size": 2,
+    }
+    return ExtractConfig.model_validate(merge({**PRESETS["demo"], **values}, overrides))
