@@ -124,6 +124,7 @@ class SeaweedFS:
 
     def _arguments(self) -> list[str]:
         return [
+            "-logtostderr=true",  # or its logs stay in /tmp
             "server",
             "-s3",
             "-ip=127.0.0.1",
