@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,19 @@ class Parallel:
         if self.world_size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            module,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are position tables, which never change
+        )
+
+    def averaging(self, wrapped: nn.Module, *, on: bool) -> AbstractContextManager[None]:
+        """Whether a backward pass of the wrapped module averages gradients over the workers, or
+        only adds to this worker's own."""
+        if on or not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        return wrapped.no_sync()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all workers, in place."""
