@@ -10,23 +10,43 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.files import absolute_url, is_local, open_url, read_bytes, write_atomic
-from pipeline.train.metrics import METRICS
+from pipeline.files import (
+    absolute_url,
+    exists,
+    is_local,
+    open_url,
+    read_bytes,
+    without_credentials,
+    write_atomic,
+)
+from pipeline.train.choose import Checkpoints
+from pipeline.train.local import LocalCheckpoints
+from pipeline.train.metrics import CONFIG, METRICS, SUMMARY
+from pipeline.train.remote import RemoteCheckpoints
 from schemas.run import RunConfig
 
-SUMMARY = "summary.json"
-CONFIG = "config.yaml"
+__all__ = ["CONFIG", "METRICS", "SUMMARY", "RunFolder"]
 
 
 class RunFolder:
     """A local folder to write to; where the output is an object store, a copy of what lies there
     that ``publish`` sends back."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, publishes: bool = True) -> None:
+        """``publishes``: this process writes the files, and what it has is what is sent back."""
+        self._publishes = publishes
         self._filesystem, root = open_url(absolute_url(config.output), what="--output")
         self._root = f"{root}/{config.name}"
         self._local = is_local(self._filesystem)
         self.path = Path(self._root)
+        self.checkpoints: Checkpoints
+        if self._local:
+            self.checkpoints = LocalCheckpoints(self.path, config.checkpoint.keep)
+        else:
+            url = f"{without_credentials(config.output.rstrip('/'))}/{config.name}"
+            self.checkpoints = RemoteCheckpoints(
+                self._filesystem, self._root, url, config.checkpoint.keep
+            )
 
     def __enter__(self) -> RunFolder:
         if not self._local:
@@ -49,12 +69,17 @@ class RunFolder:
 
     def publish(self) -> None:
         """Send the small files to the output; a local folder has them already."""
-        if self._local:
+        if self._local or not self._publishes:
             return
         for file in self.path.rglob("*"):
             if file.is_file():
                 path = f"{self._root}/{file.relative_to(self.path)}"
                 write_atomic(self._filesystem, path, file.read_bytes())
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether the run came to an end once."""
+        return exists(self._filesystem, f"{self._root}/{SUMMARY}")
 
     def summary(self) -> dict[str, Any]:
         """What the run wrote at its end."""

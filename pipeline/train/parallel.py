@@ -48,6 +48,26 @@ class Parallel:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> list[list[float]]:
+        """The numbers of a vector as each rank has them, exactly; see ``share_of``."""
+        table = torch.zeros(self.world_size, len(values), dtype=torch.float64, device=self.device)
+        table[self.rank] = values.to(self.device, torch.float64)
+        rows: list[list[float]] = self.sum(table).tolist()
+        return rows
+
+    def share_of(self, rows: list[list[float]]) -> list[float]:
+        """What this rank takes up of ``gather``'s numbers, so that sums over the ranks are what
+        they were: its own, or where the ranks are not as many, the first one takes all."""
+        if len(rows) == self.world_size:
+            return rows[self.rank]
+        total = [sum(column) for column in zip(*rows, strict=True)]
+        return total if self.is_first else [0.0] * len(total)
+
+    def from_first(self, value: int) -> int:
+        """The first rank's ``value``, on every rank."""
+        mine = value if self.is_first else 0
+        return self.sum_counts({"value": mine})["value"]
+
     def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
         """Sums of integers over all workers; every worker passes the same keys."""
         names = sorted(counts)

@@ -77,7 +77,6 @@ class Trainer:
         self.ema = Ema(self.module.student, config.ema_decay)
         self.projector: Projector | None = self.module.projector
         self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
-        self.projector_ema_step = 0  # after the termination: what the average is up to date with
         self._store = store
         self._targets: TargetSource | None = None
         self.optimizer = _make_optimizer(self.module, config)
@@ -141,7 +140,6 @@ class Trainer:
         self.module.release_alignment()
         self.aligned, self._targets = False, None
         self.termination = {"terminated_at_step": self.step, **evidence}
-        self.projector_ema_step = self.step
         for group in self.optimizer.param_groups[1:]:
             for parameter in group["params"]:
                 self.optimizer.state.pop(parameter, None)
@@ -150,6 +148,14 @@ class Trainer:
             self.wrapped = self.module  # frees the old reducer and its hooks before a new one
             gc.collect()
             self.wrapped = self.parallel.wrap(self.module)
+
+    @property
+    def projector_ema_step(self) -> int:
+        """The step up to which the projector's average is up to date: from the termination on, it
+        is brought up to date only where it is read."""
+        if self.termination is None:
+            return self.step
+        return int(self.termination["terminated_at_step"])
 
     @property
     def targets(self) -> TargetSource | None:

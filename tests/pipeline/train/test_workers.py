@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,3 +135,49 @@ def test_many_processes_train_what_one_trains(
     config = run_config(workers=workers, optimizer=EPS)
     train_on(world_size, config, tmp_path / "many")
     assert_same_up_to_summation_order(tmp_path / "one", tmp_path / "many")
+
+
+PLATEAU = {
+    "kind": "residual_plateau",
+    "start": 2,
+    "every": 2,
+    "fast": 0.5,
+    "slow": 0.9,
+    "tolerance": 1e-9,
+}
+"""Looks at all losses and never fires."""
+
+
+def test_a_change_of_workers_in_mid_row(run_config: Make, tmp_path: Path) -> None:
+    """Two workers stop after 3 steps because one was asked to, within a row of the metrics. Two go
+    on bit for bit, one or three up to summation order."""
+    config = run_config(
+        optimizer=EPS,
+        workers={"count": 3},
+        log_every=5,
+        steps=7,
+        alignment={"termination": PLATEAU},
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_on(2, config, whole)
+    train_on(2, config, parts, stop_at=2)
+    assert [path.name for path in parts.glob("checkpoint-*")] == ["checkpoint-000000003"]
+    for world_size in (1, 2, 3):
+        folder = shutil.copytree(parts, tmp_path / f"on{world_size}")
+        train_on(world_size, config, folder)
+        if world_size != 2:
+            assert_same_up_to_summation_order(whole, folder, step=7)
+            continue
+        name = "checkpoint-000000007"
+        expected, got = weights_of(whole / name), weights_of(folder / name)
+        assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
+        assert numbers_of(folder) == numbers_of(whole)
+
+
+def numbers_of(folder: Path) -> list[dict[str, object]]:
+    """All rows, events too, without what depends on the clock or on storage."""
+    left_out = ("per_second", "data_wait", "bytes_read")
+    return [
+        {name: value for name, value in row.items() if not any(word in name for word in left_out)}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
