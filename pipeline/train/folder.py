@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.train.choose import Checkpoints
 from pipeline.train.local import LocalCheckpoints
 from pipeline.train.metrics import CONFIG, METRICS, SUMMARY
 from pipeline.train.remote import RemoteCheckpoints
+from schemas.errors import UserError
 from schemas.run import RunConfig
 
 __all__ = ["CONFIG", "METRICS", "SUMMARY", "RunFolder"]
@@ -75,6 +77,15 @@ class RunFolder:
             if file.is_file():
                 path = f"{self._root}/{file.relative_to(self.path)}"
                 write_atomic(self._filesystem, path, file.read_bytes())
+
+    def require_shared(self) -> None:
+        """Raises ``UserError`` where this machine does not see the folder that the driver made:
+        checkpoints written here would be lost to the others."""
+        if self._local and not self.path.is_dir():
+            raise UserError(
+                f"node {socket.gethostname()} does not see '{self.path}': --output must be a "
+                "folder that all nodes share, or a URL such as s3://bucket/runs"
+            )
 
     @property
     def has_summary(self) -> bool:

@@ -236,6 +236,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     lookout = Lookout(arguments["orders"]) if parallel.is_first else None
     try:
         with RunFolder(config, publishes=parallel.is_first) as folder:
+            folder.require_shared()
             train(
                 config,
                 folder.path,

@@ -295,6 +295,12 @@ def test_a_remote_upload_that_was_cut_off_is_no_checkpoint(
     assert remote.steps() == [4]
 
 
+def test_an_output_that_is_not_shared_is_refused(run_config: Make, run_folder: Path) -> None:
+    RunFolder(run_config(output=str(run_folder.parent))).require_shared()
+    with pytest.raises(UserError, match=r"does not see .*: --output must be a folder that all"):
+        RunFolder(run_config(output="/only/on/the/head")).require_shared()
+
+
 def test_a_run_folder_knows_its_checkpoints(run_config: Make, run_folder: Path) -> None:
     run = RunFolder(run_config(output=str(run_folder.parent)))
     assert run.checkpoints.steps() == [2, 4]
