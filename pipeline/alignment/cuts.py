@@ -21,7 +21,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
     "faithful": {
-        "activations": "tokens20",
+        "activations": "tokens23",
         "features": "rms26",
         "factors": "heads24",
         "probabilities": "cbrt8",
