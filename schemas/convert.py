@@ -23,10 +23,10 @@ class ConvertConfig(Strict):
     """How a shard is written: a tar for each stream, or a zarr v3 shard for each array. The arrays
     stay the same bit for bit."""
     codec: CodecSet | None = None
-    """How the teacher's tensors are stored, as for extract: no finer than it is there, except
-    that floats may become other floats. Crops, latents and labels are always copied. Default: what the
-    source has; for tensors that it lacks, what its others were stored with, and 'faithful' where
-    they come from crops."""
+    """How the teacher's tensors are stored, as for extract: no finer than they are there, except
+    that floats may become other floats. Crops, latents and labels are always copied. Default: as
+    the source has them; tensors that it lacks, as its others, and 'faithful' where they come from
+    crops."""
     column_codecs: dict[Name, CodecName] = Field(default={})
     """Another codec for single tensors, for instance --column-codecs.features rms12."""
     compress: bool | None = None
