@@ -42,8 +42,8 @@ class ConvertConfig(Strict):
     """The one teacher stream to convert; the target has the latents and this stream, not the
     others. Default: all of them, with the same options."""
     workers: Annotated[int, Field(ge=1, le=256)] | None = None
-    """Shards at work at a time, each in a thread; numbers do not depend on it. Default: one per
-    CPU, 8 at most."""
+    """Shards at work at a time, each in a thread that holds a batch in memory (with zarr a shard);
+    numbers do not depend on it. Default: one per CPU, 8 at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where numbers are computed anew; 'auto' is the GPU where there is one. The manifest tells,
     and a conversion is completed on the same."""
