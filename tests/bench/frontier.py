@@ -44,20 +44,19 @@ CUTS: tuple[Cut, ...] = ("activations", "qk", "maps", "image")
 REPEATS = 3  # of what is timed in milliseconds, for each image; the median counts
 
 HEADINGS = (
-    Heading("cut", "cut"),
     Heading("form", "form"),
     Heading("bytes", "bytes", ",d"),
-    Heading("bytes_with_latents", "with latents", ",d"),
+    Heading("bytes_with_latents", "+ latents", ",d"),
     Heading("kl", "KL mean", ".1e"),
-    Heading("kl_max", "KL max", ".0e"),
-    Heading("feature_cosine_min", "feature cos: min", ".6f"),
-    Heading("feature_cosine", "mean", ".6f"),
+    Heading("kl_max", "max", ".0e"),
+    Heading("feature_cosine", "feature cos", ".6f"),
+    Heading("feature_cosine_min", "min", ".6f"),
     Heading("gradient_cosine", "gradient cos", ".6f"),
-    Heading("gradient_cosine_near", "near", ".5f"),
-    Heading("loss_error", "loss error", ".0e"),
-    Heading("decode_ms", "decode ms", ".1f"),
-    Heading("replay_ms", "replay ms", ".0f"),
-    Heading("encode_ms", "encode ms", ".1f"),
+    Heading("gradient_cosine_near", "near", ".4f"),
+    Heading("loss_error", "loss", ".0e"),
+    Heading("decode_ms", "decode", ".1f"),
+    Heading("replay_ms", "replay", ".0f"),
+    Heading("encode_ms", "encode", ".1f"),
     Heading("meets", "target"),
 )
 
@@ -106,12 +105,12 @@ def run(options: Options) -> Report:
         about[f"weights {weights}"] = describe(teacher, crops[:4], options.layers[0])
         with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
             bench = Bench(options, teacher, crops, folder)
-            table = Table(f"weights: {weights}", HEADINGS)
             for cut in options.cuts:
+                table = Table(f"{cut}, {weights} weights", HEADINGS)
                 for form in forms_of(cut, singles=options.singles):
                     table.rows.append(bench.measure(cut, form))
                     print(weights, cut, form.name, file=sys.stderr, flush=True)
-        tables.append(table)
+                tables.append(table)
     return Report(about, tables)
 
 

@@ -40,23 +40,29 @@ def test_a_tiny_bench_prints_one_json_object(name: str, capsys: pytest.CaptureFi
     assert all(rows for rows in report["tables"].values())
 
 
-def test_the_frontier_prints_a_table_and_judges_exact_forms_as_exact(
+def test_exact_forms_are_judged_exact_and_finer_ones_better(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = ["--singles", "false", "--weights", "planted", *TINY["frontier"]]
+    options = ["--singles", "false", "--weights", "planted", "--json", *TINY["frontier"]]
     assert main(["frontier", *options]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    rows = [dict(zip(lines[0].split("|"), line.split("|"), strict=True)) for line in lines[2:]]
-    rows = [{key.strip(): value.strip() for key, value in row.items()} for row in rows]
-    by_form = {(row["cut"], row["form"]): row for row in rows}
-    assert len(by_form) == 19
+    tables = json.loads(capsys.readouterr().out)["tables"]
+    rows = {(row["cut"], row["form"]): row for table in tables.values() for row in table}
+    assert len(rows) == 19
     for cut, form in (("image", "faithful"), ("maps", "float32"), ("activations", "float32")):
-        row = by_form[cut, form]
-        assert float(row["KL mean"]) < 1e-12
-        assert float(row["gradient cos"]) > 0.999999
+        assert rows[cut, form]["kl"] < 1e-12
+        assert rows[cut, form]["gradient_cosine"] > 0.999999
     for cut in ("maps", "qk", "activations"):
-        faithful, small = by_form[cut, "faithful"], by_form[cut, "small"]
-        assert float(faithful["KL mean"]) < float(small["KL mean"]) < 1e-2
+        assert rows[cut, "faithful"]["kl"] < rows[cut, "small"]["kl"] < 1e-2
+
+
+def test_tables_are_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--singles", "false", "--cuts", "image", "--weights", "plain"]
+    assert main(["frontier", *options, *TINY["frontier"]]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(lines) == 3
+    assert len({len(line) for line in lines}) == 1
+    assert "### image, plain weights" in out
 
 
 def test_an_unknown_bench_is_named() -> None:
