@@ -29,9 +29,11 @@ class Form(NamedTuple):
 TOKENS: tuple[CodecName, ...] = (
     "tokens28",
     "tokens24",
+    "tokens18",
     "tokens16",
     "tokens12",
     "tokens10",
+    "tokens9",
     "tokens7",
     "tokens6",
     "tokens5",
@@ -42,6 +44,7 @@ TOKENS: tuple[CodecName, ...] = (
 )
 FACTORS: tuple[CodecName, ...] = (
     "heads32",
+    "heads28",
     "heads18",
     "heads12",
     "heads11",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import statistics
 import sys
 import tempfile
@@ -87,6 +88,8 @@ class Options(BenchOptions):
     """Which cuts."""
     singles: bool = True
     """Also single codecs, not only the sets of --codec."""
+    match: str = ""
+    """A regular expression: only the forms in whose name it is found."""
 
     @model_validator(mode="after")
     def _layers_are_there(self) -> Options:
@@ -108,6 +111,8 @@ def run(options: Options) -> Report:
             for cut in options.cuts:
                 table = Table(f"{cut}, {weights} weights", HEADINGS)
                 for form in forms_of(cut, singles=options.singles):
+                    if not re.search(options.match, form.name):
+                        continue
                     table.rows.append(bench.measure(cut, form))
                     print(weights, cut, form.name, file=sys.stderr, flush=True)
                 tables.append(table)
