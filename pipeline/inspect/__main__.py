@@ -30,12 +30,21 @@ def main(argv: list[str]) -> int:
     if config.sample is not None and config.png is not None:
         from pipeline.inspect.draw import draw_sample  # torch takes seconds that the page need not
 
-        draw_sample(store, config.sample, Path(config.png).expanduser())
+        draw_sample(store, config.sample, Path(config.png).expanduser(), config.stream)
         print(f"wrote {config.png}", file=sys.stderr)
-    if config.as_json:
-        print(json.dumps(summary.as_json()))
-    else:
-        print(describe(store, summary))
+    report, page = summary.as_json(), describe(store, summary)
+    if config.fidelity is not None:
+        from pipeline.inspect.fidelity import describe_fidelity, measure_fidelity
+
+        found = measure_fidelity(
+            store,
+            config.fidelity,
+            stream=config.stream,
+            source=config.source,
+            weights=config.teacher.weights,
+        )
+        report, page = found.as_json(summary), f"{page}\n{describe_fidelity(found, summary)}"
+    print(json.dumps(report) if config.as_json else page)
     return 0
 
 

@@ -89,12 +89,15 @@ def describe(store: Store, summary: StoreSummary) -> str:
             f"{column} {'x'.join(str(n) for n in spec.shape) or 'scalar'} {_codec(spec)}"
             for column, spec in m.streams[name].columns.items()
         )
-        lines.append(f"  stream       {name}: {_bytes(size)}, {_bytes(each)} per image ({columns})")
+        sizes = f"{describe_bytes(size)}, {describe_bytes(each)} per image"
+        lines.append(f"  stream       {name}: {sizes} ({columns})")
         stream = m.streams[name]
         if isinstance(stream, TeacherStream):
             lines += _about_teacher(stream)
-    fixed = f"; {_bytes(summary.fixed_bytes)} beside the shards" if summary.fixed_bytes else ""
-    lines.append(f"  per image    {_bytes(summary.bytes_per_image)}{fixed}")
+    fixed = (
+        f"; {describe_bytes(summary.fixed_bytes)} beside the shards" if summary.fixed_bytes else ""
+    )
+    lines.append(f"  per image    {describe_bytes(summary.bytes_per_image)}{fixed}")
     if m.skipped:
         lines.append(f"  skipped      {len(m.skipped)} bad images, first: {m.skipped[0].path}")
     return "\n".join(lines)
@@ -110,8 +113,13 @@ def _about_teacher(stream: TeacherStream) -> list[str]:
         f"({teacher.weights_sha256[:12]}), {teacher.grid[0]}x{teacher.grid[1]} tokens, "
         f"{teacher.heads} heads",
     ]
+    if stream.converted_from:
+        steps = (
+            f"{o.cut} ({', '.join(sorted(set(o.codecs.values())))})" for o in stream.converted_from
+        )
+        lines.append(f"    made from  {', then '.join(steps)}")
     if stream.tail is not None:
-        lines.append(f"    tail       {stream.tail.file}, {_bytes(stream.tail.bytes)}")
+        lines.append(f"    tail       {stream.tail.file}, {describe_bytes(stream.tail.bytes)}")
     return lines
 
 
@@ -119,7 +127,8 @@ def _codec(column: Column) -> str:
     return column.codec if column.lossless == "none" else f"{column.codec}+{column.lossless}"
 
 
-def _bytes(count: float) -> str:
+def describe_bytes(count: float) -> str:
+    """Three digits and a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
