@@ -34,8 +34,8 @@ class Form(NamedTuple):
 FORMS = {
     form.name: form
     for form in (
-        Form("activations faithful", "activations", "faithful", True, 16, 64),
-        Form("activations int8 uncompressed", "activations", "int8", False, 16, 64),
+        Form("activations faithful", "activations", "faithful", True, 12, 64),
+        Form("activations int8 uncompressed", "activations", "int8", False, 12, 64),
         Form("maps float16", "maps", "float16", False, 6, 8),
     )
 }

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -26,9 +25,7 @@ from pipeline.alignment.targets import (
     TargetSource,
     Wanted,
 )
-from pipeline.store.codecs import decode_column
-from pipeline.store.parts import Part, empty_batch, npy_member, read_npy_member, stream_parts
-from pipeline.store.tar import BLOCK
+from pipeline.store.parts import stream_parts
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import Cut, TeacherConfig
@@ -37,6 +34,7 @@ from schemas.store import Column, ComputeInfo, TeacherStream
 from tests.bench.errors import Judge
 from tests.bench.forms import Form, forms_of
 from tests.bench.images import load_crops
+from tests.bench.members import decode_all, latent_bytes, read_members, tar_bytes, write_members
 from tests.bench.options import BenchOptions
 from tests.bench.planting import describe, plant
 from tests.bench.report import Heading, Report, Row, Table
@@ -248,39 +246,6 @@ def verdict(stored: int, numbers: Mapping[str, float]) -> str:
     if numbers["kl"] <= 2e-4 and cosines >= 0.9999:
         return "faithful" if stored <= 200_000 else "(faithful)"
     return "small" if numbers["kl"] <= 1e-3 else ""
-
-
-def write_members(parts: Mapping[str, Part], arrays: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """One image's arrays (1, ...) as the members of a tar."""
-    return {name: npy_member(part, arrays[name][0].numpy()) for name, part in parts.items()}
-
-
-def read_members(parts: Mapping[str, Part], members: Mapping[str, bytes]) -> dict[str, Tensor]:
-    """The inverse, as the reader does it."""
-    batch = {}
-    for name, part in parts.items():
-        out = empty_batch(part, 1)
-        out[0] = read_npy_member(part, members[name])
-        batch[name] = torch.from_numpy(out)
-    return batch
-
-
-def decode_all(columns: Mapping[str, Column], batch: Mapping[str, Tensor]) -> list[Tensor]:
-    return [decode_column(name, column, batch) for name, column in columns.items()]
-
-
-def tar_bytes(member: bytes) -> int:
-    return BLOCK * (1 - -len(member) // BLOCK)
-
-
-def latent_bytes(resolution: int) -> int:
-    """Mean, std and label of an image's latent in a tar."""
-    shape = (4, resolution // 8, resolution // 8)
-    latent = Column(shape=shape, codec="float16")
-    parts = stream_parts({"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")})
-    return sum(
-        tar_bytes(npy_member(part, np.zeros(part.shape, part.dtype))) for part in parts.values()
-    )
 
 
 def timed(function: Callable[[], Any], repeats: int = REPEATS) -> tuple[Any, float]:
