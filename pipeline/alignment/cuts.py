@@ -23,14 +23,14 @@ CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
     "faithful": {
         "activations": "tokens23",
         "features": "rms26",
-        "factors": "heads24",
+        "factors": "heads28",
         "probabilities": "cbrt8",
         "vector": "float16",
     },
     "small": {
-        "activations": "tokens8",
+        "activations": "tokens9",
         "features": "rms8",
-        "factors": "heads10",
+        "factors": "heads12",
         "probabilities": "sqrt220",
         "vector": "float16",
     },
