@@ -115,6 +115,13 @@ def _tensors(cut: Cut, teacher: TeacherShape) -> dict[str, tuple[Kind, tuple[int
     return kept
 
 
+def cut_shapes(cut: Cut, teacher: TeacherShape, resolution: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a cut keeps of one image."""
+    if cut == "image":
+        return {"crop": (resolution, resolution, 3)}
+    return {name: shape for name, (_, shape) in _tensors(cut, teacher).items()}
+
+
 def _column(shape: tuple[int, ...], codec: CodecName, compress: bool) -> Column:
     find_codec(codec).arrays(shape)  # complains about shapes that it cannot store
     ways = [way for name, way in LOSSLESS.items() if codec.startswith(name)]

@@ -56,8 +56,8 @@ def summarise(store: Store) -> StoreSummary:
     )
 
 
-def describe(store: Store, summary: StoreSummary) -> str:
-    """The page that a person reads."""
+def describe(store: Store, summary: StoreSummary, garbage: str | None = None) -> str:
+    """The page that a person reads; ``garbage`` says how much there is of it."""
     m = store.manifest
     vae = m.autoencoder
     state = (
@@ -89,14 +89,18 @@ def describe(store: Store, summary: StoreSummary) -> str:
             f"{column} {'x'.join(str(n) for n in spec.shape) or 'scalar'} {_codec(spec)}"
             for column, spec in m.streams[name].columns.items()
         )
-        lines.append(f"  stream       {name}: {_bytes(size)}, {_bytes(each)} per image ({columns})")
+        lines.append(
+            f"  stream       {name}: {shown_bytes(size)}, {shown_bytes(each)} per image ({columns})"
+        )
         stream = m.streams[name]
         if isinstance(stream, TeacherStream):
             lines += _about_teacher(stream)
-    fixed = f"; {_bytes(summary.fixed_bytes)} beside the shards" if summary.fixed_bytes else ""
-    lines.append(f"  per image    {_bytes(summary.bytes_per_image)}{fixed}")
+    fixed = f"; {shown_bytes(summary.fixed_bytes)} beside the shards" if summary.fixed_bytes else ""
+    lines.append(f"  per image    {shown_bytes(summary.bytes_per_image)}{fixed}")
     if m.skipped:
         lines.append(f"  skipped      {len(m.skipped)} bad images, first: {m.skipped[0].path}")
+    if garbage is not None:
+        lines.append(f"  garbage      {garbage} that no commit record accounts for; see --gc")
     return "\n".join(lines)
 
 
@@ -111,7 +115,7 @@ def _about_teacher(stream: TeacherStream) -> list[str]:
         f"{teacher.heads} heads",
     ]
     if stream.tail is not None:
-        lines.append(f"    tail       {stream.tail.file}, {_bytes(stream.tail.bytes)}")
+        lines.append(f"    tail       {stream.tail.file}, {shown_bytes(stream.tail.bytes)}")
     return lines
 
 
@@ -119,7 +123,8 @@ def _codec(column: Column) -> str:
     return column.codec if column.lossless == "none" else f"{column.codec}+{column.lossless}"
 
 
-def _bytes(count: float) -> str:
+def shown_bytes(count: float) -> str:
+    """``1.5 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

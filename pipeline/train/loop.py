@@ -32,6 +32,14 @@ with an empty folder and keeps what it finds there afterwards."""
 
 def check_store(config: RunConfig, manifest: Manifest) -> None:
     """Raises ``UserError`` where this run cannot be trained on a store with this manifest."""
+    check_latents(config, manifest)
+    if config.alignment.active:
+        check_fit(config.alignment, manifest)
+
+
+def check_latents(config: RunConfig, manifest: Manifest) -> None:
+    """Raises ``UserError`` where the student cannot be trained on the latents and labels, whatever
+    it is aligned with."""
     student = config.student
     stored = manifest.autoencoder.latent_shape
     if tuple(stored) != student.latent_shape:
@@ -53,8 +61,6 @@ def check_store(config: RunConfig, manifest: Manifest) -> None:
         )
     if len(manifest.skipped) == manifest.dataset.samples:
         raise UserError("the store holds no samples: every image was skipped")
-    if config.alignment.active:
-        check_fit(config.alignment, manifest)
 
 
 def train(
