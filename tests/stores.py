@@ -113,8 +113,9 @@ def make_random_store(
 def add_random_stream(store: Store, name: str, **teacher: object) -> Store:
     """The store with another `maps` stream, complete; ``teacher`` says how its teacher differs."""
     values = store.manifest.model_dump()
-    stream = {**values["streams"]["maps"], "added": True}
-    stream["teacher"] = {**stream["teacher"], **teacher}
+    stream = store.manifest.model_dump()["streams"]["maps"]  # not shared with the first
+    stream["added"] = True
+    stream["teacher"] |= teacher
     tokens = GRID * GRID
     layers = len(stream["teacher"]["layers"])
     stream["columns"]["attention"]["shape"] = (layers, HEADS, tokens, tokens)
