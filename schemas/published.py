@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, StoreIndex
 
 SCHEMA_FILE = Path(__file__).with_name("store.schema.json")
@@ -14,7 +16,11 @@ SCHEMA_FILE = Path(__file__).with_name("store.schema.json")
 
 def store_schema() -> dict[str, Any]:
     """The version, and a JSON Schema for each kind of file."""
-    models = {"manifest": Manifest, "commit_record": CommitRecord, "index": StoreIndex}
+    models: dict[str, type[BaseModel]] = {
+        "manifest": Manifest,
+        "commit_record": CommitRecord,
+        "index": StoreIndex,
+    }
     schemas = {name: model.model_json_schema() for name, model in models.items()}
     return {"store_version": STORE_VERSION, **schemas}
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
+from pipeline.credentials import without_secrets
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.files import is_local, open_url, without_credentials
 from schemas.errors import UserError
@@ -34,7 +35,7 @@ def list_files(source: str, below: str = "") -> list[str]:
     try:
         found = _walk(folder) if is_local(filesystem) else filesystem.find(folder)
     except Exception as error:  # every fsspec backend raises its own types
-        reason = " ".join(without_credentials(str(error)).split()) or type(error).__name__
+        reason = " ".join(without_secrets(str(error), source).split()) or type(error).__name__
         raise UserError(f"--source '{without_credentials(source)}': {reason}") from None
     relative = (str(path)[len(root) :].lstrip("/") for path in found)
     return sorted(

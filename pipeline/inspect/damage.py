@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.files import file_size, read_ranges
+from schemas.errors import plain_text
 from schemas.store import StreamFile
 
 PIECE = 8 << 20
@@ -32,7 +33,7 @@ class Damage(NamedTuple):
         place = [f"stream '{self.stream}'"] if self.stream is not None else []
         place += [f"shard {self.shard}"] if self.shard is not None else []
         place += [f"sample '{self.sample}'"] if self.sample is not None else []
-        return f"{', '.join([*place, self.file])}: {self.problem}"
+        return plain_text(f"{', '.join([*place, self.file])}: {self.problem}")
 
 
 class _Range(NamedTuple):

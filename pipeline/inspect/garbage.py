@@ -19,6 +19,7 @@ from pipeline.inspect.summary import shown_bytes
 from pipeline.store import Store
 from pipeline.store.layout import COMMITS, INDEX, MANIFEST, chunk_path, commit_path, tar_path
 from pipeline.store.parts import stream_parts
+from schemas.errors import plain_text
 
 NAME = r"[a-z][a-z0-9_]{0,63}"
 RECORD = re.compile(rf"{COMMITS}/(?:(?P<stream>{NAME})/)?shard-(?P<shard>\d{{6,9}})\.json")
@@ -42,7 +43,7 @@ class Leftover(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return plain_text(f"{self.path}: {self.reason}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from pipeline.credentials import without_secrets
 from pipeline.files import (
     absolute_url,
     exists,
@@ -18,7 +19,7 @@ from pipeline.files import (
     write_atomic,
 )
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
-from pipeline.store.parts import stream_parts
+from pipeline.store.parts import check_columns, stream_parts
 from schemas.errors import UserError
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, StoreIndex
 
@@ -56,7 +57,14 @@ class Store:
             ) from None
         except Exception as error:  # every fsspec backend raises its own types
             raise _unreachable(url, error) from None
-        return Store(url, _parse(Manifest, text, f"{without_credentials(url)}/{MANIFEST}"))
+        where = f"{without_credentials(url)}/{MANIFEST}"
+        manifest = _parse(Manifest, text, where)
+        for name, stream in manifest.streams.items():
+            try:
+                check_columns(stream.columns)
+            except ValueError as error:
+                raise UserError(f"{where} is damaged: stream '{name}', {error}") from None
+        return Store(url, manifest)
 
     @staticmethod
     def create(url: str, manifest: Manifest) -> Store:
@@ -218,8 +226,5 @@ def _unreachable(url: str, error: Exception) -> UserError:
 
 
 def _reason(url: str, error: Exception) -> str:
-    text = str(error)
-    if "://" in url:  # filesystems name paths, which lack the scheme and keep the rest
-        path = url.partition("://")[2]
-        text = text.replace(path, without_credentials(url).partition("://")[2])
-    return " ".join(without_credentials(text).split())[:200] or type(error).__name__
+    text = without_secrets(str(error), url)
+    return " ".join(text.split())[:200] or type(error).__name__
