@@ -53,7 +53,7 @@ def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -
     figure.tight_layout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:  # matplotlib minds suffixes with a ValueError
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--png '{path}' cannot be written: {reason}") from None

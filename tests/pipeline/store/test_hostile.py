@@ -17,10 +17,13 @@ from numcodecs import Zstd
 from pipeline.alignment.tail import load_tail
 from pipeline.store import Store, StreamReader
 from pipeline.store.reader import DamagedShardError
+from pipeline.train.local import LocalCheckpoints
+from pipeline.train.loop import check_store, train
 from schemas.errors import UserError
+from schemas.run import RunConfig
 from schemas.store import StreamFile
 from tests.helpers import edit_json, known_key, known_values
-from tests.stores import make_random_store
+from tests.stores import make_random_store, tiny_run
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -304,3 +307,39 @@ def test_a_tail_of_another_size_is_not_read(known_store: Store) -> None:
     store = Store.open(known_store.url)
     with pytest.raises(UserError, match="is damaged: its checksum is wrong"):
         load_tail(store, store.manifest.teacher_streams["maps"], (1,))
+
+
+def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
+    """On a GPU they would kill the process without a word."""
+    store = make_random_store(tmp_path / "store", samples=6, shard_size=3)  # labels 0 to 4
+    edit_json(tmp_path / "store" / "manifest.json", lambda m: m["dataset"].update(num_classes=2))
+    config = RunConfig.model_validate({**tiny_run(), "store": store.url})
+    with pytest.raises(UserError, match="a label outside its 2 classes"):
+        train(config, tmp_path / "run", LocalCheckpoints(tmp_path / "run", keep=1).save)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda m: m["streams"]["latents"]["columns"]["label"].update(codec="float16"),
+            "not a mean, a std and a label",
+        ),
+        (lambda m: m["streams"]["latents"]["columns"].pop("std"), "not a mean, a std and a label"),
+        (
+            lambda m: m["streams"]["latents"]["columns"]["mean"].update(shape=[4, 8, 9]),
+            "not a mean, a std and a label",
+        ),
+        (lambda m: m["streams"]["maps"]["columns"].pop("attention"), "its cut 'maps' keeps"),
+        (column(shape=[12, 16]), "its cut 'maps' keeps"),
+        (lambda m: m["streams"]["maps"].update(cut="qk"), "its cut 'qk' keeps"),
+        (teacher(layers=[1, 2, 3, 9]), "its cut 'maps' keeps"),
+    ],
+)
+def test_a_run_refuses_streams_that_are_not_what_they_say(
+    known_store: Store, change: Change, reason: str
+) -> None:
+    edit_json(Path(known_store.root, "manifest.json"), change)
+    manifest = Store.open(known_store.url).manifest
+    with pytest.raises(UserError, match=reason):
+        check_store(RunConfig.model_validate(tiny_run()), manifest)
