@@ -1,88 +1,205 @@
-"""fsspec URLs: opening one with errors that people can act on, and atomic writes."""
+"""Files at fsspec URLs: read, listed and written atomically, whatever storage does meanwhile.
+
+Functions that touch storage are safe to call from several threads and try again for up to
+``RETRY_SECONDS`` where a fault may pass. They raise ``FileNotFoundError`` where there is no such
+file and ``StorageError`` (one line for the person at the terminal) for any other refusal.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import re
+import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import UserError
+from pipeline.storage.connection import (
+    absolute_url,
+    is_local,
+    is_s3,
+    open_url,
+    upload_options,
+)
+from pipeline.storage.credentials import without_credentials
+from pipeline.storage.faults import is_beyond_the_end
+from pipeline.storage.retry import (
+    RETRY_SECONDS,
+    RETRY_VARIABLE,
+    StorageError,
+    retry_limit,
+    retrying,
+    shown,
+)
+from pipeline.storage.tree import files_below
+
+__all__ = [
+    "RETRY_SECONDS",
+    "RETRY_VARIABLE",
+    "TEMPORARY",
+    "StorageError",
+    "absolute_url",
+    "exists",
+    "file_size",
+    "is_local",
+    "list_folder",
+    "list_tree",
+    "open_url",
+    "publish",
+    "read_bytes",
+    "read_ranges",
+    "remove",
+    "retry_limit",
+    "retrying",
+    "sha256_of_arrays",
+    "without_credentials",
+    "write_atomic",
+]
 
 TEMPORARY = ".tmp-"
 """Files whose name starts so are being written, or were when something died."""
 
 
-def open_url(url: str, *, what: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of an fsspec URL and the path on it. ``what`` names the option in errors."""
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"{what} '{without_credentials(url)}': {error}") from None
-    return filesystem, str(path).rstrip("/") or "/"
-
-
-def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
-    return isinstance(filesystem, LocalFileSystem)
-
-
-def without_credentials(url: str) -> str:
-    """``s3://user:secret@bucket/x?token=y`` without what must not be written down."""
-    url = re.sub(r"(?<=://)[^/\s]*@", "", url)
-    return re.sub(r"\?\S*", "", url) if "://" in url else url
-
-
-def absolute_url(url: str) -> str:
-    """Local paths made absolute (they are read by processes elsewhere), URLs as they are."""
-    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
-
-
 def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """A whole small file."""
-    data: bytes = filesystem.cat_file(path)
-    return data
+    """A whole file, for files that fit in memory."""
+    # s3fs asks for the size first, to read large files in parts: a second request per file
+    options = {"max_concurrency": 1} if is_s3(filesystem) else {}
+
+    def read() -> bytes:
+        data: bytes = filesystem.cat_file(path, **options)
+        return data
+
+    return retrying(read, filesystem, path, doing="read")
 
 
 def read_ranges(
     filesystem: fsspec.AbstractFileSystem, path: str, ranges: Sequence[tuple[int, int]]
 ) -> list[bytes]:
-    """Bytes ``[begin, end)`` of one file for each range, fetched concurrently."""
-    begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
-    blocks: list[bytes] = filesystem.cat_ranges(
-        [path] * len(ranges), begins, ends, on_error="raise"
-    )
-    return blocks
+    """The bytes [begin, end) of one file for each of ``ranges``, concurrently on object stores.
+
+    Where the file ends earlier the bytes are fewer than asked for: callers compare lengths.
+    """
+    parts = [b""] * len(ranges)
+    wanted = [index for index, (begin, end) in enumerate(ranges) if begin < end]
+
+    def read_local() -> None:
+        with open(path, "rb") as file:
+            for index in wanted:
+                begin, end = ranges[index]
+                file.seek(begin)
+                parts[index] = file.read(end - begin)
+
+    def read_remote() -> None:
+        nonlocal wanted
+        begins, ends = zip(*(ranges[index] for index in wanted), strict=True)
+        answers = filesystem.cat_ranges(
+            [path] * len(wanted), list(begins), list(ends), on_error="return"
+        )
+        failed: dict[int, Exception] = {}
+        for index, answer in zip(wanted, answers, strict=True):
+            if not isinstance(answer, Exception):
+                parts[index] = answer
+            elif not is_beyond_the_end(answer):
+                failed[index] = answer
+        wanted = list(failed)  # the next attempt asks for these alone
+        if failed:
+            raise next(iter(failed.values()))
+
+    if wanted:
+        read = read_local if is_local(filesystem) else read_remote
+        retrying(read, filesystem, path, doing="read")
+    return parts
 
 
 def write_atomic(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     """Write a small file so that a reader sees the old one, none or all of the new one."""
-    if not is_local(filesystem):  # object stores publish an object when it is whole
-        filesystem.pipe_file(path, data)
-        return
-    folder = Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+    def write() -> None:
+        if is_local(filesystem):
+            _write_local(Path(path), lambda file: file.write(data))
+        else:  # object stores publish an object when it is whole
+            filesystem.pipe_file(path, data, **upload_options(filesystem, len(data)))
+
+    retrying(write, filesystem, path, doing="write")
 
 
 def publish(filesystem: fsspec.AbstractFileSystem, local: Path, path: str) -> None:
-    """Move a finished local file to ``path`` under its final name, atomically."""
+    """Move a finished local file to ``path`` under its final name, atomically.
+
+    On failure ``local`` is left where it was.
+    """
     if is_local(filesystem):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(local, path)
-    else:
-        filesystem.put_file(str(local), path)
-        local.unlink()
+        retrying(lambda: _move(local, Path(path)), filesystem, path, doing="write")
+        return
+    size = local.stat().st_size
+    options = upload_options(filesystem, size)
+    retrying(
+        lambda: filesystem.put_file(str(local), path, **options), filesystem, path, doing="write"
+    )
+    try:
+        stored = file_size(filesystem, path)
+    except FileNotFoundError:
+        stored = -1
+    if stored != size:
+        found = "nothing" if stored < 0 else f"{stored} bytes"
+        raise StorageError(
+            f"cannot write '{shown(filesystem, path)}': {size} bytes were sent and {found} found "
+            "there afterwards; check the storage and run the same command again"
+        )
+    local.unlink()
+
+
+def exists(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
+    """Whether there is a file or folder. Raises ``StorageError`` where that cannot be told."""
+    return _info(filesystem, path) is not None
+
+
+def file_size(filesystem: fsspec.AbstractFileSystem, path: str) -> int:
+    """Bytes of a file."""
+    info = _info(filesystem, path)
+    if info is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    if info["type"] == "directory":
+        raise StorageError(
+            f"'{shown(filesystem, path)}' is a folder where a file should be; move it away"
+        )
+    return int(info["size"])
+
+
+def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Full paths of what lies in a folder, sorted; none where there is no such folder."""
+
+    def look() -> list[str]:
+        filesystem.invalidate_cache()  # other processes write to what this one lists
+        return [str(entry).rstrip("/") for entry in filesystem.ls(path, detail=False)]
+
+    try:
+        found = retrying(look, filesystem, path, doing="list")
+    except FileNotFoundError:
+        return []
+    return sorted(set(found) - {path.rstrip("/")})  # some backends list a folder's placeholder
+
+
+def list_tree(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, int]:
+    """Full path and bytes of every file below a folder; none where there is no such folder."""
+    try:
+        return retrying(
+            lambda: files_below(filesystem, path), filesystem, path, doing="list what is below"
+        )
+    except FileNotFoundError:
+        return {}
+
+
+def remove(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
+    """Delete a file. One that is not there is as good as deleted."""
+    try:
+        retrying(lambda: filesystem.rm_file(path), filesystem, path, doing="delete")
+    except FileNotFoundError:
+        return
 
 
 def sha256_of_arrays(items: Any) -> str:
@@ -94,29 +211,45 @@ def sha256_of_arrays(items: Any) -> str:
     return digest.hexdigest()
 
 
-def exists(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
-    return bool(filesystem.exists(path))
+def _info(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    """Size and type of what is at ``path``, None where nothing is."""
 
+    def look() -> dict[str, Any] | None:
+        filesystem.invalidate_cache()
+        try:
+            info: dict[str, Any] = filesystem.info(path)
+        except NotADirectoryError:  # a parent is a file
+            return None
+        return info
 
-def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """Full paths of what lies in a folder now; none where there is no such folder."""
-    filesystem.invalidate_cache()
     try:
-        return [str(found) for found in filesystem.ls(path, detail=False)]
+        return retrying(look, filesystem, path, doing="look at")
     except FileNotFoundError:
-        return []
+        return None
 
 
-def list_tree(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, int]:
-    """Every file below a folder, with its size in bytes."""
-    filesystem.invalidate_cache()
-    found = filesystem.find(path, detail=True)
-    return {str(name): int(info["size"]) for name, info in found.items()}
+def _write_local(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """``write`` to a temporary file beside ``path`` and rename it; on failure nothing is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def remove(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
-    filesystem.rm_file(path)
-
-
-def file_size(filesystem: fsspec.AbstractFileSystem, path: str) -> int:
-    return int(filesystem.size(path))
+def _move(local: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(local, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with local.open("rb") as source:  # from another disk
+            _write_local(path, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+        local.unlink()

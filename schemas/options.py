@@ -37,9 +37,10 @@ def parse_options(
 ) -> M:
     """Build ``model`` from defaults < preset < ``--config FILE`` < ``--option VALUE``.
 
-    ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults; ``positional``
-    names the option that an argument without dashes fills. Prints the help and leaves with code 0
-    on ``--help``; raises ``UserError`` on anything that does not fit.
+    ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults, for the table
+    that the option is in (``a`` of ``a.b``); ``positional`` names the option that an argument
+    without dashes fills. Prints the help and leaves with code 0 on ``--help``; raises ``UserError``
+    on anything that does not fit.
     """
     if {"-h", "--help"} & set(argv):
         argument = f" {positional.upper()}" if positional else ""
@@ -63,8 +64,10 @@ def parse_options(
     for name, value in overrides:
         given = merge(given, _nest(name, value))
     if presets:
-        chosen = given.get(preset_key, model.model_fields[preset_key].default)
-        given = merge(presets.get(str(chosen), {}), given)
+        chosen = _look_up(given, preset_key, leaves[preset_key].default)
+        table, _, _ = preset_key.rpartition(".")
+        preset = presets.get(str(chosen), {})
+        given = merge(_nest(table, preset) if table else preset, given)
     return validate(model, given, where=files[-1] if files and not overrides else "options")
 
 
@@ -251,6 +254,15 @@ def _nest(name: str, value: Any) -> dict[str, Any]:
     for part in reversed(name.split(".")):
         value = {part: value}
     return typing.cast(dict[str, Any], value)
+
+
+def _look_up(values: Mapping[str, Any], name: str, default: Any) -> Any:
+    found: Any = values
+    for part in name.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return default
+        found = found[part]
+    return found
 
 
 def _check_keys(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.base import Strict
 from schemas.extract import ExtractConfig
@@ -15,14 +15,16 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Prices(Strict):
-    """What compute and storage cost, in one currency; the defaults are US dollars."""
+    """What compute and storage cost, in one currency. The defaults are assumptions, in US dollars:
+    prices differ by provider, contract and year, so give your own."""
 
     device_hour: NotNegative | None = None
-    """Price of an hour of one device (a GPU, or all the cores that were timed). Default: 3 for a
-    GPU, since an H100 on demand costs 2 to 4; 0.05 per core of a CPU, about the list price of a
-    cloud's vCPU."""
+    """Price of an hour of one device (a GPU, or all the cores that were timed). Default, an
+    assumption: 3 for a GPU, since an H100 on demand costs 2 to 4; 0.05 per core of a CPU, about the
+    list price of a cloud's vCPU."""
     tb_month: NotNegative = 23.0
-    """Price of 10^12 bytes kept for a month. Default: the list price of S3 Standard."""
+    """Price of 10^12 bytes kept for a month. Default, an assumption: the list price of S3 Standard
+    in a region of the US; transfers and requests are not priced."""
 
 
 class PlanOptions(Strict):
@@ -38,12 +40,23 @@ class PlanOptions(Strict):
     """10^9 bytes per second that one worker can read from the store's storage, and one encoder
     write to it. Default: about what one reading process was measured to copy into batches (1.7 to
     1.9); for a node of eight GPUs it takes local disks or a 200 Gbit/s network."""
+    device: Literal["auto", "cpu"] = "auto"
+    """What costs are for: 'auto' is this machine's GPU, timed, or an assumed one of 200 TFLOP/s (an
+    H100 in bfloat16) where it has none, since nobody trains on cores what is trained on GPUs; 'cpu'
+    prices this machine's cores."""
     tflops: Positive | None = None
     """Plan for another device than this one: its sustained 10^12 FLOP per second in a transformer
-    (200 to 300 for an H100 in bfloat16). Default: time a few batches on this device."""
+    (200 to 300 for an H100 in bfloat16). Default: as --plan.device says."""
     autoencoder_tflops: Positive | None = None
-    """The same in the autoencoder, which runs in float32. Default: measured; with --plan.tflops a
-    tenth of that, since the float32 peak of datacenter GPUs is about a fifteenth of bfloat16's."""
+    """The same in the autoencoder, which runs in float32. Default: measured; of a device that is
+    not here a tenth of its TFLOP/s, since the float32 peak of datacenter GPUs is about a fifteenth
+    of bfloat16's."""
+
+    @model_validator(mode="after")
+    def _one_device(self) -> PlanOptions:
+        if self.device == "cpu" and self.tflops is not None:
+            raise ValueError("tflops plans for another device than device cpu: give one of them")
+        return self
 
 
 class ExtractPlanOptions(PlanOptions):
@@ -71,7 +84,8 @@ class TrainPlan(RunConfig):
 
     plan: PlanOptions = PlanOptions()
     extract: ExtractConfig = ExtractConfig()
-    """The extraction that would make the store, where --store names none that exists."""
+    """The extraction that would make the store, where --store names none that exists; its data set
+    brings the same defaults as in an extraction."""
     images: Annotated[int, Field(ge=1)] | None = None
     """Images of the data set. Default: the store's, else counted where --extract.source is given,
     else ImageNet-1k's."""

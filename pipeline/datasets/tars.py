@@ -6,10 +6,10 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass
 
-from pipeline.credentials import without_secrets
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.folder import escape_dots, list_files
 from pipeline.files import open_url, without_credentials
+from pipeline.storage.secrets import without_secrets
 from schemas.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm", "bmp"})

@@ -35,38 +35,57 @@ def main(argv: list[str]) -> int:
     if (config.sample is None) != (config.png is None):
         raise UserError("--sample KEY and --png FILE go together")
     chosen = [name for name in ("verify", "gc", "check") if getattr(config, name)]
-    if len(chosen) > 1 or (chosen and config.sample is not None):
+    if len(chosen) > 1 or (chosen and (config.sample or config.fidelity) is not None):
         raise UserError(f"--{chosen[0]} answers alone: leave the other questions to another call")
     store = Store.open(config.store)
     if config.verify:
-        found = verify_store(store, threads=config.threads)
-        page = (
-            json.dumps(found.as_json()) if config.as_json else describe_verification(store, found)
-        )
-        print(page)
-        return 1 if found.damaged else 0
+        return _verify(store, config)
     if config.check:
-        from pipeline.inspect.check import answers_as_json, check_configs  # imports torch
-
-        answers = check_configs(store, config.check)
-        lines = "\n".join(str(answer) for answer in answers)
-        print(answers_as_json(answers) if config.as_json else lines)
-        return 0 if all(answer.ok for answer in answers) else 1
+        return _check(store, config)
     if config.gc:
-        done = collect(store, hours=config.gc_age)
-        page = describe_collection(store, done, hours=config.gc_age)
-        print(json.dumps(done.as_json()) if config.as_json else page)
-        return 0
+        return _collect(store, config)
     summary = summarise(store)
     if config.sample is not None and config.png is not None:
         from pipeline.inspect.draw import draw_sample  # torch takes seconds that the page need not
 
-        draw_sample(store, config.sample, Path(config.png).expanduser())
+        draw_sample(store, config.sample, Path(config.png).expanduser(), config.stream)
         print(f"wrote {config.png}", file=sys.stderr)
-    if config.as_json:
-        print(json.dumps(summary.as_json()))
-    else:
-        print(describe(store, summary, _garbage(store)))
+    report, page = summary.as_json(), describe(store, summary, _garbage(store))
+    if config.fidelity is not None:
+        from pipeline.inspect.fidelity import describe_fidelity, measure_fidelity
+
+        found = measure_fidelity(
+            store,
+            config.fidelity,
+            stream=config.stream,
+            source=config.source,
+            weights=config.teacher.weights,
+        )
+        report, page = found.as_json(summary), f"{page}\n{describe_fidelity(found, summary)}"
+    print(json.dumps(report) if config.as_json else page)
+    return 0
+
+
+def _verify(store: Store, config: InspectConfig) -> int:
+    found = verify_store(store, threads=config.threads)
+    page = describe_verification(store, found)
+    print(json.dumps(found.as_json()) if config.as_json else page)
+    return 1 if found.damaged else 0
+
+
+def _check(store: Store, config: InspectConfig) -> int:
+    from pipeline.inspect.check import answers_as_json, check_configs  # imports torch
+
+    answers = check_configs(store, config.check)
+    lines = "\n".join(str(answer) for answer in answers)
+    print(answers_as_json(answers) if config.as_json else lines)
+    return 0 if all(answer.ok for answer in answers) else 1
+
+
+def _collect(store: Store, config: InspectConfig) -> int:
+    done = collect(store, hours=config.gc_age)
+    page = describe_collection(store, done, hours=config.gc_age)
+    print(json.dumps(done.as_json()) if config.as_json else page)
     return 0
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.files import TEMPORARY, is_local, list_tree, remove
-from pipeline.inspect.summary import shown_bytes
+from pipeline.inspect.summary import describe_bytes
 from pipeline.store import Store
 from pipeline.store.layout import COMMITS, INDEX, MANIFEST, chunk_path, commit_path, tar_path
 from pipeline.store.parts import stream_parts
@@ -86,7 +86,7 @@ def find_leftovers(store: Store) -> Leftovers:
         if reason is not None:
             garbage.append(Leftover(path, size, reason))
         else:
-            what = "a link" if link else "no file of the store"
+            what = "behind a link" if link else "no file of the store"
             unknown.append(Leftover(path, size, f"{what}; left alone"))
     return Leftovers(garbage, unknown)
 
@@ -158,14 +158,19 @@ def _why(path: str, store: Store, streams: set[str], gone: set[str]) -> str | No
 
 
 def _is_link(store: Store, path: str) -> bool:
-    return is_local(store.filesystem) and os.path.islink(f"{store.root}/{path}")
+    """Whether a file is a link or lies behind one, where it may belong to another store."""
+    if not is_local(store.filesystem):
+        return False
+    parts = path.split("/")
+    return any(os.path.islink("/".join([store.root, *parts[: n + 1]])) for n in range(len(parts)))
 
 
 def _age_in_hours(store: Store, path: str) -> float | None:
     """Since the file was last written; None where the filesystem does not tell."""
+    store.filesystem.invalidate_cache()  # object stores would answer from the listing
     try:
         written = store.filesystem.modified(f"{store.root}/{path}")
-    except (NotImplementedError, FileNotFoundError):
+    except Exception:  # every fsspec backend raises its own types; what is in doubt is kept
         return None
     if not isinstance(written, datetime.datetime):
         return None
@@ -177,14 +182,15 @@ def _age_in_hours(store: Store, path: str) -> float | None:
 def describe_collection(store: Store, done: Collection, *, hours: float) -> str:
     """The page that a person reads."""
     lines = [f"{store.shown_url}: removed {summed(done.removed)}"]
-    lines += [f"  removed  {shown_bytes(file.bytes):>8}  {file}" for file in done.removed]
+    lines += [f"  removed  {describe_bytes(file.bytes):>8}  {file}" for file in done.removed]
     if done.kept:
         lines.append(
             f"kept {summed(done.kept)} younger than {hours:g} h, which a running extraction may "
             "still need (--gc-age)"
         )
-        lines += [f"  kept     {shown_bytes(file.bytes):>8}  {file}" for file in done.kept]
-    lines += [f"  unknown  {shown_bytes(file.bytes):>8}  {file}" for file in done.unknown[:SHOWN]]
+        lines += [f"  kept     {describe_bytes(file.bytes):>8}  {file}" for file in done.kept]
+    shown = done.unknown[:SHOWN]
+    lines += [f"  unknown  {describe_bytes(file.bytes):>8}  {file}" for file in shown]
     if len(done.unknown) > SHOWN:
         lines.append(f"  unknown  {summed(done.unknown[SHOWN:])} more")
     return "\n".join(lines)
@@ -193,4 +199,4 @@ def describe_collection(store: Store, done: Collection, *, hours: float) -> str:
 def summed(files: Sequence[Leftover]) -> str:
     """``3 files, 12 kB``."""
     plural = "" if len(files) == 1 else "s"
-    return f"{len(files)} file{plural}, {shown_bytes(sum(file.bytes for file in files))}"
+    return f"{len(files)} file{plural}, {describe_bytes(sum(file.bytes for file in files))}"

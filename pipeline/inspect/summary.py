@@ -89,14 +89,15 @@ def describe(store: Store, summary: StoreSummary, garbage: str | None = None) ->
             f"{column} {'x'.join(str(n) for n in spec.shape) or 'scalar'} {_codec(spec)}"
             for column, spec in m.streams[name].columns.items()
         )
-        lines.append(
-            f"  stream       {name}: {shown_bytes(size)}, {shown_bytes(each)} per image ({columns})"
-        )
+        sizes = f"{describe_bytes(size)}, {describe_bytes(each)} per image"
+        lines.append(f"  stream       {name}: {sizes} ({columns})")
         stream = m.streams[name]
         if isinstance(stream, TeacherStream):
             lines += _about_teacher(stream)
-    fixed = f"; {shown_bytes(summary.fixed_bytes)} beside the shards" if summary.fixed_bytes else ""
-    lines.append(f"  per image    {shown_bytes(summary.bytes_per_image)}{fixed}")
+    fixed = (
+        f"; {describe_bytes(summary.fixed_bytes)} beside the shards" if summary.fixed_bytes else ""
+    )
+    lines.append(f"  per image    {describe_bytes(summary.bytes_per_image)}{fixed}")
     if m.skipped:
         lines.append(f"  skipped      {len(m.skipped)} bad images, first: {m.skipped[0].path}")
     if garbage is not None:
@@ -115,7 +116,7 @@ def _about_teacher(stream: TeacherStream) -> list[str]:
         f"{teacher.heads} heads",
     ]
     if stream.tail is not None:
-        lines.append(f"    tail       {stream.tail.file}, {shown_bytes(stream.tail.bytes)}")
+        lines.append(f"    tail       {stream.tail.file}, {describe_bytes(stream.tail.bytes)}")
     return lines
 
 
@@ -123,8 +124,8 @@ def _codec(column: Column) -> str:
     return column.codec if column.lossless == "none" else f"{column.codec}+{column.lossless}"
 
 
-def shown_bytes(count: float) -> str:
-    """``1.5 MB``."""
+def describe_bytes(count: float) -> str:
+    """Three digits and a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

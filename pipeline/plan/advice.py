@@ -28,6 +28,7 @@ class Advice:
     costs: tuple[Cost, ...]
     """In the order in which they were given."""
     best: Cost
+    """Of the candidates: no coarser codec is taken for its price alone."""
     reasons: tuple[str, ...]
 
     @property
@@ -36,21 +37,28 @@ class Advice:
 
 
 def advise(ways: Sequence[Stored], work: Work, rates: Rates, demand: Demand) -> Advice:
-    """``ways`` holds the cut ``image`` at least once."""
+    """``ways`` holds the cut ``image`` at least once, as a candidate."""
     costs = [cost_of(way, work, rates, demand) for way in ways]
     online = min((c for c in costs if c.stored.cut == ONLINE), key=lambda cost: cost.total)
     compared = tuple(_against(cost, online) for cost in costs)
-    best = min(compared, key=lambda cost: cost.total)
-    reasons = [_ceiling(online, work, rates, demand), _verdict(best, online, compared, demand)]
-    for cut in dict.fromkeys(cost.stored.cut for cost in compared):
+    candidates = [cost for cost in compared if cost.stored.candidate]
+    best = min(candidates, key=lambda cost: cost.total)
+    reasons = [_ceiling(online, work, rates, demand), _verdict(best, online, candidates, demand)]
+    for cut in dict.fromkeys(cost.stored.cut for cost in candidates):
         if cut in (best.stored.cut, ONLINE):
             continue
-        other = min((c for c in compared if c.stored.cut == cut), key=lambda cost: cost.total)
+        other = min((c for c in candidates if c.stored.cut == cut), key=lambda cost: cost.total)
         reasons.append(_comparison(other, best, work, demand))
     if best.waits:
         reasons.append(
             f"Even so the trainer waits: it could use {best.read_needed / GIGA:.2f} GB/s per "
             f"worker and is given {demand.bytes_per_second / GIGA:g}; faster storage would pay."
+        )
+    cheapest = min(compared, key=lambda cost: cost.total)
+    if not cheapest.stored.candidate:
+        reasons.append(
+            f"{_name(cheapest)} would cost {_money(cheapest.total)}, but stores other numbers: "
+            f"--codec {cheapest.stored.codec} if its errors will do."
         )
     return Advice(compared, best, tuple(reasons))
 
@@ -146,4 +154,6 @@ def _of_step(share: float) -> str:
 
 
 def _money(value: float) -> str:
+    if value and value < 0.1:
+        return f"{value:.1g}"  # toys cost next to nothing, but not the same
     return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"

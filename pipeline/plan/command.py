@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from typing import get_args
+
+import torch
 
 from pipeline.datasets import list_images
 from pipeline.files import absolute_url
 from pipeline.plan import FLAG
-from pipeline.plan.advice import advise
-from pipeline.plan.costs import GIGA, Demand, Stored
+from pipeline.plan.advice import ONLINE, advise
+from pipeline.plan.costs import GIGA, Demand, Stored, Work, cost_of
 from pipeline.plan.drafts import Drafts, draft
 from pipeline.plan.flops import teacher_flops, work
 from pipeline.plan.geometry import Geometry
-from pipeline.plan.rates import Device, given_device, measure_device
-from pipeline.plan.report import Plan, as_json, describe
-from pipeline.plan.sizes import CODECS, latent_bytes, stored_bytes
+from pipeline.plan.rates import Device, assumed_gpu, given_device, measure_device
+from pipeline.plan.report import Here, Plan, as_json, describe
+from pipeline.plan.sizes import CROP_CODEC, SHOWN, codec_set, latent_bytes, stored_bytes
 from pipeline.store import Store
 from schemas.alignment import AlignmentConfig, FixedStep
 from schemas.errors import UserError
-from schemas.extract import PRESETS, ExtractConfig, TeacherConfig
-from schemas.fields import element_count
+from schemas.extract import PRESETS, Cut, ExtractConfig, TeacherConfig
 from schemas.options import parse_options, read_yaml, validate
 from schemas.plan import ExtractPlan, PlanOptions, TrainPlan
 from schemas.run import RunConfig
 
+CUTS: tuple[Cut, ...] = get_args(Cut)
 IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012's training set
 DEFAULT_TRAINER = RunConfig(
     name="sit_xl2_haste",
@@ -33,7 +37,8 @@ DEFAULT_TRAINER = RunConfig(
 )
 ABOUT = """\
 Say what every cut of the teacher would cost, in bytes, time and money, and which to take. Times a
-few batches on this machine; reads no image, loads no weights, writes nothing."""
+few batches on this machine; where it has no GPU costs are for an assumed one. Reads no image, loads
+no weights, writes nothing."""
 
 
 def plan_extraction(argv: list[str]) -> int:
@@ -61,6 +66,8 @@ def plan_training(argv: list[str]) -> int:
         _without_flag(argv),
         command="python jobs/train_haste.py --plan",
         about=ABOUT,
+        presets=PRESETS,
+        preset_key="extract.dataset",
     )
     extraction, images, existing = config.extract, config.images, None
     if config.store is not None:
@@ -86,10 +93,10 @@ def make_plan(
     images = images or _count_images(config)
     drafts = draft(config)
     _check_fit(config, run, drafts.geometry)
-    device = _device(config, run, options, drafts)
+    device, here = _devices(config, run, options, drafts)
     demand = _demand(config, run, options, images, device)
     totals = work(drafts, run)
-    ways = possible_ways(drafts.geometry)
+    ways = possible_ways(config, drafts.geometry)
     if existing is not None:
         ways.insert(0, existing)
     return Plan(
@@ -99,18 +106,21 @@ def make_plan(
         demand=demand,
         work=totals,
         advice=advise(ways, totals, device.rates, demand),
-        notes=(*drafts.notes, *_caveats(run, device, options)),
+        here=None if here is None else _here(here, ways, totals, config, demand),
+        notes=(*drafts.notes, *_caveats(config, run, device, here)),
     )
 
 
-def possible_ways(geometry: Geometry) -> list[Stored]:
-    """Every cut and codec."""
+def possible_ways(config: ExtractConfig, geometry: Geometry) -> list[Stored]:
+    """Every cut in the chosen codecs, which are the candidates, and in others for comparison."""
     latents = latent_bytes(geometry)
-    return [
-        Stored(cut, codec, latents + stored_bytes(cut, codec, geometry))
-        for cut, codecs in CODECS.items()
-        for codec in codecs
-    ]
+    ways = []
+    for cut in CUTS:
+        for codec in (config.codec,) if cut == ONLINE else dict.fromkeys((config.codec, *SHOWN)):
+            size = latents + stored_bytes(cut, codec, geometry, compress=config.compress)
+            shown = CROP_CODEC if cut == ONLINE else codec
+            ways.append(Stored(cut, shown, size, candidate=codec == config.codec))
+    return ways
 
 
 def aligned_steps(run: RunConfig) -> int:
@@ -121,12 +131,34 @@ def aligned_steps(run: RunConfig) -> int:
     return run.steps
 
 
-def _device(config: ExtractConfig, run: RunConfig, options: PlanOptions, drafts: Drafts) -> Device:
+def _devices(
+    config: ExtractConfig, run: RunConfig, options: PlanOptions, drafts: Drafts
+) -> tuple[Device, Device | None]:
+    """The device that costs are for, and this machine's where it was timed."""
+    given = options.autoencoder_tflops
     if options.tflops is not None:
-        return given_device(options.tflops, options.autoencoder_tflops, config.resolution)
+        return given_device(options.tflops, given, config.resolution), None
     print("timing a few batches on this machine", file=sys.stderr)
     flops = teacher_flops(drafts.vit, drafts.geometry)
-    return measure_device(config, run, drafts, flops, options.autoencoder_tflops)
+    if options.device == "cpu" or torch.cuda.is_available():
+        gpu = options.device != "cpu"
+        here = measure_device(config, run, drafts, flops, given, gpu=gpu)
+        return here, here
+    here = measure_device(config, run, drafts, flops, gpu=False)
+    return assumed_gpu(given, config.resolution), here
+
+
+def _here(
+    device: Device, ways: list[Stored], totals: Work, config: ExtractConfig, demand: Demand
+) -> Here:
+    """What an extraction on this machine would take."""
+    demand = replace(demand, encoders=_encoders(config, device))
+    hours = {
+        way.cut: cost_of(way, totals, device.rates, demand).extraction_hours
+        for way in ways
+        if way.candidate and not way.exists
+    }
+    return Here(device, hours)
 
 
 def _demand(
@@ -184,17 +216,21 @@ def _check_fit(config: ExtractConfig, run: RunConfig, geometry: Geometry) -> Non
         )
 
 
-def _caveats(run: RunConfig, device: Device, options: PlanOptions) -> tuple[str, ...]:
+def _caveats(
+    config: ExtractConfig, run: RunConfig, device: Device, here: Device | None
+) -> tuple[str, ...]:
     notes = []
     if device.kind == "cpu":
         notes.append(
-            "timed on a CPU, whose hours are priced as such: to plan for a GPU run this there or "
-            "give --plan.tflops (200 to 300 for an H100)"
+            "timed on a CPU, whose hours are priced as such: to plan for a GPU leave out "
+            "--plan.device cpu or give --plan.tflops (200 to 300 for an H100)"
         )
-    if device.teacher_basis == "estimated":
+    if config.column_codecs:
+        notes.append("--column-codecs are not weighed: sizes are of --codec alone")
+    if (here or device).estimated:
         notes.append(
-            "* the teacher does not fit this device: costed from its FLOPs at the rate that two "
-            "of its blocks reached"
+            "* the teacher does not fit this machine: its time follows from its FLOPs at the rate "
+            "that two of its blocks reached"
         )
     termination = run.alignment.termination
     if aligned_steps(run) == run.steps and not (
@@ -226,11 +262,11 @@ def _extraction_of(store: Store) -> ExtractConfig:
 def _existing(store: Store, samples: int) -> Stored:
     """A complete store, at the size that it has."""
     _, stream = store.manifest.teacher_stream()
-    largest = max(stream.columns.values(), key=lambda column: element_count(column.shape))
     if not samples:
         raise UserError(f"store '{store.shown_url}' holds no samples")
     size = -(-sum(store.index().bytes_per_stream.values()) // samples)
-    return Stored(stream.cut, largest.codec, size, exists=True)
+    codec = codec_set(stream, store.manifest.resolution)
+    return Stored(stream.cut, codec, size, exists=True)
 
 
 def _without_flag(argv: list[str]) -> list[str]:

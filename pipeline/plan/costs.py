@@ -77,6 +77,8 @@ class Stored:
     """Latents included, since they are read together."""
     exists: bool = False
     """The store has been made: its extraction is paid for."""
+    candidate: bool = True
+    """Whether it may be recommended; the others, in codecs that were not chosen, are shown only."""
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ from pipeline.teachers.vit import block_arguments
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig
 
-SECONDS = 3.0  # spent on each network, at most, after its warm-up
+SECONDS = 1.5  # spent on each network, at most, after its warm-up
 REPEATS = 7
 FEW_BLOCKS = 2
 DECODERS = 8  # decoding threads that an encoder beside a GPU has, at most
 MEMORY_SHARE = 0.8  # of what is free
-Basis = Literal["measured", "estimated", "given"]
+ASSUMED_TFLOPS = 200.0  # what an H100 sustains in a transformer, in bfloat16
+Basis = Literal["measured", "given", "assumed"]
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,38 @@ class Device:
     cores: int
     """Arithmetic threads of a CPU; of a GPU, its decoding threads."""
     rates: Rates
-    teacher_basis: Basis
-    """'estimated': the teacher does not fit; its FLOPs are costed at the rate of two blocks."""
+    basis: Basis
+    """'given' by an option; 'assumed' where this machine has no GPU."""
+    estimated: bool = False
+    """The teacher does not fit: its FLOPs are costed at the rate of two of its blocks."""
+
+    @property
+    def teacher_basis(self) -> str:
+        """Where the teacher's rate comes from."""
+        return "estimated" if self.estimated else self.basis
 
 
 def given_device(tflops: float, autoencoder_tflops: float | None, resolution: int) -> Device:
     """A device that is not at hand; only decoding is timed, on a core of this machine."""
+    rates = _rates_of(tflops, autoencoder_tflops, resolution)
+    return Device(f"a device of {tflops:g} TFLOP/s", "given", DECODERS, rates, "given")
+
+
+def assumed_gpu(autoencoder_tflops: float | None, resolution: int) -> Device:
+    """What a plan is for where nothing was said and no GPU is there."""
+    rates = _rates_of(ASSUMED_TFLOPS, autoencoder_tflops, resolution)
+    return Device("an assumed GPU", "given", DECODERS, rates, "assumed")
+
+
+def _rates_of(tflops: float, autoencoder_tflops: float | None, resolution: int) -> Rates:
     rate = tflops * TERA
-    rates = Rates(
+    return Rates(
         teacher=rate,
         autoencoder=rate / 10 if autoencoder_tflops is None else autoencoder_tflops * TERA,
         student=rate,
         decode_seconds=decode_seconds(resolution) / DECODERS,
         decode_beside=True,
     )
-    return Device(f"a device of {tflops:g} TFLOP/s", "given", DECODERS, rates, "given")
 
 
 def measure_device(
@@ -70,9 +88,11 @@ def measure_device(
     drafts: Drafts,
     flops: TeacherFlops,
     autoencoder_tflops: float | None = None,
+    *,
+    gpu: bool,
 ) -> Device:
     """Time this machine's GPU, or its CPU with all of torch's threads."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if gpu else "cpu")
     cuda = device.type == "cuda"
     cores = min(DECODERS, os.cpu_count() or 1) if cuda else torch.get_num_threads()
     batch = config.batch_size if cuda else 2
@@ -92,8 +112,7 @@ def measure_device(
         decode_beside=cuda,
     )
     name = torch.cuda.get_device_name() if cuda else f"this CPU, {cores} threads"
-    basis: Basis = "measured" if fits else "estimated"
-    return Device(name, "cuda" if cuda else "cpu", cores, rates, basis)
+    return Device(name, "cuda" if cuda else "cpu", cores, rates, "measured", estimated=not fits)
 
 
 def median_seconds(call: Callable[[], Any], device: torch.device, limit: float = SECONDS) -> float:

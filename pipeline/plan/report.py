@@ -14,7 +14,7 @@ from schemas.extract import ExtractConfig
 from schemas.run import RunConfig
 
 WIDTH = 100
-COLUMNS = (11, -7, 7, 8, 7, 10, 9, 9, 7, 6, 9)
+COLUMNS = (11, -8, 7, 8, 7, 10, 9, 9, 7, 6, 8)
 """Widths; negative where text is set to the left, as in the first column."""
 TITLES = {
     "cut": "",
@@ -36,6 +36,15 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
+class Here:
+    """This machine, timed."""
+
+    device: Device
+    extraction_hours: dict[str, float]
+    """By cut, in the chosen codecs."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that was assumed, counted, timed and concluded."""
 
@@ -45,6 +54,8 @@ class Plan:
     demand: Demand
     work: Work
     advice: Advice
+    here: Here | None
+    """None where nothing was timed. Costs are for ``device``, which may be another."""
     notes: tuple[str, ...]
 
 
@@ -53,6 +64,8 @@ def describe(plan: Plan) -> str:
     lines = [*_wrapped(_assumptions(plan)), "", _line([*TITLES]), _line([*TITLES.values()])]
     lines += [_row(cost, plan) for cost in plan.advice.costs]
     lines += ["", LEGEND]
+    if not all(cost.stored.candidate for cost in plan.advice.costs):
+        lines.append(f"Codecs other than {plan.config.codec} are for comparison (--codec).")
     if any(cost.stored.exists for cost in plan.advice.costs):
         lines.append("=: the store as it is; its extraction is paid for.")
     lines += ["", *_wrapped(plan.advice.reasons)]
@@ -69,18 +82,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "teacher": plan.config.teacher.model,
         "student": plan.run.student.model,
         "device": device.name,
+        "device_basis": device.basis,
+        "measured_here": None if plan.here is None else _here_as_json(plan.here),
         "flops_per_image": {
             "vanilla_step": work.step,
             "alignment": work.alignment,
             "teacher": work.training[ONLINE],
             "autoencoder": work.autoencoder,
         },
-        "flops_per_second": {
-            "teacher": round(device.rates.teacher),
-            "student": round(device.rates.student),
-            "autoencoder": round(device.rates.autoencoder),
-            "teacher_basis": device.teacher_basis,
-        },
+        "flops_per_second": _rates_as_json(device),
         "images": demand.images,
         "aligned_images_per_run": demand.aligned_images,
         "images_per_run": demand.run_images,
@@ -98,12 +108,31 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _here_as_json(here: Here) -> dict[str, Any]:
+    hours = {cut: round(value, 3) for cut, value in here.extraction_hours.items()}
+    return {
+        "device": here.device.name,
+        "flops_per_second": _rates_as_json(here.device),
+        "extraction_hours": hours,
+    }
+
+
+def _rates_as_json(device: Device) -> dict[str, Any]:
+    return {
+        "teacher": round(device.rates.teacher),
+        "student": round(device.rates.student),
+        "autoencoder": round(device.rates.autoencoder),
+        "teacher_basis": device.teacher_basis,
+    }
+
+
 def _cost_as_json(cost: Cost, plan: Plan) -> dict[str, Any]:
     stored = cost.stored
     return {
         "cut": stored.cut,
         "codec": stored.codec,
         "exists": stored.exists,
+        "candidate": stored.candidate,
         "bytes_per_image": stored.bytes_per_image,
         "bytes": cost.store_bytes,
         "extraction_device_hours": round(cost.extraction_device_hours, 3),
@@ -127,9 +156,10 @@ def _assumptions(plan: Plan) -> list[str]:
     demand, work, rates = plan.demand, plan.work, plan.device.rates
     run = plan.run
     step = work.step / rates.student
-    mark = "*" if plan.device.teacher_basis == "estimated" else ""
+    mark = "*" if plan.device.estimated else ""
     epochs = demand.aligned_images / demand.images
     return [
+        *_elsewhere(plan),
         f"{plan.config.teacher.model} for {run.student.model}, {demand.images:,} images, layers "
         f"{', '.join(map(str, plan.config.layers))}; a run aligns for {epochs:,.1f} epochs "
         f"({demand.aligned_images:,} images) of {demand.run_images / demand.images:,.1f}",
@@ -144,13 +174,28 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
 
 
+def _elsewhere(plan: Plan) -> list[str]:
+    """Where costs are for an assumed GPU: that they are, and what was timed here."""
+    if plan.here is None or plan.device.basis != "assumed":
+        return []
+    here, rates = plan.here.device, plan.here.device.rates
+    hours = ", ".join(f"{_short(h)} ({cut})" for cut, h in plan.here.extraction_hours.items())
+    return [
+        f"no GPU here: costs are for one of {plan.device.rates.teacher / TERA:g} TFLOP/s "
+        "(--plan.tflops); --plan.device cpu prices these cores",
+        f"measured on {here.name}: teacher {rates.teacher / TERA:.3g} TFLOP/s"
+        f"{'*' if here.estimated else ''}, training {rates.student / TERA:.3g}, autoencoder "
+        f"{rates.autoencoder / TERA:.3g}; extracting here would take {hours} hours",
+    ]
+
+
 def _row(cost: Cost, plan: Plan) -> str:
     stored = cost.stored
     if stored.cut == ONLINE:
         pays = "online"
     else:
         pays = "never" if cost.break_even_runs is None else f"{cost.break_even_runs:,}"
-    estimated = plan.device.teacher_basis == "estimated" and cost.teacher_share > 0
+    estimated = plan.device.estimated and cost.teacher_share > 0
     cells = (
         f"{stored.cut}{'=' if stored.exists else ''}",
         stored.codec,
@@ -183,7 +228,9 @@ def _bytes(count: float) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all before the point; millions as such."""
+    """Three digits, or all before the point; millions as such, at most 7 characters."""
+    if 0 < value < 0.001:
+        return f"{value:.1e}"
     if value >= 999_999.5:
         return f"{value / 1e6:,.3g}M" if value < 1e8 else f"{value / 1e6:,.0f}M"
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.credentials import without_secrets
 from pipeline.files import (
     absolute_url,
     exists,
@@ -18,6 +17,7 @@ from pipeline.files import (
     without_credentials,
     write_atomic,
 )
+from pipeline.storage.secrets import without_secrets
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
 from pipeline.store.parts import check_columns, stream_parts
 from schemas.errors import UserError

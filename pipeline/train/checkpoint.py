@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.credentials import written_down
+from pipeline.storage.secrets import written_down
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
 from schemas.options import validate

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.files import absolute_url, is_local, open_url
+from pipeline.files import absolute_url, is_local, open_url, read_bytes, write_atomic
 from pipeline.train.metrics import METRICS
 from schemas.run import RunConfig
 
@@ -30,8 +31,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if not self._local:
             self.path = Path(tempfile.mkdtemp(prefix="haste-run-"))
-            if self._filesystem.exists(f"{self._root}/{METRICS}"):
-                self._filesystem.get_file(f"{self._root}/{METRICS}", str(self.path / METRICS))
+            with suppress(FileNotFoundError):
+                metrics = read_bytes(self._filesystem, f"{self._root}/{METRICS}")
+                (self.path / METRICS).write_bytes(metrics)
         return self
 
     def __exit__(
@@ -51,9 +53,12 @@ class RunFolder:
             return
         for file in self.path.rglob("*"):
             if file.is_file():
-                self._filesystem.put_file(str(file), f"{self._root}/{file.relative_to(self.path)}")
+                path = f"{self._root}/{file.relative_to(self.path)}"
+                write_atomic(self._filesystem, path, file.read_bytes())
 
     def summary(self) -> dict[str, Any]:
         """What the run wrote at its end."""
-        summary: dict[str, Any] = json.loads(self._filesystem.cat_file(f"{self._root}/{SUMMARY}"))
+        summary: dict[str, Any] = json.loads(
+            read_bytes(self._filesystem, f"{self._root}/{SUMMARY}")
+        )
         return summary

@@ -12,8 +12,8 @@ import yaml
 
 from pipeline.alignment.targets import check_fit
 from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
-from pipeline.credentials import written_down
 from pipeline.files import write_atomic
+from pipeline.storage.secrets import written_down
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.train.folder import CONFIG, SUMMARY

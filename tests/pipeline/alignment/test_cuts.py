@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +11,6 @@ from PIL import Image
 
 from pipeline.alignment.tail import load_tail, tail_file
 from pipeline.alignment.targets import Targets, Wanted, read_targets
-from pipeline.datasets import Listing, list_images
-from pipeline.extract.encoder import Encoder
-from pipeline.extract.plan import make_manifest, make_tasks, with_tail
 from pipeline.inspect.draw import draw_sample
 from pipeline.store import Store
 from pipeline.train.local import LocalCheckpoints, newest_checkpoint
@@ -22,30 +18,10 @@ from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
-from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import merge
 from schemas.run import RunConfig
+from tests.encoded import SAMPLES, encode
 
-SAMPLES = 8
 ALIGNMENT = AlignmentConfig(feature_depth=2, student_layers=(1, 2), teacher_layers=(5, 3))
-
-
-def encode(folder: Path, **options: Any) -> Store:
-    """The first digits through the demo's networks, one shard and one batch."""
-    values = {"dataset": "demo", "store": str(folder), "shard_size": SAMPLES, "batch_size": SAMPLES}
-    config = ExtractConfig.model_validate(merge({**PRESETS["demo"], **values}, options))
-    encoder = Encoder(config, device="cpu", threads=1)
-    about = encoder.describe()
-    everything = list_images(config)
-    listing = Listing(everything.items[:SAMPLES], everything.num_classes)
-    manifest = with_tail(
-        make_manifest(config, listing, about), config.cut, encoder.save_tail(str(folder))
-    )
-    store = Store.create(str(folder), manifest)
-    for task in make_tasks(listing, SAMPLES):
-        encoder.encode_shard(store.url, manifest, task)
-    store.finish()
-    return store
 
 
 @pytest.fixture(scope="module")

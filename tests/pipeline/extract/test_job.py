@@ -21,33 +21,11 @@ from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.options import merge, parse_options
 from schemas.store import Manifest
+from tests.encoded import demo_like
 from tests.repa import image_name, latent_name, random_repa
 from tests.stores import tiny_run
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """Two classes of six flat pictures."""
-    folder = tmp_path / "images"
-    for number in range(12):
-        path = folder / f"class{number % 2}" / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 48), (20 * number, 90, 255 - 20 * number)).save(path)
-    return folder
-
-
-def demo_like(source: Path, store: Path, **overrides: object) -> ExtractConfig:
-    """The demo's small networks on a folder of pictures."""
-    values = {
-        "dataset": "folder",
-        "source": str(source),
-        "store": str(store),
-        "shard_size": 3,
-        "batch_size": 2,
-    }
-    return ExtractConfig.model_validate(merge({**PRESETS["demo"], **values}, overrides))
 
 
 def files_of(store: Path) -> dict[str, bytes]:

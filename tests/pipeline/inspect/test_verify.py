@@ -18,7 +18,7 @@ from pipeline.inspect.damage import Damage
 from pipeline.inspect.verify import Verification, verify_store
 from pipeline.store import Store
 from schemas.store import CommitRecord, Manifest, StreamFile
-from tests.helpers import SIZES, edit_json, known_key, recorded_opens, write_known_shard
+from tests.helpers import SIZES, edit_json, known_key, write_known_shard
 from tests.stores import add_random_stream, make_random_store, random_manifest
 
 Capture = pytest.CaptureFixture[str]
@@ -46,12 +46,21 @@ def files_of(store: Store) -> list[tuple[CommitRecord, str, StreamFile]]:
     return [(r, name, file) for r in records for name, files in r.streams.items() for file in files]
 
 
-def test_a_sound_store_is_read_once_and_found_sound(store: Store) -> None:
-    with recorded_opens() as opened:
-        found = verify(store.url)
+def test_a_sound_store_is_read_once_and_found_sound(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int, int]] = []
+    original = damage.read_ranges
+
+    def record(filesystem: Any, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        asked.extend((path, begin, end) for begin, end in ranges)
+        return original(filesystem, path, ranges)
+
+    monkeypatch.setattr(damage, "read_ranges", record)
+    found = verify(store.url)
     assert found.damaged == []
-    listed = {f"{store.root}/{file.file}" for _, _, file in files_of(store)}
-    assert sorted(p for p in opened if p in listed) == sorted(listed)
+    listed = [(f"{store.root}/{file.file}", 0, file.bytes) for _, _, file in files_of(store)]
+    assert sorted(asked) == sorted(listed)
     assert found.verified == len(listed) + len(store.zarr_metadata()) + 1  # and the index
 
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.train_haste import main as train_main
 from pipeline.extract.__main__ import main as extract_main
 from pipeline.plan.command import DEFAULT_TRAINER, aligned_steps
+from pipeline.plan.costs import Rates
+from pipeline.plan.rates import Device
 from pipeline.plan.report import WIDTH
 from schemas.alignment import FixedStep, ResidualPlateau
 from schemas.errors import UserError
@@ -56,20 +59,50 @@ def test_little_to_save_and_only_a_small_store_pays(capsys: pytest.CaptureFixtur
     result = plan(capsys, *H100)
     online = row(result, "image", "uint8")
     assert online["teacher_share_of_step"] == pytest.approx(0.065, abs=0.002)
-    assert result["recommended"] == {"cut": "activations", "codec": "int8"}
+    assert result["recommended"] == {"cut": "activations", "codec": "faithful"}
     assert not result["online_is_better"]
-    assert row(result, "activations", "int8")["break_even_runs"] == 1
+    assert row(result, "activations", "faithful")["break_even_runs"] == 1
     # the big stores save more compute, and cost more than that is worth
-    for cut, codec in (("maps", "uint8"), ("qk", "int8")):
-        big = row(result, cut, codec)
-        assert big["bytes"] > 10 * row(result, "activations", "int8")["bytes"]
+    for cut in ("maps", "qk"):
+        big = row(result, cut, "faithful")
+        assert big["bytes"] > 9 * row(result, "activations", "faithful")["bytes"]
         assert big["cost_per_run"] < online["cost_per_run"]
         assert big["break_even_runs"] > result["runs"]
-    assert any("'maps' in uint8" in r and "more for storage" in r for r in result["reasons"])
+    for cut in ("maps", "qk"):
+        why = [r for r in result["reasons"] if r.startswith(f"'{cut}' in faithful: ")]
+        assert len(why) == 1
+        assert "more for storage" in why[0]
+        assert "less in training" in why[0]
 
 
-def test_one_cheap_run_is_better_off_online(capsys: pytest.CaptureFixture[str]) -> None:
-    prices = ("--plan.runs", "1", "--plan.prices.device-hour", "1")
+def test_no_coarser_codec_is_taken_for_its_price(capsys: pytest.CaptureFixture[str]) -> None:
+    result = plan(capsys, *H100)
+    small, best = row(result, "activations", "small"), row(result, **result["recommended"])
+    assert small["cost"] < best["cost"]
+    assert not small["candidate"]
+    assert best["candidate"]
+    assert any("--codec small if its errors will do" in reason for reason in result["reasons"])
+    chosen = plan(capsys, *H100, "--codec", "small")
+    assert chosen["recommended"] == {"cut": "activations", "codec": "small"}
+
+
+@pytest.mark.parametrize("codec", ["int8", "bfloat16", "float32"])
+def test_a_chosen_codec_is_weighed(capsys: pytest.CaptureFixture[str], codec: str) -> None:
+    result = plan(capsys, *H100, "--codec", codec)
+    candidates = {(c["cut"], c["codec"]) for c in result["cuts"] if c["candidate"]}
+    cached = {(cut, codec) for cut in ("maps", "qk", "activations")}
+    assert candidates == cached | {("image", "uint8")}
+    assert len(result["cuts"]) == 3 * 4 + 1
+    plain = plan(capsys, *H100, "--codec", codec, "--compress", "false")
+    for cut, name in cached:
+        more = row(plain, cut, name)["bytes"] > row(result, cut, name)["bytes"]
+        assert more is (codec != "float32")
+
+
+def test_one_cheap_run_with_big_tokens_is_better_off_online(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prices = ("--plan.runs", "1", "--plan.prices.device-hour", "1", "--codec", "float16")
     result = plan(capsys, *H100, *prices)
     assert result["online_is_better"]
     assert result["recommended"] == {"cut": "image", "codec": "uint8"}
@@ -89,7 +122,7 @@ def test_a_tail_of_big_blocks_is_dear(
         f"base: {CONFIGS / 'sit_b2_haste.yaml'}\nalignment: {{teacher_layers: [26, 32, 39]}}\n"
     )
     result = plan(capsys, *H100, *SEVEN_B, *(str(deep) if a == "DEEP" else a for a in layers))
-    online, tail = row(result, "image", "uint8"), row(result, "activations", "int8")
+    online, tail = row(result, "image", "uint8"), row(result, "activations", "faithful")
     assert online["teacher_share_of_step"] > 20
     assert tail["teacher_share_of_step"] > 5
     assert result["recommended"]["cut"] in ("maps", "qk")
@@ -106,7 +139,7 @@ def test_a_tail_of_big_blocks_is_dear(
 def test_slow_storage_speaks_against_big_stores(capsys: pytest.CaptureFixture[str]) -> None:
     result = plan(capsys, *H100, *SEVEN_B, "--plan.gb-per-second", "0.1")
     assert result["recommended"]["cut"] == "activations"
-    assert not row(result, "maps", "uint8")["bandwidth_suffices"]
+    assert not row(result, "maps", "faithful")["bandwidth_suffices"]
 
 
 def test_counts_are_integers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,20 +158,69 @@ def test_counts_are_integers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (H100, (*H100, *SEVEN_B), ("--plan.tflops", "0.02", *SEVEN_B)):
+    for argv in (H100, (*H100, *SEVEN_B), ("--plan.tflops", "0.02", *SEVEN_B), DEMO):
         assert extract_main(["--plan", *argv]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines)) <= WIDTH
-        assert sum(line.startswith(("maps", "qk", "activations", "image")) for line in lines) == 7
+        assert sum(line.startswith(("maps", "qk", "activations", "image")) for line in lines) == 10
 
 
-def test_this_machine_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    result = plan(capsys, *DEMO)
+def test_these_cores_are_timed_and_priced_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    result = plan(capsys, *DEMO, "--plan.device", "cpu")
     assert result["images"] == 1_797
+    assert result["device_basis"] == "measured"
     assert result["flops_per_second"]["teacher_basis"] == "measured"
     assert all(result["flops_per_second"][k] > 0 for k in ("teacher", "student", "autoencoder"))
+    assert result["prices"]["device_hour"] < 3
     assert result["workers"] == 2
-    assert row(result, "maps", "uint8")["extraction_hours"] > 0
+    assert result["measured_here"]["flops_per_second"] == result["flops_per_second"]
+    hours = row(result, "maps", "faithful")["extraction_hours"]
+    assert result["measured_here"]["extraction_hours"]["maps"] == hours > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    result = plan(capsys, *DEMO)
+    assert result["device_basis"] == result["flops_per_second"]["teacher_basis"] == "assumed"
+    assert result["flops_per_second"]["teacher"] == 200_000_000_000_000
+    assert result["prices"]["device_hour"] == 3
+    here = result["measured_here"]
+    assert "this CPU" in here["device"]
+    assert here["flops_per_second"]["teacher_basis"] == "measured"
+    assert set(here["extraction_hours"]) == {"maps", "qk", "activations", "image"}
+    for cut, hours in here["extraction_hours"].items():
+        assert (
+            hours > row(result, cut, "uint8" if cut == "image" else "faithful")["extraction_hours"]
+        )
+    assert extract_main(["--plan", *DEMO]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "no GPU here: costs are for one of 200 TFLOP/s (--plan.tflops); "
+        "--plan.device cpu prices these cores"
+    )
+    assert lines[1].startswith("measured on this CPU")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("argv", "cuts"), [((), {"activations", "image"}), (SEVEN_B, {"maps", "qk"})], ids=["L", "7B"]
+)
+def test_the_two_ends_without_a_gpu(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: tuple[str, ...],
+    cuts: set[str],
+) -> None:
+    """What cores would take decides nothing: they are said to be slow, and not timed."""
+    rates = Rates(2e10, 2e10, 1e10, decode_seconds=0.01, decode_beside=False)
+    cores = Device("this CPU, 2 threads", "cpu", 2, rates, "measured")
+    monkeypatch.setattr("pipeline.plan.command.measure_device", lambda *_, **__: cores)
+    result = plan(capsys, *argv)
+    assert result["recommended"]["cut"] in cuts
+    assert result["reasons"][1].startswith("Take '")
+    others = {"maps", "qk", "activations"} - {result["recommended"]["cut"]}
+    assert all(any(r.startswith(f"'{cut}' in ") for r in result["reasons"]) for cut in others)
+    assert all(hours > 1_000 for hours in result["measured_here"]["extraction_hours"].values())
 
 
 def test_a_teacher_that_does_not_fit_is_marked(
@@ -146,9 +228,9 @@ def test_a_teacher_that_does_not_fit_is_marked(
 ) -> None:
     monkeypatch.setattr("pipeline.plan.rates._free_memory", lambda device: 1)
     result = plan(capsys, *DEMO)
-    assert result["flops_per_second"]["teacher_basis"] == "estimated"
+    assert result["measured_here"]["flops_per_second"]["teacher_basis"] == "estimated"
     assert any("does not fit" in note for note in result["notes"])
-    assert extract_main(["--plan", *DEMO]) == 0
+    assert extract_main(["--plan", *DEMO, "--plan.device", "cpu"]) == 0
     out = capsys.readouterr().out
     (online,) = [line for line in out.splitlines() if line.startswith("image")]
     assert "%*" in online
@@ -173,6 +255,18 @@ def test_training_plans_for_its_own_config(capsys: pytest.CaptureFixture[str]) -
     result = json.loads(capsys.readouterr().out)
     assert result["student"] == "SiT-B/2"
     assert result["aligned_images_per_run"] == 100_000 * 256
+
+
+def test_training_takes_over_what_a_data_set_brings(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "demo.yaml")
+    argv = ["--plan", "--config", config, "--extract.dataset", "demo", "--json", *H100]
+    assert train_main(argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 1_797
+    extraction = plan(capsys, *DEMO, *H100)
+    assert result["teacher"] == extraction["teacher"]
+    for made, planned in zip(result["cuts"], extraction["cuts"], strict=True):
+        assert made["bytes_per_image"] == planned["bytes_per_image"]
 
 
 def test_a_store_that_exists_is_weighed_as_it_is(
@@ -204,7 +298,8 @@ def test_a_store_that_exists_is_weighed_as_it_is(
     made, *others = result["cuts"]
     assert made["exists"]
     assert not any(other["exists"] for other in others)
-    assert made["cut"] == "image"
+    assert (made["cut"], made["codec"]) == ("image", "uint8")
+    assert made["candidate"]
     assert made["bytes_per_image"] == -(-written // 8)
     assert made["extraction_hours"] == 0
 
@@ -238,6 +333,7 @@ def test_complaints() -> None:
     assert "nothing to plan" in complaint("--plan.trainer", vanilla)
     assert "teacher layer 8" in complaint("--layers", "9-11", *H100)
     assert "4x64x64" in complaint("--resolution", "512", *H100)
+    assert "give one of them" in complaint("--plan.device", "cpu", *H100)
 
 
 def test_without_the_flag_its_options_are_unknown() -> None:
@@ -251,24 +347,20 @@ def _write_store(config: ExtractConfig) -> int:
 
     from pipeline.datasets import list_images
     from pipeline.extract.encoder import Encoder
-    from pipeline.extract.plan import make_manifest, make_tasks
+    from pipeline.extract.plan import make_manifest, make_tasks, with_tail
     from pipeline.store import Store
 
     listing = list_images(config)
     listing = replace(listing, items=listing.items[:8])
     encoder = Encoder(config, device="cpu", threads=1)
-    about = encoder.describe()
     assert config.store is not None
-    manifest = make_manifest(
-        config,
-        listing,
-        about.teacher,
-        about.autoencoder,
-        about.compute,
+    manifest = with_tail(
+        make_manifest(config, listing, encoder.describe()),
+        config.cut,
         encoder.save_tail(config.store),
     )
     store = Store.create(config.store, manifest)
     for task in make_tasks(listing, config.shard_size):
-        encoder.encode_shard(store.url, manifest.streams, task)
+        encoder.encode_shard(store.url, manifest, task)
     store.finish()
     return sum(store.index().bytes_per_stream.values())

@@ -36,7 +36,7 @@ DEMAND = Demand(
 
 
 def test_every_number_of_one_cut() -> None:
-    cost = cost_of(Stored("activations", "int8", 50), WORK, RATES, DEMAND)
+    cost = cost_of(Stored("activations", "faithful", 50), WORK, RATES, DEMAND)
     assert cost.store_bytes == 3_600 * 50 + 4 * 25
     # networks 300/60 + 100/100 = 6 s, beside 2 s of decoding, then 0.5 s of writing: 6.5 h in all
     assert cost.extraction_device_hours == pytest.approx(6.5)
@@ -53,7 +53,7 @@ def test_every_number_of_one_cut() -> None:
 
 
 def test_a_trainer_that_waits_for_bytes_pays_for_the_wait() -> None:
-    cost = cost_of(Stored("maps", "uint8", 900), WORK, RATES, DEMAND)
+    cost = cost_of(Stored("maps", "faithful", 900), WORK, RATES, DEMAND)
     # 9 s of reading against 6 s of arithmetic
     assert cost.waits
     assert cost.wait_share == pytest.approx(3 / 5)
@@ -68,7 +68,7 @@ def test_on_a_cpu_decoding_takes_time_from_the_networks() -> None:
 
 
 def test_a_store_that_exists_has_paid_for_its_extraction() -> None:
-    cost = cost_of(Stored("maps", "uint8", 100, exists=True), WORK, RATES, DEMAND)
+    cost = cost_of(Stored("maps", "faithful", 100, exists=True), WORK, RATES, DEMAND)
     assert cost.extraction_device_hours == 0
     assert cost.once == pytest.approx(2 * 360)
 
@@ -92,7 +92,7 @@ def test_runs_until_caching_is_cheaper(once: float, per_run: float, runs: int) -
 
 
 def test_break_even_agrees_with_the_totals() -> None:
-    ways = [Stored("maps", "uint8", 400), Stored("image", "uint8", 100)]
+    ways = [Stored("maps", "faithful", 400), Stored("image", "uint8", 100)]
     advice = advise(ways, WORK, RATES, DEMAND)
     runs = advice.costs[0].break_even_runs
     assert runs is not None
@@ -102,9 +102,25 @@ def test_break_even_agrees_with_the_totals() -> None:
 
 
 def test_the_online_teacher_is_said_to_be_the_better_buy() -> None:
-    ways = [Stored("maps", "uint8", 400), Stored("image", "uint8", 100)]
+    ways = [Stored("maps", "faithful", 400), Stored("image", "uint8", 100)]
     advice = advise(ways, WORK, RATES, replace(DEMAND, device_hour=0.0))
     assert advice.online_is_better
     assert advice.costs[0].break_even_runs is None
     assert any("online teacher is the better buy" in reason for reason in advice.reasons)
     assert any("never pays" in reason for reason in advice.reasons)
+
+
+def test_only_candidates_are_recommended() -> None:
+    ways = [
+        Stored("maps", "faithful", 400),
+        Stored("maps", "small", 4, candidate=False),
+        Stored("image", "uint8", 100),
+    ]
+    advice = advise(ways, WORK, RATES, DEMAND)
+    assert min(advice.costs, key=lambda cost: cost.total).stored == ways[1]
+    assert advice.best.stored.candidate
+    assert any(r.startswith("'maps' in small would cost") for r in advice.reasons)
+    assert not any(
+        r.startswith("'maps' in small would cost")
+        for r in advise([ways[0], ways[2]], WORK, RATES, DEMAND).reasons
+    )

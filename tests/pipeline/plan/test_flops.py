@@ -1,4 +1,4 @@
-"""FLOPs and bytes against published and measured numbers."""
+"""FLOPs against published and measured numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pipeline.plan.flops import (
     teacher_flops,
     work,
 )
-from pipeline.plan.sizes import CODECS, latent_bytes, stored_bytes
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, TeacherConfig
 from schemas.run import RunConfig
@@ -100,30 +99,6 @@ def test_autoencoder_needs_no_hub() -> None:
     assert drafts.notes == ()
     assert autoencoder_flops(drafts.autoencoder, 256) == pytest.approx(272.7 * GIGA, rel=0.03)
     assert draft(DINOV2.model_copy(update={"autoencoder": "someone/else"})).notes
-
-
-def test_sizes_follow_from_the_geometry() -> None:
-    g = draft(DINOV2).geometry
-    assert g.layers == (7, 8, 9, 10, 11)
-    # the README's 8.3 MB; notes/measured.md: 0.564 and 0.385 MB per layer, 0.2 MB of tokens
-    features = stored_bytes("maps", "float16", g) - 5 * 12 * 256 * 256 * 2
-    assert 256 * 768 * 2 < features < 256 * 768 * 2 + 8_000
-    assert stored_bytes("maps", "uint8", g) == pytest.approx(5 * 0.564e6 + 0.18e6, rel=0.02)
-    assert stored_bytes("qk", "int8", g) == pytest.approx(5 * 0.385e6 + 0.18e6, rel=0.02)
-    assert stored_bytes("activations", "int8", g) == pytest.approx(0.185e6, rel=0.02)
-    assert stored_bytes("image", "uint8", g) == pytest.approx(0.13e6, rel=0.02)
-    assert latent_bytes(g) == pytest.approx(2 * 4 * 32 * 32 * 2, rel=0.2)
-
-
-def test_every_size_is_a_whole_number_of_tar_blocks() -> None:
-    g = draft(DINOV2).geometry
-    for cut, codecs in CODECS.items():
-        for codec in codecs:
-            size = stored_bytes(cut, codec, g)
-            assert isinstance(size, int)
-            assert size % 512 == 0
-    with pytest.raises(ValueError, match="no codec"):
-        stored_bytes("image", "int8", g)
 
 
 def test_a_layer_that_the_teacher_lacks() -> None:

@@ -134,7 +134,7 @@ def test_secrets_never_show_up(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError(f"403 for\n{url}: not yours")
 
     memory = fsspec.get_filesystem_class("memory")
-    for name in ("cat_file", "pipe_file", "exists"):
+    for name in ("cat_file", "pipe_file", "info"):
         monkeypatch.setattr(memory, name, refuse)
     actions: list[Callable[[], object]] = [
         lambda: Store.open(url),

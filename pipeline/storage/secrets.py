@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pipeline.files import without_credentials
-
-HIDDEN = "..."
+from pipeline.storage.credentials import HIDDEN, without_credentials
 
 
 def without_secrets(text: str, url: str) -> str:

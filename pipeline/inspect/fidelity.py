@@ -1,0 +1,289 @@
+"""How far a store's targets are from those of the teacher in float32, as training would feel it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.alignment.targets import Targets, Wanted, open_targets
+from pipeline.inspect.originals import Originals
+from pipeline.inspect.summary import StoreSummary, describe_bytes
+from pipeline.store import Store, StreamReader
+from pipeline.teachers import Teacher
+from pipeline.train.module import AlignedStudent
+from schemas.alignment import AlignmentConfig
+from schemas.errors import UserError
+from schemas.extract import TeacherConfig
+from schemas.store import Manifest, TeacherInfo, TeacherStream
+from schemas.student import StudentConfig
+
+CHUNK = 4  # images at a time: maps of 5 layers in float64 are 0.3 GB
+HEAD_WIDTH = 16  # of the random student
+
+
+@dataclass
+class Fidelity:
+    """Measurements over some images; KL(teacher || stored) of attention rows in nats."""
+
+    cut: str
+    layers: tuple[int, ...]
+    images: int = 0
+    cosine_min: float = 1.0
+    cosine_sum: float = 0.0
+    tokens: int = 0
+    kl_sum: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Per layer."""
+    kl_max: Tensor = field(default_factory=lambda: torch.zeros(0))
+    kl_rows: int = 0
+    losses: Tensor = field(default_factory=lambda: torch.zeros(2, 2))
+    """Teacher's and store's x feature and attention loss of a random student, summed."""
+    products: Tensor = field(default_factory=lambda: torch.zeros(3))
+    """Of the student's gradients: teacher's with itself, store's with itself, one with another."""
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def loss_errors(self) -> tuple[float, float]:
+        """Relative errors of the feature and the attention loss."""
+        errors = (self.losses[1] - self.losses[0]).abs() / self.losses[0].abs().clamp_min(1e-12)
+        return float(errors[0]), float(errors[1])
+
+    @property
+    def gradient_cosine(self) -> float:
+        """Between the gradients that the teacher's and the store's targets give the student."""
+        own, stored, both = self.products.double().tolist()
+        return float(min(1.0, both / max((own * stored) ** 0.5, 1e-300)))
+
+    def as_json(self, summary: StoreSummary) -> dict[str, Any]:
+        """The measurements under the names of ``--json``."""
+        feature, attention = self.loss_errors
+        each = 1000 / self.images
+        return {
+            "bytes_per_image": summary.bytes_per_image,
+            "fixed_bytes": summary.fixed_bytes,
+            "feature_cosine_min": self.cosine_min,
+            "feature_cosine_mean": self.cosine_sum / self.tokens,
+            "attention_kl_mean": float(self.kl_sum.mean()) / self.kl_rows,
+            "attention_kl_max": float(self.kl_max.max()),
+            "loss_relative_error": max(feature, attention),
+            "gradient_cosine": self.gradient_cosine,
+            "feature_loss_relative_error": feature,
+            "attention_loss_relative_error": attention,
+            "layers": {
+                str(layer): {"kl_mean": float(total) / self.kl_rows, "kl_max": float(worst)}
+                for layer, total, worst in zip(self.layers, self.kl_sum, self.kl_max, strict=True)
+            },
+            "images": self.images,
+            "read_milliseconds_per_image": self.read_seconds * each,
+            "decode_milliseconds_per_image": self.decode_seconds * each,
+        }
+
+
+@torch.no_grad()
+def measure_fidelity(
+    store: Store,
+    count: int,
+    *,
+    stream: str | None = None,
+    source: str | None = None,
+    weights: str | None = None,
+) -> Fidelity:
+    """Compare the targets of ``count`` samples, spread evenly over the store, with a fresh forward
+    pass of the teacher. ``source`` and ``weights`` stand in for those that the manifest names.
+
+    Raises ``UserError`` where images or weights are not to be had or are not those of the store.
+    """
+    name, about = store.manifest.teacher_stream(stream)
+    store.require_complete("latents", name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = open_teacher(store.manifest, about, weights).to(device)
+    originals = Originals(store, source)
+    everything = Wanted(features=True, layers=about.teacher.layers, heads=about.teacher.heads)
+    targets = open_targets(store, name, everything, device)
+    readers = {part: StreamReader(store, part) for part in (name, "latents")}
+    student = _RandomStudent(store.manifest, about.teacher).to(device)
+    layers = len(about.teacher.layers)
+    found = Fidelity(
+        about.cut, about.teacher.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
+    )
+    shards, rows = _spread(store, count)
+    for start in range(0, len(shards), CHUNK):
+        where = shards[start : start + CHUNK], rows[start : start + CHUNK]
+        crops = torch.from_numpy(originals(where[0].tolist(), where[1].tolist()))
+        exact = exact_targets(teacher, crops.to(device).permute(0, 3, 1, 2))
+        began = time.perf_counter()
+        columns = {n: torch.from_numpy(a) for n, a in readers[name].read(*where).items()}
+        found.read_seconds += time.perf_counter() - began
+        began = time.perf_counter()
+        decoded = targets({n: tensor.to(device) for n, tensor in columns.items()})
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.decode_seconds += time.perf_counter() - began
+        latents = torch.from_numpy(readers["latents"].read(*where)["mean"]).float()
+        latents = latents * store.manifest.autoencoder.scaling_factor
+        _compare(found, exact, decoded)
+        student.compare(found, latents.to(device), exact, decoded)
+        found.images += len(where[0])
+    return found
+
+
+def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
+    """The page that a person reads."""
+    values = found.as_json(summary)
+    rows = [
+        f"  layer {layer:<3}      attention KL mean {one['kl_mean']:.2e}, "
+        f"largest row {one['kl_max']:.2e} nats"
+        for layer, one in values["layers"].items()
+    ]
+    return "\n".join(
+        [
+            f"fidelity of cut '{found.cut}' over {found.images} images, against the teacher in "
+            "float32:",
+            f"  features       cosine mean {values['feature_cosine_mean']:.6f}, "
+            f"min {values['feature_cosine_min']:.6f}",
+            *rows,
+            f"  all layers     attention KL mean {values['attention_kl_mean']:.2e}, "
+            f"largest row {values['attention_kl_max']:.2e} nats",
+            "  random student feature loss off by "
+            f"{values['feature_loss_relative_error']:.2e}, attention loss by "
+            f"{values['attention_loss_relative_error']:.2e}, gradient cosine "
+            f"{values['gradient_cosine']:.6f}",
+            f"  per image      {describe_bytes(summary.bytes_per_image)}; "
+            f"{describe_bytes(summary.fixed_bytes)} beside the shards; read in "
+            f"{values['read_milliseconds_per_image']:.2f} ms, decoded in "
+            f"{values['decode_milliseconds_per_image']:.2f} ms",
+        ]
+    )
+
+
+def open_teacher(manifest: Manifest, stream: TeacherStream, weights: str | None) -> Teacher:
+    """The whole teacher of a stream, not only its tail. Raises ``UserError`` where ``weights`` are
+    not those that the store was made with."""
+    about = stream.teacher
+    config = TeacherConfig(
+        model=about.model,
+        model_args=about.model_args,
+        weights=weights or about.weights,
+        seed=about.seed,
+        image_size=about.image_size,
+    )
+    teacher = Teacher(config, resolution=manifest.resolution, layers=about.layers)
+    if teacher.weights_sha256 != about.weights_sha256:
+        raise UserError(
+            f"--teacher.weights '{config.weights}' are not those of the store: SHA-256 "
+            f"{teacher.weights_sha256[:12]}..., not {about.weights_sha256[:12]}..."
+        )
+    return teacher
+
+
+def exact_targets(teacher: Teacher, images_B3RR: Tensor) -> Targets:
+    """Targets in float32, from uint8 crops."""
+    out = teacher(images_B3RR)
+    return Targets(out.features, torch.softmax(out.attention_logits, dim=-1))
+
+
+def _spread(store: Store, count: int) -> tuple[np.ndarray, np.ndarray]:
+    sizes = np.asarray(store.index().samples_per_shard)
+    total = int(sizes.sum())
+    if not total:
+        raise UserError(f"store '{store.shown_url}' holds no samples")
+    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+    ends = np.cumsum(sizes)
+    shards = np.searchsorted(ends, chosen, side="right")
+    return shards, chosen - (ends - sizes)[shards]
+
+
+def _compare(found: Fidelity, exact: Targets, decoded: Targets) -> None:
+    assert exact.features is not None
+    assert decoded.features is not None
+    assert exact.attention is not None
+    assert decoded.attention is not None
+    cosine = torch.cosine_similarity(exact.features.double(), decoded.features.double(), dim=-1)
+    found.cosine_min = min(found.cosine_min, float(cosine.min()))
+    found.cosine_sum += float(cosine.sum())
+    found.tokens += cosine.numel()
+    kl = kl_of_rows(exact.attention, decoded.attention).transpose(0, 1).flatten(1).cpu().float()
+    found.kl_sum += kl.sum(1)
+    found.kl_max = torch.maximum(found.kl_max, kl.amax(1))
+    found.kl_rows += kl.shape[1]
+
+
+def kl_of_rows(exact: Tensor, other: Tensor) -> Tensor:
+    """KL(exact || other) in nats over the last axis. What ``other`` rounded to 0 counts as the
+    smallest normal number of float32."""
+    p = exact.double()
+    q = other.double().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.special.xlogy(p, p / q).sum(-1)
+
+
+class _RandomStudent(nn.Module):
+    """A small SiT with random weights, whose blocks follow the teacher's layers one by one."""
+
+    def __init__(self, manifest: Manifest, teacher: TeacherInfo) -> None:
+        super().__init__()
+        layers = len(teacher.layers)
+        channels, rows, _ = manifest.autoencoder.latent_shape
+        patches = [patch for patch in (1, 2, 4, 8) if rows // patch == teacher.grid[0]]
+        config = StudentConfig(
+            model=f"SiT-S/{(patches or [2])[0]}",
+            latent_size=rows,
+            latent_channels=channels,
+            num_classes=1,
+            depth=layers + 1,
+            width=HEAD_WIDTH * teacher.heads,
+            heads=teacher.heads,
+        )
+        alignment = AlignmentConfig(
+            feature_depth=layers,
+            student_layers=tuple(range(layers)),
+            teacher_layers=teacher.layers,
+            projector_width=256,
+        )
+        generator = torch.Generator().manual_seed(0)
+        self.aligned = AlignedStudent(
+            config,
+            alignment,
+            teacher_width=teacher.width,
+            heads=teacher.heads,
+            teacher_grid=teacher.grid,
+        )
+        for parameter in self.aligned.parameters():  # its own initialisation makes blocks no-ops
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        self.generator = generator
+        self.knows_mean = False
+
+    def compare(self, found: Fidelity, latents: Tensor, exact: Targets, decoded: Targets) -> None:
+        """Losses and gradients with either's targets, on noisy scaled latents (B, C, h, w)."""
+        self._learn_mean(exact)
+        noise = torch.randn(latents.shape, generator=self.generator).to(latents.device)
+        t = torch.rand(len(latents), generator=self.generator).to(latents.device)
+        x = torch.lerp(latents, noise, t.view(-1, 1, 1, 1))
+        labels = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+        gradients = []
+        for row, targets in enumerate((exact, decoded)):
+            with torch.enable_grad():
+                losses = self.aligned(x, t, labels, noise - latents, targets)[1:3]
+                parameters = list(self.aligned.parameters())
+                parts = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+            found.losses[row] += losses.detach().cpu()
+            gradients.append(torch.cat([g.flatten() for g in parts if g is not None]).double())
+        one, other = gradients
+        found.products += torch.stack([one @ one, other @ other, one @ other]).cpu().float()
+
+    def _learn_mean(self, exact: Targets) -> None:
+        """Have the projector put out the teacher's mean feature at least: the cosine of a student
+        that knows nothing is near 0, and an error relative to it would say nothing."""
+        if self.knows_mean or self.aligned.projector is None or exact.features is None:
+            return
+        last = self.aligned.projector[-1]
+        assert isinstance(last, nn.Linear)
+        mean = exact.features.mean((0, 1))
+        last.bias.copy_(mean)
+        last.weight.mul_(float(mean.norm()) / len(mean) ** 0.5)
+        self.knows_mean = True

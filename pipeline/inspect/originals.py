@@ -1,0 +1,66 @@
+"""The images that stored samples came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.datasets import list_images, open_reader
+from pipeline.datasets.crop import BadImageError, decode_crop
+from pipeline.files import absolute_url, without_credentials
+from pipeline.store import Store, StreamReader
+from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+
+
+class Originals:
+    """Crops of a store's samples: stored ones where a stream holds them, else from the source."""
+
+    def __init__(self, store: Store, source: str | None = None) -> None:
+        """``source`` stands in for the one that the manifest names. Raises ``UserError`` where
+        neither leads to images."""
+        self._store = store
+        self._resolution = store.manifest.resolution
+        cuts = {name: stream.cut for name, stream in store.manifest.teacher_streams.items()}
+        stored = [name for name, cut in cuts.items() if cut == "image"]
+        self._crops: StreamReader | None = None
+        if stored and source is None:
+            self._crops = StreamReader(store, stored[0])
+            return
+        dataset = store.manifest.dataset
+        place = source or dataset.source
+        if place is None and dataset.name != "demo":
+            raise UserError(
+                f"--source is missing: store '{store.shown_url}' does not say where its images lie"
+            )
+        config = ExtractConfig.model_validate(
+            {
+                "dataset": dataset.name,
+                "source": None if place is None else absolute_url(place),
+                "resolution": self._resolution,
+            }
+        )
+        self._items = {item.key: item for item in list_images(config).items}
+        self._read = open_reader(config)
+        self._shown = without_credentials(place or "its package")
+
+    def __call__(self, shards: Sequence[int], rows: Sequence[int]) -> np.ndarray:
+        """uint8 (B, R, R, 3). Raises ``UserError`` naming an image that is not there any more."""
+        if self._crops is not None:
+            return self._crops.read(np.asarray(shards), np.asarray(rows))["crop"]
+        keys = [
+            self._store.record(shard).keys[row] for shard, row in zip(shards, rows, strict=True)
+        ]
+        return np.stack([self._crop(key) for key in keys])
+
+    def _crop(self, key: str) -> np.ndarray:
+        item = self._items.get(key)
+        if item is None:
+            raise UserError(
+                f"--source '{self._shown}' has no image '{key}', which the store was made from"
+            )
+        try:
+            return decode_crop(self._read(item), self._resolution, cropped=item.latent is not None)
+        except (BadImageError, OSError) as error:
+            raise UserError(f"--source '{self._shown}': {item.path}: {error}") from None

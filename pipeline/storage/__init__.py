@@ -1,0 +1,1 @@
+"""What ``pipeline.files`` is made of: connections, faults, retries, credentials."""

@@ -1,0 +1,102 @@
+"""From a URL to a filesystem whose faults are noticed in seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.storage.credentials import without_credentials
+from schemas.errors import UserError
+
+CONNECT_SECONDS = 5
+READ_SECONDS = 15.0
+"""A server that sends nothing for so long is given up, and tried again by ``retrying``."""
+
+UPLOAD_BYTES_PER_SECOND = 512 << 10
+"""An upload slower than this is given up: its server is there but takes nothing."""
+
+CONNECTIONS = 32
+PARTS_AT_ONCE = 4
+"""Parts of 50 MB that one upload holds in memory at a time."""
+
+# Buckets have neither sign in their names; their ARNs have colons.
+_S3_WITH_CREDENTIALS = re.compile(r"\bs3a?://(?!arn:)[^/]*[:@]")
+
+
+def open_url(url: str, *, what: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of an fsspec URL and the path on it. ``what`` names the option in errors."""
+    protocols = {part.partition("://")[0] for part in url.split("::")} & {"s3", "s3a"}
+    if protocols and _S3_WITH_CREDENTIALS.search(url):
+        raise UserError(
+            f"{what} '{without_credentials(url)}': credentials do not belong in the URL; set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    options = {protocol: _s3_options(protocol) for protocol in protocols}
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
+    except (ValueError, ImportError, OSError) as error:
+        shown = without_credentials(url)
+        raise UserError(f"{what} '{shown}': {without_credentials(str(error))}") from None
+    if is_s3(filesystem):
+        # s3fs and botocore would multiply their own attempts with ours, into many minutes
+        filesystem.retries = 1
+    return filesystem, str(path).rstrip("/") or "/"
+
+
+def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
+    return isinstance(filesystem, LocalFileSystem)
+
+
+def is_s3(filesystem: fsspec.AbstractFileSystem) -> bool:
+    return "s3" in filesystem.protocol
+
+
+def upload_options(filesystem: fsspec.AbstractFileSystem, size: int) -> dict[str, float]:
+    """Keywords that bound the seconds of one upload of ``size`` bytes, where that is possible.
+
+    The read timeout begins only when a request is sent whole, so it does not.
+    """
+    if not filesystem.async_impl:
+        return {}
+    return {"timeout": 2 * READ_SECONDS + size / UPLOAD_BYTES_PER_SECOND}
+
+
+def absolute_url(url: str) -> str:
+    """Local paths made absolute (they are read by processes elsewhere), URLs as they are."""
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def _s3_options(protocol: str) -> dict[str, Any]:
+    """Options of ``S3FileSystem``; what the user's fsspec configuration says goes first."""
+    configured: dict[str, Any] = dict(fsspec.config.conf.get(protocol, {}))
+    config = {
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": READ_SECONDS,
+        "max_pool_connections": CONNECTIONS,
+        "retries": {"total_max_attempts": 2, "mode": "standard"},
+        "connector_args": {"socket_factory": _socket},
+    }
+    options = {
+        "use_listings_cache": False,  # other processes write to what this one lists
+        "max_concurrency": PARTS_AT_ONCE,
+    }
+    return {
+        **options,
+        **configured,
+        "config_kwargs": {**config, **configured.get("config_kwargs", {})},
+    }
+
+
+def _socket(address: tuple[Any, ...]) -> socket.socket:
+    """A socket that notices in seconds, not in a quarter of an hour, that nobody acknowledges
+    what it sends: the machine at the other end was switched off."""
+    family, kind, protocol = address[:3]
+    made = socket.socket(family=family, type=kind, proto=protocol)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(READ_SECONDS * 1000))
+    return made

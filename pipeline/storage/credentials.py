@@ -1,0 +1,54 @@
+"""Taking credentials out of what is shown or written down."""
+
+from __future__ import annotations
+
+import os
+import re
+
+HIDDEN = "***"
+
+_SECRET_NAME = r"(?:secret|token(?!s)|passw(?:or)?d|signature|credential|access_?key|api_?key)"
+_SECRET_VARIABLE = re.compile(_SECRET_NAME, re.IGNORECASE)
+_USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
+# Secret keys of AWS hold slashes. What follows the colon is no port, so it is a password.
+_USER_INFO_WITH_SLASH = re.compile(r"(?<=://)[^/\s:@]+:(?!\d{1,5}(?:[/\s\"']|$))[^\s\"']*@")
+_BARE_USER_INFO = re.compile(r"(?<![^\s\"'(=])[^\s\"'/:@(=]+:(?!//|:)[^\s\"']+@(?=[\w.-])")
+_QUERY = re.compile(r"\?\S*?(?=[\"')>]*(?:\s|$))")
+_TAGGED = re.compile(rf"<(\w*{_SECRET_NAME}\w*)>[^<]*<", re.IGNORECASE)
+# NAME=value, 'name': 'value', Name: value; a value runs to its quote, else to the next space.
+_ASSIGNED = re.compile(
+    rf"""([\w.-]*{_SECRET_NAME}[\w.-]*["']?\s*[=:]\s*)("[^"]*"|'[^']*'|(?:Bearer\s+)?[^\s,;&"']+)""",
+    re.IGNORECASE,
+)
+_AUTHORIZATION = re.compile(r"(authorization[\"']?\s*[=:]\s*)[^\n]*", re.IGNORECASE)
+_ACCESS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")
+
+
+def without_credentials(text: str) -> str:
+    """A URL or an error message without what must not be written down.
+
+    Taken out: user names and passwords of URLs, queries of URLs, values after names such as
+    ``aws_secret_access_key``, and whatever equals a credential of this process's environment.
+    """
+    for value in _credentials_of_environment():
+        text = text.replace(value, HIDDEN)
+    text = _USER_INFO.sub("", text)
+    text = _USER_INFO_WITH_SLASH.sub("", text)
+    text = _BARE_USER_INFO.sub("", text)
+    if "://" in text:
+        text = _QUERY.sub("", text)
+    text = _AUTHORIZATION.sub(rf"\g<1>{HIDDEN}", text)
+    text = _TAGGED.sub(rf"<\1>{HIDDEN}<", text)
+    text = _ASSIGNED.sub(rf"\g<1>{HIDDEN}", text)
+    return _ACCESS_KEY_ID.sub(HIDDEN, text)
+
+
+def _credentials_of_environment() -> list[str]:
+    """Longest first, so that one that contains another goes whole."""
+    found = {
+        value
+        for name, value in os.environ.items()
+        # of others, a path or a switch may be the value, which hides nothing and mangles messages
+        if _SECRET_VARIABLE.search(name) and len(value) >= 8 and not os.path.isabs(value)
+    }
+    return sorted(found, key=len, reverse=True)

@@ -1,0 +1,141 @@
+"""Which errors of storage pass by themselves, and what to do about those that do not."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from enum import Enum, auto
+from http.client import IncompleteRead
+
+import aiohttp
+from botocore import exceptions as boto  # type: ignore[import-untyped]
+from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
+
+from pipeline.storage.credentials import without_credentials
+
+
+class Fault(Enum):
+    """What an exception means to whoever asked storage for something."""
+
+    MISSING = auto()
+    """There is no such file; callers often expect that."""
+    TRANSIENT = auto()
+    """Trying again may help."""
+    PERMANENT = auto()
+    """Trying again does not help; a person must do something."""
+    FOREIGN = auto()
+    """Not an error of storage: a mistake in this software."""
+
+
+_TRANSIENT_CODES = frozenset(
+    {
+        "BadDigest",
+        "ConditionalRequestConflict",
+        "IncompleteBody",
+        "InternalError",
+        # a server that was restarted may have forgotten an upload in parts: begin another
+        "InvalidPart",
+        "NoSuchUpload",
+        "OperationAborted",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequestsException",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 522, 524, 529})
+_TRANSIENT_TYPES = (
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
+    boto.ChecksumError,
+    boto.FlexibleChecksumError,
+    ResponseParserError,
+    aiohttp.ClientConnectionError,
+    aiohttp.ClientPayloadError,
+    ConnectionError,
+    TimeoutError,
+    IncompleteRead,
+    socket.gaierror,
+)
+_TRANSIENT_ERRNOS = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.EINTR,
+        errno.EIO,  # a network mount whose server is away
+        errno.ENETDOWN,
+        errno.ENETRESET,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.EREMOTEIO,
+        errno.ESTALE,
+    }
+)
+_STORAGE_TYPES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError)
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What to do about ``error``, whichever backend raised it."""
+    code, status = _answer(error)
+    if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS:
+        return Fault.TRANSIENT
+    if isinstance(error, FileNotFoundError):
+        return Fault.PERMANENT if code == "NoSuchBucket" else Fault.MISSING
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return Fault.PERMANENT
+    if isinstance(error, _TRANSIENT_TYPES):
+        return Fault.TRANSIENT
+    if status is not None:
+        return Fault.PERMANENT
+    if isinstance(error, OSError):
+        return Fault.TRANSIENT if error.errno in _TRANSIENT_ERRNOS else Fault.PERMANENT
+    return Fault.PERMANENT if isinstance(error, _STORAGE_TYPES) else Fault.FOREIGN
+
+
+def is_beyond_the_end(error: BaseException) -> bool:
+    """Whether the service said that a file has none of the bytes that were asked for."""
+    code, status = _answer(error)
+    return status == 416 or code in {"InvalidRange", "416"}
+
+
+def reason_of(error: BaseException) -> str:
+    """The error's own words on one line, without credentials."""
+    return " ".join(without_credentials(str(error)).split())[:300] or type(error).__name__
+
+
+def remedy_for(error: BaseException) -> str:
+    """What a person can do about a permanent fault."""
+    code, status = _answer(error)
+    if code == "NoSuchBucket":
+        return "create the bucket or correct the URL"
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, PermissionError) or status in {401, 403}:
+        return "check the credentials and what they allow there"
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "free space there and run the same command again"
+    return "correct that and run the same command again"
+
+
+def _answer(error: BaseException) -> tuple[str, int | None]:
+    """Error code and HTTP status of the service's answer; s3fs keeps it as the error's cause."""
+    for name in ("status", "status_code", "code"):  # aiohttp, Azure, Google
+        status = getattr(error, name, None)
+        if isinstance(status, int) and 400 <= status < 600:
+            return "", status
+    cause: BaseException | None = error
+    while cause is not None:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            code = str(response.get("Error", {}).get("Code", ""))
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return code, int(code) if status is None and code.isdigit() else status
+        cause = cause.__cause__
+    return "", None

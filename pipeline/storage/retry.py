@@ -1,0 +1,115 @@
+"""Trying again while storage is away, and one clear line where it stays away."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.storage.credentials import without_credentials
+from pipeline.storage.faults import Fault, fault_of, reason_of, remedy_for
+from schemas.errors import UserError
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 120.0
+"""How long one operation is tried before it fails, in seconds."""
+
+RETRY_VARIABLE = "HASTE_STORAGE_RETRY_SECONDS"
+"""Environment variable with another limit, because it must reach the workers of a cluster, and a
+run's config would carry the operator's patience into its record. Changes no number of a run."""
+
+FIRST_DELAY = 0.25
+LONGEST_DELAY = 5.0
+
+_overrides: list[float] = []
+_jitter = random.Random()  # its own state: that of `random` belongs to whoever seeds it
+
+
+class StorageError(UserError):
+    """Storage could not be used. One line: what, where, why, for how long, and what to do."""
+
+
+@contextmanager
+def retry_limit(seconds: float) -> Iterator[None]:
+    """Within it, operations of all threads of this process give up after ``seconds``."""
+    _overrides.append(seconds)
+    try:
+        yield
+    finally:
+        _overrides.pop()
+
+
+def retrying(
+    call: Callable[[], T], filesystem: fsspec.AbstractFileSystem, path: str, *, doing: str
+) -> T:
+    """``call()``, again and again with growing pauses while it fails in ways that may pass.
+
+    ``doing`` is a verb for messages ("read"). ``call`` must be safe to repeat. Raises
+    ``FileNotFoundError`` as it comes and ``StorageError`` for whatever else storage refuses: at
+    once where trying again is pointless, otherwise when the limit is reached.
+    """
+    limit = _limit()
+    start = time.monotonic()
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            result = call()
+        except Exception as error:
+            fault = fault_of(error)
+            what = f"cannot {doing} '{shown(filesystem, path)}': {reason_of(error)}"
+            if fault in (Fault.MISSING, Fault.FOREIGN):
+                raise
+            if fault is Fault.PERMANENT:
+                raise StorageError(f"{what}; {remedy_for(error)}") from None
+            elapsed = time.monotonic() - start
+            if elapsed >= limit:
+                raise StorageError(
+                    f"{what}; gave up after {elapsed:.0f} s and {attempts} attempts: check that "
+                    "the storage is up and its endpoint is right, then run the same command again"
+                ) from None
+            if attempts == 1:
+                _note(f"{what}; trying again for up to {limit:.0f} s")
+        else:
+            if attempts > 1:
+                elapsed = time.monotonic() - start
+                _note(
+                    f"storage is back: could {doing} '{shown(filesystem, path)}' after "
+                    f"{elapsed:.1f} s and {attempts} attempts"
+                )
+            return result
+        time.sleep(min(_pause(attempts), max(0.0, limit - elapsed)))
+
+
+def shown(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
+    """The path as a person would write it, without credentials."""
+    if isinstance(filesystem, LocalFileSystem):
+        return path
+    return without_credentials(str(filesystem.unstrip_protocol(path)))
+
+
+def _pause(attempts: int) -> float:
+    """Seconds to wait: doubling, and random so that many workers do not come back at once."""
+    return float(min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (attempts - 1)) * _jitter.uniform(0.5, 1))
+
+
+def _limit() -> float:
+    if _overrides:
+        return _overrides[-1]
+    text = os.environ.get(RETRY_VARIABLE, "")
+    try:
+        return float(text) if text else RETRY_SECONDS
+    except ValueError:
+        raise UserError(f"{RETRY_VARIABLE}='{text}': give a number of seconds") from None
+
+
+def _note(line: str) -> None:
+    sys.stderr.write(line + "\n")

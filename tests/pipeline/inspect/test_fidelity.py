@@ -1,0 +1,156 @@
+"""`inspect --fidelity`: measured against the teacher, and honest about what it measures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.assets import DEMO_TEACHER
+from pipeline.datasets.digits import list_digits, read_digit
+from pipeline.inspect.__main__ import main
+from pipeline.inspect.fidelity import kl_of_rows
+from pipeline.store import Store
+from schemas.errors import UserError
+from tests.encoded import encode
+
+Capture = pytest.CaptureFixture[str]
+KEYS = {
+    "bytes_per_image",
+    "fixed_bytes",
+    "feature_cosine_min",
+    "feature_cosine_mean",
+    "attention_kl_mean",
+    "attention_kl_max",
+    "loss_relative_error",
+    "gradient_cosine",
+}
+
+
+def fidelity(capsys: Capture, store: Store, *argv: str) -> dict[str, Any]:
+    assert main([store.url, "--fidelity", "6", "--json", *argv]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found: dict[str, Any] = json.loads(line)
+    assert found.keys() >= KEYS
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fidelity")
+
+
+@pytest.fixture(scope="module")
+def store_of(folder: Path) -> Callable[..., Store]:
+    made: dict[str, Store] = {}
+
+    def make(cut: str, codec: str, **options: Any) -> Store:
+        name = f"{cut}-{codec}"
+        if name not in made:
+            made[name] = encode(folder / name, cut=cut, codec=codec, **options)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("cut", ["maps", "qk", "activations", "image"])
+def test_exact_stores_are_found_exact(
+    store_of: Callable[..., Store], cut: str, capsys: Capture
+) -> None:
+    store = store_of(cut, "float32")
+    found = fidelity(capsys, store)
+    assert found["images"] == 6
+    assert found["feature_cosine_min"] > 1 - 1e-6
+    assert found["attention_kl_max"] < 1e-6
+    assert found["loss_relative_error"] < 1e-5
+    assert found["gradient_cosine"] > 1 - 1e-6
+    files = (p.stat().st_size for s in ("latents", cut) for p in Path(store.root, s).iterdir())
+    assert found["bytes_per_image"] == pytest.approx(sum(files) / 8)
+    assert isinstance(found["fixed_bytes"], int)
+
+
+@pytest.mark.parametrize("cut", ["maps", "qk", "activations"])
+def test_coarser_codecs_are_found_coarser(
+    store_of: Callable[..., Store], cut: str, capsys: Capture
+) -> None:
+    faithful, small = (fidelity(capsys, store_of(cut, codec)) for codec in ("faithful", "small"))
+    assert 1e-8 < faithful["attention_kl_mean"] < 2e-4
+    assert faithful["attention_kl_mean"] < small["attention_kl_mean"] < 1e-3
+    assert 0.9999 < faithful["gradient_cosine"] < 1
+    assert small["gradient_cosine"] < faithful["gradient_cosine"]
+    assert small["feature_cosine_min"] < faithful["feature_cosine_min"]
+    assert small["bytes_per_image"] < faithful["bytes_per_image"]
+    assert faithful["layers"].keys() == {"2", "3", "4", "5"}
+
+
+def test_wrong_numbers_in_a_store_are_noticed(folder: Path, capsys: Capture) -> None:
+    """A store made by another teacher that claims to be the demo's."""
+    other = encode(folder / "other", teacher={"weights": "random"})
+    demo = encode(folder / "demo")
+    teacher = demo.manifest.streams["maps"].model_dump()["teacher"]
+    path = Path(other.root, "manifest.json")
+    values = json.loads(path.read_text())
+    values["streams"]["maps"]["teacher"] = teacher
+    path.write_text(json.dumps(values))
+    found = fidelity(capsys, other)
+    assert found["attention_kl_mean"] > 0.01
+    assert found["feature_cosine_mean"] < 0.5
+    assert found["gradient_cosine"] < 0.99
+
+
+def test_other_weights_are_refused_and_copies_are_not(
+    store_of: Callable[..., Store], folder: Path, capsys: Capture
+) -> None:
+    store = store_of("maps", "faithful")
+    copy, changed = folder / "copy.safetensors", folder / "changed.safetensors"
+    state = load_file(DEMO_TEACHER)
+    save_file(state, copy)
+    assert fidelity(capsys, store, "--teacher.weights", str(copy))["images"] == 6
+    state["norm.weight"][0] += 1
+    save_file(state, changed)
+    with pytest.raises(UserError, match=r"are not those of the store: SHA-256 \w+") as error:
+        main([store.url, "--fidelity", "2", "--teacher.weights", str(changed)])
+    assert "\n" not in str(error.value)
+
+
+def test_images_come_from_the_source_and_a_lost_one_is_named(folder: Path, capsys: Capture) -> None:
+    source = folder / "images"
+    for item in list_digits().items[:8]:
+        path = source / f"class{item.label}" / item.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(read_digit(item))
+    store = encode(folder / "from-source", dataset="folder", source=str(source))
+    assert fidelity(capsys, store)["attention_kl_mean"] < 2e-4
+    moved = folder / "moved"
+    source.rename(moved)
+    with pytest.raises(UserError, match="--source"):
+        main([store.url, "--fidelity", "2"])
+    assert fidelity(capsys, store, "--source", str(moved))["images"] == 6
+    for path in moved.rglob("*.png"):
+        path.rename(path.with_name(f"other-{path.name}"))
+    with pytest.raises(UserError, match="has no image 'class"):
+        main([store.url, "--fidelity", "2", "--source", str(moved)])
+
+
+def test_the_page_has_every_layer(store_of: Callable[..., Store], capsys: Capture) -> None:
+    assert main([store_of("activations", "faithful").url, "--fidelity", "3"]) == 0
+    page = capsys.readouterr().out
+    for text in ("layer 2", "layer 5", "gradient cosine", "over 3 images", "beside the shards"):
+        assert text in page
+
+
+def test_divergence_of_rows() -> None:
+    p = torch.softmax(torch.randn(3, 5, 7, dtype=torch.float64), -1)
+    q = torch.softmax(torch.randn(3, 5, 7, dtype=torch.float64), -1)
+    expected = (p * (p.log() - q.log())).sum(-1)
+    torch.testing.assert_close(kl_of_rows(p, q), expected, rtol=1e-6, atol=1e-9)
+    assert kl_of_rows(p, p).abs().max() < 1e-12
+    one_hot = torch.eye(4)
+    assert kl_of_rows(one_hot, one_hot).abs().max() == 0
+    assert np.isfinite(float(kl_of_rows(torch.full((4, 4), 0.25), one_hot).max()))
