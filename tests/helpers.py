@@ -76,8 +76,7 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def recorded_opens() -> Iterator[list[str]]:
-    """Every path that a local fsspec filesystem opens, from any thread, whoever asks; and those
-    that ranges are read of, for which `pipeline.files` does without it."""
+    """Every path that a local fsspec filesystem opens, from any thread, whoever asks."""
     paths: list[str] = []
     original = LocalFileSystem._open
 
@@ -85,12 +84,6 @@ def recorded_opens() -> Iterator[list[str]]:
         paths.append(str(path))
         return original(self, path, *args, **kwargs)
 
-    def read_and_record(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if mode == "rb":
-            paths.append(str(path))
-        return open(path, mode, *args, **kwargs)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.files.open", read_and_record, raising=False)
         patch.setattr(LocalFileSystem, "_open", open_and_record)
         yield paths

@@ -280,6 +280,15 @@ def test_a_link_out_of_the_store_gives_nothing_away(known_store: Store, tmp_path
         assert "hunter2" not in str(error.value)
 
 
+@pytest.mark.parametrize("limit", [8 << 20, 0])
+def test_a_link_to_what_never_ends_is_damage(known_store: Store, limit: int) -> None:
+    path = Path(known_store.root, "maps", "shard-000001.tar")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DamagedShardError, match="is damaged"):
+        read_first(known_store, limit=limit)
+
+
 def test_a_shard_is_replaced_not_written_through_a_link(known_store: Store, tmp_path: Path) -> None:
     from tests.helpers import write_known_shard
 
