@@ -115,6 +115,16 @@ class LatentsStream(Strict):
     compute: ComputeInfo
 
 
+class Origin(Strict):
+    """What a stream was before ``python -m pipeline.store convert`` computed others from it."""
+
+    cut: Cut
+    layers: Layers
+    codecs: dict[Name, CodecName]
+    """Of its columns: what their rounding took away is missing ever since."""
+    compute: ComputeInfo
+
+
 class TeacherStream(Strict):
     """What one cut keeps of one teacher."""
 
@@ -127,6 +137,9 @@ class TeacherStream(Strict):
     compute: ComputeInfo
     added: bool = False
     """Whether it came to the store later than the latents, with commit records of its own."""
+    converted_from: tuple[Origin, ...] = ()
+    """What it was before, first to last; none where it is as the teacher's extraction stored it.
+    ``compute`` is that of the last step."""
 
 
 Stream = Annotated[LatentsStream | TeacherStream, Field(discriminator="kind")]

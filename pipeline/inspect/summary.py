@@ -115,6 +115,11 @@ def _about_teacher(stream: TeacherStream) -> list[str]:
         f"({teacher.weights_sha256[:12]}), {teacher.grid[0]}x{teacher.grid[1]} tokens, "
         f"{teacher.heads} heads",
     ]
+    if stream.converted_from:
+        steps = (
+            f"{o.cut} ({', '.join(sorted(set(o.codecs.values())))})" for o in stream.converted_from
+        )
+        lines.append(f"    made from  {', then '.join(steps)}")
     if stream.tail is not None:
         lines.append(f"    tail       {stream.tail.file}, {describe_bytes(stream.tail.bytes)}")
     return lines

@@ -102,7 +102,7 @@ class Store:
                 raise UserError(
                     f"{what} '{self.shown_url}' is not complete: {len(missing)} of "
                     f"{self.manifest.num_shards} shards are missing (first: {missing[0]}); "
-                    "run its extraction again"
+                    "run its extraction or conversion again"
                 )
 
     def has_index(self) -> bool:
