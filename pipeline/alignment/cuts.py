@@ -115,6 +115,13 @@ def _tensors(cut: Cut, teacher: TeacherShape) -> dict[str, tuple[Kind, tuple[int
     return kept
 
 
+def cut_shapes(cut: Cut, teacher: TeacherShape, resolution: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a cut keeps of one image."""
+    if cut == "image":
+        return {"crop": (resolution, resolution, 3)}
+    return {name: shape for name, (_, shape) in _tensors(cut, teacher).items()}
+
+
 def codec_set_of(cut: Cut, teacher: TeacherShape, columns: Mapping[str, Column]) -> CodecSet | None:
     """The set that a cut's columns were stored with; None where they are of several."""
     if cut == "image":
