@@ -19,16 +19,22 @@ class StoppedError(Exception):
         self.code = code
 
 
+def plain_text(text: str) -> str:
+    """``text`` in one line; what a terminal would obey, or not know, shown as its escape."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Run ``main(argv)`` as a command: a ``UserError`` is one line on stderr and exit code 2,
     a ``StoppedError`` one line and its own code."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {plain_text(str(error))}", file=sys.stderr)
         code = 2
     except StoppedError as stop:
-        print(stop, file=sys.stderr)
+        print(plain_text(str(stop)), file=sys.stderr)
         code = stop.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

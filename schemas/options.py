@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,24 +33,24 @@ def parse_options(
     about: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     preset_key: str = "",
-    positional: str | None = None,
+    positional: str | Sequence[str] = (),
 ) -> M:
     """Build ``model`` from defaults < preset < ``--config FILE`` < ``--option VALUE``.
 
     ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults, for the table
-    that the option is in (``a`` of ``a.b``); ``positional`` names the option that an argument
-    without dashes fills. Prints the help and leaves with code 0 on ``--help``; raises ``UserError``
-    on anything that does not fit.
+    that the option is in (``a`` of ``a.b``); ``positional`` names the options that arguments
+    without dashes fill, in their order. Prints the help and leaves with code 0 on ``--help``;
+    raises ``UserError`` on anything that does not fit.
     """
+    places = [positional] if isinstance(positional, str) else list(positional)
     if {"-h", "--help"} & set(argv):
-        argument = f" {positional.upper()}" if positional else ""
-        print(help_text(model, command=command + argument, about=about))
+        print(help_text(model, command=" ".join([command, *map(str.upper, places)]), about=about))
         sys.exit(0)
     leaves = dict(leaf_fields(model))
     tables = set(_optional_tables(model))
     overrides: list[tuple[str, Any]] = []  # one table may get several entries
     files: list[str] = []
-    for name, value in _split_arguments(argv, leaves, tables, positional):
+    for name, value in _split_arguments(argv, leaves, tables, places):
         if name == "config":
             files.append(str(value))
         else:
@@ -175,14 +175,13 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 def _split_arguments(
-    argv: list[str], leaves: dict[str, FieldInfo], tables: set[str], positional: str | None
+    argv: list[str], leaves: dict[str, FieldInfo], tables: set[str], positional: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    rest = list(argv)
+    rest, places = list(argv), list(positional)
     while rest:
         token = rest.pop(0)
-        if not token.startswith("--") and positional is not None:
-            yield positional, token
-            positional = None
+        if not token.startswith("--") and places:
+            yield places.pop(0), token
             continue
         if not token.startswith("--"):
             raise UserError(f"unexpected argument '{token}': options look like --name VALUE")
@@ -204,6 +203,11 @@ def _split_arguments(
                 value = rest.pop(0)
         if name == "config":
             yield name, value
+        elif name in leaves and _is_texts(leaves[name].annotation):
+            texts = [text for text in value.split(",") if text]
+            while rest and not rest[0].startswith("--"):
+                texts.append(rest.pop(0))
+            yield name, texts
         elif name in tables:
             if value.lower() not in {"null", "none"}:
                 raise UserError(
@@ -300,6 +304,11 @@ def _accepts(annotation: Any, kind: type) -> bool:
         elif (origin or member) is kind:
             return True
     return False
+
+
+def _is_texts(annotation: Any) -> bool:
+    """Several words of any form, such as file names: ``--option A B`` or ``--option A,B``."""
+    return any(typing.get_args(member) == (str, ...) for member in _members(annotation))
 
 
 def _is_mapping(annotation: Any) -> bool:

@@ -15,14 +15,14 @@ from schemas.options import merge
 SAMPLES = 8
 
 
-def encode(folder: Path, **options: Any) -> Store:
+def encode(folder: Path, samples: int = SAMPLES, **options: Any) -> Store:
     """The first digits through the demo's networks, one shard and one batch."""
     values = {"dataset": "demo", "store": str(folder), "shard_size": SAMPLES, "batch_size": SAMPLES}
     config = ExtractConfig.model_validate(merge({**PRESETS["demo"], **values}, options))
     encoder = Encoder(config, device="cpu", threads=1)
     about = encoder.describe()
     everything = list_images(config)
-    listing = Listing(everything.items[:SAMPLES], everything.num_classes)
+    listing = Listing(everything.items[:samples], everything.num_classes)
     manifest = with_tail(
         make_manifest(config, listing, about), config.cut, encoder.save_tail(str(folder))
     )

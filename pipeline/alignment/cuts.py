@@ -21,16 +21,16 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
     "faithful": {
-        "activations": "tokens20",
+        "activations": "tokens23",
         "features": "rms26",
-        "factors": "heads24",
+        "factors": "heads28",
         "probabilities": "cbrt8",
         "vector": "float16",
     },
     "small": {
-        "activations": "tokens8",
+        "activations": "tokens9",
         "features": "rms8",
-        "factors": "heads10",
+        "factors": "heads12",
         "probabilities": "sqrt220",
         "vector": "float16",
     },
@@ -115,6 +115,24 @@ def _tensors(cut: Cut, teacher: TeacherShape) -> dict[str, tuple[Kind, tuple[int
     return kept
 
 
+def cut_shapes(cut: Cut, teacher: TeacherShape, resolution: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a cut keeps of one image."""
+    if cut == "image":
+        return {"crop": (resolution, resolution, 3)}
+    return {name: shape for name, (_, shape) in _tensors(cut, teacher).items()}
+
+
+def codec_set_of(cut: Cut, teacher: TeacherShape, columns: Mapping[str, Column]) -> CodecSet | None:
+    """The set that a cut's columns were stored with; None where they are of several."""
+    if cut == "image":
+        return None
+    kinds = {name: kind for name, (kind, _) in _tensors(cut, teacher).items()}
+    for codec, chosen in CODEC_SETS.items():
+        if all(columns[name].codec == chosen[kind] for name, kind in kinds.items()):
+            return codec
+    return None
+
+
 def _column(shape: tuple[int, ...], codec: CodecName, compress: bool) -> Column:
     find_codec(codec).arrays(shape)  # complains about shapes that it cannot store
     ways = [way for name, way in LOSSLESS.items() if codec.startswith(name)]
@@ -138,11 +156,18 @@ def cut_values(cut: Cut, teacher: Teacher, images_B3RR: Tensor) -> dict[str, Ten
     """The cut's tensors for a batch of uint8 crops; the inverse of the target sources."""
     if cut == "image":
         return {"crop": images_B3RR.permute(0, 2, 3, 1)}
-    tokens = teacher.embed(teacher.preprocess(images_B3RR))
+    return later_cut_values(cut, teacher, teacher.embed(teacher.preprocess(images_B3RR)))
+
+
+def later_cut_values(
+    cut: Cut, teacher: Teacher, tokens: Tensor, start: int = 0
+) -> dict[str, Tensor]:
+    """The same, for a cut that keeps no image, from the tokens (B, P + N, D) that enter the
+    teacher's block ``start``."""
     if cut == "activations":
-        tokens, _ = teacher.run_blocks(tokens, stop=teacher.layers[0])
+        tokens, _ = teacher.run_blocks(tokens, start, teacher.layers[0])
         return {"tokens": tokens.float()}
-    tokens, attended = teacher.tap_blocks(tokens)
+    tokens, attended = teacher.tap_blocks(tokens, start)
     features, class_token = teacher.normed(tokens)
     kept = {"features": features, "class_token": class_token}
     if cut == "maps":

@@ -6,6 +6,7 @@ from pipeline.alignment.cuts import cut_columns
 from pipeline.datasets import Listing
 from pipeline.extract.plan import stream_name
 from pipeline.store import Store
+from pipeline.store.differences import differences
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest, TeacherStream
@@ -96,20 +97,11 @@ def check_same_store(old: Manifest, new: Manifest, url: str) -> None:
             if stream["kind"] == "teacher":
                 stream.pop("tail")
                 stream["teacher"].pop("weights")
-    for path, was, now in _differences(a, b):
+    for path, was, now in differences(a, b):
         raise UserError(
             f"store '{url}' was made with {path} {was}, this extraction has {now}: use another "
             "--store or the same options"
         )
-
-
-def _differences(a: object, b: object, path: str = "") -> list[tuple[str, object, object]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = []
-        for key in sorted(a.keys() | b.keys()):
-            found += _differences(a.get(key), b.get(key), f"{path}.{key}".lstrip("."))
-        return found
-    return [] if a == b else [(path, a, b)]
 
 
 def _other(store: Store, key: str, was: object, now: object) -> UserError:

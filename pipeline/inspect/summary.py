@@ -56,8 +56,8 @@ def summarise(store: Store) -> StoreSummary:
     )
 
 
-def describe(store: Store, summary: StoreSummary) -> str:
-    """The page that a person reads."""
+def describe(store: Store, summary: StoreSummary, garbage: str | None = None) -> str:
+    """The page that a person reads; ``garbage`` says how much there is of it."""
     m = store.manifest
     vae = m.autoencoder
     state = (
@@ -100,6 +100,8 @@ def describe(store: Store, summary: StoreSummary) -> str:
     lines.append(f"  per image    {describe_bytes(summary.bytes_per_image)}{fixed}")
     if m.skipped:
         lines.append(f"  skipped      {len(m.skipped)} bad images, first: {m.skipped[0].path}")
+    if garbage is not None:
+        lines.append(f"  garbage      {garbage} that no commit record accounts for; see --gc")
     return "\n".join(lines)
 
 
@@ -113,6 +115,11 @@ def _about_teacher(stream: TeacherStream) -> list[str]:
         f"({teacher.weights_sha256[:12]}), {teacher.grid[0]}x{teacher.grid[1]} tokens, "
         f"{teacher.heads} heads",
     ]
+    if stream.converted_from:
+        steps = (
+            f"{o.cut} ({', '.join(sorted(set(o.codecs.values())))})" for o in stream.converted_from
+        )
+        lines.append(f"    made from  {', then '.join(steps)}")
     if stream.tail is not None:
         lines.append(f"    tail       {stream.tail.file}, {describe_bytes(stream.tail.bytes)}")
     return lines

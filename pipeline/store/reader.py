@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.files import read_bytes, read_ranges
-from pipeline.store.parts import empty_batch, read_chunk, read_npy_member, stream_parts
+from pipeline.files import file_size, is_local, read_bytes, read_ranges
+from pipeline.store.parts import (
+    empty_batch,
+    largest_stored,
+    read_chunk,
+    read_npy_member,
+    stream_parts,
+)
 from pipeline.store.store import Store
 from schemas.errors import UserError
 from schemas.store import CommitRecord, StreamFile
@@ -57,7 +64,13 @@ class StreamReader:
     def read(self, shards: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The samples at ``(shards[i], rows[i])``: per stored array (len(rows), *shape),
         contiguous, decompressed but not decoded (see ``pipeline.store.codecs``)."""
-        out = {name: empty_batch(part, len(rows)) for name, part in self.parts.items()}
+        try:
+            out = {name: empty_batch(part, len(rows)) for name, part in self.parts.items()}
+        except MemoryError:
+            raise UserError(
+                f"{len(rows)} samples of stream '{self.stream}' of {self.store.shown_url} do not "
+                "fit into memory: take a smaller batch"
+            ) from None
         for shard in np.unique(shards):
             places = np.flatnonzero(shards == shard)
             places = places[np.argsort(rows[places])]  # neighbours in the file become one request
@@ -72,18 +85,32 @@ class StreamReader:
         self, shard: int, rows: np.ndarray, places: np.ndarray, out: dict[str, np.ndarray]
     ) -> None:
         record = self.store.record(shard, self.stream)
-        verified = self._verified.setdefault(shard, np.zeros(record.samples, dtype=bool))
+        if shard not in self._verified:
+            self._check_record(shard, record)
+            self._verified[shard] = np.zeros(record.samples, dtype=bool)
         if rows[-1] >= record.samples:  # rows come sorted
             raise DamagedShardError(
                 f"{self._where(shard)} has {record.samples} samples, not {rows[-1] + 1}: the "
                 "store's index is stale; delete it and run the extraction again"
             )
-        files = record.streams[self.stream]
-        if {name for file in files for name in file.offsets} != self.parts.keys():
-            raise DamagedShardError(f"{self._where(shard)}: its record lists other columns")
-        for file in files:
+        for file in record.streams[self.stream]:
             self._read_file(shard, record, file, rows, places, out)
-        verified[rows] = True
+        self._verified[shard][rows] = True
+
+    def _check_record(self, shard: int, record: CommitRecord) -> None:
+        """Raises ``DamagedShardError`` where it promises other arrays, or larger ones, than the
+        manifest does; nothing of the shard has been read by then."""
+        sizes = {
+            name: of for file in record.streams[self.stream] for name, of in file.sizes.items()
+        }
+        if record.samples and sizes.keys() != self.parts.keys():
+            raise DamagedShardError(f"{self._where(shard)}: its record lists other columns")
+        for name, found in sizes.items():
+            if max(found, default=0) > largest_stored(self.parts[name]):
+                raise DamagedShardError(
+                    f"{self._where(shard)}: its record gives a sample of column '{name}' "
+                    f"{max(found)} bytes, more than it can take up"
+                )
 
     def _read_file(
         self,
@@ -155,7 +182,7 @@ class StreamReader:
             return self._cache[file.file]
         self.opens += 1
         try:
-            data = read_bytes(self.store.filesystem, f"{self.store.root}/{file.file}")
+            data = self._bounded(f"{self.store.root}/{file.file}", file.bytes)
         except FileNotFoundError:
             raise DamagedShardError(f"{self._where(shard)} is missing") from None
         self.bytes_read += len(data)
@@ -163,6 +190,14 @@ class StreamReader:
         files_of_a_shard = len(self.parts) if self.store.manifest.format == "zarr" else 1
         if len(self._cache) > self.cache_files * files_of_a_shard:
             self._cache.popitem(last=False)
+        return data
+
+    def _bounded(self, path: str, size: int) -> bytes:
+        """A file, but not one byte more than was committed, however long it has become."""
+        filesystem = self.store.filesystem
+        if is_local(filesystem) and file_size(filesystem, path) <= size:  # a link to /dev/zero: 0
+            return read_bytes(filesystem, path) if os.path.isfile(path) else b""
+        (data,) = read_ranges(filesystem, path, [(0, size)])
         return data
 
     def _where(self, shard: int) -> str:

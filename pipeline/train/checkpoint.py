@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.storage.secrets import written_down
 from pipeline.train.identity import check_same_store
 from pipeline.train.seal import STATE, DamagedCheckpointError, seal, verify
 from pipeline.train.trainer import Trainer
@@ -92,7 +93,7 @@ def write_checkpoint(
         "metrics_rows": metrics_rows,
         "store": store,
         "autoencoder": trainer.manifest.autoencoder.model_dump(),
-        "config": trainer.config.model_dump(mode="json"),
+        "config": written_down(trainer.config.model_dump(mode="json")),
     }
     seal(folder, state)
 

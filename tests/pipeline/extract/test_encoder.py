@@ -244,3 +244,26 @@ def test_the_manifest_holds_no_credentials(
     assert "hunter2" not in manifest.model_dump_json()
     assert manifest.dataset.fingerprint == digits_listing.fingerprint()
     assert (manifest.num_shards, manifest.dataset.samples) == (3, 24)
+
+
+@pytest.mark.parametrize("cut", ["maps", "activations"])
+def test_numbers_that_no_codec_could_keep_are_refused_by_sample(
+    digits_config: ExtractConfig, digits_listing: Listing, tmp_path: Path, cut: str
+) -> None:
+    values = {**digits_config.model_dump(), "cut": cut, "codec": "faithful"}
+    encoder = Encoder(ExtractConfig.model_validate(values), device="cpu", threads=1)
+    manifest = make_manifest(encoder.config, digits_listing, encoder.describe())
+    task = make_tasks(digits_listing, 10)[0]
+    embed = encoder.teacher.embed
+
+    def embed_with_nan(pixels: torch.Tensor) -> torch.Tensor:
+        tokens = embed(pixels).clone()
+        tokens[2, 5, 7] = float("nan")
+        return tokens
+
+    encoder.teacher.embed = embed_with_nan  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"sample '.*' .*NaN or an infinity") as error:
+        encoder.encode_shard(str(tmp_path), manifest, task)
+    assert task.items[2].key in str(error.value)
+    assert "\n" not in str(error.value)
+    assert all_files(tmp_path) == {}

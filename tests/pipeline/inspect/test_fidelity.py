@@ -154,3 +154,32 @@ def test_divergence_of_rows() -> None:
     one_hot = torch.eye(4)
     assert kl_of_rows(one_hot, one_hot).abs().max() == 0
     assert np.isfinite(float(kl_of_rows(torch.full((4, 4), 0.25), one_hot).max()))
+
+
+@pytest.mark.parametrize("cut", ["activations", "qk", "maps"])
+def test_real_images_through_a_teacher_of_published_size(
+    shared: Path, tmp_path: Path, capsys: Capture, cut: str
+) -> None:
+    """DINOv2-S at random, with the logits of a trained model, on ImageNet's own pixels."""
+    store = encode(
+        tmp_path / "store",
+        samples=3,
+        dataset="imagenet",
+        source=str(shared / "data" / "imagenet_sample"),
+        resolution=256,
+        teacher={
+            "weights": "random",
+            "model_args": {"patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads": 6},
+            "image_size": None,
+        },
+        cut=cut,
+        layers=(8, 9, 10, 11),
+    )
+    found = fidelity(capsys, store)
+    assert found["images"] == 3
+    assert found["attention_kl_mean"] < 2e-4
+    assert found["feature_cosine_mean"] > 0.9999
+    assert found["gradient_cosine"] > 0.9999
+    if cut == "activations":
+        in_float32 = 4 * 257 * 384
+        assert store.index().bytes_per_stream["activations"] / 3 < in_float32 / 4

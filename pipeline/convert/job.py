@@ -1,0 +1,218 @@
+"""One conversion from options to a complete store."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from pipeline.alignment.tail import copy_tail, first_tail_block, load_tail, save_tail
+from pipeline.convert.arrays import open_converter
+from pipeline.convert.compute import made_here
+from pipeline.convert.plan import StreamPlan, plan_streams
+from pipeline.convert.request import check_places, check_same_conversion
+from pipeline.convert.shard import Group, convert_shard
+from pipeline.files import absolute_url, exists
+from pipeline.store import Store
+from pipeline.store.layout import INDEX
+from pipeline.teachers import Teacher
+from schemas.convert import ConvertConfig
+from schemas.errors import UserError
+from schemas.store import Manifest, StoreIndex, TeacherStream, WeightsFile
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did."""
+
+    store: Store
+    shards: int
+    """Committed by this call, each group of streams counted alone; 0 where nothing was missing."""
+    bytes_before: float
+    """Per image, of all streams of the source."""
+    bytes_after: float
+
+
+def convert(config: ConvertConfig) -> Conversion:
+    """Make or complete the target that ``config`` describes. Raises ``UserError``."""
+    if config.source is None or config.target is None:
+        raise UserError("name two stores: the one that is there and the one to make")
+    source, url = Store.open(config.source), absolute_url(config.target)
+    check_places(source, url)
+    plans = plan_streams(config, source)
+    source.require_complete("latents", *(plan.source for plan in plans if plan.added))
+    device = _device(config, plans)
+    wanted = _manifest(config, source.manifest, plans, device)
+    existing = Store.open(url) if Store.exists(url) else None
+    if existing is not None:
+        check_same_conversion(existing, wanted)
+    target, shards = existing, 0
+    groups = _groups(plans)
+    if existing is None or _lacks(existing, groups):
+        with _one_thread_each():
+            tails = {plan.name: _load(source, plan).to(device) for plan in plans if plan.replays}
+            target = _open_target(source, url, wanted, existing, plans, tails)
+            shards = _convert_missing(config, source, target, groups, tails, device)
+        target.finish()
+    assert target is not None
+    if not exists(target.filesystem, f"{target.root}/{INDEX}"):
+        target.finish()
+    return Conversion(
+        target,
+        shards,
+        _bytes_per_image(source.index(), [plan.source for plan in plans]),
+        _bytes_per_image(target.index(), [plan.name for plan in plans]),
+    )
+
+
+def _device(config: ConvertConfig, plans: Sequence[StreamPlan]) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; leave it out to use the CPU")
+    gpu = config.device != "cpu" and torch.cuda.is_available()
+    for plan in plans:
+        if plan.replays and not gpu and plan.before.compute.precision == "float16":
+            raise UserError(
+                f"stream '{plan.source}' was extracted in float16, which needs a GPU: run the "
+                "conversion on a machine with one"
+            )
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def _manifest(
+    config: ConvertConfig, before: Manifest, plans: Sequence[StreamPlan], device: torch.device
+) -> Manifest:
+    """The target's, but for tails that are cut anew. Skipped images are listed when it is
+    complete."""
+    format = config.format or before.format
+    streams = {plan.name: made_here(plan, device, format) for plan in plans}
+    return before.model_copy(update={"format": format, "streams": streams, "skipped": ()})
+
+
+def _groups(plans: Sequence[StreamPlan]) -> list[Group]:
+    base = Group(None, [plan for plan in plans if not plan.added])
+    return [base, *(Group(plan.name, [plan]) for plan in plans if plan.added)]
+
+
+def _lacks(target: Store, groups: Sequence[Group]) -> bool:
+    """Whether a shard or a teacher's tail is missing."""
+    tails = [stream.tail for stream in target.manifest.teacher_streams.values()]
+    return any(target.missing_shards(group.added or "latents") for group in groups) or any(
+        tail is not None and not _is_there(target, tail) for tail in tails
+    )
+
+
+def _load(source: Store, plan: StreamPlan) -> Teacher:
+    assert isinstance(plan.before, TeacherStream)
+    assert isinstance(plan.after, TeacherStream)
+    return load_tail(source, plan.before, plan.after.teacher.layers)
+
+
+def _open_target(
+    source: Store,
+    url: str,
+    wanted: Manifest,
+    existing: Store | None,
+    plans: Sequence[StreamPlan],
+    tails: dict[str, Teacher],
+) -> Store:
+    """The target with its manifest and tails, ready for shards."""
+    streams = dict(wanted.streams)
+    for plan in plans:
+        if not isinstance(plan.after, TeacherStream):
+            continue
+        was = None if existing is None else existing.manifest.teacher_streams[plan.name].tail
+        if existing is not None and (was is None or _is_there(existing, was)):
+            continue
+        tail = _write_tail(source, url, plan, tails.get(plan.name))
+        if existing is not None and tail != was:
+            raise UserError(
+                f"store '{existing.shown_url}' was made with another tail of the teacher of "
+                f"stream '{plan.name}', and has lost it: name another target"
+            )
+        streams[plan.name] = streams[plan.name].model_copy(update={"tail": tail})
+    if existing is not None:
+        return existing
+    return Store.create(url, wanted.model_copy(update={"streams": streams}))
+
+
+def _is_there(store: Store, tail: WeightsFile) -> bool:
+    return exists(store.filesystem, f"{store.root}/{tail.file}")
+
+
+def _write_tail(
+    source: Store, url: str, plan: StreamPlan, teacher: Teacher | None
+) -> WeightsFile | None:
+    assert isinstance(plan.before, TeacherStream)
+    assert isinstance(plan.after, TeacherStream)
+    first = first_tail_block(plan.after.cut, plan.after.teacher.layers)
+    if first is None or plan.before.tail is None:
+        return None
+    if teacher is None or teacher.first_block == first:
+        return copy_tail(source, plan.before, url, plan.name)
+    return save_tail(teacher, url, plan.name, first)
+
+
+def _convert_missing(
+    config: ConvertConfig,
+    source: Store,
+    target: Store,
+    groups: Sequence[Group],
+    tails: dict[str, Teacher],
+    device: torch.device,
+) -> int:
+    """Convert what is missing, several shards at a time; how many there were."""
+    tasks = [
+        (group, shard)
+        for group in groups
+        for shard in target.missing_shards(group.added or "latents")
+    ]
+    plans = [plan for group in groups for plan in group.plans]
+    converters = {plan.name: open_converter(plan, tails.get(plan.name), device) for plan in plans}
+    samples = source.index().samples_per_shard
+    stop = threading.Event()
+    workers = config.workers or min(8, os.cpu_count() or 1)
+    with (
+        tqdm(
+            total=sum(samples[shard] for _, shard in tasks),
+            unit="image",
+            desc="convert",
+            file=sys.stderr,
+        ) as bar,
+        ThreadPoolExecutor(workers, "convert", lambda: torch.set_num_threads(1)) as pool,
+    ):
+        try:
+            futures = [
+                pool.submit(convert_shard, source, target, group, shard, converters, stop)
+                for group, shard in tasks
+            ]
+            for future in as_completed(futures):
+                bar.update(future.result())
+        except BaseException:  # the user's interruption too
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return len(tasks)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Arithmetic in one thread for each worker: the number of threads decides last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _bytes_per_image(index: StoreIndex, streams: Sequence[str]) -> float:
+    """Of the streams that take part."""
+    total = sum(index.bytes_per_stream[name] for name in streams)
+    return total / max(1, sum(index.samples_per_shard))

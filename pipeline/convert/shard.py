@@ -1,0 +1,84 @@
+"""Converting one shard of the streams that are committed together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.alignment.cuts import NotFiniteError
+from pipeline.convert.arrays import Converter
+from pipeline.convert.plan import StreamPlan
+from pipeline.store import ShardWriter, Store, StreamReader
+from schemas.errors import UserError
+
+COPIED_AT_ONCE = 8
+"""Samples in memory where nothing is computed."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Streams under one commit record."""
+
+    added: str | None
+    """The name in the target of a stream that came later; None for those of the latents."""
+    plans: Sequence[StreamPlan]
+
+    @property
+    def batch_size(self) -> int:
+        """That of the extraction, as it decides last bits."""
+        sizes = [plan.before.compute.batch_size for plan in self.plans if plan.computes]
+        return max(sizes, default=COPIED_AT_ONCE)
+
+
+class StoppedError(Exception):
+    """Another shard has failed, or the user has interrupted."""
+
+
+def convert_shard(
+    source: Store,
+    target: Store,
+    group: Group,
+    shard: int,
+    converters: Mapping[str, Converter],
+    stop: threading.Event,
+) -> int:
+    """Write and commit one shard; how many samples it has.
+
+    Batches are cut by position in the shard, so that who converts it does not matter. Raises
+    ``UserError`` where the source is damaged, a number cannot be stored or storage fails, and
+    ``StoppedError`` soon after ``stop`` is set.
+    """
+    record = source.record(shard, group.plans[0].source)
+    readers = {plan.name: StreamReader(source, plan.source, cache_files=1) for plan in group.plans}
+    keys: Sequence[str] = ()
+    try:
+        with ShardWriter(target.url, target.manifest, shard, added=group.added) as writer:
+            for start in range(0, record.samples, group.batch_size):
+                if stop.is_set():
+                    raise StoppedError
+                keys = record.keys[start : start + group.batch_size]
+                rows = np.arange(start, start + len(keys))
+                shards = np.full_like(rows, shard)
+                batch = {
+                    name: converters[name](reader.read(shards, rows))
+                    for name, reader in readers.items()
+                }
+                for i, key in enumerate(keys):
+                    writer.add(
+                        key,
+                        {
+                            name: {part: values[i] for part, values in parts.items()}
+                            for name, parts in batch.items()
+                        },
+                    )
+            writer.commit(skipped=record.skipped)
+    except NotFiniteError as error:
+        raise UserError(
+            f"shard {shard}, sample '{keys[error.rows[0]]}': the converted {error}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"shard {shard} of {target.shown_url}: {error}") from None
+    return record.samples
