@@ -57,8 +57,9 @@ def manifest_of(golden: Golden) -> Manifest:
     )
     streams = {**blank.streams, name: stream.model_copy(update={"teacher": teacher})}
     dataset = blank.dataset.model_copy(update={"num_classes": student.num_classes})
-    update = {"streams": streams, "autoencoder": autoencoder, "dataset": dataset}
-    return blank.model_copy(update=update)
+    return blank.model_copy(
+        update={"streams": streams, "autoencoder": autoencoder, "dataset": dataset}
+    )
 
 
 def run_config(golden: Golden) -> RunConfig:
