@@ -56,7 +56,8 @@ def manifest_of(golden: Golden) -> Manifest:
         }
     )
     streams = {**blank.streams, name: stream.model_copy(update={"teacher": teacher})}
-    dataset = blank.dataset.model_copy(update={"num_classes": student.num_classes})
+    # the recorded labels were dropped beforehand: "no class" stands among them
+    dataset = blank.dataset.model_copy(update={"num_classes": student.num_classes + 1})
     return blank.model_copy(
         update={"streams": streams, "autoencoder": autoencoder, "dataset": dataset}
     )
