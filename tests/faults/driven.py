@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import IO
 
 from tests.faults.habitats import ROOT
-from tests.faults.limits import HungError, wait_for
+from tests.faults.limits import BrokenError, wait_for
 from tests.faults.work import Work
 
 MOST_STARTS = 12
@@ -58,12 +58,13 @@ class Driven:
         return self.process.poll() == 0
 
     def wait(self, happened: Callable[[], bool], seconds: float, what: str) -> None:
-        """Until ``happened()`` or the work is done. Raises ``HungError``."""
+        """Until ``happened()`` or the work is done. Raises
+        ``BrokenError``."""
 
         def over() -> bool:
             if self.process.poll() not in (None, 0):
                 if self.starts >= MOST_STARTS:
-                    raise HungError(f"{what}: the command failed {self.starts} times")
+                    raise BrokenError(f"{what}: the command failed {self.starts} times")
                 self.before_again()
                 self.start()
             return self.done or happened()

@@ -16,7 +16,11 @@ EXIT_SECONDS = 60.0
 POLL_SECONDS = 0.02
 
 
-class HungError(Exception):
+class BrokenError(Exception):
+    """A run that cannot be brought to its end."""
+
+
+class HungError(BrokenError):
     """Something did not happen within its limit."""
 
 

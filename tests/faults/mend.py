@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.store.layout import commit_path
 from tests.faults.faults import Scene
 from tests.faults.habitats import ROOT
-from tests.faults.limits import END_SECONDS, HungError
+from tests.faults.limits import END_SECONDS, BrokenError, HungError
 
 
 def mend(scene: Scene, environment: Mapping[str, str]) -> bool:
@@ -46,6 +46,6 @@ def _inspect(store: str, environment: Mapping[str, str], *question: str) -> dict
     except subprocess.TimeoutExpired:
         raise HungError(f"{' '.join(command[1:])}: still not after {END_SECONDS:.0f} s") from None
     if done.returncode not in (0, 1):
-        raise HungError(f"{' '.join(command[1:])} failed: {done.stderr[-500:]}")
+        raise BrokenError(f"{' '.join(command[1:])} failed: {done.stderr[-500:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer

@@ -16,7 +16,7 @@ from tests.faults.faults import FAULTS, MissedError, Scene
 from tests.faults.files import tree
 from tests.faults.habitats import HABITATS, Habitat, environment_of
 from tests.faults.ledger import Result
-from tests.faults.limits import END_SECONDS, PROGRESS_SECONDS, START_SECONDS, HungError
+from tests.faults.limits import END_SECONDS, PROGRESS_SECONDS, START_SECONDS, BrokenError, HungError
 from tests.faults.mend import collect_garbage, mend
 from tests.faults.plan import Moment, Plan
 from tests.faults.processes import kill_all
@@ -48,8 +48,8 @@ class Session:
             stack.callback(kill_all, self.mark)
             try:
                 self._disturb(environment, stack, most)
-            except HungError as error:
-                self._fail(str(error), hung=True)
+            except BrokenError as error:
+                self._fail(str(error), hung=isinstance(error, HungError))
         survived = all(result.survived for result in self.results)
         if survived or not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -86,7 +86,7 @@ class Session:
             FAULTS[moment.fault].inject(scene)
         except MissedError:
             return
-        except HungError:
+        except BrokenError:
             self.results.append(made)
             raise
         self.results.append(made)
