@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.files import TEMPORARY
 from tests.faults.habitats import Bucket, Habitat, Nodes, SmallDisk, mount, unmount
-from tests.faults.limits import EXIT_SECONDS, wait_for
+from tests.faults.limits import EXIT_SECONDS, AbandonedError, wait_for
 from tests.faults.processes import entitled, send, stopped
 from tests.faults.work import EVERY, Extraction, Training, Work
 from tests.s3 import has_seaweedfs
@@ -110,10 +110,11 @@ def pause_raylet(scene: Scene) -> None:
 def restart_s3(scene: Scene) -> None:
     assert isinstance(scene.habitat, Bucket)
     scene.habitat.server.kill()
+    time.sleep(scene.rng.uniform(0.5, LONGEST_PAUSE))
     try:
-        time.sleep(scene.rng.uniform(0.5, LONGEST_PAUSE))
-    finally:
         scene.habitat.server.restart()
+    except RuntimeError as error:
+        raise AbandonedError(str(error)) from None
 
 
 def fill_disk(scene: Scene) -> None:
@@ -167,6 +168,8 @@ def _newest(paths: object) -> Path:
 
 
 def _damage(path: Path, rng: random.Random) -> None:
+    if not path.exists():
+        raise MissedError(f"{path} has gone")
     size = path.stat().st_size
     if rng.random() < 0.5:
         os.truncate(path, rng.randrange(size))

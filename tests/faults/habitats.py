@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from tests.faults.limits import HungError
+from tests.faults.limits import AbandonedError
 from tests.faults.processes import MARK
 from tests.s3 import SeaweedFS
 
@@ -69,7 +69,10 @@ class SmallDisk(Habitat):
 
     def __enter__(self) -> Habitat:
         super().__enter__()
-        mount(Path(self.url))
+        try:
+            mount(Path(self.url))
+        except OSError as error:
+            raise AbandonedError(f"no tmpfs: {error}") from None
         self.stack.callback(unmount, Path(self.url))
         self.url = f"{self.url}/inside"  # the ballast lies beside it
         Path(self.url).mkdir()
@@ -134,7 +137,8 @@ class Nodes(Habitat):
             try:
                 line = self._lines.get(timeout=NODE_SECONDS)
             except queue.Empty:
-                raise HungError(f"a Ray node: still not up after {NODE_SECONDS:.0f} s") from None
+                limit = f"{NODE_SECONDS:.0f} s"
+                raise AbandonedError(f"a Ray node: still not up after {limit}") from None
             if line.startswith("{"):
                 about = json.loads(line)
                 self.address, self.raylet = about["address"], int(about["raylet"])

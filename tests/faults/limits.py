@@ -20,6 +20,10 @@ class BrokenError(Exception):
     """A run that cannot be brought to its end."""
 
 
+class AbandonedError(Exception):
+    """The harness itself could not go on with a run: it says nothing and is drawn again."""
+
+
 class HungError(BrokenError):
     """Something did not happen within its limit."""
 

@@ -10,8 +10,8 @@ from tests.faults.faults import FAULTS, Fault
 from tests.faults.habitats import HABITATS, Habitat
 from tests.faults.work import Extraction, Training, Work
 
-MOST = {Extraction: 2, Training: 4}
-"""Faults in one run."""
+FEWEST_AND_MOST = {Extraction: (1, 2), Training: (2, 4)}
+"""Faults in one run: to start a training takes longer than to recover."""
 LAST = 0.8
 """Share of the work after which no fault comes: it could be over before."""
 
@@ -43,7 +43,7 @@ def draw(seed: int, number: int, kinds: Sequence[str]) -> Plan:
     habitat = first.habitat or rng.choice(sorted(_homes(faults, work), key=lambda h: h.name))
     fitting = [f for f in faults if work in f.works and f.habitat in (None, habitat)]
     chosen = [first]
-    for _ in range(rng.randint(1, MOST[work]) - 1):
+    for _ in range(rng.randint(*FEWEST_AND_MOST[work]) - 1):
         others = [f for f in fitting if not (f.once and f in chosen)]
         if others:
             chosen.append(rng.choice(others))

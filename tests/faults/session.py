@@ -16,7 +16,14 @@ from tests.faults.faults import FAULTS, MissedError, Scene
 from tests.faults.files import tree
 from tests.faults.habitats import HABITATS, Habitat, environment_of
 from tests.faults.ledger import Result
-from tests.faults.limits import END_SECONDS, PROGRESS_SECONDS, START_SECONDS, BrokenError, HungError
+from tests.faults.limits import (
+    END_SECONDS,
+    PROGRESS_SECONDS,
+    START_SECONDS,
+    AbandonedError,
+    BrokenError,
+    HungError,
+)
 from tests.faults.mend import collect_garbage, mend
 from tests.faults.plan import Moment, Plan
 from tests.faults.processes import kill_all
@@ -50,6 +57,9 @@ class Session:
                 self._disturb(environment, stack, most)
             except BrokenError as error:
                 self._fail(str(error), hung=isinstance(error, HungError))
+            except AbandonedError as error:
+                print(f"run {self.plan.number} is abandoned: {error}", file=sys.stderr)
+                self.results = []
         survived = all(result.survived for result in self.results)
         if survived or not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -90,8 +100,11 @@ class Session:
             self.results.append(made)
             raise
         self.results.append(made)
+        before = max(before, work.progress())  # what was under way may still have come to its end
         what = f"progress beyond {before} after {moment.fault}"
         driven.wait(lambda: work.progress() > before, PROGRESS_SECONDS, what)
+        if scene.damaged:
+            return  # the work goes on; what recovers it comes later
         seconds = round(time.monotonic() - began, 1)
         self.results[-1] = made.model_copy(update={"seconds": seconds})
 
