@@ -49,6 +49,7 @@ class Session:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         with ExitStack() as stack:
+            stack.callback(self._clean_up, keep=keep)
             ray_folder = Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp"))  # paths of sockets: short
             stack.callback(shutil.rmtree, ray_folder, ignore_errors=True)
             environment = environment_of(self.mark, self.folder, ray_folder)
@@ -60,10 +61,12 @@ class Session:
             except AbandonedError as error:
                 print(f"run {self.plan.number} is abandoned: {error}", file=sys.stderr)
                 self.results = []
+        return self.results
+
+    def _clean_up(self, *, keep: bool) -> None:
         survived = all(result.survived for result in self.results)
         if survived or not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
-        return self.results
 
     def _disturb(self, environment: dict[str, str], stack: ExitStack, most: int) -> None:
         habitat = HABITATS[self.plan.habitat](self.folder, environment)
