@@ -19,9 +19,9 @@ from pipeline.cluster import ray_cluster
 from pipeline.files import absolute_url
 from pipeline.plan import wants_plan
 from pipeline.store import Store
-from pipeline.train.checkpoint import check_same_run, read_state
-from pipeline.train.folder import SUMMARY, RunFolder
-from pipeline.train.local import newest_checkpoint
+from pipeline.train.checkpoint import check_same_run
+from pipeline.train.choose import newest_state
+from pipeline.train.folder import RunFolder
 from pipeline.train.loop import check_store
 from pipeline.train.ray import fit
 from schemas.errors import UserError, run_command
@@ -53,12 +53,10 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     check_store(config, store.manifest)
     store.require_complete()
     run = RunFolder(config)
-    remote = "://" in config.output  # then only the workers look for its checkpoints
-    newest = None if remote else newest_checkpoint(run.path)
-    if newest is not None:
-        state = read_state(newest)
-        check_same_run(state, config, newest)
-        if state.step >= config.steps and (run.path / SUMMARY).exists():
+    state = newest_state(run.checkpoints)
+    if state is not None:
+        check_same_run(state, config, run.checkpoints.where(state.step))
+        if state.step >= config.steps and run.has_summary:
             print(f"run '{config.name}' already has its {state.step} steps", file=sys.stderr)
             return run.summary()
     with ray_cluster(config.ray_address):

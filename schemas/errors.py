@@ -10,6 +10,15 @@ class UserError(Exception):
     """Bad input. The message is one line: what was wrong, where, and what to do about it."""
 
 
+class StoppedError(Exception):
+    """The command was asked to stop and did so in good order: the message says how to go on."""
+
+    def __init__(self, message: str, code: int = 143) -> None:
+        """``code`` is the exit code: 128 and the number of the signal that asked."""
+        super().__init__(message)
+        self.code = code
+
+
 def plain_text(text: str) -> str:
     """``text`` in one line; what a terminal would obey, or not know, shown as its escape."""
     line = " ".join(text.split())
@@ -17,12 +26,16 @@ def plain_text(text: str) -> str:
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
-    """Run ``main(argv)`` as a command: a ``UserError`` is one line on stderr and exit code 2."""
+    """Run ``main(argv)`` as a command: a ``UserError`` is one line on stderr and exit code 2,
+    a ``StoppedError`` one line and its own code."""
     try:
         code = main(sys.argv[1:])
     except UserError as error:
         print(f"error: {plain_text(str(error))}", file=sys.stderr)
         code = 2
+    except StoppedError as stop:
+        print(plain_text(str(stop)), file=sys.stderr)
+        code = stop.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

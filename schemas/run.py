@@ -46,12 +46,24 @@ class WorkersConfig(Strict):
 
     count: Positive = 1
     """Workers; the global batch is shared out between them."""
+    min_count: Positive | None = None
+    """Elastic: train on as few workers as this while the cluster has no room for more; the global
+    batch stays. Default: always 'count'."""
+    micro_batch: Positive | None = None
+    """Samples of one forward pass on a worker; gradients accumulate over its share of the global
+    batch. Default: the whole share at once."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
     """GPUs of each worker. Default: 1 where the cluster has GPUs, else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that Ray reserves for each worker; on CPU also its arithmetic threads."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """How often a run restarts from its newest checkpoint when a worker dies; -1: without limit."""
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> WorkersConfig:
+        if self.min_count is not None and self.min_count > self.count:
+            raise ValueError(f"min_count {self.min_count} is more than count {self.count}")
+        return self
 
 
 class CheckpointConfig(Strict):

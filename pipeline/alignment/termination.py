@@ -23,6 +23,11 @@ from schemas.alignment import (
 
 Sum = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks, in place."""
+Gather = Callable[[Tensor], list[list[float]]]
+"""The numbers of a vector as each rank has them."""
+ShareOf = Callable[[list[list[float]]], list[float]]
+"""What this rank takes up of such numbers: its own again or, where the ranks are not as many as
+they were, a share of their sum."""
 
 
 class Decision(NamedTuple):
@@ -67,11 +72,11 @@ class Trigger(Protocol):
     def observe(self, step: int, probe: Probe, sum_over_ranks: Sum) -> Decision:
         """Look, and decide."""
 
-    def state_dict(self, sum_over_ranks: Sum) -> dict[str, Any]:
+    def state_dict(self, gather: Gather) -> dict[str, Any]:
         """Plain numbers with which a resumed run decides the same; every rank calls it."""
 
-    def load_state_dict(self, state: Mapping[str, Any], is_first_rank: bool) -> None:
-        """Take up a saved state."""
+    def load_state_dict(self, state: Mapping[str, Any], share_of: ShareOf) -> None:
+        """Take up a saved state, on as many ranks or on others."""
 
 
 class _Stateless:
@@ -85,10 +90,10 @@ class _Stateless:
     def record(self, losses: StepLosses) -> None:
         """Nothing to remember."""
 
-    def state_dict(self, sum_over_ranks: Sum) -> dict[str, Any]:
+    def state_dict(self, gather: Gather) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], is_first_rank: bool) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], share_of: ShareOf) -> None:
         """Nothing to take up."""
 
 
@@ -181,16 +186,14 @@ class ResidualPlateauTrigger:
             {"trigger": "residual_plateau", "residual_fast": fast, "residual_slow": slow},
         )
 
-    def state_dict(self, sum_over_ranks: Sum) -> dict[str, Any]:
-        averages = torch.zeros(2, dtype=torch.float64)
-        if self._averages is not None:
-            averages = sum_over_ranks(self._averages.clone()).cpu()
-        return {"steps": self.steps, "averages": averages.tolist()}
+    def state_dict(self, gather: Gather) -> dict[str, Any]:
+        averages = self._averages
+        if averages is None:
+            averages = torch.zeros(2, dtype=torch.float64)
+        return {"steps": self.steps, "averages": gather(averages)}
 
-    def load_state_dict(self, state: Mapping[str, Any], is_first_rank: bool) -> None:
-        # the sum over ranks must be what was saved, whatever their number now
-        share = torch.tensor(state["averages"], dtype=torch.float64)
-        self._averages = share if is_first_rank else torch.zeros_like(share)
+    def load_state_dict(self, state: Mapping[str, Any], share_of: ShareOf) -> None:
+        self._averages = torch.tensor(share_of(state["averages"]), dtype=torch.float64)
         self.steps = int(state["steps"])
 
     def _corrected(self, sum_over_ranks: Sum) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.storage.secrets import written_down
+from pipeline.train.identity import check_same_store
+from pipeline.train.seal import STATE, DamagedCheckpointError, seal, verify
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
 from schemas.options import validate
 from schemas.run import RunConfig
 from schemas.store import AutoencoderInfo
 
-STATE = "state.json"
-VERSION = 1
+VERSION = 2
 KEPT = (
     "student",
     "diffusion",
@@ -41,28 +41,45 @@ class CheckpointState:
     step: int
     config: RunConfig
     autoencoder: AutoencoderInfo
-    store_fingerprint: str
+    store: dict[str, Any]
+    """What ``store_identity`` said of the store."""
     termination: dict[str, Any] | None
     trigger: dict[str, Any]
     bytes_read: dict[str, dict[str, int]]
     """Per stream: bytes read before and after the termination, over all workers."""
+    meter: dict[str, Any]
+    """What was measured since the last row of the metrics."""
+    metrics_rows: int
+    """Rows of the metrics file that were written before the checkpoint."""
+
+    @property
+    def projector_ema_lag(self) -> int:
+        """Steps that ``projector_ema.safetensors`` is behind: since the termination it is brought
+        up to date only where it is read."""
+        terminated = self.termination
+        return 0 if terminated is None else self.step - int(terminated["terminated_at_step"])
 
 
 def write_checkpoint(
     folder: Path,
     trainer: Trainer,
     *,
+    store: dict[str, Any],
     trigger: dict[str, Any],
     bytes_read: dict[str, dict[str, int]],
+    meter: dict[str, Any],
+    metrics_rows: int,
 ) -> None:
-    """Write everything that a resumed run needs into an empty folder, ``state.json`` last."""
+    """Write everything that a resumed run needs into an empty folder, ``state.json`` last.
+
+    The projector's average is written as of the termination: closing the gap twice would round
+    twice, and a resumed run would not be the same.
+    """
     _save(trainer.module.student.state_dict(), folder / "model.safetensors")
     _save(trainer.ema.module.state_dict(), folder / "ema.safetensors")
     if trainer.projector is not None and trainer.projector_ema is not None:
         _save(trainer.projector.state_dict(), folder / "projector.safetensors")
-        lag = 0 if trainer.aligned else trainer.step - trainer.projector_ema_step
-        average = trainer.projector_ema.caught_up(trainer.projector, lag)
-        _save(average, folder / "projector_ema.safetensors")
+        _save(trainer.projector_ema.module.state_dict(), folder / "projector_ema.safetensors")
     torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
     state = {
         "version": VERSION,
@@ -72,47 +89,52 @@ def write_checkpoint(
         "termination": trainer.termination,
         "trigger": trigger,
         "bytes_read": bytes_read,
-        "store_fingerprint": trainer.manifest.dataset.fingerprint,
+        "meter": meter,
+        "metrics_rows": metrics_rows,
+        "store": store,
         "autoencoder": trainer.manifest.autoencoder.model_dump(),
-        "config": written_down(trainer.config.model_dump()),
+        "config": written_down(trainer.config.model_dump(mode="json")),
     }
-    (folder / STATE).write_text(json.dumps(state, indent=1))
+    seal(folder, state)
 
 
 def read_state(folder: Path) -> CheckpointState:
-    """The plain state of a checkpoint. Raises ``UserError``."""
+    """The plain state of a checkpoint whose files all have their sizes. Raises ``UserError``."""
+    return parse_state(verify(folder, hashes=False), folder)
+
+
+def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
+    """What ``verify`` found at ``where``, understood. Raises ``UserError``."""
     try:
-        state = json.loads((folder / STATE).read_text())
         if state["version"] > VERSION:
             raise UserError(
-                f"checkpoint '{folder}' is of version {state['version']}, newer than "
+                f"checkpoint '{where}' is of version {state['version']}, newer than "
                 f"this software knows ({VERSION}); update it"
             )
         return CheckpointState(
             step=int(state["step"]),
-            config=validate(RunConfig, state["config"], where=f"{folder}/{STATE}"),
+            config=validate(RunConfig, state["config"], where=f"{where}/{STATE}"),
             autoencoder=AutoencoderInfo(**state["autoencoder"]),
-            store_fingerprint=state["store_fingerprint"],
+            store=state["store"],
             termination=state["termination"],
             trigger=state["trigger"],
             bytes_read=state["bytes_read"],
+            meter=state["meter"],
+            metrics_rows=int(state["metrics_rows"]),
         )
-    except FileNotFoundError:
-        raise UserError(f"'{folder}' is not a checkpoint: it has no {STATE}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint '{folder}' is damaged: {STATE}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(where, f"{STATE}: {error}") from None
 
 
-def load_checkpoint(folder: Path, trainer: Trainer) -> CheckpointState:
-    """Continue from a checkpoint. Raises ``UserError`` where it belongs to another model or
-    store."""
-    state = read_state(folder)
+def load_checkpoint(folder: Path, trainer: Trainer, store: dict[str, Any]) -> CheckpointState:
+    """Continue from a checkpoint, after its files have been checked.
+
+    ``store`` is what ``store_identity`` says now. Raises ``UserError`` where the checkpoint is
+    damaged or belongs to another model or store.
+    """
+    state = parse_state(verify(folder), folder)
     check_same_run(state, trainer.config, folder)
-    if state.store_fingerprint != trainer.manifest.dataset.fingerprint:
-        raise UserError(
-            f"checkpoint '{folder}' was trained on another data set than the store "
-            "holds; give the run another --name"
-        )
+    check_same_store(state.store, store, aligned=state.termination is None, where=folder)
     load_weights(folder, "model", trainer.module.student)
     load_weights(folder, "ema", trainer.ema.module)
     if trainer.projector is not None and trainer.projector_ema is not None:
@@ -121,14 +143,24 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> CheckpointState:
     trainer.step = state.step
     if state.termination is not None:
         trainer.terminate(state.termination)
-    optimizer = torch.load(
-        folder / "optimizer.pt", map_location=trainer.parallel.device, weights_only=True
-    )
-    trainer.optimizer.load_state_dict(optimizer)
+    trainer.optimizer.load_state_dict(load_optimizer(folder, trainer.parallel.device))
     return state
 
 
-def check_same_run(state: CheckpointState, config: RunConfig, folder: Path) -> None:
+def load_optimizer(folder: Path, device: torch.device) -> dict[str, Any]:
+    """AdamW's state. Raises ``UserError``."""
+    path = folder / "optimizer.pt"
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
+    except Exception as error:  # torch and pickle raise whatever the bytes made them stumble on
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedCheckpointError(folder, f"{path.name}: {reason}") from None
+    return state
+
+
+def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path) -> None:
     """Raises ``UserError`` where ``config`` would not continue what the checkpoint began."""
     for key in KEPT:
         old, new = getattr(state.config, key), getattr(config, key)
@@ -153,7 +185,7 @@ def load_weights(folder: Path, name: str, module: torch.nn.Module) -> None:
     except FileNotFoundError:
         raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
     except SafetensorError as error:
-        raise UserError(f"checkpoint '{folder}' is damaged: {path.name}: {error}") from None
+        raise DamagedCheckpointError(folder, f"{path.name}: {error}") from None
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,19 @@ class Ema:
 
     @torch.no_grad()
     def caught_up(self, module: nn.Module, steps: int) -> dict[str, Tensor]:
-        """The average's state after ``steps`` more updates with weights that do not change.
+        """The average's state after ``steps`` more updates with weights that do not change."""
+        return catch_up(self.module.state_dict(), module.state_dict(), self.decay, steps)
 
-        e_n = w + decay^n (e_0 - w): what the authors' code reaches by updating every step.
-        """
-        if steps == 0:
-            return self.module.state_dict()
-        weights, share = module.state_dict(), self.decay**steps
-        return {
-            name: weights[name] + share * (average - weights[name])
-            for name, average in self.module.state_dict().items()
-        }
+
+def catch_up(
+    averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float, steps: int
+) -> dict[str, Tensor]:
+    """Averages after ``steps`` more updates with the same weights.
+
+    e_n = w + decay^n (e_0 - w): what the authors' code reaches by updating every step.
+    """
+    share = decay**steps
+    return {
+        name: weights[name] + share * (average - weights[name]) if steps else average
+        for name, average in averages.items()
+    }

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from pipeline.alignment.projector import Projector
 from pipeline.models import make_student
 from pipeline.models.checkpoints import Parts, put_together, write_file
-from pipeline.train.checkpoint import read_state
+from pipeline.train.checkpoint import load_optimizer, read_state
+from pipeline.train.ema import catch_up
+from pipeline.train.seal import DamagedCheckpointError
 from schemas.errors import UserError
 
 
@@ -34,12 +36,14 @@ def export_checkpoint(folder: Path, out: Path) -> None:
         for weights, head in (("model", "projector"), ("ema", "projector_ema"))
     )
     theirs = list(put_together(model))
+    ema = ema._replace(
+        projector=catch_up(
+            ema.projector, model.projector, state.config.ema_decay, state.projector_ema_lag
+        )
+    )
     ours = [name for name, _ in student.named_parameters()]
     ours += [name for name in theirs if name not in model.student]
-    try:
-        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint '{folder}' lacks optimizer.pt") from None
+    optimizer = load_optimizer(folder, torch.device("cpu"))
     write_file(
         out,
         model=model,
@@ -70,4 +74,4 @@ def _read(folder: Path, name: str, like: nn.Module) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
     except (SafetensorError, KeyError) as error:
-        raise UserError(f"checkpoint '{folder}' is damaged: {path.name}: {error}") from None
+        raise DamagedCheckpointError(folder, f"{path.name}: {error}") from None

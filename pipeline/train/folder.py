@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.files import absolute_url, is_local, open_url, read_bytes, write_atomic
-from pipeline.train.metrics import METRICS
+from pipeline.files import (
+    absolute_url,
+    exists,
+    is_local,
+    open_url,
+    read_bytes,
+    without_credentials,
+    write_atomic,
+)
+from pipeline.train.choose import Checkpoints
+from pipeline.train.local import LocalCheckpoints
+from pipeline.train.metrics import CONFIG, METRICS, SUMMARY
+from pipeline.train.remote import RemoteCheckpoints
+from schemas.errors import UserError
 from schemas.run import RunConfig
 
-SUMMARY = "summary.json"
-CONFIG = "config.yaml"
+__all__ = ["CONFIG", "METRICS", "SUMMARY", "RunFolder"]
 
 
 class RunFolder:
@@ -29,6 +41,14 @@ class RunFolder:
         self._local = is_local(self._filesystem)
         self._owner = owner
         self.path = Path(self._root)
+        self.checkpoints: Checkpoints
+        if self._local:
+            self.checkpoints = LocalCheckpoints(self.path, config.checkpoint.keep)
+        else:
+            url = f"{without_credentials(config.output.rstrip('/'))}/{config.name}"
+            self.checkpoints = RemoteCheckpoints(
+                self._filesystem, self._root, url, config.checkpoint.keep
+            )
 
     def __enter__(self) -> RunFolder:
         if not self._local:
@@ -57,6 +77,20 @@ class RunFolder:
             if file.is_file():
                 path = f"{self._root}/{file.relative_to(self.path)}"
                 write_atomic(self._filesystem, path, file.read_bytes())
+
+    def require_shared(self) -> None:
+        """Raises ``UserError`` where this machine does not see the folder that the driver made:
+        checkpoints written here would be lost to the others."""
+        if self._local and not self.path.is_dir():
+            raise UserError(
+                f"node {socket.gethostname()} does not see '{self.path}': --output must be a "
+                "folder that all nodes share, or a URL such as s3://bucket/runs"
+            )
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether the run came to an end once."""
+        return exists(self._filesystem, f"{self._root}/{SUMMARY}")
 
     def summary(self) -> dict[str, Any]:
         """What the run wrote at its end."""

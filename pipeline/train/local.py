@@ -1,17 +1,27 @@
-"""Checkpoints of a run that trains in one plain process."""
+"""Checkpoints in a folder of this machine, and a run that trains here in one plain process."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.files import TEMPORARY
-from pipeline.train.checkpoint import STATE
-
-PREFIX = "checkpoint-"
+from pipeline.train.choose import (
+    PREFIX,
+    Write,
+    checkpoint_name,
+    newest_whole,
+    outdated,
+    steps_of,
+)
+from pipeline.train.loop import train
+from pipeline.train.seal import STATE, DamagedCheckpointError, verify
+from pipeline.train.stop import StopSignals
+from schemas.errors import StoppedError
+from schemas.run import RunConfig
 
 
 class LocalCheckpoints:
@@ -21,26 +31,67 @@ class LocalCheckpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Write) -> None:
         """Write beside, then rename: a checkpoint is whole or not there."""
-        temporary = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+        for left in self.folder.glob(f"{TEMPORARY}*"):
+            if left.is_dir():  # a process died while it wrote this one
+                shutil.rmtree(left)
+        temporary = self._temporary()
         temporary.mkdir(parents=True)
         write(temporary)
-        final = self.folder / f"{PREFIX}{step:09d}"
-        if final.exists():
-            shutil.rmtree(final)
+        final = self.folder / checkpoint_name(step)
+        if final.exists():  # a damaged one that the run passed over and has now come to again
+            os.replace(final, self._temporary())
         os.replace(temporary, final)
-        for old in self.list()[: -self.keep]:
-            shutil.rmtree(old)
+        _sync(self.folder)
+        for old in outdated(self.steps(), step, self.keep):
+            shutil.rmtree(self.folder / checkpoint_name(old))
 
-    def list(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(p for p in self.folder.glob(f"{PREFIX}*") if (p / STATE).exists())
+    def steps(self) -> list[int]:
+        return steps_of(path.name for path in self.folder.glob(f"{PREFIX}*") if path.is_dir())
+
+    def where(self, step: int) -> str:
+        return str(self.folder / checkpoint_name(step))
+
+    def state(self, step: int) -> bytes:
+        try:
+            return (self.folder / checkpoint_name(step) / STATE).read_bytes()
+        except OSError as error:
+            raise DamagedCheckpointError(self.where(step), f"{STATE}: {error.strerror}") from None
+
+    def fetch(self, step: int, scratch: Path) -> Path:
+        return self.folder / checkpoint_name(step)
+
+    def _temporary(self) -> Path:
+        return self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder, whoever wrote it; ``folder`` itself if it is one."""
-    if (folder / STATE).exists():
+    """The newest whole checkpoint of a run's folder, whoever wrote it; ``folder`` itself if it is
+    one. None where there is none; raises ``UserError`` where none is whole."""
+    if (folder / STATE).exists() or (folder.is_dir() and steps_of([folder.name])):
+        verify(folder)
         return folder
-    found = LocalCheckpoints(folder, keep=1).list()
-    return found[-1] if found else None
+    found = newest_whole(LocalCheckpoints(folder, keep=1), folder)
+    return found[1] if found else None
+
+
+def train_here(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Train in this process, from the newest whole checkpoint in ``folder`` on. SIGTERM and Ctrl-C
+    end it with a checkpoint and a ``StoppedError``. Returns the summary."""
+    checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
+    with StopSignals() as signals:
+        try:
+            resume = newest_checkpoint(folder)
+            return train(config, folder, checkpoints.save, resume=resume, ask=signals)
+        except StoppedError as stop:
+            raise StoppedError(str(stop), signals.exit_code) from None
+
+
+def _sync(folder: Path) -> None:
+    """So that a rename outlives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from pipeline.files import write_atomic
 from pipeline.storage.secrets import written_down
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
-from pipeline.train.folder import CONFIG, SUMMARY
+from pipeline.train.choose import Write
+from pipeline.train.identity import store_identity
 from pipeline.train.meter import Meter
-from pipeline.train.metrics import MetricsLog
+from pipeline.train.metrics import CONFIG, SUMMARY, MetricsLog
 from pipeline.train.parallel import Parallel
 from pipeline.train.probe import GradientProbe
+from pipeline.train.stop import Agreement, Ask, Wish, nothing_asked
 from pipeline.train.trainer import Trainer
-from schemas.errors import UserError
+from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
 from schemas.store import Manifest
 
-SaveCheckpoint = Callable[[int, Callable[[Path], None]], None]
+SaveCheckpoint = Callable[[int, Write], None]
 """(step, write) -> None. Called on every rank at the same steps; the first rank calls ``write``
 with an empty folder and keeps what it finds there afterwards."""
 
@@ -76,17 +79,22 @@ def train(
     save_checkpoint: SaveCheckpoint,
     *,
     parallel: Parallel | None = None,
-    resume: Path | None = None,
+    resume: Path | AbstractContextManager[Path | None] | None = None,
+    ask: Ask = nothing_asked,
 ) -> dict[str, Any]:
     """Train as ``config`` says; metrics and summary go to ``folder``. Every rank calls this.
 
-    ``resume`` is the folder of a checkpoint of this run. Returns the summary.
+    ``resume`` is the folder of a checkpoint of this run, or gives it for as long as it is read.
+    ``ask`` is asked at every step whether to save or to stop; where any rank is told to stop, all
+    save and raise ``StoppedError``. Returns the summary.
     """
     parallel = parallel or Parallel()
     assert config.store is not None
     store = Store.open(config.store)
     check_store(config, store.manifest)
-    run = _Run(config, store, folder, parallel, save_checkpoint, resume)
+    if resume is None or isinstance(resume, Path):  # a Path is a context manager by accident
+        resume = nullcontext(resume)
+    run = _Run(config, store, folder, parallel, save_checkpoint, resume, ask)
     try:
         return run.to_the_end()
     finally:
@@ -101,7 +109,8 @@ class _Run:
         folder: Path,
         parallel: Parallel,
         save_checkpoint: SaveCheckpoint,
-        resume: Path | None,
+        resume: AbstractContextManager[Path | None],
+        ask: Ask,
     ) -> None:
         self.config = config
         self.store = store
@@ -110,14 +119,21 @@ class _Run:
         self.save_checkpoint = save_checkpoint
         self.trigger: Trigger = make_trigger(config.alignment.termination, config.alignment)
         self.trainer = Trainer(config, store, parallel, measure_entropy=self.trigger.needs_entropy)
+        self.identity = store_identity(store, config.alignment)
         self.earlier: dict[str, dict[str, int]] = {}  # bytes read before the resume
-        if resume is not None:
-            state = load_checkpoint(resume, self.trainer)
-            self.trigger.load_state_dict(state.trigger, parallel.is_first)
-            self.earlier = state.bytes_read
+        self.meter = Meter(parallel, config.global_batch)
+        rows = 0
+        with resume as checkpoint:
+            if checkpoint is not None:
+                state = load_checkpoint(checkpoint, self.trainer, self.identity)
+                self.trigger.load_state_dict(state.trigger, parallel.share_of)
+                self.meter.load_state_dict(state.meter)
+                self.earlier, rows = state.bytes_read, state.metrics_rows
+        self.saved_step = self.trainer.step
+        self.agreement = Agreement(parallel, ask)
         self.log: MetricsLog | None = None
         if parallel.is_first:
-            self.log = MetricsLog(folder, config, start_step=self.trainer.step)
+            self.log = MetricsLog(folder, config, start_step=self.trainer.step, rows=rows)
             config_text = yaml.safe_dump(
                 written_down(config.model_dump(mode="json")), sort_keys=False
             )
@@ -130,14 +146,14 @@ class _Run:
         self.bytes_at_termination: dict[str, int] | None = None
         if self.trainer.termination is not None:
             self.bytes_at_termination = dict.fromkeys(self.loader.bytes_read, 0)
-        self.meter = Meter(parallel, config.global_batch)
         self.clock = _PhaseClock()
 
     def to_the_end(self) -> dict[str, Any]:
         config, trainer = self.config, self.trainer
         batches = iter(self.loader)
-        self.meter.restart()
+        self.meter.restart_clock()
         while trainer.step < config.steps:
+            self._save_or_stop_if_asked()
             self._terminate_if_due()
             asked = time.perf_counter()
             batch = next(batches)
@@ -153,7 +169,6 @@ class _Run:
                 self._log_row()
             if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
                 self._save()
-                self.clock.pause()
         return self._summarise()
 
     def close(self) -> None:
@@ -184,6 +199,16 @@ class _Run:
             prefetch=config.data.prefetch,
             verify=config.data.verify,
         )
+
+    def _save_or_stop_if_asked(self) -> None:
+        wish = self.agreement.at_boundary()
+        if wish is not Wish.GO_ON and self.trainer.step > self.saved_step:
+            self._save()
+        if wish is Wish.STOP:
+            raise StoppedError(
+                f"run '{self.config.name}' was stopped after step {self.trainer.step} of "
+                f"{self.config.steps}; run the same command again to continue"
+            )
 
     def _terminate_if_due(self) -> None:
         """Ask the trigger at the boundary before a step, and do as it says."""
@@ -234,14 +259,26 @@ class _Run:
 
     def _save(self) -> None:
         bytes_read = self._bytes_read()
-        state = self.trigger.state_dict(self.parallel.sum)
+        trigger = self.trigger.state_dict(self.parallel.gather)
+        meter = self.meter.state_dict()
 
         def write(folder: Path) -> None:
-            write_checkpoint(folder, self.trainer, trigger=state, bytes_read=bytes_read)
+            write_checkpoint(
+                folder,
+                self.trainer,
+                store=self.identity,
+                trigger=trigger,
+                bytes_read=bytes_read,
+                meter=meter,
+                metrics_rows=self.log.rows if self.log is not None else 0,
+            )
 
         began = time.perf_counter()
         self.save_checkpoint(self.trainer.step, write)
+        self.saved_step = self.trainer.step
+        self.agreement.forget()
         self.meter.leave_out(time.perf_counter() - began)
+        self.clock.pause()
 
     def _bytes_read(self) -> dict[str, dict[str, int]]:
         """Per stream of the store, before and after the termination, summed over all workers and

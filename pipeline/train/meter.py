@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Meter:
         self.global_batch = global_batch
         self._sums: Tensor | None = None
         self.steps = 0
+        self._timed_steps = 0  # those of this process
         self._waited = 0.0
         self._began = time.perf_counter()
 
@@ -27,6 +29,7 @@ class Meter:
         """One step: what ``Trainer.train_step`` returned, and seconds spent waiting for data."""
         self._sums = losses_and_norm if self._sums is None else self._sums + losses_and_norm
         self.steps += 1
+        self._timed_steps += 1
         self._waited += waited
 
     def take(self, names: Collection[str]) -> dict[str, float]:
@@ -43,8 +46,8 @@ class Meter:
             if name in names:
                 row[name] = total / (self.steps * self.global_batch)
         row["grad_norm"] = norms / (self.steps * world)  # the same on every rank
-        row["steps_per_second"] = self.steps / seconds
-        row["images_per_second"] = self.steps * self.global_batch / seconds
+        row["steps_per_second"] = self._timed_steps / seconds
+        row["images_per_second"] = self._timed_steps * self.global_batch / seconds
         row["data_wait_share"] = min(waits / (world * seconds), 1.0)
         self.restart()
         return row
@@ -53,7 +56,26 @@ class Meter:
         """Do not count time that was spent on something else than training."""
         self._began += seconds
 
+    def restart_clock(self) -> None:
+        """Time counts from here."""
+        self._began = time.perf_counter()
+
     def restart(self) -> None:
         """Forget what was collected; time counts from here."""
         self._sums, self.steps, self._waited = None, 0, 0.0
-        self._began = time.perf_counter()
+        self._timed_steps = 0
+        self.restart_clock()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of a row that is not written yet; every rank calls it."""
+        sums = None if self._sums is None else self.parallel.gather(self._sums)
+        return {"steps": self.steps, "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with such a row. Its rates will be those of the steps from here on."""
+        self.restart()
+        if state["sums"] is not None:
+            *sums, _ = self.parallel.share_of(state["sums"])
+            norms = state["sums"][0][-1]  # no sum over ranks: each of them adds the same
+            self._sums = torch.tensor([*sums, norms], device=self.parallel.device)
+            self.steps = int(state["steps"])

@@ -15,17 +15,20 @@ from schemas.errors import UserError
 from schemas.run import RunConfig
 
 METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CONFIG = "config.yaml"
 
 
 class MetricsLog:
     """Rows of ``metrics.jsonl`` in a run's folder; the first rank owns it."""
 
-    def __init__(self, folder: Path, config: RunConfig, *, start_step: int) -> None:
-        """Rows beyond ``start_step`` come from steps that will be taken again: they are dropped."""
+    def __init__(self, folder: Path, config: RunConfig, *, start_step: int, rows: int) -> None:
+        """``rows`` of the file were written up to the checkpoint at ``start_step`` from which the
+        run goes on; more come from what will be done again and are dropped."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS
         self.total_steps = config.steps
-        _drop_rows_after(self.path, start_step)
+        self.rows = _keep_rows(self.path, rows)
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._wandb = _open_wandb(config, folder) if config.wandb else None
@@ -34,6 +37,7 @@ class MetricsLog:
         """Write one row; ``values["step"]`` counts finished steps."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+        self.rows += 1
         step = values["step"]
         for name, value in values.items():
             if isinstance(value, int | float) and name != "step":
@@ -77,14 +81,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    rows = read_metrics(path)
-    if not rows:
-        return
+def _keep_rows(path: Path, count: int) -> int:
+    """Keep the first ``count`` rows; how many there are then."""
+    rows = read_metrics(path)[:count]
     temporary = path.with_suffix(".tmp")
-    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(temporary, path)
+    return len(rows)
 
 
 def _open_wandb(config: RunConfig, folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -27,13 +28,45 @@ class Parallel:
         if self.world_size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            module,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # they are position tables, which never change
+        )
+
+    def averaging(self, wrapped: nn.Module, *, on: bool) -> AbstractContextManager[None]:
+        """Whether a backward pass of the wrapped module averages gradients over the workers, or
+        only adds to this worker's own."""
+        if on or not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        return wrapped.no_sync()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all workers, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def gather(self, values: Tensor) -> list[list[float]]:
+        """The numbers of a vector as each rank has them, exactly; see ``share_of``."""
+        table = torch.zeros(self.world_size, len(values), dtype=torch.float64, device=self.device)
+        table[self.rank] = values.to(self.device, torch.float64)
+        rows: list[list[float]] = self.sum(table).tolist()
+        return rows
+
+    def share_of(self, rows: list[list[float]]) -> list[float]:
+        """What this rank takes up of ``gather``'s numbers, so that sums over the ranks are what
+        they were: its own, or where the ranks are not as many, the first one takes all."""
+        if len(rows) == self.world_size:
+            return rows[self.rank]
+        total = [sum(column) for column in zip(*rows, strict=True)]
+        return total if self.is_first else [0.0] * len(total)
+
+    def from_first(self, value: int) -> int:
+        """The first rank's ``value``, on every rank."""
+        mine = value if self.is_first else 0
+        return self.sum_counts({"value": mine})["value"]
 
     def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
         """Sums of integers over all workers; every worker passes the same keys."""

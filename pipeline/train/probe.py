@@ -13,7 +13,7 @@ from pipeline.store import Batch, SampleOrder, Store, StreamReader
 from pipeline.store.loader import rank_slice
 from pipeline.train.trainer import Trainer
 
-CHUNK = 32  # samples of one pass
+CHUNK = 32  # samples of one pass, unless workers.micro_batch is smaller
 
 
 class GradientProbe:
@@ -59,8 +59,9 @@ class GradientProbe:
         readers = {
             name: StreamReader(self.store, name) for name in ("latents", trainer.targets.stream)
         }
-        for start in range(begin, end, CHUNK):
-            positions = chosen[start : min(start + CHUNK, end)].astype(np.int64)
+        chunk = min(CHUNK, trainer.config.workers.micro_batch or CHUNK)
+        for start in range(begin, end, chunk):
+            positions = chosen[start : min(start + chunk, end)].astype(np.int64)
             where = self.order.locate(positions)
             columns = {name: reader.read(*where) for name, reader in readers.items()}
             yield Batch(trainer.step, positions, columns)

@@ -21,7 +21,7 @@ from pipeline.alignment.targets import (
 from pipeline.store import Batch, Store
 from pipeline.train.draws import draw
 from pipeline.train.ema import Ema
-from pipeline.train.module import AlignedStudent
+from pipeline.train.module import LOSSES, AlignedStudent
 from pipeline.train.parallel import Parallel
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -78,28 +78,25 @@ class Trainer:
         self.ema = Ema(self.module.student, config.ema_decay)
         self.projector: Projector | None = self.module.projector
         self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
-        self.projector_ema_step = 0  # after the termination: what the average is up to date with
         self._store = store
         self._targets: TargetSource | None = None
         self.optimizer = _make_optimizer(self.module, config)
         self.wrapped: nn.Module = parallel.wrap(self.module)
 
     def train_step(self, batch: Batch) -> Tensor:
-        """One optimizer step on this rank's slice of a global batch; returns as ``step_on``."""
-        return self.step_on(self.inputs(batch), self.targets_of(batch))
-
-    def step_on(self, inputs: Inputs, targets: Targets) -> Tensor:
-        """One optimizer step.
+        """One optimizer step on this rank's slice of a global batch.
 
         Returns, on the device, this rank's sums of ``LOSSES`` and the global gradient norm before
         clipping: (5,). Gradients are means over the samples of the global batch, however unequal
-        the ranks' slices.
+        the ranks' slices, and however many micro-batches each of them makes of its own.
         """
-        config, world = self.config, self.parallel.world_size
-        losses = self.losses(self.wrapped, inputs, targets)
-        # DDP divides the sum of gradients by the number of ranks
-        total = self.total(losses) * (world / config.global_batch)
-        total.backward()
+        config = self.config
+        parts = split_batch(batch, config.workers.micro_batch)
+        losses = torch.zeros(len(LOSSES), device=self.parallel.device)
+        for number, part in enumerate(parts, start=1):
+            # Ranks with more parts than others add them up alone; each averages exactly once.
+            with self.parallel.averaging(self.wrapped, on=number == len(parts)):
+                losses += self._accumulate(part)
         norm = torch.nn.utils.clip_grad_norm_(
             self.module.parameters(), config.optimizer.max_grad_norm
         )
@@ -109,7 +106,15 @@ class Trainer:
         if self.module.projector is not None and self.projector_ema is not None:
             self.projector_ema.update(self.module.projector)
         self.step += 1
-        return torch.cat([losses.detach(), norm.detach().view(1)])
+        return torch.cat([losses, norm.detach().view(1)])
+
+    def _accumulate(self, batch: Batch) -> Tensor:
+        """Add the gradients of some samples; their sums of ``LOSSES``, (4,)."""
+        losses = self.losses(self.wrapped, self.inputs(batch), self.targets_of(batch))
+        # DDP divides the sum of gradients by the number of ranks
+        total = self.total(losses) * (self.parallel.world_size / self.config.global_batch)
+        total.backward()
+        return losses.detach()
 
     def losses(self, module: nn.Module, inputs: Inputs, targets: Targets) -> Tensor:
         """Sums over the samples of what ``LOSSES`` names, (4,), from ``module``: the wrapped one,
@@ -136,7 +141,6 @@ class Trainer:
         self.module.release_alignment()
         self.aligned, self._targets = False, None
         self.termination = {"terminated_at_step": self.step, **evidence}
-        self.projector_ema_step = self.step
         for group in self.optimizer.param_groups[1:]:
             for parameter in group["params"]:
                 self.optimizer.state.pop(parameter, None)
@@ -145,6 +149,14 @@ class Trainer:
             self.wrapped = self.module  # frees the old reducer and its hooks before a new one
             gc.collect()
             self.wrapped = self.parallel.wrap(self.module)
+
+    @property
+    def projector_ema_step(self) -> int:
+        """The step up to which the projector's average is up to date: from the termination on, it
+        is brought up to date only where it is read."""
+        if self.termination is None:
+            return self.step
+        return int(self.termination["terminated_at_step"])
 
     @property
     def targets(self) -> TargetSource | None:
@@ -202,6 +214,24 @@ class Trainer:
         if device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def split_batch(batch: Batch, size: int | None) -> list[Batch]:
+    """The batch in parts of ``size`` samples, the last one smaller; None: in one."""
+    count = len(batch.positions)
+    if size is None or size >= count:
+        return [batch]
+    return [
+        Batch(
+            batch.step,
+            batch.positions[begin : begin + size],
+            {
+                stream: {name: array[begin : begin + size] for name, array in columns.items()}
+                for stream, columns in batch.columns.items()
+            },
+        )
+        for begin in range(0, count, size)
+    ]
 
 
 def _make_optimizer(module: AlignedStudent, config: RunConfig) -> torch.optim.AdamW:

@@ -56,7 +56,10 @@ def manifest_of(golden: Golden) -> Manifest:
         }
     )
     streams = {**blank.streams, name: stream.model_copy(update={"teacher": teacher})}
-    return blank.model_copy(update={"streams": streams, "autoencoder": autoencoder})
+    dataset = blank.dataset.model_copy(update={"num_classes": student.num_classes})
+    return blank.model_copy(
+        update={"streams": streams, "autoencoder": autoencoder, "dataset": dataset}
+    )
 
 
 def run_config(golden: Golden) -> RunConfig:

@@ -1,0 +1,94 @@
+"""The list of a checkpoint's files inside its ``state.json``, which proves that it is whole.
+
+``state.json`` is written last. It holds the size and SHA-256 of every other file, and a SHA-256 of
+itself, so that a file that is missing, short or altered is found, whichever it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import UserError
+
+STATE = "state.json"
+SELF = "sha256"
+"""Key of the checksum of everything else in ``state.json``."""
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is not what was written; names the file."""
+
+    def __init__(self, where: str | Path, what: str) -> None:
+        super().__init__(f"checkpoint '{where}' is damaged: {what}")
+
+
+def seal(folder: Path, state: dict[str, Any]) -> None:
+    """Write ``state.json`` over the files that lie in ``folder``, all safely on disk."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    state = {**state, "files": files}
+    with (folder / STATE).open("w") as file:
+        json.dump({**state, SELF: _checksum(state)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def unseal(data: bytes, where: str | Path) -> dict[str, Any]:
+    """The state in the bytes of a ``state.json``. Raises ``DamagedCheckpointError``."""
+    try:
+        state = json.loads(data)
+        told = state.pop(SELF)
+        files = state["files"].items()
+        whole = all(name == Path(name).name and file["bytes"] >= 0 for name, file in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is not a checkpoint's state"
+        raise DamagedCheckpointError(where, f"{STATE}: {reason}") from None
+    if told != _checksum(state) or not whole:
+        raise DamagedCheckpointError(where, f"{STATE}: its checksum is wrong")
+    return dict(state)
+
+
+def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """The state of a checkpoint all of whose files are there and, with ``hashes``, unaltered.
+    Raises ``DamagedCheckpointError``."""
+    try:
+        state = unseal((folder / STATE).read_bytes(), folder)
+    except FileNotFoundError:
+        raise DamagedCheckpointError(folder, f"{STATE} is missing") from None
+    except OSError as error:
+        raise DamagedCheckpointError(folder, f"{STATE}: {error.strerror}") from None
+    for name, expected in state["files"].items():
+        try:
+            fault = _fault(folder / name, expected, hashes)
+        except FileNotFoundError:
+            fault = "is missing"
+        except OSError as error:
+            fault = f"cannot be read: {error.strerror}"
+        if fault is not None:
+            raise DamagedCheckpointError(folder, f"{name} {fault}")
+    return state
+
+
+def _fault(path: Path, expected: dict[str, Any], hashes: bool) -> str | None:
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"has {size} of {expected['bytes']} bytes"
+    if hashes:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                return "was altered: its checksum is wrong"
+    return None
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    # Numbers and strings come back from JSON as they went in, so that this is the same then.
+    text = json.dumps(state, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,80 @@
+"""Training in several plain processes, as Ray Train would place them, but started in seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from contextlib import nullcontext, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.train.checkpoint import read_state
+from pipeline.train.local import LocalCheckpoints, newest_checkpoint
+from pipeline.train.loop import train
+from pipeline.train.parallel import Parallel
+from pipeline.train.stop import Wish
+from schemas.errors import StoppedError
+from schemas.run import RunConfig
+
+
+def train_on(world_size: int, config: RunConfig, folder: Path, stop_at: int | None = None) -> None:
+    """Train on ``world_size`` processes that talk gloo, from the newest checkpoint on. ``stop_at``:
+    the last of them asks to stop before this step."""
+    resume = newest_checkpoint(folder)
+    if world_size == 1:
+        _train(config, folder, resume, Parallel(), stop_at)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    arguments = (world_size, address, config.model_dump(mode="json"), folder, resume, stop_at)
+    # the server imports torch once, and each process is a fork of it
+    multiprocessing.set_forkserver_preload(["tests.processes"])
+    mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
+
+
+def _process(
+    rank: int,
+    world_size: int,
+    address: str,
+    values: dict[str, Any],
+    folder: Path,
+    resume: Path | None,
+    stop_at: int | None,
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=address,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    config = RunConfig.model_validate(values)
+    _train(config, folder, resume, Parallel(rank, world_size), stop_at)
+    dist.destroy_process_group()
+
+
+def _train(
+    config: RunConfig, folder: Path, resume: Path | None, parallel: Parallel, stop_at: int | None
+) -> None:
+    keeper = LocalCheckpoints(folder, keep=config.checkpoint.keep)
+    step = read_state(resume).step - 1 if resume else -1
+
+    def save(step: int, write: Any) -> None:
+        if parallel.is_first:
+            keeper.save(step, write)
+
+    def ask() -> Wish:
+        nonlocal step
+        step += 1
+        last = parallel.rank == parallel.world_size - 1
+        return Wish.STOP if last and stop_at is not None and step >= stop_at else Wish.GO_ON
+
+    with nullcontext() if stop_at is None else suppress(StoppedError):
+        train(config, folder, save, parallel=parallel, resume=resume, ask=ask)
