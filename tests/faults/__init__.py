@@ -1,0 +1,1 @@
+"""The harness that breaks things: `python -m tests.faults`."""

@@ -1,0 +1,46 @@
+"""Looking at folders and buckets while they are being written and their server comes and goes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import fsspec
+
+IMPATIENT = {
+    "config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 2, "read_timeout": 5}
+}
+
+
+def open_folder(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    options: dict[str, Any] = IMPATIENT if url.startswith("s3://") else {}
+    filesystem, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
+    return filesystem, str(path)
+
+
+def names(url: str) -> list[str]:
+    """What lies in a folder; nothing where it is not there or cannot be asked now."""
+    filesystem, path = open_folder(url)
+    with suppress(Exception):  # every backend has its own
+        return sorted(str(p).rstrip("/").rpartition("/")[2] for p in filesystem.ls(path, False))
+    return []
+
+
+def read(url: str) -> bytes:
+    """A file; nothing where it is not there or cannot be read now."""
+    filesystem, path = open_folder(url)
+    with suppress(Exception):
+        data: bytes = filesystem.cat_file(path)
+        return data
+    return b""
+
+
+def tree(url: str) -> dict[str, bytes]:
+    """Every file below a folder. Errors are raised."""
+    filesystem, root = open_folder(url)
+    if not filesystem.exists(root):
+        return {}
+    return {
+        str(path)[len(root) :].lstrip("/"): filesystem.cat_file(path)
+        for path in filesystem.find(root)
+    }

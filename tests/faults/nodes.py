@@ -1,0 +1,32 @@
+"""`python -m tests.faults.nodes`: two Ray nodes of one CPU each on this machine, until stdin ends.
+
+Prints a line of JSON for each node that comes up; a line on stdin asks for another one. It is a
+process of its own, so that what it starts carries the mark and the environment of one run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from ray.cluster_utils import Cluster
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+
+
+def main() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    _add(cluster)
+    for _ in sys.stdin:
+        _add(cluster)
+    cluster.shutdown()
+
+
+def _add(cluster: Cluster) -> None:
+    node = cluster.add_node(**NODE)
+    (raylet,) = node.all_processes["raylet"]
+    print(json.dumps({"address": cluster.address, "raylet": raylet.process.pid}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The processes of one disturbed run, and no others.
+
+All are started with a mark in their environment. Ray's workers write their titles over theirs, so
+that they are found as descendants of what carries it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+MARK = "HASTE_FAULTS_ID"
+
+
+class Process(NamedTuple):
+    pid: int
+    parent: int
+    title: str
+
+
+def processes_of(mark: str) -> list[Process]:
+    """Those alive that were started with ``mark``, and their descendants; not this process."""
+    table = _table()
+    wanted = f"{MARK}={mark}".encode()
+    found = {pid for pid in table if wanted in _read(pid, "environ").split(b"\0")}
+    while True:
+        more = {p.pid for p in table.values() if p.parent in found} - found
+        if not more:
+            break
+        found |= more
+    return [table[pid] for pid in sorted(found - {os.getpid()})]
+
+
+def entitled(mark: str, word: str) -> list[int]:
+    """Process ids of those whose title holds ``word``."""
+    return [process.pid for process in processes_of(mark) if word in process.title]
+
+
+def kill_all(mark: str) -> None:
+    """SIGKILL until none is left."""
+    deadline = time.monotonic() + 20
+    while (left := processes_of(mark)) and time.monotonic() < deadline:
+        for process in left:
+            send(process.pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """A process that has gone in the meantime is as good as hit."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+@contextmanager
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """SIGSTOP, and SIGCONT in the end."""
+    pids = list(pids)
+    try:
+        for pid in pids:
+            send(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in pids:
+            send(pid, signal.SIGCONT)
+
+
+def _table() -> dict[int, Process]:
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        # pid (name) state parent ...; the name may hold anything
+        state, parent, *_ = _read(int(entry.name), "stat").rpartition(b")")[2].split() or (b"Z", 0)
+        if state != b"Z":
+            title = _read(int(entry.name), "cmdline").replace(b"\0", b" ").decode(errors="replace")
+            found[int(entry.name)] = Process(int(entry.name), int(parent), title.strip())
+    return found
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:  # it has gone, or belongs to somebody else
+        return b""
