@@ -17,6 +17,7 @@ from tests.faults.limits import HungError, wait_for
 from tests.faults.processes import MARK, entitled, kill_all, processes_of, stopped
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_encoder_and_a_killed_worker(tmp_path: Path) -> None:
     counts = {}
