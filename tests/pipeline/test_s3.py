@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from pipeline.files import (
     StorageError,
@@ -266,6 +267,8 @@ def test_an_imagenet_source_that_is_away_is_one_line(
     from pipeline.datasets.imagenet import list_imagenet
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3FileSystem.clear_instance_cache()  # one that lives is still connected to the server
     with retry_limit(0.5), pytest.raises(UserError, match="gave up after") as error:
         list_imagenet("s3://somewhere/imagenet", None)
+    S3FileSystem.clear_instance_cache()
     assert "\n" not in str(error.value)
