@@ -45,6 +45,8 @@ class CheckpointState:
     trigger: dict[str, Any]
     bytes_read: dict[str, dict[str, int]]
     """Per stream: bytes read before and after the termination, over all workers."""
+    data: dict[str, Any]
+    """What ``BatchLoader.state`` says: shards that are left out."""
 
 
 def write_checkpoint(
@@ -53,6 +55,7 @@ def write_checkpoint(
     *,
     trigger: dict[str, Any],
     bytes_read: dict[str, dict[str, int]],
+    data: dict[str, Any],
 ) -> None:
     """Write everything that a resumed run needs into an empty folder, ``state.json`` last."""
     _save(trainer.module.student.state_dict(), folder / "model.safetensors")
@@ -71,6 +74,7 @@ def write_checkpoint(
         "termination": trainer.termination,
         "trigger": trigger,
         "bytes_read": bytes_read,
+        "data": data,
         "store_fingerprint": trainer.manifest.dataset.fingerprint,
         "autoencoder": trainer.manifest.autoencoder.model_dump(),
         "config": trainer.config.model_dump(),
@@ -95,6 +99,7 @@ def read_state(folder: Path) -> CheckpointState:
             termination=state["termination"],
             trigger=state["trigger"],
             bytes_read=state["bytes_read"],
+            data=state.get("data", {}),
         )
     except FileNotFoundError:
         raise UserError(f"'{folder}' is not a checkpoint: it has no {STATE}") from None

@@ -14,6 +14,7 @@ from pipeline.alignment.targets import check_fit
 from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
 from pipeline.files import write_atomic
 from pipeline.store import BatchLoader, SampleOrder, Store
+from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.train.folder import CONFIG, SUMMARY
 from pipeline.train.meter import Meter
@@ -98,17 +99,19 @@ class _Run:
         self.trigger: Trigger = make_trigger(config.alignment.termination, config.alignment)
         self.trainer = Trainer(config, store, parallel, measure_entropy=self.trigger.needs_entropy)
         self.earlier: dict[str, dict[str, int]] = {}  # bytes read before the resume
+        damaged: dict[int, int] = {}
         if resume is not None:
             state = load_checkpoint(resume, self.trainer)
             self.trigger.load_state_dict(state.trigger, parallel.is_first)
             self.earlier = state.bytes_read
+            damaged = {int(shard): epoch for shard, epoch in state.data.get("damaged", {}).items()}
         self.log: MetricsLog | None = None
         if parallel.is_first:
             self.log = MetricsLog(folder, config, start_step=self.trainer.step)
             config_text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
             _write(folder / CONFIG, config_text)
         self.order = SampleOrder(
-            config.seed, store.index().samples_per_shard, window=config.data.window
+            config.seed, store.index().samples_per_shard, config.data.window, damaged
         )
         self.loader = self._open_loader()
         self.probe = GradientProbe(self.trainer, store, self.order)
@@ -166,8 +169,8 @@ class _Run:
             world_size=self.parallel.world_size,
             start_step=self.trainer.step,
             needed_until=needed_until,
-            prefetch=config.data.prefetch,
-            verify=config.data.verify,
+            agree=self.parallel.union,
+            **loader_options(config.data),
         )
 
     def _terminate_if_due(self) -> None:
@@ -220,9 +223,10 @@ class _Run:
     def _save(self) -> None:
         bytes_read = self._bytes_read()
         state = self.trigger.state_dict(self.parallel.sum)
+        data = self.loader.state()
 
         def write(folder: Path) -> None:
-            write_checkpoint(folder, self.trainer, trigger=state, bytes_read=bytes_read)
+            write_checkpoint(folder, self.trainer, trigger=state, bytes_read=bytes_read, data=data)
 
         began = time.perf_counter()
         self.save_checkpoint(self.trainer.step, write)
