@@ -49,7 +49,7 @@ class DataConfig(Strict):
     """Files that a worker holds whole while it draws from them, in GB; beyond, it reads rows."""
     cache_dir: str | None = None
     """Local folder that keeps shards of remote stores over epochs and runs. Workers of a node share
-    it; it pays where cache_gb holds all that they read."""
+    it; it pays where cache_gb holds all that they read, as files are fetched whole for it."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
     """Size of that folder at most, in GB; what was used longest ago makes room."""
 

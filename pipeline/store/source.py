@@ -12,7 +12,7 @@ import fsspec
 
 from pipeline.files import read_bytes, read_ranges
 from pipeline.store.disk import DiskCache
-from pipeline.store.memory import UNLIMITED, Budget, Kept
+from pipeline.store.memory import Budget, Kept
 from pipeline.store.table import FileTable
 
 NEIGHBOURS = 4096
@@ -77,10 +77,10 @@ class FileSource:
         self._filesystem = filesystem
         self._root = root
         self._wants_whole = wants_whole
-        self._budget = budget or Budget(UNLIMITED)
         self._disk = disk
         self._closed = False
         self._lock = threading.Lock()
+        self._filling = threading.Lock()
 
     def read(
         self, file: FileTable, ranges: Sequence[tuple[int, int]], until: int, *, anew: bool = False
@@ -153,14 +153,11 @@ class FileSource:
 
     def _fill_disk(self, file: FileTable) -> None:
         """Fetch a file whole for later epochs and the other workers of this node, though only parts
-        are wanted now; not where memory has no room for it on the way."""
+        are wanted now; one at a time, as they pass through memory beyond its budget."""
         if self._disk is None or file.bytes > self._disk.limit or self._local(file) is not None:
             return
-        if self._budget.take(file.bytes):
-            try:
-                self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file))
-            finally:
-                self._budget.give(file.bytes)
+        with self._filling:
+            self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file))
 
     def _local(self, file: FileTable) -> Path | None:
         if self._closed:
