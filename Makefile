@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint types install lock
+.PHONY: demo test test-slow lint types schema install lock
 
 demo: .venv/.installed
 	$(BIN)/python jobs/demo.py
@@ -19,6 +19,10 @@ lint: .venv/.installed
 
 types: .venv/.installed
 	$(BIN)/mypy
+
+# After a change of the manifest, a commit record or the index.
+schema: .venv/.installed
+	$(BIN)/python -m schemas.published
 
 install: .venv/.installed
 

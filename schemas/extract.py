@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from schemas.base import Strict
 from schemas.codecs import CodecName, CodecSet
-from schemas.fields import Layers, Name
+from schemas.fields import Layers, ModelArguments, Name
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Cut = Literal["maps", "qk", "activations", "image"]
@@ -30,7 +30,7 @@ class TeacherConfig(Strict):
     image_size: int | None = None
     """Pixels per side that the teacher sees. Default: the size that gives one token per 16 pixels
     of the crop, as the student has (224 for patch 14 at resolution 256)."""
-    model_args: dict[str, Any] = Field(default={})
+    model_args: ModelArguments = Field(default={})
     """Extra arguments of timm.create_model, for instance --teacher.model-args.depth 6."""
 
 

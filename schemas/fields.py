@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 
 def parse_layers(value: Any) -> Any:
@@ -33,8 +33,23 @@ Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(pars
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 """Of a stream or a column: also a folder's, so without anything that could lead elsewhere."""
 
-Shape = tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...]
+Shape = Annotated[tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...], Field(max_length=8)]
 """Sizes of one sample's array; bounded, so that a hostile manifest cannot ask for the moon."""
+
+LOADING_ARGUMENTS = frozenset(
+    {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+)
+
+
+def _refuse_loading(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name in sorted(LOADING_ARGUMENTS & arguments.keys()):
+        raise ValueError(f"{name} is not taken: teacher.weights says which weights are loaded")
+    return arguments
+
+
+ModelArguments = Annotated[dict[str, Any], AfterValidator(_refuse_loading)]
+"""Of timm.create_model, but for those that load files: a manifest's come from whoever made the
+store, and what they name is not his to choose."""
 
 MAX_COLUMN_ELEMENTS = 1 << 30
 
@@ -42,6 +57,6 @@ MAX_COLUMN_ELEMENTS = 1 << 30
 def element_count(shape: tuple[int, ...]) -> int:
     """Number of elements of ``shape``; raises ``ValueError`` beyond ``MAX_COLUMN_ELEMENTS``."""
     count = math.prod(shape)
-    if count > MAX_COLUMN_ELEMENTS:
+    if math.prod(max(size, 1) for size in shape) > MAX_COLUMN_ELEMENTS:  # numpy minds, too
         raise ValueError(f"shape {shape} has {count} elements; the limit is {MAX_COLUMN_ELEMENTS}")
     return count

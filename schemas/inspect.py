@@ -37,3 +37,17 @@ class InspectConfig(Strict):
     source: str | None = None
     """--fidelity: folder or URL of the images, where not the one that the manifest names."""
     teacher: TeacherWeights = TeacherWeights()
+    verify: bool = False
+    """Read every committed file and check all checksums; damage is named by stream, shard and
+    sample, and makes the exit code 1."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 8
+    """Files that --verify reads at once."""
+    gc: bool = False
+    """List and remove what crashes left behind: temporary files, and files that no commit record
+    accounts for. Links and files of other names are never removed."""
+    gc_age: Annotated[float, Field(ge=0)] = 1.0
+    """Hours that such a file must be old to be removed: an extraction that is running has some,
+    too."""
+    check: tuple[str, ...] = ()
+    """Training configs (--check A.yaml B.yaml ...): say which of them the store can train, what the
+    others lack, and how to add it. Exit code 1 where one cannot be trained."""

@@ -203,6 +203,11 @@ def _split_arguments(
                 value = rest.pop(0)
         if name == "config":
             yield name, value
+        elif name in leaves and _is_texts(leaves[name].annotation):
+            texts = [text for text in value.split(",") if text]
+            while rest and not rest[0].startswith("--"):
+                texts.append(rest.pop(0))
+            yield name, texts
         elif name in tables:
             if value.lower() not in {"null", "none"}:
                 raise UserError(
@@ -299,6 +304,11 @@ def _accepts(annotation: Any, kind: type) -> bool:
         elif (origin or member) is kind:
             return True
     return False
+
+
+def _is_texts(annotation: Any) -> bool:
+    """Several words of any form, such as file names: ``--option A B`` or ``--option A,B``."""
+    return any(typing.get_args(member) == (str, ...) for member in _members(annotation))
 
 
 def _is_mapping(annotation: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,7 +11,7 @@ from schemas.base import Strict
 from schemas.codecs import CodecName, Lossless
 from schemas.errors import UserError
 from schemas.extract import Cut, Format, Precision
-from schemas.fields import Layers, Name, Shape, element_count
+from schemas.fields import Layers, ModelArguments, Name, Shape, element_count
 
 STORE_VERSION = 2
 
@@ -19,6 +19,7 @@ PartName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[a-z][a-z0-9_]
 """A column's name, or ``column.part`` where its codec keeps several arrays."""
 Version = Annotated[int, Field(ge=STORE_VERSION, le=STORE_VERSION)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Size = Annotated[int, Field(ge=1, le=1 << 16)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -65,21 +66,21 @@ class TeacherInfo(Strict):
     """The teacher whose targets the store holds."""
 
     model: str
-    model_args: dict[str, Any]
+    model_args: ModelArguments
     weights: str
     seed: int
     weights_sha256: Sha256
-    image_size: int
+    image_size: Size
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    depth: int
-    width: int
-    heads: int
-    head_width: int
+    depth: Size
+    width: Size
+    heads: Size
+    head_width: Size
     """Numbers of one head's query or key."""
-    grid: tuple[int, int]
+    grid: tuple[Size, Size]
     """Patch tokens, rows x columns."""
-    prefix: int
+    prefix: Annotated[int, Field(ge=0, le=1 << 16)]
     """Class and register tokens, which come before those of the patches."""
     layers: Layers
     """Layers whose attention can be had, 0-based."""
@@ -90,9 +91,9 @@ class AutoencoderInfo(Strict):
     kind: Literal["AutoencoderKL", "AutoencoderTiny"]
     weights_sha256: Sha256 | None
     """None: it was not run here; the latents were taken over from the data set's source."""
-    scaling_factor: float
-    shift_factor: float
-    latent_shape: tuple[int, int, int]
+    scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    shift_factor: Annotated[float, Field(allow_inf_nan=False)]
+    latent_shape: tuple[Size, Size, Size]
     """Channels, rows, columns."""
 
 

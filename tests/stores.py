@@ -93,9 +93,11 @@ def random_manifest(samples: int, shard_size: int, format: str = "webdataset") -
     )
 
 
-def make_random_store(folder: Path, samples: int = 22, shard_size: int = 6) -> Store:
+def make_random_store(
+    folder: Path, samples: int = 22, shard_size: int = 6, format: str = "webdataset"
+) -> Store:
     """Complete, seeded; the last shard is shorter than the others."""
-    manifest = random_manifest(samples, shard_size)
+    manifest = random_manifest(samples, shard_size, format)
     store = Store.create(str(folder), manifest)
     rng = np.random.default_rng(0)
     for shard in range(manifest.num_shards):
@@ -108,10 +110,31 @@ def make_random_store(folder: Path, samples: int = 22, shard_size: int = 6) -> S
     return store
 
 
+def add_random_stream(store: Store, name: str, **teacher: object) -> Store:
+    """The store with another `maps` stream, complete; ``teacher`` says how its teacher differs."""
+    values = store.manifest.model_dump()
+    stream = store.manifest.model_dump()["streams"]["maps"]  # not shared with the first
+    stream["added"] = True
+    stream["teacher"] |= teacher
+    tokens = GRID * GRID
+    layers = len(stream["teacher"]["layers"])
+    stream["columns"]["attention"]["shape"] = (layers, HEADS, tokens, tokens)
+    values["streams"][name] = stream
+    store = Store.create(store.url, Manifest.model_validate(values))
+    rng = np.random.default_rng(1)
+    for shard in range(store.manifest.num_shards):
+        with ShardWriter(store.url, store.manifest, shard, added=name) as writer:
+            for key in store.record(shard).keys:
+                writer.add(key, {name: _random_sample(rng, 0, store.manifest, name)["maps"]})
+            writer.commit()
+    store.finish()
+    return store
+
+
 def _random_sample(
-    rng: np.random.Generator, number: int, manifest: Manifest
+    rng: np.random.Generator, number: int, manifest: Manifest, stream: str = "maps"
 ) -> dict[str, dict[str, np.ndarray | int]]:
-    shapes = {name: column.shape for name, column in manifest.streams["maps"].columns.items()}
+    shapes = {name: column.shape for name, column in manifest.streams[stream].columns.items()}
     weights = np.exp(rng.standard_normal(shapes["attention"]))
     return {
         "latents": {

@@ -23,14 +23,14 @@ CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
     "faithful": {
         "activations": "tokens23",
         "features": "rms26",
-        "factors": "heads24",
+        "factors": "heads28",
         "probabilities": "cbrt8",
         "vector": "float16",
     },
     "small": {
-        "activations": "tokens8",
+        "activations": "tokens9",
         "features": "rms8",
-        "factors": "heads10",
+        "factors": "heads12",
         "probabilities": "sqrt220",
         "vector": "float16",
     },
@@ -113,6 +113,13 @@ def _tensors(cut: Cut, teacher: TeacherShape) -> dict[str, tuple[Kind, tuple[int
         factor = (layers, heads, tokens, teacher.head_width)
         kept |= {"query": ("factors", factor), "key": ("factors", factor)}
     return kept
+
+
+def cut_shapes(cut: Cut, teacher: TeacherShape, resolution: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that a cut keeps of one image."""
+    if cut == "image":
+        return {"crop": (resolution, resolution, 3)}
+    return {name: shape for name, (_, shape) in _tensors(cut, teacher).items()}
 
 
 def codec_set_of(cut: Cut, teacher: TeacherShape, columns: Mapping[str, Column]) -> CodecSet | None:

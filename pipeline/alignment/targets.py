@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.alignment.cuts import cut_shapes
 from pipeline.alignment.tail import load_tail
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import column_arrays, decode_column
@@ -156,7 +157,14 @@ def aligned_heads(student: StudentConfig, teacher: TeacherInfo) -> int:
 
 def check_fit(alignment: AlignmentConfig, manifest: Manifest) -> None:
     """Raises ``UserError`` where the store cannot align a student so."""
-    teacher = manifest.teacher_stream(alignment.stream)[1].teacher
+    name, stream = manifest.teacher_stream(alignment.stream)
+    teacher = stream.teacher
+    expected = cut_shapes(stream.cut, teacher, manifest.resolution)
+    if {column: spec.shape for column, spec in stream.columns.items()} != expected:
+        raise UserError(
+            f"stream '{name}' does not hold what its cut '{stream.cut}' keeps of such a teacher: "
+            "the store's manifest is damaged"
+        )
     if alignment.attention_weight:
         lacking = sorted(set(alignment.teacher_layers) - set(teacher.layers))
         if lacking:

@@ -65,7 +65,10 @@ def convert(config: ConvertConfig) -> Conversion:
     if not exists(target.filesystem, f"{target.root}/{INDEX}"):
         target.finish()
     return Conversion(
-        target, shards, _bytes_per_image(source.index()), _bytes_per_image(target.index())
+        target,
+        shards,
+        _bytes_per_image(source.index(), [plan.source for plan in plans]),
+        _bytes_per_image(target.index(), [plan.name for plan in plans]),
     )
 
 
@@ -209,5 +212,7 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _bytes_per_image(index: StoreIndex) -> float:
-    return sum(index.bytes_per_stream.values()) / max(1, sum(index.samples_per_shard))
+def _bytes_per_image(index: StoreIndex, streams: Sequence[str]) -> float:
+    """Of the streams that take part."""
+    total = sum(index.bytes_per_stream[name] for name in streams)
+    return total / max(1, sum(index.samples_per_shard))

@@ -9,6 +9,7 @@ import fsspec
 
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.files import StorageError, file_size, list_tree, open_url, without_credentials
+from pipeline.storage.secrets import without_secrets
 from schemas.errors import UserError
 
 
@@ -35,7 +36,7 @@ def list_files(source: str, below: str = "") -> list[str]:
     try:
         found = [folder] if _is_file(filesystem, folder) else list(list_tree(filesystem, folder))
     except Exception as error:  # fsspec backends raise their own types beside StorageError
-        reason = " ".join(without_credentials(str(error)).split()) or type(error).__name__
+        reason = " ".join(without_secrets(str(error), source).split()) or type(error).__name__
         raise UserError(f"--source '{without_credentials(source)}': {reason}") from None
     relative = (str(path)[len(root) :].lstrip("/") for path in found)
     return sorted(

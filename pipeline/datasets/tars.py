@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.folder import escape_dots, list_files
 from pipeline.files import open_url, without_credentials
+from pipeline.storage.secrets import without_secrets
 from schemas.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm", "bmp"})
@@ -70,5 +71,7 @@ def _scan(source: str, path: str) -> dict[str, _Member]:
                         raise UserError(f"{where}: {info.name} is not a class number")
                     member.label = int(text)
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{where}: cannot read this tar ({error})") from None
+        raise UserError(
+            f"{where}: cannot read this tar ({without_secrets(str(error), source)})"
+        ) from None
     return members

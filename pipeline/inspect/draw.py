@@ -51,9 +51,14 @@ def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -
     figure = _draw_targets(teacher, targets, image)
     figure.suptitle(f"{key} (class {int(sample['label'])})", fontsize=9)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
+    except (OSError, ValueError) as error:  # matplotlib minds suffixes with a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--png '{path}' cannot be written: {reason}") from None
+    finally:
+        plt.close(figure)
 
 
 def _draw_targets(teacher: TeacherInfo, targets: Targets, image: np.ndarray) -> Figure:

@@ -56,8 +56,8 @@ def summarise(store: Store) -> StoreSummary:
     )
 
 
-def describe(store: Store, summary: StoreSummary) -> str:
-    """The page that a person reads."""
+def describe(store: Store, summary: StoreSummary, garbage: str | None = None) -> str:
+    """The page that a person reads; ``garbage`` says how much there is of it."""
     m = store.manifest
     vae = m.autoencoder
     state = (
@@ -100,6 +100,8 @@ def describe(store: Store, summary: StoreSummary) -> str:
     lines.append(f"  per image    {describe_bytes(summary.bytes_per_image)}{fixed}")
     if m.skipped:
         lines.append(f"  skipped      {len(m.skipped)} bad images, first: {m.skipped[0].path}")
+    if garbage is not None:
+        lines.append(f"  garbage      {garbage} that no commit record accounts for; see --gc")
     return "\n".join(lines)
 
 

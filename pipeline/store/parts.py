@@ -45,6 +45,17 @@ def stream_parts(columns: Mapping[str, Column]) -> dict[str, Part]:
     }
 
 
+def check_columns(columns: Mapping[str, Column]) -> None:
+    """Raises ``ValueError`` where a column's codec is not for its shape, or one of the arrays that
+    it makes is beyond all bounds."""
+    for name, column in columns.items():
+        try:
+            for part in _column_parts(column).values():
+                element_count(part.shape)
+        except ValueError as error:
+            raise ValueError(f"column '{name}', codec {column.codec}: {error}") from None
+
+
 def _column_parts(column: Column) -> dict[str, Part]:
     is_class = column.codec == "int64" and column.shape == ()
     arrays = find_codec(column.codec).arrays(column.shape)
@@ -65,6 +76,11 @@ def check_value(part: Part, value: np.ndarray | int) -> np.ndarray:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"a value is not finite in {array.dtype.name}")
     return array
+
+
+def largest_stored(part: Part) -> int:
+    """More bytes than one sample of a part ever takes up: incompressible, with a header."""
+    return part.nbytes + part.nbytes // 64 + 4096
 
 
 def compress(part: Part, data: bytes | np.ndarray) -> bytes:

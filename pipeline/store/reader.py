@@ -13,6 +13,7 @@ from pipeline.store.parts import (
     empty_batch,
     fill_from_chunk,
     fill_from_npy_member,
+    largest_stored,
     stream_parts,
 )
 from pipeline.store.source import FileSource, up_to
@@ -21,6 +22,8 @@ from pipeline.store.table import FileTable, ShardTable, shard_table
 from schemas.errors import UserError
 
 __all__ = ["DamagedShardError", "StreamReader"]
+
+SHARDS_OF_A_BLOCK = 256
 
 Columns = dict[str, np.ndarray]
 """Per stored array (B, *shape), contiguous."""
@@ -64,8 +67,9 @@ class StreamReader:
         self._fill_row = fill_from_chunk if manifest.format == "zarr" else fill_from_npy_member
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
         self._tables: Kept[ShardTable] = Kept()
-        # A bit for each row; two threads in one shard may lose each other's, which verifies anew.
-        self._verified = np.zeros((manifest.num_shards, -(-manifest.shard_size // 8)), np.uint8)
+        # A bit for each row, in blocks of shards; two threads in one shard may lose each other's,
+        # which verifies anew.
+        self._verified: dict[int, np.ndarray] = {}
 
     @property
     def opens(self) -> int:
@@ -79,7 +83,13 @@ class StreamReader:
 
     def empty(self, count: int) -> Columns:
         """Arrays for ``count`` samples, for ``fill``."""
-        return {name: empty_batch(part, count) for name, part in self.parts.items()}
+        try:
+            return {name: empty_batch(part, count) for name, part in self.parts.items()}
+        except MemoryError:
+            raise UserError(
+                f"{count} samples of stream '{self.stream}' of {self.store.shown_url} do not "
+                "fit into memory: take a smaller batch"
+            ) from None
 
     def read(self, shards: np.ndarray, rows: np.ndarray) -> Columns:
         """The samples at ``(shards[i], rows[i])``: per stored array (len(rows), *shape),
@@ -105,11 +115,12 @@ class StreamReader:
                 f"{self._where(shard)} has {table.samples} samples, not {rows[-1] + 1}: the "
                 "store's index is stale; delete it and run the extraction again"
             )
-        verified = np.unpackbits(self._verified[shard], bitorder="little")[rows].astype(bool)
+        bits = self._bits(shard)
+        verified = np.unpackbits(bits, bitorder="little")[rows].astype(bool)
         for file in table.files:
             self._fill_from(file, out, shard, rows, places, verified, until)
         if self.verify and not verified.all():
-            np.bitwise_or.at(self._verified[shard], rows // 8, (1 << rows % 8).astype(np.uint8))
+            np.bitwise_or.at(bits, rows // 8, (1 << rows % 8).astype(np.uint8))
 
     def expire(self, position: int) -> None:
         """Let go of what is needed only before ``position``."""
@@ -184,14 +195,37 @@ class StreamReader:
                 raise
             except UserError as error:
                 raise DamagedShardError(f"{self._where(shard)}: {error}") from None
-            table = shard_table(record, self.stream)
-            if table.names != self.parts.keys():
-                raise DamagedShardError(f"{self._where(shard)}: its record lists other columns")
-            return table
+            return self._checked(shard, shard_table(record, self.stream))
 
         table = self._tables.get(shard, load, until=until)
         assert table is not None  # it counts no bytes
         return table
+
+    def _checked(self, shard: int, table: ShardTable) -> ShardTable:
+        """Raises ``DamagedShardError`` where a record promises other arrays, more samples or larger
+        ones than the manifest does; nothing of the shard has been read by then."""
+        where = f"{self._where(shard)}: its record"
+        if table.samples > self.store.manifest.shard_size:
+            raise DamagedShardError(f"{where} lists {table.samples} samples")
+        if table.samples and table.names != self.parts.keys():
+            raise DamagedShardError(f"{where} lists other columns")
+        for file in table.files:
+            for name, largest in zip(file.names, file.sizes.max(0, initial=0), strict=True):
+                if largest > largest_stored(self.parts[name]):
+                    raise DamagedShardError(
+                        f"{where} gives a sample of column '{name}' {largest} bytes, more than it "
+                        "can take up"
+                    )
+        return table
+
+    def _bits(self, shard: int) -> np.ndarray:
+        """uint8: a bit for each row of a shard that has been verified, to be changed in place."""
+        size = -(-self.store.manifest.shard_size // 8)
+        block = self._verified.get(shard // SHARDS_OF_A_BLOCK)
+        if block is None:
+            block = np.zeros((SHARDS_OF_A_BLOCK, size), np.uint8)
+            block = self._verified.setdefault(shard // SHARDS_OF_A_BLOCK, block)
+        return block[shard % SHARDS_OF_A_BLOCK]
 
     def _where(self, shard: int) -> str:
         return f"stream '{self.stream}', shard {shard} of {self.store.shown_url}"

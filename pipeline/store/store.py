@@ -18,8 +18,9 @@ from pipeline.files import (
     without_credentials,
     write_atomic,
 )
+from pipeline.storage.secrets import without_secrets
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
-from pipeline.store.parts import stream_parts
+from pipeline.store.parts import check_columns, stream_parts
 from schemas.errors import UserError
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, StoreIndex
 
@@ -61,7 +62,14 @@ class Store:
             ) from None
         except Exception as error:  # every fsspec backend raises its own types
             raise _unreachable(url, error) from None
-        return Store(url, _parse(Manifest, text, f"{without_credentials(url)}/{MANIFEST}"))
+        where = f"{without_credentials(url)}/{MANIFEST}"
+        manifest = _parse(Manifest, text, where)
+        for name, stream in manifest.streams.items():
+            try:
+                check_columns(stream.columns)
+            except ValueError as error:
+                raise UserError(f"{where} is damaged: stream '{name}', {error}") from None
+        return Store(url, manifest)
 
     @staticmethod
     def create(url: str, manifest: Manifest) -> Store:
@@ -69,7 +77,7 @@ class Store:
         stream."""
         store = Store(url, manifest)
         try:
-            for path, data in store._zarr_metadata().items():
+            for path, data in store.zarr_metadata().items():
                 write_atomic(store.filesystem, f"{store.root}/{path}", data)
             text = manifest.model_dump_json(indent=1).encode()
             write_atomic(store.filesystem, f"{store.root}/{MANIFEST}", text)
@@ -81,7 +89,8 @@ class Store:
         """Numbers of the shards that exist in ``stream``, by listing their records."""
         paths = list_folder(self.filesystem, f"{self.root}/{commit_folder(self._added(stream))}")
         names = (re.fullmatch(r".*/shard-(\d{6,9})\.json", path) for path in paths)
-        return {int(name[1]) for name in names if name is not None}
+        numbers = {int(name[1]) for name in names if name is not None}
+        return {number for number in numbers if number < self.manifest.num_shards}
 
     def missing_shards(self, stream: str = "latents") -> list[int]:
         """Planned shards that have no commit record of ``stream``."""
@@ -100,6 +109,14 @@ class Store:
                     f"{self.manifest.num_shards} shards are missing (first: {missing[0]}); "
                     "run its extraction or conversion again"
                 )
+
+    def has_index(self) -> bool:
+        """Whether the store was finished once."""
+        return exists(self.filesystem, f"{self.root}/{INDEX}")
+
+    def reason(self, error: Exception) -> str:
+        """What a filesystem raised, in one line and without credentials."""
+        return _reason(self.url, error)
 
     def index(self) -> StoreIndex:
         """Sample counts of a complete store. Raises ``UserError`` where shards are missing."""
@@ -174,7 +191,8 @@ class Store:
             _check_same_samples(record, self.record(shard), where)
         return record
 
-    def _zarr_metadata(self) -> dict[str, bytes]:
+    def zarr_metadata(self) -> dict[str, bytes]:
+        """What every ``zarr.json`` should hold, by path; nothing in a store of tars."""
         if self.manifest.format != "zarr":
             return {}
         from pipeline.store.zarr import metadata_files  # stores of tars need no zarr
@@ -226,5 +244,11 @@ def _parse(model: type[M], text: bytes, where: str) -> M:
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
-    reason = " ".join(without_credentials(str(error)).split())[:200] or type(error).__name__
-    return UserError(f"--store '{without_credentials(url)}' cannot be reached: {reason}")
+    return UserError(
+        f"--store '{without_credentials(url)}' cannot be reached: {_reason(url, error)}"
+    )
+
+
+def _reason(url: str, error: Exception) -> str:
+    text = without_secrets(str(error), url)
+    return " ".join(text.split())[:200] or type(error).__name__

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.files import sha256_of_arrays
+from pipeline.files import sha256_of_arrays, without_credentials
 from pipeline.teachers.tap import Attended, AttentionTap
 from pipeline.teachers.vit import block_arguments, create_vit, embed, final_norm
 from schemas.errors import UserError
@@ -77,7 +77,7 @@ class Teacher(nn.Module):
         return TeacherInfo(
             model=self.config.model,
             model_args=self.config.model_args,
-            weights=self.config.weights,
+            weights=without_credentials(self.config.weights),
             seed=self.config.seed,
             weights_sha256=self.weights_sha256,
             image_size=self.image_size,

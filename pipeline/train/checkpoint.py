@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.storage.secrets import written_down
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
 from schemas.options import validate
@@ -77,7 +78,7 @@ def write_checkpoint(
         "data": data,
         "store_fingerprint": trainer.manifest.dataset.fingerprint,
         "autoencoder": trainer.manifest.autoencoder.model_dump(),
-        "config": trainer.config.model_dump(),
+        "config": written_down(trainer.config.model_dump()),
     }
     (folder / STATE).write_text(json.dumps(state, indent=1))
 

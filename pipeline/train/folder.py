@@ -22,10 +22,12 @@ class RunFolder:
     """A local folder to write to; where the output is an object store, a copy of what lies there
     that ``publish`` sends back."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, owner: bool = True) -> None:
+        """``owner``: of all workers one sends files back; the others have old copies."""
         self._filesystem, root = open_url(absolute_url(config.output), what="--output")
         self._root = f"{root}/{config.name}"
         self._local = is_local(self._filesystem)
+        self._owner = owner
         self.path = Path(self._root)
 
     def __enter__(self) -> RunFolder:
@@ -43,7 +45,7 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if not self._local:
-            if error is None:
+            if error is None and self._owner:
                 self.publish()
             shutil.rmtree(self.path, ignore_errors=True)
 

@@ -13,6 +13,7 @@ import yaml
 from pipeline.alignment.targets import check_fit
 from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
 from pipeline.files import write_atomic
+from pipeline.storage.secrets import written_down
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
@@ -33,6 +34,14 @@ with an empty folder and keeps what it finds there afterwards."""
 
 def check_store(config: RunConfig, manifest: Manifest) -> None:
     """Raises ``UserError`` where this run cannot be trained on a store with this manifest."""
+    check_latents(config, manifest)
+    if config.alignment.active:
+        check_fit(config.alignment, manifest)
+
+
+def check_latents(config: RunConfig, manifest: Manifest) -> None:
+    """Raises ``UserError`` where the student cannot be trained on the latents and labels, whatever
+    it is aligned with."""
     student = config.student
     stored = manifest.autoencoder.latent_shape
     if tuple(stored) != student.latent_shape:
@@ -52,10 +61,14 @@ def check_store(config: RunConfig, manifest: Manifest) -> None:
             f"the store has {manifest.dataset.num_classes} classes, student.num_classes is "
             f"{student.num_classes}"
         )
+    shapes = {"mean": stored, "std": stored, "label": ()}
+    columns = manifest.streams["latents"].columns
+    if {n: c.shape for n, c in columns.items()} != shapes or columns["label"].codec != "int64":
+        raise UserError(
+            "the store's latents are not a mean, a std and a label: its manifest is damaged"
+        )
     if len(manifest.skipped) == manifest.dataset.samples:
         raise UserError("the store holds no samples: every image was skipped")
-    if config.alignment.active:
-        check_fit(config.alignment, manifest)
 
 
 def train(
@@ -108,7 +121,9 @@ class _Run:
         self.log: MetricsLog | None = None
         if parallel.is_first:
             self.log = MetricsLog(folder, config, start_step=self.trainer.step)
-            config_text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            config_text = yaml.safe_dump(
+                written_down(config.model_dump(mode="json")), sort_keys=False
+            )
             _write(folder / CONFIG, config_text)
         self.order = SampleOrder(
             config.seed, store.index().samples_per_shard, config.data.window, damaged

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.storage.secrets import written_down
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -92,5 +93,8 @@ def _open_wandb(config: RunConfig, folder: Path) -> Any:
     except ImportError:
         raise UserError("--wandb needs the package: pip install '.[wandb]'") from None
     return wandb.init(
-        project=config.wandb, name=config.name, dir=str(folder), config=config.model_dump()
+        project=config.wandb,
+        name=config.name,
+        dir=str(folder),
+        config=written_down(config.model_dump()),
     )

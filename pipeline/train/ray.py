@@ -84,7 +84,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     parallel = Parallel(context.get_world_rank(), context.get_world_size(), device)
     newest = ray.train.get_checkpoint()
     at_newest = newest.as_directory() if newest else nullcontext()
-    with at_newest as resume, RunFolder(config) as folder:
+    with at_newest as resume, RunFolder(config, owner=parallel.is_first) as folder:
         train(
             config,
             folder.path,

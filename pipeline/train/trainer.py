@@ -23,6 +23,7 @@ from pipeline.train.draws import draw
 from pipeline.train.ema import Ema
 from pipeline.train.module import AlignedStudent
 from pipeline.train.parallel import Parallel
+from schemas.errors import UserError
 from schemas.run import RunConfig
 
 NO_TARGETS = Targets(None, None)
@@ -168,7 +169,13 @@ class Trainer:
     def inputs(self, batch: Batch, time: float | None = None) -> Inputs:
         """What the student sees of a batch, on the device; ``time`` replaces the drawn times."""
         config, device = self.config, self.parallel.device
-        columns = self._to_device(batch.columns["latents"])
+        stored = batch.columns["latents"]
+        classes = self.manifest.dataset.num_classes
+        if stored["label"].min(initial=0) < 0 or stored["label"].max(initial=0) >= classes:
+            raise UserError(  # on a GPU an index out of range kills the process
+                f"the store holds a label outside its {classes} classes: it is damaged"
+            )
+        columns = self._to_device(stored)
         draws = draw(
             config.seed, batch.positions, config.student.latent_shape, config.diffusion.label_drop
         )

@@ -38,7 +38,8 @@ def manifest_of(golden: Golden) -> Manifest:
     rows = student.latent_size // student.size.patch_size
     blank = random_manifest(samples=1, shard_size=1)
     layers = golden.configs["loss"]["teacher_layers_used"]
-    teacher = blank.teacher.model_copy(
+    name, stream = blank.teacher_stream()
+    teacher = stream.teacher.model_copy(
         update={
             "width": io["teacher_features"].shape[-1],
             "heads": io["teacher_attn_q"].shape[2],
@@ -54,7 +55,8 @@ def manifest_of(golden: Golden) -> Manifest:
             "latent_shape": student.latent_shape,
         }
     )
-    return blank.model_copy(update={"teacher": teacher, "autoencoder": autoencoder})
+    streams = {**blank.streams, name: stream.model_copy(update={"teacher": teacher})}
+    return blank.model_copy(update={"streams": streams, "autoencoder": autoencoder})
 
 
 def run_config(golden: Golden) -> RunConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.inspect import InspectConfig
 from schemas.options import leaf_fields, parse_options
@@ -306,3 +306,27 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
     assert "--precision {auto,float32,bfloat16,float16}  (default auto)" in page
     assert "--layers  (default 7,8,9,10,11)" in page
     assert "--source  (default none)" in page
+
+
+@pytest.mark.parametrize(
+    ("argv", "files"),
+    [
+        (["s", "--check", "a.yaml"], ("a.yaml",)),
+        (["s", "--check", "a.yaml", "b-1-2.yaml", "123"], ("a.yaml", "b-1-2.yaml", "123")),
+        (["s", "--check", "a.yaml,b.yaml", "c"], ("a.yaml", "b.yaml", "c")),
+        (["--check=a.yaml", "b.yaml", "--json", "s"], ("a.yaml", "b.yaml")),
+    ],
+)
+def test_several_words_follow_an_option_of_texts(argv: list[str], files: tuple[str, ...]) -> None:
+    config = inspection(*argv)
+    assert (config.check, config.store) == (files, "s")
+
+
+def test_an_option_of_texts_needs_one() -> None:
+    assert "--check needs a value" in complaint(inspection, "s", "--check")
+    assert "--check needs a value" in complaint(inspection, "s", "--check", "--json")
+
+
+def test_what_a_terminal_would_obey_is_shown_instead() -> None:
+    assert plain_text("a\n b\x1b[31m\u202e é") == "a b\\x1b[31m\\u202e é"
+    assert plain_text("file\udcff") == "file\\udcff"

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from pipeline.datasets import list_images
 from pipeline.extract.job import extract
 from pipeline.extract.plan import ShardTask, make_manifest, make_tasks
 from pipeline.extract.supervisor import EncoderActor, ShardResult, Supervisor
+from pipeline.inspect.check import check_configs
+from pipeline.inspect.verify import verify_store
 from pipeline.store import Store
 from schemas.errors import UserError
-from schemas.extract import ExtractConfig
-from schemas.options import merge
+from schemas.extract import PRESETS, ExtractConfig
+from schemas.options import merge, parse_options
 from schemas.store import Manifest
 from tests.encoded import demo_like
 from tests.repa import image_name, latent_name, random_repa
+from tests.stores import tiny_run
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -167,3 +172,31 @@ def test_bad_requests_are_one_line(
         extract(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "store").exists()
+
+
+def test_what_inspect_check_says_is_missing_is_added_by_its_very_command(
+    images: Path, tmp_path: Path
+) -> None:
+    store = extract(demo_like(images, tmp_path / "a store", actors=1)).store
+    run = tmp_path / "run.yaml"
+    alignment = {"student_layers": [1, 2], "teacher_layers": [1, 5]}
+    student = {"latent_size": 8, "num_classes": 2}
+    run.write_text(yaml.safe_dump(merge(tiny_run(), {"student": student, "alignment": alignment})))
+    (answer,) = check_configs(store, (str(run),))
+    assert (answer.ok, "lacks teacher layer 1" in str(answer.reason)) == (False, True)
+
+    argv = shlex.split(str(answer.command))[3:]
+    asked = parse_options(
+        ExtractConfig, argv, command="", about="", presets=PRESETS, preset_key="dataset"
+    )
+    before = files_of(tmp_path / "a store")
+    more = extract(asked.model_copy(update={"actors": 1}))
+    assert more.images == 12
+    after = files_of(tmp_path / "a store")
+    assert {name for name in before if after[name] != before[name]} == {
+        "manifest.json",
+        "index.json",
+    }
+    (answer,) = check_configs(more.store, (str(run),))
+    assert (answer.ok, answer.reason) == (True, "with --alignment.stream maps_1_5")
+    assert verify_store(more.store).damaged == []

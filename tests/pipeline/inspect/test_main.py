@@ -184,3 +184,16 @@ def test_as_a_command_stdout_is_the_object_and_errors_go_to_stderr(known_store: 
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: --store '/no/such'")
     assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["file/x.png", "x.nonsense", "folder"])
+def test_a_picture_that_cannot_be_written_is_one_line(
+    digits_store: Store, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    key = digits_store.record(0).keys[0]
+    png = tmp_path / name
+    with pytest.raises(UserError, match=f"^--png '{png}' cannot be written: ") as error:
+        main([digits_store.url, "--sample", key, "--png", str(png)])
+    assert "\n" not in str(error.value)

@@ -1,0 +1,99 @@
+"""The extraction that would add one teacher stream to a store, as a command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from pipeline.alignment.cuts import CODEC_SETS, cut_columns
+from pipeline.store import Store
+from schemas.codecs import CodecSet
+from schemas.errors import UserError
+from schemas.extract import Cut, ExtractConfig
+from schemas.store import Manifest, TeacherStream
+
+DEFAULT_CUT: Cut = "activations"
+"""Of a store without any teacher stream: it serves most layer maps for the fewest bytes."""
+
+
+class Addition(NamedTuple):
+    """One stream more."""
+
+    stream: str
+    command: str
+
+
+def addition(store: Store, name: str | None, layers: Sequence[int]) -> Addition:
+    """``python -m pipeline.extract ... --add-stream NAME`` for a stream of the store's own teacher
+    with these ``layers``. A stream that was begun under ``name`` is completed as it was begun, and
+    one that has other layers keeps its name to itself.
+
+    Raises ``UserError`` where the teacher has no such layers.
+    """
+    manifest = store.manifest
+    held = manifest.teacher_streams
+    begun = held.get(name) if name is not None else None
+    if begun is not None and set(layers) != set(begun.teacher.layers):
+        begun = name = None
+    pattern = begun or next(iter(held.values()), None)
+    cut = DEFAULT_CUT if pattern is None else pattern.cut
+    if pattern is not None:
+        depth = pattern.teacher.depth
+        if max(layers) >= depth:
+            raise UserError(f"the store's teacher has layers 0 to {depth - 1} only")
+    wanted = sorted(set(layers))
+    name = name or _free_name(manifest, cut, wanted)
+    options = ["--store", store.shown_url, "--add-stream", name]
+    options += ["--cut", cut, "--layers", ",".join(str(layer) for layer in wanted)]
+    if manifest.dataset.source is not None:
+        options += ["--source", manifest.dataset.source]
+    if pattern is not None:
+        options += _teacher(pattern)
+        options += _codecs(pattern, manifest.resolution)
+        if begun is not None:  # its shards must come out alike
+            options += ["--batch-size", str(begun.compute.batch_size)]
+            options += ["--precision", begun.compute.precision]
+    return Addition(name, shlex.join(["python", "-m", "pipeline.extract", *options]))
+
+
+def _free_name(manifest: Manifest, cut: Cut, layers: Sequence[int]) -> str:
+    """A name that says what the stream holds and that no stream has."""
+    base = f"{cut}_{'_'.join(str(layer) for layer in layers)}"[:56]
+    number, name = 1, base
+    while name in manifest.streams:
+        number += 1
+        name = f"{base}_v{number}"
+    return name
+
+
+def _teacher(stream: TeacherStream) -> Iterator[str]:
+    teacher = stream.teacher
+    yield from ("--teacher.model", teacher.model, "--teacher.weights", teacher.weights)
+    yield from ("--teacher.image-size", str(teacher.image_size))
+    if teacher.weights == "random":
+        yield from ("--teacher.seed", str(teacher.seed))
+    for key, value in teacher.model_args.items():
+        yield from (f"--teacher.model-args.{key}", json.dumps(value))
+
+
+def _codecs(stream: TeacherStream, resolution: int) -> Iterator[str]:
+    """Options that store the tensors as ``stream`` does."""
+    for compress in (True, False):
+        for codec in CODEC_SETS:
+            made = cut_columns(stream.cut, stream.teacher, resolution, codec, compress=compress)
+            if made == stream.columns:
+                yield from _codec_set(codec, compress)
+                return
+    compress = any(column.lossless != "none" for column in stream.columns.values())
+    yield from _codec_set("faithful", compress)
+    for name, column in stream.columns.items():
+        yield from (f"--column-codecs.{name}", column.codec)
+
+
+def _codec_set(codec: CodecSet, compress: bool) -> Iterator[str]:
+    if codec != ExtractConfig.model_fields["codec"].default:
+        yield from ("--codec", codec)
+    if not compress:
+        yield from ("--compress", "false")

@@ -1,0 +1,193 @@
+"""`--verify`: every file of a store against what was committed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from pipeline.files import read_bytes
+from pipeline.inspect.agreement import check_index, misfits, read_index
+from pipeline.inspect.damage import Damage, check_file
+from pipeline.store import Store
+from pipeline.store.layout import INDEX, MANIFEST, commit_path
+from schemas.errors import UserError
+from schemas.store import StreamFile
+
+SHOWN = 100
+"""Lines of damage on the page; the JSON form lists all."""
+
+
+@dataclass
+class Verification:
+    """What a walk through a store, or a part of it, found."""
+
+    verified: int = 0
+    """Files that are as they were committed."""
+    damaged: list[Damage] = field(default_factory=list)
+    samples: dict[int, int] = field(default_factory=dict)
+    """Per shard of the base streams, by its record."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes per stream, by the records."""
+
+    def add(self, other: Verification) -> None:
+        self.verified += other.verified
+        self.damaged += other.damaged
+        self.samples |= other.samples
+        for stream, size in other.sizes.items():
+            self.sizes[stream] = self.sizes.get(stream, 0) + size
+
+    def as_json(self) -> dict[str, object]:
+        return {"verified": self.verified, "damaged": [d._asdict() for d in self.damaged]}
+
+
+def verify_store(store: Store, *, threads: int = 8) -> Verification:
+    """Read every committed file once, ``threads`` at a time, and go on after a damage. Progress in
+    bytes goes to stderr."""
+    total = Verification()
+    committed = {
+        added: store.committed_shards(added) for added in ["latents", *store.added_streams]
+    }
+    with tqdm(
+        total=_expected_bytes(store), unit="B", unit_scale=True, desc="verify", file=sys.stderr
+    ) as bar:
+        walk = _Walk(store, bar.update)
+        jobs: list[tuple[Callable[..., Verification], tuple[object, ...]]] = [
+            (walk.shard, (shard, stream))
+            for stream, shards in committed.items()
+            for shard in sorted(shards)
+        ]
+        jobs += [(walk.tail, (name,)) for name in store.manifest.teacher_streams]
+        jobs.append((walk.zarr_metadata, ()))
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
+        try:
+            for done in as_completed([pool.submit(work, *about) for work, about in jobs]):
+                total.add(done.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    total.damaged.sort(key=lambda d: (d.shard is None, d.shard or 0, d.stream or "", d.file))
+    index_damage = check_index(store, committed, total.samples, total.sizes, not total.damaged)
+    total.damaged += index_damage
+    total.verified += int(store.has_index() and not index_damage)
+    return total
+
+
+class _Walk:
+    """The pieces of work; safe to share between threads."""
+
+    def __init__(self, store: Store, on_bytes: Callable[[int], object]) -> None:
+        self.store = store
+        self._on_bytes = on_bytes
+        self._lock = threading.Lock()
+
+    def shard(self, shard: int, stream: str) -> Verification:
+        """The files of one commit record: that of ``stream`` and those written with it."""
+        added = stream if stream in self.store.added_streams else None
+        path = commit_path(shard, added)
+        try:
+            record = self.store.record(shard, stream)
+        except UserError as error:
+            problem = str(error).removeprefix(f"{self.store.shown_url}/{path} ")
+            return Verification(damaged=[Damage(problem, path, added, shard)])
+        found = Verification(
+            sizes={name: sum(f.bytes for f in files) for name, files in record.streams.items()},
+            damaged=[Damage(p, path, name, shard) for name, p in misfits(self.store, record)],
+        )
+        if added is None:
+            found.samples[shard] = record.samples
+        for name, files in record.streams.items():
+            for file in files:
+                damages = [
+                    Damage(problem, file.file, name, shard, sample)
+                    for sample, problem in self._check(file, record.keys)
+                ]
+                found.add(Verification(int(not damages), damages))
+        return found
+
+    def tail(self, stream: str) -> Verification:
+        """The weights that training needs of a stream's teacher."""
+        tail = self.store.manifest.teacher_streams[stream].tail
+        if tail is None:
+            return Verification()
+        about = StreamFile(**tail.model_dump(), offsets={}, sizes={}, crc32={})
+        damages = [Damage(problem, tail.file, stream) for _, problem in self._check(about, ())]
+        return Verification(int(not damages), damages)
+
+    def zarr_metadata(self) -> Verification:
+        """What stock zarr reads before the arrays: it must promise what the manifest does."""
+        found = Verification()
+        for path, expected in self.store.zarr_metadata().items():
+            try:
+                values = json.loads(read_bytes(self.store.filesystem, f"{self.store.root}/{path}"))
+                promised = json.loads(expected)
+                wrong = [
+                    key
+                    for key in ("node_type", "shape", "data_type", "chunk_grid", "codecs")
+                    if values.get(key) != promised.get(key)
+                ]
+                problem = f"its {wrong[0]} does not follow from {MANIFEST}" if wrong else None
+            except FileNotFoundError:
+                problem = "is missing"
+            except (ValueError, AttributeError):
+                problem = "is no metadata of zarr"
+            except Exception as error:  # every fsspec backend raises its own types
+                problem = f"cannot be read: {self.store.reason(error)}"
+            if problem is None:
+                found.verified += 1
+            else:
+                found.damaged.append(Damage(problem, path))
+        return found
+
+    def _check(
+        self, file: StreamFile, keys: list[str] | tuple[str, ...]
+    ) -> list[tuple[str | None, str]]:
+        try:
+            return check_file(
+                self.store.filesystem, self.store.root, file, keys, on_bytes=self._progress
+            )
+        except Exception as error:  # every fsspec backend raises its own types
+            return [(None, f"cannot be read: {self.store.reason(error)}")]
+
+    def _progress(self, count: int) -> None:
+        with self._lock:
+            self._on_bytes(count)
+
+
+def _expected_bytes(store: Store) -> int | None:
+    """What there is to read, where the index tells."""
+    try:
+        index = read_index(store)
+    except UserError:
+        return None
+    if index is None:
+        return None
+    tails = (stream.tail for stream in store.manifest.teacher_streams.values())
+    return sum(index.bytes_per_stream.values()) + sum(t.bytes for t in tails if t is not None)
+
+
+def describe_verification(store: Store, found: Verification) -> str:
+    """The page that a person reads."""
+    if not found.damaged:
+        return f"{store.shown_url}: all {found.verified} files are as they were committed"
+    lines = [f"{store.shown_url}: DAMAGED ({found.verified} files are as they were committed)"]
+    lines += [f"  {damage}" for damage in found.damaged[:SHOWN]]
+    if len(found.damaged) > SHOWN:
+        lines.append(f"  ... and {len(found.damaged) - SHOWN} more")
+    mend = sorted({path for d in found.damaged if (path := _to_delete(store, d)) is not None})
+    if mend:
+        more = f" and {len(mend) - 5} more" if len(mend) > 5 else ""
+        lines.append(f"to mend it, delete {', '.join(mend[:5])}{more} and run the extraction again")
+    return "\n".join(lines)
+
+
+def _to_delete(store: Store, damage: Damage) -> str | None:
+    """The file without which the extraction makes what is damaged anew."""
+    if damage.shard is not None:
+        added = damage.stream if damage.stream in store.added_streams else None
+        return commit_path(damage.shard, added)
+    return damage.file if damage.file == INDEX or damage.stream is not None else None

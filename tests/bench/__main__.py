@@ -1,0 +1,37 @@
+"""`python -m tests.bench NAME [--json] [--option VALUE ...]`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+from schemas.errors import UserError, run_command
+from schemas.options import parse_options, suggest
+from tests.bench.report import as_json, page
+
+BENCHES = {
+    "frontier": "cut x codec: bytes, errors of targets and gradients, decoding time",
+    "backends": "tars and zarr, on disk and on S3: MB/s of writing and reading",
+}
+"""Each is a module of this package with ``Options``, a pydantic model that derives from
+``BenchOptions``, and ``run(options) -> Report``."""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in {"-h", "--help"}:
+        print("usage: python -m tests.bench NAME [--json] [--option VALUE ...]\n")
+        print("\n".join(f"  {name:10} {about}" for name, about in BENCHES.items()))
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in BENCHES:
+        raise UserError(f"there is no bench '{name}'{suggest(name, list(BENCHES))}; --help")
+    bench = importlib.import_module(f"tests.bench.{name}")
+    command = f"python -m tests.bench {name}"
+    options = parse_options(bench.Options, rest, command=command, about=BENCHES[name])
+    report = bench.run(options)
+    print(json.dumps(as_json(name, report)) if options.as_json else page(report))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

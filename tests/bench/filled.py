@@ -1,0 +1,133 @@
+"""Stores of numbers that compress as real ones do, for benchmarks of storage."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.alignment.cuts import cut_columns, encode_values
+from pipeline.store import ShardWriter, Store
+from pipeline.store.writer import Values
+from schemas.codecs import CodecSet
+from schemas.extract import Cut, Format
+from schemas.store import Column, Manifest, TeacherInfo
+from tests.stores import COMPUTE, TEACHER, random_manifest
+
+DISTINCT = 16  # samples; the others repeat them
+LATENT = (4, 32, 32)
+
+
+class Form(NamedTuple):
+    """What one kind of store holds of each image."""
+
+    name: str
+    cut: Cut
+    codec: CodecSet
+    compress: bool
+    shards: int
+    shard_size: int
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("activations faithful", "activations", "faithful", True, 12, 64),
+        Form("activations int8 uncompressed", "activations", "int8", False, 12, 64),
+        Form("maps float16", "maps", "float16", False, 6, 8),
+    )
+}
+TINY = Form("tiny", "activations", "faithful", True, 3, 4)
+"""For the smoke test."""
+
+
+class Geometry(NamedTuple):
+    """The teacher's: those of DINOv2-B with four layers."""
+
+    width: int = 768
+    heads: int = 12
+    grid: tuple[int, int] = (16, 16)
+
+    def info(self) -> TeacherInfo:
+        about = {
+            **TEACHER,
+            "width": self.width,
+            "heads": self.heads,
+            "head_width": self.width // self.heads,
+            "grid": self.grid,
+            "layers": (8, 9, 10, 11),
+            "depth": 12,
+        }
+        return TeacherInfo.model_validate(about)
+
+
+def make_manifest(form: Form, format: Format, geometry: Geometry) -> Manifest:
+    """Of a store without a teacher's tail, which nothing here runs."""
+    teacher = geometry.info()
+    columns = cut_columns(form.cut, teacher, 256, form.codec, compress=form.compress)
+    latent = Column(shape=LATENT, codec="float16")
+    base = random_manifest(form.shards * form.shard_size, form.shard_size, format)
+    values: dict[str, Any] = base.model_dump()
+    values["autoencoder"]["latent_shape"] = LATENT
+    values["streams"] = {
+        "latents": {
+            "kind": "latents",
+            "compute": COMPUTE,
+            "columns": {"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
+        },
+        form.cut: {
+            "kind": "teacher",
+            "cut": form.cut,
+            "compute": COMPUTE,
+            "teacher": teacher,
+            "columns": columns,
+        },
+    }
+    return Manifest.model_validate(values)
+
+
+def make_samples(manifest: Manifest) -> list[Values]:
+    """Seeded samples, encoded."""
+    rng = torch.Generator().manual_seed(0)
+    name, stream = manifest.teacher_stream()
+    samples: list[Values] = []
+    for number in range(DISTINCT):
+        values = {n: _tensor(n, column.shape, rng) for n, column in stream.columns.items()}
+        arrays = encode_values(stream.columns, values)
+        latents = {part: torch.randn(LATENT, generator=rng).half() for part in ("mean", "std")}
+        samples.append(
+            {
+                name: {part: tensor[0].numpy() for part, tensor in arrays.items()},
+                "latents": {**{n: t.numpy() for n, t in latents.items()}, "label": number},
+            }
+        )
+    return samples
+
+
+def write_store(url: str, manifest: Manifest, samples: list[Values]) -> Store:
+    """A complete store at ``url``."""
+    store = Store.create(url, manifest)
+    size = manifest.shard_size
+    for shard in range(manifest.num_shards):
+        with ShardWriter(store.url, manifest, shard) as writer:
+            for number in range(shard * size, (shard + 1) * size):
+                writer.add(f"class/{number:06d}", samples[number % len(samples)])
+            writer.commit()
+    store.finish()
+    return store
+
+
+def _tensor(name: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """One sample (1, *shape): tokens around a common centre, or rows of attention."""
+    x = torch.randn(1, *shape, generator=rng)
+    if name == "attention":
+        return torch.softmax(x, -1)
+    return x + torch.randn(shape[-1:], generator=rng) if name == "tokens" else x
+
+
+def all_rows(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and row of every sample in order."""
+    every = np.arange(manifest.num_shards * manifest.shard_size)
+    return every // manifest.shard_size, every % manifest.shard_size

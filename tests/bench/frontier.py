@@ -1,0 +1,275 @@
+"""Cut x codec: what a form costs in bytes and time, and how far its targets are off."""
+
+from __future__ import annotations
+
+import copy
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pipeline.alignment.cuts import cut_columns, cut_values, encode_values
+from pipeline.alignment.tail import first_tail_block, save_tail
+from pipeline.alignment.targets import (
+    MapsTargets,
+    QkTargets,
+    ReplayedTargets,
+    Targets,
+    TargetSource,
+    Wanted,
+)
+from pipeline.store.parts import stream_parts
+from pipeline.teachers import Teacher
+from schemas.errors import UserError
+from schemas.extract import Cut, TeacherConfig
+from schemas.fields import Layers
+from schemas.store import Column, ComputeInfo, TeacherStream
+from tests.bench.errors import Judge
+from tests.bench.forms import Form, forms_of
+from tests.bench.images import load_crops
+from tests.bench.members import decode_all, latent_bytes, read_members, tar_bytes, write_members
+from tests.bench.options import BenchOptions
+from tests.bench.planting import describe, plant
+from tests.bench.report import Heading, Report, Row, Table
+
+CUTS: tuple[Cut, ...] = ("activations", "qk", "maps", "image")
+REPEATS = 3  # of what is timed in milliseconds, for each image; the median counts
+
+HEADINGS = (
+    Heading("form", "form"),
+    Heading("bytes", "bytes", ",d"),
+    Heading("bytes_with_latents", "+ latents", ",d"),
+    Heading("kl", "KL mean", ".1e"),
+    Heading("kl_max", "max", ".0e"),
+    Heading("feature_cosine", "feature cos", ".6f"),
+    Heading("feature_cosine_min", "min", ".6f"),
+    Heading("gradient_cosine", "gradient cos", ".6f"),
+    Heading("gradient_cosine_near", "near", ".4f"),
+    Heading("loss_error", "loss", ".0e"),
+    Heading("decode_ms", "decode", ".1f"),
+    Heading("replay_ms", "replay", ".0f"),
+    Heading("encode_ms", "encode", ".1f"),
+    Heading("meets", "target"),
+)
+
+
+class Options(BenchOptions):
+    """Which images, teachers and forms."""
+
+    images: str | None = None
+    """Folder of photographs. Default: shared/data/imagenet_sample beside the project where it is,
+    else cut-outs of scikit-learn's photographs."""
+    count: int = Field(default=8, ge=1)
+    """How many of them."""
+    weights: tuple[str, ...] = ("plain", "planted")
+    """'plain' (the project's random weights, whose attention is that of a trained model), 'planted'
+    (the same with massive channels and loud tokens), 'hub' or a file: see --teacher.weights of
+    pipeline.extract."""
+    sharpness: float = 0.8
+    """Of 'planted': factor on queries and keys, so that attention is not sharper than trained."""
+    teacher: TeacherConfig = TeacherConfig()
+    """Its shape. Its weights are those of --weights."""
+    resolution: int = 256
+    """Pixels per side of the crops."""
+    layers: Layers = (7, 8, 9, 10, 11)
+    """What a store of activations serves: its tokens enter the first of them."""
+    measured: Layers = (8, 9, 10, 11)
+    """Those that a run wants; stores of maps and factors hold just them here."""
+    cuts: tuple[Literal["activations", "qk", "maps", "image"], ...] = CUTS
+    """Which cuts."""
+    singles: bool = True
+    """Also single codecs, not only the sets of --codec."""
+    match: str = ""
+    """A regular expression: only the forms in whose name it is found."""
+
+    @model_validator(mode="after")
+    def _layers_are_there(self) -> Options:
+        if not set(self.measured) <= set(self.layers):
+            raise ValueError("measured layers are among the stored layers")
+        return self
+
+
+def run(options: Options) -> Report:
+    torch.set_num_threads(options.threads)
+    crops, about_images = load_crops(options.images, options.count, options.resolution)
+    about: dict[str, Any] = {"images": about_images, "teacher": options.teacher.model}
+    tables = []
+    for weights in options.weights:
+        teacher = make_teacher(options, weights, crops)
+        about[f"weights {weights}"] = describe(teacher, crops[:4], options.layers[0])
+        with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
+            bench = Bench(options, teacher, crops, folder)
+            for cut in options.cuts:
+                table = Table(f"{cut}, {weights} weights", HEADINGS)
+                for form in forms_of(cut, singles=options.singles):
+                    if not re.search(options.match, form.name):
+                        continue
+                    table.rows.append(bench.measure(cut, form))
+                    print(weights, cut, form.name, file=sys.stderr, flush=True)
+                tables.append(table)
+    return Report(about, tables)
+
+
+def make_teacher(options: Options, weights: str, crops: Tensor) -> Teacher:
+    chosen = "random" if weights in {"plain", "planted"} else weights
+    config = options.teacher.model_copy(update={"weights": chosen})
+    teacher = Teacher(config, resolution=options.resolution, layers=options.layers)
+    if weights == "planted":
+        if not options.layers[0]:
+            raise UserError("--weights planted changes the block before the first of --layers")
+        plant(
+            teacher,
+            crops,
+            block=options.layers[0] - 1,
+            sharpness=options.sharpness,
+            seed=config.seed,
+        )
+    return teacher
+
+
+class Stored(NamedTuple):
+    """A cut's images as a store holds them."""
+
+    members: list[dict[str, bytes]]
+    """Per image and stored array: the member of its tar."""
+    bytes: int
+    """Of an image: members with their headers and padding, the mean."""
+    encode_ms: float
+
+
+class Bench:
+    """One teacher and its images."""
+
+    def __init__(self, options: Options, teacher: Teacher, crops: Tensor, folder: str) -> None:
+        self.options = options
+        self.crops = crops
+        self.teachers: dict[Cut, Teacher] = {}
+        self.values: dict[Cut, dict[str, Tensor]] = {}
+        self.tails: dict[Cut, Teacher] = {}
+        few = copy.copy(teacher)  # the same modules
+        few.layers = options.measured
+        needed: set[Cut] = {"maps", *options.cuts}
+        for cut in sorted(needed):
+            self.teachers[cut] = few if cut in {"qk", "maps"} else teacher
+            with torch.no_grad():
+                parts = [cut_values(cut, self.teachers[cut], one) for one in crops.split(1)]
+            self.values[cut] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        for cut in needed & {"activations", "image"}:
+            self.tails[cut] = _load_tail(cut, teacher, folder, options.resolution)
+        self.wanted = Wanted(features=True, layers=options.measured, heads=teacher.heads)
+        exact = self.values["maps"]
+        self.judge = Judge(
+            teacher, options.measured, Targets(exact["features"], exact["attention"])
+        )
+        if "maps" not in options.cuts:
+            del self.values["maps"]
+
+    def measure(self, cut: Cut, form: Form) -> Row:
+        columns = cut_columns(
+            cut,
+            self.teachers[cut].info(),
+            self.options.resolution,
+            form.codec,
+            form.overrides,
+            compress=form.compress,
+        )
+        stored = self._store(cut, columns)
+        source = self._source(cut, columns)
+        parts = stream_parts(columns)
+        targets: list[Targets] = []
+        decode, replay = [], []
+        for members in stored.members:
+            batch, read_ms = timed(lambda m=members: read_members(parts, m))
+            replays = cut in self.tails
+            one, source_ms = timed(lambda b=batch: source(b), 1 if replays else REPEATS)
+            targets.append(one)
+            codec_ms = source_ms
+            if replays:
+                _, codec_ms = timed(lambda b=batch: decode_all(columns, b))
+                replay.append(source_ms - codec_ms)
+            decode.append(read_ms + codec_ms)
+        numbers = self.judge(_joined(targets))
+        return {
+            "cut": cut,
+            "form": form.name,
+            "bytes": stored.bytes,
+            "bytes_with_latents": stored.bytes + latent_bytes(self.options.resolution),
+            **numbers,
+            "decode_ms": statistics.median(decode),
+            "replay_ms": statistics.median(replay) if replay else None,
+            "encode_ms": stored.encode_ms,
+            "meets": verdict(stored.bytes, numbers),
+        }
+
+    def _store(self, cut: Cut, columns: Mapping[str, Column]) -> Stored:
+        parts = stream_parts(columns)
+        members: list[dict[str, bytes]] = []
+        times = []
+        for i in range(len(self.crops)):
+            values = {name: tensor[i : i + 1] for name, tensor in self.values[cut].items()}
+            one, ms = timed(lambda v=values: write_members(parts, encode_values(columns, v)))
+            members.append(one)
+            times.append(ms)
+        total = sum(tar_bytes(data) for one in members for data in one.values())
+        return Stored(members, round(total / len(members)), statistics.median(times))
+
+    def _source(self, cut: Cut, columns: dict[str, Column]) -> TargetSource:
+        stream = TeacherStream(
+            kind="teacher",
+            cut=cut,
+            columns=columns,
+            teacher=self.teachers[cut].info(),
+            compute=ComputeInfo(
+                device="cpu",
+                precision="float32",
+                batch_size=1,
+                threads=self.options.threads,
+                versions={},
+            ),
+        )
+        if cut in self.tails:
+            return ReplayedTargets(cut, stream, self.tails[cut], self.wanted)
+        return (MapsTargets if cut == "maps" else QkTargets)(cut, stream, self.wanted)
+
+
+def verdict(stored: int, numbers: Mapping[str, float]) -> str:
+    """Which of the two goals a form meets: 'faithful' is at most 0.20 MB with mean KL 2e-4 and all
+    cosines 0.9999 on average, '(faithful)' the same but for its bytes; 'small' is mean KL 1e-3."""
+    cosines = min(numbers["feature_cosine"], numbers["gradient_cosine"])
+    if numbers["kl"] <= 2e-4 and cosines >= 0.9999:
+        return "faithful" if stored <= 200_000 else "(faithful)"
+    return "small" if numbers["kl"] <= 1e-3 else ""
+
+
+def timed(function: Callable[[], Any], repeats: int = REPEATS) -> tuple[Any, float]:
+    """What it returns, and its median milliseconds of CPU time: other processes do not count."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        result = function()
+        times.append((time.process_time() - start) * 1e3)
+    return result, statistics.median(times)
+
+
+def _load_tail(cut: Cut, teacher: Teacher, folder: str, resolution: int) -> Teacher:
+    """The part of the teacher that training runs, by way of its file."""
+    first = first_tail_block(cut, teacher.layers)
+    assert first is not None
+    file = save_tail(teacher, folder, cut, first)
+    config = teacher.config.model_copy(
+        update={"weights": f"{folder}/{file.file}", "image_size": teacher.image_size}
+    )
+    return Teacher(config, resolution=resolution, layers=teacher.layers, first_block=first)
+
+
+def _joined(targets: list[Targets]) -> Targets:
+    features = [one.features for one in targets if one.features is not None]
+    attention = [one.attention for one in targets if one.attention is not None]
+    return Targets(torch.cat(features), torch.cat(attention))

@@ -1,0 +1,130 @@
+"""Weights with what makes real teachers hard to quantise: massive channels and loud tokens.
+
+Trained vision transformers hold a few channels that are large in every token, and a few tokens of
+many times the usual norm (arXiv 2309.16588, 2402.17762). Both are planted in the MLP of one block,
+so that everything downstream sees them through the project's own code; the norms behind get small
+weights at the massive channels, as trained ones have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.teachers import Teacher
+
+OFFSETS = (10.0, -16.0, 25.0, -40.0, 63.0, 100.0)
+"""Of the massive channels, in standard deviations of an ordinary one."""
+JITTER = 0.15
+"""Their standard deviation over tokens, relative to the offset."""
+LOUD_UNITS = 6
+LOUD_SHARE = 0.004
+"""Of the tokens, for each unit."""
+LOUDEST = 100.0
+"""Norm of the loudest token, in norms of an ordinary one."""
+QUIET = 0.05
+"""A norm's weights at massive channels, relative to its others."""
+
+
+@torch.no_grad()
+def plant(teacher: Teacher, images_B3RR: Tensor, *, block: int, sharpness: float, seed: int) -> Any:
+    """Change the weights of ``block`` and of those behind it, in place, with the tokens of a few
+    images as a yardstick. ``sharpness`` scales queries and keys behind the block, since louder
+    tokens sharpen attention."""
+    rng = torch.Generator().manual_seed(seed)
+    vit = teacher.vit
+    target = vit.blocks[block]
+    tokens = teacher.embed(teacher.preprocess(images_B3RR))
+    with _inputs_of(target.mlp.fc1) as seen:
+        tokens, _ = teacher.run_blocks(tokens, 0, block + 1)
+    hidden_in = seen[0].flatten(0, 1)
+    hidden = target.mlp.act(target.mlp.fc1(hidden_in))
+    fc1, fc2, gamma = target.mlp.fc1, target.mlp.fc2, target.ls2.gamma
+
+    channels = torch.randperm(tokens.shape[-1], generator=rng)[: len(OFFSETS)]
+    offsets = tokens.std() * torch.tensor(OFFSETS)
+    gamma[channels] = 1.0
+    varied = hidden @ fc2.weight[channels].T
+    fc2.weight[channels] *= (JITTER * offsets.abs() / varied.std(0)).unsqueeze(1)
+    fc2.bias[channels] = offsets - (hidden @ fc2.weight[channels].T).mean(0)
+
+    units = torch.randperm(hidden.shape[-1], generator=rng)[:LOUD_UNITS]
+    before = hidden_in @ fc1.weight[units].T
+    threshold = torch.quantile(before, 1 - LOUD_SHARE, dim=0)
+    # So steep that what GELU lets through below zero stays small beside the loudest.
+    steepness = LOUDEST / (before.amax(0) - threshold)
+    fc1.weight[units] *= steepness.unsqueeze(1)
+    fc1.bias[units] = -threshold * steepness
+    directions = torch.randn(LOUD_UNITS, tokens.shape[-1], generator=rng)
+    directions[:, channels] *= 10  # loud tokens are loud in massive channels first
+    directions /= directions.norm(dim=-1, keepdim=True)
+    norm = (tokens.square().sum(-1).median() + offsets.square().sum()).sqrt()
+    fc2.weight[:, units] = (directions * norm).T / gamma.unsqueeze(1)
+
+    for later in vit.blocks[block + 1 :]:
+        later.attn.qkv.weight[: 2 * tokens.shape[-1]] *= sharpness
+        later.attn.qkv.bias[: 2 * tokens.shape[-1]] *= sharpness
+    _quieten(teacher, images_B3RR, block + 1, channels)
+
+
+def describe(teacher: Teacher, images_B3RR: Tensor, block: int) -> dict[str, float]:
+    """Statistics of the tokens that enter ``block``, and of the attention behind it."""
+    with torch.no_grad():
+        entering, _ = teacher.run_blocks(teacher.embed(teacher.preprocess(images_B3RR)), stop=block)
+        _, attended = teacher.run_blocks(entering, block)
+    norms = entering[:, teacher.prefix :].norm(dim=-1)
+    flat = entering.flatten(0, 1)
+    middle = flat.median(0).values
+    spread = (flat - middle).abs().median(0).values
+    logits = torch.stack([attended[layer] for layer in teacher.layers[-4:]])
+    probs = torch.softmax(logits, -1)
+    return {
+        "loud tokens per image (norm > 4 x median)": round(
+            float((norms > 4 * norms.median()).sum() / len(norms)), 1
+        ),
+        "loudest / median norm": round(float(norms.max() / norms.median()), 1),
+        "massive channels (median > 8 x spread of the others)": int(
+            (middle.abs() > 8 * spread.median()).sum()
+        ),
+        "logit std": round(float(logits.std(-1).mean()), 2),
+        "attention entropy, nats": round(float(torch.special.entr(probs).sum(-1).mean()), 2),
+        "largest of a row, mean": round(float(probs.amax(-1).mean()), 3),
+        "log of tokens": round(math.log(logits.shape[-1]), 2),
+    }
+
+
+def _quieten(teacher: Teacher, images_B3RR: Tensor, first: int, channels: Tensor) -> None:
+    """One pass through the blocks from ``first`` on, in which every norm gets weights that send
+    ordinary channels on with the spread that they have without massive ones."""
+    ordinary = torch.ones(teacher.vit.embed_dim, dtype=torch.bool)
+    ordinary[channels] = False
+
+    def adapt(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        (x,) = inputs
+        ratio = (x.std(-1) / x[..., ordinary].std(-1)).median()
+        norm.weight[ordinary] *= ratio
+        norm.weight[~ordinary] *= ratio * QUIET
+
+    norms = [norm for block in teacher.vit.blocks[first:] for norm in (block.norm1, block.norm2)]
+    hooks = [norm.register_forward_pre_hook(adapt) for norm in [*norms, teacher.vit.norm]]
+    try:
+        teacher(images_B3RR)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a module is given."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -1,0 +1,70 @@
+"""Every bench runs at toy size and says what it measured. Nothing here looks at times."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from schemas.errors import UserError
+from tests.bench.__main__ import BENCHES, main
+
+TEACHER = {
+    "patch-size": 4,
+    "embed-dim": 128,
+    "depth": 4,
+    "num-heads": 2,
+}
+TINY = {
+    "frontier": [
+        *["--count", "2", "--resolution", "32", "--layers", "1-3", "--measured", "2,3"],
+        *["--teacher.model", "vit_small_patch14_dinov2.lvd142m", "--teacher.image-size", "32"],
+        *(
+            part
+            for name, value in TEACHER.items()
+            for part in (f"--teacher.model-args.{name}", str(value))
+        ),
+    ],
+    "backends": ["--places", "disk", "--forms", "tiny", "--repeats", "1"],
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_tiny_bench_prints_one_json_object(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--json", *TINY[name]]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    report = json.loads(out)
+    assert report["bench"] == name
+    assert report["machine"]["torch"]
+    assert all(rows for rows in report["tables"].values())
+
+
+def test_exact_forms_are_judged_exact_and_finer_ones_better(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--singles", "false", "--weights", "planted", "--json", *TINY["frontier"]]
+    assert main(["frontier", *options]) == 0
+    tables = json.loads(capsys.readouterr().out)["tables"]
+    rows = {(row["cut"], row["form"]): row for table in tables.values() for row in table}
+    assert len(rows) == 19
+    for cut, form in (("image", "faithful"), ("maps", "float32"), ("activations", "float32")):
+        assert rows[cut, form]["kl"] < 1e-12
+        assert rows[cut, form]["gradient_cosine"] > 0.999999
+    for cut in ("maps", "qk", "activations"):
+        assert rows[cut, "faithful"]["kl"] < rows[cut, "small"]["kl"] < 1e-2
+
+
+def test_tables_are_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--singles", "false", "--cuts", "image", "--weights", "plain"]
+    assert main(["frontier", *options, *TINY["frontier"]]) == 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(lines) == 3
+    assert len({len(line) for line in lines}) == 1
+    assert "### image, plain weights" in out
+
+
+def test_an_unknown_bench_is_named() -> None:
+    with pytest.raises(UserError, match=r"no bench 'frontie' \(did you mean"):
+        main(["frontie"])

@@ -1,0 +1,145 @@
+"""Ways of reading a whole store, ours and stock ones. Each returns how many samples it read."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import webdataset
+import zarr
+from numcodecs import Zstd
+
+from pipeline.files import is_local, list_tree
+from pipeline.store import SampleOrder, Store, StreamReader
+from tests.bench.filled import all_rows
+
+BATCH = 32
+WINDOW = 8
+FEW = 64
+"""Samples of what reads one at a time through stock zarr."""
+BUFFER = 1 << 20
+WHOLE = 1 << 40
+
+
+class Way(NamedTuple):
+    name: str
+    read: Callable[[Store], int]
+    baseline: bool = False
+    """Whether the others are compared with it."""
+
+
+def ways_of(store: Store) -> list[Way]:
+    """What can read this store. The first is the baseline."""
+    local = is_local(store.filesystem)
+    ways = [Way("cat > /dev/null", cat, True) if local else Way("GET of whole objects", get, True)]
+    if local:
+        ways.append(Way("open and readinto", readinto))
+    ways += [
+        Way("reader, whole files, in order", lambda s: ours(s, WHOLE, shuffled=False)),
+        Way("reader, whole files, shuffled", lambda s: ours(s, WHOLE, shuffled=True)),
+        Way("reader, ranges, in order", lambda s: ours(s, 0, shuffled=False)),
+        Way("reader, ranges, shuffled", lambda s: ours(s, 0, shuffled=True)),
+    ]
+    if store.manifest.format == "zarr":
+        ways.append(Way("stock zarr, whole shards", stock_zarr_shards))
+        ways.append(Way("stock zarr, shuffled rows", stock_zarr_rows))
+    elif local or shutil.which("curl"):
+        ways.append(Way("stock webdataset .decode()", stock_webdataset))
+    return ways
+
+
+def data_files(store: Store) -> list[str]:
+    """Paths of what holds samples, in order."""
+    paths = []
+    for name in store.manifest.streams:
+        paths += list_tree(store.filesystem, f"{store.root}/{name}")
+    return sorted(path for path in paths if path.endswith(".tar") or "/c/" in path)
+
+
+def cat(store: Store) -> int:
+    with open(os.devnull, "wb") as nowhere:
+        subprocess.run(["cat", *data_files(store)], stdout=nowhere, check=True)
+    return samples_of(store)
+
+
+def readinto(store: Store) -> int:
+    buffer = bytearray(BUFFER)
+    for path in data_files(store):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return samples_of(store)
+
+
+def get(store: Store) -> int:
+    for path in data_files(store):
+        store.filesystem.cat_file(path)
+    return samples_of(store)
+
+
+def ours(store: Store, whole_file_limit: int, *, shuffled: bool) -> int:
+    """Both streams, as a run before the termination reads them, verified."""
+    fresh = Store.open(store.url)
+    readers = [
+        StreamReader(fresh, name, whole_file_limit=whole_file_limit, cache_files=WINDOW)
+        for name in fresh.manifest.streams
+    ]
+    shards, rows = all_rows(fresh.manifest)
+    if shuffled:
+        sizes = [fresh.manifest.shard_size] * fresh.manifest.num_shards
+        shards, rows = SampleOrder(0, sizes, WINDOW).locate(np.arange(len(rows)))
+    for start in range(0, len(rows), BATCH):
+        for reader in readers:
+            reader.read(shards[start : start + BATCH], rows[start : start + BATCH])
+    return len(rows)
+
+
+def stock_webdataset(store: Store) -> int:
+    """Every stream's tars, decoded; ``.npy.zst`` needs three lines that are not stock."""
+    urls = data_files(store)
+    if not is_local(store.filesystem):  # webdataset fetches http URLs with curl
+        urls = [store.filesystem.sign(path, expiration=600) for path in urls]
+    read = 0
+    dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+    for sample in dataset.decode(unpack_zst):
+        read += any(key.startswith("mean.") for key in sample)
+    return read
+
+
+def unpack_zst(key: str, data: bytes) -> Any:
+    """A handler for ``WebDataset.decode``; None leaves a member to the next one."""
+    if not key.endswith(".npy.zst"):
+        return None
+    return np.load(io.BytesIO(Zstd().decode(data)))
+
+
+def stock_zarr_shards(store: Store) -> int:
+    size = store.manifest.shard_size
+    for array in _arrays(store):
+        for start in range(0, array.shape[0], size):
+            array[start : start + size]
+    return samples_of(store)
+
+
+def stock_zarr_rows(store: Store) -> int:
+    rows = np.random.default_rng(0).permutation(samples_of(store))[:FEW]
+    arrays = list(_arrays(store))
+    for row in rows:
+        for array in arrays:
+            array[row]
+    return len(rows)
+
+
+def samples_of(store: Store) -> int:
+    return store.manifest.num_shards * store.manifest.shard_size
+
+
+def _arrays(store: Store) -> Iterator[Any]:
+    group = zarr.open_group(store.url, mode="r")
+    for name in store.manifest.streams:
+        yield from (array for _, array in group[name].arrays())

@@ -1,0 +1,354 @@
+"""A store may come from anyone: what it says is bounded and checked before it is believed."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numcodecs import Zstd
+
+from pipeline.alignment.tail import load_tail
+from pipeline.store import Store, StreamReader
+from pipeline.store.reader import DamagedShardError
+from pipeline.train.local import LocalCheckpoints
+from pipeline.train.loop import check_store, train
+from schemas.errors import UserError
+from schemas.run import RunConfig
+from schemas.store import StreamFile
+from tests.helpers import edit_json, known_key, known_values
+from tests.stores import make_random_store, tiny_run
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def column(**values: Any) -> Change:
+    return lambda manifest: manifest["streams"]["maps"]["columns"]["features"].update(values)
+
+
+def teacher(**values: Any) -> Change:
+    return lambda manifest: manifest["streams"]["maps"]["teacher"].update(values)
+
+
+def rename(new: str, *path: str) -> Change:
+    def change(manifest: dict[str, Any]) -> None:
+        table = manifest
+        for part in path[:-1]:
+            table = table[part]
+        table[new] = table.pop(path[-1])
+
+    return change
+
+
+def opening_says(store: Store) -> str:
+    with pytest.raises(UserError) as error:
+        Store.open(store.url)
+    message = str(error.value)
+    assert message.startswith(f"{store.url}/manifest.json is damaged: ")
+    assert "\n" not in message
+    return message
+
+
+BAD_NAMES = ("..", "../x", "/etc", "a/b", "a\\b", "a.b.c", "", "a\n", "A", "~", "s3://x", "é", "-a")
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_no_name_leaves_the_store(known_store: Store, name: str) -> None:
+    path = Path(known_store.root, "manifest.json")
+    before = path.read_bytes()
+    for where in (("streams", "maps"), ("streams", "maps", "columns", "features")):
+        edit_json(path, rename(name, *where))
+        opening_says(known_store)
+        path.write_bytes(before)
+    tail = {"file": f"{name}.safetensors", "bytes": 1, "sha256": "0" * 64}
+    if name != "-a":
+        edit_json(path, lambda m: m["streams"]["maps"].update(tail=tail))
+        assert "tail" in opening_says(known_store)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        # the codec's own arrays are larger than the column: two planes of it
+        (column(codec="tokens999", shape=[1 << 15, 1 << 15]), "2147483648 elements; the limit"),
+        (column(codec="rms1", shape=[1 << 14, 1 << 16]), "2147483648 elements; the limit"),
+        (column(codec="heads9", shape=[1, 1, 1 << 15, 1 << 15]), "2147483648 elements"),
+        (column(codec="int8", shape=[1 << 24, 1 << 24]), "281474976710656 elements"),
+        (column(codec="cbrt8", shape=[1 << 24] * 8), "elements; the limit"),
+        (column(codec="uint8", shape=[0, *[1 << 24] * 7]), "shape"),
+        (column(codec="float32", shape=[1] * 65), "at most 8"),
+        (column(codec="tokens20", shape=[4]), "it is for tokens x channels"),
+        (column(codec="heads24", shape=[16, 12]), "layers x heads"),
+        (column(codec="int8", shape=[]), "vectors"),
+        (column(codec="int8_group64", shape=[16, 12]), "not a multiple"),
+        (column(codec="int8_outliers16", shape=[16, 12]), "too few"),
+        (column(codec="int8_centred", shape=[12]), "several tokens"),
+        (column(codec="cbrt8", shape=[]), "rows of probabilities"),
+        *((column(codec=name), "codec") for name in ("tokens1000", "sqrt0", "pickle", "<f4", "O")),
+        (column(lossless="bz2"), "lossless"),
+        (column(lossless="../zstd"), "lossless"),
+        (column(shape=[1.5, 2]), "shape"),
+        (column(shape="16x12"), "shape"),
+        (teacher(grid=[-1, 4]), "grid"),
+        (teacher(grid=[1 << 40, 4]), "grid"),
+        (teacher(heads=0), "heads"),
+        (teacher(layers=[-1]), "layers"),
+        (teacher(model_args={"checkpoint_path": "/tmp/evil.pth"}), "checkpoint_path is not taken"),
+        (teacher(model_args={"pretrained": True}), "pretrained is not taken"),
+        (lambda m: m["autoencoder"].update(scaling_factor=0), "scaling_factor"),
+        (lambda m: m["autoencoder"].update(latent_shape=[4, 0, 8]), "latent_shape"),
+    ],
+)
+def test_a_manifest_that_promises_the_impossible_is_refused(
+    known_store: Store, change: Change, reason: str
+) -> None:
+    edit_json(Path(known_store.root, "manifest.json"), change)
+    assert reason in opening_says(known_store)
+
+
+@pytest.mark.parametrize("format", ["webdataset", "zarr"])
+def test_every_shape_within_bounds_can_be_listed(tmp_path: Path, format: str) -> None:
+    """Opening, and what zarr is told of it, allocate nothing of what is promised."""
+    store = make_random_store(tmp_path, samples=2, shard_size=2, format=format)
+    edit_json(
+        tmp_path / "manifest.json",
+        column(codec="tokens999", shape=[1 << 14, 1 << 15], lossless="zstd"),
+    )
+    Store.open(store.url).zarr_metadata()
+    with pytest.raises(DamagedShardError):
+        StreamReader(Store.open(store.url), "maps").read(np.array([0]), np.array([0]))
+
+
+def test_more_than_memory_holds_is_one_line(known_store: Store) -> None:
+    edit_json(
+        Path(known_store.root, "manifest.json"), column(codec="float32", shape=[1 << 15, 1 << 15])
+    )
+    reader = StreamReader(Store.open(known_store.url), "maps")
+    many = np.zeros(1 << 20, np.int64)
+    with pytest.raises(UserError, match=r"1048576 samples of stream 'maps' .* do not fit"):
+        reader.read(many, many)
+
+
+def edit_record(store: Store, change: Callable[[dict[str, Any]], object]) -> Store:
+    edit_json(Path(store.root, "commits", "shard-000001.json"), change)
+    return Store.open(store.url)
+
+
+def read_first(store: Store, *, verify: bool = True, limit: int = 8 << 20) -> None:
+    reader = StreamReader(store, "maps", verify=verify, whole_file_limit=limit)
+    reader.read(np.array([1]), np.array([0]))
+
+
+def test_a_record_cannot_have_more_read_than_a_sample_takes_up(
+    known_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(record: dict[str, Any]) -> None:
+        file = record["streams"]["maps"][0]
+        file["bytes"] = 1 << 40
+        file["sizes"]["features"][2] = 1 << 39
+
+    monkeypatch.setattr("pipeline.store.source.read_ranges", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(DamagedShardError, match=r"column 'features' 549755813888 bytes, more than"):
+        read_first(edit_record(known_store, change))
+
+
+def test_no_more_is_read_of_a_file_than_was_committed(known_store: Store) -> None:
+    path = Path(known_store.root, "maps", "shard-000001.tar")
+    expected = path.read_bytes()
+    os.truncate(path, 1 << 33)  # sparse
+    reader = StreamReader(known_store, "maps")
+    found = reader.read(np.array([1]), np.array([0]))
+    assert reader.bytes_read == len(expected)
+    assert np.array_equal(found["features"][0], known_values(1, 0)["maps"]["features"])
+
+
+def replace_member(store: Store, suffix: str, data: bytes) -> Store:
+    """The store with other bytes in place of the first sample's member of shard 1, and a record
+    that vouches for them: what an attacker would do."""
+    path = Path(store.root, "maps", "shard-000001.tar")
+    buffer = io.BytesIO()
+    offsets: dict[str, list[int]] = {}
+    sizes: dict[str, list[int]] = {}
+    with tarfile.open(path) as old, tarfile.TarFile(fileobj=buffer, mode="w") as new:
+        for number, info in enumerate(old):
+            handle = old.extractfile(info)
+            assert handle is not None
+            member = handle.read()
+            part = info.name.split(".")[1]
+            if number < 3 and part == suffix:
+                member = data
+            info.size = len(member)
+            new.addfile(info, io.BytesIO(member))
+            offsets.setdefault(part, []).append(new.offset - -(-len(member) // 512) * 512)
+            sizes.setdefault(part, []).append(len(member))
+    whole = buffer.getvalue()
+    path.write_bytes(whole)
+    about = StreamFile(
+        file="maps/shard-000001.tar",
+        bytes=len(whole),
+        sha256="0" * 64,
+        offsets=offsets,
+        sizes=sizes,
+        crc32={
+            part: [
+                zlib.crc32(whole[o : o + n])
+                for o, n in zip(offsets[part], sizes[part], strict=True)
+            ]
+            for part in offsets
+        },
+    )
+    return edit_record(store, lambda r: r["streams"].update(maps=[about.model_dump()]))
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+class Trap:
+    """Would end the process if anyone unpickled it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os._exit, (66,))
+
+
+@pytest.mark.parametrize("limit", [8 << 20, 0])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY",
+        npy(np.zeros((16, 12), np.float32)),
+        npy(np.zeros((12, 16), np.float16)),
+        npy(np.zeros((16, 11), np.float16)),
+        npy(np.array([Trap()], dtype=object)),
+        Zstd().encode(bytes(1 << 22)),
+        os.urandom(512),
+    ],
+    ids=["empty", "cut", "wider", "turned", "smaller", "pickle", "zstd", "noise"],
+)
+def test_members_that_are_not_as_promised_are_refused(
+    known_store: Store, data: bytes, verify: bool, limit: int
+) -> None:
+    store = replace_member(known_store, "features", data)
+    with pytest.raises(DamagedShardError, match=f"sample '{known_key(1, 0)}', column 'features'"):
+        read_first(store, verify=verify, limit=limit)
+
+
+@pytest.mark.parametrize("format", ["webdataset", "zarr"])
+@pytest.mark.parametrize("lossless", ["zstd", "blosc"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_compressed_noise_and_bombs_are_refused(
+    tmp_path: Path, format: str, lossless: str, verify: bool
+) -> None:
+    """The manifest says that the bytes are compressed; they are whatever they are."""
+    store = make_random_store(tmp_path, samples=2, shard_size=2, format=format)
+    edit_json(tmp_path / "manifest.json", column(lossless=lossless))
+    with pytest.raises(DamagedShardError, match="column 'features': its compressed form"):
+        StreamReader(Store.open(store.url), "maps", verify=verify).read(
+            np.array([0]), np.array([0])
+        )
+
+
+@pytest.mark.parametrize("length", [0, 1, 100])
+def test_a_cut_off_zarr_shard_is_refused(tmp_path: Path, length: int) -> None:
+    store = make_random_store(tmp_path, samples=2, shard_size=2, format="zarr")
+    os.truncate(tmp_path / "maps" / "features" / "c" / "0" / "0" / "0", length)
+    with pytest.raises(DamagedShardError, match="column 'features': the file is too short"):
+        StreamReader(store, "maps").read(np.array([0]), np.array([0]))
+
+
+def test_a_link_out_of_the_store_gives_nothing_away(known_store: Store, tmp_path: Path) -> None:
+    """Links are followed, since a stream may lie on another disk; what they lead to has to be what
+    was committed, in verified and unverified reads alike."""
+    secret = tmp_path / "secret"
+    secret.write_text("password: hunter2\n" * 2000)
+    path = Path(known_store.root, "maps", "shard-000001.tar")
+    path.unlink()
+    path.symlink_to(secret)
+    for verify in (True, False):
+        with pytest.raises(DamagedShardError) as error:
+            read_first(known_store, verify=verify)
+        assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("limit", [8 << 20, 0])
+def test_a_link_to_what_never_ends_is_damage(known_store: Store, limit: int) -> None:
+    path = Path(known_store.root, "maps", "shard-000001.tar")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(DamagedShardError, match="is damaged"):
+        read_first(known_store, limit=limit)
+
+
+def test_a_shard_is_replaced_not_written_through_a_link(known_store: Store, tmp_path: Path) -> None:
+    from tests.helpers import write_known_shard
+
+    victim = tmp_path / "victim"
+    victim.write_text("keep me")
+    for file in ("maps/shard-000001.tar", "commits/shard-000001.json"):
+        path = Path(known_store.root, file)
+        path.unlink()
+        path.symlink_to(victim)
+    write_known_shard(known_store.url, known_store.manifest, 1, 3)
+    assert victim.read_text() == "keep me"
+    read_first(Store.open(known_store.url))
+
+
+def test_a_tail_of_another_size_is_not_read(known_store: Store) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        stream = manifest["streams"]["maps"]
+        stream["cut"] = "image"
+        stream["tail"] = {"file": "maps.safetensors", "bytes": 10, "sha256": "0" * 64}
+
+    edit_json(Path(known_store.root, "manifest.json"), change)
+    path = Path(known_store.root, "maps.safetensors")
+    path.touch()
+    os.truncate(path, 1 << 40)  # sparse, and more than memory
+    store = Store.open(known_store.url)
+    with pytest.raises(UserError, match="is damaged: its checksum is wrong"):
+        load_tail(store, store.manifest.teacher_streams["maps"], (1,))
+
+
+def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
+    """On a GPU they would kill the process without a word."""
+    store = make_random_store(tmp_path / "store", samples=6, shard_size=3)  # labels 0 to 4
+    edit_json(tmp_path / "store" / "manifest.json", lambda m: m["dataset"].update(num_classes=2))
+    config = RunConfig.model_validate({**tiny_run(), "store": store.url})
+    with pytest.raises(UserError, match="a label outside its 2 classes"):
+        train(config, tmp_path / "run", LocalCheckpoints(tmp_path / "run", keep=1).save)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda m: m["streams"]["latents"]["columns"]["label"].update(codec="float16"),
+            "not a mean, a std and a label",
+        ),
+        (lambda m: m["streams"]["latents"]["columns"].pop("std"), "not a mean, a std and a label"),
+        (
+            lambda m: m["streams"]["latents"]["columns"]["mean"].update(shape=[4, 8, 9]),
+            "not a mean, a std and a label",
+        ),
+        (lambda m: m["streams"]["maps"]["columns"].pop("attention"), "its cut 'maps' keeps"),
+        (column(shape=[12, 16]), "its cut 'maps' keeps"),
+        (lambda m: m["streams"]["maps"].update(cut="qk"), "its cut 'qk' keeps"),
+        (teacher(layers=[1, 2, 3, 9]), "its cut 'maps' keeps"),
+    ],
+)
+def test_a_run_refuses_streams_that_are_not_what_they_say(
+    known_store: Store, change: Change, reason: str
+) -> None:
+    edit_json(Path(known_store.root, "manifest.json"), change)
+    manifest = Store.open(known_store.url).manifest
+    with pytest.raises(UserError, match=reason):
+        check_store(RunConfig.model_validate(tiny_run()), manifest)
