@@ -43,11 +43,11 @@ def run(options: Options) -> Report:
         "spread": np.random.default_rng(0).permutation(in_order),
         "sorted": in_order,
     }
-    rng = np.random.default_rng(1)
+    rng, batch = np.random.default_rng(1), min(options.batch, options.samples)
     full = float(
         np.mean(
             [
-                entropy(in_order[rng.integers(0, options.samples, options.batch)])
+                entropy(in_order[rng.choice(options.samples, batch, replace=False)])
                 for _ in range(options.batches)
             ]
         )
