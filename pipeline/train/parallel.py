@@ -68,6 +68,14 @@ class Parallel:
         mine = value if self.is_first else 0
         return self.sum_counts({"value": mine})["value"]
 
+    def union(self, numbers: set[int]) -> set[int]:
+        """Of small sets over all workers."""
+        if self.world_size == 1:
+            return set(numbers)
+        sets: list[set[int]] = [set()] * self.world_size
+        dist.all_gather_object(sets, numbers)
+        return set().union(*sets)
+
     def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
         """Sums of integers over all workers; every worker passes the same keys."""
         names = sorted(counts)
