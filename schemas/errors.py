@@ -21,8 +21,12 @@ class StoppedError(Exception):
 
 def plain_text(text: str) -> str:
     """``text`` in one line; what a terminal would obey, or not know, shown as its escape."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return escaped(" ".join(text.split()))
+
+
+def escaped(text: str) -> str:
+    """The same with spaces as they are."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:

@@ -8,7 +8,7 @@ import fsspec
 
 from pipeline.datasets.base import Listing
 from pipeline.datasets.folder import list_files, make_items
-from pipeline.files import open_url, without_credentials
+from pipeline.files import exists, open_url, without_credentials
 from schemas.errors import UserError
 
 WNID = re.compile(r"n\d{8}")
@@ -56,7 +56,7 @@ def read_synsets(file: str) -> list[str]:
 def _train_folder(source: str) -> str:
     filesystem, root = open_url(source, what="--source")
     for folder in TRAIN_FOLDERS[:-1]:
-        if filesystem.isdir(f"{root}/{folder}"):
+        if exists(filesystem, f"{root}/{folder}"):
             return folder
     return ""
 

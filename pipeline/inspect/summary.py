@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.files import file_size
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
+from schemas.errors import escaped
 from schemas.store import Column, TeacherStream
 
 
@@ -102,7 +103,7 @@ def describe(store: Store, summary: StoreSummary, garbage: str | None = None) ->
         lines.append(f"  skipped      {len(m.skipped)} bad images, first: {m.skipped[0].path}")
     if garbage is not None:
         lines.append(f"  garbage      {garbage} that no commit record accounts for; see --gc")
-    return "\n".join(lines)
+    return "\n".join(escaped(line) for line in lines)  # names come from the store
 
 
 def _about_teacher(stream: TeacherStream) -> list[str]:

@@ -129,6 +129,8 @@ class Store:
         index = _parse(StoreIndex, text, f"{self.shown_url}/{INDEX}")
         counts = index.samples_per_shard
         fits = max(counts, default=0) <= self.manifest.shard_size
+        known = index.bytes_per_stream.keys()
+        fits &= self.manifest.base_streams.keys() <= known <= self.manifest.streams.keys()
         if len(counts) != self.manifest.num_shards or not fits:
             raise UserError(
                 f"{self.shown_url}/{INDEX} does not fit its manifest; delete it and "
@@ -140,8 +142,11 @@ class Store:
         """Sum up the commit records of all committed shards."""
         counts = []
         sizes = dict.fromkeys(self.manifest.streams, 0)
+        base = self.committed_shards()
         for added in (None, *self.added_streams):
-            for shard in sorted(self.committed_shards(added or "latents")):
+            # an added shard counts with those that it was made for
+            shards = base if added is None else base & self.committed_shards(added)
+            for shard in sorted(shards):
                 record = self.record(shard, added or "latents")
                 if added is None:
                     counts.append(record.samples)

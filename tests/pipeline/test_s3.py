@@ -258,3 +258,14 @@ def test_credentials_in_the_url_are_refused(s3: SeaweedFS) -> None:
         with pytest.raises(UserError, match="AWS_PROFILE") as error:
             open_url(url, what="--store")
         assert "hunter" not in str(error.value)
+
+
+def test_an_imagenet_source_that_is_away_is_one_line(
+    s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.datasets.imagenet import list_imagenet
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with retry_limit(0.5), pytest.raises(UserError, match="gave up after") as error:
+        list_imagenet("s3://somewhere/imagenet", None)
+    assert "\n" not in str(error.value)

@@ -173,7 +173,18 @@ def test_an_addition_with_other_options_is_refused(images: Path, tmp_path: Path)
     extract(added(base))
     with pytest.raises(UserError, match="made with cut activations, this extraction has qk"):
         extract(added(base, cut="qk"))
-    with pytest.raises(UserError, match=r"made with codec of tokens tokens23, .* has tokens8"):
+    with pytest.raises(UserError, match=r"made with codec of tokens tokens23, .* has tokens9"):
         extract(added(base, codec="small"))
     with pytest.raises(UserError, match=r"made with streams.second.teacher.weights_sha256"):
         extract(added(base, teacher={"weights": "random"}))
+
+
+def test_a_lost_record_of_the_first_streams_is_told_as_incomplete(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = demo_like(images, tmp_path / "store")
+    extract(base)
+    extract(added(base))
+    (tmp_path / "store" / "commits" / "shard-000001.json").unlink()
+    assert inspect([str(tmp_path / "store")]) == 0
+    assert "INCOMPLETE: 1 of 4 shards are missing (first: 1)" in capsys.readouterr().out

@@ -197,3 +197,16 @@ def test_a_picture_that_cannot_be_written_is_one_line(
     with pytest.raises(UserError, match=f"^--png '{png}' cannot be written: ") as error:
         main([digits_store.url, "--sample", key, "--png", str(png)])
     assert "\n" not in str(error.value)
+
+
+def test_names_in_a_store_do_not_reach_the_terminal_raw(
+    known_store: Store, capsys: Capture
+) -> None:
+    path = Path(known_store.root, "manifest.json")
+    values = json.loads(path.read_text())
+    values["dataset"]["name"] = "\x1b[31mred\nline"
+    path.write_text(json.dumps(values))
+    assert main([known_store.url]) == 0
+    page = capsys.readouterr().out
+    assert "\x1b" not in page
+    assert "\\x1b[31mred\\nline" in page

@@ -292,6 +292,12 @@ def test_hostile_index_is_refused(known_store: Store, counts: list[int]) -> None
     assert "index.json" in complaint(Store.open(known_store.url).index)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"latents": 1}, {"latents": 1, "maps": 1, "zzz": 5}])
+def test_an_index_of_other_streams_is_refused(known_store: Store, sizes: dict[str, int]) -> None:
+    edit_json(Path(known_store.root, "index.json"), set_path("bytes_per_stream", to=sizes))
+    assert "does not fit its manifest" in complaint(Store.open(known_store.url).index)
+
+
 def test_completing_a_store_keeps_what_is_committed(tmp_path: Path) -> None:
     store = write_known_store(str(tmp_path))
     (tmp_path / "commits" / "shard-000003.json").unlink()
