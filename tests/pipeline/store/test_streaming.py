@@ -90,13 +90,14 @@ def test_no_setting_and_no_number_of_ranks_changes_a_batch(
 
 @pytest.fixture
 def bad_weather(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every read takes some milliseconds and one in three fails at first; the paths that did."""
-    rng, failed = random.Random(0), []
+    """Every read takes some milliseconds; the first of each file fails, and one in three later.
+    The paths that did."""
+    rng, failed = random.Random(0), list[str]()
     read = MemoryFileSystem.cat_file
 
     def slow(self: MemoryFileSystem, path: str, *args: Any, **kwargs: Any) -> bytes:
         time.sleep(rng.random() * 0.003)
-        if rng.random() < 1 / 3:
+        if path not in failed or rng.random() < 1 / 3:
             failed.append(path)
             raise ConnectionResetError(path)
         return bytes(read(self, path, *args, **kwargs))

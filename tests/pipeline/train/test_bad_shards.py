@@ -11,6 +11,7 @@ from pipeline.store import Store
 from pipeline.store.damage import DamagedShardError
 from pipeline.train.checkpoint import read_state
 from pipeline.train.local import newest_checkpoint
+from pipeline.train.metrics import METRICS, read_metrics
 from schemas.run import RunConfig
 from tests.pipeline.train.test_loop import losses, run, weights
 from tests.processes import train_on
@@ -65,3 +66,21 @@ def test_workers_agree_on_what_is_left_out(
     assert read_state(newest).data == {"damaged": {"2": 0}}
     for row, expected in zip(losses(folder), losses(tmp_path / "alone"), strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_measurement_goes_on_without_bad_shards(
+    run_config: Make, bad_store: Store, tmp_path: Path
+) -> None:
+    """The probe draws samples of its own, from shards that the loader need not have met."""
+    termination = {"kind": "gradient_cosine", "start": 1, "every": 1, "samples": 22, "threshold": 1}
+    options = {
+        "store": bad_store.url,
+        "steps": 3,
+        "alignment": {"termination": termination},
+        "data": {"on_bad_shard": "quarantine"},
+    }
+    run(run_config(**options), tmp_path / "alone")
+    train_on(2, run_config(**options), tmp_path / "two")
+    (seen,) = [row for row in read_metrics(tmp_path / "alone" / METRICS) if "event" in row]
+    (other,) = [row for row in read_metrics(tmp_path / "two" / METRICS) if "event" in row]
+    assert seen["gradient_cosine"] == pytest.approx(other["gradient_cosine"], rel=1e-3)
