@@ -13,6 +13,7 @@ from schemas.extract import Precision
 from schemas.student import StudentConfig
 
 Positive = Annotated[int, Field(ge=1)]
+OnBadShard = Literal["stop", "quarantine"]
 
 
 class OptimizerConfig(Strict):
@@ -39,6 +40,18 @@ class DataConfig(Strict):
     """Batches read ahead."""
     verify: bool = True
     """Check each sample's checksum the first time a worker reads it."""
+    on_bad_shard: OnBadShard = "stop"
+    """What to do with a damaged shard: 'stop' names it; 'quarantine' replaces what cannot be read
+    by the next sample that can, and leaves the shard out from the next epoch on."""
+    threads: Positive = 8
+    """Threads of each worker that fetch and decompress."""
+    memory_gb: Annotated[float, Field(ge=0)] = 1.0
+    """Files that a worker holds whole while it draws from them, in GB; beyond, it reads rows."""
+    cache_dir: str | None = None
+    """Local folder that keeps shards of remote stores over epochs and runs. Workers of a node share
+    it; it pays where cache_gb holds all that they read, as files are fetched whole for it."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Size of that folder at most, in GB; what was used longest ago makes room."""
 
 
 class WorkersConfig(Strict):

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.randomness import Purpose, generator
+from schemas.errors import UserError
+
+
+class _Section(NamedTuple):
+    """Epochs that leave out the same shards, up to the next section."""
+
+    epoch: int
+    position: int
+    """Where that epoch begins."""
+    size: int
+    """Samples of one of its epochs."""
+    left_out: np.ndarray
+    """Shards, int64."""
+
+
+class _Epoch(NamedTuple):
+    start: int
+    """Position of its first sample."""
+    size: int
+    shards: np.ndarray
+    """int32, in the order in which they come."""
+    windows: np.ndarray
+    """int64: where each window begins, counted from ``start``, and behind them ``size``."""
 
 
 class SampleOrder:
@@ -14,58 +39,116 @@ class SampleOrder:
 
     Each epoch permutes the shards, then shuffles samples inside windows of ``window`` consecutive
     shards, so that a reader needs only that many shards at hand. ``position`` counts samples since
-    the start of the run and is the whole state of the data; epochs follow without a gap.
+    the start of the run and is the whole state of the data; epochs follow without a gap. Work and
+    memory depend on the number of shards once per epoch, never on the position.
+
+    Safe to call from several threads, ``leave_out`` excepted.
     """
 
-    def __init__(self, seed: int, samples_per_shard: Sequence[int], window: int = 8) -> None:
+    def __init__(
+        self,
+        seed: int,
+        samples_per_shard: Sequence[int] | np.ndarray,
+        window: int = 8,
+        damaged: Mapping[int, int] | None = None,
+    ) -> None:
+        """``damaged[shard]`` is the epoch in which a shard was found damaged: later ones do without
+        it."""
         self.seed = seed
-        self.sizes = np.asarray(samples_per_shard, dtype=np.int64)
+        self.sizes = np.asarray(samples_per_shard, dtype=np.int32)
         self.window = window
-        self.epoch_size = int(self.sizes.sum())
+        self.epoch_size = int(self.sizes.sum(dtype=np.int64))
+        """Samples of an epoch that leaves out nothing."""
         if self.epoch_size == 0:
             raise ValueError("the store holds no samples")
-        self._epoch = -1  # what the derived tables below belong to
-        self._shards = np.empty(0, np.int64)
-        self._starts = np.empty(0, np.int64)
-        self._windows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # A batch meets two epochs at most where they are longer than it, and two windows of each.
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+        self.damaged: dict[int, int] = {}
+        self._sections = [_Section(0, 0, self.epoch_size, np.empty(0, np.int64))]
+        self.leave_out(damaged or {})
+
+    def leave_out(self, damaged: Mapping[int, int]) -> None:
+        """Do without more shards, each from the epoch after the one in which it was found damaged.
+
+        Positions up to the end of the earliest of these epochs keep their samples. Raises
+        ``UserError`` where no sample would be left.
+        """
+        for shard, epoch in damaged.items():
+            if not 0 <= shard < len(self.sizes):
+                raise ValueError(f"there is no shard {shard}")
+            self.damaged[shard] = min(epoch, self.damaged.get(shard, epoch))
+        sections = self._sections[:1]
+        for found in sorted(set(self.damaged.values())):
+            shards = np.array(sorted(s for s, e in self.damaged.items() if e <= found), np.int64)
+            size = self.epoch_size - int(self.sizes[shards].sum(dtype=np.int64))
+            if size == 0:
+                raise UserError("every shard of the store is damaged: extract it again")
+            last = sections[-1]
+            position = last.position + (found + 1 - last.epoch) * last.size
+            sections.append(_Section(found + 1, position, size, shards))
+        self._sections = sections
+        self._epoch.cache_clear()
+        self._window.cache_clear()
+
+    def epoch_of(self, position: int) -> int:
+        section = self._section_at(position)
+        return section.epoch + (position - section.position) // section.size
+
+    def epoch_span(self, epoch: int) -> tuple[int, int]:
+        """Positions of its first sample and of the next epoch's first one."""
+        section = next(s for s in reversed(self._sections) if s.epoch <= epoch)
+        start = section.position + (epoch - section.epoch) * section.size
+        return start, start + section.size
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row of each position, int64 arrays of the shape of ``positions``."""
-        shards = np.empty_like(positions)
-        rows = np.empty_like(positions)
-        epochs, offsets = np.divmod(positions, self.epoch_size)
-        for epoch in np.unique(epochs):
-            self._enter_epoch(int(epoch))
-            inside = epochs == epoch
-            windows = np.searchsorted(self._starts, offsets[inside], side="right") - 1
-            at = np.flatnonzero(inside)
-            for number in np.unique(windows):
-                chosen = at[windows == number]
-                shard, row = self._window(int(number))
-                local = offsets[chosen] - self._starts[number]
-                shards[chosen], rows[chosen] = shard[local], row[local]
+        shards, rows, _ = self.locate_windows(positions)
         return shards, rows
 
-    def _enter_epoch(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        self._epoch = epoch
-        self._shards = generator(Purpose.SHARD_ORDER, self.seed, epoch).permutation(len(self.sizes))
-        ends = np.cumsum(self.sizes[self._shards])
-        starts = np.concatenate([[0], ends])[: -1 : self.window]
-        self._starts = starts.astype(np.int64)
-        self._windows = {}
+    def locate_windows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shard, row, and the position where the window ends to which each position belongs: from
+        there on its shard is not needed before the next epoch."""
+        shards = np.empty_like(positions)
+        rows = np.empty_like(positions)
+        ends = np.empty_like(positions)
+        todo = np.arange(len(positions))
+        while len(todo):
+            epoch = self.epoch_of(int(positions[todo].min()))
+            table = self._epoch(epoch)
+            offsets = positions[todo] - table.start
+            inside = offsets < table.size
+            chosen, offsets = todo[inside], offsets[inside]
+            todo = todo[~inside]
+            windows = np.searchsorted(table.windows, offsets, side="right") - 1
+            ends[chosen] = table.start + table.windows[windows + 1]
+            for number in np.unique(windows).tolist():
+                of_window = windows == number
+                shard, row = self._window(epoch, number)
+                local = offsets[of_window] - table.windows[number]
+                at = chosen[of_window]
+                shards[at], rows[at] = shard[local], row[local]
+        return shards, rows, ends
 
-    def _window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards and rows of one window of the current epoch, shuffled."""
-        if number not in self._windows:
-            shards = self._shards[number * self.window : (number + 1) * self.window]
-            sizes = self.sizes[shards]
-            shard = np.repeat(shards, sizes)
-            row = np.concatenate([np.arange(size) for size in sizes])
-            rng = generator(Purpose.SAMPLE_ORDER, self.seed, self._epoch, number)
-            order = rng.permutation(len(shard))
-            if len(self._windows) >= 2:  # a batch spans two windows at most, one after the other
-                self._windows.pop(next(iter(self._windows)))
-            self._windows[number] = (shard[order], row[order])
-        return self._windows[number]
+    def _section_at(self, position: int) -> _Section:
+        return next(s for s in reversed(self._sections) if s.position <= position)
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        start, end = self.epoch_span(epoch)
+        rng = generator(Purpose.SHARD_ORDER, self.seed, epoch)
+        shards = rng.permutation(len(self.sizes)).astype(np.int32)
+        left_out = next(s.left_out for s in reversed(self._sections) if s.epoch <= epoch)
+        if len(left_out):
+            shards = shards[~np.isin(shards, left_out)]
+        ends = np.cumsum(self.sizes[shards], dtype=np.int64)
+        inner = ends[self.window - 1 : -1 : self.window]
+        return _Epoch(start, end - start, shards, np.concatenate([[0], inner, [end - start]]))
+
+    def _make_window(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and rows of one window, shuffled."""
+        shards = self._epoch(epoch).shards[number * self.window : (number + 1) * self.window]
+        sizes = self.sizes[shards]
+        shard = np.repeat(shards, sizes)
+        row = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+        order = generator(Purpose.SAMPLE_ORDER, self.seed, epoch, number).permutation(len(shard))
+        return shard[order], row[order]

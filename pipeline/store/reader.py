@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections import OrderedDict
-from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.files import file_size, is_local, read_bytes, read_ranges
+from pipeline.files import StorageError
+from pipeline.store.damage import DamagedArrayError, DamagedShardError
+from pipeline.store.memory import Kept
 from pipeline.store.parts import (
     empty_batch,
+    fill_from_chunk,
+    fill_from_npy_member,
     largest_stored,
-    read_chunk,
-    read_npy_member,
     stream_parts,
 )
+from pipeline.store.source import FileSource, up_to
 from pipeline.store.store import Store
+from pipeline.store.table import FileTable, ShardTable, shard_table
 from schemas.errors import UserError
-from schemas.store import CommitRecord, StreamFile
 
+__all__ = ["DamagedShardError", "StreamReader"]
 
-class DamagedShardError(UserError):
-    """Bytes of a shard are not those that were committed."""
+SHARDS_OF_A_BLOCK = 256
+
+Columns = dict[str, np.ndarray]
+"""Per stored array (B, *shape), contiguous."""
 
 
 class StreamReader:
-    """Random access to one stream. Not thread-safe; open it in the thread or process that reads.
+    """Random access to one stream.
 
-    Files up to ``whole_file_limit`` bytes are fetched whole, and those of the last ``cache_files``
-    shards kept, as many as a shuffle window needs; of larger ones only the wanted rows are read.
-    Each row's checksum is verified the first time that this reader meets it. ``opens`` and
-    ``bytes_read`` count what storage was asked for.
+    By itself it fetches files up to ``whole_file_limit`` bytes whole, and keeps those of the last
+    ``cache_files`` shards; of larger ones it reads the wanted rows. A loader gives it a ``source``
+    that decides otherwise. Each row's checksum is verified the first time that this reader meets
+    it, and whenever it comes from a local disk cache.
+
+    ``fill`` is safe to call from several threads, ``read`` is not.
     """
 
     def __init__(
@@ -43,162 +48,184 @@ class StreamReader:
         verify: bool = True,
         whole_file_limit: int = 8 << 20,
         cache_files: int = 8,
+        source: FileSource | None = None,
     ) -> None:
-        if stream not in store.manifest.streams:
+        manifest = store.manifest
+        if stream not in manifest.streams:
             raise UserError(
                 f"store '{store.shown_url}' has no stream '{stream}'; it holds: "
-                f"{', '.join(store.manifest.streams)}"
+                f"{', '.join(manifest.streams)}"
             )
         self.store = store
         self.stream = stream
-        self.parts = stream_parts(store.manifest.streams[stream].columns)
-        self._decode = read_chunk if store.manifest.format == "zarr" else read_npy_member
+        self.parts = stream_parts(manifest.streams[stream].columns)
         self.verify = verify
-        self.whole_file_limit = whole_file_limit
         self.cache_files = cache_files
-        self.opens = 0
-        self.bytes_read = 0
-        self._cache: OrderedDict[str, bytes] = OrderedDict()  # by path
+        self.source = source or FileSource(
+            store.filesystem, store.root, wants_whole=up_to(whole_file_limit)
+        )
+        self._fill_row = fill_from_chunk if manifest.format == "zarr" else fill_from_npy_member
+        self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
+        self._tables: Kept[ShardTable] = Kept()
+        # A bit for each row, in blocks of shards; two threads in one shard may lose each other's,
+        # which verifies anew.
         self._verified: dict[int, np.ndarray] = {}
 
-    def read(self, shards: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The samples at ``(shards[i], rows[i])``: per stored array (len(rows), *shape),
-        contiguous, decompressed but not decoded (see ``pipeline.store.codecs``)."""
+    @property
+    def opens(self) -> int:
+        """Requests to storage so far."""
+        return self.source.opens
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that storage sent so far."""
+        return self.source.bytes_read
+
+    def empty(self, count: int) -> Columns:
+        """Arrays for ``count`` samples, for ``fill``."""
         try:
-            out = {name: empty_batch(part, len(rows)) for name, part in self.parts.items()}
+            return {name: empty_batch(part, count) for name, part in self.parts.items()}
         except MemoryError:
             raise UserError(
-                f"{len(rows)} samples of stream '{self.stream}' of {self.store.shown_url} do not "
+                f"{count} samples of stream '{self.stream}' of {self.store.shown_url} do not "
                 "fit into memory: take a smaller batch"
             ) from None
-        for shard in np.unique(shards):
+
+    def read(self, shards: np.ndarray, rows: np.ndarray) -> Columns:
+        """The samples at ``(shards[i], rows[i])``: per stored array (len(rows), *shape),
+        contiguous, decompressed but not decoded (see ``pipeline.store.codecs``)."""
+        out = self.empty(len(rows))
+        for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard)
-            places = places[np.argsort(rows[places])]  # neighbours in the file become one request
-            self._read_shard(int(shard), rows[places], places, out)
+            self.fill(out, shard, rows[places], places)
+            self.source.kept.shrink(self.cache_files * self._files_per_shard)
+            self._tables.shrink(max(self.cache_files, 64))
         return out
+
+    def fill(
+        self, out: Columns, shard: int, rows: np.ndarray, places: np.ndarray, until: int = 0
+    ) -> None:
+        """Put rows of one shard at ``places`` of ``out``. ``until`` is the position of the run up
+        to which more of the shard will be wanted; see ``expire``."""
+        order = np.argsort(rows)  # neighbours in the file become one request
+        rows, places = rows[order], places[order]
+        table = self._table(shard, until)
+        if rows[-1] >= table.samples:
+            raise DamagedShardError(
+                f"{self._where(shard)} has {table.samples} samples, not {rows[-1] + 1}: the "
+                "store's index is stale; delete it and run the extraction again"
+            )
+        bits = self._bits(shard)
+        verified = np.unpackbits(bits, bitorder="little")[rows].astype(bool)
+        for file in table.files:
+            self._fill_from(file, out, shard, rows, places, verified, until)
+        if self.verify and not verified.all():
+            np.bitwise_or.at(bits, rows // 8, (1 << rows % 8).astype(np.uint8))
+
+    def expire(self, position: int) -> None:
+        """Let go of what is needed only before ``position``."""
+        self.source.kept.expire(position)
+        self._tables.expire(position)
 
     def close(self) -> None:
         """Let go of cached bytes. The reader must not be used afterwards."""
-        self._cache.clear()
+        self.source.close()
+        self._tables.clear()
 
-    def _read_shard(
-        self, shard: int, rows: np.ndarray, places: np.ndarray, out: dict[str, np.ndarray]
-    ) -> None:
-        record = self.store.record(shard, self.stream)
-        if shard not in self._verified:
-            self._check_record(shard, record)
-            self._verified[shard] = np.zeros(record.samples, dtype=bool)
-        if rows[-1] >= record.samples:  # rows come sorted
-            raise DamagedShardError(
-                f"{self._where(shard)} has {record.samples} samples, not {rows[-1] + 1}: the "
-                "store's index is stale; delete it and run the extraction again"
-            )
-        for file in record.streams[self.stream]:
-            self._read_file(shard, record, file, rows, places, out)
-        self._verified[shard][rows] = True
-
-    def _check_record(self, shard: int, record: CommitRecord) -> None:
-        """Raises ``DamagedShardError`` where it promises other arrays, or larger ones, than the
-        manifest does; nothing of the shard has been read by then."""
-        sizes = {
-            name: of for file in record.streams[self.stream] for name, of in file.sizes.items()
-        }
-        if record.samples and sizes.keys() != self.parts.keys():
-            raise DamagedShardError(f"{self._where(shard)}: its record lists other columns")
-        for name, found in sizes.items():
-            if max(found, default=0) > largest_stored(self.parts[name]):
-                raise DamagedShardError(
-                    f"{self._where(shard)}: its record gives a sample of column '{name}' "
-                    f"{max(found)} bytes, more than it can take up"
-                )
-
-    def _read_file(
+    def _fill_from(
         self,
+        file: FileTable,
+        out: Columns,
         shard: int,
-        record: CommitRecord,
-        file: StreamFile,
         rows: np.ndarray,
         places: np.ndarray,
-        out: dict[str, np.ndarray],
+        verified: np.ndarray,
+        until: int,
     ) -> None:
-        verified = self._verified[shard]
-        names = list(file.offsets)
-        ranges = [
-            (file.offsets[name][row], file.sizes[name][row]) for row in rows for name in names
-        ]
-        pieces = iter(self._fetch(shard, file, ranges))
-        for row, place in zip(rows, places, strict=True):
-            for name in names:
-                data = next(pieces)
+        offsets, sizes, crc32 = file.offsets[rows], file.sizes[rows], file.crc32[rows]
+        ranges = list(zip(offsets.ravel().tolist(), sizes.ravel().tolist(), strict=True))
+        anew = False
+        while True:
+            try:
+                pieces, cached = self.source.read(file, ranges, until, anew=anew)
+            except FileNotFoundError:
+                raise DamagedShardError(f"{self._where(shard)} is missing") from None
+            check = np.full(len(rows), True) if cached else self.verify & ~verified
+            try:
+                self._decode(file, out, places, pieces, sizes, crc32, check)
+                return
+            except DamagedArrayError as error:
+                if cached and not anew:
+                    anew = True  # the disk cache is to blame until storage says the same
+                    continue
+                key = self.store.record(shard, self.stream).keys[rows[error.number]]
+                raise DamagedShardError(
+                    f"{self._where(shard)} is damaged: sample '{key}', column '{error.name}': "
+                    f"{error.reason}; delete its commit record and run the extraction again"
+                ) from None
+
+    def _decode(
+        self,
+        file: FileTable,
+        out: Columns,
+        places: np.ndarray,
+        pieces: list[memoryview],
+        sizes: np.ndarray,
+        crc32: np.ndarray,
+        check: np.ndarray,
+    ) -> None:
+        remaining = iter(pieces)
+        for number, place in enumerate(places.tolist()):
+            for column, name in enumerate(file.names):
+                data = next(remaining)
                 try:
-                    if len(data) != file.sizes[name][row]:
+                    if len(data) != sizes[number, column]:
                         raise ValueError("the file is too short")
-                    unverified = self.verify and not verified[row]
-                    if unverified and zlib.crc32(data) != file.crc32[name][row]:
+                    if check[number] and zlib.crc32(data) != crc32[number, column]:
                         raise ValueError("its checksum is wrong")
-                    out[name][place] = self._decode(self.parts[name], data)
+                    self._fill_row(self.parts[name], data, out[name][place : place + 1])
                 except ValueError as error:
+                    raise DamagedArrayError(number, name, str(error)) from None
+
+    def _table(self, shard: int, until: int) -> ShardTable:
+        def load() -> ShardTable:
+            try:
+                record = self.store.record(shard, self.stream)
+            except StorageError:
+                raise
+            except UserError as error:
+                raise DamagedShardError(f"{self._where(shard)}: {error}") from None
+            return self._checked(shard, shard_table(record, self.stream))
+
+        table = self._tables.get(shard, load, until=until)
+        assert table is not None  # it counts no bytes
+        return table
+
+    def _checked(self, shard: int, table: ShardTable) -> ShardTable:
+        """Raises ``DamagedShardError`` where a record promises other arrays, more samples or larger
+        ones than the manifest does; nothing of the shard has been read by then."""
+        where = f"{self._where(shard)}: its record"
+        if table.samples > self.store.manifest.shard_size:
+            raise DamagedShardError(f"{where} lists {table.samples} samples")
+        if table.samples and table.names != self.parts.keys():
+            raise DamagedShardError(f"{where} lists other columns")
+        for file in table.files:
+            for name, largest in zip(file.names, file.sizes.max(0, initial=0), strict=True):
+                if largest > largest_stored(self.parts[name]):
                     raise DamagedShardError(
-                        f"{self._where(shard)} is damaged: sample '{record.keys[row]}', column "
-                        f"'{name}': {error}; delete its commit record and run the extraction again"
-                    ) from None
+                        f"{where} gives a sample of column '{name}' {largest} bytes, more than it "
+                        "can take up"
+                    )
+        return table
 
-    def _fetch(
-        self, shard: int, file: StreamFile, ranges: Sequence[tuple[int, int]]
-    ) -> list[memoryview]:
-        if file.bytes <= self.whole_file_limit:
-            whole = memoryview(self._whole(shard, file))
-            return [whole[start : start + size] for start, size in ranges]
-        # Neighbours are one request: reading across a tar's headers is cheaper than asking twice.
-        # (zarr orders the chunks of a shard as it likes: a file's order is not that of its rows.)
-        spans: list[list[int]] = []
-        homes = [0] * len(ranges)
-        for number in sorted(range(len(ranges)), key=ranges.__getitem__):
-            start, size = ranges[number]
-            if spans and 0 <= start - spans[-1][1] <= 4096:
-                spans[-1][1] = start + size
-            else:
-                spans.append([start, start + size])
-            homes[number] = len(spans) - 1
-        blocks = [memoryview(block) for block in self._read_spans(shard, file, spans)]
-        return [
-            blocks[home][start - spans[home][0] :][:size]
-            for home, (start, size) in zip(homes, ranges, strict=True)
-        ]
-
-    def _read_spans(self, shard: int, file: StreamFile, spans: list[list[int]]) -> list[bytes]:
-        path = f"{self.store.root}/{file.file}"
-        self.opens += 1
-        try:
-            blocks = read_ranges(self.store.filesystem, path, [(s, e) for s, e in spans])
-        except FileNotFoundError:
-            raise DamagedShardError(f"{self._where(shard)} is missing") from None
-        self.bytes_read += sum(len(block) for block in blocks)
-        return blocks
-
-    def _whole(self, shard: int, file: StreamFile) -> bytes:
-        if file.file in self._cache:
-            self._cache.move_to_end(file.file)
-            return self._cache[file.file]
-        self.opens += 1
-        try:
-            data = self._bounded(f"{self.store.root}/{file.file}", file.bytes)
-        except FileNotFoundError:
-            raise DamagedShardError(f"{self._where(shard)} is missing") from None
-        self.bytes_read += len(data)
-        self._cache[file.file] = data
-        files_of_a_shard = len(self.parts) if self.store.manifest.format == "zarr" else 1
-        if len(self._cache) > self.cache_files * files_of_a_shard:
-            self._cache.popitem(last=False)
-        return data
-
-    def _bounded(self, path: str, size: int) -> bytes:
-        """A file, but not one byte more than was committed, however long it has become."""
-        filesystem = self.store.filesystem
-        if is_local(filesystem) and file_size(filesystem, path) <= size:  # a link to /dev/zero: 0
-            return read_bytes(filesystem, path) if os.path.isfile(path) else b""
-        (data,) = read_ranges(filesystem, path, [(0, size)])
-        return data
+    def _bits(self, shard: int) -> np.ndarray:
+        """uint8: a bit for each row of a shard that has been verified, to be changed in place."""
+        size = -(-self.store.manifest.shard_size // 8)
+        block = self._verified.get(shard // SHARDS_OF_A_BLOCK)
+        if block is None:
+            block = np.zeros((SHARDS_OF_A_BLOCK, size), np.uint8)
+            block = self._verified.setdefault(shard // SHARDS_OF_A_BLOCK, block)
+        return block[shard % SHARDS_OF_A_BLOCK]
 
     def _where(self, shard: int) -> str:
         return f"stream '{self.stream}', shard {shard} of {self.store.shown_url}"

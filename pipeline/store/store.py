@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from functools import lru_cache
 from typing import TypeVar
 
@@ -25,6 +26,9 @@ from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, S
 
 M = TypeVar("M", bound=BaseModel)
 
+RECORDS = 128
+"""Commit records that a store keeps; one of 64 samples takes some 60 KB."""
+
 
 class Store:
     """A store at an fsspec URL: its manifest and the records of its committed shards."""
@@ -34,7 +38,8 @@ class Store:
         self.shown_url = without_credentials(self.url)
         self.manifest = manifest
         self.filesystem, self.root = open_url(self.url, what="--store")
-        self._record = lru_cache(maxsize=1024)(self._read_record)
+        self._record = lru_cache(maxsize=RECORDS)(self._read_record)
+        self._record_locks = [threading.RLock() for _ in range(16)]
 
     @staticmethod
     def exists(url: str) -> bool:
@@ -164,7 +169,8 @@ class Store:
     def record(self, shard: int, stream: str = "latents") -> CommitRecord:
         """The commit record of a shard of ``stream``. Raises ``UserError`` where there is none, or
         where it does not belong here."""
-        return self._record(shard, self._added(stream))
+        with self._record_locks[shard % len(self._record_locks)]:  # threads that want the same wait
+            return self._record(shard, self._added(stream))
 
     def _added(self, stream: str) -> str | None:
         """The stream's own name, where it has commit records of its own."""
@@ -186,8 +192,8 @@ class Store:
         streams = self.manifest.base_streams.keys() if added is None else {added}
         if record.shard != shard or record.streams.keys() != streams:
             raise UserError(f"{where} does not belong to this store")
-        if added is not None and record.keys != self.record(shard).keys:
-            raise UserError(f"{where} lists other samples than the store's first streams")
+        if added is not None:
+            _check_same_samples(record, self.record(shard), where)
         return record
 
     def zarr_metadata(self) -> dict[str, bytes]:
@@ -201,6 +207,24 @@ class Store:
             shard_size=self.manifest.shard_size,
             num_shards=self.manifest.num_shards,
         )
+
+
+def _check_same_samples(record: CommitRecord, base: CommitRecord, where: str) -> None:
+    """Raises ``UserError`` naming the first sample of an added stream that is not the base's."""
+    if record.keys == base.keys:
+        return
+    row = next(
+        (row for row, (a, b) in enumerate(zip(record.keys, base.keys, strict=False)) if a != b),
+        min(record.samples, base.samples),
+    )
+
+    def name(keys: list[str]) -> str:
+        return f"'{keys[row]}'" if row < len(keys) else "none"
+
+    raise UserError(
+        f"{where} lists other samples than the store's first streams: sample {row} is "
+        f"{name(record.keys)}, not {name(base.keys)}"
+    )
 
 
 def _parse(model: type[M], text: bytes, where: str) -> M:

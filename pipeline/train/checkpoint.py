@@ -51,6 +51,8 @@ class CheckpointState:
     """What was measured since the last row of the metrics."""
     metrics_rows: int
     """Rows of the metrics file that were written before the checkpoint."""
+    data: dict[str, Any]
+    """What ``BatchLoader.state`` says: shards that are left out."""
 
     @property
     def projector_ema_lag(self) -> int:
@@ -69,6 +71,7 @@ def write_checkpoint(
     bytes_read: dict[str, dict[str, int]],
     meter: dict[str, Any],
     metrics_rows: int,
+    data: dict[str, Any],
 ) -> None:
     """Write everything that a resumed run needs into an empty folder, ``state.json`` last.
 
@@ -92,6 +95,7 @@ def write_checkpoint(
         "meter": meter,
         "metrics_rows": metrics_rows,
         "store": store,
+        "data": data,
         "autoencoder": trainer.manifest.autoencoder.model_dump(),
         "config": written_down(trainer.config.model_dump(mode="json")),
     }
@@ -121,6 +125,7 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
             bytes_read=state["bytes_read"],
             meter=state["meter"],
             metrics_rows=int(state["metrics_rows"]),
+            data=state.get("data", {}),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(where, f"{STATE}: {error}") from None

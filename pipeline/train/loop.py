@@ -16,6 +16,7 @@ from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
 from pipeline.files import write_atomic
 from pipeline.storage.secrets import written_down
 from pipeline.store import BatchLoader, SampleOrder, Store
+from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.train.choose import Write
 from pipeline.train.identity import store_identity
@@ -123,12 +124,15 @@ class _Run:
         self.earlier: dict[str, dict[str, int]] = {}  # bytes read before the resume
         self.meter = Meter(parallel, config.global_batch)
         rows = 0
+        damaged: dict[int, int] = {}
         with resume as checkpoint:
             if checkpoint is not None:
                 state = load_checkpoint(checkpoint, self.trainer, self.identity)
                 self.trigger.load_state_dict(state.trigger, parallel.share_of)
                 self.meter.load_state_dict(state.meter)
                 self.earlier, rows = state.bytes_read, state.metrics_rows
+                left_out = state.data.get("damaged", {})
+                damaged = {int(shard): epoch for shard, epoch in left_out.items()}
         self.saved_step = self.trainer.step
         self.agreement = Agreement(parallel, ask)
         self.log: MetricsLog | None = None
@@ -139,7 +143,7 @@ class _Run:
             )
             _write(folder / CONFIG, config_text)
         self.order = SampleOrder(
-            config.seed, store.index().samples_per_shard, window=config.data.window
+            config.seed, store.index().samples_per_shard, config.data.window, damaged
         )
         self.loader = self._open_loader()
         self.probe = GradientProbe(self.trainer, store, self.order)
@@ -196,8 +200,8 @@ class _Run:
             world_size=self.parallel.world_size,
             start_step=self.trainer.step,
             needed_until=needed_until,
-            prefetch=config.data.prefetch,
-            verify=config.data.verify,
+            agree=self.parallel.union,
+            **loader_options(config.data),
         )
 
     def _save_or_stop_if_asked(self) -> None:
@@ -261,6 +265,7 @@ class _Run:
         bytes_read = self._bytes_read()
         trigger = self.trigger.state_dict(self.parallel.gather)
         meter = self.meter.state_dict()
+        data = self.loader.state()
 
         def write(folder: Path) -> None:
             write_checkpoint(
@@ -270,6 +275,7 @@ class _Run:
                 trigger=trigger,
                 bytes_read=bytes_read,
                 meter=meter,
+                data=data,
                 metrics_rows=self.log.rows if self.log is not None else 0,
             )
 

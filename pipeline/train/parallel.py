@@ -68,6 +68,15 @@ class Parallel:
         mine = value if self.is_first else 0
         return self.sum_counts({"value": mine})["value"]
 
+    def union(self, numbers: set[int]) -> set[int]:
+        """Of small sets of small integers >= 0 over all workers."""
+        mine = sorted(numbers)
+        width = max(int(row[0]) for row in self.gather(torch.tensor([len(mine)])))
+        if not width:
+            return set()
+        padded = torch.tensor([*mine, *[-1] * (width - len(mine))])
+        return {int(number) for row in self.gather(padded) for number in row if number >= 0}
+
     def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
         """Sums of integers over all workers; every worker passes the same keys."""
         names = sorted(counts)

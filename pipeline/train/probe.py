@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.randomness import Purpose, generator
 from pipeline.store import Batch, SampleOrder, Store, StreamReader
+from pipeline.store.damage import DamagedShardError
 from pipeline.store.loader import rank_slice
 from pipeline.train.trainer import Trainer
 
@@ -56,18 +57,32 @@ class GradientProbe:
         total = min(samples, self.order.epoch_size)
         chosen = np.sort(rng.choice(self.order.epoch_size, size=total, replace=False))
         begin, end = rank_slice(total, trainer.parallel.rank, trainer.parallel.world_size)
-        readers = {
-            name: StreamReader(self.store, name) for name in ("latents", trainer.targets.stream)
+        readers = {  # samples far apart: never a whole file for one of them
+            name: StreamReader(self.store, name, whole_file_limit=0)
+            for name in ("latents", trainer.targets.stream)
         }
         chunk = min(CHUNK, trainer.config.workers.micro_batch or CHUNK)
         for start in range(begin, end, chunk):
             positions = chosen[start : min(start + chunk, end)].astype(np.int64)
-            where = self.order.locate(positions)
-            columns = {name: reader.read(*where) for name, reader in readers.items()}
-            yield Batch(trainer.step, positions, columns)
+            yield from self._read(readers, positions)
         for name, reader in readers.items():
             self.bytes_read[name] = self.bytes_read.get(name, 0) + reader.bytes_read
             reader.close()
+
+    def _read(self, readers: Mapping[str, StreamReader], positions: np.ndarray) -> Iterator[Batch]:
+        """One batch. In a run that goes on without bad shards, what can be read of it: whether a
+        sample can is a property of the store, so that all ranks still measure the same."""
+        shards, rows = self.order.locate(positions)
+        try:
+            columns = {name: reader.read(shards, rows) for name, reader in readers.items()}
+        except DamagedShardError:
+            if self.trainer.config.data.on_bad_shard == "stop":
+                raise
+            if len(positions) > 1:
+                for position in np.split(positions, len(positions)):
+                    yield from self._read(readers, position)
+            return
+        yield Batch(self.trainer.step, positions, columns)
 
 
 def _gradient(loss: Tensor, parameters: Sequence[Tensor], *, keep: bool) -> Tensor:

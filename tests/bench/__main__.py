@@ -12,6 +12,8 @@ from tests.bench.report import as_json, page
 BENCHES = {
     "frontier": "cut x codec: bytes, errors of targets and gradients, decoding time",
     "backends": "tars and zarr, on disk and on S3: MB/s of writing and reading",
+    "growth": "1.3 and 100 million samples: time to open, order and have a batch; memory, leaks",
+    "shuffle": "how close an order comes to a full shuffle, by window: label entropy of batches",
 }
 """Each is a module of this package with ``Options``, a pydantic model that derives from
 ``BenchOptions``, and ``run(options) -> Report``."""

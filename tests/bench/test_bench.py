@@ -26,6 +26,8 @@ TINY = {
         ),
     ],
     "backends": ["--places", "disk", "--forms", "tiny", "--repeats", "1"],
+    "growth": ["--samples", "1000", "--batch", "32", "--steps", "10"],
+    "shuffle": ["--samples", "2000", "--classes", "10", "--windows", "1,8", "--batches", "5"],
 }
 
 

@@ -153,7 +153,7 @@ def test_a_record_cannot_have_more_read_than_a_sample_takes_up(
         file["bytes"] = 1 << 40
         file["sizes"]["features"][2] = 1 << 39
 
-    monkeypatch.setattr("pipeline.store.reader.read_ranges", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr("pipeline.store.source.read_ranges", lambda *_: pytest.fail("it was read"))
     with pytest.raises(DamagedShardError, match=r"column 'features' 549755813888 bytes, more than"):
         read_first(edit_record(known_store, change))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.store import Batch, BatchLoader, SampleOrder, Store, StreamReader
+from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.loader import rank_slice
 from pipeline.store.reader import DamagedShardError
 from tests.helpers import SIZES, known_values, recorded_opens
@@ -141,10 +141,9 @@ def test_a_stream_is_not_read_for_steps_that_do_not_need_it(known_store: Store, 
     options = {"window": 1, "start_step": start, "prefetch": 9}
     with recorded_opens() as paths:
         batches = take(known_store, 9, needed_until={"maps": 3}, **options)
-    needed = StreamReader(known_store, "maps", cache_files=1)
-    for step in range(start, 3):
-        needed.read(*SampleOrder(11, SIZES, 1).locate(np.arange(5 * step, 5 * step + 5)))
-    assert sum("/maps/" in path for path in paths) == needed.opens
+    shards, _ = SampleOrder(11, SIZES, 1).locate(np.arange(5 * start, 15))
+    opened = {Path(path).name for path in paths if "/maps/" in path}
+    assert opened == {f"shard-{shard:06d}.tar" for shard in shards}
     for batch in batches:
         assert ("maps" in batch.columns) == (batch.step < 3)
         assert "latents" in batch.columns
@@ -190,17 +189,16 @@ def test_batches_before_the_damage_are_delivered(known_store: Store) -> None:
 
 
 def threads() -> int:
-    return sum(thread.name == "batch-loader" for thread in threading.enumerate())
+    return sum(thread.name.startswith("batch-loader") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 5])
 @pytest.mark.parametrize("prefetch", [1, 4])
-def test_close_ends_the_thread(known_store: Store, consumed: int, prefetch: int) -> None:
+def test_close_ends_the_threads(known_store: Store, consumed: int, prefetch: int) -> None:
     assert threads() == 0
     with loading(known_store, prefetch=prefetch) as loader:
         list(islice(loader, consumed))
-        time.sleep(0.02)  # so that it waits at a full queue
-        assert threads() == 1
+        assert threads() > 0
     assert threads() == 0
     with recorded_opens() as paths:
         loader.close()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.store import SampleOrder
+from schemas.errors import UserError
 
 LAYOUTS = [
     [1],
@@ -106,6 +107,54 @@ def test_order_never_changes_between_versions() -> None:
     """A run is resumed by later versions: recorded from the first version."""
     recorded = [(0, 2), (2, 1), (0, 1), (2, 0), (0, 0), (1, 0), (1, 1)]
     assert epoch_of(SampleOrder(7, [3, 2, 2], 2), 1) == recorded
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_shards_are_left_out_from_the_epoch_after_the_one_they_were_found_in(window: int) -> None:
+    sizes = [5, 3, 0, 4, 6, 2]
+    plain = SampleOrder(0, sizes, window)
+    order = SampleOrder(0, sizes, window, {1: 2, 4: 0})
+    now = SampleOrder(0, sizes, window)
+    now.leave_out({4: 0})
+    now.locate(np.arange(200))
+    now.leave_out({1: 2})
+    flat = []
+    for epoch in range(6):
+        start, end = order.epoch_span(epoch)
+        assert start == len(flat)
+        assert (order.epoch_of(start), order.epoch_of(end - 1)) == (epoch, epoch)
+        shards, rows = order.locate(np.arange(start, end))
+        found = list(zip(shards.tolist(), rows.tolist(), strict=True))
+        gone = {shard for shard, at in {1: 2, 4: 0}.items() if epoch > at}
+        kept = [(s, r) for s, size in enumerate(sizes) for r in range(size) if s not in gone]
+        assert sorted(found) == kept
+        if epoch == 0:
+            assert found == epoch_of(plain, 0)
+        flat += found
+    shards, rows = order.locate(np.arange(len(flat)))
+    assert list(zip(shards.tolist(), rows.tolist(), strict=True)) == flat
+    for a, b in zip(now.locate(np.arange(len(flat))), (shards, rows), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_leaving_out_everything_is_refused() -> None:
+    with pytest.raises(UserError, match="every shard"):
+        SampleOrder(0, [2, 0, 3], 2, {0: 0, 2: 5})
+    with pytest.raises(ValueError, match="no shard 3"):
+        SampleOrder(0, [2, 0, 3], 2, {3: 0})
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_a_window_s_end_is_where_its_shards_are_done(sizes: list[int], window: int) -> None:
+    order = SampleOrder(2, sizes, window)
+    shards, _, ends = order.locate_windows(np.arange(order.epoch_size))
+    for shard in np.unique(shards):
+        places = np.flatnonzero(shards == shard)
+        assert (ends[places] == ends[places[0]]).all()
+        assert ends[places[0]] > places[-1]
+    assert ends[-1] == order.epoch_size
+    assert len(np.unique(ends)) <= -(-len(sizes) // window)
 
 
 def test_a_store_without_samples_has_no_order() -> None:

@@ -1,0 +1,196 @@
+"""From ranges of a stream's files to their bytes: out of memory, a local disk, or storage."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+
+from pipeline.files import file_size, is_local, read_bytes, read_ranges
+from pipeline.store.disk import DiskCache
+from pipeline.store.memory import Budget, Kept
+from pipeline.store.table import FileTable
+
+NEIGHBOURS = 4096
+"""Ranges so near to each other are one request: a tar's headers cost less than asking twice. (zarr
+orders the chunks of a shard as it likes: a file's order is not that of its rows.)"""
+
+REQUEST_BYTES = 256 << 10
+"""What one more request costs, in bytes that could have been read instead: 3 ms at 80 MB/s, as
+several are under way at a time."""
+
+WantsWhole = Callable[[int, int], bool]
+"""(bytes of a file, its samples) -> whether to fetch it whole, and keep it while its window lasts,
+rather than the ranges of the wanted rows."""
+
+
+def up_to(limit: int) -> WantsWhole:
+    """Whole where the file has no more bytes than that."""
+    return lambda size, samples: size <= limit
+
+
+def for_share(world_size: int) -> WantsWhole:
+    """Whole where that costs less than this rank's share of a file, row by row.
+
+    Every rank takes about one in ``world_size`` samples of each shard, each with one request:
+    a rank that needs all of a file, or most, or small ones, takes it whole, once per window.
+    """
+
+    def wants_whole(size: int, samples: int) -> bool:
+        rows = -(-samples // world_size)
+        return size + REQUEST_BYTES <= rows * (size / max(1, samples) + REQUEST_BYTES)
+
+    return wants_whole
+
+
+class Pieces(NamedTuple):
+    """Bytes of the ranges that were asked for; fewer where the file ends earlier."""
+
+    data: list[memoryview]
+    cached: bool
+    """Whether they lay on a local disk meanwhile, where anything may have happened to them."""
+
+
+class FileSource:
+    """The files of one stream. Safe to use from several threads.
+
+    ``opens`` and ``bytes_read`` count what storage was asked for. Raises ``FileNotFoundError``.
+    """
+
+    def __init__(
+        self,
+        filesystem: fsspec.AbstractFileSystem,
+        root: str,
+        *,
+        wants_whole: WantsWhole,
+        budget: Budget | None = None,
+        disk: DiskCache | None = None,
+    ) -> None:
+        self.opens = 0
+        self.bytes_read = 0
+        self.kept: Kept[tuple[bytes, bool]] = Kept(budget)
+        """Whole files by path, and whether they came from the disk."""
+        self._filesystem = filesystem
+        self._root = root
+        self._wants_whole = wants_whole
+        self._disk = disk
+        self._closed = False
+        self._lock = threading.Lock()
+        self._filling = threading.Lock()
+
+    def read(
+        self, file: FileTable, ranges: Sequence[tuple[int, int]], until: int, *, anew: bool = False
+    ) -> Pieces:
+        """The bytes of each (offset, size). ``until`` is the position up to which more of the file
+        will be wanted. ``anew``: what lies on the disk is wrong; forget it."""
+        if anew:
+            self.kept.discard(file.file)
+            if self._disk is not None:
+                self._disk.discard(file.sha256)
+        if self._wants_whole(file.bytes, len(file.offsets)) or file.file in self.kept:
+            whole = self.kept.get(
+                file.file, lambda: self._whole(file, anew), size=file.bytes, until=until
+            )
+            if whole is not None:
+                view = memoryview(whole[0])
+                return Pieces([view[start : start + size] for start, size in ranges], whole[1])
+        return self._ranges(file, ranges, anew)
+
+    def close(self) -> None:
+        """Let go of what is kept, and ask storage for nothing more."""
+        self._closed = True
+        self.kept.clear()
+
+    def _whole(self, file: FileTable, anew: bool) -> tuple[bytes, bool]:
+        local = None if anew else self._local(file)
+        if local is not None:
+            try:
+                return local.read_bytes(), True
+            except OSError:  # another worker made room
+                pass
+        if self._disk is None:
+            return self._fetch(file), False
+        data = self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file))
+        return self._whole(file, anew=False) if data is None else (data, False)
+
+    def _ranges(self, file: FileTable, ranges: Sequence[tuple[int, int]], anew: bool) -> Pieces:
+        spans: list[list[int]] = []
+        homes = [0] * len(ranges)
+        for number in sorted(range(len(ranges)), key=ranges.__getitem__):
+            start, size = ranges[number]
+            if spans and 0 <= start - spans[-1][1] <= NEIGHBOURS:
+                spans[-1][1] = start + size
+            else:
+                spans.append([start, start + size])
+            homes[number] = len(spans) - 1
+        blocks, cached = self._spans(file, [(begin, end) for begin, end in spans], anew)
+        views = [memoryview(block) for block in blocks]
+        pieces = [
+            views[home][start - spans[home][0] :][:size]
+            for home, (start, size) in zip(homes, ranges, strict=True)
+        ]
+        return Pieces(pieces, cached)
+
+    def _spans(
+        self, file: FileTable, spans: list[tuple[int, int]], anew: bool
+    ) -> tuple[list[bytes], bool]:
+        if self._disk is not None and not anew:
+            self._fill_disk(file)
+            local = self._local(file)
+            if local is not None:
+                try:
+                    return _read_local(local, spans), True
+                except OSError:  # another worker made room
+                    pass
+        self._count(requests=1)
+        blocks = read_ranges(self._filesystem, f"{self._root}/{file.file}", spans)
+        self._count(read=sum(len(block) for block in blocks))
+        return blocks, False
+
+    def _fill_disk(self, file: FileTable) -> None:
+        """Fetch a file whole for later epochs and the other workers of this node, though only parts
+        are wanted now; one at a time, as they pass through memory beyond its budget."""
+        if self._disk is None or file.bytes > self._disk.limit or self._local(file) is not None:
+            return
+        with self._filling:
+            self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file))
+
+    def _local(self, file: FileTable) -> Path | None:
+        if self._closed:
+            raise CancelledError
+        return None if self._disk is None else self._disk.path(file.sha256)
+
+    def _fetch(self, file: FileTable) -> bytes:
+        self._count(requests=1)
+        data = self._bounded(f"{self._root}/{file.file}", file.bytes)
+        self._count(read=len(data))
+        return data
+
+    def _bounded(self, path: str, size: int) -> bytes:
+        """A file, but not one byte more than was committed, however long it has become."""
+        filesystem = self._filesystem
+        if is_local(filesystem) and file_size(filesystem, path) <= size:  # a link to /dev/zero: 0
+            return read_bytes(filesystem, path) if os.path.isfile(path) else b""
+        (data,) = read_ranges(filesystem, path, [(0, size)])
+        return data
+
+    def _count(self, *, requests: int = 0, read: int = 0) -> None:
+        with self._lock:
+            if requests and self._closed:
+                raise CancelledError
+            self.opens += requests
+            self.bytes_read += read
+
+
+def _read_local(path: Path, spans: list[tuple[int, int]]) -> list[bytes]:
+    blocks = []
+    with path.open("rb") as file:
+        for begin, end in spans:
+            file.seek(begin)
+            blocks.append(file.read(end - begin))
+    return blocks

@@ -1,0 +1,56 @@
+"""What a reader needs of a commit record: a tenth of its size, as arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from schemas.store import CommitRecord, StreamFile
+
+
+class FileTable(NamedTuple):
+    """A file of one stream and shard (P stored arrays, n samples)."""
+
+    file: str
+    """Path below the store's root."""
+    bytes: int
+    sha256: str
+    names: tuple[str, ...]
+    """Of the arrays."""
+    offsets: np.ndarray
+    """int64 (n, P)"""
+    sizes: np.ndarray
+    """int64 (n, P)"""
+    crc32: np.ndarray
+    """uint32 (n, P)"""
+
+
+class ShardTable(NamedTuple):
+    """One stream of one shard."""
+
+    samples: int
+    files: tuple[FileTable, ...]
+
+    @property
+    def names(self) -> set[str]:
+        return {name for file in self.files for name in file.names}
+
+
+def shard_table(record: CommitRecord, stream: str) -> ShardTable:
+    return ShardTable(record.samples, tuple(_file_table(file) for file in record.streams[stream]))
+
+
+def _file_table(file: StreamFile) -> FileTable:
+    def columns(values: dict[str, list[int]], dtype: type) -> np.ndarray:
+        return np.array([values[name] for name in file.offsets], dtype).T
+
+    return FileTable(
+        file.file,
+        file.bytes,
+        file.sha256,
+        tuple(file.offsets),
+        columns(file.offsets, np.int64),
+        columns(file.sizes, np.int64),
+        columns(file.crc32, np.uint32),
+    )

@@ -1,0 +1,183 @@
+"""What a data set's size costs a worker: to open, to order, to the first batch; and over time.
+
+The store's data are made up: the manifest and the index of any number of shards, and a filesystem
+that answers for each of them with the one shard that was really written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import Field
+
+from pipeline.store import BatchLoader, SampleOrder, Store
+from pipeline.store.layout import INDEX, MANIFEST
+from schemas.store import StoreIndex
+from tests.bench.options import BenchOptions
+from tests.bench.report import Heading, Report, Row, Table
+from tests.helpers import write_known_store
+from tests.stores import random_manifest
+
+MEBI = 1 << 20
+SHARD = 64
+LATE = 3
+"""Epochs into a run from which it is also begun."""
+
+SIZES = (
+    Heading("samples", "samples", ","),
+    Heading("open_s", "open store s", ".2f"),
+    Heading("order_s", "order object s", ".2f"),
+    Heading("epoch_s", "epoch's order s", ".3f"),
+    Heading("batch_us", "locate a batch us", ".0f"),
+    Heading("first_s", "first batch s", ".2f"),
+    Heading("late_s", "first batch, late s", ".2f"),
+    Heading("memory_mib", "MiB kept", ".0f"),
+    Heading("peak_mib", "MiB at most", ".0f"),
+)
+STEADY = (
+    Heading("steps", "steps", ","),
+    Heading("memory_mib", "MiB of the process", ".1f"),
+    Heading("held_mib", "MiB of whole files", ".1f"),
+)
+
+
+class Options(BenchOptions):
+    """Sizes of data sets, and how long to look for leaks."""
+
+    samples: tuple[int, ...] = (1_281_167, 100_000_000)
+    """Samples of the made-up data sets."""
+    batch: int = Field(default=256, ge=1)
+    """Samples of a step, of one worker."""
+    steps: int = Field(default=10_000, ge=5)
+    """Steps over which memory is watched, on a small store of many epochs."""
+
+
+def run(options: Options) -> Report:
+    table = Table("Growth", SIZES)
+    for samples in options.samples:  # each in a process of its own: memory is the process's
+        command = [sys.executable, "-m", __spec__.name, str(samples), str(options.batch)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        table.rows.append(json.loads(done.stdout))
+    leaks = Table("Memory over a run", STEADY, list(watch(options)))
+    about = {"samples per shard": SHARD, "batch": options.batch, "begun late at": f"epoch {LATE}"}
+    return Report(about, [table, leaks])
+
+
+def measure(samples: int, batch: int) -> Row:
+    """One row of the first table."""
+    with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder, made_up(folder, samples):
+        before = resident()
+        start = time.perf_counter()
+        store = Store.open(folder)
+        counts = store.index().samples_per_shard
+        opened = time.perf_counter()
+        order = SampleOrder(0, counts)
+        del counts
+        ordered = time.perf_counter()
+        order.epoch_span(0)
+        order.locate(np.arange(1))
+        located = time.perf_counter()
+        for step in range(1, 101):
+            order.locate(np.arange(step * batch, (step + 1) * batch))
+        batches = time.perf_counter()
+        first = first_batch(store, order, batch, 0)
+        late = first_batch(store, order, batch, LATE * samples // batch)
+        return {
+            "samples": samples,
+            "open_s": opened - start,
+            "order_s": ordered - opened,
+            "epoch_s": located - ordered,
+            "batch_us": (batches - located) / 100 * 1e6,
+            "first_s": first,
+            "late_s": late,
+            "memory_mib": (resident() - before) / MEBI,
+            "peak_mib": (highest() - before) / MEBI,
+        }
+
+
+def first_batch(store: Store, order: SampleOrder, batch: int, step: int) -> float:
+    """Seconds until a loader that starts at ``step`` has its first batch."""
+    start = time.perf_counter()
+    loader = BatchLoader(store, ("latents", "maps"), order, global_batch=batch, start_step=step)
+    next(iter(loader))
+    seconds = time.perf_counter() - start
+    loader.close()
+    return seconds
+
+
+def watch(options: Options) -> Iterator[Row]:
+    """Memory after each fifth of a long run."""
+    with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
+        store = write_known_store(folder, (SHARD,) * 40)
+        order = SampleOrder(0, store.index().samples_per_shard)
+        batch = min(options.batch, 32)  # so that it is no run of hours
+        loader = BatchLoader(store, ("latents", "maps"), order, global_batch=batch)
+        for number, _ in enumerate(loader, start=1):
+            if number % (options.steps // 5) == 0:
+                yield {
+                    "steps": number,
+                    "memory_mib": resident() / MEBI,
+                    "held_mib": loader.budget.used / MEBI,
+                }
+                if number >= options.steps // 5 * 5:
+                    break
+        loader.close()
+
+
+@contextmanager
+def made_up(folder: str, samples: int) -> Iterator[None]:
+    """A store of so many samples in ``folder``, one shard of which is really there."""
+    shards = -(-samples // SHARD)
+    real = write_known_store(folder, (SHARD,))
+    manifest = random_manifest(samples, SHARD)
+    sizes = [SHARD] * (shards - 1) + [samples - (shards - 1) * SHARD]
+    index = StoreIndex(samples_per_shard=sizes, bytes_per_stream={})
+    Path(folder, MANIFEST).write_text(manifest.model_dump_json())
+    Path(folder, INDEX).write_text(index.model_dump_json())
+    del index, sizes, real
+    read, info, isfile = LocalFileSystem.cat_file, LocalFileSystem.info, os.path.isfile
+
+    def stand_in(path: str) -> str:
+        head, _, tail = str(path).rpartition("/shard-")
+        return f"{head}/shard-000000{Path(tail).suffix}" if head else str(path)
+
+    def cat_file(self: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> bytes:
+        data: bytes = read(self, stand_in(path), *args, **kwargs)
+        if "/commits/" in path:
+            number = int(path.rpartition("-")[2].partition(".")[0])
+            data = data.replace(b'"shard":0,', b'"shard":%d,' % number, 1)
+        return data
+
+    with (
+        patch.object(LocalFileSystem, "cat_file", cat_file),
+        patch.object(LocalFileSystem, "info", lambda self, path: info(self, stand_in(path))),
+        patch("os.path.isfile", lambda path: isfile(stand_in(path))),
+    ):
+        yield
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def highest() -> int:
+    """The most that they ever were."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]))))

@@ -1,0 +1,92 @@
+"""How close the order comes to a full shuffle: entropy of the labels of a batch, by window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.store import SampleOrder
+from tests.bench.options import BenchOptions
+from tests.bench.report import Heading, Report, Row, Table
+
+HEADINGS = (
+    Heading("window", "window"),
+    Heading("spread", "spread as by extraction", ".3f"),
+    Heading("spread_of_full", "of a full shuffle", ".1%"),
+    Heading("sorted", "sorted by class", ".3f"),
+    Heading("sorted_of_full", "of a full shuffle", ".1%"),
+)
+
+
+class Options(BenchOptions):
+    """A data set's labels and what is drawn of them."""
+
+    samples: int = Field(default=1_281_167, ge=1)
+    """Samples of the store."""
+    classes: int = Field(default=1000, ge=1)
+    """Classes of (about) equal size."""
+    shard_size: int = Field(default=64, ge=1)
+    """Samples of a shard."""
+    batch: int = Field(default=256, ge=1)
+    """Samples of a step, over all workers."""
+    batches: int = Field(default=200, ge=1)
+    """How many steps are looked at, spread over an epoch."""
+    windows: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024)
+    """Shards whose samples are shuffled together."""
+
+
+def run(options: Options) -> Report:
+    in_order = np.arange(options.samples) * options.classes // options.samples
+    layouts = {
+        "spread": np.random.default_rng(0).permutation(in_order),
+        "sorted": in_order,
+    }
+    rng, batch = np.random.default_rng(1), min(options.batch, options.samples)
+    full = float(
+        np.mean(
+            [
+                entropy(in_order[rng.choice(options.samples, batch, replace=False)])
+                for _ in range(options.batches)
+            ]
+        )
+    )
+    rows: list[Row] = []
+    for window in options.windows:
+        row: dict[str, Any] = {"window": str(window)}
+        for name, labels in layouts.items():
+            row[name] = of_batches(labels, window, options)
+            row[f"{name}_of_full"] = row[name] / full if full else 1.0
+        rows.append(row)
+    about = {
+        "samples": options.samples,
+        "classes": options.classes,
+        "samples per shard": options.shard_size,
+        "batch": options.batch,
+        "nats of a full shuffle": round(full, 4),
+    }
+    return Report(about, [Table("Mean entropy of a batch's labels, in nats", HEADINGS, rows)])
+
+
+def of_batches(labels: np.ndarray, window: int, options: Options) -> float:
+    """Mean entropy of the labels of batches of the first epoch. ``labels`` is (samples,), in the
+    order of the shards."""
+    size = options.shard_size
+    shards = -(-options.samples // size)
+    sizes = np.full(shards, size)
+    sizes[-1] = options.samples - (shards - 1) * size
+    order = SampleOrder(0, sizes, window)
+    steps = max(1, options.samples // options.batch)
+    found = []
+    for step in np.unique(np.linspace(0, steps - 1, options.batches, dtype=np.int64)).tolist():
+        shard, row = order.locate(np.arange(step * options.batch, (step + 1) * options.batch))
+        found.append(entropy(labels[shard * size + row]))
+    return float(np.mean(found))
+
+
+def entropy(labels: np.ndarray) -> float:
+    """Of the distribution of labels, in nats."""
+    _, counts = np.unique(labels, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
