@@ -68,7 +68,7 @@ def run(options: Options) -> Report:
     table = Table("Growth", SIZES)
     for samples in options.samples:  # each in a process of its own: memory is the process's
         command = [sys.executable, "-m", __spec__.name, str(samples), str(options.batch)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         table.rows.append(json.loads(done.stdout))
     leaks = Table("Memory over a run", STEADY, list(watch(options)))
     about = {"samples per shard": SHARD, "batch": options.batch, "begun late at": f"epoch {LATE}"}
@@ -143,7 +143,7 @@ def made_up(folder: str, samples: int) -> Iterator[None]:
     real = write_known_store(folder, (SHARD,))
     manifest = random_manifest(samples, SHARD)
     sizes = [SHARD] * (shards - 1) + [samples - (shards - 1) * SHARD]
-    index = StoreIndex(samples_per_shard=sizes, bytes_per_stream={})
+    index = StoreIndex(samples_per_shard=sizes, bytes_per_stream=dict.fromkeys(manifest.streams, 0))
     Path(folder, MANIFEST).write_text(manifest.model_dump_json())
     Path(folder, INDEX).write_text(index.model_dump_json())
     del index, sizes, real
