@@ -79,6 +79,19 @@ class WorkersConfig(Strict):
         return self
 
 
+class ComputeConfig(Strict):
+    """How a step is computed. None of it changes what is computed, beyond rounding."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the student's blocks and the losses (torch.compile); 'auto': on GPUs. It takes
+    minutes once, and a C++ compiler on CPUs."""
+    attention_loss: Literal["fused", "plain"] = "fused"
+    """'fused' computes the maps twice rather than keep them for the backward pass; 'plain' is the
+    formula as it stands, and what other token grids than the teacher's take."""
+    optimizer: Literal["fused", "plain"] = "fused"
+    """'fused' updates all weights in one kernel; 'plain' is a loop over them."""
+
+
 class CheckpointConfig(Strict):
     """What is kept of a run."""
 
@@ -120,6 +133,7 @@ class RunConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     workers: WorkersConfig = WorkersConfig()
+    compute: ComputeConfig = ComputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

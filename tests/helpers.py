@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,11 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.store import ShardWriter, Store
 from schemas.store import Manifest
 from tests.stores import random_manifest
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="torch.compile needs a C++ compiler here",
+)
 
 Values = dict[str, dict[str, np.ndarray | int]]
 

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.taps import Attended
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention; on request also the logits of its first heads."""
+    """Multi-head self-attention; on request also the operands of its first heads."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -21,15 +23,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, tapped_heads: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Output (B, N, D), and logits (B, tapped_heads, N, N) in float32 where asked for.
+    def forward(self, x_BND: Tensor, tapped_heads: int = 0) -> tuple[Tensor, Attended | None]:
+        """Output (B, N, D), and queries and keys of the first ``tapped_heads`` where asked for.
 
-        The output never depends on the explicit logits: it comes from the fused kernel.
+        The output never depends on explicit logits: it comes from the fused kernel.
         """
         q, k, v = split_heads(self.qkv(x_BND), self.heads)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        logits = attention_logits(q, k, tapped_heads) if tapped_heads else None
-        return self.proj(out), logits
+        return self.proj(out), first_heads(q, k, tapped_heads)
 
 
 def split_heads(qkv_BNE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,11 +39,9 @@ def split_heads(qkv_BNE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def attention_logits(q_BHNd: Tensor, k_BHNd: Tensor, heads: int) -> Tensor:
-    """q k^T / sqrt(d) of the first ``heads`` heads: (B, heads, N, N), float32."""
-    scale = q_BHNd.shape[-1] ** -0.5
-    logits = (q_BHNd[:, :heads] * scale) @ k_BHNd[:, :heads].transpose(-2, -1)
-    return logits.float()
+def first_heads(q_BHNd: Tensor, k_BHNd: Tensor, heads: int) -> Attended | None:
+    """The operands of the first ``heads`` heads; None for 0."""
+    return Attended(q_BHNd[:, :heads], k_BHNd[:, :heads]) if heads else None
 
 
 class Mlp(nn.Module):

@@ -16,14 +16,14 @@ from pipeline.models.layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    attention_logits,
+    first_heads,
     initialise,
     modulate,
     position_table,
     split_heads,
     unpatchify,
 )
-from pipeline.models.taps import StudentOutput, Taps
+from pipeline.models.taps import Attended, StudentOutput, Taps
 from schemas.mmdit import MMDiTConfig
 
 NO_TAPS = Taps()
@@ -62,16 +62,16 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context_BTE)
         c = self.t_embedder(t_B)
         features = None
-        logits = []
+        attended = []
         for number, block in enumerate(self.joint_blocks):
             heads = taps.heads if number in taps.attention_layers else 0
-            context, x, block_logits = block(context, x, c, heads)
-            if block_logits is not None:
-                logits.append(block_logits)
+            context, x, operands = block(context, x, c, heads)
+            if operands is not None:
+                attended.append(operands)
             if number + 1 == taps.feature_depth:
                 features = x
         prediction = unpatchify(self.final_layer(x, c), self.grid, self.config.patch_size)
-        return StudentOutput(prediction, features, torch.stack(logits, dim=1) if logits else None)
+        return StudentOutput(prediction, features, tuple(attended))
 
 
 class JointBlock(nn.Module):
@@ -86,17 +86,18 @@ class JointBlock(nn.Module):
 
     def forward(
         self, context_BTD: Tensor, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Text tokens, image tokens, and image logits (B, tapped_heads, N, N) where asked for."""
+    ) -> tuple[Tensor, Tensor, Attended | None]:
+        """Text tokens, image tokens, and the image's queries and keys of the first
+        ``tapped_heads`` where asked for."""
         text_qkv, text_rest = self.context_block.before(context_BTD, c_BD)
         image_qkv, image_rest = self.x_block.before(x_BND, c_BD)
         text, image = split_heads(text_qkv, self.heads), split_heads(image_qkv, self.heads)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(text, image, strict=True))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         text_out, image_out = out.split([context_BTD.shape[1], x_BND.shape[1]], dim=1)
-        logits = attention_logits(image[0], image[1], tapped_heads) if tapped_heads else None
         context = self.context_block.after(context_BTD, text_out, text_rest)
-        return context, self.x_block.after(x_BND, image_out, image_rest), logits
+        x = self.x_block.after(x_BND, image_out, image_rest)
+        return context, x, first_heads(image[0], image[1], tapped_heads)
 
 
 Rest = tuple[Tensor, ...]

@@ -5,7 +5,6 @@ Parameter names are those of the SiT, REPA and HASTE repositories, so that their
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.models.layers import (
@@ -20,7 +19,7 @@ from pipeline.models.layers import (
     position_table,
     unpatchify,
 )
-from pipeline.models.taps import StudentOutput, Taps
+from pipeline.models.taps import Attended, StudentOutput, Taps
 from schemas.student import StudentConfig
 
 NO_TAPS = Taps()
@@ -58,16 +57,16 @@ class SiT(nn.Module):
         x = self.x_embedder(x_BChw) + self.pos_embed
         c = self.t_embedder(t_B) + self.y_embedder(y_B)
         features = None
-        logits = []
+        attended = []
         for number, block in enumerate(self.blocks):
             heads = taps.heads if number in taps.attention_layers else 0
-            x, block_logits = block(x, c, heads)
-            if block_logits is not None:
-                logits.append(block_logits)
+            x, operands = block(x, c, heads)
+            if operands is not None:
+                attended.append(operands)
             if number + 1 == taps.feature_depth:
                 features = x
         prediction = unpatchify(self.final_layer(x, c), self.grid, self.patch_size)
-        return StudentOutput(prediction, features, torch.stack(logits, dim=1) if logits else None)
+        return StudentOutput(prediction, features, tuple(attended))
 
 
 class Block(nn.Module):
@@ -83,9 +82,9 @@ class Block(nn.Module):
 
     def forward(
         self, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Attended | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        out, logits = self.attn(modulate(self.norm1(x_BND), shift1, scale1), tapped_heads)
+        out, attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), tapped_heads)
         x = x_BND + gate1.unsqueeze(1) * out
         x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x, logits
+        return x, attended

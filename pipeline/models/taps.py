@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,25 @@ class Taps:
     """The first so many heads of those blocks."""
 
 
+class Attended(NamedTuple):
+    """What a tapped block attends with. No copies: the attention's own operands."""
+
+    queries: Tensor
+    """(B, heads, N, d)."""
+    keys: Tensor
+    """(B, heads, N, d)."""
+
+    @property
+    def logits(self) -> Tensor:
+        """q k^T / sqrt(d), before the softmax: (B, heads, N, N), float32."""
+        return attention_logits(self.queries, self.keys)
+
+
+def attention_logits(q_BHNd: Tensor, k_BHNd: Tensor) -> Tensor:
+    """q k^T / sqrt(d): (B, H, N, N), float32, multiplied in the operands' own dtype."""
+    return ((q_BHNd * q_BHNd.shape[-1] ** -0.5) @ k_BHNd.transpose(-2, -1)).float()
+
+
 class StudentOutput(NamedTuple):
     """One forward pass (B samples, N tokens, D width)."""
 
@@ -27,8 +47,16 @@ class StudentOutput(NamedTuple):
     """(B, C, h, w) SiT's velocity; (B, 2 C, h, w) DiT's noise, then variance."""
     features: Tensor | None
     """(B, N, D) tokens that leave the block at the feature depth."""
-    attention_logits: Tensor | None
-    """(B, L, heads, N, N) q k^T / sqrt(d) of the tapped blocks, before the softmax, float32."""
+    attended: tuple[Attended, ...]
+    """Of each tapped block."""
+
+    @property
+    def attention_logits(self) -> Tensor | None:
+        """(B, L, heads, N, N) q k^T / sqrt(d) of the tapped blocks, before the softmax, float32;
+        computed when asked for."""
+        if not self.attended:
+            return None
+        return torch.stack([one.logits for one in self.attended], dim=1)
 
     @property
     def velocity(self) -> Tensor:

@@ -19,9 +19,8 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         averages: list[Tensor] = list(self.module.parameters())
-        torch._foreach_mul_(averages, self.decay)
         weights: list[Tensor] = [p.data for p in module.parameters()]
-        torch._foreach_add_(averages, weights, alpha=1 - self.decay)
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     @torch.no_grad()
     def caught_up(self, module: nn.Module, steps: int) -> dict[str, Tensor]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pipeline.alignment.fused import fused_attention_loss
 from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
 from pipeline.alignment.projector import Projector
 from pipeline.alignment.resample import Grid, resample_features, resample_logits
 from pipeline.alignment.targets import Targets
 from pipeline.diffusion.objective import make_objective
-from pipeline.models import Taps, make_student
+from pipeline.models import StudentOutput, Taps, make_student
 from schemas.alignment import AlignmentConfig
 from schemas.diffusion import DiffusionConfig
 from schemas.student import StudentConfig
@@ -36,14 +37,18 @@ class AlignedStudent(nn.Module):
         teacher_grid: Grid | None = None,
         diffusion: DiffusionConfig = DEFAULT_DIFFUSION,
         measure_entropy: bool = False,
+        fused: bool = True,
     ) -> None:
-        """``teacher_grid``: rows and columns of the teacher's tokens, where not the student's."""
+        """``teacher_grid``: rows and columns of the teacher's tokens, where not the student's.
+        ``fused``: without keeping attention maps, where the grids are the same."""
         super().__init__()
         self.student = make_student(student)
         self.objective = make_objective(student, diffusion)
         self.alignment = alignment
         self.measure_entropy = measure_entropy
         self.grids = (student.grid, teacher_grid or student.grid)
+        self.fused = fused and self.grids[0] == self.grids[1]
+        self.compiled = False
         self.projector: Projector | None = None
         self.taps = Taps()
         if alignment.feature_weight:
@@ -54,6 +59,14 @@ class AlignedStudent(nn.Module):
                 attention_layers=alignment.student_layers if alignment.attention_weight else (),
                 heads=heads,
             )
+
+    def compile_parts(self) -> None:
+        """Compile what takes the time, each block by itself: equal blocks share their code, and the
+        termination only switches to that of blocks without taps."""
+        self.compiled = True
+        for part in (*self.student.blocks, self.student.final_layer, self.projector):
+            if part is not None:
+                part.compile()
 
     def release_alignment(self) -> Projector | None:
         """Taps off; gives up the projector."""
@@ -76,8 +89,16 @@ class AlignedStudent(nn.Module):
             feature = feature_loss(self.projector(features), targets.features).sum()
         if self.taps.attention_layers:
             assert targets.attention is not None
-            logits = resample_logits(out.attention_logits, *self.grids)
-            attention = attention_loss(logits, targets.attention).sum()
+            attention = self._attention_losses(out, targets.attention).sum()
             if self.measure_entropy:
                 entropy = attention_entropy(targets.attention).sum()
         return torch.stack([denoising, feature, attention, entropy])
+
+    def _attention_losses(self, out: StudentOutput, teacher_probs_BLHNN: Tensor) -> Tensor:
+        """(B,)"""
+        if self.fused:
+            return fused_attention_loss(out.attended, teacher_probs_BLHNN, compiled=self.compiled)
+        logits = out.attention_logits
+        assert logits is not None
+        logits = resample_logits(logits, *self.grids)
+        return attention_loss(logits, teacher_probs_BLHNN)

@@ -74,6 +74,7 @@ class Trainer:
             teacher_grid=teacher.grid if teacher else None,
             diffusion=config.diffusion,
             measure_entropy=measure_entropy,
+            fused=config.compute.attention_loss == "fused",
         ).to(parallel.device)
         self.ema = Ema(self.module.student, config.ema_decay)
         self.projector: Projector | None = self.module.projector
@@ -81,6 +82,8 @@ class Trainer:
         self._store = store
         self._targets: TargetSource | None = None
         self.optimizer = _make_optimizer(self.module, config)
+        if self._compiles:
+            self.module.compile_parts()
         self.wrapped: nn.Module = parallel.wrap(self.module)
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -149,6 +152,11 @@ class Trainer:
             self.wrapped = self.module  # frees the old reducer and its hooks before a new one
             gc.collect()
             self.wrapped = self.parallel.wrap(self.module)
+
+    @property
+    def _compiles(self) -> bool:
+        choice = self.config.compute.compile
+        return choice == "on" or (choice == "auto" and self.parallel.device.type == "cuda")
 
     @property
     def projector_ema_step(self) -> int:
@@ -246,4 +254,7 @@ def _make_optimizer(module: AlignedStudent, config: RunConfig) -> torch.optim.Ad
         betas=options.betas,
         weight_decay=options.weight_decay,
         eps=options.eps,
+        # torch takes one of the two at most; with neither it may choose by itself
+        fused=config.compute.optimizer == "fused",
+        foreach=False,
     )

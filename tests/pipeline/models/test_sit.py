@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import pipeline.models.layers as layers
+import pipeline.models.taps as taps
 from pipeline.models import SiT, Taps
 from schemas.student import StudentConfig
 
@@ -26,22 +26,24 @@ def student() -> SiT:
 def test_logits_are_computed_for_tapped_blocks_and_heads_only(
     student: SiT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And only when they are asked for."""
     asked: list[int] = []
-    plain = layers.attention_logits
+    plain = taps.attention_logits
 
-    def counting(q: Tensor, k: Tensor, heads: int) -> Tensor:
-        asked.append(heads)
-        return plain(q, k, heads)
+    def counting(q: Tensor, k: Tensor) -> Tensor:
+        asked.append(q.shape[1])
+        return plain(q, k)
 
-    monkeypatch.setattr(layers, "attention_logits", counting)
+    monkeypatch.setattr(taps, "attention_logits", counting)
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 3])
     without = student(x, t, y)
     assert asked == []
     assert without.attention_logits is None
     assert without.features is None
     with_taps = student(x, t, y, Taps(feature_depth=2, attention_layers=(1, 3), heads=5))
-    assert asked == [5, 5]
+    assert asked == []
     assert with_taps.attention_logits is not None
+    assert asked == [5, 5]
     assert with_taps.attention_logits.shape == (2, 2, 5, 16, 16)
     assert torch.equal(with_taps.velocity, without.velocity)
 
@@ -49,9 +51,9 @@ def test_logits_are_computed_for_tapped_blocks_and_heads_only(
 def test_tapped_logits_are_those_that_make_the_output(student: SiT) -> None:
     attention = student.blocks[0].attn
     x = torch.randn(2, 16, 24)
-    out, logits = attention(x, 6)
+    out, attended = attention(x, 6)
     v = attention.qkv(x).view(2, 16, 3, 6, 4)[:, :, 2].transpose(1, 2)
-    by_hand = attention.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(2, 16, 24))
+    by_hand = attention.proj((attended.logits.softmax(-1) @ v).transpose(1, 2).reshape(2, 16, 24))
     torch.testing.assert_close(out, by_hand, rtol=1e-5, atol=1e-6)
 
 

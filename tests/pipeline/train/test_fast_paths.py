@@ -1,0 +1,70 @@
+"""Every way to compute a step gives the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.train.trainer import Trainer
+from schemas.run import RunConfig
+from tests.helpers import needs_compiler
+from tests.pipeline.train.test_loop import losses, run, weights
+
+Make = Callable[..., RunConfig]
+# Softmax does not see the keys' bias: its gradient is rounding, which Adam would make large.
+ADAM = {"eps": 1e-4}
+PLAIN = {"compile": "off", "attention_loss": "plain", "optimizer": "plain"}
+
+
+@pytest.fixture
+def plain(run_config: Make, tmp_path: Path) -> Path:
+    run(run_config(compute=PLAIN, optimizer=ADAM), tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"attention_loss": "fused"},
+        {"optimizer": "fused"},
+        pytest.param({"compile": "on"}, marks=needs_compiler),
+        pytest.param({"compile": "on", "attention_loss": "fused"}, marks=needs_compiler),
+    ],
+    ids=str,
+)
+def test_a_run_is_the_plain_run(
+    run_config: Make, plain: Path, tmp_path: Path, compute: dict[str, str]
+) -> None:
+    """Through the termination; six steps at a learning rate that shows every difference."""
+    run(run_config(compute={**PLAIN, **compute}, optimizer=ADAM), tmp_path / "fast")
+    for row, expected in zip(losses(tmp_path / "fast"), losses(plain), strict=True):
+        assert row == pytest.approx(expected, rel=2e-4)
+    one, other = weights(tmp_path / "fast"), weights(plain)
+    assert one.keys() == other.keys()
+    for name, weight in other.items():
+        torch.testing.assert_close(one[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@needs_compiler
+def test_the_termination_compiles_nothing_anew(
+    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks without taps are compiled in Phase I already, as most are."""
+    compiled: list[int] = []
+    step = Trainer.train_step
+
+    def counting(self: Trainer, batch: object) -> torch.Tensor:
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        result = step(self, batch)  # type: ignore[arg-type]
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+        return result
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(Trainer, "train_step", counting)
+    run(run_config(compute={"compile": "on"}), tmp_path / "run")
+    assert compiled[0] > 0
+    assert compiled[1:] == [0] * 5
