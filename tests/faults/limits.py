@@ -13,6 +13,8 @@ END_SECONDS = 180.0
 """From the last fault to the end of the work; and of one question asked afterwards."""
 EXIT_SECONDS = 60.0
 """From a SIGTERM to the end of the process."""
+SETTLE_SECONDS = 1.0
+"""After a fault, before progress counts as that of a run that has recovered."""
 POLL_SECONDS = 0.02
 
 

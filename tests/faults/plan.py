@@ -10,7 +10,7 @@ from tests.faults.faults import FAULTS, Fault
 from tests.faults.habitats import HABITATS, Habitat
 from tests.faults.work import Extraction, Training, Work
 
-FEWEST_AND_MOST = {Extraction: (1, 2), Training: (2, 4)}
+FEWEST_AND_MOST = {Extraction: (2, 4), Training: (3, 6)}
 """Faults in one run: to start a training takes longer than to recover."""
 LAST = 0.8
 """Share of the work after which no fault comes: it could be over before."""

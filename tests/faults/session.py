@@ -19,6 +19,7 @@ from tests.faults.ledger import Result
 from tests.faults.limits import (
     END_SECONDS,
     PROGRESS_SECONDS,
+    SETTLE_SECONDS,
     START_SECONDS,
     AbandonedError,
     BrokenError,
@@ -103,7 +104,8 @@ class Session:
             self.results.append(made)
             raise
         self.results.append(made)
-        before = max(before, work.progress())  # what was under way may still have come to its end
+        time.sleep(SETTLE_SECONDS)  # what was under way may still come to its end: no recovery
+        before = max(before, work.progress())
         what = f"progress beyond {before} after {moment.fault}"
         driven.wait(lambda: work.progress() > before, PROGRESS_SECONDS, what)
         if scene.damaged:
