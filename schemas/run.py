@@ -89,7 +89,8 @@ class ComputeConfig(Strict):
     """'fused' computes the maps twice rather than keep them for the backward pass; 'plain' is the
     formula as it stands, and what other token grids than the teacher's take."""
     optimizer: Literal["fused", "plain"] = "fused"
-    """'fused' updates all weights in one kernel; 'plain' is a loop over them."""
+    """'fused' updates all weights in one kernel; 'plain' is a loop over them. A resumed run goes on
+    as its checkpoint was written."""
 
 
 class CheckpointConfig(Strict):
@@ -122,6 +123,9 @@ class RunConfig(Strict):
     """Autocast dtype; 'auto' is bfloat16 on GPUs, float32 on CPUs."""
     log_every: Positive = 100
     """Steps between rows of the metrics file; each row is the mean since the last."""
+    profile: Annotated[int, Field(ge=1)] | None = None
+    """Step at which the first worker records a trace of two steps (torch profiler), for
+    chrome://tracing or ui.perfetto.dev: trace-STEP.json in the run's folder."""
     wandb: str | None = None
     """Weights & Biases project to log to as well (needs the extra 'wandb')."""
     ray_address: str | None = None

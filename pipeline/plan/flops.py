@@ -1,30 +1,21 @@
-"""FLOPs of one image through everything that a plan weighs, counted on the meta device.
-
-A multiply and an add are two FLOPs. Matrix products and convolutions are counted, attention's
-included; norms, activations, softmax and the optimizer are not. A backward pass is twice its
-forward pass, so a training step is three.
-"""
+"""FLOPs of one image through everything that a plan weighs; see ``pipeline.models.flops`` for what
+counts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.alignment.projector import Projector
-from pipeline.models import make_student
+from pipeline.models.flops import STEP, count, student_flops, tapped_flops
 from pipeline.plan.costs import Work
 from pipeline.plan.drafts import Drafts, encode
 from pipeline.plan.geometry import Geometry
 from pipeline.teachers.vit import block_arguments, embed
 from schemas.run import RunConfig
-from schemas.student import StudentConfig
-
-STEP = 3  # forward and backward
 
 
 @dataclass(frozen=True)
@@ -49,14 +40,6 @@ class TeacherFlops:
     def weights(self, start: int = 0) -> int:
         """Weights of the blocks from ``start`` on; all others' too where that is block 0."""
         return sum(self.parameters[start:]) + (0 if start else self.other_parameters)
-
-
-@torch.no_grad()
-def count(call: Callable[[], Any]) -> tuple[Any, int]:
-    """What ``call`` returns, and its FLOPs."""
-    with FlopCounterMode(display=False) as counter:
-        result = call()
-    return result, int(counter.get_total_flops())
 
 
 def teacher_flops(vit: Any, geometry: Geometry) -> TeacherFlops:
@@ -84,18 +67,6 @@ def autoencoder_flops(autoencoder: Any, resolution: int) -> int:
     """Encoding one image."""
     pixels = torch.empty(1, 3, resolution, resolution, device="meta")
     return count(lambda: encode(autoencoder, pixels))[1]
-
-
-def student_flops(config: StudentConfig) -> int:
-    """One image forward. Blocks are equal, so one and two of them tell what any number takes."""
-    one, two = (_student(config.model_copy(update={"depth": depth})) for depth in (1, 2))
-    return one + (config.size.depth - 1) * (two - one)
-
-
-def tapped_flops(config: StudentConfig, heads: int) -> int:
-    """The logits of the first ``heads`` heads of one tapped block."""
-    rows, columns = config.grid
-    return 2 * heads * (rows * columns) ** 2 * (config.size.width // config.size.heads)
 
 
 def work(drafts: Drafts, run: RunConfig) -> Work:
@@ -131,14 +102,6 @@ def work(drafts: Drafts, run: RunConfig) -> Work:
         },
         tail_blocks={"maps": 0, "qk": 0, "activations": depth - first, "image": depth},
     )
-
-
-def _student(config: StudentConfig) -> int:
-    with torch.device("meta"):
-        student = make_student(config)
-        x, t = torch.empty(1, *config.latent_shape), torch.empty(1)
-        y = torch.zeros(1, dtype=torch.long)
-        return count(lambda: student(x, t, y))[1]
 
 
 def _alignment(run: RunConfig, geometry: Geometry, heads: int) -> int:

@@ -23,9 +23,10 @@ from torch import nn
 
 from pipeline.datasets.crop import decode_crop
 from pipeline.models import make_student
+from pipeline.models.flops import STEP, student_flops
 from pipeline.plan.costs import TERA, Rates
 from pipeline.plan.drafts import Drafts, encode
-from pipeline.plan.flops import STEP, TeacherFlops, autoencoder_flops, student_flops
+from pipeline.plan.flops import TeacherFlops, autoencoder_flops
 from pipeline.teachers.vit import block_arguments
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig

@@ -19,11 +19,13 @@ from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.train.choose import Write
+from pipeline.train.effort import Effort
 from pipeline.train.identity import store_identity
 from pipeline.train.meter import Meter
 from pipeline.train.metrics import CONFIG, SUMMARY, MetricsLog
 from pipeline.train.parallel import Parallel
 from pipeline.train.probe import GradientProbe
+from pipeline.train.profile import StepTrace
 from pipeline.train.stop import Agreement, Ask, Wish, nothing_asked
 from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError, UserError
@@ -150,6 +152,9 @@ class _Run:
         self.bytes_at_termination: dict[str, int] | None = None
         if self.trainer.termination is not None:
             self.bytes_at_termination = dict.fromkeys(self.loader.bytes_read, 0)
+        self.bytes_logged: dict[str, int] = {}
+        self.effort = Effort(config.student, parallel)
+        self.trace = StepTrace(folder, parallel, config.profile)
         self.clock = _PhaseClock()
 
     def to_the_end(self) -> dict[str, Any]:
@@ -159,6 +164,7 @@ class _Run:
         while trainer.step < config.steps:
             self._save_or_stop_if_asked()
             self._terminate_if_due()
+            self.trace.before(trainer.step + 1)
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
@@ -173,6 +179,7 @@ class _Run:
                 self._log_row()
             if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
                 self._save()
+        self.trace.close()
         return self._summarise()
 
     def close(self) -> None:
@@ -239,8 +246,12 @@ class _Run:
     def _log_row(self) -> None:
         row: dict[str, Any] = {"step": self.trainer.step, "phase": 1 if self.trainer.aligned else 2}
         row.update(self.meter.take(self._measured()))
+        row.update(self.effort.rates(row["images_per_second"]))
         for name, count in self.parallel.sum_counts(self._bytes_now()).items():
             row[f"bytes_read_{name}"] = count
+            new = count - self.bytes_logged.get(name, 0)
+            row[f"bytes_per_second_{name}"] = round(new / self.meter.seconds)
+            self.bytes_logged[name] = count
         if self.log is not None:
             self.log.row(row)
 

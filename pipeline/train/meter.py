@@ -24,6 +24,8 @@ class Meter:
         self._timed_steps = 0  # those of this process
         self._waited = 0.0
         self._began = time.perf_counter()
+        self.seconds = 0.0
+        """That the last row took."""
 
     def add(self, losses_and_norm: Tensor, waited: float) -> None:
         """One step: what ``Trainer.train_step`` returned, and seconds spent waiting for data."""
@@ -38,7 +40,7 @@ class Meter:
         assert self._sums is not None
         waited = self._sums.new_tensor([self._waited])
         values = self.parallel.sum(torch.cat([self._sums, waited])).tolist()
-        seconds = time.perf_counter() - self._began
+        self.seconds = seconds = time.perf_counter() - self._began
         world = self.parallel.world_size
         row: dict[str, float] = {}
         *sums, norms, waits = values

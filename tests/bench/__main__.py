@@ -12,6 +12,10 @@ from tests.bench.report import as_json, page
 BENCHES = {
     "frontier": "cut x codec: bytes, errors of targets and gradients, decoding time",
     "backends": "tars and zarr, on disk and on S3: MB/s of writing and reading",
+    "step": "a training step in Phase I and II against the student's without alignment",
+    "loader": "the loader on one core against readinto and against stock webdataset",
+    "optimizer": "AdamW and the weights' average, fused against plain",
+    "attention": "the attention loss, forward and backward, fused against plain",
     "growth": "1.3 and 100 million samples: time to open, order and have a batch; memory, leaks",
     "shuffle": "how close an order comes to a full shuffle, by window: label entropy of batches",
 }

@@ -22,7 +22,7 @@ from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import Format
 from schemas.store import Manifest
-from tests.bench.filled import FORMS, TINY, Form, Geometry, make_manifest, make_samples, write_store
+from tests.bench.filled import FORMS, TINY, Form, dinov2_b, make_manifest, make_samples, write_store
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.ways import data_files, ways_of
@@ -100,7 +100,7 @@ def measure(root: str, place: str, form: Form, options: Options) -> tuple[str, l
     rows: dict[str, dict[str, Any]] = {}
     sizes = {}
     for format in FORMATS:
-        manifest = make_manifest(form, format, Geometry())
+        manifest = make_manifest(form, format, dinov2_b())
         url = f"{root}/{format}-{form.name.replace(' ', '-')}"
         timings, store = time_all(url, manifest, options)
         stored = sum(list_tree(store.filesystem, store.root)[p] for p in data_files(store))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from pipeline.store import ShardWriter, Store
 from pipeline.store.writer import Values
 from schemas.codecs import CodecSet
 from schemas.extract import Cut, Format
-from schemas.store import Column, Manifest, TeacherInfo
+from schemas.store import Column, Manifest, TeacherInfo, WeightsFile
 from tests.stores import COMPUTE, TEACHER, random_manifest
 
 DISTINCT = 16  # samples; the others repeat them
@@ -43,29 +44,24 @@ TINY = Form("tiny", "activations", "faithful", True, 3, 4)
 """For the smoke test."""
 
 
-class Geometry(NamedTuple):
-    """The teacher's: those of DINOv2-B with four layers."""
-
-    width: int = 768
-    heads: int = 12
-    grid: tuple[int, int] = (16, 16)
-
-    def info(self) -> TeacherInfo:
-        about = {
-            **TEACHER,
-            "width": self.width,
-            "heads": self.heads,
-            "head_width": self.width // self.heads,
-            "grid": self.grid,
-            "layers": (8, 9, 10, 11),
-            "depth": 12,
-        }
-        return TeacherInfo.model_validate(about)
+def dinov2_b(layers: Sequence[int] = (8, 9, 10, 11)) -> TeacherInfo:
+    """A teacher that is never made, of DINOv2-B's shape."""
+    about = {
+        **TEACHER,
+        "width": 768,
+        "heads": 12,
+        "head_width": 64,
+        "grid": (16, 16),
+        "layers": tuple(layers),
+        "depth": 12,
+    }
+    return TeacherInfo.model_validate(about)
 
 
-def make_manifest(form: Form, format: Format, geometry: Geometry) -> Manifest:
-    """Of a store without a teacher's tail, which nothing here runs."""
-    teacher = geometry.info()
+def make_manifest(
+    form: Form, format: Format, teacher: TeacherInfo, tail: WeightsFile | None = None
+) -> Manifest:
+    """Of a store of 256-pixel images."""
     columns = cut_columns(form.cut, teacher, 256, form.codec, compress=form.compress)
     latent = Column(shape=LATENT, codec="float16")
     base = random_manifest(form.shards * form.shard_size, form.shard_size, format)
@@ -83,6 +79,7 @@ def make_manifest(form: Form, format: Format, geometry: Geometry) -> Manifest:
             "compute": COMPUTE,
             "teacher": teacher,
             "columns": columns,
+            "tail": tail,
         },
     }
     return Manifest.model_validate(values)

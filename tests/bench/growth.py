@@ -27,6 +27,7 @@ from pipeline.store.layout import INDEX, MANIFEST
 from schemas.store import StoreIndex
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Row, Table
+from tests.bench.timing import highest
 from tests.helpers import write_known_store
 from tests.stores import random_manifest
 
@@ -171,12 +172,6 @@ def made_up(folder: str, samples: int) -> Iterator[None]:
 def resident() -> int:
     """Bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def highest() -> int:
-    """The most that they ever were."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class Report:
     about: dict[str, Any]
     """What was measured on what: option values, image counts, ..."""
     tables: list[Table]
+    headline: dict[str, float | None] = field(default_factory=dict)
+    """The few numbers that the bench is for; keys of the JSON object."""
 
 
 def machine() -> dict[str, Any]:
@@ -54,6 +56,7 @@ def as_json(name: str, report: Report) -> dict[str, Any]:
         "bench": name,
         "machine": machine(),
         "about": report.about,
+        **report.headline,
         "tables": {table.title: table.rows for table in report.tables},
     }
 
@@ -62,6 +65,10 @@ def page(report: Report) -> str:
     """The same as markdown."""
     lines = [", ".join(f"{key} {value}" for key, value in machine().items()), ""]
     lines += [f"{key}: {value}" for key, value in report.about.items()]
+    lines += [
+        f"{key}: {'-' if value is None else format(value, '.4g')}"
+        for key, value in report.headline.items()
+    ]
     for table in report.tables:
         lines += ["", f"### {table.title}", "", *markdown(table)]
     return "\n".join(lines)

@@ -26,6 +26,16 @@ TINY = {
         ),
     ],
     "backends": ["--places", "disk", "--forms", "tiny", "--repeats", "1"],
+    "step": [
+        *["--student", "SiT-S/2", "--depth", "2", "--width", "96", "--batch", "2"],
+        *["--rounds", "1", "--memory", "false"],
+    ],
+    "loader": ["--forms", "tiny", "--rounds", "1"],
+    "optimizer": ["--student", "SiT-S/2", "--depth", "1", "--rounds", "1"],
+    "attention": [
+        *["--batch", "1", "--layers", "1", "--heads", "2", "--tokens", "16"],
+        *["--rounds", "1", "--compiled", "false"],
+    ],
     "growth": ["--samples", "1000", "--batch", "32", "--steps", "10"],
     "shuffle": ["--samples", "2000", "--classes", "10", "--windows", "1,8", "--batches", "5"],
 }

@@ -19,7 +19,14 @@ from tests.faults.work import parse_rows
 Files = Mapping[str, bytes]
 Rows = Sequence[Mapping[str, Any]]
 
-OF_THE_CLOCK = ("steps_per_second", "images_per_second", "data_wait_share", "bytes_read")
+OF_THE_CLOCK = (
+    "steps_per_second",
+    "images_per_second",
+    "tflops_per_worker",
+    "mfu",
+    "data_wait_share",
+    "bytes_",
+)
 """Metrics, by their beginnings, that say how fast something went, and what was read again."""
 OF_THE_STATE = ("step", "samples_consumed", "phase", "termination", "trigger")
 

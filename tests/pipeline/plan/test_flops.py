@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from pipeline.models import Taps, make_student
+from pipeline.models.flops import STEP, count, student_flops, tapped_flops
 from pipeline.plan.drafts import draft
-from pipeline.plan.flops import (
-    STEP,
-    autoencoder_flops,
-    count,
-    student_flops,
-    tapped_flops,
-    teacher_flops,
-    work,
-)
+from pipeline.plan.flops import autoencoder_flops, teacher_flops, work
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, TeacherConfig
 from schemas.run import RunConfig
@@ -41,7 +34,7 @@ def test_students_block_by_block() -> None:
         student = make_student(config)
         inputs = torch.empty(1, 4, 32, 32), torch.empty(1), torch.zeros(1, dtype=torch.long)
     assert student_flops(config) == count(lambda: student(*inputs))[1]
-    tapped = count(lambda: student(*inputs, taps))[1]
+    tapped = count(lambda: student(*inputs, taps).attention_logits)[1]
     assert tapped == student_flops(config) + 2 * tapped_flops(config, heads=4)
 
 

@@ -1,0 +1,72 @@
+"""FLOPs of one image through a student, counted on the meta device, and what devices promise.
+
+A multiply and an add are two FLOPs. Matrix products and convolutions are counted, attention's
+included; norms, activations, softmax and the optimizer are not. A backward pass is twice its
+forward pass, so a training step is three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.models.factory import make_student
+from schemas.student import StudentConfig
+
+STEP = 3  # forward and backward
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "H800": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "A10": 125,
+    "4090": 165,
+    "3090": 71,
+    "V100": 125,
+}
+"""Dense bfloat16 (V100: float16) TFLOP/s of the data sheets, by what is found in a device's name;
+the first that is found counts."""
+
+
+@torch.no_grad()
+def count(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What ``call`` returns, and its FLOPs."""
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    return result, int(counter.get_total_flops())
+
+
+def student_flops(config: StudentConfig) -> int:
+    """One image forward. Blocks are equal, so one and two of them tell what any number takes."""
+    one, two = (_student(config.model_copy(update={"depth": depth})) for depth in (1, 2))
+    return one + (config.size.depth - 1) * (two - one)
+
+
+def tapped_flops(config: StudentConfig, heads: int) -> int:
+    """The logits of the first ``heads`` heads of one tapped block."""
+    rows, columns = config.grid
+    return 2 * heads * (rows * columns) ** 2 * (config.size.width // config.size.heads)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Of the data sheet; None for devices that are not known here."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def _student(config: StudentConfig) -> int:
+    with torch.device("meta"):
+        student = make_student(config)
+        x, t = torch.empty(1, *config.latent_shape), torch.empty(1)
+        y = torch.zeros(1, dtype=torch.long)
+        return count(lambda: student(x, t, y))[1]

@@ -1,0 +1,47 @@
+"""A trace of a few steps, on request."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.train.parallel import Parallel
+
+STEPS = 2
+
+
+class StepTrace:
+    """Records steps ``first`` to ``first + STEPS - 1`` of the first worker."""
+
+    def __init__(self, folder: Path, parallel: Parallel, first: int | None) -> None:
+        self._folder = folder
+        self._first = first if parallel.is_first else None
+        self._parallel = parallel
+        self._profile: profile | None = None
+
+    def before(self, step: int) -> None:
+        """``step`` is the number, from 1, of the step that comes."""
+        if self._profile is not None and step >= (self._first or 0) + STEPS:
+            self.close()
+        if step == self._first:
+            activities = [ProfilerActivity.CPU]
+            if self._parallel.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities)
+            self._profile.start()
+
+    def close(self) -> None:
+        """Write what was recorded, if anything was."""
+        recorded, self._profile = self._profile, None
+        if recorded is None:
+            return
+        if self._parallel.device.type == "cuda":
+            torch.cuda.synchronize(self._parallel.device)  # else its last kernels are missing
+        recorded.stop()
+        path = self._folder / f"trace-{self._first}.json"
+        temporary = path.with_suffix(".tmp")
+        recorded.export_chrome_trace(str(temporary))
+        os.replace(temporary, path)

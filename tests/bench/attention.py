@@ -1,0 +1,125 @@
+"""The attention loss of the tapped layers, forward and backward: fused against plain."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.alignment.fused import fused_attention_loss
+from pipeline.alignment.losses import attention_loss
+from pipeline.models.taps import Attended
+from tests.bench.options import BenchOptions
+from tests.bench.report import Heading, Report, Row, Table
+from tests.bench.timing import Clock
+
+HEADINGS = (
+    Heading("way", "way"),
+    Heading("ms", "ms per image", ".3f"),
+    Heading("ratio", "/ plain", ".3f"),
+    Heading("kept_mib", "MiB kept per image", ".1f"),
+    Heading("gradient_error", "gradient error", ".1e"),
+)
+MEBI = 1 << 20
+
+
+class Options(BenchOptions):
+    """Which shapes, where, how often."""
+
+    batch: int | None = Field(default=None, ge=1)
+    """Samples. Default: 4 on a CPU, 32 on a GPU."""
+    layers: int = Field(default=4, ge=1)
+    """Tapped layers."""
+    heads: int = Field(default=12, ge=1)
+    """Heads of each that the loss reads."""
+    tokens: int = Field(default=256, ge=1)
+    """Patches of the student and of the teacher."""
+    head_width: int = Field(default=72, ge=1)
+    """Of the student: 72 in SiT-XL, 64 in SiT-B."""
+    rounds: int = Field(default=7, ge=1)
+    """Each way is timed once per round; the median counts."""
+    compiled: bool = True
+    """Also compiled."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Default: a GPU where there is one; there the operands are bfloat16."""
+
+
+def run(options: Options) -> Report:
+    torch.set_num_threads(options.threads)
+    clock = Clock.of(options.device)
+    on_gpu = clock.device.type == "cuda"
+    batch = options.batch or (32 if on_gpu else 4)
+    rng = torch.Generator().manual_seed(0)
+    shape = (options.layers, batch, options.tokens, 3, options.heads, options.head_width)
+    exact = torch.randn(shape, generator=rng).to(clock.device)
+    qkv = exact.bfloat16() if on_gpu else exact.clone()
+    qkv.requires_grad_()
+    maps = (batch, options.layers, options.heads, options.tokens, options.tokens)
+    probs = torch.softmax(torch.randn(maps, generator=rng), -1).to(clock.device)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "plain": lambda x: plain(x, probs),
+        "fused": lambda x: fused_attention_loss(attended(x), probs),
+    }
+    if options.compiled:
+        ways["fused, compiled"] = lambda x: fused_attention_loss(attended(x), probs, compiled=True)
+    truth = gradient(ways["plain"], exact.requires_grad_())
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(options.rounds + 2):
+        for name, way in ways.items():
+            seconds = clock.time(lambda w=way: gradient(w, qkv))
+            if number > 1:  # the first rounds warm up
+                times[name].append(seconds / batch)
+    rows: list[Row] = [
+        {
+            "way": name,
+            "ms": statistics.median(times[name]) * 1e3,
+            "ratio": statistics.median(
+                a / b for a, b in zip(times[name], times["plain"], strict=True)
+            ),
+            "kept_mib": kept(way, qkv, probs) / batch / MEBI,
+            "gradient_error": float((gradient(way, qkv).float() - truth).norm() / truth.norm()),
+        }
+        for name, way in ways.items()
+    ]
+    about = {"device": clock.name, "clock": clock.about, "batch": batch}
+    headline = {"fused_over_plain": rows[-1]["ratio"]}
+    title = f"{options.layers} layers, {options.heads} heads, {options.tokens} tokens"
+    return Report(about, [Table(title, HEADINGS, rows)], headline)
+
+
+def attended(qkv: Tensor) -> list[Attended]:
+    """As they lie in the student's layers."""
+    pairs = []
+    for layer in qkv:
+        q, k, _ = layer.permute(2, 0, 3, 1, 4).unbind(0)
+        pairs.append(Attended(q, k))
+    return pairs
+
+
+def plain(qkv: Tensor, probs: Tensor) -> Tensor:
+    return attention_loss(torch.stack([one.logits for one in attended(qkv)], dim=1), probs)
+
+
+def gradient(way: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(way(qkv).sum(), qkv)
+    return grad
+
+
+def kept(way: Callable[[Tensor], Tensor], qkv: Tensor, probs: Tensor) -> int:
+    """Bytes that the backward pass keeps beside operands and targets."""
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in (qkv, probs)}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in theirs:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        way(qkv)
+    return sum(found.values())

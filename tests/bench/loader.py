@@ -1,0 +1,125 @@
+"""The loader on one core against reading the same bytes, and against stock webdataset."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+from pydantic import Field
+
+from pipeline.store import BatchLoader, SampleOrder, Store
+from tests.bench.filled import FORMS, TINY, dinov2_b, make_manifest, make_samples, write_store
+from tests.bench.options import BenchOptions
+from tests.bench.report import Heading, Report, Row, Table
+from tests.bench.ways import readinto, samples_of, stock_webdataset
+
+HEADINGS = (
+    Heading("way", "way"),
+    Heading("mb_s", "MB/s", ".0f"),
+    Heading("samples_s", "samples/s", ".0f"),
+    Heading("of_raw", "of readinto", ".2f"),
+    Heading("of_webdataset", "of stock webdataset", ".2f"),
+)
+FORM_NAMES = (*FORMS, "tiny")
+RAW, STOCK = "readinto", "stock webdataset .decode()"
+
+
+class Options(BenchOptions):
+    """Which stores, how often."""
+
+    forms: tuple[str, ...] = ("activations int8 uncompressed", "activations faithful")
+    """What the stores hold; the first one's ratios are the headline."""
+    rounds: int = Field(default=5, ge=1)
+    """Each way reads the store once per round; ratios are of one round, the median counts."""
+    batch: int = Field(default=32, ge=1)
+    """Samples of a batch of the loader."""
+    workers: int = Field(default=1, ge=1)
+    """Threads of the loader. The process has one core, whatever they are."""
+
+
+def run(options: Options) -> Report:
+    tables = []
+    with one_core(), tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
+        for name in options.forms:
+            form = TINY if name == "tiny" else FORMS[name]
+            manifest = make_manifest(form, "webdataset", dinov2_b())
+            url = f"{folder}/{name.replace(' ', '-')}"
+            store = write_store(url, manifest, make_samples(manifest))
+            tables.append(Table(name, HEADINGS, measure(store, options)))
+    rows = {row["way"]: row for row in tables[0].rows}
+    loader = rows["loader, checksums off"]
+    headline = {
+        "over_raw_read": loader["of_raw"],
+        "over_raw_read_checksums_on": rows["loader"]["of_raw"],
+        "over_webdataset_decode": rows["loader"]["of_webdataset"],
+    }
+    return Report({"clock": "CPU seconds, one core", "batch": options.batch}, tables, headline)
+
+
+def measure(store: Store, options: Options) -> list[Row]:
+    ways: dict[str, Callable[[Store], int]] = {
+        RAW: readinto,
+        "loader, checksums off": lambda s: load(s, options, verify=False),
+        "loader": lambda s: load(s, options, verify=True),
+        STOCK: stock_webdataset,
+    }
+    stored = sum(store.index().bytes_per_stream.values())
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(options.rounds + 1):
+        for name, way in ways.items():
+            start = time.process_time()
+            assert way(store) == samples_of(store)
+            if number:  # the first round warms up
+                seconds[name].append(time.process_time() - start)
+        print(f"{store.url}: round {number}", file=sys.stderr, flush=True)
+
+    def ratio(name: str, other: str) -> float:
+        pairs = zip(seconds[name], seconds[other], strict=True)
+        return statistics.median(reference / one for one, reference in pairs)
+
+    return [
+        {
+            "way": name,
+            "mb_s": stored / statistics.median(times) / 1e6,
+            "samples_s": samples_of(store) / statistics.median(times),
+            "of_raw": ratio(name, RAW),
+            "of_webdataset": ratio(name, STOCK),
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def load(store: Store, options: Options, *, verify: bool) -> int:
+    """One epoch, shuffled, of both streams, as a run reads it. Threads for what blocks count."""
+    fresh = Store.open(store.url)
+    order = SampleOrder(0, fresh.index().samples_per_shard)
+    total = samples_of(fresh)
+    batch = min(options.batch, total)
+    loader = BatchLoader(
+        fresh,
+        tuple(fresh.manifest.streams),
+        order,
+        global_batch=batch,
+        verify=verify,
+        threads=options.workers,
+    )
+    read = sum(len(one.positions) for one in islice(loader, total // batch))
+    loader.close()
+    return read + total % batch  # whole batches only; the forms divide by 32
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """This process on one of its cores."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -1,0 +1,156 @@
+"""The training steps that are timed: the real trainer, on one batch that lies in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.alignment.tail import first_tail_block, save_tail
+from pipeline.store import Batch, Store
+from pipeline.teachers import Teacher
+from pipeline.train.parallel import Parallel
+from pipeline.train.trainer import Trainer
+from schemas.extract import Cut, TeacherConfig
+from schemas.options import merge, read_yaml
+from schemas.run import RunConfig
+from schemas.store import TeacherInfo, WeightsFile
+from tests.bench.filled import Form, dinov2_b, make_manifest, make_samples
+from tests.bench.timing import Clock
+
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+PLAIN = {"attention_loss": "plain", "optimizer": "plain"}
+
+
+class Data(NamedTuple):
+    """What the steps read."""
+
+    store: Store
+    columns: dict[str, dict[str, np.ndarray]]
+    batch: int
+
+
+class Stepper(Protocol):
+    """Something that takes training steps."""
+
+    name: str
+
+    def take(self, count: int) -> None:
+        """So many steps; on a GPU they may still be under way on return."""
+
+    def trace(self, folder: Path) -> None:
+        """Write a trace of two steps."""
+
+
+class TrainerSteps:
+    """Steps of the trainer."""
+
+    def __init__(self, name: str, trainer: Trainer, data: Data) -> None:
+        self.name = name
+        self.trainer = trainer
+        self.data = data
+
+    def take(self, count: int) -> None:
+        size = self.data.batch
+        for _ in range(count):
+            step = self.trainer.step
+            positions = np.arange(step * size, (step + 1) * size, dtype=np.int64)
+            self.trainer.train_step(Batch(step, positions, self.data.columns))
+
+    def trace(self, folder: Path) -> None:
+        trace(self, folder)
+
+
+def trace(stepper: Stepper, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        stepper.take(2)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    name = stepper.name.replace(", ", "-").replace(" ", "-")
+    recorded.export_chrome_trace(str(folder / f"{name}.json"))
+
+
+def run_configs(options: Any, store: Store | None) -> dict[str, RunConfig]:
+    """The run behind each step that is timed, by the step's name."""
+    size = options.student.partition("-")[2].partition("/")[0].lower()
+    published = CONFIGS / f"sit_{'b' if size == 's' else size}2_haste.yaml"
+    student = {"model": options.student, "depth": options.depth, "width": options.width}
+    values = merge(
+        read_yaml(published),
+        {
+            "student": student,
+            "store": store.url if store is not None else None,
+            "precision": options.precision,
+            "compute": {"compile": options.compile},
+        },
+    )
+    if options.depth is not None:  # the published pairs need not be there
+        pairs = {"feature_depth": 2, "student_layers": [0, 1], "teacher_layers": [10, 11]}
+        values = merge(values, {"alignment": pairs})
+    vanilla = {"feature_weight": 0, "attention_weight": 0, "termination": None}
+    configs = {
+        "vanilla": merge(values, {"alignment": vanilla}),
+        "phase 1": values,
+        "phase 2": values,
+    }
+    if options.plain:
+        configs["phase 1, plain"] = merge(values, {"compute": PLAIN})
+    return {name: RunConfig.model_validate(config) for name, config in configs.items()}
+
+
+def make_stepper(
+    name: str, configs: Mapping[str, RunConfig], data: Data, clock: Clock
+) -> TrainerSteps:
+    """A trainer of its own for a step; that of Phase II has been through Phase I."""
+    config = configs[name].model_copy(update={"global_batch": data.batch})
+    stepper = TrainerSteps(name, Trainer(config, data.store, Parallel(device=clock.device)), data)
+    if name == "phase 2":
+        stepper.take(1)
+        stepper.trainer.terminate({})
+    return stepper
+
+
+def make_data(folder: Path, options: Any, batch: int) -> Data:
+    """A store without shards, and a batch of what its shards would hold."""
+    teacher, tail = _teacher(folder, options.cut)
+    form = Form(options.cut, options.cut, "faithful", True, 1, batch)
+    manifest = make_manifest(form, "webdataset", teacher, tail)
+    samples = make_samples(manifest)
+    columns: dict[str, dict[str, np.ndarray]] = {}
+    for stream in manifest.streams:
+        columns[stream] = {
+            part: np.stack([samples[i % len(samples)][stream][part] for i in range(batch)])
+            for part in samples[0][stream]
+        }
+    columns["latents"]["label"] = np.arange(batch, dtype=np.int64) % 5
+    return Data(Store.create(str(folder), manifest), columns, batch)
+
+
+def _teacher(folder: Path, cut: Cut) -> tuple[TeacherInfo, WeightsFile | None]:
+    """DINOv2-B with random weights, where the cut leaves training something of it to run."""
+    layers = (7, 8, 9, 10, 11)
+    first = first_tail_block(cut, layers)
+    if first is None:
+        return dinov2_b(layers), None
+    teacher = Teacher(TeacherConfig(weights="random"), resolution=256, layers=layers)
+    return teacher.info(), save_tail(teacher, str(folder), cut, first)
+
+
+@contextmanager
+def in_temporary_folder(options: Any, name: str) -> Iterator[Callable[[], TrainerSteps]]:
+    """For a process of its own: what makes the steps of one kind, once the data are there."""
+    clock = Clock.of(options.device)
+    with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
+        data = make_data(Path(folder), options, options.batch or 4)
+        configs = run_configs(options, data.store)
+        yield lambda: make_stepper(name, configs, data, clock)
