@@ -16,6 +16,7 @@ from pipeline.alignment.tail import first_tail_block, save_tail
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.reader import UNREADABLE
+from pipeline.extract.behind import Behind
 from pipeline.extract.latents import LatentSource, open_latents
 from pipeline.extract.plan import Description, ShardTask, stream_name
 from pipeline.store import ShardWriter
@@ -26,6 +27,11 @@ from schemas.store import ComputeInfo, Manifest, SkippedImage, WeightsFile
 
 VERSIONED = ("torch", "timm", "diffusers", "numpy", "numcodecs", "pillow")
 BATCHES_AHEAD = 2  # decoded while the networks work on the one before
+BATCHES_BEHIND = 2  # computed, and waiting to be compressed and written
+
+
+Arrays = dict[str, dict[str, np.ndarray]]
+"""stream -> stored array -> (B, ...)"""
 
 
 @dataclass(frozen=True)
@@ -86,37 +92,31 @@ class Encoder:
         Raises ``UserError`` where a number cannot be stored, ``OSError`` where storage fails.
         """
         bad: list[SkippedImage] = []
-        with ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer:
+        with (
+            ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer,
+            Behind(BATCHES_BEHIND) as behind,
+        ):
             for items, images, moments in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # only to find the others
                 try:
-                    samples = self._encode(manifest, items, images, moments)
-                    for item, values in zip(items, samples, strict=True):
-                        writer.add(item.key, values)
+                    arrays = self._encode(manifest, images, moments)
                 except NotFiniteError as error:
                     item = items[error.rows[0]]
                     raise UserError(
                         f"shard {task.shard}, sample '{item.key}' ({item.path}): the teacher's "
                         f"{error}; try --precision float32, or check its weights"
                     ) from None
-                except ValueError as error:
-                    raise UserError(f"shard {task.shard}: {error}") from None
+                behind.submit(_write, writer, items, arrays)
+            behind.finish()
             if bad and self.config.on_bad_image == "stop":
                 return ShardResult(task.shard, 0, tuple(bad), committed=False)
             record = writer.commit(skipped=bad)
         return ShardResult(task.shard, record.samples, tuple(bad), committed=True)
 
     @torch.inference_mode()
-    def _encode(
-        self,
-        manifest: Manifest,
-        items: list[ImageItem],
-        images: np.ndarray,
-        moments: list[np.ndarray],
-    ) -> Iterator[dict[str, dict[str, np.ndarray | int]]]:
-        """uint8 (B, R, R, 3), and what was read of their latents, to each sample's stream ->
-        stored array -> value."""
+    def _encode(self, manifest: Manifest, images: np.ndarray, moments: list[np.ndarray]) -> Arrays:
+        """uint8 (B, R, R, 3), and what was read of their latents, to what is stored of them."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
         name = stream_name(self.config)
         dtype = getattr(torch, self.precision)
@@ -127,14 +127,7 @@ class Encoder:
         if self.latents is not None:
             mean, std = self.latents.latents(moments, pixels)
             arrays["latents"] = {"mean": mean, "std": std}
-        for i, item in enumerate(items):
-            sample: dict[str, dict[str, np.ndarray | int]] = {
-                stream: {part: values[i] for part, values in parts.items()}
-                for stream, parts in arrays.items()
-            }
-            if "latents" in sample:
-                sample["latents"]["label"] = item.label
-            yield sample
+        return arrays
 
     def _decoded_batches(
         self, task: ShardTask, bad: list[SkippedImage]
@@ -170,6 +163,21 @@ class Encoder:
             raise BadImageError(error.strerror or type(error).__name__) from None
         crop = decode_crop(data, self.config.resolution, cropped=item.latent is not None)
         return crop, np.empty(0) if self.latents is None else self.latents.read(item)
+
+
+def _write(writer: ShardWriter, items: list[ImageItem], arrays: Arrays) -> None:
+    """Raises ``UserError`` where a number cannot be stored."""
+    for row, item in enumerate(items):
+        sample: dict[str, dict[str, np.ndarray | int]] = {
+            stream: {part: values[row] for part, values in parts.items()}
+            for stream, parts in arrays.items()
+        }
+        if "latents" in sample:
+            sample["latents"]["label"] = item.label
+        try:
+            writer.add(item.key, sample)
+        except ValueError as error:
+            raise UserError(f"shard {writer.shard}: {error}") from None
 
 
 def choose_precision(config: ExtractConfig, device: str) -> Precision:

@@ -14,6 +14,7 @@ BENCHES = {
     "backends": "tars and zarr, on disk and on S3: MB/s of writing and reading",
     "step": "a training step in Phase I and II against the student's without alignment",
     "loader": "the loader on one core against readinto and against stock webdataset",
+    "extract": "an encoder, from JPEG files to shards, against its two networks alone",
     "optimizer": "AdamW and the weights' average, fused against plain",
     "attention": "the attention loss, forward and backward, fused against plain",
     "growth": "1.3 and 100 million samples: time to open, order and have a batch; memory, leaks",

@@ -31,6 +31,7 @@ TINY = {
         *["--rounds", "1", "--memory", "false"],
     ],
     "loader": ["--forms", "tiny", "--rounds", "1"],
+    "extract": ["--networks", "demo", "--rounds", "1"],
     "optimizer": ["--student", "SiT-S/2", "--depth", "1", "--rounds", "1"],
     "attention": [
         *["--batch", "1", "--layers", "1", "--heads", "2", "--tokens", "16"],
