@@ -17,6 +17,7 @@ BENCHES = {
     "extract": "an encoder, from JPEG files to shards, against its two networks alone",
     "optimizer": "AdamW and the weights' average, fused against plain",
     "attention": "the attention loss, forward and backward, fused against plain",
+    "table": "all of the five above in one run, within ten minutes: for a GPU at hand",
     "growth": "1.3 and 100 million samples: time to open, order and have a batch; memory, leaks",
     "shuffle": "how close an order comes to a full shuffle, by window: label entropy of batches",
 }

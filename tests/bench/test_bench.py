@@ -37,6 +37,7 @@ TINY = {
         *["--batch", "1", "--layers", "1", "--heads", "2", "--tokens", "16"],
         *["--rounds", "1", "--compiled", "false"],
     ],
+    "table": ["--only", "tiny"],
     "growth": ["--samples", "1000", "--batch", "32", "--steps", "10"],
     "shuffle": ["--samples", "2000", "--classes", "10", "--windows", "1,8", "--batches", "5"],
 }
