@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from pipeline.storage.retry import (
     retrying,
     shown,
 )
+from pipeline.storage.scatter import scatter
 from pipeline.storage.tree import files_below
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "open_url",
     "publish",
     "read_bytes",
+    "read_into",
     "read_ranges",
     "remove",
     "retry_limit",
@@ -113,6 +116,32 @@ def read_ranges(
         read = read_local if is_local(filesystem) else read_remote
         retrying(read, filesystem, path, doing="read")
     return parts
+
+
+def read_into(
+    filesystem: fsspec.AbstractFileSystem,
+    path: str,
+    pieces: Sequence[tuple[int, Sequence[bytearray | memoryview]]],
+    *,
+    ahead: bool = False,
+) -> list[int]:
+    """Bytes of a local file from each offset on straight into buffers (writable, contiguous), one
+    behind the other; how many bytes there were of each piece. Neighbours are one call of the
+    system. ``ahead`` asks it to fetch the whole file meanwhile. What is no regular file is empty.
+    """
+
+    def read() -> list[int]:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return [0] * len(pieces)
+            if ahead and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            return scatter(descriptor, pieces)
+        finally:
+            os.close(descriptor)
+
+    return retrying(read, filesystem, path, doing="read")
 
 
 def write_atomic(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:

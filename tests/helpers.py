@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,14 +83,20 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def recorded_opens() -> Iterator[list[str]]:
-    """Every path that a local fsspec filesystem opens, from any thread, whoever asks."""
+    """Every path that a local fsspec filesystem opens, or ``os.open`` (which is how rows are read
+    straight into arrays), from any thread, whoever asks."""
     paths: list[str] = []
-    original = LocalFileSystem._open
+    original, plain = LocalFileSystem._open, os.open
 
     def open_and_record(self: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
         paths.append(str(path))
         return original(self, path, *args, **kwargs)
 
+    def open_plainly(path: Any, *args: Any, **kwargs: Any) -> int:
+        paths.append(str(path))
+        return plain(path, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalFileSystem, "_open", open_and_record)
+        patch.setattr(os, "open", open_plainly)
         yield paths

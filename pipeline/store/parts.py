@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -162,6 +163,45 @@ def fill_from_chunk(part: Part, data: bytes | memoryview, rows: np.ndarray) -> N
         rows[0] = read_chunk(part, data)
     else:
         decompress(part, data, part.nbytes, rows.reshape(-1).view(np.uint8))
+
+
+class Landing:
+    """Where the bytes of one sample's stored array are read to: straight into its row where they
+    are stored as they are, else to a place of their own, to be decompressed."""
+
+    def __init__(self, part: Part, rows: np.ndarray, size: int, *, npy: bool) -> None:
+        """``rows`` is (1, *shape); ``size`` the bytes that the commit record promises; ``npy``:
+        a member of a tar, else a chunk of zarr."""
+        self.part = part
+        self.rows = rows
+        self.size = size
+        self._npy = npy
+        self._header = npy_header(part.shape, part.dtype.str) if npy else b""
+        plain = part.lossless == "none" and not (npy and part.is_class)
+        self._direct = plain and size == len(self._header) + part.nbytes
+        self.buffers: list[bytearray | memoryview]
+        if self._direct:
+            self.buffers = [rows.reshape(-1).view(np.uint8).data]
+            if self._header:
+                self.buffers.insert(0, bytearray(len(self._header)))
+        else:
+            self.buffers = [bytearray(size)]
+
+    def finish(self, count: int, crc32: int | None) -> None:
+        """``count`` bytes came. Raises ``ValueError`` where they are not what was promised."""
+        if count != self.size:
+            raise ValueError("the file is too short")
+        if crc32 is not None:
+            found = 0
+            for buffer in self.buffers:
+                found = zlib.crc32(buffer, found)
+            if found != crc32:
+                raise ValueError("its checksum is wrong")
+        if not self._direct:
+            fill = fill_from_npy_member if self._npy else fill_from_chunk
+            fill(self.part, memoryview(self.buffers[0]), self.rows)
+        elif self._header and bytes(self.buffers[0]) != self._header:
+            raise ValueError(f"not a {self.part.dtype.name} array of shape {self.part.shape}")
 
 
 def empty_batch(part: Part, count: int) -> np.ndarray:

