@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,6 +19,9 @@ from schemas.store import Column
 ZSTD_LEVEL = 1
 """Quantised numbers have no repetitions to search for; higher levels cost time and save nothing."""
 SHUFFLED = {"cname": "zstd", "clevel": 1, "shuffle": Blosc.BITSHUFFLE}
+
+
+Buffer = bytearray | memoryview
 
 
 class Part(NamedTuple):
@@ -165,42 +168,37 @@ def fill_from_chunk(part: Part, data: bytes | memoryview, rows: np.ndarray) -> N
         decompress(part, data, part.nbytes, rows.reshape(-1).view(np.uint8))
 
 
-class Landing:
-    """Where the bytes of one sample's stored array are read to: straight into its row where they
-    are stored as they are, else to a place of their own, to be decompressed."""
+class Layout:
+    """How one stored array of a sample lies in its file, and how to read it into its row."""
 
-    def __init__(self, part: Part, rows: np.ndarray, size: int, *, npy: bool) -> None:
-        """``rows`` is (1, *shape); ``size`` the bytes that the commit record promises; ``npy``:
-        a member of a tar, else a chunk of zarr."""
+    def __init__(self, part: Part, *, npy: bool) -> None:
+        """``npy``: a member of a tar, else a chunk of zarr."""
         self.part = part
-        self.rows = rows
-        self.size = size
-        self._npy = npy
         self._header = npy_header(part.shape, part.dtype.str) if npy else b""
-        plain = part.lossless == "none" and not (npy and part.is_class)
-        self._direct = plain and size == len(self._header) + part.nbytes
-        self.buffers: list[bytearray | memoryview]
-        if self._direct:
-            self.buffers = [rows.reshape(-1).view(np.uint8).data]
-            if self._header:
-                self.buffers.insert(0, bytearray(len(self._header)))
-        else:
-            self.buffers = [bytearray(size)]
+        self._fill = fill_from_npy_member if npy else fill_from_chunk
+        self._whole = None
+        if part.lossless == "none" and not (npy and part.is_class):
+            self._whole = len(self._header) + part.nbytes
 
-    def finish(self, count: int, crc32: int | None) -> None:
-        """``count`` bytes came. Raises ``ValueError`` where they are not what was promised."""
-        if count != self.size:
-            raise ValueError("the file is too short")
+    def buffers(self, row: np.ndarray, size: int) -> list[Buffer]:
+        """Where ``size`` bytes go: what is stored as it is straight into ``row`` (1, *shape)."""
+        if size != self._whole:
+            return [bytearray(size)]
+        data = row.reshape(-1).view(np.uint8).data
+        return [bytearray(len(self._header)), data] if self._header else [data]
+
+    def finish(self, buffers: Sequence[Buffer], row: np.ndarray, crc32: int | None) -> None:
+        """The buffers are full. Raises ``ValueError`` where what is in them is not what was
+        promised; ``crc32`` is the checksum, where it is to be checked."""
         if crc32 is not None:
             found = 0
-            for buffer in self.buffers:
+            for buffer in buffers:
                 found = zlib.crc32(buffer, found)
             if found != crc32:
                 raise ValueError("its checksum is wrong")
-        if not self._direct:
-            fill = fill_from_npy_member if self._npy else fill_from_chunk
-            fill(self.part, memoryview(self.buffers[0]), self.rows)
-        elif self._header and bytes(self.buffers[0]) != self._header:
+        if len(buffers) == 1 and isinstance(buffers[0], bytearray):
+            self._fill(self.part, memoryview(buffers[0]), row)
+        elif self._header and bytes(buffers[0]) != self._header:
             raise ValueError(f"not a {self.part.dtype.name} array of shape {self.part.shape}")
 
 

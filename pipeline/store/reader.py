@@ -10,7 +10,7 @@ from pipeline.files import StorageError
 from pipeline.store.damage import DamagedArrayError, DamagedShardError
 from pipeline.store.memory import Kept
 from pipeline.store.parts import (
-    Landing,
+    Layout,
     empty_batch,
     fill_from_chunk,
     fill_from_npy_member,
@@ -65,6 +65,8 @@ class StreamReader:
         self.source = source or FileSource(
             store.filesystem, store.root, wants_whole=up_to(whole_file_limit)
         )
+        npy = manifest.format != "zarr"
+        self._layouts = {name: Layout(part, npy=npy) for name, part in self.parts.items()}
         self._fill_row = fill_from_chunk if manifest.format == "zarr" else fill_from_npy_member
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
         self._tables: Kept[ShardTable] = Kept()
@@ -145,22 +147,27 @@ class StreamReader:
         until: int,
     ) -> None:
         """As ``_fill_from``, from a local file: what is stored as it is goes where it belongs."""
-        npy = self.store.manifest.format != "zarr"
         offsets, sizes = file.offsets[rows].tolist(), file.sizes[rows].tolist()
-        landings = [
-            (number, name, offset, Landing(self.parts[name], out[name][p : p + 1], size, npy=npy))
-            for number, p in enumerate(places.tolist())
-            for name, offset, size in zip(file.names, offsets[number], sizes[number], strict=True)
-        ]
+        crc32 = file.crc32[rows].tolist()
+        landings = []
+        for number, place in enumerate(places.tolist()):
+            for column, name in enumerate(file.names):
+                row = out[name][place : place + 1]
+                buffers = self._layouts[name].buffers(row, sizes[number][column])
+                landings.append((number, column, row, buffers))
+        pieces = [(offsets[n][c], buffers) for n, c, _, buffers in landings]
         try:
-            counts = self.source.read_into(file, [(at, one.buffers) for _, _, at, one in landings])
+            counts = self.source.read_into(file, pieces)
         except FileNotFoundError:
             raise DamagedShardError(f"{self._where(shard)} is missing") from None
-        crc32 = file.crc32[rows].ravel().tolist()
-        for count, crc, (number, name, _, landing) in zip(counts, crc32, landings, strict=True):
-            check = self.verify and not verified[number]
+        check = (~verified if self.verify else np.full(len(rows), False)).tolist()
+        for count, (number, column, row, buffers) in zip(counts, landings, strict=True):
+            name = file.names[column]
             try:
-                landing.finish(count, crc if check else None)
+                if count != sizes[number][column]:
+                    raise ValueError("the file is too short")
+                crc = crc32[number][column] if check[number] else None
+                self._layouts[name].finish(buffers, row, crc)
             except ValueError as error:
                 raise self._damaged(shard, int(rows[number]), name, str(error)) from None
 
