@@ -27,6 +27,8 @@ class Form(NamedTuple):
 
 
 TOKENS: tuple[CodecName, ...] = (
+    "tokens64",
+    "tokens56",
     "tokens28",
     "tokens24",
     "tokens18",
