@@ -31,6 +31,7 @@ TOKENS: tuple[CodecName, ...] = (
     "tokens56",
     "tokens28",
     "tokens24",
+    "tokens22",
     "tokens18",
     "tokens16",
     "tokens12",

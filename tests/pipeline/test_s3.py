@@ -23,6 +23,7 @@ from pipeline.datasets.imagenet import read_synsets
 from pipeline.datasets.repa import first_latents
 from pipeline.datasets.tars import list_tars
 from pipeline.files import (
+    RETRY_VARIABLE,
     StorageError,
     exists,
     file_size,
@@ -286,13 +287,14 @@ def test_a_source_that_is_away_is_one_line(
     s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     config = ExtractConfig.model_validate(sources_that_are_away(tmp_path)[name])
+    monkeypatch.setenv(RETRY_VARIABLE, "0.5")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     S3FileSystem.clear_instance_cache()  # one that lives is still connected to the server
     start = time.monotonic()
-    with retry_limit(0.5), pytest.raises(UserError, match="gave up after") as error:
+    with pytest.raises(UserError, match="gave up after") as error:
         list_images(config)
     if name == "repa":
-        with retry_limit(0.5), pytest.raises(UserError, match="gave up after"):
+        with pytest.raises(UserError, match="gave up after"):
             list(first_latents(str(config.source)))
     S3FileSystem.clear_instance_cache()
     assert time.monotonic() - start < 10
@@ -305,8 +307,9 @@ def test_a_tar_whose_server_goes_while_it_is_read_is_one_line(
 ) -> None:
     filesystem, root = open_url(bucket, what="--store")
     write_atomic(filesystem, f"{root}/a.tar", bytes(10240))
+    monkeypatch.setenv(RETRY_VARIABLE, "0.5")
     monkeypatch.setattr("pipeline.datasets.tars.list_files", lambda source: ["a.tar"])
-    with away(s3), retry_limit(0.5), pytest.raises(UserError, match="gave up after") as error:
+    with away(s3), pytest.raises(UserError, match="gave up after") as error:
         list_tars(bucket)
     assert f"{bucket}/a.tar" in str(error.value)
 

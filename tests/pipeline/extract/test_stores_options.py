@@ -98,5 +98,5 @@ def test_what_is_said_must_be_the_stores(
 
 def test_a_store_of_an_unknown_data_set_is_one_line(store: Store) -> None:
     edit_json(Path(store.root, "manifest.json"), lambda v: v["dataset"].update(name="x"))
-    with pytest.raises(UserError, match=r"--add-stream to store .*: dataset: Input should be"):
+    with pytest.raises(UserError, match=r"dataset.*: Input should be"):
         asked(Store.open(store.url))
