@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+_CODEC = (
+    r"^(float32|float16|bfloat16|int64|uint8|int8(_group64|_outliers16|_centred)?|cbrt8"
+    r"|(tokens|rms|heads)[1-9][0-9]{0,2}|sqrt[1-9][0-9]{0,3})$"
+)
+
+
+def _codec_name(name: str) -> str:
+    if re.fullmatch(_CODEC[1:-1], name) is None:
+        raise PydanticCustomError(
+            "codec_name",
+            "'{name}' is no codec: there are float32, float16, bfloat16, int64, uint8, int8, "
+            "int8_group64, int8_outliers16, int8_centred and cbrt8, and with a fineness of 1 to "
+            "999 behind the name tokens, rms and heads (tokens28), of 1 to 9999 sqrt (sqrt510)",
+            {"name": name[:60]},
+        )
+    return name
+
 
 CodecName = Annotated[
-    str,
-    Field(
-        pattern=r"^(float32|float16|bfloat16|int64|uint8|int8(_group64|_outliers16|_centred)?|cbrt8"
-        r"|(tokens|rms|heads)[1-9][0-9]{0,2}|sqrt[1-9][0-9]{0,3})$"
-    ),
+    str, AfterValidator(_codec_name), WithJsonSchema({"type": "string", "pattern": _CODEC})
 ]
 """See ``pipeline.store.codecs`` for what each one keeps. A number behind a name is its fineness."""
 

@@ -78,7 +78,8 @@ class ExtractConfig(Strict):
     shard for each array."""
     add_stream: Name | None = None
     """Name of a teacher stream to add to a store that is there: another teacher, cut, codec or
-    other layers. Latents, keys and shards stay as they are."""
+    other layers. Latents, keys and shards stay as they are; data set, source, teacher and layers
+    are the store's where no option says otherwise, and the rest is its data set's default."""
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Samples per shard."""
     batch_size: Annotated[int, Field(ge=1)] = 32

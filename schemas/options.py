@@ -38,13 +38,17 @@ def parse_options(
     """Build ``model`` from defaults < preset < ``--config FILE`` < ``--option VALUE``.
 
     ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults, for the table
-    that the option is in (``a`` of ``a.b``); ``positional`` names the options that arguments
-    without dashes fill, in their order. Prints the help and leaves with code 0 on ``--help``;
-    raises ``UserError`` on anything that does not fit.
+    that the option is in (``a`` of ``a.b``). They are defaults: ``model_fields_set`` has only what
+    a file or an option gave. ``positional`` names the options that arguments without dashes fill,
+    in their order. Prints the help and leaves with code 0 on ``--help``; raises ``UserError`` on
+    anything that does not fit.
     """
     places = [positional] if isinstance(positional, str) else list(positional)
+    table, _, _ = preset_key.rpartition(".")
+    whole = {name: _nest(table, one) if table else one for name, one in (presets or {}).items()}
     if {"-h", "--help"} & set(argv):
-        print(help_text(model, command=" ".join([command, *map(str.upper, places)]), about=about))
+        usage = " ".join([command, *map(str.upper, places)])
+        print(help_text(model, command=usage, about=about, presets=whole, preset_key=preset_key))
         sys.exit(0)
     leaves = dict(leaf_fields(model))
     tables = set(_optional_tables(model))
@@ -63,12 +67,11 @@ def parse_options(
         given = merge(given, values)
     for name, value in overrides:
         given = merge(given, _nest(name, value))
-    if presets:
-        chosen = _look_up(given, preset_key, leaves[preset_key].default)
-        table, _, _ = preset_key.rpartition(".")
-        preset = presets.get(str(chosen), {})
-        given = merge(_nest(table, preset) if table else preset, given)
-    return validate(model, given, where=files[-1] if files and not overrides else "options")
+    where = files[-1] if files and not overrides else "options"
+    if not presets:
+        return validate(model, given, where=where)
+    chosen = _look_up(given, preset_key, leaves[preset_key].default)
+    return _as_given(validate(model, merge(whole.get(str(chosen), {}), given), where=where), given)
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
@@ -138,8 +141,16 @@ def _optional_tables(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _optional_tables(inner, f"{prefix}{name}.")
 
 
-def help_text(model: type[BaseModel], *, command: str, about: str) -> str:
-    """The ``--help`` page, made of field names, defaults and docstrings."""
+def help_text(
+    model: type[BaseModel],
+    *,
+    command: str,
+    about: str,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    preset_key: str = "",
+) -> str:
+    """The ``--help`` page, made of field names, defaults and docstrings. ``presets`` are what
+    values of the option ``preset_key`` make of the defaults, as nested as the model."""
     lines = [
         f"usage: {command} [--config FILE.yaml] [--option VALUE ...]",
         "",
@@ -156,9 +167,13 @@ def help_text(model: type[BaseModel], *, command: str, about: str) -> str:
         needed = "required by its kind" if name.rpartition(".")[0] in kinds else "required"
         defaults = dict.fromkeys(_show(f.get_default()) for f in fields if not f.is_required())
         default = f"default {' or '.join(defaults)}" if defaults else needed
+        for chosen, values in (presets or {}).items():
+            preset = _look_up(values, name, None)
+            if preset is not None and _show(preset) not in defaults:
+                default += f"; with --{_dashed(preset_key)} {chosen}: {_show(preset)}"
         choices = list(dict.fromkeys(choice for f in fields for choice in _choices(f.annotation)))
         shown = " {" + ",".join(choices) + "}" if choices else ""
-        lines.append(f"  --{name.replace('_', '-')}{shown}  ({default})")
+        lines.append(f"  --{_dashed(name)}{shown}  ({default})")
         if first.description:
             lines.append(f"      {' '.join(first.description.split())}")
     return "\n".join(lines)
@@ -190,8 +205,8 @@ def _split_arguments(
         table, _, entry = name.rpartition(".")
         in_table = table in leaves and _is_mapping(leaves[table].annotation)
         if name != "config" and name not in leaves and name not in tables and not in_table:
-            options = [leaf.replace("_", "-") for leaf in [*leaves, "config"]]
-            hint = suggest(option.replace("_", "-"), options).replace("'", "'--", 1)
+            options = [_dashed(leaf) for leaf in [*leaves, "config"]]
+            hint = suggest(_dashed(option), options).replace("'", "'--", 1)
             raise UserError(f"unknown option --{option}{hint}; --help lists them all")
         if not equals:
             flag = name in leaves and leaves[name].annotation is bool
@@ -253,6 +268,24 @@ def _nest(name: str, value: Any) -> dict[str, Any]:
     for part in reversed(name.split(".")):
         value = {part: value}
     return typing.cast(dict[str, Any], value)
+
+
+def _as_given(model: M, given: Mapping[str, Any]) -> M:
+    """The same values, of which only those in ``given`` count as set."""
+    values: dict[str, Any] = {}
+    said = set()
+    for name, field in type(model).model_fields.items():
+        key, value = field.alias or name, getattr(model, name)
+        inner = given.get(key, {})
+        nested = isinstance(value, BaseModel) and isinstance(inner, Mapping)
+        values[key] = _as_given(value, inner) if nested else value
+        if key in given:
+            said.add(name)
+    return model.model_construct(said, **values)
+
+
+def _dashed(option: str) -> str:
+    return option.replace("_", "-")
 
 
 def _look_up(values: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 
-import fsspec
-
 from pipeline.datasets.base import ImageItem, Listing
-from pipeline.files import StorageError, file_size, list_tree, open_url, without_credentials
+from pipeline.files import is_local, list_tree, open_url, without_credentials
 from pipeline.storage.secrets import without_secrets
 from schemas.errors import UserError
 
@@ -34,7 +33,9 @@ def list_files(source: str, below: str = "") -> list[str]:
     filesystem, root = open_url(source, what="--source")
     folder = f"{root}/{below}".rstrip("/")
     try:
-        found = [folder] if _is_file(filesystem, folder) else list(list_tree(filesystem, folder))
+        # object stores list a single file as its own tree
+        alone = is_local(filesystem) and os.path.isfile(folder)
+        found = [folder] if alone else list(list_tree(filesystem, folder))
     except Exception as error:  # fsspec backends raise their own types beside StorageError
         reason = " ".join(without_secrets(str(error), source).split()) or type(error).__name__
         raise UserError(f"--source '{without_credentials(source)}': {reason}") from None
@@ -42,13 +43,6 @@ def list_files(source: str, below: str = "") -> list[str]:
     return sorted(
         path for path in relative if not any(part.startswith(".") for part in path.split("/"))
     )
-
-
-def _is_file(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
-    try:
-        return file_size(filesystem, path) >= 0
-    except (FileNotFoundError, StorageError):  # nothing, or a folder
-        return False
 
 
 def make_items(paths: Sequence[str], labels: Sequence[int]) -> list[ImageItem]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 
-import fsspec
-
 from pipeline.datasets.base import Listing
 from pipeline.datasets.folder import list_files, make_items
-from pipeline.files import exists, open_url, without_credentials
+from pipeline.files import exists, open_url, read_bytes, without_credentials
 from schemas.errors import UserError
 
 WNID = re.compile(r"n\d{8}")
@@ -20,7 +18,7 @@ def list_imagenet(source: str, synsets: str | None) -> Listing:
 
     ``synsets`` (a file of WNIDs) fixes the ranks, also of classes that the source lacks.
     """
-    shown = without_credentials(source)
+    shown, named = without_credentials(source), without_credentials(synsets or "")
     folder = _train_folder(source)
     paths = [path for path in list_files(source, folder) if WNID.fullmatch(_wnid(path, folder))]
     if not paths:
@@ -32,7 +30,7 @@ def list_imagenet(source: str, synsets: str | None) -> Listing:
     classes = read_synsets(synsets) if synsets else present
     missing = sorted(set(present) - set(classes))
     if missing:
-        raise UserError(f"--synsets '{synsets}' lacks {missing[0]}, which '{shown}' holds")
+        raise UserError(f"--synsets '{named}' lacks {missing[0]}, which '{shown}' holds")
     rank = {wnid: i for i, wnid in enumerate(classes)}
     labels = [rank[_wnid(path, folder)] for path in paths]
     items = make_items(paths, labels)
@@ -41,15 +39,20 @@ def list_imagenet(source: str, synsets: str | None) -> Listing:
 
 
 def read_synsets(file: str) -> list[str]:
-    """Sorted WNIDs: the first word of each line."""
+    """Sorted WNIDs: the first word of each line. Raises ``UserError``."""
+    filesystem, path = open_url(file, what="--synsets")
     try:
-        with fsspec.open(file, "rt") as handle:
-            words = [line.split()[0] for line in handle.read().splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"--synsets '{file}': {error}") from None
+        text = read_bytes(filesystem, path).decode()
+    except FileNotFoundError:
+        raise UserError(f"--synsets '{without_credentials(file)}': there is no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--synsets '{without_credentials(file)}': is not a text file") from None
+    words = [line.split()[0] for line in text.splitlines() if line.strip()]
     for number, word in enumerate(words, start=1):
         if not WNID.fullmatch(word):
-            raise UserError(f"--synsets '{file}', line {number}: '{word}' is not a WNID")
+            raise UserError(
+                f"--synsets '{without_credentials(file)}', line {number}: '{word}' is not a WNID"
+            )
     return sorted(set(words))
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 
 from pipeline.datasets.base import ImageItem, Listing
-from pipeline.files import open_url, without_credentials
+from pipeline.files import file_size, open_url, read_bytes, read_ranges, without_credentials
 from schemas.errors import UserError
 
 LATENT = re.compile(r"([0-9]{5})/img-mean-std-([0-9]{8})\.npy")
@@ -25,7 +25,7 @@ HEAD_BYTES = 1 << 12
 
 def list_repa(source: str) -> Listing:
     """Every latent of vae-sd/dataset.json with the image of its number; the key is the image's path
-    without images/ and suffix. Raises ``UserError``."""
+    without images/ and suffix. Raises ``UserError``, also where storage stays away."""
     shown = without_credentials(source)
     labels = _read_labels(source, "vae-sd")
     if not labels:
@@ -58,10 +58,12 @@ def list_repa(source: str) -> Listing:
 def first_latents(source: str) -> Iterator[ImageItem]:
     """Some items, without reading the whole of a dataset.json that ``list_repa`` has accepted."""
     filesystem, root = open_url(source, what="--source")
+    path = f"{root}/vae-sd/dataset.json"
     try:
-        head = filesystem.cat_file(f"{root}/vae-sd/dataset.json", start=0, end=HEAD_BYTES)
-    except Exception as error:  # every fsspec backend raises its own types
-        raise _unreadable(f"{without_credentials(source)}/vae-sd/dataset.json", error) from None
+        (head,) = read_ranges(filesystem, path, [(0, HEAD_BYTES)])
+    except FileNotFoundError:
+        where = f"{without_credentials(source)}/vae-sd/dataset.json"
+        raise UserError(f"{where}: there is no such file") from None
     for match in LATENT.finditer(head.decode(errors="replace")):
         key = f"{match[1]}/img{match[2]}"
         yield ImageItem(key, 0, f"images/{key}.png", latent=f"vae-sd/{match[0]}")
@@ -73,12 +75,10 @@ def _read_labels(source: str, folder: str) -> dict[str, int] | None:
     filesystem, root = open_url(source, what="--source")
     path = f"{root}/{folder}/dataset.json"
     try:
-        size = filesystem.size(path) or 0
-        data = filesystem.cat_file(path) if size <= MAX_JSON_BYTES else b""
+        size = file_size(filesystem, path)
+        data = read_bytes(filesystem, path) if size <= MAX_JSON_BYTES else b""
     except FileNotFoundError:
         return None
-    except Exception as error:  # every fsspec backend raises its own types
-        raise _unreadable(where, error) from None
     if size > MAX_JSON_BYTES:
         raise UserError(f"{where}: has {size} bytes; the limit is {MAX_JSON_BYTES}")
     try:
@@ -105,11 +105,6 @@ def _read_labels(source: str, folder: str) -> dict[str, int] | None:
             raise UserError(f"{where}: entry {number} lists {_short(name)} again")
         labels[name] = label
     return labels
-
-
-def _unreadable(where: str, error: Exception) -> UserError:
-    reason = " ".join(without_credentials(str(error)).split()) or type(error).__name__
-    return UserError(f"{where}: {reason}")
 
 
 def _short(value: object) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.folder import escape_dots, list_files
-from pipeline.files import open_url, without_credentials
+from pipeline.files import open_url, retrying, without_credentials
 from pipeline.storage.secrets import without_secrets
 from schemas.errors import UserError
 
@@ -47,31 +47,40 @@ def list_tars(source: str) -> Listing:
 def _scan(source: str, path: str) -> dict[str, _Member]:
     """Offsets and labels of one tar: headers and .cls members are read, images are not."""
     filesystem, root = open_url(source, what="--source")
-    members: dict[str, _Member] = {}
+    whole = f"{root}/{path}".rstrip("/")
     where = f"{without_credentials(source)}/{path}".rstrip("/")
-    try:
+
+    def scan() -> dict[str, _Member]:
         with (
-            filesystem.open(f"{root}/{path}".rstrip("/"), "rb") as raw,
+            filesystem.open(whole, "rb") as raw,
             tarfile.open(fileobj=raw, mode="r:") as tar,
         ):
-            for info in tar:
-                if not info.isreg():
-                    continue
-                folder, slash, name = info.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if not stem:  # hidden, as the ._NAME files that macOS leaves
-                    continue
-                member = members.setdefault(f"{folder}{slash}{stem}", _Member())
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    member.offset, member.length = info.offset_data, info.size
-                elif suffix == "cls":
-                    handle = tar.extractfile(info)
-                    text = handle.read(32) if handle else b""
-                    if not text.strip().isdigit():
-                        raise UserError(f"{where}: {info.name} is not a class number")
-                    member.label = int(text)
+            return _members(tar, where)
+
+    try:
+        return retrying(scan, filesystem, whole, doing="read")
     except (OSError, tarfile.TarError) as error:
         raise UserError(
             f"{where}: cannot read this tar ({without_secrets(str(error), source)})"
         ) from None
+
+
+def _members(tar: tarfile.TarFile, where: str) -> dict[str, _Member]:
+    members: dict[str, _Member] = {}
+    for info in tar:
+        if not info.isreg():
+            continue
+        folder, slash, name = info.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if not stem:  # hidden, as the ._NAME files that macOS leaves
+            continue
+        member = members.setdefault(f"{folder}{slash}{stem}", _Member())
+        if suffix.lower() in IMAGE_SUFFIXES:
+            member.offset, member.length = info.offset_data, info.size
+        elif suffix == "cls":
+            handle = tar.extractfile(info)
+            text = handle.read(32) if handle else b""
+            if not text.strip().isdigit():
+                raise UserError(f"{where}: {info.name} is not a class number")
+            member.label = int(text)
     return members

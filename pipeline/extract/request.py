@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pipeline.alignment.cuts import cut_columns
 from pipeline.datasets import Listing
 from pipeline.extract.plan import stream_name
 from pipeline.store import Store
 from pipeline.store.differences import differences
 from schemas.errors import UserError
-from schemas.extract import ExtractConfig
+from schemas.extract import PRESETS, ExtractConfig
+from schemas.options import merge, validate
 from schemas.store import Manifest, TeacherStream
 
 
 def with_stores_options(config: ExtractConfig, store: Store) -> ExtractConfig:
-    """For a stream that is added: what the store's images and shards are, where the options do not
-    say it. Raises ``UserError`` where they say otherwise."""
+    """For a stream that is added: what the store's images, shards and teacher are, and what its
+    data set's preset says, where the options do not. Raises ``UserError`` where they say otherwise.
+
+    Options that count as said are those in ``model_fields_set``."""
     manifest, dataset = store.manifest, store.manifest.dataset
-    given = config.model_fields_set
+    said = config.model_dump(exclude_unset=True)
     if config.add_stream in manifest.base_streams:
         raise UserError(
             f"--add-stream {config.add_stream}: store '{store.shown_url}' was made with a stream "
             "of this name; choose another"
         )
-    update: dict[str, object] = {}
-    for option, value in {
+    of_store: dict[str, object] = {
         "dataset": dataset.name,
         "resolution": manifest.resolution,
         "format": manifest.format,
         "shard_size": manifest.shard_size,
         "order_seed": dataset.order_seed,
-    }.items():
-        if option in given and getattr(config, option) != value:
+    }
+    for option, value in of_store.items():
+        if option in said and said[option] != value:
             raise UserError(
                 f"store '{store.shown_url}' was made with {option} {value}, not "
-                f"{getattr(config, option)}: a stream that is added has its shards"
+                f"{said[option]}: a stream that is added has its shards"
             )
-        update[option] = value
-    if config.source is None:
-        update["source"] = dataset.source
-    return config.model_copy(update=update)
+    defaults = {
+        **PRESETS.get(dataset.name, {}),
+        **_stores_teacher(said.get("teacher", {}), config.add_stream, manifest),
+        **of_store,
+        "source": dataset.source,
+    }
+    whole = merge(defaults, {name: value for name, value in said.items() if value is not None})
+    return validate(ExtractConfig, whole, where=f"--add-stream to store '{store.shown_url}'")
+
+
+def _stores_teacher(
+    said: Mapping[str, object], stream: str | None, manifest: Manifest
+) -> dict[str, object]:
+    """The teacher of ``stream`` where that was begun, else of the store's first, and its layers;
+    nothing of it where another model is asked for."""
+    held = manifest.teacher_streams
+    if not held:
+        return {}
+    teacher = held.get(stream or "", next(iter(held.values()))).teacher
+    if said.get("model", teacher.model) != teacher.model:
+        return {"teacher": {}}
+    options = {"model", "weights", "seed", "image_size", "model_args"}
+    return {"teacher": teacher.model_dump(include=options), "layers": teacher.layers}
 
 
 def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None:

@@ -77,9 +77,9 @@ def _check(store: Store, config: InspectConfig) -> int:
     from pipeline.inspect.check import answers_as_json, check_configs  # imports torch
 
     answers = check_configs(store, config.check)
-    lines = "\n".join(str(answer) for answer in answers)
-    print(answers_as_json(answers) if config.as_json else lines)
-    return 0 if all(answer.ok for answer in answers) else 1
+    found, lines = answers_as_json(answers), "\n".join(str(answer) for answer in answers)
+    print(json.dumps(found) if config.as_json else lines)
+    return 0 if found["ok"] else 1
 
 
 def _collect(store: Store, config: InspectConfig) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.alignment.targets import check_fit
 from pipeline.inspect.additions import addition
@@ -44,8 +43,12 @@ def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
     return [_answer(store, file, incomplete) for file in files]
 
 
-def answers_as_json(answers: list[Answer]) -> str:
-    return json.dumps([answer._asdict() for answer in answers])
+def answers_as_json(answers: list[Answer]) -> dict[str, Any]:
+    """All answers, and whether each is a yes."""
+    return {
+        "configs": [answer._asdict() for answer in answers],
+        "ok": all(answer.ok for answer in answers),
+    }
 
 
 def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:

@@ -43,6 +43,8 @@ def open_url(url: str, *, what: str) -> tuple[fsspec.AbstractFileSystem, str]:
         shown = without_credentials(url)
         raise UserError(f"{what} '{shown}': {without_credentials(str(error))}") from None
     if is_s3(filesystem):
+        if not str(path).strip("/"):
+            raise UserError(f"{what} '{url}': names no bucket; expected s3://BUCKET/PATH")
         # s3fs and botocore would multiply their own attempts with ours, into many minutes
         filesystem.retries = 1
     return filesystem, str(path).rstrip("/") or "/"

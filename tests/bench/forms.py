@@ -27,8 +27,11 @@ class Form(NamedTuple):
 
 
 TOKENS: tuple[CodecName, ...] = (
+    "tokens64",
+    "tokens56",
     "tokens28",
     "tokens24",
+    "tokens22",
     "tokens18",
     "tokens16",
     "tokens12",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pickle
 import socket
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +18,12 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
+from pipeline.datasets import list_images
+from pipeline.datasets.imagenet import read_synsets
+from pipeline.datasets.repa import first_latents
+from pipeline.datasets.tars import list_tars
 from pipeline.files import (
+    RETRY_VARIABLE,
     StorageError,
     exists,
     file_size,
@@ -32,6 +40,7 @@ from pipeline.files import (
 from pipeline.storage import connection
 from pipeline.storage.connection import READ_SECONDS
 from schemas.errors import UserError
+from schemas.extract import ExtractConfig
 from tests.s3 import KEY, SECRET, SeaweedFS
 
 
@@ -261,14 +270,83 @@ def test_credentials_in_the_url_are_refused(s3: SeaweedFS) -> None:
         assert "hunter" not in str(error.value)
 
 
-def test_an_imagenet_source_that_is_away_is_one_line(
-    s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pipeline.datasets.imagenet import list_imagenet
+def sources_that_are_away(tmp_path: Path) -> dict[str, dict[str, str]]:
+    """Options of each data set that lead to storage."""
+    (tmp_path / "train" / "n01440764").mkdir(parents=True)
+    (tmp_path / "train" / "n01440764" / "1.JPEG").write_bytes(b"")
+    away = "s3://somewhere/images"
+    names = ("imagenet", "folder", "webdataset", "repa")
+    return {
+        **{name: {"dataset": name, "source": away} for name in names},
+        "synsets": {"dataset": "imagenet", "source": str(tmp_path), "synsets": f"{away}/s.txt"},
+    }
 
+
+@pytest.mark.parametrize("name", ["imagenet", "folder", "webdataset", "repa", "synsets"])
+def test_a_source_that_is_away_is_one_line(
+    s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    config = ExtractConfig.model_validate(sources_that_are_away(tmp_path)[name])
+    monkeypatch.setenv(RETRY_VARIABLE, "0.5")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     S3FileSystem.clear_instance_cache()  # one that lives is still connected to the server
-    with retry_limit(0.5), pytest.raises(UserError, match="gave up after") as error:
-        list_imagenet("s3://somewhere/imagenet", None)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="gave up after") as error:
+        list_images(config)
+    if name == "repa":
+        with pytest.raises(UserError, match="gave up after"):
+            list(first_latents(str(config.source)))
     S3FileSystem.clear_instance_cache()
+    assert time.monotonic() - start < 10
+    assert "s3://somewhere/images" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_tar_whose_server_goes_while_it_is_read_is_one_line(
+    s3: SeaweedFS, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filesystem, root = open_url(bucket, what="--store")
+    write_atomic(filesystem, f"{root}/a.tar", bytes(10240))
+    monkeypatch.setenv(RETRY_VARIABLE, "0.5")
+    monkeypatch.setattr("pipeline.datasets.tars.list_files", lambda source: ["a.tar"])
+    with away(s3), pytest.raises(UserError, match="gave up after") as error:
+        list_tars(bucket)
+    assert f"{bucket}/a.tar" in str(error.value)
+
+
+def test_every_data_set_is_listed_from_s3(s3: SeaweedFS, bucket: str, tmp_path: Path) -> None:
+    filesystem, root = open_url(bucket, what="--store")
+    wnid = "n01440764"
+    write_atomic(filesystem, f"{root}/in/train/{wnid}/1.JPEG", b"x")
+    write_atomic(filesystem, f"{root}/in/synsets.txt", f"{wnid} tench\nn02102040 dog\n".encode())
+    labels = {"images": "00000/img00000000.png", "vae-sd": "00000/img-mean-std-00000000.npy"}
+    for folder, name in labels.items():
+        data = json.dumps({"labels": [[name, 4]]}).encode()
+        write_atomic(filesystem, f"{root}/repa/{folder}/dataset.json", data)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in {"x.jpg": b"picture", "x.cls": b"3"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    publish(filesystem, tmp_path / "a.tar", f"{root}/tars/a.tar")
+    for options, keys, classes in (
+        ({"dataset": "folder", "source": f"{bucket}/in/train"}, [f"{wnid}/1"], 1),
+        ({"dataset": "imagenet", "source": f"{bucket}/in"}, [f"{wnid}/1"], 1),
+        ({"dataset": "repa", "source": f"{bucket}/repa"}, ["00000/img00000000"], 5),
+        ({"dataset": "webdataset", "source": f"{bucket}/tars"}, ["x"], 4),
+        ({"dataset": "webdataset", "source": f"{bucket}/tars/a.tar"}, ["x"], 4),
+    ):
+        listing = list_images(ExtractConfig.model_validate(options))
+        assert ([item.key for item in listing.items], listing.num_classes) == (keys, classes)
+    assert read_synsets(f"{bucket}/in/synsets.txt") == [wnid, "n02102040"]
+    with pytest.raises(UserError, match=r"--synsets .*no such file"):
+        read_synsets(f"{bucket}/in/none.txt")
+    assert [item.label for item in first_latents(f"{bucket}/repa")] == [0]
+    with pytest.raises(UserError, match="no such file"):
+        list(first_latents(f"{bucket}/none"))
+
+
+def test_a_url_without_a_bucket_is_told_as_such() -> None:
+    for url in ("s3://", "s3:///"):
+        with pytest.raises(UserError, match="names no bucket"):
+            open_url(url, what="--store")

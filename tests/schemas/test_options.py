@@ -59,6 +59,18 @@ def test_defaults_then_preset_then_yaml_then_command_line(yaml_file: Any) -> Non
     assert (mixed.teacher.seed, mixed.teacher.weights) == (3, "demo")
 
 
+def test_only_what_was_given_counts_as_set(yaml_file: Any) -> None:
+    file = yaml_file("shard_size: 7\nteacher: {seed: 3}")
+    config = extraction("--dataset", "demo", "--config", file, "--layers", "2-3")
+    assert config.model_fields_set == {"dataset", "shard_size", "teacher", "layers"}
+    assert config.teacher.model_fields_set == {"seed"}
+    assert (config.resolution, config.teacher.weights) == (32, "demo")
+    said = {"dataset": "demo", "shard_size": 7, "teacher": {"seed": 3}, "layers": (2, 3)}
+    assert config.model_dump(exclude_unset=True) == said
+    assert extraction().model_fields_set == set()
+    assert extraction().cut == "activations"
+
+
 def test_a_later_config_overrides_an_earlier_one(yaml_file: Any) -> None:
     first = yaml_file("steps: 5\nseed: 1", "first.yaml")
     second = yaml_file("steps: 6", "second.yaml")
@@ -304,8 +316,19 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
         extraction("--help")
     page = capsys.readouterr().out
     assert "--precision {auto,float32,bfloat16,float16}  (default auto)" in page
-    assert "--layers  (default 7,8,9,10,11)" in page
     assert "--source  (default none)" in page
+    # a data set's preset is told where it differs
+    assert "--layers  (default 7,8,9,10,11; with --dataset demo: 2,3,4,5)" in page
+    assert "  (default maps; with --dataset imagenet: activations)" in page
+    assert "--teacher.weights  (default hub; with --dataset demo: demo)" in page
+
+
+def test_a_codec_that_does_not_exist_is_told_which_ones_do() -> None:
+    for name in ("tokens0", "int4", "sqrt", "tokens20\n"):
+        message = complaint(extraction, f"--column-codecs.tokens={name!r}")
+        assert "column_codecs.tokens: 'tokens" in message or f"'{name}' is no codec" in message
+        assert "is no codec: there are float32, " in message
+        assert "[1-9]" not in message
 
 
 @pytest.mark.parametrize(

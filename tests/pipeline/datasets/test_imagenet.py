@@ -70,8 +70,13 @@ def test_unusable_synset_lists_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("n01440764\nLOC_synset\n")
     with pytest.raises(UserError, match="line 2: 'LOC_synset' is not a WNID"):
         list_imagenet(source, str(tmp_path / "bad.txt"))
-    with pytest.raises(UserError, match="--synsets"):
+    with pytest.raises(UserError, match=r"--synsets '.*missing.txt': there is no such file"):
         list_imagenet(source, str(tmp_path / "missing.txt"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"--synsets '.*binary.txt': is not a text file"):
+        list_imagenet(source, str(tmp_path / "binary.txt"))
+    with pytest.raises(UserError, match=r"cannot read .*directory"):
+        list_imagenet(source, str(tmp_path))
 
 
 def test_the_sample_of_real_originals_is_listed(shared: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.alignment.targets import Wanted, read_targets
+from pipeline.extract.__main__ import main as command
 from pipeline.extract.job import extract
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.inspect.summary import summarise
@@ -188,3 +189,16 @@ def test_a_lost_record_of_the_first_streams_is_told_as_incomplete(
     (tmp_path / "store" / "commits" / "shard-000001.json").unlink()
     assert inspect([str(tmp_path / "store")]) == 0
     assert "INCOMPLETE: 1 of 4 shards are missing (first: 1)" in capsys.readouterr().out
+
+
+def test_the_command_takes_from_the_store_what_it_does_not_say(
+    images: Path, tmp_path: Path
+) -> None:
+    base = demo_like(images, tmp_path / "store", actors=1)
+    first = extract(base).store.manifest.teacher_stream()[1].teacher
+    argv = ["--store", str(base.store), "--add-stream", "second", "--cut", "activations"]
+    assert command([*argv, "--batch-size", "2", "--actors", "1"]) == 0
+    store = Store.open(str(base.store))
+    second = store.manifest.teacher_stream("second")[1]
+    assert (second.teacher, second.cut) == (first, "activations")
+    store.require_complete("second")

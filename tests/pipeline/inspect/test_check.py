@@ -240,8 +240,12 @@ def test_the_page_has_a_line_for_each_and_the_exit_code_tells(
     assert main(["--check", good, bad, "--json", store.url]) == 1
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
-    assert found[0] == {"config": good, "ok": True, "reason": None, "command": None}
-    assert [answer["ok"] for answer in found] == [True, False]
+    assert found.keys() == {"configs", "ok"}
+    assert found["configs"][0] == {"config": good, "ok": True, "reason": None, "command": None}
+    assert [answer["ok"] for answer in found["configs"]] == [True, False]
+    assert found["ok"] is False
+    assert main(["--check", good, "--json", store.url]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
 def test_the_projects_own_configs_are_told_what_a_small_store_is_not(store: Store) -> None:

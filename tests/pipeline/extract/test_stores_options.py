@@ -1,0 +1,102 @@
+"""What a stream that is added takes from the store, and what from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.extract.request import with_stores_options
+from pipeline.store import Store
+from schemas.errors import UserError
+from schemas.extract import PRESETS, ExtractConfig, TeacherConfig
+from schemas.options import parse_options
+from tests.helpers import edit_json
+from tests.stores import add_random_stream, make_random_store
+
+DEMO = TeacherConfig.model_validate(PRESETS["demo"]["teacher"])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Digits, in shards of another size than the demo's preset has."""
+    store = make_random_store(tmp_path / "store", samples=6, shard_size=3)
+
+    def change(values: dict[str, Any]) -> None:
+        values["dataset"]["name"] = "demo"
+        teacher = values["streams"]["maps"]["teacher"]
+        teacher.update(DEMO.model_dump(exclude={"image_size"}), image_size=32)
+
+    edit_json(Path(store.root, "manifest.json"), change)
+    return Store.open(store.url)
+
+
+def asked(store: Store, *argv: str) -> ExtractConfig:
+    """What `python -m pipeline.extract` makes of these options."""
+    config = parse_options(
+        ExtractConfig,
+        ["--store", store.url, "--add-stream", "second", *argv],
+        command="c",
+        about="a",
+        presets=PRESETS,
+        preset_key="dataset",
+    )
+    return with_stores_options(config, store)
+
+
+@pytest.mark.parametrize("argv", [(), ("--dataset", "demo")])
+def test_what_is_not_said_is_the_stores(store: Store, argv: tuple[str, ...]) -> None:
+    config = asked(store, *argv)
+    assert (config.dataset, config.resolution, config.shard_size) == ("demo", 64, 3)
+    assert (config.teacher, config.cut) == (DEMO, "maps")
+    assert config.layers == store.manifest.teacher_stream()[1].teacher.layers
+
+
+def test_an_imagenet_store_has_imagenets_cut_and_its_own_teacher(store: Store) -> None:
+    edit_json(Path(store.root, "manifest.json"), lambda v: v["dataset"].update(name="imagenet"))
+    config = asked(Store.open(store.url))
+    assert (config.dataset, config.cut, config.teacher) == ("imagenet", "activations", DEMO)
+
+
+def test_single_options_change_the_stores_teacher(store: Store) -> None:
+    config = asked(store, "--teacher.weights", "random", "--teacher.seed", "5", "--layers", "0")
+    assert config.teacher == DEMO.model_copy(update={"weights": "random", "seed": 5})
+    assert config.layers == (0,)
+
+
+def test_another_model_has_nothing_of_the_stores_teacher(store: Store) -> None:
+    model = "vit_base_patch16_clip_quickgelu_224.openai"
+    assert asked(store, "--teacher.model", model).teacher == TeacherConfig(model=model)
+
+
+def test_a_stream_that_was_begun_is_completed_with_its_own_teacher(store: Store) -> None:
+    store = add_random_stream(store, "second", layers=(0, 3))
+
+    def change(values: dict[str, Any]) -> None:
+        values["streams"]["second"]["teacher"]["seed"] = 9
+
+    edit_json(Path(store.root, "manifest.json"), change)
+    config = asked(Store.open(store.url))
+    assert (config.teacher.seed, config.layers) == (9, (0, 3))
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (("--shard-size", "128"), "was made with shard_size 3, not 128"),
+        (("--dataset", "imagenet"), "was made with dataset demo, not imagenet"),
+        (("--resolution", "32"), "was made with resolution 64, not 32"),
+    ],
+)
+def test_what_is_said_must_be_the_stores(
+    store: Store, argv: tuple[str, ...], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        asked(store, *argv)
+
+
+def test_a_store_of_an_unknown_data_set_is_one_line(store: Store) -> None:
+    edit_json(Path(store.root, "manifest.json"), lambda v: v["dataset"].update(name="x"))
+    with pytest.raises(UserError, match=r"dataset.*: Input should be"):
+        asked(Store.open(store.url))
