@@ -12,12 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.faults.driven import Driven
-from tests.faults.faults import FAULTS, MissedError, Scene
+from tests.faults.faults import ENCODER, FAULTS, WORKER, MissedError, Scene
 from tests.faults.files import tree
 from tests.faults.habitats import HABITATS, Habitat, environment_of
 from tests.faults.ledger import Result
 from tests.faults.limits import (
     END_SECONDS,
+    EXIT_SECONDS,
+    POLL_SECONDS,
     PROGRESS_SECONDS,
     SETTLE_SECONDS,
     START_SECONDS,
@@ -27,7 +29,7 @@ from tests.faults.limits import (
 )
 from tests.faults.mend import collect_garbage, mend
 from tests.faults.plan import Moment, Plan
-from tests.faults.processes import kill_all
+from tests.faults.processes import entitled, kill_all
 from tests.faults.reference import Reference
 from tests.faults.verdict import Verdict, judge_run, judge_store
 from tests.faults.work import BATCH, STEPS, Extraction, Training, Work
@@ -104,7 +106,7 @@ class Session:
             self.results.append(made)
             raise
         self.results.append(made)
-        time.sleep(SETTLE_SECONDS)  # what was under way may still come to its end: no recovery
+        self._settle(driven)
         before = max(before, work.progress())
         what = f"progress beyond {before} after {moment.fault}"
         driven.wait(lambda: work.progress() > before, PROGRESS_SECONDS, what)
@@ -112,6 +114,17 @@ class Session:
             return  # the work goes on; what recovers it comes later
         seconds = round(time.monotonic() - began, 1)
         self.results[-1] = made.model_copy(update={"seconds": seconds})
+
+    def _settle(self, driven: Driven) -> None:
+        """What was under way may still come to its end, which is no recovery: workers whose driver
+        has died go on until Ray tells them."""
+        began = time.monotonic()
+        while (spent := time.monotonic() - began) < SETTLE_SECONDS or (
+            driven.process.poll() is not None
+            and spent < EXIT_SECONDS
+            and any(entitled(self.mark, title) for title in (ENCODER, WORKER))
+        ):
+            time.sleep(POLL_SECONDS)
 
     def _work(self, habitat: Habitat) -> Work:
         source, store = self.reference.source, self.reference.store
