@@ -31,7 +31,6 @@ from pipeline.storage.retry import (
     RETRY_SECONDS,
     RETRY_VARIABLE,
     StorageError,
-    retry_limit,
     retrying,
     shown,
 )
@@ -53,7 +52,6 @@ __all__ = [
     "read_bytes",
     "read_ranges",
     "remove",
-    "retry_limit",
     "retrying",
     "sha256_of_arrays",
     "without_credentials",
