@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from pipeline.files import (
     absolute_url,
@@ -147,7 +148,7 @@ class Store:
                     counts.append(record.samples)
                 for name, files in record.streams.items():
                     sizes[name] += sum(file.bytes for file in files)
-        return StoreIndex(samples_per_shard=counts, bytes_per_stream=sizes)
+        return StoreIndex(version=STORE_VERSION, samples_per_shard=counts, bytes_per_stream=sizes)
 
     def finish(self) -> None:
         """Called when the last shard is committed: write the index and list skipped images."""
@@ -204,24 +205,37 @@ class Store:
 
 
 def _parse(model: type[M], text: bytes, where: str) -> M:
-    version = re.search(rb'"version":\s*(\d+)', text[:200])
-    if version and int(version[1]) > STORE_VERSION:
-        raise UserError(
-            f"{where} is of version {int(version[1])}, newer than this software knows "
-            f"({STORE_VERSION}); update it"
-        )
-    if version and int(version[1]) < STORE_VERSION:
-        raise UserError(
-            f"{where} is of version {int(version[1])}, from before the first release; extract the "
-            "store anew"
-        )
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
+        version = _version_of(text)
+        if version > STORE_VERSION:
+            raise UserError(
+                f"{where} is of version {version}, newer than this software knows "
+                f"({STORE_VERSION}); update it"
+            ) from None
+        if 0 < version < STORE_VERSION:
+            raise UserError(
+                f"{where} is of version {version}, from before the first release; extract the "
+                "store anew"
+            ) from None
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        reason = f"{key}: {first['msg']}" if key else first["msg"]
-        raise UserError(f"{where} is damaged: {' '.join(reason.split())}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        reason = " ".join((f"{key}: {message}" if key else message).split())[:300]
+        raise UserError(
+            f"{where} is damaged: {reason[:300]}"
+        ) from None  # keys may be of any length
+
+
+def _version_of(text: bytes) -> int:
+    """What a file says of itself, wherever in it; 0 where it does not."""
+    try:
+        values = from_json(text)
+    except ValueError:
+        return 0
+    version = values.get("version") if isinstance(values, dict) else None
+    return version if type(version) is int else 0
 
 
 def _unreachable(url: str, error: Exception) -> UserError:

@@ -204,7 +204,7 @@ def test_names_in_a_store_do_not_reach_the_terminal_raw(
 ) -> None:
     path = Path(known_store.root, "manifest.json")
     values = json.loads(path.read_text())
-    values["dataset"]["name"] = "\x1b[31mred\nline"
+    values["dataset"]["source"] = "\x1b[31mred\nline"
     path.write_text(json.dumps(values))
     assert main([known_store.url]) == 0
     page = capsys.readouterr().out
