@@ -49,6 +49,7 @@ __all__ = [
     "list_tree",
     "open_url",
     "publish",
+    "read_at_most",
     "read_bytes",
     "read_ranges",
     "remove",
@@ -72,6 +73,14 @@ def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
         return data
 
     return retrying(read, filesystem, path, doing="read")
+
+
+def read_at_most(filesystem: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
+    """The first ``size`` bytes of a file, however long it is; nothing of what is no file."""
+    if is_local(filesystem) and file_size(filesystem, path) <= size:  # a link to /dev/zero: 0
+        return read_bytes(filesystem, path) if os.path.isfile(path) else b""
+    (data,) = read_ranges(filesystem, path, [(0, size)])
+    return data
 
 
 def read_ranges(

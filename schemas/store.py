@@ -30,6 +30,8 @@ PartName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[a-z][a-z0-9_]
 Version = Annotated[int, Field(ge=STORE_VERSION, le=STORE_VERSION)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
+Place = Annotated[str, Field(max_length=4096)]
+"""A path, a URL or the name of something on the hub."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -61,7 +63,7 @@ class Column(Strict):
 
 class DatasetInfo(Strict):
     name: Dataset
-    source: str | None
+    source: Place | None
     """Where the images were read, without credentials."""
     samples: Count
     """Planned samples, skipped ones included."""
@@ -86,7 +88,7 @@ class TeacherInfo(Strict):
 
     model: ModelId
     model_args: ModelArguments
-    weights: str
+    weights: Place
     seed: Seed
     weights_sha256: Sha256
     image_size: TeacherSize
@@ -121,7 +123,7 @@ class TeacherInfo(Strict):
 
 
 class AutoencoderInfo(Strict):
-    name: str
+    name: Place
     kind: Literal["AutoencoderKL", "AutoencoderTiny"]
     weights_sha256: Sha256 | None
     """None: it was not run here; the latents were taken over from the data set's source."""

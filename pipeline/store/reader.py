@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.files import file_size, is_local, read_bytes, read_ranges
+from pipeline.files import read_at_most, read_ranges
 from pipeline.store.parts import (
     empty_batch,
     largest_stored,
@@ -182,7 +181,8 @@ class StreamReader:
             return self._cache[file.file]
         self.opens += 1
         try:
-            data = self._bounded(f"{self.store.root}/{file.file}", file.bytes)
+            path = f"{self.store.root}/{file.file}"
+            data = read_at_most(self.store.filesystem, path, file.bytes)  # it may have grown
         except FileNotFoundError:
             raise DamagedShardError(f"{self._where(shard)} is missing") from None
         self.bytes_read += len(data)
@@ -190,14 +190,6 @@ class StreamReader:
         files_of_a_shard = len(self.parts) if self.store.manifest.format == "zarr" else 1
         if len(self._cache) > self.cache_files * files_of_a_shard:
             self._cache.popitem(last=False)
-        return data
-
-    def _bounded(self, path: str, size: int) -> bytes:
-        """A file, but not one byte more than was committed, however long it has become."""
-        filesystem = self.store.filesystem
-        if is_local(filesystem) and file_size(filesystem, path) <= size:  # a link to /dev/zero: 0
-            return read_bytes(filesystem, path) if os.path.isfile(path) else b""
-        (data,) = read_ranges(filesystem, path, [(0, size)])
         return data
 
     def _where(self, shard: int) -> str:

@@ -14,7 +14,7 @@ from pipeline.files import (
     exists,
     list_folder,
     open_url,
-    read_bytes,
+    read_at_most,
     without_credentials,
     write_atomic,
 )
@@ -25,6 +25,9 @@ from schemas.errors import UserError
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, StoreIndex
 
 M = TypeVar("M", bound=BaseModel)
+
+MOST_BYTES = 1 << 28
+"""Of a manifest, a commit record or an index; each skipped image takes some 200."""
 
 
 class Store:
@@ -51,7 +54,7 @@ class Store:
         """The store at ``url``. Raises ``UserError`` where there is none or it cannot be read."""
         filesystem, root = open_url(absolute_url(url), what="--store")
         try:
-            text = read_bytes(filesystem, f"{root}/{MANIFEST}")
+            text = read_at_most(filesystem, f"{root}/{MANIFEST}", MOST_BYTES + 1)
         except FileNotFoundError:
             raise UserError(
                 f"--store '{without_credentials(url)}' holds no store: {MANIFEST} is missing"
@@ -118,7 +121,7 @@ class Store:
         """Sample counts of a complete store. Raises ``UserError`` where shards are missing."""
         path = f"{self.root}/{INDEX}"
         try:
-            text = read_bytes(self.filesystem, path)
+            text = read_at_most(self.filesystem, path, MOST_BYTES + 1)
         except FileNotFoundError:
             self.require_complete()
             return self.build_index()
@@ -180,7 +183,7 @@ class Store:
         path = commit_path(shard, added)
         where = f"{self.shown_url}/{path}"
         try:
-            text = read_bytes(self.filesystem, f"{self.root}/{path}")
+            text = read_at_most(self.filesystem, f"{self.root}/{path}", MOST_BYTES + 1)
         except FileNotFoundError:
             raise UserError(f"{where} is missing: the shard was never committed") from None
         record = _parse(CommitRecord, text, where)
@@ -205,6 +208,8 @@ class Store:
 
 
 def _parse(model: type[M], text: bytes, where: str) -> M:
+    if len(text) > MOST_BYTES:
+        raise UserError(f"{where} is damaged: it is longer than {MOST_BYTES >> 20} MB")
     try:
         return model.model_validate_json(text)
     except ValidationError as error:

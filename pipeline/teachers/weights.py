@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import sys
 from collections.abc import Mapping
@@ -92,6 +93,8 @@ def _keep_biases(state: dict[str, Any], vit: Any) -> None:
 
 def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
     """Tensors of a .safetensors, .pth or .pt file, the last two without unpickling code."""
+    if not os.path.isfile(path):  # a pipe or a device would never end
+        raise UserError(f"{option} '{path}': cannot read these weights (no such file)")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -100,7 +103,7 @@ def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
         reason = "damaged, or more than tensors: no code is run"
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except (OSError, RuntimeError, EOFError) as error:
-        reason = "no such file" if not path.exists() else " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except Exception as error:  # safetensors raises its own type, which it does not export
         raise UserError(f"{option} '{path}': cannot read these weights ({error})") from None

@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numcodecs import Zstd
 
 from pipeline.alignment.tail import load_tail
+from pipeline.alignment.targets import Wanted, open_targets
+from pipeline.inspect.fidelity import measure_fidelity
 from pipeline.store import Store, StreamReader
 from pipeline.store.parts import check_columns
 from pipeline.store.reader import DamagedShardError
 from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
 from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+from schemas.options import validate
 from schemas.run import RunConfig
 from schemas.store import Column, StreamFile
 from tests.encoded import encode
@@ -479,14 +484,15 @@ def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
         train(config, tmp_path / "run", LocalCheckpoints(tmp_path / "run", keep=1).save)
 
 
+def read_texts(store: Store) -> None:
+    store = Store.open(store.url)
+    store.index()
+    store.record(1)
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "index.json", "commits/shard-000001.json"])
 def test_the_version_counts_wherever_it_stands(known_store: Store, file: str) -> None:
     path = Path(known_store.root, file)
-
-    def read() -> None:
-        store = Store.open(known_store.url)
-        store.index()
-        store.record(1)
 
     def without(values: dict[str, Any]) -> None:
         del values["version"], values["more"]
@@ -496,12 +502,60 @@ def test_the_version_counts_wherever_it_stands(known_store: Store, file: str) ->
         values["more"] = "x" * 5000
         values["version"] = 3
 
-    read()
+    read_texts(known_store)
     for change, reason in (
         (newer, "is of version 3, newer than this software knows (2); update it"),
         (without, "is damaged: version: Field required"),
     ):
         edit_json(path, change)
         with pytest.raises(UserError) as error:
-            read()
+            read_texts(known_store)
         assert str(error.value).endswith(f"{file} {reason}")
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "index.json", "commits/shard-000001.json"])
+def test_no_file_of_text_fills_the_memory(known_store: Store, file: str) -> None:
+    path = Path(known_store.root, file)
+    with path.open("rb+") as handle:
+        handle.truncate(1 << 40)  # sparse
+    with pytest.raises(UserError, match=f"{file} is damaged: it is longer than 256 MB"):
+        read_texts(known_store)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{file} is damaged: Invalid JSON"):
+        read_texts(known_store)
+
+
+def test_attention_that_no_memory_holds_is_not_computed(
+    edited: Callable[[Change], Store],
+) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        stream = manifest["streams"]["activations"]
+        stream["teacher"]["grid"] = [256, 256]
+        stream["columns"]["tokens"]["shape"] = [1 + 256 * 256, 96]
+
+    store = edited(change)
+    for layers, reason in (
+        ((3, 4), "the attention of one image in stream 'activations'"),
+        ((), ""),
+    ):
+        with pytest.raises(UserError, match=reason):  # the second: such a grid is a lie
+            open_targets(store, None, Wanted(True, layers, 6), torch.device("cpu"))
+
+
+def test_fidelity_makes_no_student_that_no_memory_holds(
+    edited: Callable[[Change], Store],
+) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["resolution"] = 4096
+        manifest["autoencoder"]["latent_shape"] = [4, 2048, 2048]
+        for name in ("mean", "std"):
+            latents(name, shape=[4, 2048, 2048])(manifest)
+
+    with pytest.raises(UserError, match="a student like this teacher is too large"):
+        measure_fidelity(edited(change), 1)
+
+
+def test_no_stream_takes_the_folder_of_the_commit_records() -> None:
+    with pytest.raises(UserError, match="add_stream: 'commits' is the folder of the commit"):
+        validate(ExtractConfig, {"add_stream": "commits"}, where="x")
