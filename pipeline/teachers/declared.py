@@ -38,8 +38,8 @@ def draft_declared(about: TeacherInfo, resolution: int, where: str) -> Any:
     _require_vit(about.model, where)
     try:
         vit, shape = draft_vit(declared_config(about), resolution)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    except (UserError, RuntimeError) as error:  # torch's: sizes that overflow
+        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from None
     mean, std = normalisation(vit)
     made: dict[str, object] = {
         **shape._asdict(),
