@@ -135,11 +135,12 @@ def open_targets(
 ) -> TargetSource:
     """The source of targets that the cut of a store's teacher stream asks for."""
     name, stream = store.manifest.teacher_stream(name)
-    tokens = math.prod(stream.teacher.grid)
-    try:
-        element_count((len(wanted.layers), wanted.heads, tokens, tokens))
-    except ValueError as error:
-        raise UserError(f"the attention of one image in stream '{name}': {error}") from None
+    if wanted.layers:
+        tokens = math.prod(stream.teacher.grid)
+        try:
+            element_count((len(wanted.layers), wanted.heads, tokens, tokens))
+        except ValueError as error:
+            raise UserError(f"the attention of one image in stream '{name}': {error}") from None
     if stream.cut in {"activations", "image"}:
         teacher = load_tail(store, name, sorted(set(wanted.layers)))
         return ReplayedTargets(name, stream, teacher.to(device), wanted)
