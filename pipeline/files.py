@@ -32,7 +32,6 @@ from pipeline.storage.retry import (
     RETRY_SECONDS,
     RETRY_VARIABLE,
     StorageError,
-    retry_limit,
     retrying,
     shown,
 )
@@ -52,11 +51,11 @@ __all__ = [
     "list_tree",
     "open_url",
     "publish",
+    "read_at_most",
     "read_bytes",
     "read_into",
     "read_ranges",
     "remove",
-    "retry_limit",
     "retrying",
     "sha256_of_arrays",
     "without_credentials",
@@ -77,6 +76,14 @@ def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
         return data
 
     return retrying(read, filesystem, path, doing="read")
+
+
+def read_at_most(filesystem: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
+    """The first ``size`` bytes of a file, however long it is; nothing of what is no file."""
+    if is_local(filesystem) and file_size(filesystem, path) <= size:  # a link to /dev/zero: 0
+        return read_bytes(filesystem, path) if os.path.isfile(path) else b""
+    (data,) = read_ranges(filesystem, path, [(0, size)])
+    return data
 
 
 def read_ranges(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from schemas.base import Strict
 from schemas.codecs import CodecName, CodecSet
 from schemas.extract import Cut, Format
-from schemas.fields import Layers, Name
+from schemas.fields import Name, RisingLayers
 
 
 class ConvertConfig(Strict):
@@ -35,7 +35,7 @@ class ConvertConfig(Strict):
     """A later cut of the teacher: 'maps' can be made of 'qk', both of 'activations', and all of
     'image'. The teacher's tail that the source carries is run where that is needed. A stream that
     is called after its cut is called after the new one."""
-    layers: Layers | None = None
+    layers: RisingLayers | None = None
     """Teacher layers whose attention is kept, 0-based: some of the source's, or any that its tail
     holds. With the cut 'activations' a later first layer moves the cut."""
     stream: Name | None = None
@@ -47,10 +47,3 @@ class ConvertConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where numbers are computed anew; 'auto' is the GPU where there is one. The manifest tells,
     and a conversion is completed on the same."""
-
-    @field_validator("layers")
-    @classmethod
-    def _layers_rise(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
-            raise ValueError("name each layer once, lowest first")
-        return layers

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from schemas.base import Strict
 from schemas.codecs import CodecName, CodecSet
-from schemas.fields import Layers, ModelArguments, Name
+from schemas.fields import ModelArguments, ModelId, Name, RisingLayers, Seed, StreamName
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Cut = Literal["maps", "qk", "activations", "image"]
 Format = Literal["webdataset", "zarr"]
+Dataset = Literal["imagenet", "folder", "webdataset", "repa", "demo"]
+Resolution = Annotated[int, Field(ge=16, le=4096)]
+"""Pixels per side of a crop."""
+TeacherSize = Annotated[int, Field(ge=1, le=1 << 13)]
+"""Pixels per side that a teacher sees."""
 
 
 class TeacherConfig(Strict):
     """The frozen vision transformer."""
 
-    model: str = "vit_base_patch14_dinov2.lvd142m"
+    model: ModelId = "vit_base_patch14_dinov2.lvd142m"
     """Any timm id of a vision transformer: DINOv2, DINOv3, CLIP, MAE, SigLIP, ... (OpenAI's CLIP
     was trained with another activation: take its quickgelu variants.)"""
     weights: str = "hub"
     """'hub' (timm's own download), a path to a .pth, .pt or .safetensors file in the authors' key
     format or timm's, 'demo' (ships with the project), or 'random' (seeded, with layer scales and
     logits of a trained model's size; for tests)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights 'random'."""
-    image_size: int | None = None
+    image_size: TeacherSize | None = None
     """Pixels per side that the teacher sees. Default: the size that gives one token per 16 pixels
     of the crop, as the student has (224 for patch 14 at resolution 256)."""
     model_args: ModelArguments = Field(default={})
@@ -37,7 +42,7 @@ class TeacherConfig(Strict):
 class ExtractConfig(Strict):
     """Options of one extraction."""
 
-    dataset: Literal["imagenet", "folder", "webdataset", "repa", "demo"] = "imagenet"
+    dataset: Dataset = "imagenet"
     """Where the images come from: 'imagenet' (train/WNID/*.JPEG or Kaggle's
     ILSVRC/Data/CLS-LOC/train), 'folder' (any tree with one folder per class), 'webdataset' (tars of
     jpg + cls), 'repa' (ImageNet as REPA's and HASTE's dataset_tools.py prepares it: images/ and
@@ -50,7 +55,7 @@ class ExtractConfig(Strict):
     synsets: str | None = None
     """ImageNet only: a file of WNIDs, one per line (LOC_synset_mapping.txt will do). The class
     index is then the rank in this list even where the source lacks some of its classes."""
-    resolution: Annotated[int, Field(ge=16, le=4096)] = 256
+    resolution: Resolution = 256
     """Pixels per side of the centre crop."""
     teacher: TeacherConfig = TeacherConfig()
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
@@ -61,7 +66,7 @@ class ExtractConfig(Strict):
     features; 'qk' the queries and keys that they come from, and features; 'activations' the tokens
     that enter the first of --layers, and training runs the blocks from there on; 'image' keeps the
     crop, and training runs the whole teacher (the online baseline)."""
-    layers: Layers = (7, 8, 9, 10, 11)
+    layers: RisingLayers = (7, 8, 9, 10, 11)
     """Teacher layers whose attention is kept, 0-based. 7-11 serves every layer map of the paper."""
     codec: CodecSet = "faithful"
     """How the teacher's tensors are stored: 'faithful' (quantised so finely that gradients keep
@@ -76,7 +81,7 @@ class ExtractConfig(Strict):
     format: Format = "webdataset"
     """How a shard is written: a tar for each stream, which stock webdataset opens, or a zarr v3
     shard for each array."""
-    add_stream: Name | None = None
+    add_stream: StreamName | None = None
     """Name of a teacher stream to add to a store that is there: another teacher, cut, codec or
     other layers. Latents, keys and shards stay as they are; data set, source, teacher and layers
     are the store's where no option says otherwise, and the rest is its data set's default."""
@@ -103,13 +108,6 @@ class ExtractConfig(Strict):
     ray_address: str | None = None
     """Ray cluster to join ('auto' for the one on this node). Default: RAY_ADDRESS, else a private
     local one."""
-
-    @field_validator("layers")
-    @classmethod
-    def _layers_rise(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if not layers or list(layers) != sorted(set(layers)):
-            raise ValueError("name each layer once, lowest first")
-        return layers
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ def parse_layers(value: Any) -> Any:
         if match is None:
             raise ValueError(f"'{value}' is not a list of layers such as 7-11 or 7,9,11")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last - first > 1000:
+        if last < first or last - first > 1000 or len(layers) > 1000:
             raise ValueError(f"'{part.strip()}' is not a range of layers, lowest first")
         layers.extend(range(first, last + 1))
     return tuple(layers)
@@ -30,8 +30,37 @@ def parse_layers(value: Any) -> Any:
 Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(parse_layers)]
 """0-based block numbers."""
 
+
+def _rise(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers or list(layers) != sorted(set(layers)):
+        raise ValueError("name each layer once, lowest first")
+    return layers
+
+
+RisingLayers = Annotated[Layers, AfterValidator(_rise)]
+"""The layers of a teacher that are kept: at least one, each once, lowest first."""
+
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 """Of a stream or a column: also a folder's, so without anything that could lead elsewhere."""
+
+COMMITS = "commits"
+"""The folder of a store that holds its commit records, beside those of its streams."""
+
+
+def _is_free(name: str) -> str:
+    if name == COMMITS:
+        raise ValueError(f"'{name}' is the folder of the commit records: choose another name")
+    return name
+
+
+StreamName = Annotated[Name, AfterValidator(_is_free)]
+"""Of a stream, whose folder lies below the store's root."""
+
+ModelId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]
+"""A model that timm itself defines; its 'hf-hub:' and 'local-dir:' would load what they name."""
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""Of torch's generators."""
 
 Shape = Annotated[tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...], Field(max_length=8)]
 """Sizes of one sample's array; bounded, so that a hostile manifest cannot ask for the moon."""
@@ -41,15 +70,39 @@ LOADING_ARGUMENTS = frozenset(
 )
 
 
-def _refuse_loading(arguments: dict[str, Any]) -> dict[str, Any]:
+LARGEST_ARGUMENT = 1 << 14
+"""Of the numbers among a model's arguments, and the longest text."""
+MOST_ARGUMENTS = 64
+
+
+def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(LOADING_ARGUMENTS & arguments.keys()):
         raise ValueError(f"{name} is not taken: teacher.weights says which weights are loaded")
+    values: list[Any] = [arguments]
+    for count, value in enumerate(values):  # grows as it is walked through
+        if count > MOST_ARGUMENTS:
+            raise ValueError(f"there are more than {MOST_ARGUMENTS} of them")
+        if isinstance(value, dict):
+            values.extend([*value.keys(), *value.values()])
+        elif isinstance(value, list | tuple):
+            values.extend(value)
+        elif isinstance(value, str):
+            if len(value) > LARGEST_ARGUMENT:
+                raise ValueError(f"a text of {len(value)} characters is beyond all bounds")
+        elif isinstance(value, int | float) and not abs(value) <= LARGEST_ARGUMENT:  # NaN, too
+            raise ValueError(f"{_short(value)} is beyond all bounds")
     return arguments
 
 
-ModelArguments = Annotated[dict[str, Any], AfterValidator(_refuse_loading)]
+def _short(number: float) -> str:
+    """Some integers have more digits than Python would print."""
+    whole = isinstance(number, int) and number.bit_length() > 64
+    return "an enormous number" if whole else str(number)
+
+
+ModelArguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
 """Of timm.create_model, but for those that load files: a manifest's come from whoever made the
-store, and what they name is not his to choose."""
+store, and what they name is not his to choose. Bounded, as sizes are."""
 
 MAX_COLUMN_ELEMENTS = 1 << 30
 

@@ -9,9 +9,19 @@ from pydantic import Field, field_validator, model_validator
 
 from schemas.base import Strict
 from schemas.codecs import CodecName, Lossless
+from schemas.cuts import cut_shapes
 from schemas.errors import UserError
-from schemas.extract import Cut, Format, Precision
-from schemas.fields import Layers, ModelArguments, Name, Shape, element_count
+from schemas.extract import Cut, Dataset, Format, Precision, Resolution, TeacherSize
+from schemas.fields import (
+    ModelArguments,
+    ModelId,
+    Name,
+    RisingLayers,
+    Seed,
+    Shape,
+    StreamName,
+    element_count,
+)
 
 STORE_VERSION = 2
 
@@ -20,6 +30,17 @@ PartName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[a-z][a-z0-9_]
 Version = Annotated[int, Field(ge=STORE_VERSION, le=STORE_VERSION)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
+Place = Annotated[str, Field(max_length=4096)]
+"""A path, a URL or the name of something on the hub."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+# The largest models that timm knows are 64 blocks deep and 4096 numbers, or 32 heads, wide.
+Depth = Annotated[int, Field(ge=1, le=128)]
+Width = Annotated[int, Field(ge=1, le=1 << 13)]
+Heads = Annotated[int, Field(ge=1, le=128)]
+GridSide = Annotated[int, Field(ge=1, le=256)]
+"""Patch tokens in a row or column; 256 come of the largest crop, at 16 pixels each."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -41,12 +62,12 @@ class Column(Strict):
 
 
 class DatasetInfo(Strict):
-    name: str
-    source: str | None
+    name: Dataset
+    source: Place | None
     """Where the images were read, without credentials."""
     samples: Count
     """Planned samples, skipped ones included."""
-    num_classes: Annotated[int, Field(ge=1)]
+    num_classes: Annotated[int, Field(ge=1, le=1 << 24)]
     fingerprint: Sha256
     """SHA-256 of every (key, label) in order."""
     order_seed: int
@@ -65,34 +86,49 @@ class WeightsFile(Strict):
 class TeacherInfo(Strict):
     """The teacher whose targets the store holds."""
 
-    model: str
+    model: ModelId
     model_args: ModelArguments
-    weights: str
-    seed: int
+    weights: Place
+    seed: Seed
     weights_sha256: Sha256
-    image_size: Size
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    depth: Size
-    width: Size
-    heads: Size
-    head_width: Size
+    image_size: TeacherSize
+    mean: tuple[Finite, Finite, Finite]
+    std: tuple[Scale, Scale, Scale]
+    depth: Depth
+    width: Width
+    heads: Heads
+    head_width: Width
     """Numbers of one head's query or key."""
-    grid: tuple[Size, Size]
+    grid: tuple[GridSide, GridSide]
     """Patch tokens, rows x columns."""
-    prefix: Annotated[int, Field(ge=0, le=1 << 16)]
+    prefix: Annotated[int, Field(ge=0, le=1 << 10)]
     """Class and register tokens, which come before those of the patches."""
-    layers: Layers
+    layers: RisingLayers
     """Layers whose attention can be had, 0-based."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> TeacherInfo:
+        """Before anything is built: a depth of 100,000 would take an hour even without weights."""
+        if self.heads * self.head_width != self.width:
+            raise ValueError(
+                f"{self.heads} heads of {self.head_width} numbers are not a width of {self.width}"
+            )
+        if self.layers[-1] >= self.depth:
+            raise ValueError(f"there is no layer {self.layers[-1]} in a depth of {self.depth}")
+        arguments = {"depth": self.depth, "embed_dim": self.width, "num_heads": self.heads}
+        for name, value in arguments.items():
+            if self.model_args.get(name, value) != value:
+                raise ValueError(f"model_args.{name} is not {value}, as the rest says")
+        return self
 
 
 class AutoencoderInfo(Strict):
-    name: str
+    name: Place
     kind: Literal["AutoencoderKL", "AutoencoderTiny"]
     weights_sha256: Sha256 | None
     """None: it was not run here; the latents were taken over from the data set's source."""
-    scaling_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    shift_factor: Annotated[float, Field(allow_inf_nan=False)]
+    scaling_factor: Scale
+    shift_factor: Finite
     latent_shape: tuple[Size, Size, Size]
     """Channels, rows, columns."""
 
@@ -102,9 +138,17 @@ class ComputeInfo(Strict):
 
     device: Literal["cpu", "cuda"]
     precision: Precision
-    batch_size: int
-    threads: int
+    batch_size: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=0)]
     versions: dict[str, str]
+
+
+LATENT_CODECS: dict[str, tuple[CodecName, ...]] = {
+    "mean": ("float16", "float32"),
+    "std": ("float16", "float32"),
+    "label": ("int64",),
+}
+"""Of the columns of latents, which are read as they are stored."""
 
 
 class LatentsStream(Strict):
@@ -119,7 +163,7 @@ class Origin(Strict):
     """What a stream was before ``python -m pipeline.store convert`` computed others from it."""
 
     cut: Cut
-    layers: Layers
+    layers: RisingLayers
     codecs: dict[Name, CodecName]
     """Of its columns: what their rounding took away is missing ever since."""
     compute: ComputeInfo
@@ -155,12 +199,12 @@ class SkippedImage(Strict):
 class Manifest(Strict):
     """What a store is."""
 
-    version: Version = STORE_VERSION
+    version: Version
     format: Format
     dataset: DatasetInfo
-    resolution: int
+    resolution: Resolution
     autoencoder: AutoencoderInfo
-    streams: dict[Name, Stream]
+    streams: dict[StreamName, Stream]
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)]
     num_shards: Annotated[int, Field(ge=0, le=1 << 24)]
     skipped: tuple[SkippedImage, ...] = ()
@@ -182,6 +226,32 @@ class Manifest(Strict):
             raise ValueError("there is no stream 'latents' of kind latents")
         if sum(isinstance(stream, LatentsStream) for stream in self.streams.values()) > 1:
             raise ValueError("only the stream 'latents' can be of kind latents")
+        shape = self.autoencoder.latent_shape
+        if not shape[1] == shape[2] <= self.resolution:
+            raise ValueError(f"latents of {shape} are not those of square images")
+        expected = {"mean": shape, "std": shape, "label": ()}
+        if {name: column.shape for name, column in latents.columns.items()} != expected:
+            raise ValueError(f"stream 'latents' is not a mean and a std of {shape} and a label")
+        for name, column in latents.columns.items():
+            if column.codec not in LATENT_CODECS[name]:
+                raise ValueError(
+                    f"column '{name}' of stream 'latents' is of codec {column.codec}, not "
+                    f"{' or '.join(LATENT_CODECS[name])}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_hold_their_cuts(self) -> Manifest:
+        """So that whoever reads a tensor can count on its shape."""
+        for name, stream in self.teacher_streams.items():
+            expected = cut_shapes(stream.cut, stream.teacher, self.resolution)
+            if {column: spec.shape for column, spec in stream.columns.items()} != expected:
+                raise ValueError(
+                    f"stream '{name}' does not hold what its cut '{stream.cut}' keeps of such a "
+                    "teacher"
+                )
+            if stream.cut == "image" and stream.columns["crop"].codec != "uint8":
+                raise ValueError(f"stream '{name}' does not hold its crops as uint8")
         return self
 
     @property
@@ -247,13 +317,13 @@ class StreamFile(Strict):
 class CommitRecord(Strict):
     """The proof that one shard is complete in all streams that were written together."""
 
-    version: Version = STORE_VERSION
+    version: Version
     shard: Count
     samples: Count
     """True count: planned samples less skipped ones."""
     keys: list[str]
     skipped: tuple[SkippedImage, ...] = ()
-    streams: dict[Name, tuple[StreamFile, ...]]
+    streams: dict[StreamName, tuple[StreamFile, ...]]
     """A tar of each stream, or a zarr shard of each of its arrays."""
 
     @model_validator(mode="after")
@@ -275,6 +345,6 @@ class CommitRecord(Strict):
 class StoreIndex(Strict):
     """Sample counts of all shards of a complete store, so that opening it reads one small file."""
 
-    version: Version = STORE_VERSION
+    version: Version
     samples_per_shard: list[Count]
-    bytes_per_stream: dict[Name, Count]
+    bytes_per_stream: dict[StreamName, Count]

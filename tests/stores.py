@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.store import ShardWriter, Store
-from schemas.store import Manifest
+from schemas.store import STORE_VERSION, Manifest
 
 GRID, HEADS, WIDTH, LAYERS = 4, 3, 12, (1, 2, 3)
 LATENT = (4, 8, 8)
@@ -44,6 +44,7 @@ def random_manifest(samples: int, shard_size: int, format: str = "webdataset") -
     tokens = GRID * GRID
     return Manifest.model_validate(
         {
+            "version": STORE_VERSION,
             "format": format,
             "resolution": 64,
             "shard_size": shard_size,

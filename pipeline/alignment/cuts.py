@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.store.codecs import encode_column, find_codec
 from pipeline.teachers import Teacher
 from schemas.codecs import CodecName, CodecSet, Lossless
+from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut
 from schemas.store import Column
@@ -48,21 +49,15 @@ CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
 """The codecs of ``--codec``; tests/bench/RESULTS.md has what each one costs in bytes and errors."""
 
 
-class TeacherShape(Protocol):
-    """What the sizes of a cut follow from; a manifest's ``TeacherInfo`` has it."""
-
-    @property
-    def grid(self) -> tuple[int, int]: ...
-    @property
-    def prefix(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def head_width(self) -> int: ...
-    @property
-    def layers(self) -> tuple[int, ...]: ...
+KIND_OF: dict[str, Kind] = {
+    "tokens": "activations",
+    "features": "features",
+    "class_token": "vector",
+    "attention": "probabilities",
+    "query": "factors",
+    "key": "factors",
+}
+"""Of each tensor but the crop."""
 
 
 def cut_columns(
@@ -78,13 +73,12 @@ def cut_columns(
 
     Raises ``UserError`` where ``overrides`` names another tensor or a codec that cannot store it.
     """
-    if cut == "image":
-        columns = {"crop": Column(shape=(resolution, resolution, 3), codec="uint8")}
-    else:
-        columns = {
-            name: _column(shape, CODEC_SETS[codec][kind], compress)
-            for name, (kind, shape) in _tensors(cut, teacher).items()
-        }
+    columns = {
+        name: _column(shape, CODEC_SETS[codec][KIND_OF[name]], compress)
+        if name in KIND_OF
+        else Column(shape=shape, codec="uint8")
+        for name, shape in cut_shapes(cut, teacher, resolution).items()
+    }
     for name, chosen in (overrides or {}).items():
         if name not in columns:
             raise UserError(
@@ -98,38 +92,12 @@ def cut_columns(
     return columns
 
 
-def _tensors(cut: Cut, teacher: TeacherShape) -> dict[str, tuple[Kind, tuple[int, ...]]]:
-    tokens = teacher.grid[0] * teacher.grid[1]
-    layers, heads = len(teacher.layers), teacher.heads
-    if cut == "activations":
-        return {"tokens": ("activations", (teacher.prefix + tokens, teacher.width))}
-    kept: dict[str, tuple[Kind, tuple[int, ...]]] = {
-        "features": ("features", (tokens, teacher.width)),
-        "class_token": ("vector", (teacher.width,)),
-    }
-    if cut == "maps":
-        kept["attention"] = ("probabilities", (layers, heads, tokens, tokens))
-    else:
-        factor = (layers, heads, tokens, teacher.head_width)
-        kept |= {"query": ("factors", factor), "key": ("factors", factor)}
-    return kept
-
-
-def cut_shapes(cut: Cut, teacher: TeacherShape, resolution: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that a cut keeps of one image."""
-    if cut == "image":
-        return {"crop": (resolution, resolution, 3)}
-    return {name: shape for name, (_, shape) in _tensors(cut, teacher).items()}
-
-
-def codec_set_of(cut: Cut, teacher: TeacherShape, columns: Mapping[str, Column]) -> CodecSet | None:
-    """The set that a cut's columns were stored with; None where they are of several."""
-    if cut == "image":
-        return None
-    kinds = {name: kind for name, (kind, _) in _tensors(cut, teacher).items()}
-    for codec, chosen in CODEC_SETS.items():
-        if all(columns[name].codec == chosen[kind] for name, kind in kinds.items()):
-            return codec
+def codec_set_of(columns: Mapping[str, Column]) -> CodecSet | None:
+    """The set that a cut's columns were stored with; None where they are of several, or crops."""
+    if columns.keys() <= KIND_OF.keys():
+        for codec, chosen in CODEC_SETS.items():
+            if all(column.codec == chosen[KIND_OF[n]] for n, column in columns.items()):
+                return codec
     return None
 
 

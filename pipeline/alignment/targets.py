@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.alignment.cuts import cut_shapes
 from pipeline.alignment.tail import load_tail
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import column_arrays, decode_column
@@ -17,6 +17,7 @@ from pipeline.teachers import Teacher
 from pipeline.teachers.tap import attention_logits
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
+from schemas.fields import element_count
 from schemas.store import Manifest, TeacherInfo, TeacherStream
 from schemas.student import StudentConfig
 
@@ -134,8 +135,14 @@ def open_targets(
 ) -> TargetSource:
     """The source of targets that the cut of a store's teacher stream asks for."""
     name, stream = store.manifest.teacher_stream(name)
+    if wanted.layers:
+        tokens = math.prod(stream.teacher.grid)
+        try:
+            element_count((len(wanted.layers), wanted.heads, tokens, tokens))
+        except ValueError as error:
+            raise UserError(f"the attention of one image in stream '{name}': {error}") from None
     if stream.cut in {"activations", "image"}:
-        teacher = load_tail(store, stream, sorted(set(wanted.layers)))
+        teacher = load_tail(store, name, sorted(set(wanted.layers)))
         return ReplayedTargets(name, stream, teacher.to(device), wanted)
     kind = MapsTargets if stream.cut == "maps" else QkTargets
     return kind(name, stream, wanted)
@@ -157,14 +164,7 @@ def aligned_heads(student: StudentConfig, teacher: TeacherInfo) -> int:
 
 def check_fit(alignment: AlignmentConfig, manifest: Manifest) -> None:
     """Raises ``UserError`` where the store cannot align a student so."""
-    name, stream = manifest.teacher_stream(alignment.stream)
-    teacher = stream.teacher
-    expected = cut_shapes(stream.cut, teacher, manifest.resolution)
-    if {column: spec.shape for column, spec in stream.columns.items()} != expected:
-        raise UserError(
-            f"stream '{name}' does not hold what its cut '{stream.cut}' keeps of such a teacher: "
-            "the store's manifest is damaged"
-        )
+    teacher = manifest.teacher_stream(alignment.stream)[1].teacher
     if alignment.attention_weight:
         lacking = sorted(set(alignment.teacher_layers) - set(teacher.layers))
         if lacking:

@@ -109,9 +109,8 @@ def _lacks(target: Store, groups: Sequence[Group]) -> bool:
 
 
 def _load(source: Store, plan: StreamPlan) -> Teacher:
-    assert isinstance(plan.before, TeacherStream)
     assert isinstance(plan.after, TeacherStream)
-    return load_tail(source, plan.before, plan.after.teacher.layers)
+    return load_tail(source, plan.source, plan.after.teacher.layers)
 
 
 def _open_target(
@@ -155,7 +154,7 @@ def _write_tail(
     if first is None or plan.before.tail is None:
         return None
     if teacher is None or teacher.first_block == first:
-        return copy_tail(source, plan.before, url, plan.name)
+        return copy_tail(source, plan.source, url, plan.name)
     return save_tail(teacher, url, plan.name, first)
 
 

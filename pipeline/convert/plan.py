@@ -107,7 +107,6 @@ def _plan_teacher(
     config: ConvertConfig, store: Store, name: str, stream: TeacherStream
 ) -> StreamPlan:
     where = f"stream '{name}' of '{store.shown_url}'"
-    _check_columns(store.manifest, stream, where)
     cut = config.cut or stream.cut
     if cut not in LATER[stream.cut]:
         raise UserError(
@@ -151,13 +150,6 @@ def _extract(store: Store, cut: Cut) -> str:
     )
 
 
-def _check_columns(manifest: Manifest, stream: TeacherStream, where: str) -> None:
-    """A manifest is not trusted to agree with itself."""
-    expected = cut_columns(stream.cut, stream.teacher, manifest.resolution, "float32")
-    if {n: c.shape for n, c in stream.columns.items()} != {n: c.shape for n, c in expected.items()}:
-        raise UserError(f"{where} does not hold the tensors of its cut '{stream.cut}'")
-
-
 def _check_layers(layers: tuple[int, ...], stream: TeacherStream, where: str, remedy: str) -> None:
     teacher = stream.teacher
     first = first_tail_block(stream.cut, teacher.layers)
@@ -183,7 +175,7 @@ def _columns(
     chosen = dict(config.column_codecs)
     if config.codec is None:
         chosen = {n: c.codec for n, c in stream.columns.items() if n in names} | chosen
-    codec = config.codec or codec_set_of(stream.cut, stream.teacher, stream.columns)
+    codec = config.codec or codec_set_of(stream.columns)
     if codec is None and stream.cut != "image" and not names <= chosen.keys():
         lacking = ", ".join(name for name in names if name not in chosen)
         raise UserError(

@@ -10,6 +10,7 @@ from pipeline.datasets import ImageItem, Listing
 from pipeline.files import absolute_url, without_credentials
 from schemas.extract import ExtractConfig
 from schemas.store import (
+    STORE_VERSION,
     AutoencoderInfo,
     Column,
     ComputeInfo,
@@ -65,6 +66,7 @@ def make_manifest(config: ExtractConfig, listing: Listing, about: Description) -
     )
     source = None if config.source is None else without_credentials(absolute_url(config.source))
     return Manifest(
+        version=STORE_VERSION,
         format=config.format,
         dataset=DatasetInfo(
             name=config.dataset,

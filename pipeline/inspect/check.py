@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pipeline.alignment.tail import check_tail
 from pipeline.alignment.targets import check_fit
 from pipeline.inspect.additions import addition
 from pipeline.store import Store
@@ -76,6 +77,8 @@ def _answer_alignment(
     for name in names:
         try:
             check_fit(alignment.model_copy(update={"stream": name}), manifest)
+            if held[name].cut in {"activations", "image"}:
+                check_tail(store, name)
         except UserError as error:
             reasons[name] = str(error)
     fitting = [name for name in names if name not in reasons]

@@ -91,11 +91,19 @@ def _show(axis: Axes, picture: np.ndarray, title: str) -> None:
 
 
 def decode_latent(store: Store, mean_Chw: np.ndarray) -> np.ndarray:
-    """The posterior's mean through the store's autoencoder: uint8 (R, R, 3)."""
+    """The posterior's mean through the store's autoencoder: uint8 (R, R, 3). Raises ``UserError``
+    where that is for other latents."""
     vae = Autoencoder(store.manifest.autoencoder.name)
     mean = torch.from_numpy(mean_Chw).float().unsqueeze(0)
     latents = (mean - vae.shift_factor) * vae.scaling_factor
-    image: np.ndarray = vae.decode(latents)[0].permute(1, 2, 0).numpy()
+    try:
+        image: np.ndarray = vae.decode(latents)[0].permute(1, 2, 0).numpy()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"autoencoder '{vae.name}' of {store.shown_url} cannot decode latents of shape "
+            f"{mean_Chw.shape}: {reason}"
+        ) from None
     return image
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,14 @@ from pipeline.alignment.targets import Targets, Wanted, open_targets
 from pipeline.inspect.originals import Originals
 from pipeline.inspect.summary import StoreSummary, describe_bytes
 from pipeline.store import Store, StreamReader
+from pipeline.store.layout import MANIFEST
 from pipeline.teachers import Teacher
+from pipeline.teachers.declared import declared_config, draft_declared
 from pipeline.train.module import AlignedStudent
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
-from schemas.extract import TeacherConfig
-from schemas.store import Manifest, TeacherInfo, TeacherStream
+from schemas.fields import element_count
+from schemas.store import Manifest, TeacherInfo
 from schemas.student import StudentConfig
 
 CHUNK = 4  # images at a time: maps of 5 layers in float64 are 0.3 GB
@@ -101,7 +104,7 @@ def measure_fidelity(
     name, about = store.manifest.teacher_stream(stream)
     store.require_complete("latents", name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = open_teacher(store.manifest, about, weights).to(device)
+    teacher = open_teacher(store, name, weights).to(device)
     originals = Originals(store, source)
     everything = Wanted(features=True, layers=about.teacher.layers, heads=about.teacher.heads)
     targets = open_targets(store, name, everything, device)
@@ -161,18 +164,15 @@ def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
     )
 
 
-def open_teacher(manifest: Manifest, stream: TeacherStream, weights: str | None) -> Teacher:
+def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
     """The whole teacher of a stream, not only its tail. Raises ``UserError`` where ``weights`` are
     not those that the store was made with."""
-    about = stream.teacher
-    config = TeacherConfig(
-        model=about.model,
-        model_args=about.model_args,
-        weights=weights or about.weights,
-        seed=about.seed,
-        image_size=about.image_size,
-    )
-    teacher = Teacher(config, resolution=manifest.resolution, layers=about.layers)
+    about, resolution = store.manifest.teacher_streams[stream].teacher, store.manifest.resolution
+    draft_declared(about, resolution, f"{store.shown_url}/{MANIFEST}: streams.{stream}.teacher")
+    config = declared_config(about)
+    if weights is not None:
+        config = config.model_copy(update={"weights": weights})
+    teacher = Teacher(config, resolution=resolution, layers=about.layers)
     if teacher.weights_sha256 != about.weights_sha256:
         raise UserError(
             f"--teacher.weights '{config.weights}' are not those of the store: SHA-256 "
@@ -221,6 +221,17 @@ def kl_of_rows(exact: Tensor, other: Tensor) -> Tensor:
     return torch.special.xlogy(p, p / q).sum(-1)
 
 
+def _require_size(student: StudentConfig, layers: int) -> None:
+    """Raises ``UserError`` where a manifest, which is not trusted, asks for too large a student."""
+    _, width, heads, _ = student.size
+    tokens = math.prod(student.grid)
+    try:
+        element_count((layers, heads, tokens, tokens))
+        element_count((layers + 1, 18, width, width))  # of a SiT's block
+    except ValueError as error:
+        raise UserError(f"--fidelity: a student like this teacher is too large: {error}") from None
+
+
 class _RandomStudent(nn.Module):
     """A small SiT with random weights, whose blocks follow the teacher's layers one by one."""
 
@@ -228,9 +239,9 @@ class _RandomStudent(nn.Module):
         super().__init__()
         layers = len(teacher.layers)
         channels, rows, _ = manifest.autoencoder.latent_shape
-        patches = [patch for patch in (1, 2, 4, 8) if rows // patch == teacher.grid[0]]
+        patches = [patch for patch in (1, 2, 4, 8) if rows == patch * teacher.grid[0]]
         config = StudentConfig(
-            model=f"SiT-S/{(patches or [2])[0]}",
+            model=f"SiT-S/{patches[0] if patches else 1 + (rows + 1) % 2}",
             latent_size=rows,
             latent_channels=channels,
             num_classes=1,
@@ -238,6 +249,7 @@ class _RandomStudent(nn.Module):
             width=HEAD_WIDTH * teacher.heads,
             heads=teacher.heads,
         )
+        _require_size(config, layers)
         alignment = AlignmentConfig(
             feature_depth=layers,
             student_layers=tuple(range(layers)),

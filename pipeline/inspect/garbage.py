@@ -17,9 +17,10 @@ from typing import NamedTuple
 from pipeline.files import TEMPORARY, is_local, list_tree, remove
 from pipeline.inspect.summary import describe_bytes
 from pipeline.store import Store
-from pipeline.store.layout import COMMITS, INDEX, MANIFEST, chunk_path, commit_path, tar_path
+from pipeline.store.layout import INDEX, MANIFEST, chunk_path, commit_path, tar_path
 from pipeline.store.parts import stream_parts
 from schemas.errors import plain_text
+from schemas.fields import COMMITS
 
 NAME = r"[a-z][a-z0-9_]{0,63}"
 RECORD = re.compile(rf"{COMMITS}/(?:(?P<stream>{NAME})/)?shard-(?P<shard>\d{{6,9}})\.json")

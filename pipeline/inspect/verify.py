@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from pipeline.files import read_bytes
+from pipeline.files import read_at_most
 from pipeline.inspect.agreement import check_index, misfits, read_index
 from pipeline.inspect.damage import Damage, check_file
 from pipeline.store import Store
@@ -19,6 +19,8 @@ from pipeline.store.layout import INDEX, MANIFEST, commit_path
 from schemas.errors import UserError
 from schemas.store import StreamFile
 
+MOST_METADATA = 1 << 20
+"""Bytes of a zarr.json; an honest one has 2 kB."""
 SHOWN = 100
 """Lines of damage on the page; the JSON form lists all."""
 
@@ -123,7 +125,10 @@ class _Walk:
         found = Verification()
         for path, expected in self.store.zarr_metadata().items():
             try:
-                values = json.loads(read_bytes(self.store.filesystem, f"{self.store.root}/{path}"))
+                held = read_at_most(
+                    self.store.filesystem, f"{self.store.root}/{path}", MOST_METADATA
+                )
+                values = json.loads(held)
                 promised = json.loads(expected)
                 wrong = [
                     key
@@ -133,7 +138,7 @@ class _Walk:
                 problem = f"its {wrong[0]} does not follow from {MANIFEST}" if wrong else None
             except FileNotFoundError:
                 problem = "is missing"
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 problem = "is no metadata of zarr"
             except Exception as error:  # every fsspec backend raises its own types
                 problem = f"cannot be read: {self.store.reason(error)}"

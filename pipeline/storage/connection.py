@@ -11,6 +11,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.storage.credentials import without_credentials
+from pipeline.storage.retry import retry_limit
 from schemas.errors import UserError
 
 CONNECT_SECONDS = 5
@@ -30,6 +31,7 @@ _S3_WITH_CREDENTIALS = re.compile(r"\bs3a?://(?!arn:)[^/]*[:@]")
 
 def open_url(url: str, *, what: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of an fsspec URL and the path on it. ``what`` names the option in errors."""
+    retry_limit()  # a wrong one is told now, not as a fault of the storage
     protocols = {part.partition("://")[0] for part in url.split("::")} & {"s3", "s3a"}
     if protocols and _S3_WITH_CREDENTIALS.search(url):
         raise UserError(

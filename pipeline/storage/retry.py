@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import fsspec
@@ -29,7 +29,6 @@ run's config would carry the operator's patience into its record. Changes no num
 FIRST_DELAY = 0.25
 LONGEST_DELAY = 5.0
 
-_overrides: list[float] = []
 _jitter = random.Random()  # its own state: that of `random` belongs to whoever seeds it
 
 
@@ -37,14 +36,17 @@ class StorageError(UserError):
     """Storage could not be used. One line: what, where, why, for how long, and what to do."""
 
 
-@contextmanager
-def retry_limit(seconds: float) -> Iterator[None]:
-    """Within it, operations of all threads of this process give up after ``seconds``."""
-    _overrides.append(seconds)
+def retry_limit() -> float:
+    """Seconds after which an operation is given up. Raises ``UserError`` where the environment
+    asks for what is no number of seconds."""
+    text = os.environ.get(RETRY_VARIABLE, "")
     try:
-        yield
-    finally:
-        _overrides.pop()
+        seconds = float(text) if text else RETRY_SECONDS
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{RETRY_VARIABLE}='{text}': give a number of seconds, 0 or more")
+    return seconds
 
 
 def retrying(
@@ -56,7 +58,7 @@ def retrying(
     ``FileNotFoundError`` as it comes and ``StorageError`` for whatever else storage refuses: at
     once where trying again is pointless, otherwise when the limit is reached.
     """
-    limit = _limit()
+    limit = retry_limit()
     start = time.monotonic()
     attempts = 0
     while True:
@@ -99,16 +101,6 @@ def shown(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
 def _pause(attempts: int) -> float:
     """Seconds to wait: doubling, and random so that many workers do not come back at once."""
     return float(min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (attempts - 1)) * _jitter.uniform(0.5, 1))
-
-
-def _limit() -> float:
-    if _overrides:
-        return _overrides[-1]
-    text = os.environ.get(RETRY_VARIABLE, "")
-    try:
-        return float(text) if text else RETRY_SECONDS
-    except ValueError:
-        raise UserError(f"{RETRY_VARIABLE}='{text}': give a number of seconds") from None
 
 
 def _note(line: str) -> None:

@@ -1,8 +1,9 @@
 """Where things lie below the root of a store."""
 
+from schemas.fields import COMMITS
+
 MANIFEST = "manifest.json"
 INDEX = "index.json"
-COMMITS = "commits"
 
 
 def shard_name(shard: int) -> str:

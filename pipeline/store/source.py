@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import fsspec
 
-from pipeline.files import file_size, is_local, read_bytes, read_into, read_ranges
+from pipeline.files import is_local, read_at_most, read_into, read_ranges
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget, Kept
 from pipeline.store.table import FileTable
@@ -185,16 +184,9 @@ class FileSource:
 
     def _fetch(self, file: FileTable) -> bytes:
         self._count(requests=1)
-        data = self._bounded(f"{self._root}/{file.file}", file.bytes)
+        path = f"{self._root}/{file.file}"
+        data = read_at_most(self._filesystem, path, file.bytes)  # it may have grown
         self._count(read=len(data))
-        return data
-
-    def _bounded(self, path: str, size: int) -> bytes:
-        """A file, but not one byte more than was committed, however long it has become."""
-        filesystem = self._filesystem
-        if is_local(filesystem) and file_size(filesystem, path) <= size:  # a link to /dev/zero: 0
-            return read_bytes(filesystem, path) if os.path.isfile(path) else b""
-        (data,) = read_ranges(filesystem, path, [(0, size)])
         return data
 
     def _count(self, *, requests: int = 0, read: int = 0) -> None:

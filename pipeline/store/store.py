@@ -8,13 +8,14 @@ from functools import lru_cache
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from pipeline.files import (
     absolute_url,
     exists,
     list_folder,
     open_url,
-    read_bytes,
+    read_at_most,
     without_credentials,
     write_atomic,
 )
@@ -28,6 +29,8 @@ M = TypeVar("M", bound=BaseModel)
 
 RECORDS = 128
 """Commit records that a store keeps; one of 64 samples takes some 60 KB."""
+MOST_BYTES = 1 << 28
+"""Of a manifest, a commit record or an index; each skipped image takes some 200."""
 
 
 class Store:
@@ -55,7 +58,7 @@ class Store:
         """The store at ``url``. Raises ``UserError`` where there is none or it cannot be read."""
         filesystem, root = open_url(absolute_url(url), what="--store")
         try:
-            text = read_bytes(filesystem, f"{root}/{MANIFEST}")
+            text = read_at_most(filesystem, f"{root}/{MANIFEST}", MOST_BYTES + 1)
         except FileNotFoundError:
             raise UserError(
                 f"--store '{without_credentials(url)}' holds no store: {MANIFEST} is missing"
@@ -122,7 +125,7 @@ class Store:
         """Sample counts of a complete store. Raises ``UserError`` where shards are missing."""
         path = f"{self.root}/{INDEX}"
         try:
-            text = read_bytes(self.filesystem, path)
+            text = read_at_most(self.filesystem, path, MOST_BYTES + 1)
         except FileNotFoundError:
             self.require_complete()
             return self.build_index()
@@ -152,7 +155,7 @@ class Store:
                     counts.append(record.samples)
                 for name, files in record.streams.items():
                     sizes[name] += sum(file.bytes for file in files)
-        return StoreIndex(samples_per_shard=counts, bytes_per_stream=sizes)
+        return StoreIndex(version=STORE_VERSION, samples_per_shard=counts, bytes_per_stream=sizes)
 
     def finish(self) -> None:
         """Called when the last shard is committed: write the index and list skipped images."""
@@ -185,7 +188,7 @@ class Store:
         path = commit_path(shard, added)
         where = f"{self.shown_url}/{path}"
         try:
-            text = read_bytes(self.filesystem, f"{self.root}/{path}")
+            text = read_at_most(self.filesystem, f"{self.root}/{path}", MOST_BYTES + 1)
         except FileNotFoundError:
             raise UserError(f"{where} is missing: the shard was never committed") from None
         record = _parse(CommitRecord, text, where)
@@ -228,24 +231,39 @@ def _check_same_samples(record: CommitRecord, base: CommitRecord, where: str) ->
 
 
 def _parse(model: type[M], text: bytes, where: str) -> M:
-    version = re.search(rb'"version":\s*(\d+)', text[:200])
-    if version and int(version[1]) > STORE_VERSION:
-        raise UserError(
-            f"{where} is of version {int(version[1])}, newer than this software knows "
-            f"({STORE_VERSION}); update it"
-        )
-    if version and int(version[1]) < STORE_VERSION:
-        raise UserError(
-            f"{where} is of version {int(version[1])}, from before the first release; extract the "
-            "store anew"
-        )
+    if len(text) > MOST_BYTES:
+        raise UserError(f"{where} is damaged: it is longer than {MOST_BYTES >> 20} MB")
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
+        version = _version_of(text)
+        if version > STORE_VERSION:
+            raise UserError(
+                f"{where} is of version {version}, newer than this software knows "
+                f"({STORE_VERSION}); update it"
+            ) from None
+        if 0 < version < STORE_VERSION:
+            raise UserError(
+                f"{where} is of version {version}, from before the first release; extract the "
+                "store anew"
+            ) from None
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        reason = f"{key}: {first['msg']}" if key else first["msg"]
-        raise UserError(f"{where} is damaged: {' '.join(reason.split())}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        reason = " ".join((f"{key}: {message}" if key else message).split())[:300]
+        raise UserError(
+            f"{where} is damaged: {reason[:300]}"
+        ) from None  # keys may be of any length
+
+
+def _version_of(text: bytes) -> int:
+    """What a file says of itself, wherever in it; 0 where it does not."""
+    try:
+        values = from_json(text)
+    except ValueError:
+        return 0
+    version = values.get("version") if isinstance(values, dict) else None
+    return version if type(version) is int else 0
 
 
 def _unreachable(url: str, error: Exception) -> UserError:

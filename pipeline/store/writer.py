@@ -16,7 +16,7 @@ from pipeline.store.layout import commit_path
 from pipeline.store.parts import check_value, stream_parts
 from pipeline.store.tar import TarWriter
 from pipeline.store.zarr import ZarrWriter
-from schemas.store import CommitRecord, Manifest, SkippedImage
+from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage
 
 Values = Mapping[str, Mapping[str, Any]]
 """stream -> stored array -> one sample's values, as ``encode_column`` names and makes them."""
@@ -82,6 +82,7 @@ class ShardWriter:
             for local, about in files:
                 publish(self._filesystem, local, f"{self._root}/{about.file}")
         record = CommitRecord(
+            version=STORE_VERSION,
             shard=self.shard,
             samples=len(self._keys),
             keys=self._keys,

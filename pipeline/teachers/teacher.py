@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,18 @@ from torch import Tensor, nn
 
 from pipeline.files import sha256_of_arrays, without_credentials
 from pipeline.teachers.tap import Attended, AttentionTap
-from pipeline.teachers.vit import block_arguments, create_vit, embed, final_norm
+from pipeline.teachers.vit import (
+    block_arguments,
+    create_tail,
+    create_vit,
+    embed,
+    final_norm,
+    normalisation,
+)
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
+from schemas.options import validate
 from schemas.store import TeacherInfo
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class TeacherTargets(NamedTuple):
@@ -47,21 +52,23 @@ class Teacher(nn.Module):
         resolution: int,
         layers: Sequence[int],
         first_block: int = 0,
+        tail: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """``first_block``: make the tail from there on only, from a file of ``tail_state``."""
+        """``tail``: make only the blocks from ``first_block`` on, of these weights; see
+        ``tail_state``. Raises ``ValueError`` where they are another model's."""
         super().__init__()
         self.config = config
         self.layers = tuple(layers)
         self.first_block = first_block
-        self.vit, (self.depth, self.heads, self.head_width) = create_vit(
-            config, resolution, first_block
+        self.vit, (self.depth, self.heads, self.head_width) = (
+            create_vit(config, resolution)
+            if tail is None
+            else create_tail(config, resolution, first_block, tail)
         )
         self.weights_sha256 = sha256_of_arrays(
             (name, tensor.numpy()) for name, tensor in sorted(self.vit.state_dict().items())
         )
-        cfg: dict[str, Any] = self.vit.pretrained_cfg
-        self.mean = tuple(cfg.get("mean") or IMAGENET_MEAN)
-        self.std = tuple(cfg.get("std") or IMAGENET_STD)
+        self.mean, self.std = normalisation(self.vit)
         self.image_size = int(self.vit.patch_embed.img_size[0])
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix = int(self.vit.num_prefix_tokens)
@@ -73,24 +80,26 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def info(self) -> TeacherInfo:
-        """What the manifest says of this teacher."""
-        return TeacherInfo(
-            model=self.config.model,
-            model_args=self.config.model_args,
-            weights=without_credentials(self.config.weights),
-            seed=self.config.seed,
-            weights_sha256=self.weights_sha256,
-            image_size=self.image_size,
-            mean=self.mean,
-            std=self.std,
-            depth=self.depth,
-            width=self.vit.embed_dim,
-            heads=self.heads,
-            head_width=self.head_width,
-            grid=self.grid,
-            prefix=self.prefix,
-            layers=self.layers,
-        )
+        """What the manifest says of this teacher. Raises ``UserError`` where it can hold no such
+        one."""
+        about = {
+            "model": self.config.model,
+            "model_args": self.config.model_args,
+            "weights": without_credentials(self.config.weights),
+            "seed": self.config.seed,
+            "weights_sha256": self.weights_sha256,
+            "image_size": self.image_size,
+            "mean": self.mean,
+            "std": self.std,
+            "depth": self.depth,
+            "width": self.vit.embed_dim,
+            "heads": self.heads,
+            "head_width": self.head_width,
+            "grid": self.grid,
+            "prefix": self.prefix,
+            "layers": self.layers,
+        }
+        return validate(TeacherInfo, about, where=f"teacher '{self.config.model}'")
 
     def preprocess(self, images_B3RR: Tensor) -> Tensor:
         """uint8 crops to the teacher's input (B, 3, S, S), float32.

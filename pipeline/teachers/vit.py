@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -15,6 +16,9 @@ from pipeline.teachers.weights import load_tail_weights, load_weights
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 PIXELS_PER_TOKEN = 16  # of the crop: an autoencoder's 8 times the student's patch of 2
 
 
@@ -26,25 +30,29 @@ class VitShape(NamedTuple):
     head_width: int
 
 
-def create_vit(
-    config: TeacherConfig, resolution: int, first_block: int = 0
-) -> tuple[Any, VitShape]:
+def create_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
     """The model with its weights, position embedding at the wanted grid; and its shape.
 
-    With ``first_block`` only the blocks from there on are made, and the weights are a file of
-    theirs (see ``tail_state``). A model that cannot be tapped is refused before its weights are
-    fetched.
+    A model that cannot be tapped is refused before its weights are fetched.
     """
     shape, size = _sizes(config, resolution)
-    if first_block:
-        vit = _create(config, img_size=size, depth=shape.depth - first_block)
-    else:
-        vit = _create(config, img_size=size, pretrained=config.weights == "hub")
+    vit = _create(config, img_size=size, pretrained=config.weights == "hub")
     vit.attn_pool = None  # SigLIP's pooling: no target needs it
-    if first_block:
-        load_tail_weights(vit, config)
-    elif config.weights != "hub":
+    if config.weights != "hub":
         load_weights(vit, config)
+    _fuse_attention(vit)
+    return vit, shape
+
+
+def create_tail(
+    config: TeacherConfig, resolution: int, first_block: int, state: Mapping[str, Tensor]
+) -> tuple[Any, VitShape]:
+    """The same with only the blocks from ``first_block`` on, and their weights (``tail_state``).
+    Raises ``ValueError`` where these are another model's."""
+    shape, size = _sizes(config, resolution)
+    vit = _create(config, img_size=size, depth=shape.depth - first_block)
+    vit.attn_pool = None
+    load_tail_weights(vit, state, whole=not first_block)
     _fuse_attention(vit)
     return vit, shape
 
@@ -78,6 +86,13 @@ def draft_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
     vit.attn_pool = None
     _fuse_attention(vit)
     return vit, shape
+
+
+def normalisation(vit: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the pixels that a model was trained on."""
+    about: dict[str, Any] = vit.pretrained_cfg
+    mean, std = about.get("mean") or IMAGENET_MEAN, about.get("std") or IMAGENET_STD
+    return tuple(mean), tuple(std)
 
 
 def embed(vit: Any, pixels_B3SS: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from schemas.extract import TeacherConfig
 NOT_NEEDED = ("head", "attn_pool.", "decoder")
 """Starts of names that no target comes from: classifiers and CLIP's projection, SigLIP's pooling,
 MAE's decoder."""
+TAIL = ("blocks.", "norm.", "fc_norm.", "rope.")
+"""Starts of names of what is run behind a cut."""
 
 
 def load_weights(vit: Any, config: TeacherConfig) -> None:
@@ -31,25 +35,30 @@ def load_weights(vit: Any, config: TeacherConfig) -> None:
     try:
         vit.load_state_dict(_to_timm_names(state, vit))
     except (RuntimeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise UserError(_misfit(path, config, lines[1] if len(lines) > 1 else lines[0])) from None
+        raise UserError(_misfit(path, config, _second_line(error))) from None
     except Exception:  # timm's converters trip in their own ways over files of other things
         reason = "not a checkpoint in a format that timm knows for this model"
         raise UserError(_misfit(path, config, reason)) from None
 
 
-def load_tail_weights(vit: Any, config: TeacherConfig) -> None:
-    """Fill the blocks of a teacher's tail from a file in timm's names. What lies before them is
-    never run. Raises ``UserError``."""
-    path = Path(config.weights)
-    state = read_state_dict(path, option="--teacher.weights")
-    missing, unexpected = vit.load_state_dict(state, strict=False)
-    missing = [
-        name for name in missing if name.startswith(("blocks.", "norm.", "fc_norm.", "rope."))
-    ]
+def load_tail_weights(vit: Any, state: Mapping[str, Tensor], *, whole: bool) -> None:
+    """Fill the blocks of a teacher's tail from tensors in timm's names, or all of it where it is
+    ``whole``: what lies before a tail is never run. Raises ``ValueError`` where they do not fit."""
+    try:
+        missing, unexpected = vit.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(_second_line(error)) from None
+    if not whole:
+        missing = [name for name in missing if name.startswith(TAIL)]
     if missing or unexpected:
         name = (missing or unexpected)[0]
-        raise UserError(_misfit(path, config, f"{name} is {'missing' if missing else 'too much'}"))
+        raise ValueError(f"{name} is {'missing' if missing else 'too much'}")
+
+
+def _second_line(error: Exception) -> str:
+    """torch's first one says only that there was an error."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return lines[1] if len(lines) > 1 else lines[0]
 
 
 def _misfit(path: Path, config: TeacherConfig, reason: str) -> str:
@@ -84,6 +93,8 @@ def _keep_biases(state: dict[str, Any], vit: Any) -> None:
 
 def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
     """Tensors of a .safetensors, .pth or .pt file, the last two without unpickling code."""
+    if not os.path.isfile(path):  # a pipe or a device would never end
+        raise UserError(f"{option} '{path}': cannot read these weights (no such file)")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -92,7 +103,7 @@ def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
         reason = "damaged, or more than tensors: no code is run"
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except (OSError, RuntimeError, EOFError) as error:
-        reason = "no such file" if not path.exists() else " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except Exception as error:  # safetensors raises its own type, which it does not export
         raise UserError(f"{option} '{path}': cannot read these weights ({error})") from None

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.alignment.cuts import cut_columns, cut_values, encode_values
@@ -263,10 +264,13 @@ def _load_tail(cut: Cut, teacher: Teacher, folder: str, resolution: int) -> Teac
     first = first_tail_block(cut, teacher.layers)
     assert first is not None
     file = save_tail(teacher, folder, cut, first)
-    config = teacher.config.model_copy(
-        update={"weights": f"{folder}/{file.file}", "image_size": teacher.image_size}
+    return Teacher(
+        teacher.config.model_copy(update={"image_size": teacher.image_size}),
+        resolution=resolution,
+        layers=teacher.layers,
+        first_block=first,
+        tail=load_file(f"{folder}/{file.file}"),
     )
-    return Teacher(config, resolution=resolution, layers=teacher.layers, first_block=first)
 
 
 def _joined(targets: list[Targets]) -> Targets:

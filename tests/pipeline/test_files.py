@@ -20,6 +20,7 @@ from botocore import exceptions as boto
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.errors import translate_boto_error
 
+from pipeline.datasets.folder import list_files
 from pipeline.files import (
     RETRY_VARIABLE,
     TEMPORARY,
@@ -34,12 +35,12 @@ from pipeline.files import (
     read_bytes,
     read_ranges,
     remove,
-    retry_limit,
     sha256_of_arrays,
     without_credentials,
     write_atomic,
 )
 from pipeline.storage import retry
+from pipeline.store import Store
 from schemas.errors import UserError
 from tests.helpers import all_files
 
@@ -389,7 +390,8 @@ def test_the_limit_is_kept_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ConnectionRefusedError("AWS_SECRET_ACCESS_KEY=hunter2 at s3://k:hunter2@b/x")
 
     start = time.monotonic()
-    with retry_limit(0.5), pytest.raises(StorageError) as error:
+    monkeypatch.setenv(RETRY_VARIABLE, "0.5")
+    with pytest.raises(StorageError) as error:
         read_bytes(Dead([]), "/x")
     assert 0.5 <= time.monotonic() - start < 5
     assert "gave up after 0 s and" in str(error.value) or "after 1 s" in str(error.value)
@@ -397,6 +399,16 @@ def test_the_limit_is_kept_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RETRY_VARIABLE, "0")
     with pytest.raises(StorageError, match="1 attempts"):
         read_bytes(Dead([]), "/x")
-    monkeypatch.setenv(RETRY_VARIABLE, "soon")
-    with pytest.raises(UserError, match="HASTE_STORAGE_RETRY_SECONDS='soon'"):
-        read_bytes(Dead([]), "/x")
+
+
+@pytest.mark.parametrize("seconds", ["soon", "-1", "nan", "inf", "1e999"])
+def test_a_limit_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
+) -> None:
+    monkeypatch.setenv(RETRY_VARIABLE, seconds)
+    for operation in (Store.open, Store.exists, list_files):
+        with pytest.raises(UserError) as error:
+            operation(str(tmp_path))
+        assert str(error.value) == (
+            f"HASTE_STORAGE_RETRY_SECONDS='{seconds}': give a number of seconds, 0 or more"
+        )

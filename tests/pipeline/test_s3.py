@@ -34,7 +34,6 @@ from pipeline.files import (
     read_bytes,
     read_ranges,
     remove,
-    retry_limit,
     write_atomic,
 )
 from pipeline.storage import connection
@@ -163,8 +162,13 @@ def test_a_server_that_is_killed_and_returns_is_waited_for(
 
 
 def test_a_server_that_stays_dead_is_one_clear_error(
-    s3: SeaweedFS, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    s3: SeaweedFS,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv(RETRY_VARIABLE, "2")
     filesystem, root = open_url(bucket, what="--store")
     (tmp_path / "local").write_bytes(b"precious")
     operations = [
@@ -177,7 +181,7 @@ def test_a_server_that_stays_dead_is_one_clear_error(
         lambda: list_tree(filesystem, f"{root}/x"),
         lambda: remove(filesystem, f"{root}/x"),
     ]
-    with away(s3), retry_limit(2), ThreadPoolExecutor(len(operations)) as pool:
+    with away(s3), ThreadPoolExecutor(len(operations)) as pool:
         start = time.monotonic()
         tries = [pool.submit(operation) for operation in operations]
         errors = [one.exception() for one in tries]
@@ -199,6 +203,7 @@ def test_a_server_that_stays_dead_is_one_clear_error(
 def test_a_server_that_never_answers_is_noticed(
     s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(RETRY_VARIABLE, "1")
     monkeypatch.setattr(connection, "READ_SECONDS", 0.5)
     monkeypatch.setattr(connection, "UPLOAD_BYTES_PER_SECOND", 64 << 20)
     with socket.socket() as silent:
@@ -207,11 +212,11 @@ def test_a_server_that_never_answers_is_noticed(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         filesystem, root = open_url("s3://bucket/silent", what="--store")
         start = time.monotonic()
-        with retry_limit(1), pytest.raises(StorageError, match="Read timeout on endpoint"):
+        with pytest.raises(StorageError, match="Read timeout on endpoint"):
             read_bytes(filesystem, root)
         # small enough to be in the kernel's buffers, and large enough not to be
         for size in (10, 64 << 20):
-            with retry_limit(1), pytest.raises(StorageError, match="gave up after"):
+            with pytest.raises(StorageError, match="gave up after"):
                 write_atomic(filesystem, root, bytes(size))
         assert time.monotonic() - start < 20
 

@@ -76,7 +76,7 @@ def test_a_later_cut_carries_its_own_tail(extracted: Extract, tmp_path: Path, cu
     assert (Path(made.root) / file).read_bytes() == (Path(direct.root) / file).read_bytes()
     stream = made.manifest.teacher_streams["activations"]
     assert stream.tail == direct.manifest.teacher_streams["activations"].tail
-    assert load_tail(made, stream, (5,)).first_block == 3
+    assert load_tail(made, "activations", (5,)).first_block == 3
     assert torch.equal(targets_of(made).attention, targets_of(direct).attention)
     assert torch.equal(targets_of(made).features, targets_of(direct).features)
 

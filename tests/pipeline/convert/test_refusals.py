@@ -126,7 +126,7 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path) -> None:
         "maps": maps.model_copy(update={"columns": columns}),
     }
     liar = Store.create(store.url, store.manifest.model_copy(update={"streams": streams}))
-    assert "does not hold the tensors of its cut 'maps'" in refusal(liar, tmp_path / "b")
+    assert "does not hold what its cut 'maps' keeps" in refusal(liar, tmp_path / "b")
 
 
 def test_float16_arithmetic_needs_a_gpu(extracted: Extract, tmp_path: Path) -> None:

@@ -207,14 +207,14 @@ def test_codecs_and_model_arguments_are_those_of_the_store(
         maps = values["streams"]["maps"]
         maps["columns"]["features"]["codec"] = "rms26"
         maps["columns"]["features"]["lossless"] = "zstd"
-        maps["teacher"]["model_args"] = {"depth": 6, "name": "it's 5", "sizes": [1, 2], "no": None}
+        maps["teacher"]["model_args"] = {"depth": 4, "name": "it's 5", "sizes": [1, 2], "no": None}
         maps["teacher"]["weights"] = "/a folder/w.pth"
         values["dataset"]["source"] = "/data/my images"
 
     edit_json(Path(store.root, "manifest.json"), change)
     answer = check(store, config(alignment={"teacher_layers": [0, 3]}))
     asked = extraction(str(answer.command))
-    assert asked.teacher.model_args == {"depth": 6, "name": "it's 5", "sizes": [1, 2], "no": None}
+    assert asked.teacher.model_args == {"depth": 4, "name": "it's 5", "sizes": [1, 2], "no": None}
     assert asked.teacher.weights == "/a folder/w.pth"
     assert asked.source == "/data/my images"
     assert asked.column_codecs == {

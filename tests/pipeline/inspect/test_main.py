@@ -204,9 +204,16 @@ def test_names_in_a_store_do_not_reach_the_terminal_raw(
 ) -> None:
     path = Path(known_store.root, "manifest.json")
     values = json.loads(path.read_text())
-    values["dataset"]["name"] = "\x1b[31mred\nline"
+    values["dataset"]["source"] = "\x1b[31mred\nline"
     path.write_text(json.dumps(values))
     assert main([known_store.url]) == 0
     page = capsys.readouterr().out
     assert "\x1b" not in page
     assert "\\x1b[31mred\\nline" in page
+
+
+def test_an_autoencoder_for_other_latents_is_one_line(digits_store: Store) -> None:
+    from pipeline.inspect.draw import decode_latent
+
+    with pytest.raises(UserError, match=r"'demo' of .* cannot decode latents of shape \(3, 8, 8\)"):
+        decode_latent(digits_store, np.zeros((3, 8, 8), np.float32))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -12,16 +14,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numcodecs import Zstd
 
 from pipeline.alignment.tail import load_tail
+from pipeline.alignment.targets import Wanted, open_targets
+from pipeline.inspect.fidelity import measure_fidelity
 from pipeline.store import Store, StreamReader
+from pipeline.store.parts import check_columns
 from pipeline.store.reader import DamagedShardError
 from pipeline.train.local import LocalCheckpoints
-from pipeline.train.loop import check_store, train
+from pipeline.train.loop import train
 from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+from schemas.options import validate
 from schemas.run import RunConfig
-from schemas.store import StreamFile
+from schemas.store import Column, StreamFile
+from tests.encoded import encode
 from tests.helpers import edit_json, known_key, known_values
 from tests.stores import make_random_store, tiny_run
 
@@ -34,6 +43,22 @@ def column(**values: Any) -> Change:
 
 def teacher(**values: Any) -> Change:
     return lambda manifest: manifest["streams"]["maps"]["teacher"].update(values)
+
+
+def large(codec: str) -> Change:
+    """Maps of 90 x 100 tokens, within bounds, whose attention is stored with ``codec``."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        stream = manifest["streams"]["maps"]
+        stream["teacher"]["grid"] = [90, 100]
+        stream["columns"]["features"]["shape"] = [9000, 12]
+        stream["columns"]["attention"].update(shape=[3, 3, 9000, 9000], codec=codec)
+
+    return change
+
+
+def latents(name: str, **values: Any) -> Change:
+    return lambda manifest: manifest["streams"]["latents"]["columns"][name].update(values)
 
 
 def rename(new: str, *path: str) -> Change:
@@ -55,6 +80,7 @@ def opening_says(store: Store) -> str:
     return message
 
 
+BAD_MODELS = ("hf-hub:timm/vit", "local-dir:/tmp/evil", "timm/vit", "../x", "", "a b", "x" * 200)
 BAD_NAMES = ("..", "../x", "/etc", "a/b", "a\\b", "a.b.c", "", "a\n", "A", "~", "s3://x", "é", "-a")
 
 
@@ -76,20 +102,14 @@ def test_no_name_leaves_the_store(known_store: Store, name: str) -> None:
     ("change", "reason"),
     [
         # the codec's own arrays are larger than the column: two planes of it
-        (column(codec="tokens999", shape=[1 << 15, 1 << 15]), "2147483648 elements; the limit"),
-        (column(codec="rms1", shape=[1 << 14, 1 << 16]), "2147483648 elements; the limit"),
-        (column(codec="heads9", shape=[1, 1, 1 << 15, 1 << 15]), "2147483648 elements"),
+        (large("heads9"), "1458000000 elements; the limit"),
         (column(codec="int8", shape=[1 << 24, 1 << 24]), "281474976710656 elements"),
         (column(codec="cbrt8", shape=[1 << 24] * 8), "elements; the limit"),
         (column(codec="uint8", shape=[0, *[1 << 24] * 7]), "shape"),
         (column(codec="float32", shape=[1] * 65), "at most 8"),
-        (column(codec="tokens20", shape=[4]), "it is for tokens x channels"),
-        (column(codec="heads24", shape=[16, 12]), "layers x heads"),
-        (column(codec="int8", shape=[]), "vectors"),
-        (column(codec="int8_group64", shape=[16, 12]), "not a multiple"),
-        (column(codec="int8_outliers16", shape=[16, 12]), "too few"),
-        (column(codec="int8_centred", shape=[12]), "several tokens"),
-        (column(codec="cbrt8", shape=[]), "rows of probabilities"),
+        (column(codec="heads24"), "layers x heads"),
+        (column(codec="int8_group64"), "not a multiple"),
+        (column(codec="int8_outliers16"), "too few"),
         *((column(codec=name), "codec") for name in ("tokens1000", "sqrt0", "pickle", "<f4", "O")),
         (column(lossless="bz2"), "lossless"),
         (column(lossless="../zstd"), "lossless"),
@@ -97,8 +117,45 @@ def test_no_name_leaves_the_store(known_store: Store, name: str) -> None:
         (column(shape="16x12"), "shape"),
         (teacher(grid=[-1, 4]), "grid"),
         (teacher(grid=[1 << 40, 4]), "grid"),
+        (teacher(grid=[1 << 16, 1 << 16]), "grid"),
+        (teacher(grid=[3, 3]), "its cut 'maps' keeps"),
         (teacher(heads=0), "heads"),
+        (teacher(heads=4), "4 heads of 4 numbers are not a width of 12"),
+        (teacher(heads=6, head_width=2), "its cut 'maps' keeps"),
         (teacher(layers=[-1]), "layers"),
+        (teacher(layers=[]), "layers: name each layer once"),
+        (teacher(layers=[3, 2, 1]), "layers: name each layer once"),
+        (teacher(layers=[1, 2, 9]), "no layer 9 in a depth of 4"),
+        (teacher(layers=[1, 2]), "its cut 'maps' keeps"),
+        (teacher(depth=100_000), "depth"),
+        (teacher(seed=-1), "seed"),
+        (teacher(std=[1, 0, 1]), "std"),
+        (teacher(mean=[0, float("nan"), 0]), "mean"),
+        (teacher(model_args={"depth": 100_000}), "100000 is beyond all bounds"),
+        (teacher(model_args={"depth": 5}), "model_args.depth is not 4"),
+        (teacher(model_args={"embed_dim": 1 << 18}), "model_args: 262144 is beyond all bounds"),
+        (teacher(model_args={"embed_dim": 10**4000}), "an enormous number is beyond all bounds"),
+        (teacher(model_args={"embed_dim": 24}), "model_args.embed_dim is not 12"),
+        (teacher(model_args={"num_heads": 1}), "model_args.num_heads is not 3"),
+        (teacher(model_args={"mlp_ratio": float("inf")}), "inf is beyond all bounds"),
+        (teacher(model_args={"a": [[[0] * 100]]}), "more than 64"),
+        (teacher(model_args={"a": "b" * (1 << 15)}), "32768 characters"),
+        *((teacher(model=name), "model") for name in BAD_MODELS),
+        (lambda m: m.update(resolution=10**9), "resolution"),
+        (lambda m: m.update(resolution=-5), "resolution"),
+        (lambda m: m["dataset"].update(name="../x"), "dataset.name"),
+        (rename("commits", "streams", "maps"), "'commits' is the folder of the commit records"),
+        (lambda m: m.pop("version"), "version: Field required"),
+        (latents("label", codec="float16"), "column 'label' of stream 'latents' is of codec float"),
+        (latents("mean", codec="tokens23", shape=[4, 64]), "not a mean and a std"),
+        (latents("mean", codec="int8"), "column 'mean' of stream 'latents' is of codec int8"),
+        (latents("mean", shape=[4, 8, 9]), "not a mean and a std"),
+        (lambda m: m["streams"]["latents"]["columns"].pop("std"), "not a mean and a std"),
+        (lambda m: m["autoencoder"].update(latent_shape=[4, 8, 9]), "not those of square images"),
+        (lambda m: m["autoencoder"].update(latent_shape=[1, 99, 99]), "not those of square"),
+        (lambda m: m["streams"]["maps"]["columns"].pop("attention"), "its cut 'maps' keeps"),
+        (column(shape=[12, 16]), "its cut 'maps' keeps"),
+        (lambda m: m["streams"]["maps"].update(cut="qk"), "its cut 'qk' keeps"),
         (teacher(model_args={"checkpoint_path": "/tmp/evil.pth"}), "checkpoint_path is not taken"),
         (teacher(model_args={"pretrained": True}), "pretrained is not taken"),
         (lambda m: m["autoencoder"].update(scaling_factor=0), "scaling_factor"),
@@ -112,23 +169,34 @@ def test_a_manifest_that_promises_the_impossible_is_refused(
     assert reason in opening_says(known_store)
 
 
+@pytest.mark.parametrize(
+    ("codec", "shape", "reason"),
+    [
+        ("tokens999", (1 << 15, 1 << 15), "2147483648 elements; the limit"),
+        ("rms1", (1 << 14, 1 << 16), "2147483648 elements; the limit"),
+        ("tokens20", (4,), "it is for tokens x channels"),
+        ("int8", (), "vectors"),
+        ("int8_centred", (12,), "several tokens"),
+        ("cbrt8", (), "rows of probabilities"),
+    ],
+)
+def test_a_codec_is_for_some_shapes(codec: str, shape: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"column 'x', codec {codec}: .*{reason}"):
+        check_columns({"x": Column(shape=shape, codec=codec)})
+
+
 @pytest.mark.parametrize("format", ["webdataset", "zarr"])
 def test_every_shape_within_bounds_can_be_listed(tmp_path: Path, format: str) -> None:
     """Opening, and what zarr is told of it, allocate nothing of what is promised."""
     store = make_random_store(tmp_path, samples=2, shard_size=2, format=format)
-    edit_json(
-        tmp_path / "manifest.json",
-        column(codec="tokens999", shape=[1 << 14, 1 << 15], lossless="zstd"),
-    )
+    edit_json(tmp_path / "manifest.json", large("cbrt8"))
     Store.open(store.url).zarr_metadata()
     with pytest.raises(DamagedShardError):
         StreamReader(Store.open(store.url), "maps").read(np.array([0]), np.array([0]))
 
 
 def test_more_than_memory_holds_is_one_line(known_store: Store) -> None:
-    edit_json(
-        Path(known_store.root, "manifest.json"), column(codec="float32", shape=[1 << 15, 1 << 15])
-    )
+    edit_json(Path(known_store.root, "manifest.json"), large("float32"))
     reader = StreamReader(Store.open(known_store.url), "maps")
     many = np.zeros(1 << 20, np.int64)
     with pytest.raises(UserError, match=r"1048576 samples of stream 'maps' .* do not fit"):
@@ -303,19 +371,108 @@ def test_a_shard_is_replaced_not_written_through_a_link(known_store: Store, tmp_
     read_first(Store.open(known_store.url))
 
 
-def test_a_tail_of_another_size_is_not_read(known_store: Store) -> None:
-    def change(manifest: dict[str, Any]) -> None:
-        stream = manifest["streams"]["maps"]
-        stream["cut"] = "image"
-        stream["tail"] = {"file": "maps.safetensors", "bytes": 10, "sha256": "0" * 64}
-
-    edit_json(Path(known_store.root, "manifest.json"), change)
-    path = Path(known_store.root, "maps.safetensors")
-    path.touch()
-    os.truncate(path, 1 << 40)  # sparse, and more than memory
-    store = Store.open(known_store.url)
+def test_a_tail_of_another_size_is_not_read(tmp_path: Path) -> None:
+    store = encode(tmp_path, samples=1, cut="image")
+    os.truncate(tmp_path / "image_teacher_tail.safetensors", 1 << 40)  # sparse; more than memory
     with pytest.raises(UserError, match="is damaged: its checksum is wrong"):
-        load_tail(store, store.manifest.teacher_streams["maps"], (1,))
+        load_tail(store, "image", (3,))
+    edit_json(tmp_path / "manifest.json", lambda m: tail_of(m).update(bytes=1 << 40))
+    with pytest.raises(
+        UserError, match=r"streams\.image\.tail\.bytes is 1099511627776; blocks 0 to"
+    ):
+        load_tail(Store.open(store.url), "image", (3,))
+
+
+def tail_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    (stream,) = (s for s in manifest["streams"].values() if "tail" in s)
+    tail: dict[str, Any] = stream["tail"]
+    return tail
+
+
+@pytest.fixture(scope="module")
+def activations(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return encode(tmp_path_factory.mktemp("activations"), samples=1, cut="activations")
+
+
+@pytest.fixture
+def edited(activations: Store, tmp_path: Path) -> Callable[[Change], Store]:
+    """A copy with another manifest."""
+
+    def make(change: Change) -> Store:
+        shutil.copytree(activations.root, tmp_path / "edited")
+        edit_json(tmp_path / "edited" / "manifest.json", change)
+        return Store.open(str(tmp_path / "edited"))
+
+    return make
+
+
+def replayed(**values: Any) -> Change:
+    return lambda manifest: manifest["streams"]["activations"]["teacher"].update(values)
+
+
+SMALL = {"patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 6}
+
+
+def channels(patch: int) -> Change:
+    arguments = {**SMALL, "in_chans": 1 << 14, "patch_size": patch}
+    return replayed(image_size=8 * patch, model_args=arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            replayed(
+                heads=3,
+                head_width=32,
+                model_args={"patch_size": 4, "embed_dim": 96, "depth": 6},
+            ),
+            "heads is 3, but that of .* is 6",
+        ),
+        (replayed(depth=7, model_args={**SMALL, "depth": 7}), "tail.bytes is"),
+        (replayed(grid=[4, 16]), r"grid is \(4, 16\), but that of '\w"),
+        (replayed(image_size=64), r"grid is \(8, 8\), but"),
+        (replayed(mean=[0.5, 0.5, 0.5]), "mean is"),
+        (replayed(layers=[1, 2, 3, 4]), "tail.bytes is .*; blocks 1 to 5 of"),
+        (replayed(model_args={**SMALL, "mlp_ratio": 9000}), "tail.bytes is"),
+        (replayed(model_args={**SMALL, "mlp_ratio": 5}), "tail.bytes is"),
+        (channels(512), "157286. MB of weights; the limit"),
+        (channels(64), "24576 MB of weights outside its blocks; the limit"),
+        (replayed(model_args={**SMALL, "no_such": 1}), "teacher: --teacher.model .*no_such"),
+        (replayed(model="mixer_b16_224", model_args={"num_blocks": 1 << 14}), "no vision trans"),
+        (replayed(model="vit_of_tomorrow"), "timm knows no 'vit_of_tomorrow'"),
+    ],
+)
+def test_a_teacher_that_is_not_as_declared_is_never_built(
+    edited: Callable[[Change], Store],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Change,
+    reason: str,
+) -> None:
+    store = edited(change)
+    monkeypatch.setattr("pipeline.alignment.tail.Teacher", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(UserError, match=reason) as error:
+        load_tail(store, "activations", (3,))
+    assert str(error.value).startswith(f"{store.url}/manifest.json: streams.activations.")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_other_blocks_are_told_by_the_file_in_the_store(
+    activations: Store, edited: Callable[[Change], Store]
+) -> None:
+    """As many bytes, under other names."""
+    data = Path(activations.root, "activations_teacher_tail.safetensors").read_bytes()
+    data = data.replace(b"blocks.0.norm1", b"blocks.9.norm1")
+    digest = hashlib.sha256(data).hexdigest()
+    store = edited(lambda m: tail_of(m).update(sha256=digest))
+    path = Path(store.root, "activations_teacher_tail.safetensors")
+    path.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        load_tail(store, "activations", (3,))
+    assert str(error.value) == (
+        f"{store.url}/{path.name} does not hold blocks 2 to 5 of "
+        "'vit_small_patch14_dinov2.lvd142m': blocks.0.norm1.weight is missing"
+    )
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
@@ -327,28 +484,75 @@ def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
         train(config, tmp_path / "run", LocalCheckpoints(tmp_path / "run", keep=1).save)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (
-            lambda m: m["streams"]["latents"]["columns"]["label"].update(codec="float16"),
-            "not a mean, a std and a label",
-        ),
-        (lambda m: m["streams"]["latents"]["columns"].pop("std"), "not a mean, a std and a label"),
-        (
-            lambda m: m["streams"]["latents"]["columns"]["mean"].update(shape=[4, 8, 9]),
-            "not a mean, a std and a label",
-        ),
-        (lambda m: m["streams"]["maps"]["columns"].pop("attention"), "its cut 'maps' keeps"),
-        (column(shape=[12, 16]), "its cut 'maps' keeps"),
-        (lambda m: m["streams"]["maps"].update(cut="qk"), "its cut 'qk' keeps"),
-        (teacher(layers=[1, 2, 3, 9]), "its cut 'maps' keeps"),
-    ],
-)
-def test_a_run_refuses_streams_that_are_not_what_they_say(
-    known_store: Store, change: Change, reason: str
+def read_texts(store: Store) -> None:
+    store = Store.open(store.url)
+    store.index()
+    store.record(1)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "index.json", "commits/shard-000001.json"])
+def test_the_version_counts_wherever_it_stands(known_store: Store, file: str) -> None:
+    path = Path(known_store.root, file)
+
+    def without(values: dict[str, Any]) -> None:
+        del values["version"], values["more"]
+
+    def newer(values: dict[str, Any]) -> None:
+        values.pop("version")
+        values["more"] = "x" * 5000
+        values["version"] = 3
+
+    read_texts(known_store)
+    for change, reason in (
+        (newer, "is of version 3, newer than this software knows (2); update it"),
+        (without, "is damaged: version: Field required"),
+    ):
+        edit_json(path, change)
+        with pytest.raises(UserError) as error:
+            read_texts(known_store)
+        assert str(error.value).endswith(f"{file} {reason}")
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "index.json", "commits/shard-000001.json"])
+def test_no_file_of_text_fills_the_memory(known_store: Store, file: str) -> None:
+    path = Path(known_store.root, file)
+    with path.open("rb+") as handle:
+        handle.truncate(1 << 40)  # sparse
+    with pytest.raises(UserError, match=f"{file} is damaged: it is longer than 256 MB"):
+        read_texts(known_store)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{file} is damaged: Invalid JSON"):
+        read_texts(known_store)
+
+
+def test_attention_that_no_memory_holds_is_not_computed(
+    edited: Callable[[Change], Store],
 ) -> None:
-    edit_json(Path(known_store.root, "manifest.json"), change)
-    manifest = Store.open(known_store.url).manifest
-    with pytest.raises(UserError, match=reason):
-        check_store(RunConfig.model_validate(tiny_run()), manifest)
+    def change(manifest: dict[str, Any]) -> None:
+        stream = manifest["streams"]["activations"]
+        stream["teacher"]["grid"] = [256, 256]
+        stream["columns"]["tokens"]["shape"] = [1 + 256 * 256, 96]
+
+    store = edited(change)
+    for layers, reason in (((3, 4), "the attention of one image in stream"), ((), "grid is")):
+        with pytest.raises(UserError, match=reason):
+            open_targets(store, None, Wanted(True, layers, 6), torch.device("cpu"))
+
+
+def test_fidelity_makes_no_student_that_no_memory_holds(
+    edited: Callable[[Change], Store],
+) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["resolution"] = 4096
+        manifest["autoencoder"]["latent_shape"] = [4, 2048, 2048]
+        for name in ("mean", "std"):
+            latents(name, shape=[4, 2048, 2048])(manifest)
+
+    with pytest.raises(UserError, match="a student like this teacher is too large"):
+        measure_fidelity(edited(change), 1)
+
+
+def test_no_stream_takes_the_folder_of_the_commit_records() -> None:
+    with pytest.raises(UserError, match="add_stream: 'commits' is the folder of the commit"):
+        validate(ExtractConfig, {"add_stream": "commits"}, where="x")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.files import StorageError, retry_limit
+from pipeline.files import RETRY_VARIABLE, StorageError
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from schemas.errors import UserError
 from tests.helpers import known_values, write_known_store
@@ -207,5 +207,6 @@ def test_storage_that_is_away_is_no_damage(hurt: Store, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", away)
     monkeypatch.setattr("pipeline.files.scatter", away)
-    with retry_limit(0), pytest.raises(StorageError):
+    monkeypatch.setenv(RETRY_VARIABLE, "0")
+    with pytest.raises(StorageError):
         run(hurt, 1)

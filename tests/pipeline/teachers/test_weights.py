@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.teachers import Teacher
+from pipeline.teachers.weights import read_state_dict
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
 
@@ -346,3 +347,10 @@ def test_pickled_code_is_not_run(suffix: str, tmp_path: Path) -> None:
     torch.save({"model": {"cls_token": Bomb(made)}}, path)
     assert "no code is run" in refusal("vit_base_patch14_dinov2", path)
     assert not made.exists()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "x" * 5000, "", "\0"])
+def test_what_is_no_file_is_not_read(name: str) -> None:
+    """A manifest may name whatever its author likes."""
+    with pytest.raises(UserError, match=r"cannot read these weights \(no such file\)"):
+        read_state_dict(Path(name), option="--teacher.weights")

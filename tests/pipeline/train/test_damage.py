@@ -28,7 +28,7 @@ from pipeline.train.seal import DamagedCheckpointError, seal, verify
 from schemas.errors import UserError
 from schemas.options import merge
 from schemas.run import RunConfig
-from schemas.store import Manifest, StoreIndex
+from schemas.store import STORE_VERSION, Manifest, StoreIndex
 from tests.stores import random_manifest, tiny_run
 
 Make = Callable[..., RunConfig]
@@ -187,7 +187,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_store_that_changed_under_the_run_is_refused_by_name(
     run_config: Make, random_store: Store, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    counts = StoreIndex(samples_per_shard=[6, 6, 6, 4], bytes_per_stream={})
+    counts = StoreIndex(version=STORE_VERSION, samples_per_shard=[6, 6, 6, 4], bytes_per_stream={})
     monkeypatch.setattr(Store, "index", lambda self: counts)
     overrides, name = CHANGES[change]
     manifest = random_manifest(22, 6)
