@@ -32,7 +32,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.cluster import require, total
-from pipeline.files import absolute_url, open_url
+from pipeline.files import StorageError, absolute_url, open_url
 from pipeline.train.choose import Checkpoints, Write, newest_whole
 from pipeline.train.folder import RunFolder
 from pipeline.train.loop import SaveCheckpoint, train
@@ -56,6 +56,14 @@ class Orders:
         self._stop = False
         self._asked = self._saved = 0
         self._looked = float("-inf")
+        self._failure: str | None = None
+
+    def fail(self, message: str) -> None:
+        """A worker met what no restart will change."""
+        self._failure = message
+
+    def failure(self) -> str | None:
+        return self._failure
 
     def stop(self) -> None:
         self._stop = True
@@ -193,7 +201,8 @@ def scaling(config: RunConfig, gpus: float) -> ScalingConfig:
 
 def _fit_and_watch(trainer: TorchTrainer, orders: Any, signals: StopSignals) -> ray.train.Result:
     """``trainer.fit()`` in a thread (in the main one Ray would take Ctrl-C for itself, and abort),
-    while this one waits for signals."""
+    while this one waits for signals, and for errors that Ray would only meet again after each of
+    ``workers.max_failures`` restarts."""
     future: Future[ray.train.Result] = Future()
 
     def run() -> None:
@@ -204,12 +213,18 @@ def _fit_and_watch(trainer: TorchTrainer, orders: Any, signals: StopSignals) -> 
 
     threading.Thread(target=run, name="ray-train", daemon=True).start()
     told = False
+    looked = time.monotonic()
     while True:
         try:
             return future.result(timeout=0.2)
         except StillRunning:
             if future.done():
                 raise
+        if time.monotonic() - looked > LOOK_SECONDS:
+            looked = time.monotonic()
+            failure = ray.get(orders.failure.remote())
+            if failure is not None:
+                raise UserError(failure)
         if signals.received is not None and not told:
             orders.stop.remote()
             told = True
@@ -247,6 +262,11 @@ def _worker(arguments: dict[str, Any]) -> str | None:
             )
     except StoppedError as stop:
         return str(stop)
+    except StorageError:
+        raise  # it may have come back by the time the workers have
+    except UserError as error:
+        ray.get(arguments["orders"].fail.remote(str(error)))
+        raise
     finally:
         if lookout is not None:
             lookout.close()
