@@ -24,7 +24,7 @@ from pydantic import Field
 
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.layout import INDEX, MANIFEST
-from schemas.store import StoreIndex
+from schemas.store import STORE_VERSION, StoreIndex
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.timing import highest
@@ -144,11 +144,16 @@ def made_up(folder: str, samples: int) -> Iterator[None]:
     real = write_known_store(folder, (SHARD,))
     manifest = random_manifest(samples, SHARD)
     sizes = [SHARD] * (shards - 1) + [samples - (shards - 1) * SHARD]
-    index = StoreIndex(samples_per_shard=sizes, bytes_per_stream=dict.fromkeys(manifest.streams, 0))
+    index = StoreIndex(
+        version=STORE_VERSION,
+        samples_per_shard=sizes,
+        bytes_per_stream=dict.fromkeys(manifest.streams, 0),
+    )
     Path(folder, MANIFEST).write_text(manifest.model_dump_json())
     Path(folder, INDEX).write_text(index.model_dump_json())
     del index, sizes, real
     read, info, isfile = LocalFileSystem.cat_file, LocalFileSystem.info, os.path.isfile
+    plain = os.open
 
     def stand_in(path: str) -> str:
         head, _, tail = str(path).rpartition("/shard-")
@@ -165,6 +170,7 @@ def made_up(folder: str, samples: int) -> Iterator[None]:
         patch.object(LocalFileSystem, "cat_file", cat_file),
         patch.object(LocalFileSystem, "info", lambda self, path: info(self, stand_in(path))),
         patch("os.path.isfile", lambda path: isfile(stand_in(path))),
+        patch("os.open", lambda path, *args, **kw: plain(stand_in(path), *args, **kw)),
     ):
         yield
 
