@@ -46,7 +46,8 @@ class DataConfig(Strict):
     threads: Positive = 8
     """Threads of each worker that fetch and decompress."""
     memory_gb: Annotated[float, Field(ge=0)] = 1.0
-    """Files that a worker holds whole while it draws from them, in GB; beyond, it reads rows."""
+    """Files of a remote store that a worker holds whole while it draws from them, in GB; beyond, it
+    reads rows. Local files are read row by row: the system keeps them in memory."""
     cache_dir: str | None = None
     """Local folder that keeps shards of remote stores over epochs and runs. Workers of a node share
     it; it pays where cache_gb holds all that they read, as files are fetched whole for it."""
