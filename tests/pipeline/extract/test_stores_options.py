@@ -13,9 +13,16 @@ from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig, TeacherConfig
 from schemas.options import parse_options
 from tests.helpers import edit_json
-from tests.stores import add_random_stream, make_random_store
+from tests.stores import HEADS, WIDTH, add_random_stream, make_random_store
 
-DEMO = TeacherConfig.model_validate(PRESETS["demo"]["teacher"])
+ARGUMENTS = {"patch_size": 16, "embed_dim": WIDTH, "depth": 4, "num_heads": HEADS}
+OWN = TeacherConfig(
+    model="vit_small_patch14_dinov2.lvd142m",
+    weights="demo",
+    image_size=64,
+    model_args=ARGUMENTS,
+)
+"""The store's teacher: not the demo's."""
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def store(tmp_path: Path) -> Store:
     def change(values: dict[str, Any]) -> None:
         values["dataset"]["name"] = "demo"
         teacher = values["streams"]["maps"]["teacher"]
-        teacher.update(DEMO.model_dump(exclude={"image_size"}), image_size=32)
+        teacher.update(OWN.model_dump())
 
     edit_json(Path(store.root, "manifest.json"), change)
     return Store.open(store.url)
@@ -49,19 +56,19 @@ def asked(store: Store, *argv: str) -> ExtractConfig:
 def test_what_is_not_said_is_the_stores(store: Store, argv: tuple[str, ...]) -> None:
     config = asked(store, *argv)
     assert (config.dataset, config.resolution, config.shard_size) == ("demo", 64, 3)
-    assert (config.teacher, config.cut) == (DEMO, "maps")
+    assert (config.teacher, config.cut) == (OWN, "maps")
     assert config.layers == store.manifest.teacher_stream()[1].teacher.layers
 
 
 def test_an_imagenet_store_has_imagenets_cut_and_its_own_teacher(store: Store) -> None:
     edit_json(Path(store.root, "manifest.json"), lambda v: v["dataset"].update(name="imagenet"))
     config = asked(Store.open(store.url))
-    assert (config.dataset, config.cut, config.teacher) == ("imagenet", "activations", DEMO)
+    assert (config.dataset, config.cut, config.teacher) == ("imagenet", "activations", OWN)
 
 
 def test_single_options_change_the_stores_teacher(store: Store) -> None:
     config = asked(store, "--teacher.weights", "random", "--teacher.seed", "5", "--layers", "0")
-    assert config.teacher == DEMO.model_copy(update={"weights": "random", "seed": 5})
+    assert config.teacher == OWN.model_copy(update={"weights": "random", "seed": 5})
     assert config.layers == (0,)
 
 

@@ -257,10 +257,12 @@ def test_a_record_of_a_shard_beyond_the_plan_is_no_business_of_it(known_store: S
 
 def test_an_added_stream_must_have_the_samples_of_the_others(store: Store) -> None:
     path = Path(store.root, "commits", "late", "shard-000001.json")
+    keys = store.record(1).keys
     edit_json(path, lambda values: values["keys"].reverse())
     (found,) = verify(store.url).damaged
     assert found == Damage(
-        "lists other samples than the store's first streams",
+        "lists other samples than the store's first streams: sample 0 is "
+        f"'{keys[-1]}', not '{keys[0]}'",
         "commits/late/shard-000001.json",
         "late",
         1,
