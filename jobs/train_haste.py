@@ -22,6 +22,7 @@ from pipeline.store import Store
 from pipeline.train.checkpoint import check_same_run
 from pipeline.train.choose import newest_state
 from pipeline.train.folder import RunFolder
+from pipeline.train.identity import with_stream
 from pipeline.train.loop import check_store
 from pipeline.train.ray import fit
 from schemas.errors import UserError, run_command
@@ -50,10 +51,14 @@ def train_run(config: RunConfig) -> dict[str, Any]:
         raise UserError("--store is missing: the folder or URL of the store to train on")
     config = config.model_copy(update={"store": absolute_url(config.store)})
     store = Store.open(config.store)
-    check_store(config, store.manifest)
-    store.require_complete()
     run = RunFolder(config)
     state = newest_state(run.checkpoints)
+    config = with_stream(config, store.manifest, None if state is None else state.store)
+    check_store(config, store.manifest)
+    streams = ["latents"]
+    if config.alignment.active and (state is None or state.termination is None):
+        streams.append(str(config.alignment.stream))
+    store.require_complete(*streams)
     if state is not None:
         check_same_run(state, config, run.checkpoints.where(state.step))
         if state.step >= config.steps and run.has_summary:

@@ -305,6 +305,8 @@ class StreamFile(Strict):
     def _ranges_lie_in_file(self) -> StreamFile:
         if not self.offsets.keys() == self.sizes.keys() == self.crc32.keys():
             raise ValueError("offsets, sizes and crc32 name different arrays")
+        if not self.offsets:
+            raise ValueError(f"{self.file} holds no array")
         for part, offsets in self.offsets.items():
             sizes = self.sizes[part]
             if not len(offsets) == len(sizes) == len(self.crc32[part]):

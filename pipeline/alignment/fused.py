@@ -39,8 +39,10 @@ class _AttentionLoss(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, probs: Tensor, rows: Rows) -> Tensor:
         normalisers = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
         losses = torch.empty(len(q), dtype=torch.float32, device=q.device)
-        for part in _parts(q):
-            losses[part], normalisers[part] = rows.loss(q[part], k[part], probs[part])
+        # autocast ends before the backward pass, which must compute the same logits
+        with torch.autocast(q.device.type, enabled=False):
+            for part in _parts(q):
+                losses[part], normalisers[part] = rows.loss(q[part], k[part], probs[part])
         ctx.save_for_backward(q, k, probs, normalisers)
         ctx.rows = rows
         return losses
@@ -59,7 +61,7 @@ class _AttentionLoss(torch.autograd.Function):
 
 def _parts(q: Tensor) -> Iterator[slice]:
     """On a CPU one sample at a time, whose maps stay in its cache; on a GPU all at once."""
-    size = 1 if q.device.type == "cpu" else len(q)
+    size = 1 if q.device.type == "cpu" else max(1, len(q))
     return (slice(begin, begin + size) for begin in range(0, len(q), size))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.storage.secrets import written_down
-from pipeline.train.identity import check_same_store
+from pipeline.train.identity import STREAM, check_same_store
 from pipeline.train.seal import STATE, DamagedCheckpointError, seal, verify
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
@@ -169,6 +169,9 @@ def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path
     """Raises ``UserError`` where ``config`` would not continue what the checkpoint began."""
     for key in KEPT:
         old, new = getattr(state.config, key), getattr(config, key)
+        if key == "alignment" and None in (old.stream, new.stream):  # the one that it followed
+            stream = state.store.get(STREAM)
+            old, new = (a.model_copy(update={"stream": a.stream or stream}) for a in (old, new))
         if old != new:
             names = type(old).model_fields if hasattr(old, "model_fields") else {}
             changed = [f"{key}.{n}" for n in names if getattr(old, n) != getattr(new, n)] or [key]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.store import Store
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
-from schemas.store import Column
+from schemas.run import RunConfig
+from schemas.store import Column, Manifest
 
 TEACHER = "teacher."
 """Begins the names of what only an aligned step reads."""
+STREAM = f"{TEACHER}stream"
 
 
 def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
     if alignment.active:
         name, stream = manifest.teacher_stream(alignment.stream)
         identity |= {
-            f"{TEACHER}stream": name,
+            STREAM: name,
             f"{TEACHER}cut": stream.cut,
             f"{TEACHER}model": stream.teacher.model,
             f"{TEACHER}weights_sha256": stream.teacher.weights_sha256,
@@ -42,6 +45,20 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
             f"{TEACHER}columns": _columns(stream.columns),
         }
     return identity
+
+
+def with_stream(
+    config: RunConfig, manifest: Manifest, saved: Mapping[str, Any] | None
+) -> RunConfig:
+    """The run with its teacher stream named: that which the checkpoint followed whose
+    ``store_identity`` is ``saved``, else the only one that the store has now. Streams that are
+    added later change nothing for runs that have begun. Raises ``UserError``."""
+    if not config.alignment.active or config.alignment.stream is not None:
+        return config
+    name = (saved or {}).get(STREAM) or manifest.teacher_stream()[0]
+    return config.model_copy(
+        update={"alignment": config.alignment.model_copy(update={"stream": name})}
+    )
 
 
 def check_same_store(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import TEMPORARY
+from pipeline.store import Store
+from pipeline.train.checkpoint import read_state
 from pipeline.train.choose import (
     PREFIX,
     Write,
@@ -17,6 +19,7 @@ from pipeline.train.choose import (
     outdated,
     steps_of,
 )
+from pipeline.train.identity import with_stream
 from pipeline.train.loop import train
 from pipeline.train.seal import STATE, DamagedCheckpointError, verify
 from pipeline.train.stop import StopSignals
@@ -83,6 +86,9 @@ def train_here(config: RunConfig, folder: Path) -> dict[str, Any]:
     with StopSignals() as signals:
         try:
             resume = newest_checkpoint(folder)
+            if resume is not None:
+                manifest = Store.open(str(config.store)).manifest
+                config = with_stream(config, manifest, read_state(resume).store)
             return train(config, folder, checkpoints.save, resume=resume, ask=signals)
         except StoppedError as stop:
             raise StoppedError(str(stop), signals.exit_code) from None

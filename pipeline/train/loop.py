@@ -20,7 +20,7 @@ from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.train.choose import Write
 from pipeline.train.effort import Effort
-from pipeline.train.identity import store_identity
+from pipeline.train.identity import store_identity, with_stream
 from pipeline.train.meter import Meter
 from pipeline.train.metrics import CONFIG, SUMMARY, MetricsLog
 from pipeline.train.parallel import Parallel
@@ -88,6 +88,7 @@ def train(
     parallel = parallel or Parallel()
     assert config.store is not None
     store = Store.open(config.store)
+    config = with_stream(config, store.manifest, None)
     check_store(config, store.manifest)
     if resume is None or isinstance(resume, Path):  # a Path is a context manager by accident
         resume = nullcontext(resume)

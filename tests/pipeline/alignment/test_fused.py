@@ -107,3 +107,21 @@ def test_nothing_of_a_maps_size_is_kept_for_the_backward_pass() -> None:
         fused_attention_loss(attended(qkv), probs)
     assert kept
     assert max(kept) < B * H * N * N
+
+
+def test_under_autocast_both_passes_see_the_same_logits() -> None:
+    """Of operands that autocast left in float32, as a norm of queries and keys would."""
+    qkv, probs = operands(), teacher()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fused_attention_loss(attended(qkv), probs)
+    expected = plain(qkv, probs)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradient(got, qkv), gradient(expected, qkv))
+
+
+def test_no_samples() -> None:
+    q = torch.zeros(0, H, N, D, requires_grad=True)
+    losses = fused_attention_loss([Attended(q, q)], torch.zeros(0, 1, H, N, N))
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert q.grad is not None

@@ -221,9 +221,18 @@ def test_a_record_cannot_have_more_read_than_a_sample_takes_up(
         file["bytes"] = 1 << 40
         file["sizes"]["features"][2] = 1 << 39
 
-    monkeypatch.setattr("pipeline.store.source.read_ranges", lambda *_: pytest.fail("it was read"))
+    for function in ("read_ranges", "read_into", "read_at_most"):
+        name = f"pipeline.store.source.{function}"
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(DamagedShardError, match=r"column 'features' 549755813888 bytes, more than"):
         read_first(edit_record(known_store, change))
+
+
+def test_a_file_without_arrays_is_refused(known_store: Store) -> None:
+    about: dict[str, Any] = {"file": "x", "bytes": 0, "sha256": "0" * 64}
+    about |= {"offsets": {}, "sizes": {}, "crc32": {}}
+    with pytest.raises(DamagedShardError, match="x holds no array"):
+        read_first(edit_record(known_store, lambda r: r["streams"]["maps"].append(about)))
 
 
 def test_no_more_is_read_of_a_file_than_was_committed(known_store: Store) -> None:
