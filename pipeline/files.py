@@ -102,7 +102,9 @@ def read_ranges(
 
     def read_local() -> None:
         with open_regular(path) as descriptor:
-            for index in wanted if descriptor is not None else ():
+            if descriptor is None:
+                return
+            for index in wanted:
                 parts[index] = read_range(descriptor, *ranges[index])
 
     def read_remote() -> None:
