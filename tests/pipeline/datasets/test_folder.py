@@ -126,6 +126,16 @@ def test_the_reader_reads_what_was_listed(tmp_path: Path) -> None:
     assert all(read(item).decode() == item.path for item in listed)
 
 
+@pytest.mark.parametrize("name", [b"x\xff.jpg", b"a\nb.jpg", b"\x1b[31m.jpg", b"x" * 250])
+def test_a_file_whose_name_no_store_holds_is_named(tmp_path: Path, name: bytes) -> None:
+    folder = tmp_path / "a" / "/".join(4 * ["d" * 200])
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(name)).write_bytes(b"")
+    with pytest.raises(UserError, match=r"/a/d+/.*: sample 'a/d{198}.* has a name ") as error:
+        list_images(ExtractConfig(dataset="folder", source=str(tmp_path)))
+    assert str(error.value).isprintable()
+
+
 def test_an_image_that_is_no_file_or_too_large_is_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
