@@ -65,3 +65,20 @@ class PatienceWarning:
             return None
         self.deadline = float("inf")
         return self.message
+
+
+class SilenceWarning:
+    """Says how long something has been quiet: after ``seconds``, and whenever that has doubled."""
+
+    def __init__(self, seconds: float = 600.0) -> None:
+        self.began = time.monotonic()
+        self._next = seconds
+
+    def minutes(self) -> int | None:
+        """Whole minutes since the beginning, where it is time to say so."""
+        quiet = time.monotonic() - self.began
+        if quiet < self._next:
+            return None
+        while self._next <= quiet:
+            self._next *= 2
+        return int(quiet // 60)

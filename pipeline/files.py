@@ -11,7 +11,6 @@ import errno
 import hashlib
 import os
 import shutil
-import stat
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from pipeline.storage.connection import (
 )
 from pipeline.storage.credentials import without_credentials
 from pipeline.storage.faults import is_beyond_the_end
+from pipeline.storage.local import open_regular, read_range
 from pipeline.storage.retry import (
     RETRY_SECONDS,
     RETRY_VARIABLE,
@@ -67,7 +67,10 @@ TEMPORARY = ".tmp-"
 
 
 def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """A whole file, for files that fit in memory."""
+    """A whole file, for files that fit in memory. Of a local one that is none (a folder, a pipe)
+    ``StorageError`` says so."""
+    if is_local(filesystem):
+        return retrying(lambda: _read_local(path), filesystem, path, doing="read")
     # s3fs asks for the size first, to read large files in parts: a second request per file
     options = {"max_concurrency": 1} if is_s3(filesystem) else {}
 
@@ -80,8 +83,8 @@ def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
 
 def read_at_most(filesystem: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
     """The first ``size`` bytes of a file, however long it is; nothing of what is no file."""
-    if is_local(filesystem) and file_size(filesystem, path) <= size:  # a link to /dev/zero: 0
-        return read_bytes(filesystem, path) if os.path.isfile(path) else b""
+    if is_local(filesystem):
+        file_size(filesystem, path)  # says of a folder that it is one
     (data,) = read_ranges(filesystem, path, [(0, size)])
     return data
 
@@ -91,17 +94,18 @@ def read_ranges(
 ) -> list[bytes]:
     """The bytes [begin, end) of one file for each of ``ranges``, concurrently on object stores.
 
-    Where the file ends earlier the bytes are fewer than asked for: callers compare lengths.
+    Where the file ends earlier the bytes are fewer than asked for: callers compare lengths. What is
+    no regular file (locally a folder, a pipe, a device) is empty.
     """
     parts = [b""] * len(ranges)
     wanted = [index for index, (begin, end) in enumerate(ranges) if begin < end]
 
     def read_local() -> None:
-        with open(path, "rb") as file:
+        with open_regular(path) as descriptor:
+            if descriptor is None:
+                return
             for index in wanted:
-                begin, end = ranges[index]
-                file.seek(begin)
-                parts[index] = file.read(end - begin)
+                parts[index] = read_range(descriptor, *ranges[index])
 
     def read_remote() -> None:
         nonlocal wanted
@@ -138,15 +142,12 @@ def read_into(
     """
 
     def read() -> list[int]:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for ever
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open_regular(path) as descriptor:
+            if descriptor is None:
                 return [0] * len(pieces)
             if ahead and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             return scatter(descriptor, pieces)
-        finally:
-            os.close(descriptor)
 
     return retrying(read, filesystem, path, doing="read")
 
@@ -262,6 +263,15 @@ def _info(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | 
         return retrying(look, filesystem, path, doing="look at")
     except FileNotFoundError:
         return None
+
+
+def _read_local(path: str) -> bytes:
+    with open_regular(path) as descriptor:
+        if descriptor is not None:
+            return read_range(descriptor, 0)
+    number = errno.EISDIR if os.path.isdir(path) else errno.EINVAL
+    reason = os.strerror(number) if number == errno.EISDIR else "a pipe or a device, not a file"
+    raise OSError(number, reason, path)
 
 
 def _write_local(path: Path, write: Callable[[BinaryIO], object]) -> None:

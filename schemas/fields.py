@@ -65,6 +65,9 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Shape = Annotated[tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...], Field(max_length=8)]
 """Sizes of one sample's array; bounded, so that a hostile manifest cannot ask for the moon."""
 
+MOST_CLASSES = 1 << 24
+"""Of a data set; labels are below it."""
+
 LOADING_ARGUMENTS = frozenset(
     {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 )

@@ -13,6 +13,7 @@ from schemas.cuts import cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut, Dataset, Format, Precision, Resolution, TeacherSize
 from schemas.fields import (
+    MOST_CLASSES,
     ModelArguments,
     ModelId,
     Name,
@@ -67,7 +68,7 @@ class DatasetInfo(Strict):
     """Where the images were read, without credentials."""
     samples: Count
     """Planned samples, skipped ones included."""
-    num_classes: Annotated[int, Field(ge=1, le=1 << 24)]
+    num_classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)]
     fingerprint: Sha256
     """SHA-256 of every (key, label) in order."""
     order_seed: int

@@ -6,9 +6,11 @@ from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.digits import list_digits, read_digit
 from pipeline.datasets.folder import list_folder
 from pipeline.datasets.imagenet import list_imagenet
+from pipeline.datasets.names import check_listing
 from pipeline.datasets.reader import FileReader, Reader
 from pipeline.datasets.repa import list_repa
 from pipeline.datasets.tars import list_tars
+from pipeline.files import without_credentials
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 
@@ -29,6 +31,7 @@ def list_images(config: ExtractConfig) -> Listing:
             listing = list_repa(source)
         else:
             listing = list_tars(source)
+        check_listing(listing, without_credentials(source))
     return listing.shuffled(config.order_seed)
 
 

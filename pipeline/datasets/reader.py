@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 
 from pipeline.datasets.base import ImageItem
-from pipeline.files import is_local, open_url, read_bytes, read_ranges
+from pipeline.datasets.crop import BadImageError
+from pipeline.files import file_size, is_local, open_url, read_ranges
+from pipeline.storage.local import open_regular, read_range
 
 Reader = Callable[[ImageItem], bytes]
 
 UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
 """What is wrong with one file; any other ``OSError`` is the storage's."""
+
+MOST_BYTES = 256 << 20
+"""Of one encoded image: what the most pixels that Pillow decodes take up, uncompressed. Threads
+hold several at a time."""
 
 
 class FileReader:
@@ -20,15 +28,35 @@ class FileReader:
         self.filesystem, self.root = open_url(source, what="--source")
 
     def __call__(self, item: ImageItem) -> bytes:
-        """The encoded image. Raises ``OSError`` where the file cannot be read, ``StorageError``
-        where storage stays away."""
+        """The encoded image. Raises ``BadImageError`` where it has more than ``MOST_BYTES`` or lies
+        in what is no file, ``OSError`` where the file cannot be read, ``StorageError`` where
+        storage stays away."""
         path = f"{self.root}/{item.path}".rstrip("/")
+        if item.length is not None and item.length > MOST_BYTES:
+            raise _too_large(item.length)
         if is_local(self.filesystem):  # where a file's own trouble is told from the disk's
-            end = None if item.length is None else item.offset + item.length
-            start = None if item.length is None else item.offset
-            data: bytes = self.filesystem.cat_file(path, start=start, end=end)
-            return data
-        if item.length is None:
-            return read_bytes(self.filesystem, path)
-        (part,) = read_ranges(self.filesystem, path, [(item.offset, item.offset + item.length)])
+            return _read_local(path, item)
+        length = MOST_BYTES + 1 if item.length is None else item.length
+        ranges = [(item.offset, item.offset + length)]
+        (part,) = read_ranges(self.filesystem, path, ranges)
+        if len(part) > MOST_BYTES:
+            raise _too_large(file_size(self.filesystem, path))
         return part
+
+
+def _read_local(path: str, item: ImageItem) -> bytes:
+    with open_regular(path) as descriptor:
+        if descriptor is None:
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            raise BadImageError("a pipe or a device, not a file")
+        if item.length is not None:
+            return read_range(descriptor, item.offset, item.offset + item.length)
+        size = os.fstat(descriptor).st_size
+        if size > MOST_BYTES:
+            raise _too_large(size)
+        return read_range(descriptor, item.offset, size)
+
+
+def _too_large(size: int) -> BadImageError:
+    return BadImageError(f"has {size} bytes; the limit is {MOST_BYTES}")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
 
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.folder import escape_dots, list_files
-from pipeline.files import open_url, retrying, without_credentials
+from pipeline.datasets.names import short_name
+from pipeline.files import is_local, open_url, retrying, without_credentials
 from pipeline.storage.secrets import without_secrets
 from schemas.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm", "bmp"})
+
+MOST_DIGITS = 32
 
 
 @dataclass
@@ -34,9 +38,9 @@ def list_tars(source: str) -> Listing:
     for path, key, member in found:
         where = f"{shown}/{path}".rstrip("/")
         if member.offset is None:
-            raise UserError(f"{where}: sample '{key}' has no image (jpg, png, webp)")
+            raise UserError(f"{where}: sample '{short_name(key)}' has no image (jpg, png, webp)")
         if member.label is None:
-            raise UserError(f"{where}: sample '{key}' has no .cls")
+            raise UserError(f"{where}: sample '{short_name(key)}' has no .cls")
         name = f"{escape_dots(path)}/{key}" if key in repeated else key
         items.append(ImageItem(name, member.label, path, member.offset, member.length))
     if not items:
@@ -50,6 +54,9 @@ def _scan(source: str, path: str) -> dict[str, _Member]:
     whole = f"{root}/{path}".rstrip("/")
     where = f"{without_credentials(source)}/{path}".rstrip("/")
 
+    if is_local(filesystem) and not os.path.isfile(whole):  # a pipe would wait for ever
+        raise UserError(f"{where}: cannot read this tar (it is no file)")
+
     def scan() -> dict[str, _Member]:
         with (
             filesystem.open(whole, "rb") as raw,
@@ -59,7 +66,7 @@ def _scan(source: str, path: str) -> dict[str, _Member]:
 
     try:
         return retrying(scan, filesystem, whole, doing="read")
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:  # of numbers in headers
         raise UserError(
             f"{where}: cannot read this tar ({without_secrets(str(error), source)})"
         ) from None
@@ -68,6 +75,8 @@ def _scan(source: str, path: str) -> dict[str, _Member]:
 def _members(tar: tarfile.TarFile, where: str) -> dict[str, _Member]:
     members: dict[str, _Member] = {}
     for info in tar:
+        if info.size < 0:  # tarfile would go back, and round in circles
+            raise tarfile.ReadError(f"{short_name(info.name)} has {info.size} bytes")
         if not info.isreg():
             continue
         folder, slash, name = info.name.rpartition("/")
@@ -76,11 +85,19 @@ def _members(tar: tarfile.TarFile, where: str) -> dict[str, _Member]:
             continue
         member = members.setdefault(f"{folder}{slash}{stem}", _Member())
         if suffix.lower() in IMAGE_SUFFIXES:
+            if member.offset is not None:
+                raise UserError(f"{where}: {short_name(info.name)} is its sample's second image")
             member.offset, member.length = info.offset_data, info.size
         elif suffix == "cls":
-            handle = tar.extractfile(info)
-            text = handle.read(32) if handle else b""
-            if not text.strip().isdigit():
-                raise UserError(f"{where}: {info.name} is not a class number")
-            member.label = int(text)
+            if member.label is not None:
+                raise UserError(f"{where}: {short_name(info.name)} is there twice")
+            member.label = _label(tar, info, where)
     return members
+
+
+def _label(tar: tarfile.TarFile, info: tarfile.TarInfo, where: str) -> int:
+    handle = tar.extractfile(info)
+    text = handle.read(MOST_DIGITS + 1) if handle else b""
+    if not text.strip().isdigit() or len(text) > MOST_DIGITS:
+        raise UserError(f"{where}: {short_name(info.name)} is not a class number")
+    return int(text)

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.cluster import PatienceWarning
+from pipeline.cluster import PatienceWarning, SilenceWarning
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.plan import Description, ShardTask
 from schemas.errors import UserError
@@ -61,6 +61,7 @@ class Supervisor:
         self._idle: list[Any] = []
         self._loading: dict[Any, Any] = {}  # ref -> actor
         self._working: dict[Any, tuple[Any, ShardTask]] = {}  # ref -> (actor, task)
+        self._silence: dict[int, SilenceWarning] = {}  # by shard at work
         self._deaths_while_loading = 0
         for _ in range(actors):
             self._spawn()
@@ -75,9 +76,29 @@ class Supervisor:
         return self.description
 
     def save_tail(self, url: str) -> WeightsFile | None:
-        """Have a loaded actor write what training needs of the teacher; after ``describe``."""
-        tail: WeightsFile | None = ray.get(self._idle[0].save_tail.remote(url))
-        return tail
+        """Have a loaded actor write what training needs of the teacher; after ``describe``. Raises
+        its ``UserError``, and one where it failed ``max_attempts`` times."""
+        patience = PatienceWarning("no encoder is free to start; waiting for the cluster")
+        attempts = 0
+        while True:
+            while not self._idle:
+                self._wait(patience)
+            actor = self._idle[0]
+            outcome = _get(actor.save_tail.remote(url))
+            if outcome is None or isinstance(outcome, WeightsFile):
+                return outcome
+            if isinstance(outcome, UserError):
+                raise outcome
+            attempts += 1
+            if attempts >= self.config.max_attempts:
+                raise UserError(
+                    f"the teacher's weights for training could not be written, {attempts} times; "
+                    f"the last error: {_one_line(outcome)}"
+                )
+            self.log(f"the teacher's weights are written once more: {_one_line(outcome)}")
+            if _is_dead(outcome):
+                self._idle.remove(actor)
+                self._replace(actor)
 
     def encode(
         self, url: str, manifest: Manifest, tasks: Iterable[ShardTask]
@@ -94,6 +115,7 @@ class Supervisor:
                 actor, task = self._idle.pop(), pending.popleft()
                 attempts[task.shard] += 1
                 self._working[actor.encode.remote(url, manifest, task)] = (actor, task)
+                self._silence[task.shard] = SilenceWarning()
             for actor, task, outcome in self._wait(patience):
                 if isinstance(outcome, ShardResult):
                     stopping |= bool(outcome.bad_images) and self.config.on_bad_image == "stop"
@@ -109,7 +131,7 @@ class Supervisor:
                     )
                 self.log(f"shard {task.shard} goes back to the queue: {_one_line(outcome)}")
                 pending.appendleft(task)
-                if isinstance(outcome, RayError) and not isinstance(outcome, RayTaskError):
+                if _is_dead(outcome):
                     self._replace(actor)
                 else:
                     self._idle.append(actor)
@@ -119,7 +141,7 @@ class Supervisor:
         actors = [*self._idle, *self._loading.values(), *(a for a, _ in self._working.values())]
         for actor in actors:
             ray.kill(actor, no_restart=True)
-        self._idle, self._loading, self._working = [], {}, {}
+        self._idle, self._loading, self._working, self._silence = [], {}, {}, {}
 
     def _spawn(self) -> None:
         actor = self.remote.remote()
@@ -144,8 +166,18 @@ class Supervisor:
             if ref in self._loading:
                 self._loaded(self._loading.pop(ref), outcome)
             else:
-                finished.append((*self._working.pop(ref), outcome))
+                actor, task = self._working.pop(ref)
+                del self._silence[task.shard]
+                finished.append((actor, task, outcome))
+        self._tell_of_silence()
         return finished
+
+    def _tell_of_silence(self) -> None:
+        """An actor may be slow or hang: who waits should know, and decide."""
+        for shard, silence in self._silence.items():
+            minutes = silence.minutes()
+            if minutes is not None:
+                self.log(f"shard {shard} has been with an actor for {minutes} minutes")
 
     def _loaded(self, actor: Any, outcome: Any) -> None:
         if isinstance(outcome, Description):
@@ -175,6 +207,11 @@ def _get(ref: Any) -> Any:
         return error.cause if isinstance(error.cause, Exception) else error
     except RayError as error:  # the actor, its node or its memory is gone
         return error
+
+
+def _is_dead(outcome: Any) -> bool:
+    """Whether that is the end of an actor, not of its task alone."""
+    return isinstance(outcome, RayError) and not isinstance(outcome, RayTaskError)
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import fsspec
 
-from pipeline.files import is_local, read_at_most, read_into, read_ranges
+from pipeline.files import is_local, read_into, read_ranges
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget, Kept
 from pipeline.store.table import FileTable
@@ -185,7 +185,8 @@ class FileSource:
     def _fetch(self, file: FileTable) -> bytes:
         self._count(requests=1)
         path = f"{self._root}/{file.file}"
-        data = read_at_most(self._filesystem, path, file.bytes)  # it may have grown
+        # no more than that, as it may have grown; a folder in its place is empty, so: damaged
+        (data,) = read_ranges(self._filesystem, path, [(0, file.bytes)])
         self._count(read=len(data))
         return data
 

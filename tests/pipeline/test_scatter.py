@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.files import open_url, read_into
+from pipeline.files import (
+    StorageError,
+    open_url,
+    read_at_most,
+    read_bytes,
+    read_into,
+    read_ranges,
+)
 from pipeline.storage import scatter as module
 from pipeline.storage.scatter import scatter
 
@@ -96,6 +104,23 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     for name in ("pipe", "zeros"):
         filesystem, path = open_url(str(tmp_path / name), what="--store")
         assert read_into(filesystem, path, [(0, [bytearray(5)])]) == [0]
+        assert read_ranges(filesystem, path, [(0, 5), (7, 1 << 50)]) == [b"", b""]
+        assert read_at_most(filesystem, path, 5) == b""
+        with pytest.raises(StorageError, match="a pipe or a device, not a file"):
+            read_bytes(filesystem, path)
     filesystem, path = open_url(str(tmp_path / "none"), what="--store")
     with pytest.raises(FileNotFoundError):
         read_into(filesystem, path, [(0, [bytearray(5)])])
+    with pytest.raises(FileNotFoundError):
+        read_ranges(filesystem, path, [(0, 5)])
+    filesystem, path = open_url(str(tmp_path), what="--store")
+    assert read_ranges(filesystem, path, [(0, 5)]) == [b""]
+    for read in (partial(read_at_most, size=5), read_bytes):
+        with pytest.raises(StorageError, match=r"[Ii]s a (folder|directory)"):
+            read(filesystem, path)
+
+
+def test_more_than_a_file_has_takes_up_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123")
+    filesystem, path = open_url(str(tmp_path / "file"), what="--store")
+    assert read_ranges(filesystem, path, [(1, 1 << 60), (9, 1 << 60)]) == [b"123", b""]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from pipeline.datasets import ImageItem, Listing, list_images, open_reader
+from pipeline.datasets import ImageItem, Listing, list_images, open_reader, reader
+from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.folder import list_folder, make_items
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -122,6 +124,49 @@ def test_the_reader_reads_what_was_listed(tmp_path: Path) -> None:
     listed = list_images(config).items
     assert len(listed) == 3
     assert all(read(item).decode() == item.path for item in listed)
+
+
+@pytest.mark.parametrize("name", [b"x\xff.jpg", b"a\nb.jpg", b"\x1b[31m.jpg", b"x" * 250])
+def test_a_file_whose_name_no_store_holds_is_named(tmp_path: Path, name: bytes) -> None:
+    folder = tmp_path / "a" / "/".join(4 * ["d" * 200])
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(name)).write_bytes(b"")
+    with pytest.raises(UserError, match=r"/a/d+/.*: sample 'a/d{198}.* has a name ") as error:
+        list_images(ExtractConfig(dataset="folder", source=str(tmp_path)))
+    assert str(error.value).isprintable()
+
+
+def test_an_image_that_is_no_file_or_too_large_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "MOST_BYTES", 10)
+    make_tree(tmp_path, "a/10.bytes", "a/11.bytes!")
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "a" / "zeros.png").symlink_to("/dev/zero")
+    config = ExtractConfig(dataset="folder", source=str(tmp_path))
+    read, items = open_reader(config), {item.path: item for item in list_images(config).items}
+    assert len(read(items["a/10.bytes"])) == 10
+    for path, reason in (
+        ("a/11.bytes!", "has 11 bytes; the limit is 10"),
+        ("a/pipe.png", "a pipe or a device"),
+        ("a/zeros.png", "a pipe or a device"),
+    ):
+        with pytest.raises(BadImageError, match=reason):
+            read(items[path])
+    with pytest.raises(BadImageError, match="has 11 bytes"):
+        read(items["a/10.bytes"]._replace(length=11))
+    with pytest.raises(IsADirectoryError):
+        read(ImageItem("a", 0, "a"))
+
+
+def test_no_more_is_fetched_of_an_image_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MOST_BYTES", 10)
+    with fsspec.open("memory://test-large/a/1.jpg", "wb") as file:
+        file.write(bytes(11))
+    config = ExtractConfig(dataset="folder", source="memory://test-large")
+    (item,) = list_images(config).items
+    with pytest.raises(BadImageError, match="has 11 bytes; the limit is 10"):
+        open_reader(config)(item)
 
 
 def test_sources_on_other_filesystems_are_listed_and_read() -> None:

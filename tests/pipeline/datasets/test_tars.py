@@ -93,6 +93,10 @@ def test_hidden_members_are_ignored(tmp_path: Path) -> None:
         ([("x.cls", b"1")], r"a\.tar: sample 'x' has no image"),
         ([("x.jpg", b"image"), ("x.cls", b"dog")], r"a\.tar: x\.cls is not a class number"),
         ([("x.jpg", b"image"), ("x.cls", b"-1")], r"a\.tar: x\.cls is not a class number"),
+        ([("x.jpg", b"image"), ("x.cls", b"1" * 33)], r"a\.tar: x\.cls is not a class number"),
+        ([*sample("x", 1, b"image"), ("x.jpg", b"other")], r"a\.tar: x\.jpg is .* second image"),
+        ([*sample("x", 1, b"image"), ("x.png", b"other")], r"a\.tar: x\.png is .* second image"),
+        ([*sample("x", 1, b"image"), ("x.cls", b"2")], r"a\.tar: x\.cls is there twice"),
         ([], "holds no samples"),
     ],
 )
@@ -101,6 +105,62 @@ def test_incomplete_samples_are_named(
 ) -> None:
     write_tar(tmp_path / "a.tar", members)
     with pytest.raises(UserError, match=reason):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "label", "reason"),
+    [
+        ("x", 20_000_000, r"sample 'x' is of class 20000000; the largest is 16777215"),
+        ("x", 99999999999999999999, r"sample 'x' is of class 99999999999999999999; the largest"),
+        ("../../x", 1, r"sample '\.\./\.\./x' has a name that leads out of its folder"),
+        ("a/../x", 1, r"sample 'a/\.\./x' has a name that leads out of its folder"),
+        ("/x", 1, r"sample '/x' has a name that leads out of its folder"),
+        ("a\nb", 1, r"sample 'a b' has a name with control characters"),
+        ("\x1b[31mx", 1, r"sample '\\x1b\[31mx' has a name with control characters"),
+        (os.fsdecode(b"x\xff"), 1, r"sample 'x\\udcff' has a name .* not UTF-8"),
+        ("x" * 1025, 1, r"sample 'x{200}\.\.\.' has a name of more than 1024 bytes"),
+    ],
+)
+def test_names_and_labels_that_no_store_holds_are_named(
+    tmp_path: Path, key: str, label: int, reason: str
+) -> None:
+    write_tar(tmp_path / "a.tar", [*sample("fine", 1, b"image"), *sample(key, label, b"image")])
+    with pytest.raises(UserError, match=rf"a\.tar: {reason}") as error:
+        listed(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["x" * 1024, "a/..b/c", "%2E%2E/x", "Bild\u202f1 \u5199\u771f"])
+def test_unusual_names_are_kept(tmp_path: Path, key: str) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{key}.jpg", b"image"), (f"{key}.cls", b"16777215")])
+    assert listed(tmp_path)[1] == {key: (16777215, b"image")}
+
+
+def test_a_key_that_stands_for_two_images_is_named(tmp_path: Path) -> None:
+    """Keys that several tars share are told apart by a prefix, which may itself be taken."""
+    write_tar(tmp_path / "a.tar", [*sample("x", 1, b"one"), *sample("b%2Etar/x", 1, b"two")])
+    write_tar(tmp_path / "b.tar", sample("x", 1, b"three"))
+    with pytest.raises(
+        UserError, match=r"\.tar: sample 'b%2Etar/x' has a key that another one has"
+    ):
+        listed(tmp_path)
+
+
+def test_a_pipe_among_the_tars_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(UserError, match=r"a\.tar: cannot read this tar \(it is no file\)"):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize("size", [-512, -1024, 1 << 62, 1 << 80])
+def test_a_size_that_cannot_be_is_named(tmp_path: Path, size: int) -> None:
+    """A negative one would lead back to a header that was read already, for ever."""
+    header = tarfile.TarInfo("x.txt")
+    header.size = size
+    first = tarfile.TarInfo("y.txt").tobuf()
+    (tmp_path / "a.tar").write_bytes(first + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(UserError, match=r"cannot read (this tar|'.*a\.tar')"):
         listed(tmp_path)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from pipeline.cluster import SilenceWarning
 from pipeline.datasets import list_images
+from pipeline.extract import supervisor as supervisor_module
 from pipeline.extract.job import extract
 from pipeline.extract.plan import ShardTask, make_manifest, make_tasks
 from pipeline.extract.supervisor import EncoderActor, ShardResult, Supervisor
@@ -20,7 +23,7 @@ from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.options import merge, parse_options
-from schemas.store import Manifest
+from schemas.store import Manifest, WeightsFile
 from tests.encoded import demo_like
 from tests.repa import image_name, latent_name, random_repa
 from tests.stores import tiny_run
@@ -79,6 +82,32 @@ class AlwaysDies(EncoderActor):
         return super().encode(url, manifest, task)
 
 
+class Slow(EncoderActor):
+    """Takes some seconds over shard 1."""
+
+    def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
+        time.sleep(3 if task.shard == 1 else 0)
+        return super().encode(url, manifest, task)
+
+
+class DiesOnceOverWeights(EncoderActor):
+    """Exits the first time that anyone writes the teacher's weights."""
+
+    def save_tail(self, url: str) -> WeightsFile | None:
+        marker = Path(url).parent / "died"
+        if not marker.exists():
+            marker.touch()
+            os._exit(1)
+        return super().save_tail(url)
+
+
+class AlwaysDiesOverWeights(EncoderActor):
+    """Writing the teacher's weights kills whoever does it."""
+
+    def save_tail(self, url: str) -> WeightsFile | None:
+        os._exit(1)
+
+
 def supervise(
     config: ExtractConfig, actor_class: type[EncoderActor], log: list[str]
 ) -> list[ShardResult]:
@@ -116,17 +145,77 @@ def test_a_shard_that_kills_every_actor_is_named(images: Path, tmp_path: Path) -
         supervise(config, AlwaysDies, log)
 
 
+def test_a_shard_that_takes_long_is_told_of(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(supervisor_module, "SilenceWarning", lambda: SilenceWarning(seconds=0.01))
+    supervise(demo_like(images, tmp_path / "store"), Slow, log)
+    assert "shard 1 has been with an actor for 0 minutes" in log
+
+
+def test_silence_is_told_of_whenever_it_has_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("pipeline.cluster.time.monotonic", lambda: now)
+    silence, told = SilenceWarning(), []
+    for second in range(0, 4 * 3600, 30):
+        now = 1000.0 + second
+        told.append(silence.minutes())
+    assert [minutes for minutes in told if minutes is not None] == [10, 20, 40, 80, 160]
+
+
+def save_tail(
+    config: ExtractConfig, actor_class: type[EncoderActor], log: list[str]
+) -> WeightsFile | None:
+    supervisor = Supervisor(
+        config, actors=1, cpus=1, gpus=0, log=log.append, actor_class=actor_class
+    )
+    try:
+        supervisor.describe()
+        assert config.store is not None
+        return supervisor.save_tail(config.store)
+    finally:
+        supervisor.close()
+
+
+def test_an_actor_that_dies_while_it_writes_weights_is_replaced(
+    images: Path, tmp_path: Path
+) -> None:
+    log: list[str] = []
+    config = demo_like(images, tmp_path / "store", cut="activations", max_attempts=2)
+    tail = save_tail(config, DiesOnceOverWeights, log)
+    assert tail is not None
+    assert (tmp_path / "store" / tail.file).stat().st_size == tail.bytes
+    assert sum(line.startswith("the teacher's weights are written once more:") for line in log) == 1
+    with pytest.raises(UserError, match="could not be written, 2 times; the last error: Actor"):
+        save_tail(config, AlwaysDiesOverWeights, log)
+
+
+def test_weights_that_cannot_be_written_are_one_line(images: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "store" / "activations_teacher_tail.safetensors"
+    blocked.mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        extract(demo_like(images, tmp_path / "store", cut="activations"))
+    assert str(error.value).startswith(f"cannot write '{blocked}': [Errno 21] Is a directory")
+    assert "\n" not in str(error.value)
+
+
 def test_bad_images_stop_the_job_or_are_skipped(images: Path, tmp_path: Path) -> None:
     (images / "class1" / "03.png").write_bytes(b"no picture")
     whole = (images / "class0" / "04.png").read_bytes()
     (images / "class0" / "04.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"bad image class\d/0\d\.png"):
+    os.mkfifo(images / "class1" / "zz.png")
+    with pytest.raises(UserError, match=r"bad image class\d/(0\d|zz)\.png"):
         extract(demo_like(images, tmp_path / "store"))
     skipping = demo_like(images, tmp_path / "store", on_bad_image="skip")
     extract(skipping)
     store = Store.open(str(tmp_path / "store"))
     assert sum(store.index().samples_per_shard) == 10
-    assert {s.path for s in store.manifest.skipped} == {"class1/03.png", "class0/04.png"}
+    assert {s.path for s in store.manifest.skipped} == {
+        "class1/03.png",
+        "class0/04.png",
+        "class1/zz.png",
+    }
     assert extract(skipping).images == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -312,11 +313,17 @@ def test_a_stream_on_another_disk_is_read_through_its_link(known_store: Store) -
     assert verify(known_store.url).damaged == []
 
 
-def test_a_link_to_what_never_ends_is_not_followed_to_its_end(known_store: Store) -> None:
+@pytest.mark.parametrize("place", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_neither_waited_for_nor_read_to_its_end(
+    known_store: Store, place: Callable[[Path], None]
+) -> None:
     path = Path(known_store.root, "maps", "shard-000001.tar")
     path.unlink()
-    path.symlink_to("/dev/zero")
-    assert verify(known_store.url).damaged[0].problem.startswith("has 0 bytes, not ")
+    place(path)
+    size, *samples = verify(known_store.url).damaged
+    assert size.problem.startswith("has 0 bytes, not ")
+    assert {damage.sample for damage in samples} == set(known_store.record(1).keys)
+    assert all("is cut off" in damage.problem for damage in samples)
 
 
 def test_shards_are_verified_while_others_are_written(known_store: Store) -> None:

@@ -21,8 +21,10 @@ from pipeline.alignment.tail import load_tail
 from pipeline.alignment.targets import Wanted, open_targets
 from pipeline.inspect.fidelity import measure_fidelity
 from pipeline.store import Store, StreamReader
+from pipeline.store.disk import DiskCache
 from pipeline.store.parts import check_columns
 from pipeline.store.reader import DamagedShardError
+from pipeline.store.source import FileSource, up_to
 from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
 from schemas.errors import UserError
@@ -364,6 +366,23 @@ def test_a_link_to_what_never_ends_is_damage(known_store: Store, limit: int) -> 
     path.symlink_to("/dev/zero")
     with pytest.raises(DamagedShardError, match="is damaged"):
         read_first(known_store, limit=limit)
+
+
+@pytest.mark.parametrize("place", [Path.mkdir, os.mkfifo])
+@pytest.mark.parametrize("limit", [8 << 20, 0])
+def test_what_is_no_file_is_damage_with_and_without_a_disk_cache(
+    known_store: Store, tmp_path: Path, limit: int, place: Callable[[Path], None]
+) -> None:
+    path = Path(known_store.root, "maps", "shard-000001.tar")
+    path.unlink()
+    place(path)
+    for disk in (None, DiskCache(str(tmp_path / "cache"), 1 << 20)):
+        source = FileSource(
+            known_store.filesystem, known_store.root, wants_whole=up_to(limit), disk=disk
+        )
+        reader = StreamReader(known_store, "maps", source=source)
+        with pytest.raises(DamagedShardError, match="is damaged"):
+            reader.read(np.array([1]), np.array([0]))
 
 
 def test_a_shard_is_replaced_not_written_through_a_link(known_store: Store, tmp_path: Path) -> None:
