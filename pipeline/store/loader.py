@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.storage.retry import wanted_until
 from pipeline.store.damage import DamagedShardError
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget
@@ -89,7 +90,8 @@ class BatchLoader:
     this changes what a batch holds.
 
     Streams can be closed at any step; when ``close_streams`` returns, no byte of them is read any
-    more. Iterate, and close, from one thread.
+    more; it waits for the reads under way, while storage is away for one attempt of each. Iterate,
+    and close, from one thread.
 
     With ``on_bad_shard`` "quarantine" a sample that cannot be read in one of its streams is
     replaced, in all of them, by the next one of the epoch that can, and its shard is left out from
@@ -178,6 +180,8 @@ class BatchLoader:
             batch.tasks = [task for task in batch.tasks if task.stream not in names]
             for name in names:
                 batch.columns.pop(name, None)
+        for name in names:  # what waits for storage to come back does not wait any longer
+            self._readers[name].source.closed.set()
         self._cancel(running)
         for name in names:
             self._readers[name].close()
@@ -228,7 +232,8 @@ class BatchLoader:
         for places in groups:  # each shard of all streams before the next: zips need both anyway
             for name, columns in batch.columns.items():
                 done = self._pool.submit(
-                    self._readers[name].fill,
+                    self._fill,
+                    name,
                     columns,
                     int(shards[places[0]]),
                     rows[places],
@@ -237,6 +242,19 @@ class BatchLoader:
                 )
                 batch.tasks.append(_Task(name, places, done))
         return batch
+
+    def _fill(
+        self,
+        name: str,
+        columns: Columns,
+        shard: int,
+        rows: np.ndarray,
+        places: np.ndarray,
+        until: int,
+    ) -> None:
+        reader = self._readers[name]
+        with wanted_until(reader.source.closed):
+            reader.fill(columns, shard, rows, places, until)
 
     def _needed(self, step: int) -> list[str]:
         return [
@@ -277,7 +295,7 @@ class BatchLoader:
             try:
                 for name, columns in batch.columns.items():
                     where = np.array([place])
-                    self._readers[name].fill(columns, shard, rows, where, int(until[0]))
+                    self._fill(name, columns, shard, rows, where, int(until[0]))
                 return
             except DamagedShardError as error:
                 if shard not in self._found:

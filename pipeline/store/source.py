@@ -78,7 +78,8 @@ class FileSource:
         self._root = root
         self._wants_whole = wants_whole
         self._disk = disk
-        self._closed = False
+        self.closed = threading.Event()
+        """Set by ``close``, or before it, so that reads under way give up at their next attempt."""
         self._lock = threading.Lock()
         self._filling = threading.Lock()
 
@@ -120,7 +121,7 @@ class FileSource:
 
     def close(self) -> None:
         """Let go of what is kept, and ask storage for nothing more."""
-        self._closed = True
+        self.closed.set()
         self.kept.clear()
 
     def _whole(self, file: FileTable, anew: bool) -> tuple[bytes, bool]:
@@ -178,7 +179,7 @@ class FileSource:
             self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file))
 
     def _local(self, file: FileTable) -> Path | None:
-        if self._closed:
+        if self.closed.is_set():
             raise CancelledError
         return None if self._disk is None else self._disk.path(file.sha256)
 
@@ -191,7 +192,7 @@ class FileSource:
 
     def _count(self, *, requests: int = 0, read: int = 0) -> None:
         with self._lock:
-            if requests and self._closed:
+            if requests and self.closed.is_set():
                 raise CancelledError
             self.opens += requests
             self.bytes_read += read
