@@ -42,7 +42,8 @@ class DataConfig(Strict):
     """Check each sample's checksum the first time a worker reads it."""
     on_bad_shard: OnBadShard = "stop"
     """What to do with a damaged shard: 'stop' names it; 'quarantine' replaces what cannot be read
-    by the next sample that can, and leaves the shard out from the next epoch on."""
+    by the next sample that can, and leaves the shard out from the next epoch on, as long as these
+    are few: at most 10 shards or a tenth of them (half of a store of less than 20)."""
     threads: Positive = 8
     """Threads of each worker that fetch and decompress."""
     memory_gb: Annotated[float, Field(ge=0)] = 1.0

@@ -6,8 +6,12 @@ import math
 import os
 import random
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import fsspec
@@ -30,6 +34,8 @@ FIRST_DELAY = 0.25
 LONGEST_DELAY = 5.0
 
 _jitter = random.Random()  # its own state: that of `random` belongs to whoever seeds it
+_unwanted: ContextVar[threading.Event | None] = ContextVar("_unwanted", default=None)
+"""Set when nobody waits any more for what this thread asks of storage."""
 
 
 class StorageError(UserError):
@@ -49,6 +55,17 @@ def retry_limit() -> float:
     return seconds
 
 
+@contextmanager
+def wanted_until(event: threading.Event) -> Iterator[None]:
+    """What this thread asks of storage inside is not tried, or tried again, once ``event`` is set:
+    it raises ``CancelledError`` instead, at once where it waits for its next attempt."""
+    token = _unwanted.set(event)
+    try:
+        yield
+    finally:
+        _unwanted.reset(token)
+
+
 def retrying(
     call: Callable[[], T], filesystem: fsspec.AbstractFileSystem, path: str, *, doing: str
 ) -> T:
@@ -56,12 +73,15 @@ def retrying(
 
     ``doing`` is a verb for messages ("read"). ``call`` must be safe to repeat. Raises
     ``FileNotFoundError`` as it comes and ``StorageError`` for whatever else storage refuses: at
-    once where trying again is pointless, otherwise when the limit is reached.
+    once where trying again is pointless, otherwise when the limit is reached. Raises
+    ``CancelledError`` rather than try again what nobody wants any more (``wanted_until``).
     """
     limit = retry_limit()
     start = time.monotonic()
     attempts = 0
     while True:
+        if _is_unwanted():
+            raise CancelledError
         attempts += 1
         try:
             result = call()
@@ -88,7 +108,7 @@ def retrying(
                     f"{elapsed:.1f} s and {attempts} attempts"
                 )
             return result
-        time.sleep(min(_pause(attempts), max(0.0, limit - elapsed)))
+        _wait(min(_pause(attempts), max(0.0, limit - elapsed)))
 
 
 def shown(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
@@ -101,6 +121,19 @@ def shown(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
 def _pause(attempts: int) -> float:
     """Seconds to wait: doubling, and random so that many workers do not come back at once."""
     return float(min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (attempts - 1)) * _jitter.uniform(0.5, 1))
+
+
+def _wait(seconds: float) -> None:
+    event = _unwanted.get()
+    if event is None:
+        time.sleep(seconds)
+    else:
+        event.wait(seconds)
+
+
+def _is_unwanted() -> bool:
+    event = _unwanted.get()
+    return event is not None and event.is_set()
 
 
 def _note(line: str) -> None:

@@ -10,6 +10,14 @@ class DamagedShardError(UserError):
     blame, sample. Never raised because storage is away."""
 
 
+class LostShardError(DamagedShardError):
+    """No sample of the shard can be read in this stream, whichever was asked for."""
+
+
+class UncommittedShardError(UserError):
+    """The store is not complete: a shard was never committed, which is no damage."""
+
+
 class DamagedArrayError(Exception):
     """A stored array of the sample at ``number`` of those asked for; not yet where that is."""
 

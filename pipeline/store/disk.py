@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ class DiskCache:
         """At most ``limit`` bytes. Raises ``UserError`` where ``folder`` cannot be written to."""
         self.folder = Path(folder).expanduser()
         self.limit = limit
+        self._given_up = -1
+        self._said: set[str] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
@@ -49,8 +52,11 @@ class DiskCache:
             return None
         return path
 
-    def fill(self, sha256: str, size: int, fetch: Callable[[], bytes]) -> bytes | None:
+    def fill(
+        self, sha256: str, size: int, fetch: Callable[[], bytes], until: int = 0
+    ) -> bytes | None:
         """Fetch a file and keep it; its bytes, or None where another worker has just done so.
+        ``until`` is the position of the run where its shuffle window ends: see ``pays``.
 
         Workers that want the same file wait for the one that fetches it. What has not the promised
         hash is returned all the same, for the reader to say what is wrong, and not kept.
@@ -60,8 +66,17 @@ class DiskCache:
                 return None
             data = fetch()
             if len(data) == size and hashlib.sha256(data).hexdigest() == sha256:
-                self._keep(sha256, data)
+                self._keep(sha256, data, until)
             return data
+
+    def pays(self, until: int) -> bool:
+        """Whether to fetch files whole for this cache alone, of whose window ``until`` is the end:
+        not any more in one in which it could not hold what it was given."""
+        return until > self._given_up
+
+    def overflows(self, until: int) -> None:
+        """Take note that the files of the window up to ``until`` push each other out."""
+        self._give_up(until, "cannot hold the files of a shuffle window", "raise --data.cache-gb")
 
     def discard(self, sha256: str) -> None:
         """Delete a file that is not what its name says."""
@@ -74,9 +89,20 @@ class DiskCache:
         except OSError:
             return
 
-    def _keep(self, sha256: str, data: bytes) -> None:
+    def _give_up(self, until: int, reason: str, remedy: str) -> None:
+        """Say once why storage is asked again for what should lie here."""
+        self._given_up = max(self._given_up, until)
+        if reason not in self._said:
+            self._said.add(reason)
+            sys.stderr.write(
+                f"--data.cache-dir '{self.folder}' {reason} (--data.cache-gb "
+                f"{self.limit / 1e9:g}): reading from the store instead; {remedy}\n"
+            )
+
+    def _keep(self, sha256: str, data: bytes, until: int) -> None:
         """Write a file, if there is or can be made room for it. A full disk is no error."""
         if len(data) > self.limit:
+            self.overflows(until)
             return
         temporary = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
@@ -86,6 +112,7 @@ class DiskCache:
                     total = self._make_room(len(data))
                 if total + len(data) > self.limit:
                     self._set_total(total)
+                    self.overflows(until)
                     return
                 temporary.touch()
                 os.truncate(temporary, len(data))  # so that whoever adds up meanwhile sees them
@@ -93,8 +120,12 @@ class DiskCache:
             with temporary.open("r+b") as file:
                 file.write(data)
             os.replace(temporary, self.folder / sha256)
-        except OSError:
+        except OSError as error:
             temporary.unlink(missing_ok=True)  # its bytes are found missing at the next adding up
+            why = error.strerror or type(error).__name__
+            self._give_up(
+                until, f"cannot be written to: {why}", "free space there or lower --data.cache-gb"
+            )
 
     def _make_room(self, size: int) -> int:
         """Add up all files; delete the oldest where ``size`` more would not fit, down to 90% of the

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.store.damage import DamagedShardError
+from pipeline.storage.retry import wanted_until
+from pipeline.store.damage import DamagedShardError, LostShardError
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget
 from pipeline.store.order import SampleOrder
@@ -26,8 +27,14 @@ Agree = Callable[[set[int]], set[int]]
 
 GIGA = 1_000_000_000
 
-SUBSTITUTES = 1000
-"""So many samples in a row that cannot be read are no accident of a few shards."""
+BAD_SHARDS = 10
+BAD_SHARE = 10
+"""More damaged shards than so many, and than one in so many of the store's, are no accident."""
+
+CHECK = "check the store with: python -m pipeline.inspect STORE --verify"
+
+LOOK_AHEAD = 256
+"""Places of samples that are made out at once in search of one that can be read."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,26 @@ class _Task(NamedTuple):
     done: Future[None]
 
 
+class _Unreadable:
+    """What was found to be unreadable in an epoch, so as not to try it again. Whole shards are
+    remembered as such: a file that is away would otherwise be asked for once per sample."""
+
+    def __init__(self) -> None:
+        self._shards: set[tuple[str, int]] = set()
+        self._samples: set[tuple[str, int, int]] = set()
+
+    def add(self, stream: str, shard: int, row: int, error: DamagedShardError) -> None:
+        if isinstance(error, LostShardError):
+            self._shards.add((stream, shard))
+        else:
+            self._samples.add((stream, shard, row))
+
+    def knows(self, streams: Iterable[str], shard: int, row: int) -> bool:
+        return any(
+            (name, shard) in self._shards or (name, shard, row) in self._samples for name in streams
+        )
+
+
 @dataclass
 class _Pending:
     """A batch that is being read."""
@@ -62,6 +89,11 @@ class _Pending:
 def rank_slice(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
     """Begin and end of a rank's samples in a global batch; unequal where it does not divide."""
     return global_batch * rank // world_size, global_batch * (rank + 1) // world_size
+
+
+def most_bad_shards(shards: int) -> int:
+    """How many shards of a store may be quarantined; of a very small one, half."""
+    return max(shards // BAD_SHARE, min(BAD_SHARDS, shards // 2))
 
 
 def loader_options(config: DataConfig) -> dict[str, Any]:
@@ -89,13 +121,16 @@ class BatchLoader:
     this changes what a batch holds.
 
     Streams can be closed at any step; when ``close_streams`` returns, no byte of them is read any
-    more. Iterate, and close, from one thread.
+    more; it waits for the reads under way, while storage is away for one attempt of each. Iterate,
+    and close, from one thread.
 
     With ``on_bad_shard`` "quarantine" a sample that cannot be read in one of its streams is
     replaced, in all of them, by the next one of the epoch that can, and its shard is left out from
     the next epoch on. Which samples cannot be read is a property of the store, so that any number
     of ranks trains on the same ones; that all know of all such shards when an epoch ends is what
-    ``agree`` is for.
+    ``agree`` is for. Where more shards are bad than quarantine is meant for, iteration, ``state``
+    and the constructor raise ``UserError``, and so they do under either setting where a shard was
+    never committed.
     """
 
     def __init__(
@@ -143,7 +178,9 @@ class BatchLoader:
         self._quarantines = on_bad_shard == "quarantine"
         self._agree = agree
         self._found: set[int] = set()  # damaged shards that this rank met in this epoch
+        self._unreadable = _Unreadable()
         self._epoch = order.epoch_of(start_step * global_batch)
+        self._check_share()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch-loader")
         self._read_ahead()
 
@@ -166,6 +203,7 @@ class BatchLoader:
         ``SampleOrder`` takes it up as ``damaged``."""
         if self._quarantines:
             self._found = self._agree(self._found)
+            self._check_share()
         found = dict.fromkeys(self._found - self._order.damaged.keys(), self._epoch)
         return {"damaged": {str(s): e for s, e in sorted({**found, **self._order.damaged}.items())}}
 
@@ -178,6 +216,8 @@ class BatchLoader:
             batch.tasks = [task for task in batch.tasks if task.stream not in names]
             for name in names:
                 batch.columns.pop(name, None)
+        for name in names:  # what waits for storage to come back does not wait any longer
+            self._readers[name].source.closed.set()
         self._cancel(running)
         for name in names:
             self._readers[name].close()
@@ -228,7 +268,8 @@ class BatchLoader:
         for places in groups:  # each shard of all streams before the next: zips need both anyway
             for name, columns in batch.columns.items():
                 done = self._pool.submit(
-                    self._readers[name].fill,
+                    self._fill,
+                    name,
                     columns,
                     int(shards[places[0]]),
                     rows[places],
@@ -237,6 +278,19 @@ class BatchLoader:
                 )
                 batch.tasks.append(_Task(name, places, done))
         return batch
+
+    def _fill(
+        self,
+        name: str,
+        columns: Columns,
+        shard: int,
+        rows: np.ndarray,
+        places: np.ndarray,
+        until: int,
+    ) -> None:
+        reader = self._readers[name]
+        with wanted_until(reader.source.closed):
+            reader.fill(columns, shard, rows, places, until)
 
     def _needed(self, step: int) -> list[str]:
         return [
@@ -268,25 +322,50 @@ class BatchLoader:
         """Read the sample at ``place`` by itself or, if it cannot be, the next one of its epoch
         that can. Only what is read here counts as found: it is the same however far ahead the
         threads are."""
-        position = int(batch.positions[place])
-        start, end = self._order.epoch_span(self._order.epoch_of(position))
-        for further in range(min(SUBSTITUTES, end - start)):
-            at = np.array([start + (position - start + further) % (end - start)])
-            shards, rows, until = self._order.locate_windows(at)
-            shard = int(shards[0])
-            try:
-                for name, columns in batch.columns.items():
-                    where = np.array([place])
-                    self._readers[name].fill(columns, shard, rows, where, int(until[0]))
+        for shard, row, until in self._following(int(batch.positions[place]), batch.columns):
+            at, where = np.array([row]), np.array([place])
+            for name, columns in batch.columns.items():
+                try:
+                    self._fill(name, columns, shard, at, where, until)
+                except DamagedShardError as error:
+                    self._unreadable.add(name, shard, row, error)
+                    self._note_damage(shard, error)
+                    break
+            else:
                 return
-            except DamagedShardError as error:
-                if shard not in self._found:
-                    self._found.add(shard)
-                    _note(f"{error}; left out from epoch {self._epoch + 1} on")
-        raise UserError(
-            f"{SUBSTITUTES} samples in a row cannot be read: that is more than a few bad shards; "
-            "check the store with: python -m pipeline.inspect STORE --verify"
-        )
+        raise UserError(f"no sample of an epoch can be read: {CHECK}")
+
+    def _following(self, position: int, streams: Iterable[str]) -> Iterator[tuple[int, int, int]]:
+        """Shard, row and end of the window of the sample at ``position`` and of those behind it, up
+        to the end of the epoch and then from its beginning, but for those that were found
+        unreadable in one of ``streams``. To know that already changes nothing but time."""
+        start, end = self._order.epoch_span(self._order.epoch_of(position))
+        size = end - start
+        for begin in range(0, size, LOOK_AHEAD):
+            offsets = np.arange(begin, min(begin + LOOK_AHEAD, size))
+            shards, rows, until = self._order.locate_windows(
+                start + (position - start + offsets) % size
+            )
+            for sample in zip(shards.tolist(), rows.tolist(), until.tolist(), strict=True):
+                if not self._unreadable.knows(streams, *sample[:2]):
+                    yield sample
+
+    def _note_damage(self, shard: int, error: DamagedShardError) -> None:
+        if shard in self._found:
+            return
+        self._found.add(shard)
+        _note(f"{error}; left out from epoch {self._epoch + 1} on")
+        self._check_share()
+
+    def _check_share(self) -> None:
+        """Raises ``UserError`` where more is to be left out than a few bad shards."""
+        damaged = len(self._found | self._order.damaged.keys())
+        shards = int(np.count_nonzero(self._order.sizes))
+        if self._quarantines and damaged > most_bad_shards(shards):
+            raise UserError(
+                f"{damaged} of the store's {shards} shards cannot be read: that is more than a few "
+                f"bad shards; {CHECK}"
+            )
 
     def _across_epochs(self) -> Batch:
         """The batch of the next step, in which an epoch ends or before which one has ended, once
@@ -308,9 +387,11 @@ class BatchLoader:
         return _joined(parts)
 
     def _turn_epoch(self) -> None:
-        damaged = self._agree(self._found)
-        self._order.leave_out(dict.fromkeys(damaged, self._epoch))
+        self._found = self._agree(self._found)
+        self._check_share()
+        self._order.leave_out(dict.fromkeys(self._found, self._epoch))
         self._found = set()
+        self._unreadable = _Unreadable()
         self._epoch += 1
 
     @staticmethod

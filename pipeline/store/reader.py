@@ -7,7 +7,12 @@ import zlib
 import numpy as np
 
 from pipeline.files import StorageError
-from pipeline.store.damage import DamagedArrayError, DamagedShardError
+from pipeline.store.damage import (
+    DamagedArrayError,
+    DamagedShardError,
+    LostShardError,
+    UncommittedShardError,
+)
 from pipeline.store.memory import Kept
 from pipeline.store.parts import (
     Layout,
@@ -159,7 +164,7 @@ class StreamReader:
         try:
             counts = self.source.read_into(file, pieces)
         except FileNotFoundError:
-            raise DamagedShardError(f"{self._where(shard)} is missing") from None
+            raise LostShardError(f"{self._where(shard)} is missing") from None
         check = (~verified if self.verify else np.full(len(rows), False)).tolist()
         for count, (number, column, row, buffers) in zip(counts, landings, strict=True):
             name = file.names[column]
@@ -188,7 +193,7 @@ class StreamReader:
             try:
                 pieces, cached = self.source.read(file, ranges, until, anew=anew)
             except FileNotFoundError:
-                raise DamagedShardError(f"{self._where(shard)} is missing") from None
+                raise LostShardError(f"{self._where(shard)} is missing") from None
             check = np.full(len(rows), True) if cached else self.verify & ~verified
             try:
                 self._decode(file, out, places, pieces, sizes, crc32, check)
@@ -234,10 +239,10 @@ class StreamReader:
         def load() -> ShardTable:
             try:
                 record = self.store.record(shard, self.stream)
-            except StorageError:
+            except (StorageError, UncommittedShardError):
                 raise
             except UserError as error:
-                raise DamagedShardError(f"{self._where(shard)}: {error}") from None
+                raise LostShardError(f"{self._where(shard)}: {error}") from None
             return self._checked(shard, shard_table(record, self.stream))
 
         table = self._tables.get(shard, load, until=until)

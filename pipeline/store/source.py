@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -22,6 +23,9 @@ orders the chunks of a shard as it likes: a file's order is not that of its rows
 REQUEST_BYTES = 256 << 10
 """What one more request costs, in bytes that could have been read instead: 3 ms at 80 MB/s, as
 several are under way at a time."""
+
+REMEMBERED = 1 << 14
+"""Files of which a source knows what became of them on the disk: those of the windows under way."""
 
 WantsWhole = Callable[[int, int], bool]
 """(bytes of a file, its samples) -> whether to fetch it whole, and keep it while its window lasts,
@@ -78,7 +82,10 @@ class FileSource:
         self._root = root
         self._wants_whole = wants_whole
         self._disk = disk
-        self._closed = False
+        self._tried: OrderedDict[str, tuple[int, bool]] = OrderedDict()
+        """Files that were to lie on the disk, by hash: where their window ends, and if they did."""
+        self.closed = threading.Event()
+        """Set by ``close``, or before it, so that reads under way give up at their next attempt."""
         self._lock = threading.Lock()
         self._filling = threading.Lock()
 
@@ -91,14 +98,15 @@ class FileSource:
             self.kept.discard(file.file)
             if self._disk is not None:
                 self._disk.discard(file.sha256)
+                self._tried.pop(file.sha256, None)
         if self._wants_whole(file.bytes, len(file.offsets)) or file.file in self.kept:
             whole = self.kept.get(
-                file.file, lambda: self._whole(file, anew), size=file.bytes, until=until
+                file.file, lambda: self._whole(file, until, anew), size=file.bytes, until=until
             )
             if whole is not None:
                 view = memoryview(whole[0])
                 return Pieces([view[start : start + size] for start, size in ranges], whole[1])
-        return self._ranges(file, ranges, anew)
+        return self._ranges(file, ranges, until, anew)
 
     @property
     def is_direct(self) -> bool:
@@ -120,10 +128,10 @@ class FileSource:
 
     def close(self) -> None:
         """Let go of what is kept, and ask storage for nothing more."""
-        self._closed = True
+        self.closed.set()
         self.kept.clear()
 
-    def _whole(self, file: FileTable, anew: bool) -> tuple[bytes, bool]:
+    def _whole(self, file: FileTable, until: int, anew: bool) -> tuple[bytes, bool]:
         local = None if anew else self._local(file)
         if local is not None:
             try:
@@ -132,10 +140,12 @@ class FileSource:
                 pass
         if self._disk is None:
             return self._fetch(file), False
-        data = self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file))
-        return self._whole(file, anew=False) if data is None else (data, False)
+        data = self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file), until)
+        return self._whole(file, until, anew=False) if data is None else (data, False)
 
-    def _ranges(self, file: FileTable, ranges: Sequence[tuple[int, int]], anew: bool) -> Pieces:
+    def _ranges(
+        self, file: FileTable, ranges: Sequence[tuple[int, int]], until: int, anew: bool
+    ) -> Pieces:
         spans: list[list[int]] = []
         homes = [0] * len(ranges)
         for number in sorted(range(len(ranges)), key=ranges.__getitem__):
@@ -145,7 +155,7 @@ class FileSource:
             else:
                 spans.append([start, start + size])
             homes[number] = len(spans) - 1
-        blocks, cached = self._spans(file, [(begin, end) for begin, end in spans], anew)
+        blocks, cached = self._spans(file, [(begin, end) for begin, end in spans], until, anew)
         views = [memoryview(block) for block in blocks]
         pieces = [
             views[home][start - spans[home][0] :][:size]
@@ -154,10 +164,12 @@ class FileSource:
         return Pieces(pieces, cached)
 
     def _spans(
-        self, file: FileTable, spans: list[tuple[int, int]], anew: bool
+        self, file: FileTable, spans: list[tuple[int, int]], until: int, anew: bool
     ) -> tuple[list[bytes], bool]:
         if self._disk is not None and not anew:
-            self._fill_disk(file)
+            data = self._fill_disk(file, until)
+            if data is not None:
+                return [data[begin:end] for begin, end in spans], False
             local = self._local(file)
             if local is not None:
                 try:
@@ -169,16 +181,40 @@ class FileSource:
         self._count(read=sum(len(block) for block in blocks))
         return blocks, False
 
-    def _fill_disk(self, file: FileTable) -> None:
+    def _fill_disk(self, file: FileTable, until: int) -> bytes | None:
         """Fetch a file whole for later epochs and the other workers of this node, though only parts
-        are wanted now; one at a time, as they pass through memory beyond its budget."""
-        if self._disk is None or file.bytes > self._disk.limit or self._local(file) is not None:
-            return
+        are wanted now; one at a time, as they pass through memory beyond its budget. Its bytes,
+        where it was fetched: once per window at most, as what is gone by then would be again."""
+        disk = self._disk
+        if disk is None:
+            return None
+        if file.bytes > disk.limit:
+            disk.overflows(-1)  # others may fit
+            return None
+        if self._local(file) is not None:
+            self._remember(file, until, True)
+            return None
         with self._filling:
-            self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file))
+            if self._local(file) is not None or not disk.pays(until):
+                return None
+            last, was_there = self._tried.get(file.sha256, (-1, False))
+            if until <= last:
+                if was_there:
+                    disk.overflows(until)
+                return None
+            data = disk.fill(file.sha256, file.bytes, lambda: self._fetch(file), until)
+            self._remember(file, until, self._local(file) is not None)
+            return data
+
+    def _remember(self, file: FileTable, until: int, is_there: bool) -> None:
+        with self._lock:
+            last, _ = self._tried.pop(file.sha256, (-1, False))
+            self._tried[file.sha256] = max(until, last), is_there
+            if len(self._tried) > REMEMBERED:
+                self._tried.popitem(last=False)
 
     def _local(self, file: FileTable) -> Path | None:
-        if self._closed:
+        if self.closed.is_set():
             raise CancelledError
         return None if self._disk is None else self._disk.path(file.sha256)
 
@@ -192,7 +228,7 @@ class FileSource:
 
     def _count(self, *, requests: int = 0, read: int = 0) -> None:
         with self._lock:
-            if requests and self._closed:
+            if requests and self.closed.is_set():
                 raise CancelledError
             self.opens += requests
             self.bytes_read += read

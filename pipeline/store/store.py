@@ -20,6 +20,7 @@ from pipeline.files import (
     write_atomic,
 )
 from pipeline.storage.secrets import without_secrets
+from pipeline.store.damage import UncommittedShardError
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
 from pipeline.store.parts import check_columns, stream_parts
 from schemas.errors import UserError
@@ -170,8 +171,8 @@ class Store:
         write_atomic(self.filesystem, f"{self.root}/{INDEX}", index.model_dump_json().encode())
 
     def record(self, shard: int, stream: str = "latents") -> CommitRecord:
-        """The commit record of a shard of ``stream``. Raises ``UserError`` where there is none, or
-        where it does not belong here."""
+        """The commit record of a shard of ``stream``. Raises ``UncommittedShardError`` where there
+        is none, ``UserError`` where it does not belong here."""
         with self._record_locks[shard % len(self._record_locks)]:  # threads that want the same wait
             return self._record(shard, self._added(stream))
 
@@ -190,7 +191,10 @@ class Store:
         try:
             text = read_at_most(self.filesystem, f"{self.root}/{path}", MOST_BYTES + 1)
         except FileNotFoundError:
-            raise UserError(f"{where} is missing: the shard was never committed") from None
+            raise UncommittedShardError(
+                f"{where} is missing: the shard was never committed; run the extraction or "
+                "conversion again"
+            ) from None
         record = _parse(CommitRecord, text, where)
         streams = self.manifest.base_streams.keys() if added is None else {added}
         if record.shard != shard or record.streams.keys() != streams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -189,3 +190,82 @@ def test_a_small_cache_shared_by_two_loaders_changes_nothing(
     for batches in found:
         same(batches, expected)
     assert 0 <= sum(path.stat().st_size for path in stored(folder).values()) <= limit
+
+
+def read_by_rows(store: Store, disk: DiskCache | None, steps: int) -> tuple[list[Batch], int]:
+    """The batches with no memory for whole files, a step at a time; and the bytes read."""
+    order = SampleOrder(11, SIZES, 2)
+    loader = BatchLoader(
+        store,
+        ("latents", "maps"),
+        order,
+        global_batch=2,
+        disk=disk,
+        memory=0,
+        prefetch=1,
+        threads=1,
+    )
+    try:
+        return list(islice(loader, steps)), sum(loader.bytes_read.values())
+    finally:
+        loader.close()
+
+
+def bytes_of(store: Store) -> int:
+    shards = [store.record(shard) for shard, samples in enumerate(SIZES) if samples]
+    return sum(files[0].bytes for record in shards for files in record.streams.values())
+
+
+EPOCH = sum(SIZES) // 2
+
+
+def test_on_a_full_disk_files_are_not_fetched_again_for_their_rows(
+    known_store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected, by_rows = read_by_rows(known_store, None, EPOCH)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    disk = DiskCache(str(tmp_path / "cache"), PLENTY)
+    monkeypatch.setattr("pipeline.store.disk.os.replace", full)
+    batches, read = read_by_rows(known_store, disk, EPOCH)
+    same(batches, expected)
+    assert stored(disk.folder) == {}
+    largest = max(known_store.record(s).streams["maps"][0].bytes for s in range(len(SIZES)))
+    assert read <= by_rows + 2 * largest  # one file in each of two windows, to see that it is full
+    (said,) = capsys.readouterr().err.splitlines()
+    assert all(word in said for word in (str(disk.folder), "No space left", "--data.cache-gb"))
+
+
+def test_files_that_push_each_other_out_are_fetched_once_per_window(
+    known_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, by_rows = read_by_rows(known_store, None, EPOCH)
+    limit = known_store.record(0).streams["maps"][0].bytes
+    disk = DiskCache(str(tmp_path / "cache"), limit)
+    batches, read = read_by_rows(known_store, disk, EPOCH)
+    same(batches, expected)
+    assert read <= by_rows + bytes_of(known_store)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert str(disk.folder) in said
+    assert "cannot hold the files of a shuffle window" in said
+    assert "raise --data.cache-gb" in said
+
+
+def test_what_the_cache_can_hold_is_not_complained_about(
+    known_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor a damaged file, which is not kept and not fetched whole again for its rows."""
+    path = Path(known_store.root, known_store.record(0).streams["maps"][0].file)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # behind the last sample
+    path.write_bytes(data)
+    disk = DiskCache(str(tmp_path / "cache"), PLENTY)
+    _, read = read_by_rows(known_store, disk, EPOCH)
+    assert read <= bytes_of(known_store) + path.stat().st_size
+    assert capsys.readouterr().err == ""
+    assert len(stored(disk.folder)) == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -15,8 +15,11 @@ import pytest
 
 from pipeline.files import RETRY_VARIABLE, StorageError
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
+from pipeline.store.damage import DamagedShardError
+from pipeline.store.layout import commit_path
+from pipeline.store.loader import most_bad_shards
 from schemas.errors import UserError
-from tests.helpers import known_values, write_known_store
+from tests.helpers import known_values, recorded_opens, write_known_store
 
 SIZES = (9, 5, 0, 8, 7, 9, 1, 9, 6, 9)
 TOTAL = sum(SIZES)
@@ -197,6 +200,71 @@ def test_a_store_that_is_bad_throughout_ends_the_run(hurt: Store) -> None:
         path.unlink()
     with pytest.raises(UserError, match="cannot be read: that is more than a few bad shards"):
         run(hurt, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_large_bad_shard_is_asked_for_a_few_times_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """However many samples in a row are lost with it."""
+    monkeypatch.setattr("pipeline.store.loader.LOOK_AHEAD", 4)
+    sizes = (3, 40, 3, 3)
+    store = write_known_store(str(tmp_path / "store"), sizes)
+    lost = store.record(1).streams["maps"][0].file
+    Path(store.root, lost).unlink()
+    order = SampleOrder(3, sizes, 1)
+    with recorded_opens() as opens:
+        loader = BatchLoader(
+            store, STREAMS, order, global_batch=7, on_bad_shard="quarantine", threads=threads
+        )
+        batches = list(islice(loader, 14))
+        loader.close()
+    for batch in batches:
+        check(batch)
+    assert not any(label // 100 == 1 for batch in batches for label in labels(batch))
+    assert loader.state() == {"damaged": {"1": 0}}
+    assert sum(path.endswith(lost) for path in opens) <= 7 + 1  # once per batch, and to replace it
+
+
+def lose(store: Store, shards: Iterable[int]) -> None:
+    for shard in shards:
+        Path(store.root, store.record(shard).streams["maps"][0].file).unlink()
+
+
+def test_more_than_a_few_bad_shards_end_the_run(tmp_path: Path) -> None:
+    store = write_known_store(str(tmp_path / "store"), SIZES)
+    assert most_bad_shards(9) == 4
+    assert [most_bad_shards(count) for count in (1, 2, 20, 100, 1000)] == [0, 1, 10, 10, 100]
+    lose(store, (0, 1, 3, 4))
+    run(store, STEPS)
+    lose(store, [5])
+    complaint = "5 of the store's 9 shards cannot be read.*pipeline.inspect STORE --verify"
+    with pytest.raises(UserError, match=complaint):
+        run(store, STEPS)
+
+    def work(rank: int, agree: Ranks) -> None:
+        with pytest.raises(UserError, match=complaint):
+            run(store, STEPS, rank=rank, world_size=3, agree=agree)
+
+    together(3, work)
+
+
+def test_bad_shards_add_up_over_epochs(tmp_path: Path) -> None:
+    store = write_known_store(str(tmp_path / "store"), SIZES)
+    lose(store, [5])
+    with pytest.raises(UserError, match="5 of the store's 9 shards cannot be read"):
+        run(store, STEPS, start=TOTAL // BATCH + 1, damaged={0: 0, 1: 0, 3: 0, 4: 0})
+    with pytest.raises(UserError, match="5 of the store's 9 shards cannot be read"):
+        run(store, 1, damaged=dict.fromkeys((0, 1, 3, 4, 5), 0))
+
+
+@pytest.mark.parametrize("on_bad_shard", ["stop", "quarantine"])
+def test_a_shard_that_was_never_committed_is_no_damage(tmp_path: Path, on_bad_shard: str) -> None:
+    store = write_known_store(str(tmp_path / "store"), SIZES)
+    Path(store.root, commit_path(4)).unlink()
+    with pytest.raises(UserError, match="never committed") as error:
+        run(Store.open(store.url), STEPS, on_bad_shard=on_bad_shard)
+    assert not isinstance(error.value, DamagedShardError)
 
 
 def test_storage_that_is_away_is_no_damage(hurt: Store, monkeypatch: pytest.MonkeyPatch) -> None:

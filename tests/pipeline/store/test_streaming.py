@@ -208,6 +208,33 @@ def test_close_streams_waits_for_reads_in_flight_and_none_follows(
         loader._readers["maps"].read(np.array([0]), np.array([0]))
 
 
+@pytest.mark.parametrize("away", ["/maps/", ".json"])
+@pytest.mark.parametrize("memory", [0, PLENTY])
+def test_closing_does_not_wait_for_storage_to_come_back(
+    remote: Store, monkeypatch: pytest.MonkeyPatch, memory: int, away: str
+) -> None:
+    read, failed = MemoryFileSystem.cat_file, threading.Event()
+
+    def cat(self: MemoryFileSystem, path: str, *args: Any, **kwargs: Any) -> bytes:
+        if away in path:
+            failed.set()
+            raise ConnectionResetError(path)
+        return bytes(read(self, path, *args, **kwargs))
+
+    store = Store.open(remote.url)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat)
+    monkeypatch.setattr(retry, "FIRST_DELAY", 60.0)
+    monkeypatch.setattr(retry, "LONGEST_DELAY", 60.0)
+    loader = open_loader(store, memory=memory, prefetch=6)
+    assert failed.wait(20)
+    begin = time.monotonic()
+    if away == "/maps/":
+        loader.close_streams(["maps"])
+        assert all(batch.columns.keys() == {"latents"} for batch in islice(loader, 20))
+    loader.close()
+    assert time.monotonic() - begin < 20
+
+
 def test_a_stream_does_not_wait_for_another(remote: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate("/maps/", monkeypatch)
     loader = open_loader(Store.open(remote.url), threads=16, prefetch=1)
