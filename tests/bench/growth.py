@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
+from pipeline.files import read_at_most
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.layout import INDEX, MANIFEST
 from schemas.store import STORE_VERSION, StoreIndex
@@ -152,24 +152,22 @@ def made_up(folder: str, samples: int) -> Iterator[None]:
     Path(folder, MANIFEST).write_text(manifest.model_dump_json())
     Path(folder, INDEX).write_text(index.model_dump_json())
     del index, sizes, real
-    read, info, isfile = LocalFileSystem.cat_file, LocalFileSystem.info, os.path.isfile
-    plain = os.open
+    info, plain = LocalFileSystem.info, os.open
 
     def stand_in(path: str) -> str:
         head, _, tail = str(path).rpartition("/shard-")
         return f"{head}/shard-000000{Path(tail).suffix}" if head else str(path)
 
-    def cat_file(self: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> bytes:
-        data: bytes = read(self, stand_in(path), *args, **kwargs)
+    def read(filesystem: LocalFileSystem, path: str, size: int) -> bytes:
+        data = read_at_most(filesystem, path, size)
         if "/commits/" in path:
             number = int(path.rpartition("-")[2].partition(".")[0])
             data = data.replace(b'"shard":0,', b'"shard":%d,' % number, 1)
         return data
 
     with (
-        patch.object(LocalFileSystem, "cat_file", cat_file),
+        patch("pipeline.store.store.read_at_most", read),
         patch.object(LocalFileSystem, "info", lambda self, path: info(self, stand_in(path))),
-        patch("os.path.isfile", lambda path: isfile(stand_in(path))),
         patch("os.open", lambda path, *args, **kw: plain(stand_in(path), *args, **kw)),
     ):
         yield
