@@ -306,8 +306,6 @@ class StreamFile(Strict):
     def _ranges_lie_in_file(self) -> StreamFile:
         if not self.offsets.keys() == self.sizes.keys() == self.crc32.keys():
             raise ValueError("offsets, sizes and crc32 name different arrays")
-        if not self.offsets:
-            raise ValueError(f"{self.file} holds no array")
         for part, offsets in self.offsets.items():
             sizes = self.sizes[part]
             if not len(offsets) == len(sizes) == len(self.crc32[part]):
@@ -333,6 +331,9 @@ class CommitRecord(Strict):
     def _counts_agree(self) -> CommitRecord:
         lengths = {len(self.keys)}
         for files in self.streams.values():
+            bare = [file.file for file in files if not file.offsets]
+            if bare:
+                raise ValueError(f"{bare[0]} holds no array")
             parts = [part for file in files for part in file.offsets]
             if len(parts) != len(set(parts)):
                 raise ValueError(f"record of shard {self.shard} lists an array twice")
