@@ -119,7 +119,8 @@ class DiskCache:
                 self._set_total(total + len(data))
             with temporary.open("r+b") as file:
                 file.write(data)
-            os.replace(temporary, self.folder / sha256)
+            with self._locked():  # renamed while somebody adds up, it could be seen by neither name
+                os.replace(temporary, self.folder / sha256)
         except OSError as error:
             temporary.unlink(missing_ok=True)  # its bytes are found missing at the next adding up
             why = error.strerror or type(error).__name__
