@@ -8,7 +8,9 @@ from collections.abc import Sequence
 Buffer = bytearray | memoryview
 
 GAP = 4096
-"""Bytes between two pieces that are read and thrown away rather than asked for around."""
+"""Bytes between two pieces that are read and thrown away rather than asked for around: a tar's
+headers cost less than asking twice. (zarr orders the chunks of a shard as it likes: a file's order
+is not that of its rows.)"""
 MOST_BUFFERS = 512
 """Of one call; the system takes 1024."""
 

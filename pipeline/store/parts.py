@@ -187,19 +187,30 @@ class Layout:
         data = row.reshape(-1).view(np.uint8).data
         return [bytearray(len(self._header)), data] if self._header else [data]
 
-    def finish(self, buffers: Sequence[Buffer], row: np.ndarray, crc32: int | None) -> None:
-        """The buffers are full. Raises ``ValueError`` where what is in them is not what was
-        promised; ``crc32`` is the checksum, where it is to be checked."""
-        if crc32 is not None:
-            found = 0
-            for buffer in buffers:
-                found = zlib.crc32(buffer, found)
-            if found != crc32:
-                raise ValueError("its checksum is wrong")
+    def fill(self, data: bytes | memoryview, row: np.ndarray) -> None:
+        """Stored bytes into ``row``. Raises ``ValueError`` where they are not what was promised."""
+        self._fill(self.part, data, row)
+
+    def finish(self, buffers: Sequence[Buffer], row: np.ndarray) -> None:
+        """The same, for ``buffers`` that are full."""
         if len(buffers) == 1 and isinstance(buffers[0], bytearray):
-            self._fill(self.part, memoryview(buffers[0]), row)
+            self.fill(memoryview(buffers[0]), row)
         elif self._header and bytes(buffers[0]) != self._header:
             raise ValueError(f"not a {self.part.dtype.name} array of shape {self.part.shape}")
+
+
+def check_stored(buffers: Sequence[Buffer], count: int, size: int, crc32: int | None) -> None:
+    """Raises ``ValueError`` where ``count`` bytes came instead of ``size``, or where those in the
+    buffers have not the checksum; None: it is not looked at."""
+    if count != size:
+        raise ValueError("the file is too short")
+    if crc32 is None:
+        return
+    found = 0
+    for buffer in buffers:
+        found = zlib.crc32(buffer, found)
+    if found != crc32:
+        raise ValueError("its checksum is wrong")
 
 
 def empty_batch(part: Part, count: int) -> np.ndarray:

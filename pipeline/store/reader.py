@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 
 from pipeline.files import StorageError
@@ -16,9 +14,8 @@ from pipeline.store.damage import (
 from pipeline.store.memory import Kept
 from pipeline.store.parts import (
     Layout,
+    check_stored,
     empty_batch,
-    fill_from_chunk,
-    fill_from_npy_member,
     largest_stored,
     stream_parts,
 )
@@ -72,7 +69,6 @@ class StreamReader:
         )
         npy = manifest.format != "zarr"
         self._layouts = {name: Layout(part, npy=npy) for name, part in self.parts.items()}
-        self._fill_row = fill_from_chunk if manifest.format == "zarr" else fill_from_npy_member
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
         self._tables: Kept[ShardTable] = Kept()
         # A bit for each row, in blocks of shards; two threads in one shard may lose each other's,
@@ -169,10 +165,9 @@ class StreamReader:
         for count, (number, column, row, buffers) in zip(counts, landings, strict=True):
             name = file.names[column]
             try:
-                if count != sizes[number][column]:
-                    raise ValueError("the file is too short")
                 crc = crc32[number][column] if check[number] else None
-                self._layouts[name].finish(buffers, row, crc)
+                check_stored(buffers, count, sizes[number][column], crc)
+                self._layouts[name].finish(buffers, row)
             except ValueError as error:
                 raise self._damaged(shard, int(rows[number]), name, str(error)) from None
 
@@ -220,11 +215,9 @@ class StreamReader:
             for column, name in enumerate(file.names):
                 data = next(remaining)
                 try:
-                    if len(data) != sizes[number, column]:
-                        raise ValueError("the file is too short")
-                    if check[number] and zlib.crc32(data) != crc32[number, column]:
-                        raise ValueError("its checksum is wrong")
-                    self._fill_row(self.parts[name], data, out[name][place : place + 1])
+                    crc = int(crc32[number, column]) if check[number] else None
+                    check_stored([data], len(data), int(sizes[number, column]), crc)
+                    self._layouts[name].fill(data, out[name][place : place + 1])
                 except ValueError as error:
                     raise DamagedArrayError(number, name, str(error)) from None
 

@@ -12,13 +12,10 @@ from typing import NamedTuple
 import fsspec
 
 from pipeline.files import is_local, read_into, read_ranges
+from pipeline.storage.scatter import GAP
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget, Kept
 from pipeline.store.table import FileTable
-
-NEIGHBOURS = 4096
-"""Ranges so near to each other are one request: a tar's headers cost less than asking twice. (zarr
-orders the chunks of a shard as it likes: a file's order is not that of its rows.)"""
 
 REQUEST_BYTES = 256 << 10
 """What one more request costs, in bytes that could have been read instead: 3 ms at 80 MB/s, as
@@ -150,7 +147,7 @@ class FileSource:
         homes = [0] * len(ranges)
         for number in sorted(range(len(ranges)), key=ranges.__getitem__):
             start, size = ranges[number]
-            if spans and 0 <= start - spans[-1][1] <= NEIGHBOURS:
+            if spans and 0 <= start - spans[-1][1] <= GAP:
                 spans[-1][1] = start + size
             else:
                 spans.append([start, start + size])

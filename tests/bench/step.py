@@ -17,7 +17,7 @@ from schemas.student import ModelName
 from tests.bench.options import BenchOptions
 from tests.bench.peers import peer_step
 from tests.bench.report import Heading, Report, Row, Table
-from tests.bench.steps import Stepper, make_data, make_stepper, run_configs
+from tests.bench.steps import Stepper, batch_of, make_data, make_stepper, run_configs
 from tests.bench.timing import Clock, peak_in_child, peak_of
 
 HEADINGS = (
@@ -84,10 +84,6 @@ def run(options: Options) -> Report:
             for stepper in steppers:
                 stepper.trace(options.profile)
         return report(options, clock, data.batch, times, peaks)
-
-
-def batch_of(options: Options, clock: Clock) -> int:
-    return options.batch or (128 if clock.device.type == "cuda" else 4)
 
 
 def measure(steppers: list[Stepper], options: Options, clock: Clock) -> dict[str, list[float]]:

@@ -120,6 +120,10 @@ def make_stepper(
     return stepper
 
 
+def batch_of(options: Any, clock: Clock) -> int:
+    return options.batch or (128 if clock.device.type == "cuda" else 4)
+
+
 def make_data(folder: Path, options: Any, batch: int) -> Data:
     """A store without shards, and a batch of what its shards would hold."""
     teacher, tail = _teacher(folder, options.cut)
@@ -151,6 +155,6 @@ def in_temporary_folder(options: Any, name: str) -> Iterator[Callable[[], Traine
     """For a process of its own: what makes the steps of one kind, once the data are there."""
     clock = Clock.of(options.device)
     with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
-        data = make_data(Path(folder), options, options.batch or 4)
+        data = make_data(Path(folder), options, batch_of(options, clock))
         configs = run_configs(options, data.store)
         yield lambda: make_stepper(name, configs, data, clock)
