@@ -29,6 +29,7 @@ class Form(NamedTuple):
 TOKENS: tuple[CodecName, ...] = (
     "tokens64",
     "tokens56",
+    "tokens48",
     "tokens28",
     "tokens24",
     "tokens22",
