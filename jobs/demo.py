@@ -24,7 +24,7 @@ from pipeline.extract.job import extract
 from pipeline.inspect.summary import describe, summarise
 from pipeline.report.attention import draw_attention
 from pipeline.report.curves import draw_curves
-from pipeline.sampling import load_student
+from pipeline.sampling.trained import load_student
 from pipeline.store import Store, StreamReader
 from pipeline.train.metrics import METRICS, read_metrics
 from schemas.errors import run_command

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from pipeline.autoencoders import Autoencoder
 from pipeline.pictures import save_grid
-from pipeline.sampling import draw_images, open_trained
+from pipeline.sampling.draw import draw_images
+from pipeline.sampling.trained import open_trained
 from schemas.errors import UserError, run_command
 from schemas.options import parse_options
 from schemas.sample import SampleConfig

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from pipeline.autoencoders import Autoencoder
 from pipeline.models import DiT, make_student
-from pipeline.sampling import draw_images, load_student
+from pipeline.sampling.draw import draw_images
+from pipeline.sampling.trained import load_student
 from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
