@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from schemas.alignment import AlignmentConfig
 from schemas.base import Strict
-from schemas.diffusion import DiffusionConfig
+from schemas.diffusion import DiffusionConfig, SamplerConfig
 from schemas.extract import Precision
+from schemas.fields import Layers
 from schemas.student import StudentConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -104,6 +105,24 @@ class CheckpointConfig(Strict):
     """Newest checkpoints that are kept."""
 
 
+class SamplesConfig(Strict):
+    """Pictures that the averaged weights draw while they are trained: of the same noise and classes
+    every time, shared out between the workers."""
+
+    every: Positive | None = None
+    """Steps between grids of samples (samples/step-STEP.png in the run's folder); the last step
+    makes one too. Default: none."""
+    classes: Layers | None = None
+    """Class numbers, one row of the grid each: 1,2,3 or 0-9. Default: the first eight."""
+    per_class: Annotated[int, Field(ge=1, le=100)] = 4
+    """Pictures of each class."""
+    batch_size: Positive = 16
+    """Pictures that a worker draws at a time."""
+    autoencoder: str | None = None
+    """Decoder: hub id or folder. Default: the one that encoded the store."""
+    sampler: SamplerConfig = SamplerConfig(steps=50)
+
+
 class RunConfig(Strict):
     """Options of one training run."""
 
@@ -141,6 +160,7 @@ class RunConfig(Strict):
     workers: WorkersConfig = WorkersConfig()
     compute: ComputeConfig = ComputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
 
     @model_validator(mode="after")
     def _alignment_fits_student(self) -> RunConfig:

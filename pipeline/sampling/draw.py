@@ -17,13 +17,15 @@ from schemas.errors import UserError
 from schemas.student import StudentConfig
 
 
-def check_sampler(student: StudentConfig, sampler: SamplerConfig) -> None:
+def check_sampler(
+    student: StudentConfig, sampler: SamplerConfig, *, option: str = "--sampler.method"
+) -> None:
     """Raises ``UserError`` where this method does not draw from this student."""
     if (sampler.method == "ddpm") != (student.family == "DiT"):
         needed = "ddpm" if student.family == "DiT" else "sde, ode or ode_heun"
         raise UserError(
             f"sampler method {sampler.method} cannot draw from {student.model}: set "
-            f"--sampler.method {needed}"
+            f"{option} {needed}"
         )
 
 

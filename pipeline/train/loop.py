@@ -151,6 +151,11 @@ class _Run:
         self.effort = Effort(config.student, parallel)
         self.trace = StepTrace(folder, parallel, config.profile)
         self.clock = _PhaseClock()
+        self.grids = None
+        if config.samples.every is not None:
+            from pipeline.train.pictures import SampleGrids  # diffusers takes seconds to import
+
+            self.grids = SampleGrids(config, store.manifest, parallel, folder)
 
     def to_the_end(self) -> dict[str, Any]:
         config, trainer = self.config, self.trainer
@@ -172,6 +177,7 @@ class _Run:
             self.clock.tick(1 if trainer.aligned else 2)
             if trainer.step % config.log_every == 0 or trainer.step == config.steps:
                 self._log_row()
+            self._draw_if_due()
             if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
                 self._save()
         self.trace.close()
@@ -249,6 +255,15 @@ class _Run:
             self.bytes_logged[name] = count
         if self.log is not None:
             self.log.row(row)
+
+    def _draw_if_due(self) -> None:
+        """Before a checkpoint, which says that all up to it is done."""
+        if self.grids is None or not self.grids.due(self.trainer.step):
+            return
+        began = time.perf_counter()
+        self.grids.draw(self.trainer.ema.module, self.trainer.step)
+        self.meter.leave_out(time.perf_counter() - began)
+        self.clock.pause()
 
     def _measured(self) -> list[str]:
         """The losses that mean something now."""
