@@ -1,0 +1,54 @@
+"""Compare generated images with real ones: FID, sFID, Inception score, precision, recall and the
+Fréchet distance on DINOv2's features.
+
+python jobs/evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+python jobs/evaluate.py --reference STORE --save-reference reference.npz
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from pipeline.evaluate.evaluate import evaluate
+from schemas.errors import UserError, run_command
+from schemas.evaluate import EvaluateConfig, Evaluation
+from schemas.options import parse_options
+
+
+def main(argv: list[str]) -> int:
+    config = parse_options(
+        EvaluateConfig,
+        argv,
+        command="python jobs/evaluate.py",
+        about="Compare generated images with real ones: FID, sFID, Inception score, precision, "
+        "recall, FD-DINOv2.",
+    )
+    found = evaluate(config, _device(config))
+    if found is not None:
+        print(found.model_dump_json() if config.as_json else _table(found))
+    return 0
+
+
+def _device(config: EvaluateConfig) -> str:
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no GPU that torch can use")
+    return config.device
+
+
+def _table(found: Evaluation) -> str:
+    lines = []
+    for name, value in found.model_dump().items():
+        shown = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+        lines.append(f"{name:<16} {shown}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

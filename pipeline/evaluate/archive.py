@@ -1,0 +1,138 @@
+"""Reading .npz files of others: by blocks, without pickle, no size believed unchecked."""
+
+from __future__ import annotations
+
+import ast
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from pipeline.files import is_local, open_url, without_credentials
+from pipeline.storage.secrets import without_secrets
+from schemas.errors import UserError
+
+MOST_HEADER = 1 << 16
+"""Bytes of an array's header."""
+
+
+class Header(NamedTuple):
+    """What one array of the archive is."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    """Bytes before the numbers."""
+
+
+class Archive:
+    """An .npz at a path or fsspec URL. Everything raises ``UserError`` naming the option."""
+
+    def __init__(self, place: str, option: str) -> None:
+        self.place = place
+        self.where = f"{option} '{without_credentials(place)}'"
+        filesystem, path = open_url(place, what=option)
+        self._filesystem, self._path = filesystem, path
+        if is_local(filesystem) and not filesystem.isfile(path):
+            raise UserError(f"{self.where}: no such file")
+        with self._opened() as zipped:
+            infos = zipped.infolist()
+        self._infos = {info.filename.removesuffix(".npy"): info for info in infos}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    @property
+    def names(self) -> list[str]:
+        """Of the arrays in it."""
+        return list(self._infos)
+
+    def header(self, name: str) -> Header:
+        """Shape and type; the member is long enough to hold them."""
+        with self._opened() as zipped, self._member(zipped, name) as member:
+            return self._read_header(name, member)
+
+    def blocks(self, name: str, rows: int, limit: int | None = None) -> Iterator[np.ndarray]:
+        """The array's first ``limit`` rows, ``rows`` at a time."""
+        with self._opened() as zipped, self._member(zipped, name) as member:
+            header = self._read_header(name, member)
+            count = header.shape[0] if limit is None else min(limit, header.shape[0])
+            for start in range(0, count, rows):
+                shape = (min(rows, count - start), *header.shape[1:])
+                yield self._numbers(name, member, shape, header.dtype)
+
+    def array(self, name: str, most_bytes: int) -> np.ndarray:
+        """The whole array, where it is no longer than ``most_bytes``."""
+        with self._opened() as zipped, self._member(zipped, name) as member:
+            header = self._read_header(name, member)
+            if math.prod(header.shape) * header.dtype.itemsize > most_bytes:
+                raise UserError(f"{self.where}: '{name}' has shape {header.shape}: too large")
+            return self._numbers(name, member, header.shape, header.dtype)
+
+    @contextmanager
+    def _opened(self) -> Iterator[zipfile.ZipFile]:
+        try:
+            with self._filesystem.open(self._path, "rb") as file, zipfile.ZipFile(file) as zipped:
+                yield zipped
+        except (UserError, GeneratorExit):
+            raise
+        except (zipfile.BadZipFile, zlib.error, EOFError, struct.error):
+            raise self._damaged() from None
+        except Exception as error:  # every fsspec backend raises its own types
+            reason = " ".join(without_secrets(str(error), self.place).split())[:200]
+            raise UserError(f"{self.where} cannot be read: {reason}") from None
+
+    def _member(self, zipped: zipfile.ZipFile, name: str) -> IO[bytes]:
+        info = self._infos.get(name)
+        if info is None:
+            raise UserError(
+                f"{self.where} has no array '{name}'; it holds: {', '.join(self.names)}"
+            )
+        return zipped.open(info)
+
+    def _read_header(self, name: str, member: IO[bytes]) -> Header:
+        start = member.read(8)
+        if start[:6] != b"\x93NUMPY":
+            raise UserError(f"{self.where}: '{name}' is not a numpy array")
+        wide = start[6] > 1  # version 1 has two bytes for the header's length
+        (length,) = struct.unpack("<I" if wide else "<H", member.read(4 if wide else 2))
+        if length > MOST_HEADER:
+            raise self._damaged()
+        try:
+            about = ast.literal_eval(member.read(length).decode("latin1").strip())
+            shape, descr = tuple(about["shape"]), about["descr"]
+            dtype = np.dtype(descr)
+            fits = all(type(size) is int and size >= 0 for size in shape)
+        except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
+            raise self._damaged() from None
+        if dtype.hasobject:
+            raise UserError(
+                f"{self.where}: '{name}' holds Python objects, which run code when read: "
+                "save plain numbers"
+            )
+        offset = 8 + (4 if wide else 2) + length
+        info = self._infos[name]
+        if not fits or info.file_size != offset + math.prod(shape) * dtype.itemsize:
+            raise self._damaged()
+        if about.get("fortran_order") and len(shape) > 1:
+            raise UserError(f"{self.where}: '{name}' is in Fortran's order; save it in C's")
+        return Header(shape, dtype, offset)
+
+    def _numbers(
+        self, name: str, member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> np.ndarray:
+        wanted = math.prod(shape) * dtype.itemsize
+        data = member.read(wanted)
+        if len(data) != wanted:
+            raise self._damaged()
+        return np.frombuffer(bytearray(data), dtype).reshape(shape)
+
+    def _damaged(self) -> UserError:
+        return UserError(
+            f"{self.where} is damaged, cut short or not an .npz file: write or copy it again"
+        )

@@ -1,0 +1,166 @@
+"""One evaluation: networks, reference and samples as the options say."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluate.archive import Archive
+from pipeline.evaluate.compare import compare
+from pipeline.evaluate.images import IMAGES, Images, open_images
+from pipeline.evaluate.measure import Measured, measure
+from pipeline.evaluate.networks import FeatureNetwork, Network
+from pipeline.evaluate.record import check_run, record_evaluation
+from pipeline.evaluate.reference import INCEPTION, has_statistics, load_statistics, save_statistics
+from pipeline.files import without_credentials
+from schemas.errors import UserError
+from schemas.evaluate import EvaluateConfig, Evaluation
+
+
+def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
+    """Compare ``config.samples`` with ``config.reference``; None where there are no samples and
+    only the reference's statistics are written. Raises ``UserError``."""
+    place = _check(config)
+    samples = None
+    if config.samples is not None:
+        samples = _open(config, config.samples, "--samples", device)
+    run = None if config.record is None else Path(config.record).expanduser()
+    row: dict[str, Any] = {}
+    if run is not None and samples is not None:  # before the hours of work that it would lose
+        check_run(run)
+        row = _about_samples(config, samples)
+    network, dinov2 = _networks(config, device)
+    reference = _reference(config, place, network, dinov2, device)
+    if config.save_reference is not None:
+        save_statistics(config.save_reference, reference, network, dinov2)
+        _say(f"statistics written to {without_credentials(config.save_reference)}")
+    if samples is None:
+        return None
+    measured = _measure(config, samples, "--samples", network, dinov2)
+    found = compare(measured, reference, network, k=config.k, device=device, say=_say)
+    if run is not None:
+        row = {**row, **found.model_dump(), "reference": without_credentials(place)}
+        record_evaluation(run, row)
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _check(config: EvaluateConfig) -> str:
+    """That options go together; the reference."""
+    if config.reference is None:
+        raise UserError("--reference is missing: an .npz, a folder of pictures or a store")
+    if config.samples is None and config.save_reference is None:
+        raise UserError("--samples is missing: an .npz, a folder of pictures or a store")
+    if config.record is not None and config.samples is None:
+        raise UserError("--record writes down an evaluation, which takes --samples")
+    if config.save_reference is not None and not config.save_reference.endswith(".npz"):
+        raise UserError(f"--save-reference '{config.save_reference}' must end in .npz")
+    if config.network is None:
+        for option in ("network_weights", "network_size", "network_args"):
+            if getattr(config, option):
+                dashed = option.replace("_", "-")
+                raise UserError(f"--{dashed} goes with --network ID, which is missing")
+    elif config.network_weights is None:
+        raise UserError(
+            f"--network-weights is missing: FILE, hub or random for --network {config.network}"
+        )
+    elif config.inception_weights is not None:
+        raise UserError("--network and --inception-weights: fid is of one of them, choose")
+    return config.reference
+
+
+def _networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetwork | None]:
+    dinov2 = None
+    if config.dinov2_weights is not None:
+        dinov2 = FeatureNetwork(
+            config.dinov2,
+            config.dinov2_weights,
+            size=config.dinov2_size,
+            seed=config.seed,
+            device=device,
+            option="--dinov2",
+        )
+    if config.network is None:
+        from pipeline.evaluate.inception import InceptionNetwork  # others need no torch-fidelity
+
+        return InceptionNetwork(config.inception_weights or "hub", device=device), dinov2
+    assert config.network_weights is not None
+    network = FeatureNetwork(
+        config.network,
+        config.network_weights,
+        size=config.network_size,
+        seed=config.seed,
+        arguments=config.network_args,
+        device=device,
+    )
+    return network, dinov2
+
+
+def _open(config: EvaluateConfig, place: str, option: str, device: str) -> Images:
+    return open_images(
+        place,
+        option,
+        limit=config.max_images,
+        resolution=config.resolution,
+        autoencoder=config.autoencoder,
+        device=device,
+    )
+
+
+def _measure(
+    config: EvaluateConfig,
+    images: Images,
+    option: str,
+    network: Network,
+    dinov2: FeatureNetwork | None,
+) -> Measured:
+    return measure(
+        images,
+        network,
+        dinov2,
+        option=option,
+        batch_size=config.batch_size,
+        manifold=config.manifold_images,
+    )
+
+
+def _reference(
+    config: EvaluateConfig,
+    place: str,
+    network: Network,
+    dinov2: FeatureNetwork | None,
+    device: str,
+) -> Measured:
+    """From images, from statistics, or where a file has both the moments from its statistics and
+    the rest from its images."""
+    stated = None
+    if place.endswith(".npz"):
+        archive = Archive(place, "--reference")
+        # statistics without a word on their network are Inception's; images serve any
+        theirs = network.name == INCEPTION or IMAGES not in archive
+        if has_statistics(archive) and theirs:
+            stated = load_statistics(archive, network, dinov2, config.manifold_images)
+            if IMAGES not in archive:
+                return stated
+    images = _open(config, place, "--reference", device)
+    found = _measure(config, images, "--reference", network, dinov2)
+    if stated is not None:
+        found.moments, found.kind = stated.moments, stated.kind
+        found.spatial = stated.spatial or found.spatial
+    return found
+
+
+def _about_samples(config: EvaluateConfig, samples: Images) -> dict[str, Any]:
+    """Step and weights for the row of ``--record``: as options say, else the samples."""
+    step = samples.about.get("step") if config.step is None else config.step
+    if type(step) is not int or step < 0:
+        raise UserError(
+            "--record needs the step that the samples are of, which they do not say: give --step N"
+        )
+    said = samples.about.get("weights")
+    weights = config.weights or (said if said in ("ema", "model") else "ema")
+    return {"step": step, "weights": weights}

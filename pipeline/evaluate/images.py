@@ -1,0 +1,114 @@
+"""Images to evaluate: of an .npz, a folder of pictures or a store, in a fixed order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.evaluate.archive import Archive
+from pipeline.evaluate.pictures import FolderImages
+from pipeline.evaluate.stored import StoreImages
+from pipeline.files import is_local, open_url, without_credentials
+from pipeline.store import Store
+from schemas.errors import UserError
+
+IMAGES = "arr_0"
+"""ADM's name for the images of an .npz: what numpy calls the first array without one."""
+ABOUT = "about"
+"""JSON text beside the numbers: which run and step samples are of, which network features."""
+LARGEST_SIDE = 1 << 14
+MOST_ABOUT = 1 << 22
+
+
+class Images(Protocol):
+    """A set of images, all of one size."""
+
+    count: int
+    """How many there are, or are taken."""
+    kind: str
+    """What they are, for people and files."""
+    about: dict[str, Any]
+    """What an .npz says of itself."""
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """uint8 (B, 3, H, W), B at most ``size``. Raises ``UserError``."""
+        ...
+
+
+def open_images(
+    place: str,
+    option: str,
+    *,
+    limit: int | None = None,
+    resolution: int | None = None,
+    autoencoder: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Images:
+    """The images at a path or fsspec URL; the first ``limit`` of them. ``resolution``: see
+    ``FolderImages``; ``autoencoder``: see ``StoreImages``. Raises ``UserError`` naming
+    ``option``."""
+    if place.endswith(".npz"):
+        return ArchiveImages(Archive(place, option), limit=limit)
+    try:
+        if Store.exists(place):
+            return StoreImages(place, limit=limit, autoencoder=autoencoder, device=device)
+    except UserError as error:  # the store is another command's option
+        raise UserError(str(error).replace("--store", option, 1)) from None
+    filesystem, path = open_url(place, what=option)
+    shown = without_credentials(place)
+    if is_local(filesystem) and not filesystem.isdir(path):
+        found = "is a file" if filesystem.exists(path) else "does not exist"
+        raise UserError(
+            f"{option} '{shown}' {found}; expected an .npz, a folder of pictures or a store"
+        )
+    return FolderImages(place, option, limit=limit, resolution=resolution)
+
+
+class ArchiveImages:
+    """``arr_0`` of an .npz: uint8 (N, H, W, 3)."""
+
+    def __init__(self, archive: Archive, *, limit: int | None = None) -> None:
+        self._archive = archive
+        if IMAGES not in archive:
+            held = ", ".join(archive.names)[:200]
+            raise UserError(
+                f"{archive.where} holds no images: expected '{IMAGES}', uint8 (N, H, W, 3), found: "
+                f"{held or 'nothing'}"
+            )
+        shape, dtype, _ = archive.header(IMAGES)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise UserError(
+                f"{archive.where}: '{IMAGES}' is {dtype} {shape}; images are uint8 (N, H, W, 3)"
+            )
+        if not all(0 < side <= LARGEST_SIDE for side in shape[1:3]):
+            raise UserError(f"{archive.where}: '{IMAGES}' has images of {shape[2]}x{shape[1]}")
+        self.count = shape[0] if limit is None else min(limit, shape[0])
+        self.kind = f"{shape[2]}x{shape[1]} images of an .npz"
+        self.about = read_about(archive)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        for block in self._archive.blocks(IMAGES, size, self.count):
+            yield torch.from_numpy(block).permute(0, 3, 1, 2)
+
+
+def read_about(archive: Archive) -> dict[str, Any]:
+    """The JSON object that an .npz of ours says of itself; empty in others'. Raises
+    ``UserError``."""
+    if ABOUT not in archive:
+        return {}
+    shape, dtype, _ = archive.header(ABOUT)
+    try:
+        if dtype.kind != "U" or shape != ():
+            raise ValueError("not a text")
+        about = json.loads(str(archive.array(ABOUT, MOST_ABOUT)[()]))
+        if not isinstance(about, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{archive.where}: '{ABOUT}' is not JSON of ours: {reason}") from None
+    return about

@@ -1,0 +1,101 @@
+"""One pass over a set of images: everything that its comparison with another needs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pipeline.evaluate.images import Images
+from pipeline.evaluate.networks import FeatureNetwork, Network
+from pipeline.evaluate.scores import InceptionScore
+from pipeline.evaluate.spool import Spool
+from pipeline.evaluate.statistics import FeatureStatistics, Moments
+from schemas.errors import UserError
+
+
+@dataclass
+class Measured:
+    """What is known of a set of images."""
+
+    count: int
+    """Images that the moments are of."""
+    kind: str
+    """What they are, for people and files."""
+    moments: Moments
+    """Of the network's features."""
+    features: np.ndarray | None
+    """(N, D) float32 of all of them, or of an evenly spread part; None where only moments are
+    known."""
+    spatial: Moments | None = None
+    dinov2: Moments | None = None
+    inception_score: float | None = None
+
+
+def measure(
+    images: Images,
+    network: Network,
+    dinov2: FeatureNetwork | None,
+    *,
+    option: str,
+    batch_size: int,
+    manifold: int,
+) -> Measured:
+    """Run the networks over ``images``, ``manifold`` of whose features are kept (on disk). Memory
+    does not grow with their number. Raises ``UserError``."""
+    if images.count < 2:
+        raise UserError(
+            f"{option} has {images.count} images: a covariance takes 2, and says something from "
+            "some thousands on"
+        )
+    spool = Spool(images.count, manifold)
+    moments: FeatureStatistics | None = None
+    spatial: FeatureStatistics | None = None
+    of_dinov2: FeatureStatistics | None = None
+    score: InceptionScore | None = None
+    seen = 0
+    try:
+        with tqdm(total=images.count, unit="image", desc=option, file=sys.stderr) as bar:
+            for batch in images.batches(batch_size):
+                found = network.extract(batch)
+                spool.add(found.features)
+                moments = _add(moments, found.features)
+                if found.spatial is not None:
+                    spatial = _add(spatial, found.spatial)
+                if found.logits is not None:
+                    score = score or InceptionScore(images.count)
+                    score.add(found.logits)
+                if dinov2 is not None:
+                    of_dinov2 = _add(of_dinov2, dinov2.features(batch))
+                seen += len(batch)
+                bar.update(len(batch))
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{batch_size} images at a time do not fit into the GPU's memory: give a smaller "
+            "--batch-size"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{option}, images {seen} to {seen + batch_size}: the network gives {error}; its "
+            "weights are damaged, or wide beyond float32"
+        ) from None
+    assert moments is not None
+    return Measured(
+        count=images.count,
+        kind=images.kind,
+        moments=moments.moments(),
+        features=spool.rows(),
+        spatial=None if spatial is None else spatial.moments(),
+        dinov2=None if of_dinov2 is None else of_dinov2.moments(),
+        inception_score=None if score is None else score.score(),
+    )
+
+
+def _add(statistics: FeatureStatistics | None, features: torch.Tensor) -> FeatureStatistics:
+    if statistics is None:
+        statistics = FeatureStatistics(features.shape[1], device=features.device)
+    statistics.add(features)
+    return statistics

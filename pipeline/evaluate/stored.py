@@ -1,0 +1,80 @@
+"""The images that a store holds."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.autoencoders import Autoencoder
+from pipeline.store import Store, StreamReader
+from schemas.errors import UserError
+
+
+class StoreImages:
+    """The crops of an `image` stream, where a store has one, else what its autoencoder makes of the
+    means of the latents; in the store's order, which is shuffled."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        limit: int | None = None,
+        autoencoder: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """``autoencoder``: the decoder; default the one that encoded. Raises ``UserError``."""
+        store = Store.open(url)
+        self._store, self._device = store, device
+        crops = [name for name, s in store.manifest.teacher_streams.items() if s.cut == "image"]
+        self._reader = StreamReader(store, crops[0] if crops else "latents")
+        store.require_complete(*crops[:1])
+        self._samples = store.index().samples_per_shard
+        total = sum(self._samples)
+        self.count = total if limit is None else min(limit, total)
+        self.about: dict[str, Any] = {}
+        self._vae: Autoencoder | None = None
+        size = store.manifest.resolution
+        if crops:
+            self.kind = f"{size}x{size} crops of a store"
+            return
+        self._vae = Autoencoder(autoencoder or store.manifest.autoencoder.name)
+        self._vae.to(device)
+        self.kind = f"{size}x{size} reconstructions of a store's latents by '{self._vae.name}'"
+        print(
+            f"store '{store.shown_url}' holds no crops: its latents (posterior means) are decoded, "
+            "and reconstructions are not the originals",
+            file=sys.stderr,
+        )
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """uint8 (B, 3, R, R)."""
+        every = (
+            (shard, row) for shard, samples in enumerate(self._samples) for row in range(samples)
+        )
+        wanted = itertools.islice(every, self.count)
+        while chosen := list(itertools.islice(wanted, size)):
+            shards, rows = (np.array(numbers) for numbers in zip(*chosen, strict=True))
+            stored = self._reader.read(shards, rows)
+            if self._vae is None:
+                yield torch.from_numpy(stored["crop"]).permute(0, 3, 1, 2)
+            else:
+                yield self._decode(self._vae, torch.from_numpy(stored["mean"]))
+
+    def _decode(self, vae: Autoencoder, mean_BChw: Tensor) -> Tensor:
+        mean = mean_BChw.to(self._device, torch.float32)
+        try:
+            return vae.decode((mean - vae.shift_factor) * vae.scaling_factor)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"autoencoder '{vae.name}' cannot decode latents of shape "
+                f"{tuple(mean.shape[1:])} of {self._store.shown_url}: {reason}"
+            ) from None

@@ -1,0 +1,127 @@
+"""Against scipy's matrix square root and where the distance is known in closed form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from pipeline.evaluate.frechet import frechet_distance
+from pipeline.evaluate.statistics import FeatureStatistics, Moments
+
+
+def _moments(mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    return Moments(torch.from_numpy(np.asarray(mean)), torch.from_numpy(np.asarray(covariance)))
+
+
+def _spread(rng: np.random.Generator, width: int, rank: int | None = None) -> np.ndarray:
+    factor = rng.standard_normal((width, rank or 2 * width))
+    return factor @ factor.T
+
+
+def _rotation(rng: np.random.Generator, width: int) -> np.ndarray:
+    return np.linalg.qr(rng.standard_normal((width, width)))[0]
+
+
+def test_diagonal_gaussians() -> None:
+    """sum (m_a - m_b)^2 + (s_a - s_b)^2 for standard deviations s."""
+    rng = np.random.default_rng(0)
+    means, deviations = rng.standard_normal((2, 9)), rng.uniform(0, 3, (2, 9))
+    deviations[0, :2] = deviations[1, 1:4] = 0
+    a, b = (_moments(m, np.diag(s**2)) for m, s in zip(means, deviations, strict=True))
+    expected = ((means[0] - means[1]) ** 2 + (deviations[0] - deviations[1]) ** 2).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-13)
+
+
+def test_equal_covariances_leave_the_distance_of_the_means() -> None:
+    rng = np.random.default_rng(1)
+    covariance = _spread(rng, 12)
+    means = rng.standard_normal((2, 12))
+    a, b = (_moments(m, covariance) for m in means)
+    expected = ((means[0] - means[1]) ** 2).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-11)
+
+
+def test_covariances_that_commute() -> None:
+    """The squared Frobenius norm of the difference of their square roots."""
+    rng = np.random.default_rng(2)
+    basis = _rotation(rng, 10)
+    deviations = rng.uniform(0.1, 4, (2, 10))
+    a, b = (_moments(np.zeros(10), basis @ np.diag(s**2) @ basis.T) for s in deviations)
+    expected = ((deviations[0] - deviations[1]) ** 2).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+def test_two_by_two_closed_form() -> None:
+    """tr (A B)^(1/2) = sqrt(tr(A B) + 2 sqrt(det(A B))), by Cayley and Hamilton."""
+    rng = np.random.default_rng(3)
+    a, b = _spread(rng, 2), _spread(rng, 2)
+    product = a @ b
+    overlap = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
+    zero = np.zeros(2)
+    expected = np.trace(a) + np.trace(b) - 2 * overlap
+    assert frechet_distance(_moments(zero, a), _moments(zero, b)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("width", [1, 3, 40])
+def test_scipys_square_root_agrees(width: int) -> None:
+    rng = np.random.default_rng(width)
+    covariances = [_spread(rng, width), _spread(rng, width)]
+    means = rng.standard_normal((2, width))
+    expected = ((means[0] - means[1]) ** 2).sum() + sum(map(np.trace, covariances))
+    expected -= 2 * np.trace(sqrtm(covariances[0] @ covariances[1])).real
+    a, b = (_moments(m, c) for m, c in zip(means, covariances, strict=True))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-11)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-11)
+
+
+def test_covariances_without_full_rank() -> None:
+    """In orthogonal subspaces nothing overlaps; in one shared by both it is that subspace's
+    distance. A square root of the product's eigenvalues is off by 1e-6 here."""
+    rng = np.random.default_rng(4)
+    width = 60
+    basis, zero = _rotation(rng, width), np.zeros(width)
+    small = [_spread(rng, 5), _spread(rng, 5)]
+    left = _moments(zero, basis[:, :5] @ small[0] @ basis[:, :5].T)
+    right = _moments(zero, basis[:, 5:10] @ small[1] @ basis[:, 5:10].T)
+    expected = np.trace(small[0]) + np.trace(small[1])
+    assert frechet_distance(left, right) == pytest.approx(expected, rel=1e-12)
+    same = _moments(zero, basis[:, :5] @ small[1] @ basis[:, :5].T)
+    inside = frechet_distance(_moments(np.zeros(5), small[0]), _moments(np.zeros(5), small[1]))
+    assert frechet_distance(left, same) == pytest.approx(inside, rel=1e-11)
+
+
+def test_fewer_samples_than_dimensions() -> None:
+    """From a handful of features, as scipy has it (to the 1e-6 that its root is good for)."""
+    rng = np.random.default_rng(5)
+    sets = [rng.standard_normal((n, 30)) for n in (8, 12)]
+    statistics = []
+    for features in sets:
+        one = FeatureStatistics(30)
+        one.add(torch.from_numpy(features))
+        statistics.append(one)
+    a, b = (np.cov(features, rowvar=False) for features in sets)
+    difference = sets[0].mean(0) - sets[1].mean(0)
+    # the product of the roots, which are well defined, in place of the root of the product
+    overlap = np.linalg.svd(sqrtm(a).real @ sqrtm(b).real, compute_uv=False).sum()
+    expected = difference @ difference + np.trace(a + b) - 2 * overlap
+    assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-6)
+
+
+def test_points_without_spread() -> None:
+    a, b = (_moments(m, np.zeros((3, 3))) for m in (np.zeros(3), np.full(3, 2.0)))
+    assert frechet_distance(a, b) == 12
+
+
+def test_what_is_no_covariance_is_refused() -> None:
+    good = _moments(np.zeros(3), np.eye(3))
+    with pytest.raises(ValueError, match="negative eigenvalue"):
+        frechet_distance(good, _moments(np.zeros(3), np.diag([1.0, 1.0, -0.5])))
+    with pytest.raises(ValueError, match="negative eigenvalue"):
+        frechet_distance(good, _moments(np.zeros(3), -np.eye(3)))
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(good, _moments(np.zeros(3), np.full((3, 3), np.nan)))
+    with pytest.raises(ValueError, match="expected width 3"):
+        frechet_distance(good, _moments(np.zeros(4), np.eye(4)))
