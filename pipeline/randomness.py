@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     TRAINING = 3
     SAMPLING = 4
     PROBE = 5
+    LABELS = 6
 
 
 def generator(purpose: Purpose, seed: int, *index: int) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""The options of ``jobs/sample.py``."""
+"""The options of ``jobs/sample.py``, and what its files say of themselves."""
 
 from __future__ import annotations
 
@@ -7,9 +7,28 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from schemas.base import Strict
-from schemas.diffusion import SamplerConfig
+from schemas.diffusion import Path, SamplerConfig
+from schemas.extract import Precision
 from schemas.fields import Layers
 from schemas.student import ModelName
+
+Positive = Annotated[int, Field(ge=1)]
+Labels = Literal["random", "balanced"]
+Weights = Literal["ema", "model"]
+Arithmetic = Literal["tf32"] | Precision
+
+
+class SampleWorkers(Strict):
+    """The processes that draw together; with --num. How many there are changes no image."""
+
+    count: Positive | None = None
+    """Workers. Default: one per GPU of the cluster; where it has none one per CPU, 4 at most."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each worker. Default: 1 where the cluster has GPUs, else 0."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs that Ray reserves for each worker; on CPU also its arithmetic threads."""
+    max_attempts: Positive = 3
+    """How often a batch is tried when the worker that draws it dies."""
 
 
 class SampleConfig(Strict):
@@ -20,19 +39,72 @@ class SampleConfig(Strict):
     REPA or HASTE repositories."""
     model: ModelName | None = None
     """What a .pt file holds, for example SiT-XL/2."""
-    classes: Layers = (0,)
-    """Class numbers, one row of the grid each: 1,2,3 or 0-9."""
-    per_class: Annotated[int, Field(ge=1, le=1000)] = 8
-    """Pictures of each class."""
     png: str | None = None
-    """The picture file to write."""
-    weights: Literal["ema", "model"] = "ema"
+    """A grid of --per-class pictures of each of --classes: the picture file to write, by this
+    process alone."""
+    num: Positive | None = None
+    """So many single images, to --npz or --folder or both, drawn by workers. Interrupted? The same
+    command again draws only what is missing."""
+    npz: str | None = None
+    """With --num: the file or URL to write, as ADM's evaluator reads it: 'arr_0' uint8 (N, R, R,
+    3), besides 'labels' int64 (N,) and 'about', a JSON text. Until then finished batches wait in
+    the folder NPZ.parts beside it."""
+    folder: str | None = None
+    """With --num: the folder or URL for one PNG per image (000000.png, ...), labels.npy and
+    about.json."""
+    labels: Labels = "random"
+    """With --num: each image's class, 'random' (uniform, from the seed and the image's number) or
+    'balanced' (as many images of each class as of any other, or one more)."""
+    classes: Layers | None = None
+    """Class numbers: 1,2,3 or 0-9. One row of the grid each, by default class 0; with --num the
+    classes to draw from, by default all."""
+    per_class: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Pictures of each class in the grid."""
+    weights: Weights = "ema"
     """Averaged weights, or those of the last step."""
     autoencoder: str | None = None
     """Decoder: hub id or folder. Default: the one that encoded the store; for a .pt file
     stabilityai/sd-vae-ft-ema."""
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    """Pictures drawn at a time."""
+    batch_size: Positive = 64
+    """Pictures drawn at a time. The same image from a batch of another size may round otherwise."""
+    precision: Literal["auto"] | Arithmetic = "auto"
+    """Arithmetic of the student; the sampler's is float64. 'auto' is tf32 on GPUs (float32 weights
+    and activations, products in TensorFloat-32: what SiT, REPA and HASTE sampled their published
+    numbers with), float32 on CPUs. The decoder is not autocast: float32, or TF32 with 'tf32'."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     sampler: SamplerConfig = SamplerConfig()
+    workers: SampleWorkers = SampleWorkers()
+    ray_address: str | None = None
+    """With --num: Ray cluster to join ('auto' for the one on this node). Default: RAY_ADDRESS, else
+    a private local one."""
+    as_json: Annotated[bool, Field(alias="json")] = False
+    """Print one line of JSON on stdout."""
+
+
+class SampleAbout(Strict):
+    """What a set of images is. Sets that agree in all of it, but for where the checkpoint lies and
+    which version drew, are the same images."""
+
+    checkpoint: str
+    """Folder or file; elsewhere it may be the same one."""
+    step: int | None
+    """Training step; a .pt file does not say."""
+    model: str
+    weights: Weights
+    weights_sha256: str
+    path: Path
+    autoencoder: str
+    autoencoder_sha256: str
+    image_size: int
+    """Pixels per side."""
+    num: int
+    labels: Labels
+    classes: tuple[int, ...]
+    """Those that were drawn from."""
+    batch_size: int
+    precision: Arithmetic
+    device: Literal["cpu", "cuda"]
+    sampler: SamplerConfig
+    version: str
+    """Of this software."""

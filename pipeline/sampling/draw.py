@@ -12,8 +12,10 @@ from pipeline.autoencoders import Autoencoder
 from pipeline.diffusion.samplers import sample
 from pipeline.models import SiT
 from pipeline.randomness import Purpose, generator
+from pipeline.sampling.precision import arithmetic, autocast_dtype
 from schemas.diffusion import Path, SamplerConfig
 from schemas.errors import UserError
+from schemas.sample import Arithmetic
 from schemas.student import StudentConfig
 
 
@@ -37,12 +39,31 @@ def draw_images(
     *,
     path: Path = "linear",
     first_index: int = 0,
+    precision: Arithmetic = "float32",
 ) -> Tensor:
     """uint8 (B, 3, R, R) on the CPU. Image i depends on the seed, ``first_index + i`` and its
     label alone, so that any split into batches or workers draws the same images."""
+    latents = draw_latents(
+        student, labels, config, path=path, first_index=first_index, precision=precision
+    )
+    with arithmetic(precision):
+        return autoencoder.decode(latents).cpu()
+
+
+def draw_latents(
+    student: SiT,
+    labels: Sequence[int],
+    config: SamplerConfig,
+    *,
+    path: Path = "linear",
+    first_index: int = 0,
+    precision: Arithmetic = "float32",
+) -> Tensor:
+    """The scaled latents of such images, float32 (B, C, h, w) on the student's device."""
     check_sampler(student.config, config)
     device = next(student.parameters()).device
     shape = student.config.latent_shape
+    dtype = autocast_dtype(precision)
 
     def normals(draw: int) -> Tensor:
         """Standard normal numbers of one draw, (B, C, h, w)."""
@@ -54,13 +75,18 @@ def draw_images(
         ]
         return torch.from_numpy(np.stack(numbers)).to(device)
 
-    latents = sample(
-        lambda x, t, y: student(x, t, y).prediction,
-        normals(0),
-        torch.tensor(labels, device=device),
-        config,
-        null_label=student.config.num_classes,
-        path=path,
-        step_noise=lambda step: normals(step + 1),
-    )
-    return autoencoder.decode(latents.float()).cpu()
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return student(x, t, y).prediction
+
+    with arithmetic(precision):
+        latents = sample(
+            predict,
+            normals(0),
+            torch.tensor(labels, device=device),
+            config,
+            null_label=student.config.num_classes,
+            path=path,
+            step_noise=lambda step: normals(step + 1),
+        )
+    return latents.float()

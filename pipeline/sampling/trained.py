@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.files import absolute_url, without_credentials
 from pipeline.models import SiT, make_student
 from pipeline.models.checkpoints import student_from_file
 from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
@@ -24,26 +25,49 @@ class Trained:
     path: DiffusionPath
     autoencoder: str
     """Name of the decoder, where nobody asks for another."""
+    step: int | None
+    """Of the training; None where a .pt file does not say."""
+
+
+def find_checkpoint(name: str | None) -> Path:
+    """What ``--checkpoint`` names: a .pt file, or a run's newest whole checkpoint (or the one it
+    is), as an absolute path. Raises ``UserError``."""
+    if name is None:
+        raise UserError(
+            "--checkpoint is missing: the folder of a run or of one checkpoint, or a .pt file"
+        )
+    if "://" in name:
+        raise UserError(
+            f"--checkpoint '{without_credentials(name)}': checkpoints are read from a disk; copy "
+            "it to one that every worker sees, and name that folder"
+        )
+    path = Path(absolute_url(name))
+    if _is_file(path):
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"--checkpoint '{name}' holds no checkpoint")
+    return newest
 
 
 def open_trained(checkpoint: Path, weights: str = "ema", model: str | None = None) -> Trained:
     """A run's folder or one checkpoint's; or a file of the SiT, REPA or HASTE repositories, of
     which only the asker knows that it is a ``model``. Raises ``UserError``."""
-    if checkpoint.is_file() or checkpoint.suffix in (".pt", ".pth"):
+    if _is_file(checkpoint):
         if model is None:
             raise UserError(
                 f"--checkpoint '{checkpoint}' does not say what it is: add --model, for example "
                 "--model SiT-XL/2"
             )
         student = student_from_file(checkpoint, model, weights)
-        return Trained(student.requires_grad_(False).eval(), "linear", PUBLISHED_AUTOENCODER)
+        return Trained(student.requires_grad_(False).eval(), "linear", PUBLISHED_AUTOENCODER, None)
     if model is not None:
         raise UserError(
             f"--model is for a .pt file; --checkpoint '{checkpoint}' is a folder that says what "
             "it holds"
         )
     student, state = load_student(checkpoint, weights)
-    return Trained(student, state.config.diffusion.path, state.autoencoder.name)
+    return Trained(student, state.config.diffusion.path, state.autoencoder.name, state.step)
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:
@@ -55,3 +79,7 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointSta
     student = make_student(state.config.student)
     load_weights(newest, weights, student)
     return student.requires_grad_(False).eval(), state
+
+
+def _is_file(checkpoint: Path) -> bool:
+    return checkpoint.is_file() or checkpoint.suffix in (".pt", ".pth")

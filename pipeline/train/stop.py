@@ -40,7 +40,9 @@ class StopSignals:
     nothing is ever received.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str | None = "stopping after a checkpoint") -> None:
+        """``promise`` is said at once on stderr: what will follow, where that takes a while."""
+        self.promise = promise
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -65,8 +67,9 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
-            # not print(), which the signal may have interrupted
-            os.write(2, f"{self.received.name}: stopping after a checkpoint\n".encode())
+            if self.promise is not None:
+                # not print(), which the signal may have interrupted
+                os.write(2, f"{self.received.name}: {self.promise}\n".encode())
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
 

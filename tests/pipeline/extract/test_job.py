@@ -11,9 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline import actors as actors_module
 from pipeline.cluster import SilenceWarning
 from pipeline.datasets import list_images
-from pipeline.extract import supervisor as supervisor_module
 from pipeline.extract.job import extract
 from pipeline.extract.plan import ShardTask, make_manifest, make_tasks
 from pipeline.extract.supervisor import EncoderActor, ShardResult, Supervisor
@@ -149,7 +149,7 @@ def test_a_shard_that_takes_long_is_told_of(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[str] = []
-    monkeypatch.setattr(supervisor_module, "SilenceWarning", lambda: SilenceWarning(seconds=0.01))
+    monkeypatch.setattr(actors_module, "SilenceWarning", lambda: SilenceWarning(seconds=0.01))
     supervise(demo_like(images, tmp_path / "store"), Slow, log)
     assert "shard 1 has been with an actor for 0 minutes" in log
 

@@ -1,0 +1,232 @@
+"""The loop that keeps Ray actors at work and survives their deaths.
+
+Plain actors under a driver loop: an actor never restarts by itself (Ray's own restarts retry a
+task that kills its actor without end); the driver requeues the task, up to a limit, and starts
+another actor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from pipeline.cluster import PatienceWarning, SilenceWarning
+from schemas.errors import UserError
+
+A = TypeVar("A")
+"""What an actor says of itself once it has loaded."""
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def _nothing() -> None:
+    pass
+
+
+class Actors(Generic[A]):
+    """Actors of one class that do the same, so that any of them may take any task.
+
+    An actor's ``UserError`` ends the work at once: trying again would not mend it.
+    """
+
+    def __init__(
+        self,
+        actor_class: type,
+        load: Callable[[Any], Any],
+        *,
+        count: int,
+        cpus: float,
+        gpus: float,
+        max_attempts: int,
+        kind: str,
+        check_same: Callable[[A, A], None],
+        log: Callable[[str], None],
+        between: Callable[[], None] = _nothing,
+    ) -> None:
+        """``load`` begins an actor's first call, which answers with what the actor says of itself
+        (not the constructor, whose errors Ray turns into a dead actor without a message);
+        ``check_same`` raises where two answers differ. ``kind`` is what people call such an actor.
+        ``between`` is called at least every second of waiting, and may raise to end the work.
+        """
+        self.load = load
+        self.cpus = cpus
+        self.gpus = gpus
+        self.max_attempts = max_attempts
+        self.kind = kind
+        self.check_same = check_same
+        self.log = log
+        self.between = between
+        self.remote = ray.remote(actor_class).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
+        )
+        self.about: A | None = None
+        self._idle: list[Any] = []
+        self._loading: dict[Any, Any] = {}  # ref -> actor
+        self._working: dict[Any, tuple[Any, Any]] = {}  # ref -> (actor, task)
+        self._silence: dict[str, SilenceWarning] = {}  # by name of the task at work
+        self._name: Callable[[Any], str] = str
+        self._deaths_while_loading = 0
+        for _ in range(count):
+            self._spawn()
+
+    def describe(self) -> A:
+        """Wait for the first actor to load. Raises its ``UserError``."""
+        patience = PatienceWarning(
+            f"waiting for the cluster to have {self.cpus:g} free CPUs and {self.gpus:g} free GPUs"
+        )
+        while self.about is None:
+            self._wait(patience)
+        return self.about
+
+    def call_one(self, begin: Callable[[Any], Any], *, failed: str, again: str) -> Any:
+        """Have any one actor do what ``begin`` begins, and wait for it; after ``describe``. Raises
+        its ``UserError``, and one that starts with ``failed`` where it failed ``max_attempts``
+        times. ``again`` is logged before another attempt."""
+        patience = self._patience()
+        attempts = 0
+        while True:
+            while not self._idle:
+                self._wait(patience)
+            actor = self._idle[0]
+            outcome = _get(begin(actor))
+            if isinstance(outcome, UserError):
+                raise outcome
+            if not isinstance(outcome, Exception):
+                return outcome
+            attempts += 1
+            if attempts >= self.max_attempts:
+                raise UserError(f"{failed}, {attempts} times; the last error: {_one_line(outcome)}")
+            self.log(f"{again}: {_one_line(outcome)}")
+            if _is_dead(outcome):
+                self._idle.remove(actor)
+                self._replace(actor)
+
+    def work(
+        self,
+        tasks: Iterable[T],
+        begin: Callable[[Any, T], Any],
+        *,
+        name: Callable[[T], str],
+        full_name: Callable[[T], str] | None = None,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Iterator[R]:
+        """What ``begin(actor, task)`` returned, as tasks are finished.
+
+        ``name`` tells tasks apart. Once there is ``enough`` no task is handed out, and those at
+        work are finished. Raises an actor's ``UserError``, and one with the ``full_name`` of a task
+        that failed ``max_attempts`` times, with its last error.
+        """
+        self._name = name
+        pending = deque(tasks)
+        attempts: Counter[str] = Counter()
+        patience = self._patience()
+        while (pending and not enough()) or self._working:
+            while pending and self._idle and not enough():
+                actor, task = self._idle.pop(), pending.popleft()
+                attempts[name(task)] += 1
+                self._working[begin(actor, task)] = (actor, task)
+                self._silence[name(task)] = SilenceWarning()
+            for actor, task, outcome in self._wait(patience):
+                if not isinstance(outcome, Exception):
+                    self._idle.append(actor)
+                    yield outcome
+                    continue
+                if isinstance(outcome, UserError):
+                    raise outcome
+                if attempts[name(task)] >= self.max_attempts:
+                    raise UserError(
+                        f"{(full_name or name)(task)} failed {attempts[name(task)]} times; the "
+                        f"last error: {_one_line(outcome)}"
+                    )
+                self.log(f"{name(task)} goes back to the queue: {_one_line(outcome)}")
+                pending.appendleft(task)
+                if _is_dead(outcome):
+                    self._replace(actor)
+                else:
+                    self._idle.append(actor)
+
+    def close(self) -> None:
+        """End every actor."""
+        actors = [*self._idle, *self._loading.values(), *(a for a, _ in self._working.values())]
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        self._idle, self._loading, self._working, self._silence = [], {}, {}, {}
+
+    def _patience(self) -> PatienceWarning:
+        return PatienceWarning(f"no {self.kind} is free to start; waiting for the cluster")
+
+    def _spawn(self) -> None:
+        actor = self.remote.remote()
+        self._loading[self.load(actor)] = actor
+
+    def _replace(self, actor: Any) -> None:
+        ray.kill(actor, no_restart=True)
+        self._spawn()
+
+    def _wait(self, patience: PatienceWarning) -> list[tuple[Any, Any, Any]]:
+        """Actors that finished or failed a task: (actor, task, result or error)."""
+        refs = [*self._loading, *self._working]
+        ready, _ = ray.wait(refs, num_returns=1, timeout=1.0)
+        self.between()
+        if not (ready or self._working or self._idle):
+            message = patience.still_waiting()
+            if message:
+                self.log(message)
+        finished = []
+        for ref in ready:
+            outcome = _get(ref)
+            if ref in self._loading:
+                self._loaded(self._loading.pop(ref), outcome)
+            else:
+                actor, task = self._working.pop(ref)
+                del self._silence[self._name(task)]
+                finished.append((actor, task, outcome))
+        self._tell_of_silence()
+        return finished
+
+    def _tell_of_silence(self) -> None:
+        """An actor may be slow or hang: who waits should know, and decide."""
+        for name, silence in self._silence.items():
+            minutes = silence.minutes()
+            if minutes is not None:
+                self.log(f"{name} has been with an actor for {minutes} minutes")
+
+    def _loaded(self, actor: Any, outcome: Any) -> None:
+        if isinstance(outcome, UserError):
+            raise outcome
+        if isinstance(outcome, Exception):
+            self._deaths_while_loading += 1
+            if self._deaths_while_loading >= self.max_attempts:
+                raise UserError(f"{self.kind} actors die while loading: {_one_line(outcome)}")
+            self._replace(actor)
+            return
+        if self.about is None:
+            self.about = outcome
+        else:
+            self.check_same(self.about, outcome)
+        self._idle.append(actor)
+        self._deaths_while_loading = 0
+
+
+def _get(ref: Any) -> Any:
+    """The result of a finished call, or its error as a value."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        return error.cause if isinstance(error.cause, Exception) else error
+    except RayError as error:  # the actor, its node or its memory is gone
+        return error
+
+
+def _is_dead(outcome: Any) -> bool:
+    """Whether that is the end of an actor, not of its task alone."""
+    return isinstance(outcome, RayError) and not isinstance(outcome, RayTaskError)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}"

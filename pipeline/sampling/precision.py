@@ -1,0 +1,39 @@
+"""The arithmetic of a student that is drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from schemas.errors import UserError
+from schemas.sample import Arithmetic
+
+
+def choose_arithmetic(asked: Literal["auto"] | Arithmetic, device: str) -> Arithmetic:
+    """What 'auto' stands for on 'cpu' or 'cuda'. Raises ``UserError`` where a device lacks it."""
+    if asked == "auto":
+        return "tf32" if device == "cuda" else "float32"
+    if device == "cpu" and asked in ("tf32", "float16"):
+        raise UserError(f"--precision {asked} needs a GPU; use bfloat16 or float32 on CPU")
+    return asked
+
+
+def autocast_dtype(precision: Arithmetic) -> torch.dtype:
+    """Of the student's forward pass; float32 is no autocast."""
+    dtype: torch.dtype = getattr(torch, "float32" if precision == "tf32" else precision)
+    return dtype
+
+
+@contextmanager
+def arithmetic(precision: Arithmetic) -> Iterator[None]:
+    """Products of float32 numbers on GPUs in TF32, or not, whatever was set before."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before

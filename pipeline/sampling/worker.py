@@ -1,0 +1,137 @@
+"""What one worker holds and does when many draw together."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.autoencoders import Autoencoder
+from pipeline.files import sha256_of_arrays
+from pipeline.sampling.blocks import Block
+from pipeline.sampling.draw import check_sampler, draw_latents
+from pipeline.sampling.precision import arithmetic, choose_arithmetic
+from pipeline.sampling.trained import open_trained
+from schemas.diffusion import Path as DiffusionPath
+from schemas.errors import UserError
+from schemas.sample import Arithmetic, SampleConfig
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker draws with. Workers that agree in it draw the same images."""
+
+    step: int | None
+    model: str
+    num_classes: int
+    weights_sha256: str
+    path: DiffusionPath
+    autoencoder: str
+    autoencoder_sha256: str
+    image_size: int
+    precision: Arithmetic
+    device: Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The images of one block."""
+
+    block: Block
+    images: np.ndarray[Any, Any]
+    """uint8 (B, R, R, 3)."""
+    pngs: tuple[bytes, ...]
+    """The same as PNG files, where they were asked for."""
+
+
+class SampleWorker:
+    """A student and a decoder in a process of its own."""
+
+    def load(
+        self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"], threads: int
+    ) -> Loaded:
+        """Raises ``UserError``."""
+        torch.set_num_threads(threads)
+        try:
+            return self._load(config, checkpoint, device)
+        except UserError as error:
+            raise UserError(str(error)) from None  # some kinds do not survive pickling
+
+    def draw(self, block: Block, labels: list[int], *, pngs: bool) -> Drawn:
+        """Raises ``UserError`` where the student's numbers are none, or memory is short."""
+        try:
+            images = self._draw(block, labels)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"a GPU has no memory for {block.count} images at a time; try a smaller "
+                f"--batch-size than {self.config.batch_size}"
+            ) from None
+        return Drawn(block, images, tuple(map(_png, images)) if pngs else ())
+
+    def _load(
+        self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"]
+    ) -> Loaded:
+        self.config = config
+        self.precision = choose_arithmetic(config.precision, device)
+        trained = open_trained(Path(checkpoint), config.weights, config.model)
+        self.student, self.path = trained.student, trained.path
+        check_sampler(self.student.config, config.sampler)
+        self.autoencoder = Autoencoder(config.autoencoder or trained.autoencoder)
+        weights = sha256_of_arrays(
+            (name, tensor.numpy()) for name, tensor in sorted(self.student.state_dict().items())
+        )
+        self.student.to(device)
+        self.autoencoder.to(device)
+        return Loaded(
+            step=trained.step,
+            model=self.student.config.model,
+            num_classes=self.student.config.num_classes,
+            weights_sha256=weights,
+            path=self.path,
+            autoencoder=self.autoencoder.name,
+            autoencoder_sha256=self.autoencoder.weights_sha256,
+            image_size=self._image_size(device),
+            precision=self.precision,
+            device=device,
+        )
+
+    def _image_size(self, device: str) -> int:
+        shape = self.student.config.latent_shape
+        try:
+            return int(self.autoencoder.decode(torch.zeros(1, *shape, device=device)).shape[-1])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--autoencoder '{self.autoencoder.name}' cannot decode this student's latents of "
+                f"shape {shape}: {reason}"
+            ) from None
+
+    def _draw(self, block: Block, labels: list[int]) -> np.ndarray[Any, Any]:
+        latents = draw_latents(
+            self.student,
+            labels,
+            self.config.sampler,
+            path=self.path,
+            first_index=block.first,
+            precision=self.precision,
+        )
+        if not latents.isfinite().all():
+            raise UserError(
+                f"images {block.first} to {block.first + block.count - 1} are not made of finite "
+                f"numbers: has the training diverged? (weights '{self.config.weights}', precision "
+                f"{self.precision})"
+            )
+        with arithmetic(self.precision):
+            images = self.autoencoder.decode(latents).cpu()
+        return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+
+
+def _png(image_RR3: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image_RR3).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,284 @@
+"""`jobs/sample.py`: grids, and many images by workers that may die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import jobs.sample_many as module
+from jobs.sample import main
+from jobs.sample_many import Sampled, sample_many
+from pipeline.sampling.blocks import Block
+from pipeline.sampling.outputs import NpzOutput
+from pipeline.sampling.worker import Drawn, SampleWorker
+from pipeline.store import Store
+from pipeline.train.local import LocalCheckpoints
+from pipeline.train.loop import train
+from schemas.errors import UserError
+from schemas.run import RunConfig
+from schemas.sample import SampleConfig
+from tests.stores import tiny_run
+
+ROOT = Path(__file__).parents[2]
+SLOWED = """
+import sys, time
+sys.path.insert(0, "jobs")
+from pipeline.sampling.outputs import NpzOutput
+import sample
+
+write = NpzOutput.write
+def slowly(self, drawn):
+    write(self, drawn)
+    time.sleep(0.5)
+NpzOutput.write = slowly
+sample.run_command(sample.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(random_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of a tiny SiT with 5 classes."""
+    folder = tmp_path_factory.mktemp("run")
+    config = RunConfig.model_validate(
+        {**tiny_run(), "steps": 4, "store": random_store.url, "checkpoint": {"every": 2}}
+    )
+    train(config, folder, LocalCheckpoints(folder, keep=2).save)
+    return folder
+
+
+Sample = Callable[..., Sampled]
+
+
+def options(run: Path, **overrides: Any) -> dict[str, Any]:
+    return {
+        "checkpoint": str(run),
+        "autoencoder": "demo",
+        "num": 11,
+        "batch_size": 3,
+        "sampler": {"method": "sde", "steps": 3, "guidance": 1.5, "guidance_high": 0.7},
+        "workers": {"count": 1, "cpus_per_worker": 0.5},
+        **overrides,
+    }
+
+
+@pytest.fixture
+def draw(run: Path) -> Sample:
+    def sample(**overrides: Any) -> Sampled:
+        return sample_many(SampleConfig.model_validate(options(run, **overrides)))
+
+    return sample
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the blocks that were drawn and kept."""
+    numbers: list[int] = []
+    write = NpzOutput.write
+
+    def counted(self: NpzOutput, result: Drawn) -> None:
+        write(self, result)
+        numbers.append(result.block.number)
+
+    monkeypatch.setattr(NpzOutput, "write", counted)
+    return numbers
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_the_same_images_whatever_the_number_of_workers(
+    draw: Sample, run: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = draw(npz=str(tmp_path / "one.npz"), folder=str(tmp_path / "pictures"), labels="balanced")
+    assert (one.images, one.resumed, one.labels) == (11, 0, "balanced")
+    two = draw(npz=str(tmp_path / "two.npz"), labels="balanced", workers={"count": 2})
+    assert two.images_per_second > 0
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    assert sorted(drawn) == [0, 0, 1, 1, 2, 2, 3, 3]
+    with np.load(tmp_path / "one.npz") as file:
+        images, labels, about = file["arr_0"], file["labels"], json.loads(str(file["about"]))
+    assert (images.shape, images.dtype) == ((11, 32, 32, 3), np.uint8)
+    assert len({image.tobytes() for image in images}) == 11
+    assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+    assert about["checkpoint"] == str(run / "checkpoint-000000004")
+    said = {"step": 4, "weights": "ema", "model": "SiT-S/2", "num": 11, "image_size": 32}
+    assert about.items() >= {**said, "autoencoder": "demo", "labels": "balanced"}.items()
+    assert about["sampler"]["guidance_high"] == 0.7
+    pictures = sorted((tmp_path / "pictures").glob("*.png"))
+    assert [picture.name for picture in pictures] == [f"{n:06d}.png" for n in range(11)]
+    for picture, image in zip(pictures, images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(picture)), image)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "pictures", "two.npz"]
+
+    drawn.clear()
+    (tmp_path / "pictures" / "000007.png").unlink()
+    again = draw(
+        npz=str(tmp_path / "one.npz"), folder=str(tmp_path / "pictures"), labels="balanced"
+    )
+    assert (again.images, again.resumed) == (11, 8)
+    assert drawn == [2]
+    np.testing.assert_array_equal(np.asarray(Image.open(pictures[7])), images[7])
+
+    with pytest.raises(UserError, match=r"one.npz' is of other images: step 4 \(now 2\)"):
+        draw(checkpoint=str(run / "checkpoint-000000002"), npz=str(tmp_path / "one.npz"))
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_a_killed_workers_block_is_drawn_by_another(
+    draw: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    marker = tmp_path / "died"
+
+    class DiesOnce(SampleWorker):
+        def draw(self, block: Block, labels: list[int], *, pngs: bool) -> Drawn:
+            if block.number == 1 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().draw(block, labels, pngs=pngs)
+
+    class Dies(SampleWorker):
+        def draw(self, block: Block, labels: list[int], *, pngs: bool) -> Drawn:
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError
+
+    draw(npz=str(tmp_path / "a.npz"))
+    monkeypatch.setattr(module, "SampleWorker", DiesOnce)
+    draw(npz=str(tmp_path / "b.npz"), workers={"count": 2, "cpus_per_worker": 0.5})
+    assert marker.exists()
+    assert "the batch of images 3 to 5 goes back to the queue" in capsys.readouterr().err
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    monkeypatch.setattr(module, "SampleWorker", Dies)
+    with pytest.raises(UserError, match="the batch of images 0 to 2 failed 2 times; the last"):
+        draw(npz=str(tmp_path / "c.npz"), workers={"count": 1, "max_attempts": 2})
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_ended_by_a_signal_and_resumed(
+    draw: Sample, run: Path, tmp_path: Path, drawn: list[int]
+) -> None:
+    """SIGTERM to a command with a cluster of its own; the rest is drawn here."""
+    out = tmp_path / "a.npz"
+    arguments = options(run, num=30, npz=str(out))
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(arguments))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWED, "--config", str(config), "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    parts = tmp_path / "a.npz.parts"
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(parts.glob("[0-9]*.npy"))) < 2 and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, errors
+    assert output == ""
+    assert errors.splitlines()[-1].endswith("run the same command again to continue")
+    assert "Traceback" not in errors
+    finished = {int(path.stem) // 3 for path in parts.glob("[0-9]*.npy")}
+    assert 2 <= len(finished) < 10
+    assert not out.exists()
+
+    with pytest.raises(UserError, match=r"a.npz.parts' is of other images: sampler.seed 0 \(now 1"):
+        draw(num=30, npz=str(out), sampler={**arguments["sampler"], "seed": 1})
+    assert drawn == []
+    sampled = draw(num=30, npz=str(out))
+    assert sorted(drawn) == sorted(set(range(10)) - finished)
+    assert sampled.resumed == 3 * len(finished)
+    draw(num=30, npz=str(tmp_path / "whole.npz"))
+    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+@pytest.mark.usefixtures("two_cpus")
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"autoencoder": "/no/such\nfolder"}, "--autoencoder '/no/such"),
+        ({"classes": [5]}, "--classes asks for class 5; the model has classes 0 to 4"),
+        ({"sampler": {"method": "ddpm", "steps": 2}}, "--sampler.method sde, ode or ode_heun"),
+        ({"precision": "float16"}, "--precision float16 needs a GPU"),
+        ({"device": "cuda"}, "asks for 1 x 1 GPU; the Ray cluster has 0 GPUs"),
+        ({"workers": {"count": 3}}, "--workers.count asks for 3 x 1 CPU; the Ray cluster has 2"),
+        ({"checkpoint": "s3://bucket/run"}, "checkpoints are read from a disk"),
+        ({"checkpoint": "/no/such/run"}, "'/no/such/run' holds no checkpoint"),
+        ({"checkpoint": None}, "--checkpoint is missing"),
+    ],
+)
+def test_bad_requests_are_one_line_and_not_tried_again(
+    draw: Sample,
+    tmp_path: Path,
+    overrides: dict[str, Any],
+    complaint: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        draw(**{"npz": str(tmp_path / "a.npz"), **overrides})
+    assert "queue" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        ([], "what is to be drawn"),
+        (["--num", "9"], "--num needs --npz FILE or --folder DIR"),
+        (["--num", "9", "--png", "a.png"], "give one of them"),
+        (["--num", "9", "--npz", "a/"], "name a file"),
+        (["--num", "9", "--npz", "a.npz", "--per-class", "3"], "--per-class is for --png"),
+        (["--png", "a.png", "--npz", "a.npz"], "--npz is for --num"),
+        (["--png", "a.png", "--workers.count", "2"], "--workers is for --num"),
+        (["--png", "a.png"], "--checkpoint is missing"),
+        (["--png", "a.png", "--checkpoint", "gs://a/b"], "'gs://a/b': checkpoints are read from"),
+    ],
+)
+def test_unclear_requests(argv: list[str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        main(argv)
+
+
+def test_a_grid_as_before(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, without Ray."""
+    monkeypatch.setitem(sys.modules, "jobs.sample_many", None)
+    argv = ["--checkpoint", str(run), "--autoencoder", "demo", "--sampler.steps", "2"]
+    argv += ["--classes", "1,3-4", "--per-class", "2", "--png", str(tmp_path / "a.png")]
+    assert main(argv) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.png'}\n"
+    assert Image.open(tmp_path / "a.png").size == (12 + 2 * 98 + 2, 3 * 98 + 2)
+    assert main([*argv, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report.items() >= {"images": 6, "png": str(tmp_path / "a.png")}.items()
+    with pytest.raises(UserError, match="class 5; the model has classes 0 to 4"):
+        main([*argv, "--classes", "5"])
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_json_is_the_only_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "a.npz"
+    argv = ["--checkpoint", str(run), "--autoencoder", "demo", "--sampler.steps", "1", "--num", "2"]
+    assert main([*argv, "--classes", "2", "--npz", str(out), "--json"]) == 0
+    text = capsys.readouterr().out
+    report = json.loads(text)
+    assert text.count("\n") == 1
+    assert report["npz"] == str(out)
+    assert set(report) == {
+        *("images", "npz", "folder", "seconds", "images_per_second", "labels", "resumed")
+    }
+    assert np.load(out)["labels"].tolist() == [2, 2]

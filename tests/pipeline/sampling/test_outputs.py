@@ -1,0 +1,183 @@
+"""Blocks on disk, and the files that become of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.sampling.blocks import Block, plan_blocks
+from pipeline.sampling.npz import npy_header, write_npz
+from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
+from pipeline.sampling.precision import choose_arithmetic
+from pipeline.sampling.worker import Drawn, _png
+from schemas.diffusion import SamplerConfig
+from schemas.errors import UserError
+from schemas.sample import SampleAbout
+
+BLOCKS = plan_blocks(5, 2)
+LABELS = [3, 1, 4, 1, 5]
+
+
+def about(**overrides: Any) -> SampleAbout:
+    values: dict[str, Any] = {
+        "checkpoint": "/runs/a",
+        "step": 6,
+        "model": "SiT-S/2",
+        "weights": "ema",
+        "weights_sha256": "a" * 64,
+        "path": "linear",
+        "autoencoder": "demo",
+        "autoencoder_sha256": "b" * 64,
+        "image_size": 4,
+        "num": 5,
+        "labels": "random",
+        "classes": tuple(range(10)),
+        "batch_size": 2,
+        "precision": "float32",
+        "device": "cpu",
+        "sampler": SamplerConfig(),
+        "version": "0",
+    }
+    return SampleAbout.model_validate({**values, **overrides})
+
+
+def images(block: Block) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(block.number)
+    return rng.integers(0, 256, (block.count, 4, 4, 3), np.uint8)
+
+
+def write(output: Output, blocks: Sequence[Block]) -> None:
+    for block in blocks:
+        output.write(Drawn(block, images(block), tuple(map(_png, images(block)))))
+
+
+def test_an_npz_is_made_of_its_parts(tmp_path: Path) -> None:
+    out = tmp_path / "a.npz"
+    first = NpzOutput(str(out))
+    first.open(about())
+    write(first, BLOCKS[:1] + BLOCKS[2:])
+    assert not out.exists()
+    (tmp_path / "a.npz.parts" / ".tmp-whole").write_bytes(b"what a kill left behind")
+    os.truncate(tmp_path / "a.npz.parts" / "000000004.npy", 100)
+
+    again = NpzOutput(str(out))
+    again.open(about(checkpoint="/moved/a", version="1"))
+    assert again.missing(BLOCKS) == BLOCKS[1:]
+    write(again, BLOCKS[1:])
+    assert again.missing(BLOCKS) == []
+    again.finish(BLOCKS, LABELS)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    with np.load(out) as file:
+        assert sorted(file) == ["about", "arr_0", "labels"]
+        np.testing.assert_array_equal(file["arr_0"], np.concatenate([*map(images, BLOCKS)]))
+        assert (file["labels"].dtype, file["labels"].tolist()) == (np.int64, LABELS)
+        assert file["about"].shape == ()
+        assert json.loads(str(file["about"]))["step"] == 6
+    whole = NpzOutput(str(out))
+    whole.open(about())
+    assert whole.missing(BLOCKS) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"sampler": SamplerConfig(steps=9)}, r"sampler.steps 250 \(now 9\); .*a\.npz\.parts'$"),
+        ({"labels": "balanced", "num": 6}, r"num 5 \(now 6\), labels random \(now balanced\);"),
+        ({"weights_sha256": "c" * 64, "step": 9}, r"step 6 \(now 9\).*--checkpoint /runs/a;"),
+    ],
+)
+def test_parts_of_other_images_are_refused(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    output = NpzOutput(str(tmp_path / "a.npz"))
+    output.open(about())
+    with pytest.raises(UserError, match=complaint):
+        NpzOutput(str(tmp_path / "a.npz")).open(about(**change))
+    write(output, BLOCKS)
+    output.finish(BLOCKS, LABELS)
+    with pytest.raises(UserError, match=r"a.npz' is of other images: .*; name another --npz"):
+        NpzOutput(str(tmp_path / "a.npz")).open(about(**change))
+
+
+@pytest.mark.parametrize("data", [b"", b"PK no zip", b"\x93NUMPY"])
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(UserError, match="is there already, and no file of this command"):
+        NpzOutput(str(tmp_path / "a.npz")).open(about())
+    assert (tmp_path / "a.npz").read_bytes() == data
+
+
+def test_a_part_that_is_something_else_is_named(tmp_path: Path) -> None:
+    output = NpzOutput(str(tmp_path / "a.npz"))
+    output.open(about())
+    write(output, BLOCKS)
+    part = tmp_path / "a.npz.parts" / "000000002.npy"
+    part.write_bytes(b"x" * part.stat().st_size)
+    with pytest.raises(UserError, match=r"parts/000000002.npy' is damaged: delete it"):
+        output.finish(BLOCKS, LABELS)
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_pictures_in_a_folder(tmp_path: Path) -> None:
+    output = FolderOutput(str(tmp_path / "out"))
+    output.open(about())
+    write(output, BLOCKS[:2])
+    (tmp_path / "out" / "000001.png").unlink()
+    (tmp_path / "out" / ".tmp-1").touch()
+    assert output.missing(BLOCKS) == [BLOCKS[0], BLOCKS[2]]
+    write(output, output.missing(BLOCKS))
+    output.finish(BLOCKS, LABELS)
+    names = [f"00000{n}.png" for n in range(5)]
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == [*names, "about.json", "labels.npy"]
+    picture = np.asarray(Image.open(tmp_path / "out" / "000003.png"))
+    np.testing.assert_array_equal(picture, images(BLOCKS[1])[1])
+    assert np.load(tmp_path / "out" / "labels.npy").tolist() == LABELS
+    with pytest.raises(UserError, match=r"batch_size 2 \(now 3\); .*another --folder"):
+        FolderOutput(str(tmp_path / "out")).open(about(batch_size=3))
+    (tmp_path / "out" / "about.json").write_text("{")
+    with pytest.raises(UserError, match="does not say in a way that this version knows"):
+        FolderOutput(str(tmp_path / "out")).open(about())
+    (tmp_path / "out" / "about.json").unlink()
+    with pytest.raises(UserError, match=r"has files and no about\.json"):
+        FolderOutput(str(tmp_path / "out")).open(about())
+
+
+def test_images_are_streamed_into_the_file(tmp_path: Path) -> None:
+    """48 MB of images in pieces of 1 MB: nothing holds more than a few of them."""
+    shape = (16, 1024, 1024, 3)
+    tracemalloc.start()
+    try:
+        pieces = (bytes([n]) * (1 << 20) for n in range(48))
+        write_npz(tmp_path / "a.npz", shape, pieces, np.zeros(16), {"a": 1})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert archive.testzip() is None
+        entry = archive.getinfo("arr_0.npy")
+        assert entry.compress_type == zipfile.ZIP_STORED
+        assert entry.file_size == len(npy_header(shape)) + (48 << 20)
+
+
+def test_images_that_are_too_few_are_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lack 5 bytes"):
+        write_npz(tmp_path / "a.npz", (1, 2, 2, 3), [b"1234567"], np.zeros(1), {})
+
+
+def test_arithmetic() -> None:
+    assert choose_arithmetic("auto", "cpu") == "float32"
+    assert choose_arithmetic("auto", "cuda") == "tf32"
+    assert choose_arithmetic("bfloat16", "cpu") == "bfloat16"
+    with pytest.raises(UserError, match="--precision tf32 needs a GPU"):
+        choose_arithmetic("tf32", "cpu")
