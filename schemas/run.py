@@ -10,7 +10,7 @@ from schemas.alignment import AlignmentConfig
 from schemas.base import Strict
 from schemas.diffusion import DiffusionConfig, SamplerConfig
 from schemas.extract import Precision
-from schemas.fields import Layers
+from schemas.fields import Layers, ModelArguments, ModelId
 from schemas.student import StudentConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -105,6 +105,41 @@ class CheckpointConfig(Strict):
     """Newest checkpoints that are kept."""
 
 
+class RunEvaluationConfig(Strict):
+    """A small Fréchet distance while a run trains, of images of random classes."""
+
+    images: Annotated[int, Field(ge=2)] | None = None
+    """Images to draw each time; none: no evaluation. Few images bias the distance upwards: compare
+    it between runs of as many."""
+    every: Positive | None = None
+    """Steps between evaluations; the last step makes one too. Default: those of the grids."""
+    reference: str | None = None
+    """Statistics of real images that jobs/evaluate.py --save-reference wrote with the same
+    network, or ADM's."""
+    network: ModelId | None = None
+    """A timm network in place of Inception."""
+    network_weights: str | None = None
+    """Its weights: FILE (a classifier's, too), 'hub' or 'random' (of the seed)."""
+    network_size: Annotated[int, Field(ge=8, le=2048)] | None = None
+    """Pixels per side of what it sees. Default: its own."""
+    network_args: ModelArguments = Field(default={})
+    """Arguments of timm.create_model, such as num_heads."""
+    inception_weights: str | None = None
+    """The Inception network's weights: a file, or 'hub' (default)."""
+    seed: int = 0
+    """Of random weights."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> RunEvaluationConfig:
+        if self.images is None:
+            return self
+        if self.reference is None:
+            raise ValueError("reference is missing: statistics of jobs/evaluate.py")
+        if (self.network is None) != (self.network_weights is None):
+            raise ValueError("network and network_weights go together")
+        return self
+
+
 class SamplesConfig(Strict):
     """Pictures that the averaged weights draw while they are trained: of the same noise and classes
     every time, shared out between the workers."""
@@ -121,6 +156,13 @@ class SamplesConfig(Strict):
     autoencoder: str | None = None
     """Decoder: hub id or folder. Default: the one that encoded the store."""
     sampler: SamplerConfig = SamplerConfig(steps=50)
+    evaluate: RunEvaluationConfig = RunEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _evaluation_has_steps(self) -> SamplesConfig:
+        if self.evaluate.images is not None and (self.evaluate.every or self.every) is None:
+            raise ValueError("evaluate.images without evaluate.every: say how often")
+        return self
 
 
 class RunConfig(Strict):

@@ -74,15 +74,16 @@ def build(config: AutoencoderConfig, resolution: int) -> AutoencoderKL:
 
 
 def train_autoencoder(
-    images: Tensor, config: AutoencoderConfig
+    images: Tensor, config: AutoencoderConfig, device: torch.device | str = "cpu"
 ) -> tuple[AutoencoderKL, AutoencoderReport]:
-    """Train on uint8 ``images`` (N, 3, R, R); the returned model knows its scaling factor."""
+    """Train on uint8 ``images`` (N, 3, R, R); the returned model, on the CPU, knows its scaling
+    factor."""
     torch.manual_seed(config.seed)
     order = torch.randperm(len(images))
     held_out = order[: max(1, round(config.held_out * len(images)))]
     training = order[len(held_out) :]
 
-    model = build(config, images.shape[-1]).to(memory_format=torch.channels_last)
+    model = build(config, images.shape[-1]).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -91,7 +92,7 @@ def train_autoencoder(
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(step, config)
-        pixels = to_pixels(images[next(batches)])
+        pixels = to_pixels(images[next(batches)].to(device))
         posterior = model.encode(pixels).latent_dist
         decoded = model.decode(posterior.sample()).sample
         reconstruction = F.l1_loss(decoded, pixels)
@@ -109,7 +110,8 @@ def train_autoencoder(
             )
     model.eval().to(memory_format=torch.contiguous_format)
     equalise_channels(model, images)
-    return model, measure(model, images, held_out)
+    report = measure(model, images, held_out)
+    return model.cpu(), report
 
 
 def shuffled_batches(indices: Tensor, size: int) -> Iterator[Tensor]:
@@ -133,9 +135,13 @@ def to_pixels(images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def encode(model: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior mean and std, each (N, C, h, w), unscaled."""
-    posteriors = [model.encode(to_pixels(batch)).latent_dist for batch in images.split(256)]
-    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+    """Posterior mean and std, each (N, C, h, w), unscaled, on the CPU."""
+    means, stds = [], []
+    for batch in images.split(256):
+        posterior = model.encode(to_pixels(batch.to(model.device))).latent_dist
+        means.append(posterior.mean.cpu())
+        stds.append(posterior.std.cpu())
+    return torch.cat(means), torch.cat(stds)
 
 
 @torch.no_grad()
@@ -152,6 +158,7 @@ def equalise_channels(model: AutoencoderKL, images: Tensor) -> None:
     gain = spread / spread.log().mean().exp()  # the geometric mean keeps the overall scale
     into, out_of = model.quant_conv, model.post_quant_conv
     channels = len(shift)
+    shift, gain = shift.to(model.device), gain.to(model.device)
     into.weight[:channels] /= gain[:, None, None, None]
     into.bias[:channels] = (into.bias[:channels] - shift) / gain
     into.bias[channels:] -= 2 * gain.log()  # the other half of the outputs are log variances
@@ -170,9 +177,12 @@ def measure(model: AutoencoderKL, images: Tensor, held_out: Tensor) -> Autoencod
     model.register_to_config(scaling_factor=round(scale, 5))
 
     def psnr(z: Tensor) -> float:
-        decoded = ((model.decode(z).sample.clamp(-1, 1) + 1) * 127.5).round()
-        error = F.mse_loss(decoded, images[held_out].float())
-        return 10 * math.log10(255**2 / error.item())
+        squares = 0.0
+        for latents, expected in zip(z.split(256), images[held_out].split(256), strict=True):
+            decoded = model.decode(latents.to(model.device)).sample.cpu()
+            rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round()
+            squares += (rounded - expected.float()).square().sum().item()
+        return 10 * math.log10(255**2 * images[held_out].numel() / squares)
 
     scaled = latents * scale
     centred = scaled - scaled.mean((0, 2, 3), keepdim=True)

@@ -58,7 +58,7 @@ class BackboneConfig(BaseModel):
 
 
 class AugmentationConfig(BaseModel):
-    """How crops differ. No flips: a mirrored digit is another digit, or none."""
+    """How crops differ. No flips of digits: a mirrored one is another digit, or none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,6 +72,8 @@ class AugmentationConfig(BaseModel):
     contrast: Annotated[float, Field(ge=0, lt=1)] = 0.4
     brightness: Annotated[float, Field(ge=0, description="in units of the full range")] = 0.2
     padding: Literal["zeros", "border", "reflection"] = "zeros"
+    flip: bool = False
+    colour: Annotated[float, Field(ge=0, lt=1, description="gain of each channel apart")] = 0.0
 
 
 class SelfDistillConfig(BaseModel):
@@ -170,29 +172,31 @@ def wake(backbone: Any) -> Any:
     return backbone
 
 
-def self_distill(images: Tensor, config: SelfDistillConfig) -> Any:
+def self_distill(
+    images: Tensor, config: SelfDistillConfig, device: torch.device | str = "cpu"
+) -> Any:
     """Train on uint8 ``images`` (N, 3, R, R); returns the teacher's backbone, its values float16.
 
-    The values are rounded to float16 but held in float32, so that what is measured is what is
-    saved.
+    The values are rounded to float16 but held in float32 on the CPU, so that what is measured is
+    what is saved.
     """
     torch.manual_seed(config.seed)
-    student = Network(config)
+    student = Network(config).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         parameter_groups(student, config.weight_decay), lr=config.learning_rate
     )
-    centre = torch.zeros(config.prototypes)
+    centre = torch.zeros(config.prototypes, device=device)
     size = config.backbone.img_size
     augmentation = config.augmentation
-    running, start = 0.0, time.perf_counter()
+    running, start = torch.zeros((), device=device), time.perf_counter()
 
     batches = shuffled_batches(len(images), config.batch_size)
 
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(step, config)
-        pixels = images[next(batches)].float() / 255
+        pixels = images[next(batches)].to(device).float() / 255
         area = augmentation.global_area
         views = torch.cat([crop(pixels, size, area, augmentation) for _ in range(2)])
         outputs = list(student(views).chunk(2))
@@ -217,17 +221,17 @@ def self_distill(images: Tensor, config: SelfDistillConfig) -> Any:
         optimizer.step()
         follow(teacher, student, momentum(step, config))
 
-        running += 0.02 * (loss.item() - running) if step else loss.item()
+        running = running + 0.02 * (loss.detach() - running) if step else loss.detach()
         if step % 100 == 0 or step == config.steps - 1:
             entropy = -(sharp * sharp.clamp_min(1e-12).log()).sum(-1).mean()
             spread = sharp.mean(0)
             spread_entropy = -(spread * spread.clamp_min(1e-12).log()).sum()
             print(
-                f"step {step:5d}  loss {running:.3f}  teacher entropy {entropy:.2f} "
+                f"step {step:5d}  loss {running.item():.3f}  teacher entropy {entropy:.2f} "
                 f"(of its mean {spread_entropy:.2f})  {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    backbone = teacher.backbone.eval()
+    backbone = teacher.backbone.eval().cpu()
     return backbone.half().float()
 
 
@@ -298,8 +302,8 @@ def crop(
     """
     batch = len(pixels)
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(batch).uniform_(low, high)
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(batch, *shape, device=pixels.device).uniform_(low, high)
 
     share = uniform(*area)
     log_aspect = uniform(-1, 1) * math.log(config.aspect)
@@ -317,19 +321,23 @@ def crop(
         ],
         dim=1,
     )
+    if config.flip:
+        affine[:, 0] *= uniform(-1, 1, 1).sign()
     grid = F.affine_grid(affine, [batch, 3, size, size], align_corners=False)
     crops = F.grid_sample(pixels, grid, padding_mode=config.padding, align_corners=False)
 
     contrast = (1 + uniform(-1, 1) * config.contrast)[:, None, None, None]
     brightness = (uniform(-1, 1) * config.brightness)[:, None, None, None]
     grey = crops.mean((1, 2, 3), keepdim=True)
+    if config.colour:
+        contrast = contrast * (1 + uniform(-1, 1, 3, 1, 1) * config.colour)
     return normalise((grey + contrast * (crops - grey) + brightness).clamp(0, 1))
 
 
 def normalise(pixels: Tensor) -> Tensor:
     """[0, 1] to the teacher's input."""
-    mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
-    return (pixels - mean) / torch.tensor(IMAGENET_STD)[:, None, None]
+    mean = pixels.new_tensor(IMAGENET_MEAN)[:, None, None]
+    return (pixels - mean) / pixels.new_tensor(IMAGENET_STD)[:, None, None]
 
 
 @torch.inference_mode()

@@ -77,15 +77,7 @@ def load_statistics(
 ) -> Measured:
     """What a file says, where it is of this network. Raises ``UserError`` naming what differs."""
     about = read_about(archive)
-    identity = _identity(about, "network")
-    if identity is None and network.name != INCEPTION:
-        raise UserError(
-            f"{archive.where} does not say which network its statistics are of, so they count as "
-            f"Inception's and do not go with --network '{network.name}': compute your own with "
-            "--save-reference"
-        )
-    if identity is not None:
-        _check_same(archive, identity, network.identity, "")
+    moments = load_moments(archive, network)
     of_dinov2 = None
     if dinov2 is not None and f"mu{DINOV2}" in archive:
         found = _identity(about, "dinov2")
@@ -93,7 +85,6 @@ def load_statistics(
             _check_same(archive, found, dinov2.identity, "DINOv2 ")
             of_dinov2 = _moments(archive, DINOV2)
     samples = about.get("samples")
-    moments = _moments(archive, "")
     return Measured(
         count=samples if type(samples) is int else 0,
         kind=str(about.get("images") or "statistics in ADM's format"),
@@ -102,6 +93,20 @@ def load_statistics(
         spatial=_moments(archive, SPATIAL) if f"mu{SPATIAL}" in archive else None,
         dinov2=of_dinov2,
     )
+
+
+def load_moments(archive: Archive, network: Network) -> Moments:
+    """Mean and covariance alone. Raises ``UserError`` where they are of another network."""
+    identity = _identity(read_about(archive), "network")
+    if identity is None and network.name != INCEPTION:
+        raise UserError(
+            f"{archive.where} does not say which network its statistics are of, so they count as "
+            f"Inception's and do not go with --network '{network.name}': compute your own with "
+            "--save-reference"
+        )
+    if identity is not None:
+        _check_same(archive, identity, network.identity, "")
+    return _moments(archive, "")
 
 
 def _identity(about: dict[str, Any], key: str) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.evaluate.record import EVALUATIONS
 from pipeline.files import (
     absolute_url,
     exists,
@@ -53,9 +54,10 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if not self._local:
             self.path = Path(tempfile.mkdtemp(prefix="haste-run-"))
-            with suppress(FileNotFoundError):
-                metrics = read_bytes(self._filesystem, f"{self._root}/{METRICS}")
-                (self.path / METRICS).write_bytes(metrics)
+            for name in (METRICS, EVALUATIONS):  # they are added to
+                with suppress(FileNotFoundError):
+                    rows = read_bytes(self._filesystem, f"{self._root}/{name}")
+                    (self.path / name).write_bytes(rows)
         return self
 
     def __exit__(

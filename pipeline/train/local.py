@@ -21,6 +21,7 @@ from pipeline.train.choose import (
 )
 from pipeline.train.identity import with_stream
 from pipeline.train.loop import train
+from pipeline.train.parallel import Parallel
 from pipeline.train.seal import STATE, DamagedCheckpointError, verify
 from pipeline.train.stop import StopSignals
 from schemas.errors import StoppedError
@@ -79,9 +80,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[1] if found else None
 
 
-def train_here(config: RunConfig, folder: Path) -> dict[str, Any]:
+def train_here(config: RunConfig, folder: Path, parallel: Parallel | None = None) -> dict[str, Any]:
     """Train in this process, from the newest whole checkpoint in ``folder`` on. SIGTERM and Ctrl-C
-    end it with a checkpoint and a ``StoppedError``. Returns the summary."""
+    end it with a checkpoint and a ``StoppedError``. Returns the summary. ``parallel`` names the
+    device; default the CPU."""
     checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
     with StopSignals() as signals:
         try:
@@ -89,7 +91,9 @@ def train_here(config: RunConfig, folder: Path) -> dict[str, Any]:
             if resume is not None:
                 manifest = Store.open(str(config.store)).manifest
                 config = with_stream(config, manifest, read_state(resume).store)
-            return train(config, folder, checkpoints.save, resume=resume, ask=signals)
+            return train(
+                config, folder, checkpoints.save, parallel=parallel, resume=resume, ask=signals
+            )
         except StoppedError as stop:
             raise StoppedError(str(stop), signals.exit_code) from None
 

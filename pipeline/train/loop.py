@@ -151,11 +151,11 @@ class _Run:
         self.effort = Effort(config.student, parallel)
         self.trace = StepTrace(folder, parallel, config.profile)
         self.clock = _PhaseClock()
-        self.grids = None
-        if config.samples.every is not None:
-            from pipeline.train.pictures import SampleGrids  # diffusers takes seconds to import
+        self.looks = None
+        if config.samples.every is not None or config.samples.evaluate.images is not None:
+            from pipeline.train.looks import Looks  # diffusers takes seconds to import
 
-            self.grids = SampleGrids(config, store.manifest, parallel, folder)
+            self.looks = Looks(config, store.manifest, parallel, folder)
 
     def to_the_end(self) -> dict[str, Any]:
         config, trainer = self.config, self.trainer
@@ -177,7 +177,7 @@ class _Run:
             self.clock.tick(1 if trainer.aligned else 2)
             if trainer.step % config.log_every == 0 or trainer.step == config.steps:
                 self._log_row()
-            self._draw_if_due()
+            self._look_if_due()
             if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
                 self._save()
         self.trace.close()
@@ -256,12 +256,16 @@ class _Run:
         if self.log is not None:
             self.log.row(row)
 
-    def _draw_if_due(self) -> None:
+    def _look_if_due(self) -> None:
         """Before a checkpoint, which says that all up to it is done."""
-        if self.grids is None or not self.grids.due(self.trainer.step):
+        step = self.trainer.step
+        if self.looks is None or not self.looks.due(step):
             return
         began = time.perf_counter()
-        self.grids.draw(self.trainer.ema.module, self.trainer.step)
+        found = self.looks.take(self.trainer.ema.module, step)
+        if found is not None and self.log is not None:
+            values = {name: found[name] for name in ("fid", "samples", "network")}
+            self.log.row({"step": step, "event": f"evaluation: FID {found['fid']:.2f}", **values})
         self.meter.leave_out(time.perf_counter() - began)
         self.clock.pause()
 

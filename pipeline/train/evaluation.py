@@ -1,0 +1,91 @@
+"""A small Fréchet distance while a run trains."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.evaluate.archive import Archive
+from pipeline.evaluate.frechet import frechet_distance
+from pipeline.evaluate.networks import FeatureNetwork, Network
+from pipeline.evaluate.record import record_evaluation
+from pipeline.evaluate.reference import load_moments
+from pipeline.evaluate.statistics import FeatureStatistics
+from pipeline.files import without_credentials
+from pipeline.models import SiT
+from pipeline.sampling.blocks import choose_labels
+from pipeline.train.drawing import SharedDrawing
+from schemas.errors import UserError
+from schemas.evaluate import Evaluation
+from schemas.run import RunConfig, RunEvaluationConfig
+
+
+class RunEvaluation:
+    """Draws images of random classes with the averaged weights, all workers together, and compares
+    their features with a reference's."""
+
+    def __init__(self, config: RunConfig, drawing: SharedDrawing, folder: Path) -> None:
+        """Raises ``UserError`` where the reference is not of the network, or cannot be read."""
+        self.options = options = config.samples.evaluate
+        assert options.images is not None
+        assert options.reference is not None
+        self.images = options.images
+        self.seed = config.samples.sampler.seed
+        self.every, self.last = options.every or config.samples.every, config.steps
+        self.drawing = drawing
+        self.folder = folder
+        device = drawing.parallel.device
+        self.network = _network(options, device)
+        option = "--samples.evaluate.reference"
+        self.reference = load_moments(Archive(options.reference, option), self.network)
+        self.classes = range(drawing.num_classes)
+
+    def due(self, step: int) -> bool:
+        return self.every is not None and (step % self.every == 0 or step == self.last)
+
+    def measure(self, student: SiT, step: int) -> dict[str, Any]:
+        """Every worker calls this; the row that ``evaluations.jsonl`` now holds."""
+        drawing, parallel = self.drawing, self.drawing.parallel
+        # sums about one point can be added over the workers
+        found = FeatureStatistics(
+            len(self.reference.mean), shift=self.reference.mean, device=parallel.device
+        )
+        labels = choose_labels("random", self.classes, self.seed, 0, self.images)
+        with drawing.autoencoder_at_hand():
+            for numbers in drawing.mine(self.images):
+                images = drawing.draw(student, labels, numbers)
+                try:
+                    found.add(self.network.extract(images).features)
+                except ValueError as error:
+                    raise UserError(
+                        f"step {step}: '{self.network.name}' makes {error} of the samples"
+                    ) from None
+        found.load_state(parallel.sum(found.state()))
+        distance = frechet_distance(found, self.reference) if parallel.is_first else math.nan
+        row: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
+        row |= {"step": step, "fid": distance, "samples": found.count}
+        row |= {"network": self.network.name, "weights": "ema"}
+        row["reference"] = without_credentials(str(self.options.reference))
+        if parallel.is_first:
+            record_evaluation(self.folder, row)
+        return row
+
+
+def _network(options: RunEvaluationConfig, device: torch.device) -> Network:
+    if options.network is None:
+        from pipeline.evaluate.inception import InceptionNetwork  # others need no torch-fidelity
+
+        return InceptionNetwork(options.inception_weights or "hub", device=str(device))
+    assert options.network_weights is not None
+    return FeatureNetwork(
+        options.network,
+        options.network_weights,
+        size=options.network_size,
+        seed=options.seed,
+        arguments=options.network_args,
+        device=device,
+        option="--samples.evaluate.network",
+    )
