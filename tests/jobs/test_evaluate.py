@@ -17,7 +17,7 @@ from schemas.errors import UserError
 from tests.pipeline.evaluate.sets import blobs
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "evaluate.py"
-NETWORK = ("--network", "resnet18", "--network-weights", "random", "--network-size", "32")
+NETWORK = ("--network", "test_resnet", "--network-weights", "random", "--network-size", "32")
 KEYS = ["fid", "sfid", "inception_score", "precision", "recall", "fd_dinov2", "samples", "network"]
 
 
@@ -68,7 +68,7 @@ def test_one_object_with_all_keys(run: Callable[..., dict[str, Any]], files: Pat
     assert found["fid"] > 0
     assert 0 <= found["precision"] <= 1
     assert found["samples"] == 20
-    assert found["network"] == "resnet18"
+    assert found["network"] == "test_resnet"
     assert found["sfid"] is found["inception_score"] is found["fd_dinov2"] is None
 
 
@@ -76,8 +76,8 @@ def test_folder_archive_and_statistics_give_the_same(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
     dinov2 = (
-        *("--dinov2", "vit_small_patch14_dinov2", "--dinov2-weights", "random"),
-        *("--dinov2-size", "28", "--manifold-images", "15"),
+        *("--dinov2", "test_vit", "--dinov2-weights", "random"),
+        *("--dinov2-size", "32", "--manifold-images", "15"),
     )
     sides = ("--samples", files / "samples.npz", *NETWORK, *dinov2)
     expected = run(*sides, "--reference", files / "real.npz")
@@ -146,7 +146,7 @@ def test_moments_alone_leave_precision_null(
     assert found["fid"] > 0
     assert found["precision"] is found["recall"] is None
     np.savez(files / "adm.npz", mu=parts["mu"], sigma=parts["sigma"])
-    with pytest.raises(UserError, match=r"count as Inception's .* --network 'resnet18'"):
+    with pytest.raises(UserError, match=r"count as Inception's .* --network 'test_resnet'"):
         run("--samples", files / "samples.npz", "--reference", files / "adm.npz", *NETWORK)
 
 
@@ -207,7 +207,7 @@ def test_bad_folders_are_named(run: Callable[..., dict[str, Any]], files: Path) 
         ((), "--reference is missing"),
         (("--reference", "x.npz"), "--samples is missing"),
         (("--reference", "x", "--save-reference", "y"), "must end in .npz"),
-        (("--reference", "x.npz", "--samples", "y.npz", "--network", "resnet18"), "-weights is"),
+        (("--reference", "x.npz", "--samples", "y.npz", "--network", "test_resnet"), "-weights is"),
         (("--reference", "x.npz", "--samples", "y.npz", "--network-size", "32"), "--network ID"),
         (("--reference", "x.npz", "--save-reference", "y.npz", "--record", "r"), "--samples"),
     ],

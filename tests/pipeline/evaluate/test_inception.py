@@ -15,10 +15,11 @@ from pipeline.evaluate.compare import compare
 from pipeline.evaluate.inception import SPATIAL_WIDTH, InceptionNetwork
 from pipeline.evaluate.measure import measure
 from pipeline.evaluate.neighbours import precision_recall
+from pipeline.evaluate.scores import InceptionScore
 from schemas.errors import UserError
 from tests.pipeline.evaluate.sets import ArrayImages, blobs
 
-COUNT = 10
+COUNT = 6
 
 
 class _Unloaded(FeatureExtractorInceptionV3):
@@ -57,7 +58,7 @@ def _theirs(weights: Path, sets: list[torch.Tensor], **wanted: Any) -> dict[str,
         verbose=False,
         cache=False,
         save_cpu_ram=True,
-        batch_size=5,
+        batch_size=6,
         **wanted,
     )
 
@@ -69,8 +70,14 @@ def test_scores_and_neighbours_are_torch_fidelitys(weights: Path) -> None:
     assert samples.features is not None
     assert reference.features is not None
     assert samples.features.shape == (COUNT, network.width)
-    theirs = _theirs(weights, sets, isc=True, isc_splits=10, prc=True, prc_neighborhood=2)
-    assert samples.inception_score == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    theirs = _theirs(weights, sets, isc=True, isc_splits=2, prc=True, prc_neighborhood=2)
+    logits = network.extract(sets[0]).logits
+    assert logits is not None
+    score = InceptionScore(COUNT, splits=2)
+    score.add(logits)
+    assert score.score() == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert score.score() > 1 + 1e-5
+    assert samples.inception_score == pytest.approx(1)  # of one image to a split
     found = precision_recall(samples.features, reference.features, 2)
     assert found == pytest.approx((theirs["precision"], theirs["recall"]))
 
