@@ -101,7 +101,7 @@ def _networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetw
 
 
 def _open(config: EvaluateConfig, place: str, option: str, device: str) -> Images:
-    return open_images(
+    images = open_images(
         place,
         option,
         limit=config.max_images,
@@ -109,6 +109,17 @@ def _open(config: EvaluateConfig, place: str, option: str, device: str) -> Image
         autoencoder=config.autoencoder,
         device=device,
     )
+    if images.count < 2:
+        raise UserError(
+            f"{option} has {images.count} images: a covariance takes 2, and says something from "
+            "some thousands on"
+        )
+    if min(images.count, config.manifold_images) <= config.k:
+        raise UserError(
+            f"{option} has {images.count} images, which have no {config.k} neighbours each: give "
+            "more (and --manifold-images), or a smaller --k"
+        )
+    return images
 
 
 def _measure(

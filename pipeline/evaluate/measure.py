@@ -46,11 +46,6 @@ def measure(
 ) -> Measured:
     """Run the networks over ``images``, ``manifold`` of whose features are kept (on disk). Memory
     does not grow with their number. Raises ``UserError``."""
-    if images.count < 2:
-        raise UserError(
-            f"{option} has {images.count} images: a covariance takes 2, and says something from "
-            "some thousands on"
-        )
     spool = Spool(images.count, manifold)
     moments: FeatureStatistics | None = None
     spatial: FeatureStatistics | None = None

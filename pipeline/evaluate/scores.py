@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,9 @@ class InceptionScore:
     def add(self, logits_BC: Tensor) -> None:
         """The next images, in order."""
         log_p = logits_BC.double().log_softmax(1)
-        numbers = range(self._seen, self._seen + len(log_p))
-        split_of = torch.tensor([number * self._splits // self._count for number in numbers])
+        numbers = torch.arange(self._seen, self._seen + len(log_p))
+        # split i begins at image i * count // splits
+        split_of = ((numbers + 1) * self._splits - 1) // self._count
         for split in split_of.unique().tolist():
             part = log_p[(split_of == split).to(log_p.device)]
             p = part.exp()
@@ -44,7 +47,7 @@ class InceptionScore:
             if classes is not None:  # fewer images than splits leave some empty
                 p = classes / images
                 marginal = float(torch.xlogy(p, p).sum())
-                scores.append(float(torch.tensor(negentropy / images - marginal).double().exp()))
+                scores.append(math.exp(negentropy / images - marginal))
         if not scores:
             raise ValueError("no images, no score")
         return sum(scores) / len(scores)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.statistics import FeatureStatistics, Moments
@@ -125,3 +126,16 @@ def test_what_is_no_covariance_is_refused() -> None:
         frechet_distance(good, _moments(np.zeros(3), np.full((3, 3), np.nan)))
     with pytest.raises(ValueError, match="expected width 3"):
         frechet_distance(good, _moments(np.zeros(4), np.eye(4)))
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_torch_fidelity_agrees(count: int) -> None:
+    """With fewer samples than dimensions, too."""
+    rng = np.random.default_rng(count)
+    sets = [torch.from_numpy(rng.standard_normal((count, 64)) * s) for s in (1.0, 1.5)]
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, sets), verbose=False)
+    statistics = [FeatureStatistics(64), FeatureStatistics(64)]
+    for one, features in zip(statistics, sets, strict=True):
+        one.add(features)
+    expected = theirs["frechet_inception_distance"]
+    assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-5)

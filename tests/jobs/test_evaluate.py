@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.store import Store
+from schemas.errors import UserError
+from tests.pipeline.evaluate.sets import blobs
+
+SCRIPT = Path(__file__).parents[2] / "jobs" / "evaluate.py"
+NETWORK = ("--network", "test_resnet", "--network-weights", "random", "--network-size", "32")
+KEYS = ["fid", "sfid", "inception_score", "precision", "recall", "fd_dinov2", "samples", "network"]
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], int]:
+    spec = importlib.util.spec_from_file_location("evaluate_job", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def run(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    def evaluate(*options: str | Path) -> dict[str, Any]:
+        assert main([*map(str, options), "--json", "--device", "cpu", "--batch-size", "7"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return json.loads(lines[-1]) if lines else {}
+
+    return evaluate
+
+
+def _array(images: torch.Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    about = json.dumps({"step": 300, "checkpoint": "runs/x", "weights": "model"})
+    np.savez(tmp_path / "samples.npz", _array(blobs(20, seed=0)), about=np.array(about))
+    np.savez_compressed(tmp_path / "real.npz", _array(blobs(23, seed=1, mean=100)))
+    folder = tmp_path / "pictures"
+    for number, image in enumerate(_array(blobs(23, seed=1, mean=100))):
+        place = folder / f"class{number % 3}" / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place)
+    (folder / "readme.txt").write_text("not a picture")
+    return tmp_path
+
+
+def test_one_object_with_all_keys(run: Callable[..., dict[str, Any]], files: Path) -> None:
+    found = run("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
+    assert list(found) == KEYS
+    assert found["fid"] > 0
+    assert 0 <= found["precision"] <= 1
+    assert found["samples"] == 20
+    assert found["network"] == "test_resnet"
+    assert found["sfid"] is found["inception_score"] is found["fd_dinov2"] is None
+
+
+def test_folder_archive_and_statistics_give_the_same(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    dinov2 = (
+        *("--dinov2", "test_vit", "--dinov2-weights", "random"),
+        *("--dinov2-size", "32", "--manifold-images", "15"),
+    )
+    sides = ("--samples", files / "samples.npz", *NETWORK, *dinov2)
+    expected = run(*sides, "--reference", files / "real.npz")
+    assert expected["fd_dinov2"] > 0
+    assert (
+        run(
+            *("--reference", files / "real.npz", "--save-reference", files / "ref.npz"),
+            *(*NETWORK, *dinov2),
+        )
+        == {}
+    )
+    assert run(*sides, "--reference", files / "ref.npz") == pytest.approx(expected)
+    pictures = run(*sides, "--reference", files / "pictures")
+    assert pictures["fid"] == pytest.approx(expected["fid"], rel=1e-4)  # another order of images
+    same = run("--samples", files / "real.npz", "--reference", files / "real.npz", *NETWORK)
+    assert same["fid"] == pytest.approx(0, abs=1e-6)
+    assert (same["precision"], same["recall"]) == (1, 1)
+    other = [*NETWORK[:3], "random", *NETWORK[4:], "--seed", "1"]
+    with pytest.raises(UserError, match=r"ref.npz' holds .* another network: its weights_sha256"):
+        run("--samples", files / "samples.npz", "--reference", files / "ref.npz", *other)
+
+
+def test_a_store_without_crops_is_decoded(
+    run: Callable[..., dict[str, Any]],
+    files: Path,
+    digits_store: Store,
+) -> None:
+    found = run("--samples", digits_store.url, "--reference", files / "real.npz", *NETWORK)
+    assert found["samples"] == 24
+    assert found["fid"] > 0
+    quick = ("--max-images", "9")
+    assert (
+        run("--samples", digits_store.url, "--reference", files / "real.npz", *NETWORK, *quick)[
+            "samples"
+        ]
+        == 9
+    )
+
+
+def test_record_replaces_its_own_row(run: Callable[..., dict[str, Any]], files: Path) -> None:
+    folder = files / "run"
+    folder.mkdir()
+    sides = ("--reference", files / "real.npz", *NETWORK, "--record", folder)
+    run("--samples", files / "samples.npz", *sides)
+    found = run("--samples", files / "samples.npz", *sides, "--k", "2")
+    run("--samples", files / "samples.npz", *sides, "--step", "100", "--weights", "ema")
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["weights"]) for row in rows] == [(100, "ema"), (300, "model")]
+    assert {key: rows[1][key] for key in KEYS} == found
+    assert rows[1]["reference"] == str(files / "real.npz")
+    with pytest.raises(UserError, match="give --step N"):
+        run("--samples", files / "real.npz", *sides)
+    with pytest.raises(UserError, match="no such folder"):
+        run("--samples", files / "samples.npz", *sides[:-1], files / "nowhere")
+
+
+def test_moments_alone_leave_precision_null(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    """A file of ours without its features; ADM's without a network's name is Inception's."""
+    run("--reference", files / "real.npz", "--save-reference", files / "ref.npz", *NETWORK)
+    with np.load(files / "ref.npz") as saved:
+        parts = {name: saved[name] for name in ("mu", "sigma", "about")}
+    np.savez(files / "moments.npz", **parts)
+    found = run("--samples", files / "samples.npz", "--reference", files / "moments.npz", *NETWORK)
+    assert found["fid"] > 0
+    assert found["precision"] is found["recall"] is None
+    np.savez(files / "adm.npz", mu=parts["mu"], sigma=parts["sigma"])
+    with pytest.raises(UserError, match=r"count as Inception's .* --network 'test_resnet'"):
+        run("--samples", files / "samples.npz", "--reference", files / "adm.npz", *NETWORK)
+
+
+def _cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def _save(**arrays: Any) -> Callable[[Path], None]:
+    return lambda path: np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_cut_short, "damaged, cut short"),
+        (_save(arr_0=np.zeros((4, 8, 8, 3))), "is float64 .*images are uint8"),
+        (_save(arr_0=np.zeros((4, 8, 8), np.uint8)), "images are uint8"),
+        (_save(arr_0=np.array([{}, {}], object)), "Python objects"),
+        (_save(images=np.zeros((4, 8, 8, 3), np.uint8)), "holds no images.*found: images"),
+        (_save(arr_0=np.zeros((1, 8, 8, 3), np.uint8)), "has 1 images"),
+        (_save(arr_0=np.zeros((3, 8, 8, 3), np.uint8)), "smaller --k"),
+        (_save(arr_0=np.zeros((4, 8, 8, 3), np.uint8), about=np.array("{")), "not JSON"),
+        (lambda path: path.write_bytes(b"nonsense"), "damaged, cut short"),
+        (lambda path: path.unlink(), "no such file"),
+    ],
+)
+def test_bad_samples_are_named_in_one_line(
+    run: Callable[..., dict[str, Any]],
+    files: Path,
+    make: Callable[[Path], Any],
+    message: str,
+) -> None:
+    make(files / "samples.npz")
+    with pytest.raises(UserError, match=f"--samples.*{message}"):
+        run("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
+
+
+def test_bad_folders_are_named(run: Callable[..., dict[str, Any]], files: Path) -> None:
+    sides = ("--samples", files / "samples.npz", *NETWORK, "--reference")
+    (files / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--reference .* holds no pictures"):
+        run(*sides, files / "empty")
+    with pytest.raises(UserError, match=r"--reference .* does not exist"):
+        run(*sides, files / "nowhere")
+    odd = files / "pictures" / "class0" / "odd.png"
+    Image.new("RGB", (40, 30)).save(odd)
+    with pytest.raises(UserError, match=r"--reference .* pixels, others .*--resolution N"):
+        run(*sides, files / "pictures")
+    assert run(*sides, files / "pictures", "--resolution", "16")["fid"] > 0
+    odd.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"class0/odd.png: not an image"):
+        run(*sides, files / "pictures")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--reference is missing"),
+        (("--reference", "x.npz"), "--samples is missing"),
+        (("--reference", "x", "--save-reference", "y"), "must end in .npz"),
+        (("--reference", "x.npz", "--samples", "y.npz", "--network", "test_resnet"), "-weights is"),
+        (("--reference", "x.npz", "--samples", "y.npz", "--network-size", "32"), "--network ID"),
+        (("--reference", "x.npz", "--save-reference", "y.npz", "--record", "r"), "--samples"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    run: Callable[..., dict[str, Any]], options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*options)
