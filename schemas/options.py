@@ -48,7 +48,8 @@ def parse_options(
     whole = {name: _nest(table, one) if table else one for name, one in (presets or {}).items()}
     leaves = dict(leaf_fields(model))
     if {"-h", "--help"} & set(argv):
-        named = (f"{at.upper()}{' ...' if _is_texts(leaves[at].annotation) else ''}" for at in places)
+        several = {at for at in places if _is_texts(leaves[at].annotation)}
+        named = (f"{at.upper()} ..." if at in several else at.upper() for at in places)
         usage = " ".join([command, *named])
         print(help_text(model, command=usage, about=about, presets=whole, preset_key=preset_key))
         sys.exit(0)

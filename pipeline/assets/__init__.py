@@ -1,4 +1,4 @@
-"""Small files that ship with the project. jobs/pretrain/ holds the scripts that made the weights."""
+"""Small files that ship with the project; jobs/pretrain/ holds what made the weights."""
 
 from pathlib import Path
 

@@ -47,8 +47,7 @@ def variables(svg: str) -> str:
 
 
 SCHEMES = (
-    f":root{{{scheme('light')}}}"
-    f"@media (prefers-color-scheme:dark){{:root{{{scheme('dark')}}}}}"
+    f":root{{{scheme('light')}}}@media (prefers-color-scheme:dark){{:root{{{scheme('dark')}}}}}"
 )
 FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',sans-serif"
 SVG_STYLE = f"{SCHEMES}text{{font-family:{FONTS}!important}}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ from schemas.errors import plain_text
 SIZE = (5.0, 2.9)
 """Inches of 72 units, which are CSS pixels where the page is as wide as a phone."""
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2, 3, 2)))
-RULES = {
+RULES: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, and in the reader's own font
     "svg.hashsalt": "haste",  # so that the same runs give the same bytes
     "font.size": 11,
@@ -50,7 +50,7 @@ def panel_svg(panel: Panel, last: int) -> bytes:
             metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
         )
     text = variables(file.getvalue().decode())
-    head, opening, rest = text.partition("<svg ")
+    _, opening, rest = text.partition("<svg ")
     inside, end, rest = rest.partition(">")
     return f"{opening}{inside}{end}<style>{SVG_STYLE}</style>{rest}".encode()
 
@@ -134,9 +134,7 @@ def draw_panel(axis: Axes, panel: Panel, last: int, colours: Colours) -> None:
 def highest_shown(panel: Panel) -> float | None:
     """Where a panel is cut off above, because its first numbers would flatten all others."""
     values = [value for line in panel.lines for value in line.values]
-    later = [
-        value for line in panel.lines for value in line.values[len(line.values) // 20 + 1 :]
-    ]
+    later = [value for line in panel.lines for value in line.values[len(line.values) // 20 + 1 :]]
     if not panel.settles or len(later) < 20:
         return None
     low, high = min(values), max(later)

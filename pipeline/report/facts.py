@@ -34,7 +34,7 @@ def config_differences(
     configs = [_flat(record.config) for record in records]
     if len(records) == 1:
         configs.insert(0, _flat(RunConfig().model_dump(mode="json")))
-        labels = ["default", *labels]
+        labels = [tag("span", "default"), *labels]
         title = "What differs from the defaults"
     else:
         title = "What differs between the runs"

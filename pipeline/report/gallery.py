@@ -10,8 +10,8 @@ import fsspec
 from PIL import Image
 
 from pipeline.files import read_at_most
-from pipeline.storage.credentials import without_credentials
 from pipeline.report.markup import Html, image, tag
+from pipeline.storage.credentials import without_credentials
 from schemas.errors import UserError
 
 MOST_STEPS = 6

@@ -12,6 +12,7 @@ from pipeline.report.facts import config_differences, run_card
 from pipeline.report.gallery import Source, gallery, load_file
 from pipeline.report.kept import attention_of_kept
 from pipeline.report.markup import Child, Html, image, join, shortened, table, tag
+from pipeline.report.panels import METRICS as EVALUATED
 from pipeline.report.panels import (
     Panel,
     byte_panels,
@@ -23,7 +24,6 @@ from pipeline.report.panels import (
     speed_panels,
     trigger_panel,
 )
-from pipeline.report.panels import METRICS as EVALUATED
 from pipeline.report.records import Record, Row, number
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"
@@ -210,7 +210,9 @@ class Report:
             notes.append(f"means of {panel.rows_per_point} rows")
         if highest_shown(panel) is not None:
             notes.append("the first steps lie above")
-        picture = image(panel_svg(panel, self._last), "image/svg+xml", self._described(panel, title))
+        picture = image(
+            panel_svg(panel, self._last), "image/svg+xml", self._described(panel, title)
+        )
         caption = tag("figcaption", tag("strong", title), tag("small", "; ".join(notes)))
         return tag("figure", caption, picture)
 

@@ -90,9 +90,10 @@ def byte_panels(records: Sequence[Record]) -> list[Panel]:
     for record in records:
         for row in record.rows:
             streams.update(dict.fromkeys(key for key in row if key.startswith(BYTES)))
-    panels = []
+    panels: list[Panel] = []
     for key in list(streams)[:MOST_PANELS]:
-        lines, sizes = [], [1]
+        lines: list[Line] = []
+        sizes = [1]
         for run, record in enumerate(records):
             if any(key in row for row in record.rows):
                 rows = [row if key in row else {**row, key: 0} for row in record.rows]
