@@ -66,7 +66,6 @@ def draw_curves(record: Record, path: Path) -> None:
         ):
             draw_panel(axis, panel, record.step, COLOURS)
             axis.set_title(panel.title, fontsize=9)
-            axis.set_xlabel("step")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 
@@ -99,6 +98,7 @@ def draw_panel(axis: Axes, panel: Panel, last: int, colours: Colours) -> None:
         )
     if panel.level is not None:
         axis.axhline(panel.level, color=colours.ink, linestyle=(0, (4, 3)), linewidth=1)
+    axis.set_xlabel("step", color=colours.ink)
     axis.set_xlim(0, max(last, 1) * 1.02)
     _set_height(axis, panel)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.inspect.summary import describe_bytes
-from pipeline.report.markup import Child, Html, shortened, table, tag
+from pipeline.report.markup import Child, Html, breakable, shortened, table, tag
 from pipeline.report.panels import METRICS, comparable, describe_kind
 from pipeline.report.records import Record, number
 from schemas.run import RunConfig
@@ -47,7 +47,7 @@ def config_differences(
             continue
         values = [_value_of(config, name) if config else "unknown" for config in configs]
         if len({value for value, config in zip(values, configs, strict=True) if config}) > 1:
-            rows.append([name, *values])
+            rows.append([breakable(name), *values])
     return title, table(["option", *labels], rows) if rows else None, len(rows)
 
 
@@ -134,13 +134,14 @@ def _bytes_table(record: Record) -> Child:
     counts, step = record.bytes_read, record.bytes_step
     if not counts:
         return None
+    ended = record.termination is not None
+    parts = ("before", "after") if ended else ("before",)
     rows: list[list[Child]] = [
-        [stream, describe_bytes(count["before"]), describe_bytes(count["after"])]
+        [stream, *(describe_bytes(count[part]) for part in parts)]
         for stream, count in list(counts.items())[:MOST_STREAMS]
     ]
-    before, after = (sum(count[part] for count in counts.values()) for part in ("before", "after"))
-    rows.append(["all", describe_bytes(before), describe_bytes(after)])
-    until = f"up to step {step:,}" if step is not None else "read"
-    aligned = record.valid is None or record.valid.alignment.active
-    head = [until, "aligned" if aligned else "so far", "alone"]
+    total = {part: sum(count[part] for count in counts.values()) for part in parts}
+    rows.append(["all", *(describe_bytes(count) for count in total.values())])
+    until = f"up to step {step:,}" if step is not None else "bytes read"
+    head = [until, *(("while aligned", "after it") if ended else ("so far",))]
     return tag("div", table(head, rows), class_="bytes")

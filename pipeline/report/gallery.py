@@ -37,9 +37,12 @@ class Source(NamedTuple):
     """The PNG file of a step. Raises ``UserError``, ``OSError`` or ``BadPictureError``."""
 
 
-def gallery(sources: Sequence[Source], what: str, warn: Callable[[str, str], None]) -> list[Html]:
+def gallery(
+    sources: Sequence[Source], what: str, warn: Callable[[str, str], None], *, wide: bool
+) -> list[Html]:
     """A heading and a row of pictures for each step that is shown. ``what`` they are goes into
-    their descriptions; ``warn`` takes a run's label and what is wrong with a picture."""
+    their descriptions; ``warn`` takes a run's label and what is wrong with a picture. ``wide`` ones
+    stand below each other on a phone."""
     having = [source for source in sources if source.steps]
     if not having:
         return []
@@ -51,7 +54,7 @@ def gallery(sources: Sequence[Source], what: str, warn: Callable[[str, str], Non
     for step in steps:
         figures = [_figure(source, step, what, warn) for source in having]
         nodes.append(tag("h3", f"Step {step:,}"))
-        kind = "pictures one" if len(having) == 1 else "pictures"
+        kind = "pictures" + (" one" if len(having) == 1 else " wide" if wide else "")
         nodes.append(tag("div", figures, class_=kind))
     return nodes
 

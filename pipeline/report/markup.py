@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Iterable
 
 from schemas.errors import escaped
 
-VOID = frozenset({"br", "img", "meta", "source"})
+VOID = frozenset({"br", "img", "meta", "wbr"})
 LONGEST = 300
 """Characters of one text: whoever wrote a run's files does not decide how long the page gets."""
 
@@ -59,6 +60,12 @@ def image(data: bytes, kind: str, alt: str) -> Html:
     """A picture inside the page. In an ``img`` an SVG runs no script and fetches nothing."""
     encoded = base64.b64encode(data).decode()
     return Html(f'<img alt="{_text(alt, 4 * LONGEST)}" src="data:{kind};base64,{encoded}">')
+
+
+def breakable(name: str) -> list[Child]:
+    """A dotted name that may be broken at its joints, and better there than elsewhere."""
+    parts = re.split(r"(?<=[._/])", shortened(name))
+    return [node for part in parts for node in (part, tag("wbr"))][:-1]
 
 
 def shortened(text: str, length: int = LONGEST) -> str:

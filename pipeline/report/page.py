@@ -11,7 +11,7 @@ from pipeline.report.curves import highest_shown, panel_svg
 from pipeline.report.facts import config_differences, run_card
 from pipeline.report.gallery import Source, gallery, load_file
 from pipeline.report.kept import attention_of_kept
-from pipeline.report.markup import Child, Html, image, join, shortened, table, tag
+from pipeline.report.markup import Child, Html, breakable, image, join, shortened, table, tag
 from pipeline.report.panels import METRICS as EVALUATED
 from pipeline.report.panels import (
     Panel,
@@ -124,7 +124,7 @@ class Report:
             Source(label, self._swatch(run), sorted(record.samples), _loader(record, "samples"))
             for run, (label, record) in enumerate(zip(self.labels, self.records, strict=True))
         ]
-        return gallery(sources, "Samples", self._warn)
+        return gallery(sources, "Samples", self._warn, wide=False)
 
     def _attention(self) -> list[Html]:
         sources, notes = [], []
@@ -136,7 +136,7 @@ class Report:
                 if note is not None:
                     notes.append(tag("p", f"{label}: {note}.", class_="note"))
             sources.append(Source(label, self._swatch(run), steps, load))
-        shown = gallery(sources, "Attention of teacher and student", self._warn)
+        shown = gallery(sources, "Attention of teacher and student", self._warn, wide=True)
         return [*shown, *notes]
 
     def _evaluations(self) -> list[Html]:
@@ -173,7 +173,7 @@ class Report:
                 rows.append([f"{row['step']:,}", row["event"], *values])
             left_out = len(record.events) - len(rows)
             note = f"{left_out:,} observations in between are left out." if left_out else None
-            found = table(["step", "decision", *names], rows)
+            found = table(["step", "decision", *map(breakable, names)], rows)
             heading = tag("h3", self._swatch(run), label)
             kind = "trigger plotted" if plot else "trigger"
             beside = tag("div", found, tag("p", note, class_="note") if note else None)
