@@ -21,8 +21,8 @@ def run_card(record: Record, label: str, swatch: Html) -> Html:
     lines += [("Steps per second", _rates(record)), ("Last losses", _last_losses(record))]
     lines += [("Last evaluation", _last_evaluation(record))]
     entries = [tag("div", tag("dt", name), tag("dd", said)) for name, said in lines if said]
-    heading = tag("h3", swatch, label)
-    where = tag("p", shortened(record.url, 120), class_="where")
+    heading = tag("h3", swatch, breakable(label))
+    where = tag("p", breakable(shortened(record.url, 120)), class_="where")
     return tag("article", heading, where, tag("dl", entries), _bytes_table(record))
 
 
@@ -125,9 +125,11 @@ def _last_evaluation(record: Record) -> Child:
         return None
     row = record.evaluations[-1]
     values = ((name, number(row.get(metric))) for metric, name in METRICS.items())
-    parts = [f"{name} {value:.4g}" for name, value in values if value is not None]
+    parts = [tag("span", f"{name} {value:.4g}") for name, value in values if value is not None]
     kind = ", ".join(describe_kind(comparable(row)))
-    return tag("span", ", ".join(parts), tag("small", f"step {row['step']:,}; {kind}"))
+    return tag(
+        "span", tag("span", parts, class_="list"), tag("small", f"step {row['step']:,}; {kind}")
+    )
 
 
 def _bytes_table(record: Record) -> Child:

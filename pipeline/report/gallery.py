@@ -10,7 +10,7 @@ import fsspec
 from PIL import Image
 
 from pipeline.files import read_at_most
-from pipeline.report.markup import Html, image, tag
+from pipeline.report.markup import Html, breakable, image, tag
 from pipeline.storage.credentials import without_credentials
 from schemas.errors import UserError
 
@@ -19,7 +19,7 @@ MOST_FILE_BYTES = 64 << 20
 MOST_PIXELS = 64 << 20
 LONGEST_SIDE = 1400
 """Pixels of a picture in the page; larger ones are made smaller."""
-MOST_PNG_BYTES = 300_000
+MOST_PNG_BYTES = 160_000
 """Larger ones become JPEG."""
 
 
@@ -107,7 +107,7 @@ def small_picture(data: bytes) -> tuple[bytes, str]:
 
 
 def _figure(source: Source, step: int, what: str, warn: Callable[[str, str], None]) -> Html:
-    caption = tag("figcaption", source.swatch, source.label)
+    caption = tag("figcaption", source.swatch, breakable(source.label))
     if step not in source.steps:
         return tag("figure", tag("p", "not drawn at this step", class_="missing"), caption)
     try:

@@ -174,7 +174,7 @@ class Report:
             left_out = len(record.events) - len(rows)
             note = f"{left_out:,} observations in between are left out." if left_out else None
             found = table(["step", "decision", *map(breakable, names)], rows)
-            heading = tag("h3", self._swatch(run), label)
+            heading = tag("h3", self._swatch(run), breakable(label))
             kind = "trigger plotted" if plot else "trigger"
             beside = tag("div", found, tag("p", note, class_="note") if note else None)
             nodes.append(tag("div", heading, tag("div", plot, beside, class_=kind)))
@@ -226,7 +226,8 @@ class Report:
 
     def _heads(self) -> list[Html]:
         return [
-            join([self._swatch(run), tag("span", label)]) for run, label in enumerate(self.labels)
+            join([self._swatch(run), tag("span", breakable(label))])
+            for run, label in enumerate(self.labels)
         ]
 
     def _swatch(self, run: int) -> Html:
