@@ -22,14 +22,16 @@ from jobs.train_haste import train_run
 from pipeline.cluster import ray_cluster
 from pipeline.extract.job import extract
 from pipeline.inspect.summary import describe, summarise
+from pipeline.report.__main__ import write_report
 from pipeline.report.attention import draw_attention
 from pipeline.report.curves import draw_curves
+from pipeline.report.records import ATTENTION, SAMPLES, read_run
 from pipeline.sampling.trained import load_student
 from pipeline.store import Store, StreamReader
-from pipeline.train.metrics import METRICS, read_metrics
 from schemas.errors import run_command
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.options import read_yaml, validate
+from schemas.report import ReportConfig
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig
 
@@ -57,7 +59,10 @@ def main(argv: list[str]) -> int:
         "bytes_read": trained["bytes_read"],
         "pictures": [str(picture.relative_to(ROOT)) for picture in pictures],
     }
+    page = RUN / "report.html"
+    summary["report"] = str(page.relative_to(ROOT))
     (RUN / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_report(ReportConfig(runs=(str(RUN),), html=str(page)))
     _report(extraction.store, summary)
     return 0
 
@@ -78,13 +83,23 @@ def _draw(config: RunConfig, store: Store, trained: dict[str, Any]) -> list[Path
         )
     )
     step = trained["termination_step"]
-    draw_curves(read_metrics(RUN / METRICS), curves, termination=step)
+    draw_curves(read_run(str(RUN)), curves)
     students = {
         f"student at step {step}": load_student(RUN / f"checkpoint-{step:09d}")[0],
         f"student at step {trained['steps']}": load_student(RUN)[0],
     }
     draw_attention(store, students, config.alignment, _one_of_each_class(store, 4), attention)
+    for picture, folder in ((grid, SAMPLES), (attention, ATTENTION)):
+        _keep(picture, folder, trained["steps"])
     return [grid, curves, attention]
+
+
+def _keep(picture: Path, folder: str, step: int) -> None:
+    """Where a report looks for it, unless the run has drawn one itself."""
+    path = RUN / folder / f"step-{step:09d}.png"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        shutil.copyfile(picture, path)
 
 
 def _one_of_each_class(store: Store, count: int) -> list[int]:
@@ -108,6 +123,7 @@ def _report(store: Store, summary: dict[str, Any]) -> None:
             f"{count['after']:,} after it"
         )
     lines.append(f"pictures: {', '.join(summary['pictures'])}")
+    lines.append(f"report: {summary['report']}")
     print("\n".join(lines))
 
 

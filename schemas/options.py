@@ -40,17 +40,19 @@ def parse_options(
     ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults, for the table
     that the option is in (``a`` of ``a.b``). They are defaults: ``model_fields_set`` has only what
     a file or an option gave. ``positional`` names the options that arguments without dashes fill,
-    in their order. Prints the help and leaves with code 0 on ``--help``; raises ``UserError`` on
-    anything that does not fit.
+    in their order; one that takes several words has all that are left. Prints the help and leaves
+    with code 0 on ``--help``; raises ``UserError`` on anything that does not fit.
     """
     places = [positional] if isinstance(positional, str) else list(positional)
     table, _, _ = preset_key.rpartition(".")
     whole = {name: _nest(table, one) if table else one for name, one in (presets or {}).items()}
+    leaves = dict(leaf_fields(model))
     if {"-h", "--help"} & set(argv):
-        usage = " ".join([command, *map(str.upper, places)])
+        several = {at for at in places if _is_texts(leaves[at].annotation)}
+        named = (f"{at.upper()} ..." if at in several else at.upper() for at in places)
+        usage = " ".join([command, *named])
         print(help_text(model, command=usage, about=about, presets=whole, preset_key=preset_key))
         sys.exit(0)
-    leaves = dict(leaf_fields(model))
     tables = set(_optional_tables(model))
     overrides: list[tuple[str, Any]] = []  # one table may get several entries
     files: list[str] = []
@@ -193,10 +195,14 @@ def _split_arguments(
     argv: list[str], leaves: dict[str, FieldInfo], tables: set[str], positional: list[str]
 ) -> Iterator[tuple[str, Any]]:
     rest, places = list(argv), list(positional)
+    several: list[str] = []  # before, between and behind options
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") and places:
-            yield places.pop(0), token
+            if _is_texts(leaves[places[0]].annotation):
+                several.append(token)
+            else:
+                yield places.pop(0), token
             continue
         if not token.startswith("--"):
             raise UserError(f"unexpected argument '{token}': options look like --name VALUE")
@@ -233,6 +239,8 @@ def _split_arguments(
             yield table, {entry: _parse_scalar(value)}
         else:
             yield name, _parse_value(value, leaves[name].annotation)
+    if several:
+        yield places[0], several
 
 
 def _parse_value(text: str, annotation: Any) -> Any:

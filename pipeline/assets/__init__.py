@@ -1,4 +1,4 @@
-"""Small weights that ship with the project; jobs/pretrain/ holds the scripts that made them."""
+"""Small files that ship with the project; jobs/pretrain/ holds what made the weights."""
 
 from pathlib import Path
 
@@ -7,3 +7,6 @@ DEMO_TEACHER = Path(__file__).parent / "demo" / "teacher.safetensors"
 
 DEMO_AUTOENCODER = Path(__file__).parent / "demo" / "autoencoder"
 """A diffusers AutoencoderKL for the same images."""
+
+REPORT_STYLE = Path(__file__).parent / "report.css"
+"""How a report looks."""

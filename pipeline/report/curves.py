@@ -1,53 +1,164 @@
-"""Loss curves of a run, the termination marked."""
+"""Panels drawn by matplotlib: as SVG for the page, as one PNG for a folder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from pipeline.inspect.summary import describe_bytes
+from pipeline.report.colours import COLOURS, SVG_STYLE, Colours, variables
+from pipeline.report.markup import shortened
+from pipeline.report.panels import Panel, loss_panels, speed_panels
+from pipeline.report.records import Record
+from schemas.errors import plain_text
 
-LOSSES = {
-    "denoising": "denoising loss",
-    "feature": "feature loss (-cosine)",
-    "attention": "attention cross-entropy",
+SIZE = (5.0, 2.9)
+"""Inches of 72 units, which are CSS pixels where the page is as wide as a phone."""
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2, 3, 2)))
+RULES: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, and in the reader's own font
+    "svg.hashsalt": "haste",  # so that the same runs give the same bytes
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "text.parse_math": False,  # names are no formulas, whatever signs are in them
+    "axes.formatter.use_mathtext": False,
+    "path.simplify_threshold": 0.3,
 }
 
 
-def draw_curves(rows: Sequence[dict[str, Any]], path: Path, *, termination: int | None) -> None:
-    """Losses and speed over steps, from the rows of ``metrics.jsonl``."""
-    measured = [row for row in rows if "steps_per_second" in row]
-    panels = [name for name in LOSSES if any(name in row for row in measured)]
-    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(3.6 * (len(panels) + 1), 3.2))
-    for axis, name in zip(axes, panels, strict=False):
-        points = [(row["step"], row[name]) for row in measured if name in row]
-        axis.plot(*zip(*points, strict=True), linewidth=1.5)
-        axis.set_title(LOSSES[name], fontsize=10)
-    speed = [(row["step"], row["steps_per_second"]) for row in measured]
-    axes[-1].plot(*zip(*speed, strict=True), linewidth=1.5, color="tab:green")
-    axes[-1].set_title("steps per second", fontsize=10)
-    axes[-1].set_ylim(0, 1.2 * max(rate for _, rate in speed))
-    last = max(row["step"] for row in measured)
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.set_xlim(0, last)
-        axis.grid(alpha=0.3)
-        if termination is not None:
-            axis.axvline(termination, color="tab:red", linestyle="--", linewidth=1)
-            axis.text(
-                termination,
-                0.97,
-                " alignment ends",
-                color="tab:red",
-                fontsize=8,
-                va="top",
-                transform=axis.get_xaxis_transform(),
-            )
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def panel_svg(panel: Panel, last: int) -> bytes:
+    """A picture that follows the reader's light or dark scheme; steps go to ``last``."""
+    with mpl.rc_context(RULES):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw_panel(figure.add_subplot(), panel, last, COLOURS)
+        file = io.BytesIO()
+        figure.savefig(
+            file,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
+    text = variables(file.getvalue().decode())
+    _, opening, rest = text.partition("<svg ")
+    inside, end, rest = rest.partition(">")
+    return f"{opening}{inside}{end}<style>{SVG_STYLE}</style>{rest}".encode()
+
+
+def draw_curves(record: Record, path: Path) -> None:
+    """Losses and speed of one run as a PNG."""
+    panels = [*loss_panels([record]), *speed_panels([record])[:1]]
+    with mpl.rc_context({**RULES, "font.size": 9}):
+        figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axis, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            draw_panel(axis, panel, record.step, COLOURS)
+            axis.set_title(panel.title, fontsize=9)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+
+
+def draw_panel(axis: Axes, panel: Panel, last: int, colours: Colours) -> None:
+    """Lines, the ends of the alignments and an axis whose numbers can be read."""
+    for line in panel.lines:
+        name = None if line.name is None else shortened(plain_text(line.name), 40)
+        dotted = panel.dots or len(line.steps) == 1
+        axis.plot(
+            line.steps,
+            line.values,
+            color=colours.run(line.run),
+            linestyle=DASHES[(line.style + line.run // len(colours.runs)) % len(DASHES)],
+            linewidth=1.7,
+            marker="o" if dotted else None,
+            markersize=4.5,
+            label=name,
+        )
+    for run, step in panel.ends.items():
+        axis.axvline(step, color=colours.run(run), linestyle=(0, (2, 2)), linewidth=1.1)
+        axis.plot(
+            step,
+            1.0,
+            color=colours.run(run),
+            marker="v",
+            markersize=7,
+            transform=axis.get_xaxis_transform(),
+            clip_on=False,
+        )
+    if panel.level is not None:
+        axis.axhline(panel.level, color=colours.ink, linestyle=(0, (4, 3)), linewidth=1)
+    axis.set_xlabel("step", color=colours.ink)
+    axis.set_xlim(0, max(last, 1) * 1.02)
+    _set_height(axis, panel)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    if panel.unit == "bytes":
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: describe_bytes(value)))
+    elif panel.unit == "share":
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    else:
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axis.grid(axis="y", color=colours.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(color=colours.grid, labelcolor=colours.ink, length=3)
+    for spine in axis.spines.values():
+        spine.set_color(colours.grid)
+    names = dict.fromkeys(line.name for line in panel.lines if line.name is not None)
+    if names:
+        handles, labels = axis.get_legend_handles_labels()
+        shown = dict(zip(labels, handles, strict=True))  # of several runs, one stands for all
+        legend = axis.legend(
+            list(shown.values()),
+            list(shown),
+            fontsize=9,
+            frameon=False,
+            labelcolor=colours.ink,
+            handlelength=3,
+            loc="best",
+        )
+        legend.set_zorder(1)
+
+
+def highest_shown(panel: Panel) -> float | None:
+    """Where a panel is cut off above, because its first numbers would flatten all others."""
+    values = [value for line in panel.lines for value in line.values]
+    later = [value for line in panel.lines for value in line.values[len(line.values) // 20 + 1 :]]
+    if not panel.settles or len(later) < 20:
+        return None
+    low, high = min(values), max(later)
+    top = high + 0.6 * (high - low)
+    return top if max(values) > top else None
+
+
+def short_number(value: float) -> str:
+    """120000 as 120k; small numbers with as many digits as they need."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
+
+
+def _set_height(axis: Axes, panel: Panel) -> None:
+    values = [value for line in panel.lines for value in line.values]
+    if panel.level is not None:
+        values.append(panel.level)
+    low, high = min(values), max(values)
+    cut = highest_shown(panel)
+    if panel.from_zero and low >= 0:
+        axis.set_ylim(0, 1.12 * high if high else 1.0)
+        return
+    top = high if cut is None else cut
+    room = (top - low) * 0.07 or abs(low) * 0.05 or 1.0
+    axis.set_ylim(low - room, top if cut is not None else top + room)

@@ -11,6 +11,7 @@ from schemas.errors import UserError, plain_text
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.inspect import InspectConfig
 from schemas.options import leaf_fields, parse_options
+from schemas.report import ReportConfig
 from schemas.run import RunConfig
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -159,6 +160,17 @@ def test_the_argument_without_dashes_fills_the_positional_option() -> None:
     assert config.as_json
     assert "unexpected argument 'b'" in complaint(inspection, "a", "b")
     assert "unexpected argument 'a'" in complaint(training, "a")
+
+
+def test_a_positional_option_of_several_words_takes_them_wherever_they_stand() -> None:
+    def report(*argv: str) -> ReportConfig:
+        return parse_options(ReportConfig, list(argv), command="c", about="a", positional="runs")
+
+    config = report("a,b", "--json", "c", "--html", "x.html", "d")
+    assert config.runs == ("a,b", "c", "d")
+    assert config.as_json
+    assert config.html == "x.html"
+    assert report("--html", "x").runs == ()
 
 
 @pytest.mark.parametrize(

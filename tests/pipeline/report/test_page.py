@@ -1,0 +1,254 @@
+"""The page in a real browser, and what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.report.__main__ import main
+from pipeline.store import Store
+from pipeline.train.local import train_here
+from schemas.errors import UserError
+from schemas.options import merge, read_yaml, validate
+from schemas.run import RunConfig
+from tests.browser import browser_page, find_chromium
+
+CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
+HOSTILE = "<img src=x onerror=alert(1)> $x^2$ \" ' & \ud800"
+
+
+def make_run(folder: Path, *, ended: int | None = 400, **options: Any) -> Path:
+    """The files of a run of 1000 steps, without training."""
+    folder.mkdir(parents=True)
+    alignment = {"termination": {"kind": "fixed", "step": ended}} if ended else {}
+    config = RunConfig.model_validate({"steps": 1000, "alignment": alignment, **options})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    rows: list[dict[str, Any]] = []
+    for step in range(10, 1001, 10):
+        phase = 2 if ended and step > ended else 1
+        row = {"step": step, "phase": phase, "denoising": 10 / step, "grad_norm": 1.0}
+        row |= {"feature": -0.5, "attention": 3.0} if phase == 1 else {}
+        row |= {"steps_per_second": 4.0, "images_per_second": 8.0, "data_wait_share": 0.1}
+        row |= {"bytes_per_second_latents": 100, "bytes_per_second_maps": 900 * (2 - phase)}
+        rows.append(row)
+        if step == ended:
+            rows.append({"step": step, "event": "alignment terminated", "trigger": "fixed"})
+    write_rows(folder / "metrics.jsonl", rows)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluation(step: int, **values: Any) -> dict[str, Any]:
+    row = {"step": step, "fid": 30.0 + step, "sfid": None, "precision": 0.5, "recall": 0.5}
+    row |= {"samples": 5000, "network": "inception", "reference": "digits", "weights": "ema"}
+    return row | values
+
+
+def draw(folder: Path, steps: range, size: tuple[int, int] = (64, 48)) -> None:
+    folder.mkdir()
+    for step in steps:
+        Image.new("RGB", size, (200, step % 255, 90)).save(folder / f"step-{step:09d}.png")
+
+
+def report(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[str, dict[str, Any]]:
+    """The page, and what --json said of it."""
+    out = Path(argv[0]).parent / "out" / "report.html"
+    assert main([*map(str, argv), "--html", str(out), "--json"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    page = out.read_text()
+    found = json.loads(said)
+    assert found["bytes"] == out.stat().st_size
+    return page, found
+
+
+def test_in_a_browser_all_pictures_load_and_a_phone_need_not_scroll_sideways(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium is installed here")
+    first = make_run(tmp_path / HOSTILE.replace("\ud800", ""), store=f"s3://b/{HOSTILE[:-1]}")
+    second = make_run(tmp_path / ("a-very-long-name." * 12), ended=None, seed=3)
+    write_rows(first / "evaluations.jsonl", [evaluation(n, network=HOSTILE) for n in (100, 200)])
+    for folder in (first, second):
+        draw(folder / "samples", range(100, 400, 100), (900, 300))
+        draw(folder / "attention", range(100, 200, 100))
+    _, found = report(capsys, first, second)
+    with browser_page(executable) as page:
+        for width in (390, 1280):
+            page.open(tmp_path / "out" / "report.html", width=width, dark=width == 390)
+            assert page.evaluate("document.title").startswith("Training report")
+            loaded = "[...document.images].map(i => i.complete && i.naturalWidth > 0)"
+            pictures = page.evaluate(loaded)
+            assert len(pictures) > 12
+            assert all(pictures)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate("document.querySelectorAll('[onerror], script').length") == 0
+            assert HOSTILE[:20] in page.evaluate("document.body.innerText")
+        assert page.messages == []
+    assert found["warnings"] == []
+
+
+def test_attention_is_drawn_of_kept_checkpoints_unless_switched_off(
+    digits_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = read_yaml(CONFIGS / "demo.yaml") | {"store": digits_store.url, "global_batch": 4}
+    changes = {
+        "steps": 2,
+        "log_every": 1,
+        "checkpoint": {"every": 1},
+        "alignment": {"termination": {"kind": "fixed", "step": 1}},
+    }
+    config = validate(RunConfig, merge(values, changes), where="test")
+    train_here(config, tmp_path / "run")
+    page, found = report(capsys, tmp_path / "run")
+    assert found["runs"][0]["termination_step"] == 1
+    assert found["warnings"] == []
+    assert "2: alignment ended at step 1" in page
+    assert "streams, 0 B were read after the alignment had ended" in page
+    for step in (1, 2):
+        assert f'alt="Attention of teacher and student of run at step {step}"' in page
+    page, _ = report(capsys, tmp_path / "run", "--attention", "none")
+    assert "<h2>Attention" not in page
+
+
+def test_attention_that_cannot_be_drawn_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", store=str(tmp_path / "gone"))
+    page, _ = report(capsys, run)
+    assert "run: it has kept no checkpoint yet." in page
+    (run / "checkpoint-000000400").mkdir()
+    page, found = report(capsys, run)
+    assert "run: it cannot be drawn of its checkpoints: checkpoint" in page
+    assert found["warnings"] == ["run: checkpoint-000000400 has no state.json"]
+
+
+def test_no_text_of_a_run_becomes_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", store=HOSTILE[:-1], wandb=HOSTILE[:-1])
+    rows = [evaluation(100, network=HOSTILE, reference=HOSTILE), evaluation(200, weights=HOSTILE)]
+    write_rows(run / "evaluations.jsonl", rows)
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (500, 600):
+            file.write(json.dumps({"step": step, "event": HOSTILE, HOSTILE: step}) + "\n")
+    page, _ = report(capsys, run)
+    assert "<img src=x" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "<script" not in page
+    outside = re.sub(r'(?:content|src)="[^"]*"', "", page)
+    assert "http" not in outside.replace("http-equiv", "")
+    assert "default-src 'none'" in page.replace("&#x27;", "'")
+
+
+def test_numbers_of_other_networks_or_sample_counts_get_panels_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    rows = [evaluation(100), evaluation(200, samples=50_000), evaluation(300, network="dino")]
+    write_rows(run / "evaluations.jsonl", rows)
+    write_rows(other / "evaluations.jsonl", [evaluation(100)])
+    page, _ = report(capsys, run, other)
+    titles = re.findall(r"<strong>(FID,[^<]*)</strong>", page)
+    assert titles == [
+        "FID, inception, 5,000 samples, against digits",
+        "FID, inception, 50,000 samples, against digits",
+        "FID, dino, 5,000 samples, against digits",
+    ]
+
+
+def test_only_options_that_differ_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", ended=None, seed=7)]
+    page, _ = report(capsys, *runs)
+    told = re.findall(r'<th scope="row">(.*?)</tr>', page.partition("What differs")[2])
+    cells = [re.sub(r"<wbr>", "", line).replace("</th>", "") for line in told]
+    listed = [line.replace("</td>", "").split("<td>") for line in cells]
+    assert ["seed", "0", "7"] in listed
+    assert ["alignment.termination.step", "400", "none"] in listed
+    assert not any(line[0] in {"steps", "global_batch", "name"} for line in listed)
+
+
+def test_damage_is_named_and_the_rest_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text("a: [")
+    (run / "summary.json").write_text("[]")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1010, "denoising": NaN, "phase": 2}\n[1]\n{"step": 1020, "deno')
+    (run / "evaluations.jsonl").write_text('{"step": 100\n' + json.dumps(evaluation(200)) + "\n")
+    draw(run / "samples", range(100, 400, 100))
+    (run / "samples" / "step-000000200.png").write_bytes(b"GIF89a")
+    whole = (run / "samples" / "step-000000300.png").read_bytes()
+    (run / "samples" / "step-000000300.png").write_bytes(whole[: len(whole) // 2])
+    page, found = report(capsys, run)
+    said = "\n".join(found["warnings"])
+    for part in (
+        "config.yaml cannot be read",
+        "summary.json cannot be read",
+        "evaluations.jsonl is damaged and read without line 1",
+        "metrics.jsonl is damaged and read without line 103",
+        "'denoising' is no finite number in 1 rows, first at step 1,010",
+        "the picture of step 200 is no whole PNG",
+        "the picture of step 300 is no whole PNG",
+    ):
+        assert part in said
+    assert len(found["warnings"]) == 7
+    assert page.count('src="data:image/png') == 1
+
+
+def test_steps_that_not_all_runs_drew_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    draw(runs[0] / "samples", range(100, 1001, 100))
+    draw(runs[1] / "samples", range(200, 1001, 50))
+    page, _ = report(capsys, *runs)
+    assert "Some steps were not drawn by all runs" in page
+    assert re.findall("<h3>Step ([0-9,]+)", page) == ["200", "400", "500", "700", "800", "1,000"]
+
+
+def test_runs_of_one_name_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")]
+    _, found = report(capsys, *runs)
+    assert [run["name"] for run in found["runs"]] == ["x/run", "y/run"]
+
+
+def test_a_long_run_makes_a_small_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    write_rows(run / "metrics.jsonl", [{**row, "step": 100 * n} for n in range(1, 4_002)])
+    page, found = report(capsys, run)
+    assert "means of 11 rows" in page
+    assert found["bytes"] < 500_000
+
+
+def test_what_cannot_be_a_report_is_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x").touch()
+    for argv, complaint in (
+        ([], "RUN is missing"),
+        ([str(run)], "--html is missing"),
+        ([str(tmp_path / "no"), "--html", "x"], "no such folder"),
+        ([str(tmp_path / "empty"), "--html", "x"], "holds no metrics.jsonl"),
+        ([str(run), f"{run}/", "--html", "x"], "named 2 times"),
+        ([str(run), "--html", str(tmp_path)], str(tmp_path)),
+    ):
+        with pytest.raises(UserError, match=re.escape(complaint)):
+            main(argv)
