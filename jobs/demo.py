@@ -22,10 +22,10 @@ from jobs.train_haste import train_run
 from pipeline.cluster import ray_cluster
 from pipeline.extract.job import extract
 from pipeline.inspect.summary import describe, summarise
-from pipeline.report.__main__ import write_report
 from pipeline.report.attention import draw_attention
 from pipeline.report.curves import draw_curves
 from pipeline.report.records import ATTENTION, SAMPLES, read_run
+from pipeline.report.write import write_report
 from pipeline.sampling.trained import load_student
 from pipeline.store import Store, StreamReader
 from schemas.errors import run_command

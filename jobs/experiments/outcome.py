@@ -12,23 +12,29 @@ import matplotlib
 
 from pipeline.evaluate.record import EVALUATIONS
 from pipeline.files import open_url, write_atomic
+from pipeline.report.write import write_report
+from schemas.report import ReportConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Distances = dict[str, dict[int, list[float]]]
 """Of each arm at each step, one for each seed that has come so far."""
+MOST_RUNS = 32
+"""On one page."""
 
 
 def write_outcome(work: Path, runs: Sequence[str], facts: Mapping[str, Any]) -> Path:
-    """``outcome.json``, ``outcome.md`` and ``outcome.png`` in ``work``, of the runs there are;
-    returns the second's path."""
+    """``outcome.json``, ``outcome.md``, ``outcome.png`` and ``report.html`` in ``work``, of the runs
+    there are; returns the second's path."""
     distances = read_distances(work / "runs", runs)
     values = {"facts": facts, "frechet_distances": distances}
     _write(work / "outcome.json", json.dumps(values, indent=1) + "\n")
     text = as_table(distances, facts)
     _write(work / "outcome.md", text)
     draw(distances, work / "outcome.png", facts["reference"]["held_out_fid"])
+    folders = tuple(str(work / "runs" / name) for name in runs if (work / "runs" / name).is_dir())
+    write_report(ReportConfig(runs=folders[:MOST_RUNS], html=str(work / "report.html")))
     return work / "outcome.md"
 
 

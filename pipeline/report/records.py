@@ -23,7 +23,7 @@ from pipeline.files import (
 )
 from pipeline.storage.secrets import written_down
 from pipeline.train.choose import checkpoint_name, steps_of
-from pipeline.train.metrics import CONFIG, METRICS, SUMMARY
+from pipeline.train.metrics import CONFIG, EVALUATION, METRICS, SUMMARY
 from pipeline.train.seal import STATE, unseal
 from schemas.errors import UserError
 from schemas.options import validate
@@ -149,7 +149,9 @@ def whole(value: Any) -> int | None:
 
 def _read_metrics(record: Record) -> None:
     rows = _read_rows(record, METRICS)
-    record.events = _by_step(row for row in rows if isinstance(row.get("event"), str))
+    # evaluations have a file of their own
+    events = (row for row in rows if isinstance(row.get("event"), str))
+    record.events = _by_step(row for row in events if row["event"] != EVALUATION)
     measured = {row["step"]: row for row in rows if "event" not in row}  # the last of a step counts
     record.rows = _by_step(measured.values())
     for name in ("denoising", "feature", "attention", "grad_norm"):

@@ -22,7 +22,7 @@ from pipeline.train.choose import Write
 from pipeline.train.effort import Effort
 from pipeline.train.identity import store_identity, with_stream
 from pipeline.train.meter import Meter
-from pipeline.train.metrics import CONFIG, SUMMARY, MetricsLog
+from pipeline.train.metrics import CONFIG, EVALUATION, SUMMARY, MetricsLog
 from pipeline.train.parallel import Parallel
 from pipeline.train.probe import GradientProbe
 from pipeline.train.profile import StepTrace
@@ -265,7 +265,7 @@ class _Run:
         found = self.looks.take(self.trainer.ema.module, step)
         if found is not None and self.log is not None:
             values = {name: found[name] for name in ("fid", "samples", "network")}
-            self.log.row({"step": step, "event": f"evaluation: FID {found['fid']:.2f}", **values})
+            self.log.row({"step": step, "event": EVALUATION, **values})
         self.meter.leave_out(time.perf_counter() - began)
         self.clock.pause()
 

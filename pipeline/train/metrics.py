@@ -17,6 +17,8 @@ from schemas.run import RunConfig
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
+EVALUATION = "evaluation"
+"""The event of a row that says how far samples are from real images."""
 
 
 class MetricsLog:
@@ -54,7 +56,8 @@ class MetricsLog:
 
     def _line(self, row: dict[str, Any]) -> str:
         if "event" in row:
-            return f"step {row['step']}: {row['event']}"
+            distance = f", FID {row['fid']:.2f}" if "fid" in row else ""
+            return f"step {row['step']}: {row['event']}{distance}"
         rate = row["steps_per_second"]
         left = (self.total_steps - row["step"]) / rate if rate else 0
         parts = [f"step {row['step']}/{self.total_steps}", f"phase {row['phase']}"]

@@ -1,0 +1,185 @@
+"""The CIFAR-10 experiment, tiny: all of its steps, and that they are made once."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
+from pipeline.train.metrics import read_metrics
+from schemas.errors import UserError
+from schemas.options import merge, parse_options, read_yaml
+from schemas.run import RunConfig
+
+CPU = DEFAULTS.with_name("cifar10_cpu.yaml")
+TINY: dict[str, Any] = {
+    "held_out": 6,
+    "device": "cpu",
+    "threads": 1,
+    "teacher": {
+        "backbone": {"embed_dim": 24, "num_heads": 2},
+        "steps": 2,
+        "batch_size": 8,
+        "prototypes": 16,
+        "hidden": 16,
+    },
+    "autoencoder": {"widths": [8, 8], "steps": 2, "batch_size": 8},
+    "judge": {"name": "resnet10t", "steps": 2, "batch_size": 8},
+    "store": {"shard_size": 20, "batch_size": 20},
+    "run": {
+        "steps": 4,
+        "global_batch": 8,
+        "log_every": 1,
+        "student": {"width": 24, "heads": 2, "depth": 5},
+        "alignment": {"projector_width": 16, "termination": {"step": 2}},
+        "checkpoint": {"every": 2},
+        "samples": {
+            "every": 2,
+            "per_class": 1,
+            "batch_size": 10,
+            "sampler": {"steps": 1},
+            "evaluate": {"images": 10},
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes of twelve pictures of noise, as the zip of CIFAR-10 has them."""
+    path = tmp_path_factory.mktemp("cifar") / "images.zip"
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as zipped:
+        for kind in range(10):
+            for number in range(12):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                zipped.writestr(f"train/class{kind}/{number:04d}.png", buffer.getvalue())
+    return path
+
+
+def config_of(source: Path, work: Path, /, **changes: Any) -> Cifar10Config:
+    places = {"source": str(source), "work": str(work)}
+    return Cifar10Config.model_validate(merge(merge(read_yaml(CPU), TINY), places | changes))
+
+
+@pytest.fixture(scope="module")
+def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work of two arms with one seed."""
+    work = tmp_path_factory.mktemp("work")
+    outcome = run_matrix(config_of(source, work, select=["vanilla", "haste"]))
+    assert outcome == work / "outcome.md"
+    return work
+
+
+def test_arms_differ_in_what_they_are_called_after() -> None:
+    for file in (DEFAULTS, CPU):
+        config = Cifar10Config.model_validate(read_yaml(file))
+        runs = {
+            arm: RunConfig.model_validate(
+                merge(
+                    merge(config.run, changes),
+                    {"samples": {"evaluate": {"reference": "statistics.npz"}}},
+                )
+            )
+            for arm, changes in config.arms.items()
+        }
+        assert {
+            arm: (
+                run.alignment.feature_weight,
+                run.alignment.attention_weight,
+                run.alignment.termination is not None,
+            )
+            for arm, run in runs.items()
+        } == {
+            "vanilla": (0, 0, False),
+            "repa": (0.5, 0, False),
+            "repa_terminated": (0.5, 0, True),
+            "atta": (0, 0.5, False),
+            "haste_always": (0.5, 0.5, False),
+            "haste": (0.5, 0.5, True),
+        }
+        assert all(run.steps == runs["haste"].steps for run in runs.values())
+
+
+def test_outcome_has_every_arm_at_every_step(done: Path) -> None:
+    values = json.loads((done / "outcome.json").read_text())
+    distances = values["frechet_distances"]
+    assert set(distances) == set(Cifar10Config.model_validate(read_yaml(DEFAULTS)).arms)
+    for arm in ("vanilla", "haste"):
+        assert sorted(distances[arm]) == ["2", "4"]
+        assert all(len(found) == 1 and found[0] > 0 for found in distances[arm].values())
+    assert distances["repa"] == {}
+    facts = values["facts"]
+    assert 0 <= facts["teacher"]["knn_held_out"]["class token"] <= 1
+    assert 0 <= facts["judge"]["held_out_accuracy"] <= 1
+    assert facts["reference"]["held_out_fid"] > 0
+    text = (done / "outcome.md").read_text()
+    assert "| haste | 1 |" in text
+    assert "| repa | 0 | - | - |" in text
+    assert Image.open(done / "outcome.png").size[0] > 400
+    assert (done / "report.html").read_text().count("haste-seed0") > 1
+
+
+def test_runs_are_judged_on_images_that_nothing_was_trained_on_apart(done: Path) -> None:
+    """Held-out pictures are in no store, and the runs see one store."""
+    assert len(list((done / "images" / "train").rglob("*.png"))) == 60
+    assert len(list((done / "images" / "held_out").rglob("*.png"))) == 60
+    manifest = json.loads((done / "store" / "manifest.json").read_text())
+    assert manifest["dataset"]["samples"] == 60
+    phases = {
+        arm: [
+            row["phase"]
+            for row in read_metrics(done / "runs" / f"{arm}-seed0" / "metrics.jsonl")
+            if "event" not in row
+        ]
+        for arm in ("vanilla", "haste")
+    }
+    assert phases == {"vanilla": [2, 2, 2, 2], "haste": [1, 1, 2, 2]}
+
+
+def test_again_makes_nothing_again(source: Path, done: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")}
+    run_matrix(config_of(source, done, select=["vanilla", "haste"]))
+    assert before == {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")}
+
+
+def test_other_options_are_not_mixed_with_what_is_there(source: Path, done: Path) -> None:
+    with pytest.raises(UserError, match=r"the teacher in '.*' was made with another steps"):
+        run_matrix(config_of(source, done, teacher={**TINY["teacher"], "steps": 3}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"select": ["hast"]}, r"--select hast: the arms are vanilla, repa"),
+        ({"source": None}, r"--source is missing"),
+        ({"source": "/nowhere.zip"}, r"--source '/nowhere.zip' is no zip"),
+        ({"held_out": 12}, r"more than 12 images of each class; found 10 classes"),
+    ],
+)
+def test_bad_options_are_named(
+    source: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_matrix(config_of(source, tmp_path, **changes))
+    assert not list(tmp_path.rglob("about.json"))
+
+
+def test_command_has_its_own_defaults() -> None:
+    config = parse_options(
+        Cifar10Config,
+        ["--config", str(DEFAULTS), "--seeds", "0,1,2"],
+        command="cifar10.py",
+        about="",
+    )
+    assert config.seeds == (0, 1, 2)
+    assert len(config.arms) == 6

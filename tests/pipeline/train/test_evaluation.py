@@ -1,0 +1,128 @@
+"""The small Fréchet distance that a run measures as it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from pipeline.autoencoders import Autoencoder
+from pipeline.evaluate.evaluate import evaluate
+from pipeline.evaluate.frechet import frechet_distance
+from pipeline.evaluate.networks import FeatureNetwork
+from pipeline.evaluate.statistics import FeatureStatistics
+from pipeline.evaluate.stored import StoreImages
+from pipeline.sampling.blocks import choose_labels
+from pipeline.sampling.draw import draw_images
+from pipeline.sampling.trained import load_student
+from pipeline.store import Store
+from pipeline.train.metrics import read_metrics
+from schemas.errors import UserError
+from schemas.evaluate import EvaluateConfig
+from schemas.options import merge
+from schemas.run import RunConfig
+from tests.processes import train_on
+from tests.stores import tiny_run
+
+NETWORK = {"network": "resnet10t", "network_weights": "random", "network_size": 32}
+
+
+@pytest.fixture(scope="module")
+def reference(digits_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "digits.npz"
+    asked = {"reference": digits_store.url, "save_reference": str(path), **NETWORK}
+    evaluate(EvaluateConfig.model_validate(asked), "cpu")
+    return path
+
+
+@pytest.fixture
+def config(digits_store: Store, reference: Path) -> RunConfig:
+    """Four steps of a tiny student without a teacher; a distance after the third and the last."""
+    changes: dict[str, Any] = {
+        "store": digits_store.url,
+        "steps": 4,
+        "student": {"num_classes": 10},
+        "alignment": {"feature_weight": 0, "attention_weight": 0, "termination": None},
+        "checkpoint": {"every": 3, "keep": 9},
+        "samples": {
+            "batch_size": 4,
+            "sampler": {"method": "ode", "steps": 2, "seed": 3},
+            "evaluate": {"images": 10, "every": 3, "reference": str(reference), **NETWORK},
+        },
+    }
+    return RunConfig.model_validate(merge(tiny_run(), changes))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_distance_is_that_of_what_the_averaged_weights_draw(
+    config: RunConfig, digits_store: Store, tmp_path: Path
+) -> None:
+    train_on(1, config, tmp_path / "run")
+    rows = rows_of(tmp_path / "run")
+    assert [(row["step"], row["samples"], row["network"]) for row in rows] == [
+        (3, 10, "resnet10t"),
+        (4, 10, "resnet10t"),
+    ]
+    student, state = load_student(tmp_path / "run" / "checkpoint-000000003")
+    vae = Autoencoder(state.autoencoder.name)
+    labels = choose_labels("random", range(10), 3, 0, 10)
+    images = torch.cat(
+        [
+            draw_images(student, vae, labels[i : i + 4], config.samples.sampler, first_index=i)
+            for i in range(0, 10, 4)
+        ]
+    )
+    network = FeatureNetwork("resnet10t", "random", size=32)
+    drawn, real = FeatureStatistics(network.width), FeatureStatistics(network.width)
+    drawn.add(network.features(images))
+    for batch in StoreImages(digits_store.url).batches(8):
+        real.add(network.features(batch))
+    assert rows[0]["fid"] == pytest.approx(frechet_distance(drawn, real), rel=1e-5)
+    assert rows[0]["fid"] > 0
+    events = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "fid" in row]
+    assert [row["fid"] for row in events] == [row["fid"] for row in rows]
+
+
+def test_workers_measure_the_same_together(config: RunConfig, tmp_path: Path) -> None:
+    train_on(1, config, tmp_path / "one")
+    train_on(2, config, tmp_path / "two")
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert [row["samples"] for row in two] == [10, 10]
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs["fid"] == pytest.approx(mine["fid"], rel=1e-3)
+
+
+def test_a_resumed_run_has_each_row_once(config: RunConfig, tmp_path: Path) -> None:
+    train_on(1, config, tmp_path / "whole")
+    train_on(1, config, tmp_path / "run", stop_at=3)
+    train_on(1, config, tmp_path / "run")
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
+
+
+def test_a_reference_of_another_network_is_named(config: RunConfig, tmp_path: Path) -> None:
+    values = merge(config.model_dump(), {"samples": {"evaluate": {"seed": 1}}})
+    with pytest.raises(UserError, match=r"--samples.evaluate.reference '.*' holds statistics of"):
+        train_on(1, RunConfig.model_validate(values), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({"evaluate": {"images": 10, "every": 5}}, "reference is missing"),
+        ({"evaluate": {"images": 10, "reference": "r.npz"}}, "say how often"),
+        (
+            {"every": 5, "evaluate": {"images": 10, "reference": "r.npz", "network": "resnet18"}},
+            "network_weights go together",
+        ),
+    ],
+)
+def test_half_an_evaluation_is_refused(samples: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate({"samples": samples})
