@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,29 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.storage.retry import wanted_until
-from pipeline.store.damage import DamagedShardError, LostShardError
+from pipeline.store.damage import DamagedShardError
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget
 from pipeline.store.order import SampleOrder
+from pipeline.store.quarantine import CHECK, Agree, Quarantine
 from pipeline.store.reader import Columns, StreamReader
 from pipeline.store.source import FileSource, for_share
 from pipeline.store.store import Store
 from schemas.errors import UserError
 from schemas.run import DataConfig, OnBadShard
 
-Agree = Callable[[set[int]], set[int]]
-"""The union of what all ranks pass; every rank calls it at the same steps."""
-
 GIGA = 1_000_000_000
-
-BAD_SHARDS = 10
-BAD_SHARE = 10
-"""More damaged shards than so many, and than one in so many of the store's, are no accident."""
-
-CHECK = "check the store with: python -m pipeline.inspect STORE --verify"
-
-LOOK_AHEAD = 256
-"""Places of samples that are made out at once in search of one that can be read."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +44,6 @@ class _Task(NamedTuple):
     done: Future[None]
 
 
-class _Unreadable:
-    """What was found to be unreadable in an epoch, so as not to try it again. Whole shards are
-    remembered as such: a file that is away would otherwise be asked for once per sample."""
-
-    def __init__(self) -> None:
-        self._shards: set[tuple[str, int]] = set()
-        self._samples: set[tuple[str, int, int]] = set()
-
-    def add(self, stream: str, shard: int, row: int, error: DamagedShardError) -> None:
-        if isinstance(error, LostShardError):
-            self._shards.add((stream, shard))
-        else:
-            self._samples.add((stream, shard, row))
-
-    def knows(self, streams: Iterable[str], shard: int, row: int) -> bool:
-        return any(
-            (name, shard) in self._shards or (name, shard, row) in self._samples for name in streams
-        )
-
-
 @dataclass
 class _Pending:
     """A batch that is being read."""
@@ -89,11 +57,6 @@ class _Pending:
 def rank_slice(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
     """Begin and end of a rank's samples in a global batch; unequal where it does not divide."""
     return global_batch * rank // world_size, global_batch * (rank + 1) // world_size
-
-
-def most_bad_shards(shards: int) -> int:
-    """How many shards of a store may be quarantined; of a very small one, half."""
-    return max(shards // BAD_SHARE, min(BAD_SHARDS, shards // 2))
 
 
 def loader_options(config: DataConfig) -> dict[str, Any]:
@@ -175,12 +138,9 @@ class BatchLoader:
         self._open = set(streams)
         self._pending: deque[_Pending] = deque()
         self._error: BaseException | None = None
-        self._quarantines = on_bad_shard == "quarantine"
-        self._agree = agree
-        self._found: set[int] = set()  # damaged shards that this rank met in this epoch
-        self._unreadable = _Unreadable()
-        self._epoch = order.epoch_of(start_step * global_batch)
-        self._check_share()
+        self._quarantine: Quarantine | None = None
+        if on_bad_shard == "quarantine":
+            self._quarantine = Quarantine(order, start_step * global_batch, agree)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch-loader")
         self._read_ahead()
 
@@ -201,11 +161,8 @@ class BatchLoader:
     def state(self) -> dict[str, Any]:
         """What a resumed run must know beside its step; every rank calls it, between two steps.
         ``SampleOrder`` takes it up as ``damaged``."""
-        if self._quarantines:
-            self._found = self._agree(self._found)
-            self._check_share()
-        found = dict.fromkeys(self._found - self._order.damaged.keys(), self._epoch)
-        return {"damaged": {str(s): e for s, e in sorted({**found, **self._order.damaged}.items())}}
+        damaged = self._order.damaged if self._quarantine is None else self._quarantine.damaged()
+        return {"damaged": {str(shard): epoch for shard, epoch in sorted(damaged.items())}}
 
     def close_streams(self, names: Sequence[str]) -> None:
         """Stop reading these streams for good; batches that were read ahead lose them too."""
@@ -248,10 +205,9 @@ class BatchLoader:
         is not begun before the last one has been read to its end."""
         while self._open and len(self._pending) < self._prefetch:
             step = self._next_step
-            if self._quarantines:
-                end = self._order.epoch_span(self._epoch)[1]
-                if (step + 1) * self._global_batch > end:
-                    return
+            quarantine, behind = self._quarantine, (step + 1) * self._global_batch
+            if quarantine is not None and behind > quarantine.epoch_end:
+                return
             begin, end = self._slice
             first = step * self._global_batch
             self._pending.append(self._begin(step, first + begin, first + end))
@@ -308,91 +264,52 @@ class BatchLoader:
                 try:
                     task.done.result()
                 except DamagedShardError:
-                    if not self._quarantines:
+                    if self._quarantine is None:
                         raise
                     bad |= set(task.places.tolist())
         except BaseException:
             self._cancel([task.done for task in batch.tasks])
             raise
         for place in sorted(bad):
-            self._substitute(batch, place)
+            assert self._quarantine is not None
+            self._substitute(self._quarantine, batch, place)
         return Batch(batch.step, batch.positions, batch.columns)
 
-    def _substitute(self, batch: _Pending, place: int) -> None:
+    def _substitute(self, quarantine: Quarantine, batch: _Pending, place: int) -> None:
         """Read the sample at ``place`` by itself or, if it cannot be, the next one of its epoch
         that can. Only what is read here counts as found: it is the same however far ahead the
         threads are."""
-        for shard, row, until in self._following(int(batch.positions[place]), batch.columns):
+        for shard, row, until in quarantine.following(int(batch.positions[place]), batch.columns):
             at, where = np.array([row]), np.array([place])
             for name, columns in batch.columns.items():
                 try:
                     self._fill(name, columns, shard, at, where, until)
                 except DamagedShardError as error:
-                    self._unreadable.add(name, shard, row, error)
-                    self._note_damage(shard, error)
+                    quarantine.add(name, shard, row, error)
                     break
             else:
                 return
         raise UserError(f"no sample of an epoch can be read: {CHECK}")
 
-    def _following(self, position: int, streams: Iterable[str]) -> Iterator[tuple[int, int, int]]:
-        """Shard, row and end of the window of the sample at ``position`` and of those behind it, up
-        to the end of the epoch and then from its beginning, but for those that were found
-        unreadable in one of ``streams``. To know that already changes nothing but time."""
-        start, end = self._order.epoch_span(self._order.epoch_of(position))
-        size = end - start
-        for begin in range(0, size, LOOK_AHEAD):
-            offsets = np.arange(begin, min(begin + LOOK_AHEAD, size))
-            shards, rows, until = self._order.locate_windows(
-                start + (position - start + offsets) % size
-            )
-            for sample in zip(shards.tolist(), rows.tolist(), until.tolist(), strict=True):
-                if not self._unreadable.knows(streams, *sample[:2]):
-                    yield sample
-
-    def _note_damage(self, shard: int, error: DamagedShardError) -> None:
-        if shard in self._found:
-            return
-        self._found.add(shard)
-        _note(f"{error}; left out from epoch {self._epoch + 1} on")
-        self._check_share()
-
-    def _check_share(self) -> None:
-        """Raises ``UserError`` where more is to be left out than a few bad shards."""
-        damaged = len(self._found | self._order.damaged.keys())
-        shards = int(np.count_nonzero(self._order.sizes))
-        if self._quarantines and damaged > most_bad_shards(shards):
-            raise UserError(
-                f"{damaged} of the store's {shards} shards cannot be read: that is more than a few "
-                f"bad shards; {CHECK}"
-            )
-
     def _across_epochs(self) -> Batch:
         """The batch of the next step, in which an epoch ends or before which one has ended, once
         its last part is read and all ranks know of all that is to be left out of the next."""
+        quarantine = self._quarantine
+        assert quarantine is not None  # without it nothing keeps from reading ahead
         step = self._next_step
         self._next_step += 1
         at, last = step * self._global_batch, (step + 1) * self._global_batch
         begin, end = at + self._slice[0], at + self._slice[1]
         parts = []
         while at < last:
-            epoch_end = self._order.epoch_span(self._epoch)[1]
-            if at == epoch_end:
-                self._turn_epoch()
+            if at == quarantine.epoch_end:
+                quarantine.turn_epoch()
                 continue
-            until = min(epoch_end, last)
+            until = min(quarantine.epoch_end, last)
             first, behind = max(at, begin), min(until, end)
             parts.append(self._finish(self._begin(step, min(first, behind), behind)))
             at = until
         return _joined(parts)
-
-    def _turn_epoch(self) -> None:
-        self._found = self._agree(self._found)
-        self._check_share()
-        self._order.leave_out(dict.fromkeys(self._found, self._epoch))
-        self._found = set()
-        self._unreadable = _Unreadable()
-        self._epoch += 1
 
     @staticmethod
     def _cancel(tasks: Sequence[Future[None]]) -> None:
@@ -410,7 +327,3 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     }
     positions = np.concatenate([part.positions for part in parts])
     return Batch(parts[0].step, positions, columns)
-
-
-def _note(line: str) -> None:
-    sys.stderr.write(line + "\n")

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.train.checkpoint import CheckpointState, parse_state
-from pipeline.train.seal import DamagedCheckpointError, unseal, verify
+from pipeline.train.seal import (
+    DamagedCheckpointError,
+    UnfinishedCheckpointError,
+    unseal,
+    verify,
+)
 from schemas.errors import UserError, plain_text
 
 PREFIX = "checkpoint-"
@@ -56,20 +61,22 @@ def outdated(steps: Iterable[int], newest: int, keep: int) -> list[int]:
 
 def newest_whole(checkpoints: Checkpoints, scratch: Path) -> tuple[int, Path] | None:
     """Step and local folder of the newest checkpoint whose every byte is as it was written, or
-    None where the run has no checkpoint yet.
+    None where the run has no checkpoint yet, if only one whose upload was cut off.
 
     Damaged ones are named on stderr and passed over. Raises ``UserError`` where all are damaged.
     """
     steps = checkpoints.steps()
+    damaged = False
     for step in reversed(steps):
         try:
             folder = checkpoints.fetch(step, scratch)
             verify(folder)
         except DamagedCheckpointError as error:
             _say(error, step, steps)
+            damaged = damaged or not isinstance(error, UnfinishedCheckpointError)
         else:
             return step, folder
-    if steps:
+    if damaged:
         raise _none_is_whole(checkpoints, steps)
     return None
 
@@ -78,13 +85,16 @@ def newest_state(checkpoints: Checkpoints) -> CheckpointState | None:
     """The state in the newest checkpoint whose ``state.json`` is whole: a first look, cheap even
     where checkpoints are large and far away. Raises as ``newest_whole``."""
     steps = checkpoints.steps()
+    damaged = False
     for step in reversed(steps):
         where = checkpoints.where(step)
         try:
             return parse_state(unseal(checkpoints.state(step), where), where)
-        except DamagedCheckpointError:  # whoever loads will say so
+        except UnfinishedCheckpointError:
             continue
-    if steps:
+        except DamagedCheckpointError:  # whoever loads will say so
+            damaged = True
+    if damaged:
         raise _none_is_whole(checkpoints, steps)
     return None
 

@@ -9,14 +9,19 @@ import fsspec
 
 from pipeline.files import list_tree, publish, read_bytes, remove, retrying
 from pipeline.train.choose import Write, checkpoint_name, outdated, steps_of
-from pipeline.train.seal import STATE, DamagedCheckpointError, unseal
+from pipeline.train.seal import (
+    STATE,
+    DamagedCheckpointError,
+    UnfinishedCheckpointError,
+    unseal,
+)
 
 
 class RemoteCheckpoints:
     """Folders ``checkpoint-STEP`` below ``root``; the newest ``keep`` stay.
 
     There is no rename: files are uploaded one by one, each of them whole or not there, and
-    ``state.json``, without which a checkpoint is damaged, comes last and goes first.
+    ``state.json``, without which there is no checkpoint yet, comes last and goes first.
     """
 
     def __init__(
@@ -35,13 +40,16 @@ class RemoteCheckpoints:
             files = sorted(Path(scratch).iterdir(), key=lambda path: path.name == STATE)
             for path in files:
                 publish(self.filesystem, path, f"{self._folder(step)}/{path.name}")
-        for old in outdated(self.steps(), step, self.keep):
-            self._remove(old)
+        files = self._files()
+        finished = {name for name, file in files if file == STATE}
+        there = steps_of({name for name, _ in files})
+        old = outdated(steps_of(finished), step, self.keep)
+        for step in there:
+            if step in old or checkpoint_name(step) not in finished:
+                self._remove(step)
 
     def steps(self) -> list[int]:
-        # by their files: an empty folder is but a name
-        files = list_tree(self.filesystem, self.root)
-        return steps_of({path.removeprefix(f"{self.root}/").split("/")[0] for path in files})
+        return steps_of({name for name, _ in self._files()})
 
     def where(self, step: int) -> str:
         return f"{self.url}/{checkpoint_name(step)}"
@@ -50,7 +58,7 @@ class RemoteCheckpoints:
         try:
             return read_bytes(self.filesystem, f"{self._folder(step)}/{STATE}")
         except FileNotFoundError:
-            raise DamagedCheckpointError(self.where(step), f"{STATE} is missing") from None
+            raise UnfinishedCheckpointError(self.where(step)) from None
 
     def fetch(self, step: int, scratch: Path) -> Path:
         """Downloads the files that the state lists, if all have their sizes; the state last."""
@@ -76,6 +84,13 @@ class RemoteCheckpoints:
             self.filesystem.get_file(path, str(to))
 
         retrying(get, self.filesystem, path, doing="read")
+
+    def _files(self) -> list[tuple[str, str]]:
+        """Folder and rest of the path of every file: an empty folder is but a name."""
+        paths = (
+            path.removeprefix(f"{self.root}/") for path in list_tree(self.filesystem, self.root)
+        )
+        return [(path.split("/")[0], path.partition("/")[2]) for path in paths]
 
     def _folder(self, step: int) -> str:
         return f"{self.root}/{checkpoint_name(step)}"

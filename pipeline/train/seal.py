@@ -26,6 +26,13 @@ class DamagedCheckpointError(UserError):
         super().__init__(f"checkpoint '{where}' is damaged: {what}")
 
 
+class UnfinishedCheckpointError(DamagedCheckpointError):
+    """What an upload that was cut off has left: it has never been a checkpoint."""
+
+    def __init__(self, where: str | Path) -> None:
+        super().__init__(where, f"{STATE}, which is uploaded last, is missing")
+
+
 def seal(folder: Path, state: dict[str, Any]) -> None:
     """Write ``state.json`` over the files that lie in ``folder``, all safely on disk."""
     files = {}

@@ -17,7 +17,7 @@ from pipeline.files import RETRY_VARIABLE, StorageError
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.damage import DamagedShardError
 from pipeline.store.layout import commit_path
-from pipeline.store.loader import most_bad_shards
+from pipeline.store.quarantine import most_bad_shards
 from schemas.errors import UserError
 from tests.helpers import known_values, recorded_opens, write_known_store
 
@@ -207,7 +207,7 @@ def test_a_large_bad_shard_is_asked_for_a_few_times_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     """However many samples in a row are lost with it."""
-    monkeypatch.setattr("pipeline.store.loader.LOOK_AHEAD", 4)
+    monkeypatch.setattr("pipeline.store.quarantine.LOOK_AHEAD", 4)
     sizes = (3, 40, 3, 3)
     store = write_known_store(str(tmp_path / "store"), sizes)
     lost = store.record(1).streams["maps"][0].file

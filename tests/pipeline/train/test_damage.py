@@ -295,6 +295,36 @@ def test_a_remote_upload_that_was_cut_off_is_no_checkpoint(
     assert remote.steps() == [4]
 
 
+def test_a_first_upload_that_was_cut_off_does_not_stand_in_the_way(
+    remote: RemoteCheckpoints, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker that is killed over its run's first checkpoint: there is none yet to go back to."""
+    remote.filesystem.rm(f"{remote.root}/checkpoint-000000002", recursive=True)
+    remote.filesystem.rm_file(f"{remote.root}/checkpoint-000000004/state.json")
+    assert newest_state(remote) is None
+    assert newest_whole(remote, tmp_path / "d") is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkpoint-000000004' is damaged: state.json, which is uploaded last" in line
+
+    def write(folder: Path) -> None:
+        shutil.copytree(made / "checkpoint-000000002", folder, dirs_exist_ok=True)
+
+    remote.save(2, write)
+    assert remote.steps() == [2]
+
+
+def test_what_is_unfinished_does_not_count_among_those_that_are_kept(
+    remote: RemoteCheckpoints, made: Path
+) -> None:
+    remote.filesystem.rm_file(f"{remote.root}/checkpoint-000000004/state.json")
+
+    def write(folder: Path) -> None:
+        shutil.copytree(made / "checkpoint-000000004", folder, dirs_exist_ok=True)
+
+    remote.save(6, write)
+    assert remote.steps() == [2, 6]
+
+
 def test_an_output_that_is_not_shared_is_refused(run_config: Make, run_folder: Path) -> None:
     RunFolder(run_config(output=str(run_folder.parent))).require_shared()
     with pytest.raises(UserError, match=r"does not see .*: --output must be a folder that all"):
