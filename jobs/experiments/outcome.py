@@ -25,8 +25,8 @@ MOST_RUNS = 32
 
 
 def write_outcome(work: Path, runs: Sequence[str], facts: Mapping[str, Any]) -> Path:
-    """``outcome.json``, ``outcome.md``, ``outcome.png`` and ``report.html`` in ``work``, of the runs
-    there are; returns the second's path."""
+    """``outcome.json``, ``.md`` and ``.png`` and ``report.html`` in ``work``, of the runs there
+    are; returns the second's path."""
     distances = read_distances(work / "runs", runs)
     values = {"facts": facts, "frechet_distances": distances}
     _write(work / "outcome.json", json.dumps(values, indent=1) + "\n")

@@ -40,16 +40,14 @@ class RemoteCheckpoints:
             files = sorted(Path(scratch).iterdir(), key=lambda path: path.name == STATE)
             for path in files:
                 publish(self.filesystem, path, f"{self._folder(step)}/{path.name}")
-        files = self._files()
-        finished = {name for name, file in files if file == STATE}
-        there = steps_of({name for name, _ in files})
-        old = outdated(steps_of(finished), step, self.keep)
-        for step in there:
-            if step in old or checkpoint_name(step) not in finished:
-                self._remove(step)
+        finished = steps_of({folder for folder, file in self._files() if file == STATE})
+        kept = set(finished) - set(outdated(finished, step, self.keep))
+        for other in self.steps():
+            if other not in kept:
+                self._remove(other)
 
     def steps(self) -> list[int]:
-        return steps_of({name for name, _ in self._files()})
+        return steps_of({folder for folder, _ in self._files()})
 
     def where(self, step: int) -> str:
         return f"{self.url}/{checkpoint_name(step)}"
@@ -87,10 +85,9 @@ class RemoteCheckpoints:
 
     def _files(self) -> list[tuple[str, str]]:
         """Folder and rest of the path of every file: an empty folder is but a name."""
-        paths = (
-            path.removeprefix(f"{self.root}/") for path in list_tree(self.filesystem, self.root)
-        )
-        return [(path.split("/")[0], path.partition("/")[2]) for path in paths]
+        paths = list_tree(self.filesystem, self.root)
+        below = (path.removeprefix(f"{self.root}/").partition("/") for path in paths)
+        return [(folder, file) for folder, _, file in below]
 
     def _folder(self, step: int) -> str:
         return f"{self.root}/{checkpoint_name(step)}"
