@@ -49,7 +49,8 @@ def sample_many(config: SampleConfig) -> Sampled:
     config = _with_absolute_paths(config)
     outputs = _outputs(config)
     checkpoint = find_checkpoint(config.checkpoint)
-    with StopSignals(promise=None) as signals:
+    # the signals are taken once there is a connection: Ray puts handlers of its own in their place
+    with ray_cluster(config.ray_address), StopSignals(promise=None) as signals:
 
         def check_signals() -> None:
             if signals.received is not None:
@@ -60,8 +61,7 @@ def sample_many(config: SampleConfig) -> Sampled:
                 )
 
         try:
-            with ray_cluster(config.ray_address):
-                return _sample(config, checkpoint, outputs, check_signals)
+            return _sample(config, checkpoint, outputs, check_signals)
         except Exception:
             check_signals()  # a terminal's Ctrl-C reaches Ray's processes as well: no fault of ours
             raise
