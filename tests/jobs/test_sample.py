@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import jobs.sample_many as module
 from jobs.sample import main
 from jobs.sample_many import Sampled, sample_many
-from pipeline.sampling.blocks import Block
+from pipeline.sampling.blocks import Block, choose_labels, plan_blocks
 from pipeline.sampling.outputs import NpzOutput
 from pipeline.sampling.worker import Drawn, SampleWorker
 from pipeline.store import Store
@@ -64,7 +65,8 @@ def options(run: Path, **overrides: Any) -> dict[str, Any]:
     return {
         "checkpoint": str(run),
         "autoencoder": "demo",
-        "num": 11,
+        "num": 12,
+        "labels": "balanced",
         "batch_size": 3,
         "sampler": {"method": "sde", "steps": 3, "guidance": 1.5, "guidance_high": 0.7},
         "workers": {"count": 1, "cpus_per_worker": 0.5},
@@ -94,48 +96,31 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
-@pytest.mark.usefixtures("two_cpus")
-def test_the_same_images_whatever_the_number_of_workers(
-    draw: Sample, run: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = draw(npz=str(tmp_path / "one.npz"), folder=str(tmp_path / "pictures"), labels="balanced")
-    assert (one.images, one.resumed, one.labels) == (11, 0, "balanced")
-    two = draw(npz=str(tmp_path / "two.npz"), labels="balanced", workers={"count": 2})
-    assert two.images_per_second > 0
-    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
-    assert sorted(drawn) == [0, 0, 1, 1, 2, 2, 3, 3]
-    with np.load(tmp_path / "one.npz") as file:
-        images, labels, about = file["arr_0"], file["labels"], json.loads(str(file["about"]))
-    assert (images.shape, images.dtype) == ((11, 32, 32, 3), np.uint8)
-    assert len({image.tobytes() for image in images}) == 11
-    assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
-    assert about["checkpoint"] == str(run / "checkpoint-000000004")
-    said = {"step": 4, "weights": "ema", "model": "SiT-S/2", "num": 11, "image_size": 32}
-    assert about.items() >= {**said, "autoencoder": "demo", "labels": "balanced"}.items()
-    assert about["sampler"]["guidance_high"] == 0.7
-    pictures = sorted((tmp_path / "pictures").glob("*.png"))
-    assert [picture.name for picture in pictures] == [f"{n:06d}.png" for n in range(11)]
-    for picture, image in zip(pictures, images, strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.open(picture)), image)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "pictures", "two.npz"]
-
-    drawn.clear()
-    (tmp_path / "pictures" / "000007.png").unlink()
-    again = draw(
-        npz=str(tmp_path / "one.npz"), folder=str(tmp_path / "pictures"), labels="balanced"
-    )
-    assert (again.images, again.resumed) == (11, 8)
-    assert drawn == [2]
-    np.testing.assert_array_equal(np.asarray(Image.open(pictures[7])), images[7])
-
-    with pytest.raises(UserError, match=r"one.npz' is of other images: step 4 \(now 2\)"):
-        draw(checkpoint=str(run / "checkpoint-000000002"), npz=str(tmp_path / "one.npz"))
+@pytest.fixture(scope="module")
+def expected(run: Path) -> np.ndarray[Any, Any]:
+    """30 images, drawn in this process."""
+    config = SampleConfig.model_validate(options(run, num=30))
+    threads = torch.get_num_threads()
+    worker = SampleWorker()
+    worker.load(config, str(run), "cpu", 1)
+    blocks = plan_blocks(30, config.batch_size)
+    labels = [choose_labels("balanced", range(5), 0, b.first, b.count) for b in blocks]
+    images = [worker.draw(b, of, pngs=False).images for b, of in zip(blocks, labels, strict=True)]
+    torch.set_num_threads(threads)
+    return np.concatenate(images)
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_a_killed_workers_block_is_drawn_by_another(
-    draw: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_the_same_images_whatever_the_workers_and_their_fate(
+    draw: Sample,
+    run: Path,
+    tmp_path: Path,
+    drawn: list[int],
+    expected: np.ndarray[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
+    """One worker; two, of which one is killed over its block; none needed."""
     marker = tmp_path / "died"
 
     class DiesOnce(SampleWorker):
@@ -145,31 +130,55 @@ def test_a_killed_workers_block_is_drawn_by_another(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().draw(block, labels, pngs=pngs)
 
-    class Dies(SampleWorker):
-        def draw(self, block: Block, labels: list[int], *, pngs: bool) -> Drawn:
-            os.kill(os.getpid(), signal.SIGKILL)
-            raise AssertionError
-
-    draw(npz=str(tmp_path / "a.npz"))
-    monkeypatch.setattr(module, "SampleWorker", DiesOnce)
-    draw(npz=str(tmp_path / "b.npz"), workers={"count": 2, "cpus_per_worker": 0.5})
+    one = draw(npz=str(tmp_path / "one.npz"), folder=str(tmp_path / "pictures"))
+    assert (one.images, one.resumed, one.labels) == (12, 0, "balanced")
+    assert one.images_per_second > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SampleWorker", DiesOnce)
+        two = draw(npz=str(tmp_path / "two.npz"), workers={"count": 2})
     assert marker.exists()
     assert "the batch of images 3 to 5 goes back to the queue" in capsys.readouterr().err
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    monkeypatch.setattr(module, "SampleWorker", Dies)
-    with pytest.raises(UserError, match="the batch of images 0 to 2 failed 2 times; the last"):
-        draw(npz=str(tmp_path / "c.npz"), workers={"count": 1, "max_attempts": 2})
+    assert two.resumed == 0
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    assert sorted(drawn) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+    with np.load(tmp_path / "one.npz") as file:
+        images, labels, about = file["arr_0"], file["labels"], json.loads(str(file["about"]))
+    assert (images.shape, images.dtype) == ((12, 32, 32, 3), np.uint8)
+    assert len({image.tobytes() for image in images}) == 12
+    np.testing.assert_array_equal(images, expected[:12])
+    assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert about["checkpoint"] == str(run / "checkpoint-000000004")
+    said = {"step": 4, "weights": "ema", "model": "SiT-S/2", "num": 12, "image_size": 32}
+    assert about.items() >= {**said, "autoencoder": "demo", "labels": "balanced"}.items()
+    assert about["sampler"]["guidance_high"] == 0.7
+    pictures = sorted((tmp_path / "pictures").glob("*.png"))
+    assert [picture.name for picture in pictures] == [f"{n:06d}.png" for n in range(12)]
+    for picture, image in zip(pictures, images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(picture)), image)
+    marker.unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "pictures", "two.npz"]
+
+    drawn.clear()
+    pictures[7].unlink()
+    again = draw(npz=str(tmp_path / "one.npz"), folder=str(tmp_path / "pictures"))
+    assert (again.images, again.resumed, drawn) == (12, 9, [2])
+    np.testing.assert_array_equal(np.asarray(Image.open(pictures[7])), images[7])
 
 
 @pytest.mark.usefixtures("two_cpus")
 def test_ended_by_a_signal_and_resumed(
-    draw: Sample, run: Path, tmp_path: Path, drawn: list[int]
+    draw: Sample,
+    run: Path,
+    tmp_path: Path,
+    drawn: list[int],
+    expected: np.ndarray[Any, Any],
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """SIGTERM to a command with a cluster of its own; the rest is drawn here."""
     out = tmp_path / "a.npz"
-    arguments = options(run, num=30, npz=str(out))
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(arguments))
+    config.write_text(json.dumps(options(run, num=30, npz=str(out))))
     process = subprocess.Popen(
         [sys.executable, "-c", SLOWED, "--config", str(config), "--json"],
         cwd=ROOT,
@@ -195,14 +204,24 @@ def test_ended_by_a_signal_and_resumed(
     assert 2 <= len(finished) < 10
     assert not out.exists()
 
-    with pytest.raises(UserError, match=r"a.npz.parts' is of other images: sampler.seed 0 \(now 1"):
-        draw(num=30, npz=str(out), sampler={**arguments["sampler"], "seed": 1})
+    with pytest.raises(UserError, match=r"a.npz.parts' is of other images: labels balanced \(now"):
+        draw(num=30, npz=str(out), labels="random")
     assert drawn == []
-    sampled = draw(num=30, npz=str(out))
+    assert main(["--config", str(config), "--json"]) == 0
     assert sorted(drawn) == sorted(set(range(10)) - finished)
-    assert sampled.resumed == 3 * len(finished)
-    draw(num=30, npz=str(tmp_path / "whole.npz"))
-    assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    text = capsys.readouterr().out
+    report = json.loads(text)
+    assert text.count("\n") == 1
+    assert report.pop("seconds") > 0
+    assert report.pop("images_per_second") > 0
+    assert report == {
+        "images": 30,
+        "npz": str(out),
+        "folder": None,
+        "labels": "balanced",
+        "resumed": 3 * len(finished),
+    }
+    np.testing.assert_array_equal(np.load(out)["arr_0"], expected)
 
 
 @pytest.mark.usefixtures("two_cpus")
@@ -210,9 +229,6 @@ def test_ended_by_a_signal_and_resumed(
     ("overrides", "complaint"),
     [
         ({"autoencoder": "/no/such\nfolder"}, "--autoencoder '/no/such"),
-        ({"classes": [5]}, "--classes asks for class 5; the model has classes 0 to 4"),
-        ({"sampler": {"method": "ddpm", "steps": 2}}, "--sampler.method sde, ode or ode_heun"),
-        ({"precision": "float16"}, "--precision float16 needs a GPU"),
         ({"device": "cuda"}, "asks for 1 x 1 GPU; the Ray cluster has 0 GPUs"),
         ({"workers": {"count": 3}}, "--workers.count asks for 3 x 1 CPU; the Ray cluster has 2"),
         ({"checkpoint": "s3://bucket/run"}, "checkpoints are read from a disk"),
@@ -231,6 +247,30 @@ def test_bad_requests_are_one_line_and_not_tried_again(
         draw(**{"npz": str(tmp_path / "a.npz"), **overrides})
     assert "queue" not in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"sampler": {"method": "ddpm", "steps": 2}}, "--sampler.method sde, ode or ode_heun"),
+        ({"precision": "float16"}, "--precision float16 needs a GPU"),
+        ({"model": "SiT-S/2"}, "--model is for a .pt file"),
+    ],
+)
+def test_what_a_worker_refuses(run: Path, overrides: dict[str, Any], complaint: str) -> None:
+    config = SampleConfig.model_validate(options(run, **overrides))
+    with pytest.raises(UserError, match=complaint) as error:
+        SampleWorker().load(config, str(run), "cpu", torch.get_num_threads())
+    assert type(error.value) is UserError  # others may not survive the way to the driver
+
+
+def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
+    worker = SampleWorker()
+    worker.load(SampleConfig.model_validate(options(run)), str(run), "cpu", torch.get_num_threads())
+    with torch.no_grad():
+        next(worker.student.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="images 3 to 4 are not made of finite numbers"):
+        worker.draw(Block(1, 3, 2), [0, 1], pngs=False)
 
 
 @pytest.mark.parametrize(
@@ -267,18 +307,3 @@ def test_a_grid_as_before(
     assert report.items() >= {"images": 6, "png": str(tmp_path / "a.png")}.items()
     with pytest.raises(UserError, match="class 5; the model has classes 0 to 4"):
         main([*argv, "--classes", "5"])
-
-
-@pytest.mark.usefixtures("two_cpus")
-def test_json_is_the_only_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "a.npz"
-    argv = ["--checkpoint", str(run), "--autoencoder", "demo", "--sampler.steps", "1", "--num", "2"]
-    assert main([*argv, "--classes", "2", "--npz", str(out), "--json"]) == 0
-    text = capsys.readouterr().out
-    report = json.loads(text)
-    assert text.count("\n") == 1
-    assert report["npz"] == str(out)
-    assert set(report) == {
-        *("images", "npz", "folder", "seconds", "images_per_second", "labels", "resumed")
-    }
-    assert np.load(out)["labels"].tolist() == [2, 2]
