@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from pydantic import ValidationError
@@ -14,12 +15,14 @@ from pipeline.autoencoders import Autoencoder
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork
+from pipeline.evaluate.record import record_evaluation
 from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.evaluate.stored import StoreImages
 from pipeline.sampling.blocks import choose_labels
 from pipeline.sampling.draw import draw_images
 from pipeline.sampling.trained import load_student
 from pipeline.store import Store
+from pipeline.train.folder import RunFolder
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig
@@ -126,3 +129,14 @@ def test_a_reference_of_another_network_is_named(config: RunConfig, tmp_path: Pa
 def test_half_an_evaluation_is_refused(samples: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate({"samples": samples})
+
+
+def test_rows_on_an_object_store_are_added_to(config: RunConfig) -> None:
+    """A worker that takes over finds the rows of the one before it."""
+    filesystem = fsspec.filesystem("memory")
+    row = {"step": 3, "fid": 1.0, "samples": 10, "network": "resnet10t", "weights": "ema"}
+    filesystem.pipe_file("/evaluated/tiny/evaluations.jsonl", json.dumps(row).encode() + b"\n")
+    with RunFolder(config.model_copy(update={"output": "memory://evaluated"})) as folder:
+        record_evaluation(folder.path, {**row, "step": 4})
+    lines = filesystem.cat_file("/evaluated/tiny/evaluations.jsonl").decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 4]
