@@ -49,7 +49,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     """Check what can be checked without workers, then train. Returns the run's summary."""
     if config.store is None:
         raise UserError("--store is missing: the folder or URL of the store to train on")
-    config = config.model_copy(update={"store": absolute_url(config.store)})
+    config = _with_absolute_paths(config)
     store = Store.open(config.store)
     run = RunFolder(config)
     state = newest_state(run.checkpoints)
@@ -67,6 +67,28 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     with ray_cluster(config.ray_address):
         fit(config)
     return run.summary()
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Local paths made absolute: workers run in another folder."""
+    samples, evaluation = config.samples, config.samples.evaluate
+    ours: dict[str, Any] = {}
+    if evaluation.reference is not None:
+        ours["reference"] = absolute_url(evaluation.reference)
+    for key in ("network_weights", "inception_weights"):
+        weights = getattr(evaluation, key)
+        if weights is not None and weights not in ("hub", "random"):
+            ours[key] = absolute_url(weights)
+    update: dict[str, Any] = {"evaluate": evaluation.model_copy(update=ours)}
+    decoder = samples.autoencoder
+    if decoder is not None and decoder != "demo" and Path(decoder).expanduser().is_dir():
+        update["autoencoder"] = absolute_url(decoder)
+    return config.model_copy(
+        update={
+            "store": absolute_url(str(config.store)),
+            "samples": samples.model_copy(update=update),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -131,7 +131,13 @@ class RunEvaluationConfig(Strict):
 
     @model_validator(mode="after")
     def _is_whole(self) -> RunEvaluationConfig:
+        if self.network is None and (self.network_size or self.network_args):
+            raise ValueError("network_size and network_args go with a network")
+        if self.network is not None and self.inception_weights is not None:
+            raise ValueError("network and inception_weights: the distance is of one of them")
         if self.images is None:
+            if self.every is not None:
+                raise ValueError("images is missing: how many to draw each time")
             return self
         if self.reference is None:
             raise ValueError("reference is missing: statistics of jobs/evaluate.py")

@@ -22,7 +22,6 @@ if not __package__:  # run as a file: Python then looks beside this file, not in
     sys.path.insert(0, str(ROOT))
 
 import torch
-from jobs.experiments.outcome import write_outcome
 from pydantic import Field
 
 from jobs.experiments.ingredients import (
@@ -40,6 +39,7 @@ from jobs.experiments.ingredients import (
     say,
     unpack,
 )
+from jobs.experiments.outcome import write_outcome
 from jobs.pretrain.autoencoder import AutoencoderConfig
 from jobs.pretrain.classifier import ClassifierConfig
 from jobs.pretrain.self_distill import SelfDistillConfig
@@ -170,6 +170,12 @@ def _ingredients(
         "judge": about_judge,
         "reference": about_reference,
         "run": config.run,
+        "evaluation": {
+            "network": config.judge.name,
+            "samples": drawn,
+            "weights": "ema",
+            "reference": evaluation["reference"],
+        },
     }
     return {"store": store.url, "samples": {"evaluate": evaluation}}, facts
 

@@ -27,7 +27,7 @@ MOST_RUNS = 32
 def write_outcome(work: Path, runs: Sequence[str], facts: Mapping[str, Any]) -> Path:
     """``outcome.json``, ``.md`` and ``.png`` and ``report.html`` in ``work``, of the runs there
     are; returns the second's path."""
-    distances = read_distances(work / "runs", runs)
+    distances = read_distances(work / "runs", runs, facts["evaluation"])
     values = {"facts": facts, "frechet_distances": distances}
     _write(work / "outcome.json", json.dumps(values, indent=1) + "\n")
     text = as_table(distances, facts)
@@ -38,17 +38,19 @@ def write_outcome(work: Path, runs: Sequence[str], facts: Mapping[str, Any]) -> 
     return work / "outcome.md"
 
 
-def read_distances(folder: Path, runs: Sequence[str]) -> Distances:
-    """From the evaluations of runs named ``ARM-seedN``."""
+def read_distances(folder: Path, runs: Sequence[str], of: Mapping[str, Any]) -> Distances:
+    """From the evaluations of runs named ``ARM-seedN`` that say ``of``: somebody may have recorded
+    others beside them."""
     found: Distances = {}
     for name in runs:
         path = folder / name / EVALUATIONS
         arm = name.rpartition("-seed")[0]
         steps = found.setdefault(arm, {})
         if path.exists():
-            for line in path.read_text().splitlines():
-                row = json.loads(line)
-                steps.setdefault(int(row["step"]), []).append(float(row["fid"]))
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            own = [row for row in rows if all(row.get(key) == value for key, value in of.items())]
+            for step, fid in {int(row["step"]): float(row["fid"]) for row in own}.items():
+                steps.setdefault(step, []).append(fid)
     return found
 
 

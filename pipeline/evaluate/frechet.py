@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -41,15 +42,21 @@ def frechet_distance(a: HasMoments, b: HasMoments) -> float:
             raise ValueError("a mean or covariance with numbers that are not finite")
     shift = (mean_a - mean_b).square().sum()
     traces = covariance_a.trace() + covariance_b.trace()
-    overlap = torch.linalg.svdvals(_factor(covariance_a).T @ _factor(covariance_b)).sum()
-    return max(0.0, float(shift + traces - 2 * overlap))
+    # of images that are all alike only rounding is left, of sums about a mean that may be far away
+    spread = max(float(covariance_a.abs().max()), float(covariance_b.abs().max()))
+    scale = spread + float(shift)
+    factors = [_factor(covariance, scale) for covariance in (covariance_a, covariance_b)]
+    overlap = torch.linalg.svdvals(factors[0].T @ factors[1]).sum()
+    distance = float(shift + traces - 2 * overlap)
+    return max(0.0, distance) if math.isfinite(distance) else distance
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """F (D, rank) with F F^T = covariance."""
+def _factor(covariance: Tensor, scale: float) -> Tensor:
+    """F (D, rank) with F F^T = covariance, up to what is rounding beside numbers of ``scale``."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     largest = values[-1].clamp(min=0)
-    if values[0] < -NOISE * largest or values[0] < 0 == largest:
+    rounding = scale * len(values) * torch.finfo(values.dtype).eps
+    if values[0] < -NOISE * largest - rounding:
         raise ValueError(f"a covariance with a negative eigenvalue ({values[0].item():.3g})")
     # what is below the resolution of float64 is a direction without variance
     keep = values > largest * len(values) * torch.finfo(values.dtype).eps

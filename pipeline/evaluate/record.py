@@ -10,7 +10,7 @@ from pipeline.files import open_url, write_atomic
 from schemas.errors import UserError
 
 EVALUATIONS = "evaluations.jsonl"
-SAME = ("step", "network", "samples", "weights")
+SAME = ("step", "network", "samples", "weights", "reference")
 """What two rows have in common where the later replaces the earlier."""
 
 
@@ -18,6 +18,11 @@ def check_run(folder: Path) -> None:
     """Raises ``UserError`` where there is no such folder, or its rows cannot be read."""
     if not folder.is_dir():
         raise UserError(f"--record '{folder}': no such folder; name that of a training run")
+    check_rows(folder)
+
+
+def check_rows(folder: Path) -> None:
+    """Raises ``UserError`` where there are rows that cannot be read."""
     _read_rows(folder / EVALUATIONS)
 
 
@@ -39,7 +44,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"--record: '{path}' cannot be read ({reason})") from None
+        raise UserError(f"'{path}' cannot be read ({reason})") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -48,7 +53,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(
-                f"--record: line {number} of '{path}' is no evaluation; repair or remove it"
+                f"line {number} of '{path}' is no evaluation; repair or remove it"
             ) from None
         rows.append(row)
     return rows

@@ -11,7 +11,7 @@ import torch
 from pipeline.evaluate.archive import Archive
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork, Network
-from pipeline.evaluate.record import record_evaluation
+from pipeline.evaluate.record import check_rows, record_evaluation
 from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.files import without_credentials
@@ -40,7 +40,20 @@ class RunEvaluation:
         device = drawing.parallel.device
         self.network = _network(options, device)
         option = "--samples.evaluate.reference"
-        self.reference = load_moments(Archive(options.reference, option), self.network)
+        archive = Archive(options.reference, option)
+        self.reference = load_moments(archive, self.network)
+        try:  # now, rather than after hours
+            frechet_distance(self.reference, self.reference)
+        except ValueError as error:
+            raise UserError(f"{archive.where}: {error}") from None
+        width = self.network.extract(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).features.shape[1]
+        if len(self.reference.mean) != width:
+            raise UserError(
+                f"{archive.where}: its mean has {len(self.reference.mean)} numbers, "
+                f"'{self.network.name}' gives {width} features: it is of another network"
+            )
+        if drawing.parallel.is_first:
+            check_rows(folder)
         self.classes = range(drawing.num_classes)
 
     def due(self, step: int) -> bool:
@@ -64,7 +77,7 @@ class RunEvaluation:
                         f"step {step}: '{self.network.name}' makes {error} of the samples"
                     ) from None
         found.load_state(parallel.sum(found.state()))
-        distance = frechet_distance(found, self.reference) if parallel.is_first else math.nan
+        distance = self._distance(found, step) if parallel.is_first else math.nan
         row: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
         row |= {"step": step, "fid": distance, "samples": found.count}
         row |= {"network": self.network.name, "weights": "ema"}
@@ -72,6 +85,16 @@ class RunEvaluation:
         if parallel.is_first:
             record_evaluation(self.folder, row)
         return row
+
+    def _distance(self, found: FeatureStatistics, step: int) -> float:
+        try:
+            distance = frechet_distance(found, self.reference)
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"step {step}: no FID of the samples: {reason}") from None
+        if not math.isfinite(distance):
+            raise UserError(f"step {step}: the FID of the samples is not finite")
+        return distance
 
 
 def _network(options: RunEvaluationConfig, device: torch.device) -> Network:

@@ -41,7 +41,7 @@ class RemoteCheckpoints:
             for path in files:
                 publish(self.filesystem, path, f"{self._folder(step)}/{path.name}")
         finished = steps_of({folder for folder, file in self._files() if file == STATE})
-        kept = set(finished) - set(outdated(finished, step, self.keep))
+        kept = {step, *finished} - set(outdated(finished, step, self.keep))
         for other in self.steps():
             if other not in kept:
                 self._remove(other)

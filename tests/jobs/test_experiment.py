@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
+from jobs.experiments.outcome import read_distances
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
 from schemas.options import merge, parse_options, read_yaml
@@ -144,6 +145,16 @@ def test_runs_are_judged_on_images_that_nothing_was_trained_on_apart(done: Path)
         for arm in ("vanilla", "haste")
     }
     assert phases == {"vanilla": [2, 2, 2, 2], "haste": [1, 1, 2, 2]}
+
+
+def test_what_others_recorded_is_not_mixed_in(tmp_path: Path) -> None:
+    own = {"network": "judge", "samples": 10, "weights": "ema", "reference": "r.npz"}
+    rows = [{"step": 4, "fid": 10.0, **own}, {"step": 4, "fid": 99.0, **own, "samples": 50_000}]
+    (tmp_path / "haste-seed0").mkdir()
+    (tmp_path / "haste-seed0" / "evaluations.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    assert read_distances(tmp_path, ["haste-seed0"], own) == {"haste": {4: [10.0]}}
 
 
 def test_again_makes_nothing_again(source: Path, done: Path) -> None:

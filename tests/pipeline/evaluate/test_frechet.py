@@ -139,3 +139,15 @@ def test_torch_fidelity_agrees(count: int) -> None:
         one.add(features)
     expected = theirs["frechet_inception_distance"]
     assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_that_are_all_alike_have_a_distance() -> None:
+    """Of a student that collapsed: about another set's mean only rounding is left of the
+    covariance, negative eigenvalues included."""
+    rng = torch.Generator().manual_seed(0)
+    real = FeatureStatistics(48)
+    real.add(torch.randn(200, 48, generator=rng) + 3)
+    alike = FeatureStatistics(48, shift=real.mean)
+    alike.add(torch.rand(1, 48, generator=rng).expand(50, 48))
+    expected = (alike.mean - real.mean).square().sum() + real.covariance.trace()
+    assert frechet_distance(alike, real) == pytest.approx(float(expected), rel=1e-5)

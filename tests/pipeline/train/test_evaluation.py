@@ -140,3 +140,40 @@ def test_rows_on_an_object_store_are_added_to(config: RunConfig) -> None:
         record_evaluation(folder.path, {**row, "step": 4})
     lines = filesystem.cat_file("/evaluated/tiny/evaluations.jsonl").decode().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 4]
+
+
+def test_what_the_evaluation_needs_is_looked_at_before_the_first_step(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluations.jsonl").write_text('{"step": 3, "fi')
+    with pytest.raises(UserError, match=r"line 1 of '.*evaluations.jsonl' is no evaluation"):
+        train_on(1, config, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_options_that_would_mean_nothing_are_refused() -> None:
+    for options, message in (
+        ({"every": 5}, "images is missing"),
+        ({"network_size": 32}, "go with a network"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            RunConfig.model_validate({"samples": {"evaluate": options}})
+
+
+def test_workers_are_told_where_local_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs.train_haste import _with_absolute_paths
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "decoder").mkdir()
+    evaluate = {"images": 5, "reference": "r.npz", "network": "n", "network_weights": "w.pt"}
+    samples = {"every": 5, "autoencoder": "decoder", "evaluate": evaluate}
+    config = _with_absolute_paths(
+        RunConfig.model_validate({"store": "s3://bucket/store", "samples": samples})
+    )
+    assert config.store == "s3://bucket/store"
+    assert config.samples.autoencoder == str(tmp_path / "decoder")
+    assert config.samples.evaluate.reference == str(tmp_path / "r.npz")
+    assert config.samples.evaluate.network_weights == str(tmp_path / "w.pt")
