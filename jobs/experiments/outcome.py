@@ -98,9 +98,11 @@ def draw(distances: Distances, path: Path, floor: float) -> None:
         (line,) = axis.plot(steps, means, marker="o", label=arm)
         lows, highs = [min(found[s]) for s in steps], [max(found[s]) for s in steps]
         axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15)
-    axis.axhline(floor, color="grey", linestyle=":", label="held-out real images")
-    axis.set(xlabel="step", ylabel="Fréchet distance (judge's features)", yscale="log")
-    axis.grid(alpha=0.3, which="both")
+    shown = axis.get_ylim()
+    axis.axhline(floor, color="grey", linestyle=":", label=f"held-out real images: {floor:.1f}")
+    axis.set(xlabel="step", ylabel="Fréchet distance (judge's features)")
+    axis.set_ylim(shown)  # it may lie far below, and would press the arms together
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     figure.tight_layout()
     temporary = path.with_name(f".tmp-{path.name}")
