@@ -7,6 +7,7 @@ python jobs/evaluate.py --reference STORE --save-reference reference.npz
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from pipeline.evaluate.evaluate import evaluate
+from pipeline.files import without_credentials
 from schemas.errors import UserError, run_command
 from schemas.evaluate import EvaluateConfig, Evaluation
 from schemas.options import parse_options
@@ -31,6 +33,8 @@ def main(argv: list[str]) -> int:
     found = evaluate(config, _device(config))
     if found is not None:
         print(found.model_dump_json() if config.as_json else _table(found))
+    elif config.as_json:
+        print(json.dumps({"save_reference": without_credentials(str(config.save_reference))}))
     return 0
 
 

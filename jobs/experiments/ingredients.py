@@ -36,6 +36,7 @@ from pipeline.datasets import list_images
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks, stream_name, with_tail
+from pipeline.extract.request import check_same_store
 from pipeline.files import TEMPORARY
 from pipeline.store import Store
 from schemas.errors import UserError
@@ -192,19 +193,17 @@ def make_judge(
 
 def complete_store(config: ExtractConfig, device: str, threads: int) -> Store:
     """What ``python -m pipeline.extract`` does, in this process and without Ray: shards that are
-    there stay."""
+    there stay. Raises ``UserError`` where other options or networks made them."""
     assert config.store is not None
     listing = list_images(config)
-    if Store.exists(config.store):
-        store = Store.open(config.store)
-        missing = set(store.missing_shards(stream_name(config)))
-        if not missing:
-            store.finish()
-            return store
     encoder = Encoder(config, device=device, threads=threads)
     manifest = make_manifest(config, listing, encoder.describe())
-    tail = encoder.save_tail(config.store)
-    store = Store.create(config.store, with_tail(manifest, stream_name(config), tail))
+    if Store.exists(config.store):
+        store = Store.open(config.store)
+        check_same_store(store.manifest, manifest, store.shown_url)
+    else:
+        tail = encoder.save_tail(config.store)
+        store = Store.create(config.store, with_tail(manifest, stream_name(config), tail))
     missing = set(store.missing_shards(stream_name(config)))
     tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in missing]
     for task in tqdm(tasks, unit="shard", desc="extract", file=sys.stderr):

@@ -168,6 +168,11 @@ def test_other_options_are_not_mixed_with_what_is_there(source: Path, done: Path
         run_matrix(config_of(source, done, teacher={**TINY["teacher"], "steps": 3}))
 
 
+def test_a_store_of_other_layers_is_not_taken(source: Path, done: Path) -> None:
+    with pytest.raises(UserError, match=r"store '.*/store' was made with"):
+        run_matrix(config_of(source, done, store={**TINY["store"], "layers": [2, 3, 4, 5]}))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
