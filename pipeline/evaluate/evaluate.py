@@ -10,7 +10,7 @@ from pipeline.evaluate.archive import Archive
 from pipeline.evaluate.compare import compare
 from pipeline.evaluate.images import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure
-from pipeline.evaluate.networks import FeatureNetwork, Network
+from pipeline.evaluate.networks import FeatureNetwork, Network, open_network
 from pipeline.evaluate.record import check_run, record_evaluation
 from pipeline.evaluate.reference import INCEPTION, has_statistics, load_statistics, save_statistics
 from pipeline.files import without_credentials
@@ -84,20 +84,7 @@ def _networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetw
             device=device,
             option="--dinov2",
         )
-    if config.network is None:
-        from pipeline.evaluate.inception import InceptionNetwork  # others need no torch-fidelity
-
-        return InceptionNetwork(config.inception_weights or "hub", device=device), dinov2
-    assert config.network_weights is not None
-    network = FeatureNetwork(
-        config.network,
-        config.network_weights,
-        size=config.network_size,
-        seed=config.seed,
-        arguments=config.network_args,
-        device=device,
-    )
-    return network, dinov2
+    return open_network(config, device=device), dinov2
 
 
 def _open(config: EvaluateConfig, place: str, option: str, device: str) -> Images:

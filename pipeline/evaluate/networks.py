@@ -18,6 +18,11 @@ from pipeline.files import sha256_of_arrays, without_credentials
 from pipeline.teachers.vit import normalisation
 from pipeline.teachers.weights import randomise, read_state_dict
 from schemas.errors import UserError
+from schemas.evaluate import EvaluateConfig
+from schemas.run import RunEvaluationConfig
+
+NetworkOptions = EvaluateConfig | RunEvaluationConfig
+"""What names a network, of an evaluation and of a run."""
 
 
 class Extracted(NamedTuple):
@@ -123,6 +128,27 @@ class FeatureNetwork:
     def extract(self, images_B3RR: Tensor) -> Extracted:
         """As ``features``."""
         return Extracted(self.features(images_B3RR))
+
+
+def open_network(
+    options: NetworkOptions, *, device: torch.device | str, option: str = "--network"
+) -> Network:
+    """The network that FIDs are of: Inception where ``options`` name no other. Raises
+    ``UserError``."""
+    if options.network is None:
+        from pipeline.evaluate.inception import InceptionNetwork  # others need no torch-fidelity
+
+        return InceptionNetwork(options.inception_weights or "hub", device=device)
+    assert options.network_weights is not None
+    return FeatureNetwork(
+        options.network,
+        options.network_weights,
+        size=options.network_size,
+        seed=options.seed,
+        arguments=options.network_args,
+        device=device,
+        option=option,
+    )
 
 
 def full_precision() -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import yaml
 
+from pipeline.evaluate.record import EVALUATIONS
 from pipeline.files import (
     absolute_url,
     is_local,
@@ -23,14 +24,12 @@ from pipeline.files import (
 )
 from pipeline.storage.secrets import written_down
 from pipeline.train.choose import checkpoint_name, steps_of
-from pipeline.train.metrics import CONFIG, EVALUATION, METRICS, SUMMARY
+from pipeline.train.metrics import CONFIG, EVALUATION, METRICS, SAMPLES, SUMMARY
 from pipeline.train.seal import STATE, unseal
 from schemas.errors import UserError
 from schemas.options import validate
 from schemas.run import RunConfig
 
-EVALUATIONS = "evaluations.jsonl"
-SAMPLES = "samples"
 ATTENTION = "attention"
 
 MOST_BYTES = {METRICS: 256 << 20, EVALUATIONS: 16 << 20, CONFIG: 1 << 20, SUMMARY: 1 << 20}

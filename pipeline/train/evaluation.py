@@ -10,7 +10,7 @@ import torch
 
 from pipeline.evaluate.archive import Archive
 from pipeline.evaluate.frechet import frechet_distance
-from pipeline.evaluate.networks import FeatureNetwork, Network
+from pipeline.evaluate.networks import open_network
 from pipeline.evaluate.record import check_rows, record_evaluation
 from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
@@ -20,7 +20,7 @@ from pipeline.sampling.blocks import choose_labels
 from pipeline.train.drawing import SharedDrawing
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation
-from schemas.run import RunConfig, RunEvaluationConfig
+from schemas.run import RunConfig
 
 
 class RunEvaluation:
@@ -38,7 +38,7 @@ class RunEvaluation:
         self.drawing = drawing
         self.folder = folder
         device = drawing.parallel.device
-        self.network = _network(options, device)
+        self.network = open_network(options, device=device, option="--samples.evaluate.network")
         option = "--samples.evaluate.reference"
         archive = Archive(options.reference, option)
         self.reference = load_moments(archive, self.network)
@@ -95,20 +95,3 @@ class RunEvaluation:
         if not math.isfinite(distance):
             raise UserError(f"step {step}: the FID of the samples is not finite")
         return distance
-
-
-def _network(options: RunEvaluationConfig, device: torch.device) -> Network:
-    if options.network is None:
-        from pipeline.evaluate.inception import InceptionNetwork  # others need no torch-fidelity
-
-        return InceptionNetwork(options.inception_weights or "hub", device=str(device))
-    assert options.network_weights is not None
-    return FeatureNetwork(
-        options.network,
-        options.network_weights,
-        size=options.network_size,
-        seed=options.seed,
-        arguments=options.network_args,
-        device=device,
-        option="--samples.evaluate.network",
-    )

@@ -17,6 +17,8 @@ from schemas.run import RunConfig
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
+SAMPLES = "samples"
+"""The folder of sample grids, below a run's."""
 EVALUATION = "evaluation"
 """The event of a row that says how far samples are from real images."""
 

@@ -12,11 +12,9 @@ from pipeline.files import TEMPORARY
 from pipeline.models import SiT
 from pipeline.pictures import save_grid
 from pipeline.train.drawing import SharedDrawing
+from pipeline.train.metrics import SAMPLES
 from schemas.errors import UserError
 from schemas.run import RunConfig
-
-SAMPLES = "samples"
-"""The folder of the grids, below a run's."""
 
 
 class SampleGrids:

@@ -82,13 +82,10 @@ def test_folder_archive_and_statistics_give_the_same(
     sides = ("--samples", files / "samples.npz", *NETWORK, *dinov2)
     expected = run(*sides, "--reference", files / "real.npz")
     assert expected["fd_dinov2"] > 0
-    assert (
-        run(
-            *("--reference", files / "real.npz", "--save-reference", files / "ref.npz"),
-            *(*NETWORK, *dinov2),
-        )
-        == {}
-    )
+    assert run(
+        *("--reference", files / "real.npz", "--save-reference", files / "ref.npz"),
+        *(*NETWORK, *dinov2),
+    ) == {"save_reference": str(files / "ref.npz")}
     assert run(*sides, "--reference", files / "ref.npz") == pytest.approx(expected)
     pictures = run(*sides, "--reference", files / "pictures")
     assert pictures["fid"] == pytest.approx(expected["fid"], rel=1e-4)  # another order of images
