@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from pipeline.autoencoders import Autoencoder
+from pipeline.autoencoders import open_decoder
 from pipeline.pictures import save_grid
 from pipeline.sampling.blocks import choose_classes
 from pipeline.sampling.draw import draw_images
@@ -83,7 +83,7 @@ def draw_grid(config: SampleConfig) -> Path:
     elif device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU that torch can use")
     precision = choose_arithmetic(config.precision, device)
-    autoencoder = Autoencoder(config.autoencoder or trained.autoencoder)
+    autoencoder = open_decoder(config.autoencoder, trained.encoder)
     student.to(device)
     autoencoder.to(device)
     labels = [label for label in classes for _ in range(config.per_class)]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.autoencoders import Autoencoder
+from pipeline.autoencoders import Autoencoder, decode_means, open_decoder
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
 
@@ -43,7 +43,7 @@ class StoreImages:
         if crops:
             self.kind = f"{size}x{size} crops of a store"
             return
-        self._vae = Autoencoder(autoencoder or store.manifest.autoencoder.name)
+        self._vae = open_decoder(autoencoder, store.manifest.autoencoder)
         self._vae.to(device)
         self.kind = f"{size}x{size} reconstructions of a store's latents by '{self._vae.name}'"
         print(
@@ -67,14 +67,7 @@ class StoreImages:
                 yield self._decode(self._vae, torch.from_numpy(stored["mean"]))
 
     def _decode(self, vae: Autoencoder, mean_BChw: Tensor) -> Tensor:
-        mean = mean_BChw.to(self._device, torch.float32)
         try:
-            return vae.decode((mean - vae.shift_factor) * vae.scaling_factor)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"autoencoder '{vae.name}' cannot decode latents of shape "
-                f"{tuple(mean.shape[1:])} of {self._store.shown_url}: {reason}"
-            ) from None
+            return decode_means(vae, self._store.manifest.autoencoder, mean_BChw)
+        except UserError as error:
+            raise UserError(f"{self._store.shown_url}: {error}") from None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.alignment.targets import Targets, Wanted, read_targets
-from pipeline.autoencoders import Autoencoder
+from pipeline.autoencoders import decode_means, open_decoder
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
 from schemas.store import TeacherInfo
@@ -92,19 +92,15 @@ def _show(axis: Axes, picture: np.ndarray, title: str) -> None:
 
 def decode_latent(store: Store, mean_Chw: np.ndarray) -> np.ndarray:
     """The posterior's mean through the store's autoencoder: uint8 (R, R, 3). Raises ``UserError``
-    where that is for other latents."""
-    vae = Autoencoder(store.manifest.autoencoder.name)
-    mean = torch.from_numpy(mean_Chw).float().unsqueeze(0)
-    latents = (mean - vae.shift_factor) * vae.scaling_factor
+    where that cannot be had any more, or is for other latents."""
+    encoder = store.manifest.autoencoder
+    mean = torch.from_numpy(mean_Chw).unsqueeze(0)
     try:
-        image: np.ndarray = vae.decode(latents)[0].permute(1, 2, 0).numpy()
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"autoencoder '{vae.name}' of {store.shown_url} cannot decode latents of shape "
-            f"{mean_Chw.shape}: {reason}"
-        ) from None
-    return image
+        image = decode_means(open_decoder(None, encoder, option=None), encoder, mean)[0]
+    except UserError as error:
+        raise UserError(f"{store.shown_url}: {error}") from None
+    pixels: np.ndarray = image.permute(1, 2, 0).numpy()
+    return pixels
 
 
 def feature_pca(features_ND: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

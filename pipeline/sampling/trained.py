@@ -12,9 +12,7 @@ from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
 from pipeline.train.local import newest_checkpoint
 from schemas.diffusion import Path as DiffusionPath
 from schemas.errors import UserError
-
-PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
-"""What the authors of SiT, REPA and HASTE decode with."""
+from schemas.store import AutoencoderInfo
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,8 @@ class Trained:
 
     student: SiT
     path: DiffusionPath
-    autoencoder: str
-    """Name of the decoder, where nobody asks for another."""
+    encoder: AutoencoderInfo | None
+    """What made the latents that it was trained on; None where a .pt file does not say."""
     step: int | None
     """Of the training; None where a .pt file does not say."""
 
@@ -60,14 +58,14 @@ def open_trained(checkpoint: Path, weights: str = "ema", model: str | None = Non
                 "--model SiT-XL/2"
             )
         student = student_from_file(checkpoint, model, weights)
-        return Trained(student.requires_grad_(False).eval(), "linear", PUBLISHED_AUTOENCODER, None)
+        return Trained(student.requires_grad_(False).eval(), "linear", None, None)
     if model is not None:
         raise UserError(
             f"--model is for a .pt file; --checkpoint '{checkpoint}' is a folder that says what "
             "it holds"
         )
     student, state = load_student(checkpoint, weights)
-    return Trained(student, state.config.diffusion.path, state.autoencoder.name, state.step)
+    return Trained(student, state.config.diffusion.path, state.autoencoder, state.step)
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:

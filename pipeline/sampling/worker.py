@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.autoencoders import Autoencoder
+from pipeline.autoencoders import open_decoder
 from pipeline.files import sha256_of_arrays
 from pipeline.sampling.blocks import Block
 from pipeline.sampling.draw import check_sampler, draw_latents
@@ -81,7 +81,7 @@ class SampleWorker:
         trained = open_trained(Path(checkpoint), config.weights, config.model)
         self.student, self.path = trained.student, trained.path
         check_sampler(self.student.config, config.sampler)
-        self.autoencoder = Autoencoder(config.autoencoder or trained.autoencoder)
+        self.autoencoder = open_decoder(config.autoencoder, trained.encoder)
         weights = sha256_of_arrays(
             (name, tensor.numpy()) for name, tensor in sorted(self.student.state_dict().items())
         )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from pipeline.autoencoders import Autoencoder
+from pipeline.autoencoders import open_decoder
 from pipeline.models import SiT
 from pipeline.sampling.blocks import plan_blocks
 from pipeline.sampling.draw import check_sampler, draw_images
@@ -28,8 +28,8 @@ class SharedDrawing:
         self.path = config.diffusion.path
         self.parallel = parallel
         check_sampler(config.student, self.options.sampler, option="--samples.sampler.method")
-        self.autoencoder = Autoencoder(
-            self.options.autoencoder or manifest.autoencoder.name, option="--samples.autoencoder"
+        self.autoencoder = open_decoder(
+            self.options.autoencoder, manifest.autoencoder, option="--samples.autoencoder"
         )
         self.precision = choose_arithmetic("auto", parallel.device.type)
         self.resolution = manifest.resolution
