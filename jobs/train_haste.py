@@ -21,9 +21,9 @@ from pipeline.plan import wants_plan
 from pipeline.store import Store
 from pipeline.train.checkpoint import check_same_run
 from pipeline.train.choose import newest_state
+from pipeline.train.fit import check_store
 from pipeline.train.folder import RunFolder
 from pipeline.train.identity import with_stream
-from pipeline.train.loop import check_store
 from pipeline.train.ray import fit
 from schemas.errors import UserError, run_command
 from schemas.options import parse_options

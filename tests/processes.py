@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.parallel import Parallel
 from pipeline.train.stop import Wish
+from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
@@ -64,17 +66,25 @@ def _train(
     config: RunConfig, folder: Path, resume: Path | None, parallel: Parallel, stop_at: int | None
 ) -> None:
     keeper = LocalCheckpoints(folder, keep=config.checkpoint.keep)
-    step = read_state(resume).step - 1 if resume else -1
+    step = read_state(resume).step if resume else 0
+    train_step = Trainer.train_step
 
     def save(step: int, write: Any) -> None:
         if parallel.is_first:
             keeper.save(step, write)
 
     def ask() -> Wish:
-        nonlocal step
-        step += 1
         last = parallel.rank == parallel.world_size - 1
         return Wish.STOP if last and stop_at is not None and step >= stop_at else Wish.GO_ON
 
-    with nullcontext() if stop_at is None else suppress(StoppedError):
+    def counted(trainer: Trainer, batch: Any) -> Any:
+        nonlocal step
+        result = train_step(trainer, batch)
+        step = trainer.step
+        return result
+
+    with (
+        patch.object(Trainer, "train_step", counted),
+        nullcontext() if stop_at is None else suppress(StoppedError),
+    ):
         train(config, folder, save, parallel=parallel, resume=resume, ask=ask)

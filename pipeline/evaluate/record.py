@@ -37,6 +37,12 @@ def record_evaluation(folder: Path, row: dict[str, Any]) -> None:
     write_atomic(filesystem, f"{root}/{EVALUATIONS}", text.encode())
 
 
+def find_evaluation(folder: Path, row: dict[str, Any]) -> dict[str, Any] | None:
+    """The row that ``row`` would replace. Raises ``UserError``."""
+    rows = _read_rows(folder / EVALUATIONS)
+    return next((one for one in rows if all(one.get(key) == row[key] for key in SAME)), None)
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text().splitlines()

@@ -8,7 +8,7 @@ from pipeline.alignment.tail import check_tail
 from pipeline.alignment.targets import check_fit
 from pipeline.inspect.additions import addition
 from pipeline.store import Store
-from pipeline.train.loop import check_latents
+from pipeline.train.fit import check_latents
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.options import read_yaml, validate

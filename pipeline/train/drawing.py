@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pipeline.autoencoders import open_decoder
 from pipeline.models import SiT
 from pipeline.sampling.blocks import plan_blocks
-from pipeline.sampling.draw import check_sampler, draw_images
-from pipeline.sampling.precision import choose_arithmetic
+from pipeline.sampling.draw import check_sampler, draw_latents
+from pipeline.sampling.precision import arithmetic, choose_arithmetic
 from pipeline.train.parallel import Parallel
+from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import Manifest
+
+Pause = Callable[[], None]
+"""Called between two batches, equally often on every rank: what is asked of the run meanwhile is
+heard there, and may end it."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One batch."""
+
+    numbers: range
+    images: Tensor
+    """uint8 (B, 3, R, R) on the CPU."""
+    broken: int
+    """How many are black as their latents are no finite numbers."""
 
 
 class SharedDrawing:
@@ -35,29 +53,51 @@ class SharedDrawing:
         self.resolution = manifest.resolution
         self.num_classes = manifest.dataset.num_classes
 
+    def draw(self, student: SiT, labels: Sequence[int], pause: Pause) -> Iterator[Drawn]:
+        """The batches of this rank's share of ``labels``, one image each. Every rank calls it, and
+        takes all that it yields. Raises ``UserError`` where memory is short."""
+        blocks = plan_blocks(len(labels), self.options.batch_size)
+        rank, world_size = self.parallel.rank, self.parallel.world_size
+        with self._autoencoder_at_hand():
+            for start in range(0, len(blocks), world_size):
+                if start + rank < len(blocks):
+                    block = blocks[start + rank]
+                    numbers = range(block.first, block.first + block.count)
+                    yield self._draw(student, [labels[i] for i in numbers], numbers)
+                pause()
+
+    def _draw(self, student: SiT, labels: Sequence[int], numbers: range) -> Drawn:
+        with self.enough_memory(len(labels)):
+            latents = draw_latents(
+                student,
+                labels,
+                self.options.sampler,
+                path=self.path,
+                first_index=numbers.start,
+                precision=self.precision,
+            )
+            finite = latents.isfinite().flatten(1).all(1)
+            with arithmetic(self.precision):
+                images = self.autoencoder.decode(torch.nan_to_num(latents)).cpu()
+        images[~finite.cpu()] = 0
+        return Drawn(numbers, images, broken=int((~finite).sum()))
+
     @contextmanager
-    def autoencoder_at_hand(self) -> Iterator[None]:
+    def enough_memory(self, count: int) -> Iterator[None]:
+        """Raises ``UserError`` where a GPU's is too small for ``count`` samples."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"a GPU has no memory for {count} samples at a time beside the training; "
+                f"try a smaller --samples.batch-size than {self.options.batch_size}"
+            ) from None
+
+    @contextmanager
+    def _autoencoder_at_hand(self) -> Iterator[None]:
         """On the device; afterwards its memory is the training's again."""
         self.autoencoder.to(self.parallel.device)
         try:
             yield
         finally:
             self.autoencoder.to("cpu")
-
-    def mine(self, count: int) -> list[range]:
-        """The batches of ``count`` images that this worker draws, by number."""
-        blocks = plan_blocks(count, self.options.batch_size)
-        mine = blocks[self.parallel.rank :: self.parallel.world_size]
-        return [range(block.first, block.first + block.count) for block in mine]
-
-    def draw(self, student: SiT, labels: Sequence[int], numbers: range) -> Tensor:
-        """uint8 (B, 3, R, R) on the CPU: the images with these numbers; ``labels`` are of all."""
-        return draw_images(
-            student,
-            self.autoencoder,
-            [labels[number] for number in numbers],
-            self.options.sampler,
-            path=self.path,
-            first_index=numbers.start,
-            precision=self.precision,
-        )

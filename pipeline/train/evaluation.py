@@ -11,13 +11,14 @@ import torch
 from pipeline.evaluate.archive import Archive
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.record import check_rows, record_evaluation
+from pipeline.evaluate.record import check_rows, find_evaluation, record_evaluation
 from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.files import without_credentials
 from pipeline.models import SiT
 from pipeline.sampling.blocks import choose_labels
-from pipeline.train.drawing import SharedDrawing
+from pipeline.train.drawing import Pause, SharedDrawing
+from pipeline.train.metrics import EVALUATION, NO_DISTANCE
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation
 from schemas.run import RunConfig
@@ -59,39 +60,62 @@ class RunEvaluation:
     def due(self, step: int) -> bool:
         return self.every is not None and (step % self.every == 0 or step == self.last)
 
-    def measure(self, student: SiT, step: int) -> dict[str, Any]:
-        """Every worker calls this; the row that ``evaluations.jsonl`` now holds."""
+    def recorded(self, step: int) -> dict[str, Any] | None:
+        """What ``measure`` returned at this step, where a row of ``evaluations.jsonl`` on the first
+        rank still says so. Every rank calls this; the others are told no more than that it does."""
+        parallel = self.drawing.parallel
+        row = find_evaluation(self.folder, self._row(step)) if parallel.is_first else None
+        if not parallel.from_first(row is not None):
+            return None
+        return _event(row or self._row(step))
+
+    def measure(self, student: SiT, step: int, pause: Pause) -> dict[str, Any]:
+        """Every rank calls this; the event for the metrics. ``evaluations.jsonl`` has a row with
+        the distance then, or none where the samples have no distance: a student that diverged does
+        not end the run."""
         drawing, parallel = self.drawing, self.drawing.parallel
         # sums about one point can be added over the workers
         found = FeatureStatistics(
             len(self.reference.mean), shift=self.reference.mean, device=parallel.device
         )
         labels = choose_labels("random", self.classes, self.seed, 0, self.images)
-        with drawing.autoencoder_at_hand():
-            for numbers in drawing.mine(self.images):
-                images = drawing.draw(student, labels, numbers)
-                try:
-                    found.add(self.network.extract(images).features)
-                except ValueError as error:
-                    raise UserError(
-                        f"step {step}: '{self.network.name}' makes {error} of the samples"
-                    ) from None
+        broken = 0
+        for drawn in drawing.draw(student, labels, pause):
+            broken += drawn.broken
+            with drawing.enough_memory(len(drawn.images)):
+                features = self.network.extract(drawn.images).features
+            finite = features.isfinite().all(1)
+            broken += int((~finite).sum())
+            found.add(features[finite])
+        broken = parallel.sum_counts({"broken": broken})["broken"]
         found.load_state(parallel.sum(found.state()))
-        distance = self._distance(found, step) if parallel.is_first else math.nan
-        row: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
-        row |= {"step": step, "fid": distance, "samples": found.count}
-        row |= {"network": self.network.name, "weights": "ema"}
-        row["reference"] = without_credentials(str(self.options.reference))
+        row = self._row(step)
+        if broken:
+            reason = f"{broken} of {self.images} samples are not made of finite numbers"
+            return {"event": NO_DISTANCE, "reason": reason}
         if parallel.is_first:
+            try:
+                row["fid"] = self._distance(found)
+            except (ValueError, RuntimeError) as error:
+                return {"event": NO_DISTANCE, "reason": " ".join(str(error).split())[:200]}
             record_evaluation(self.folder, row)
-        return row
+        return _event(row)
 
-    def _distance(self, found: FeatureStatistics, step: int) -> float:
-        try:
-            distance = frechet_distance(found, self.reference)
-        except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"step {step}: no FID of the samples: {reason}") from None
+    def _row(self, step: int) -> dict[str, Any]:
+        """Without its distance."""
+        row: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
+        row |= {"step": step, "samples": self.images, "network": self.network.name}
+        return row | {
+            "weights": "ema",
+            "reference": without_credentials(str(self.options.reference)),
+        }
+
+    def _distance(self, found: FeatureStatistics) -> float:
+        distance = frechet_distance(found, self.reference)
         if not math.isfinite(distance):
-            raise UserError(f"step {step}: the FID of the samples is not finite")
+            raise ValueError("the distance is not finite")
         return distance
+
+
+def _event(row: dict[str, Any]) -> dict[str, Any]:
+    return {"event": EVALUATION, **{name: row[name] for name in ("fid", "samples", "network")}}

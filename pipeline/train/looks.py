@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models import SiT
-from pipeline.train.drawing import SharedDrawing
+from pipeline.train.drawing import Pause, SharedDrawing
 from pipeline.train.evaluation import RunEvaluation
 from pipeline.train.parallel import Parallel
 from pipeline.train.pictures import SampleGrids
@@ -31,10 +31,14 @@ class Looks:
         evaluation = self.evaluation
         return self.grids.due(step) or (evaluation is not None and evaluation.due(step))
 
-    def take(self, student: SiT, step: int) -> dict[str, Any] | None:
-        """Every worker calls this where it is due; the evaluation's row, if there was one."""
-        if self.grids.due(step):
-            self.grids.draw(student, step)
-        if self.evaluation is None or not self.evaluation.due(step):
-            return None
-        return self.evaluation.measure(student, step)
+    def take(self, student: SiT, step: int, pause: Pause, *, again: bool) -> list[dict[str, Any]]:
+        """Every rank calls this where it is due; what there is to say of it, as rows without their
+        step. ``pause`` may end it between two batches. ``again``: the step may have been looked at
+        before, and what is there already is not made anew."""
+        said: list[dict[str, Any]] = []
+        if self.grids.due(step) and not (again and self.grids.there(step)):
+            said += self.grids.draw(student, step, pause)
+        if self.evaluation is not None and self.evaluation.due(step):
+            found = self.evaluation.recorded(step) if again else None
+            said.append(found or self.evaluation.measure(student, step, pause))
+        return said

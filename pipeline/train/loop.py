@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.alignment.targets import check_fit
 from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
 from pipeline.files import write_atomic
 from pipeline.storage.secrets import written_down
@@ -20,54 +19,21 @@ from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.train.choose import Write
 from pipeline.train.effort import Effort
+from pipeline.train.fit import check_store
 from pipeline.train.identity import store_identity, with_stream
-from pipeline.train.meter import Meter
-from pipeline.train.metrics import CONFIG, EVALUATION, SUMMARY, MetricsLog
+from pipeline.train.meter import Meter, PhaseClock
+from pipeline.train.metrics import CONFIG, SUMMARY, MetricsLog
 from pipeline.train.parallel import Parallel
 from pipeline.train.probe import GradientProbe
 from pipeline.train.profile import StepTrace
 from pipeline.train.stop import Agreement, Ask, Wish, nothing_asked
 from pipeline.train.trainer import Trainer
-from schemas.errors import StoppedError, UserError
+from schemas.errors import StoppedError
 from schemas.run import RunConfig
-from schemas.store import Manifest
 
 SaveCheckpoint = Callable[[int, Write], None]
 """(step, write) -> None. Called on every rank at the same steps; the first rank calls ``write``
 with an empty folder and keeps what it finds there afterwards."""
-
-
-def check_store(config: RunConfig, manifest: Manifest) -> None:
-    """Raises ``UserError`` where this run cannot be trained on a store with this manifest."""
-    check_latents(config, manifest)
-    if config.alignment.active:
-        check_fit(config.alignment, manifest)
-
-
-def check_latents(config: RunConfig, manifest: Manifest) -> None:
-    """Raises ``UserError`` where the student cannot be trained on the latents and labels, whatever
-    it is aligned with."""
-    student = config.student
-    stored = manifest.autoencoder.latent_shape
-    if tuple(stored) != student.latent_shape:
-        raise UserError(
-            f"the store holds latents {_shape(stored)} of {manifest.resolution} px images; "
-            f"{student.model} expects {_shape(student.latent_shape)}: set --student.latent-size "
-            f"{stored[1]}"
-            + (
-                f" --student.latent-channels {stored[0]}"
-                if stored[0] != student.latent_channels
-                else ""
-            )
-            + " or use another store"
-        )
-    if manifest.dataset.num_classes > student.num_classes:
-        raise UserError(
-            f"the store has {manifest.dataset.num_classes} classes, student.num_classes is "
-            f"{student.num_classes}"
-        )
-    if len(manifest.skipped) == manifest.dataset.samples:
-        raise UserError("the store holds no samples: every image was skipped")
 
 
 def train(
@@ -150,7 +116,8 @@ class _Run:
         self.bytes_logged: dict[str, int] = {}
         self.effort = Effort(config.student, parallel)
         self.trace = StepTrace(folder, parallel, config.profile)
-        self.clock = _PhaseClock()
+        self.clock = PhaseClock()
+        self._aside = False
         self.looks = None
         if config.samples.every is not None or config.samples.evaluate.images is not None:
             from pipeline.train.looks import Looks  # diffusers takes seconds to import
@@ -161,6 +128,8 @@ class _Run:
         config, trainer = self.config, self.trainer
         batches = iter(self.loader)
         self.meter.restart_clock()
+        if trainer.step:  # its checkpoint may have been the last that was done at this step
+            self._look_if_due(again=True)
         while trainer.step < config.steps:
             self._save_or_stop_if_asked()
             self._terminate_if_due()
@@ -177,9 +146,9 @@ class _Run:
             self.clock.tick(1 if trainer.aligned else 2)
             if trainer.step % config.log_every == 0 or trainer.step == config.steps:
                 self._log_row()
-            self._look_if_due()
             if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
                 self._save()
+            self._look_if_due(again=False)
         self.trace.close()
         return self._summarise()
 
@@ -256,18 +225,31 @@ class _Run:
         if self.log is not None:
             self.log.row(row)
 
-    def _look_if_due(self) -> None:
-        """Before a checkpoint, which says that all up to it is done."""
+    def _look_if_due(self, *, again: bool) -> None:
+        """After a checkpoint of the same step, as it may take minutes in which this worker may be
+        killed. What is asked of the run meanwhile is done between two batches of samples; a run
+        that goes on from a checkpoint looks ``again``."""
         step = self.trainer.step
         if self.looks is None or not self.looks.due(step):
             return
+        with self._beside_training():
+            pause = self._save_or_stop_if_asked
+            for said in self.looks.take(self.trainer.ema.module, step, pause, again=again):
+                if self.log is not None:
+                    self.log.row({"step": step, **said})
+
+    @contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        """No rate counts the time that is spent here; one may be entered within another."""
+        outermost, self._aside = not self._aside, True
         began = time.perf_counter()
-        found = self.looks.take(self.trainer.ema.module, step)
-        if found is not None and self.log is not None:
-            values = {name: found[name] for name in ("fid", "samples", "network")}
-            self.log.row({"step": step, "event": EVALUATION, **values})
-        self.meter.leave_out(time.perf_counter() - began)
-        self.clock.pause()
+        try:
+            yield
+        finally:
+            if outermost:
+                self._aside = False
+                self.meter.leave_out(time.perf_counter() - began)
+                self.clock.pause()
 
     def _measured(self) -> list[str]:
         """The losses that mean something now."""
@@ -304,12 +286,10 @@ class _Run:
                 metrics_rows=self.log.rows if self.log is not None else 0,
             )
 
-        began = time.perf_counter()
-        self.save_checkpoint(self.trainer.step, write)
-        self.saved_step = self.trainer.step
-        self.agreement.forget()
-        self.meter.leave_out(time.perf_counter() - began)
-        self.clock.pause()
+        with self._beside_training():
+            self.save_checkpoint(self.trainer.step, write)
+            self.saved_step = self.trainer.step
+            self.agreement.forget()
 
     def _bytes_read(self) -> dict[str, dict[str, int]]:
         """Per stream of the store, before and after the termination, summed over all workers and
@@ -343,34 +323,7 @@ class _Run:
         return summary
 
 
-class _PhaseClock:
-    """Steps per second of each phase, less the first step after every pause."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-        self._steps = {1: 0, 2: 0}
-        self._seconds = {1: 0.0, 2: 0.0}
-
-    def tick(self, phase: int) -> None:
-        now = time.perf_counter()
-        if self._last is not None:
-            self._steps[phase] += 1
-            self._seconds[phase] += now - self._last
-        self._last = now
-
-    def pause(self) -> None:
-        self._last = None
-
-    def rate(self, phase: int) -> float | None:
-        """None where the phase had no step to measure."""
-        return self._steps[phase] / self._seconds[phase] if self._steps[phase] else None
-
-
 def _write(path: Path, text: str) -> None:
     from fsspec.implementations.local import LocalFileSystem
 
     write_atomic(LocalFileSystem(), str(path), text.encode())
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(str(size) for size in shape)

@@ -81,3 +81,26 @@ class Meter:
             norms = state["sums"][0][-1]  # no sum over ranks: each of them adds the same
             self._sums = torch.tensor([*sums, norms], device=self.parallel.device)
             self.steps = int(state["steps"])
+
+
+class PhaseClock:
+    """Steps per second of each phase, less the first step after every pause."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._steps = {1: 0, 2: 0}
+        self._seconds = {1: 0.0, 2: 0.0}
+
+    def tick(self, phase: int) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self._steps[phase] += 1
+            self._seconds[phase] += now - self._last
+        self._last = now
+
+    def pause(self) -> None:
+        self._last = None
+
+    def rate(self, phase: int) -> float | None:
+        """None where the phase had no step to measure."""
+        return self._steps[phase] / self._seconds[phase] if self._steps[phase] else None

@@ -21,6 +21,8 @@ SAMPLES = "samples"
 """The folder of sample grids, below a run's."""
 EVALUATION = "evaluation"
 """The event of a row that says how far samples are from real images."""
+NO_DISTANCE = "no evaluation"
+"""The event of a row that says why there is no such distance."""
 
 
 class MetricsLog:
@@ -58,8 +60,8 @@ class MetricsLog:
 
     def _line(self, row: dict[str, Any]) -> str:
         if "event" in row:
-            distance = f", FID {row['fid']:.2f}" if "fid" in row else ""
-            return f"step {row['step']}: {row['event']}{distance}"
+            said = f"FID {row['fid']:.2f}" if "fid" in row else row.get("reason")
+            return f"step {row['step']}: {row['event']}" + (f", {said}" if said else "")
         rate = row["steps_per_second"]
         left = (self.total_steps - row["step"]) / rate if rate else 0
         parts = [f"step {row['step']}/{self.total_steps}", f"phase {row['phase']}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from pipeline.files import TEMPORARY
 from pipeline.models import SiT
 from pipeline.pictures import save_grid
-from pipeline.train.drawing import SharedDrawing
+from pipeline.train.drawing import Pause, SharedDrawing
 from pipeline.train.metrics import SAMPLES
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -30,26 +31,38 @@ class SampleGrids:
     def due(self, step: int) -> bool:
         return self.every is not None and (step % self.every == 0 or step == self.last)
 
-    def draw(self, student: SiT, step: int) -> None:
-        """Every worker calls this; the first one writes the picture."""
+    def there(self, step: int) -> bool:
+        """Whether it has been drawn, as the first rank sees it. Every rank calls this."""
+        return bool(self.drawing.parallel.from_first(self._path(step).exists()))
+
+    def draw(self, student: SiT, step: int, pause: Pause) -> list[dict[str, Any]]:
+        """Every rank calls this; the first one writes the picture. What there is to say of it."""
         drawing, parallel = self.drawing, self.drawing.parallel
         labels = [label for label in self.classes for _ in range(self.per_class)]
         size = drawing.resolution
         images = torch.zeros(len(labels), 3, size, size, dtype=torch.uint8, device=parallel.device)
-        with drawing.autoencoder_at_hand():
-            for numbers in drawing.mine(len(labels)):
-                drawn = drawing.draw(student, labels, numbers)
-                images[numbers.start : numbers.stop] = drawn.to(parallel.device)
+        broken = 0
+        for drawn in drawing.draw(student, labels, pause):
+            images[drawn.numbers.start : drawn.numbers.stop] = drawn.images.to(parallel.device)
+            broken += drawn.broken
         parallel.sum(images)  # each image is somebody's, and black elsewhere
+        broken = parallel.sum_counts({"broken": broken})["broken"]
         if parallel.is_first:
             self._write(images.cpu(), step)
+        if not broken:
+            return []
+        reason = f"{broken} of {len(labels)} samples of the grid are not finite numbers: black"
+        return [{"event": "broken samples", "reason": reason}]
 
     def _write(self, images: Tensor, step: int) -> None:
-        name = f"step-{step:09d}.png"
-        temporary = self.folder / f"{TEMPORARY}{name}"
+        path = self._path(step)
+        temporary = path.with_name(f"{TEMPORARY}{path.name}")
         names = [str(label) for label in self.classes]
         save_grid(images, temporary, columns=self.per_class, row_names=names)
-        os.replace(temporary, self.folder / name)
+        os.replace(temporary, path)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}.png"
 
 
 def grid_classes(config: RunConfig, num_classes: int) -> tuple[int, ...]:

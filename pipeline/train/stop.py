@@ -26,7 +26,7 @@ class Wish(IntEnum):
 
 
 Ask = Callable[[], Wish]
-"""Called at every step boundary; must not wait."""
+"""Called at every step boundary, and now and then within long pauses; must not wait."""
 
 
 def nothing_asked() -> Wish:
@@ -87,7 +87,7 @@ class Agreement:
         self._counted: torch.cuda.Event | None = None
 
     def at_boundary(self) -> Wish:
-        """Every rank calls it before each step."""
+        """Every rank calls it before each step, and equally often between two steps."""
         if self.parallel.world_size == 1:
             return self.ask()
         wish = self._last_vote()

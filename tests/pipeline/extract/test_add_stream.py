@@ -15,8 +15,9 @@ from pipeline.extract.job import extract
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.inspect.summary import summarise
 from pipeline.store import Store
+from pipeline.train.fit import check_store
 from pipeline.train.local import LocalCheckpoints
-from pipeline.train.loop import check_store, train
+from pipeline.train.loop import train
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig

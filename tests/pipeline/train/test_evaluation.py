@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import fsspec
 import pytest
@@ -22,9 +24,13 @@ from pipeline.sampling.blocks import choose_labels
 from pipeline.sampling.draw import draw_images
 from pipeline.sampling.trained import load_student
 from pipeline.store import Store
+from pipeline.train.evaluation import RunEvaluation
 from pipeline.train.folder import RunFolder
+from pipeline.train.local import LocalCheckpoints, newest_checkpoint
+from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
-from schemas.errors import UserError
+from pipeline.train.stop import Wish
+from schemas.errors import StoppedError, UserError
 from schemas.evaluate import EvaluateConfig
 from schemas.options import merge
 from schemas.run import RunConfig
@@ -109,6 +115,65 @@ def test_a_resumed_run_has_each_row_once(config: RunConfig, tmp_path: Path) -> N
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
 
 
+def test_a_look_that_was_cut_off_is_taken_again(config: RunConfig, tmp_path: Path) -> None:
+    """Its checkpoint came first. A stop is heard between two batches of samples, and what is there
+    already is not measured anew."""
+    config = config.model_copy(
+        update={"samples": config.samples.model_copy(update={"every": 3, "classes": (1, 4)})}
+    )
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train_on(1, config, whole)
+    keeper = LocalCheckpoints(folder, keep=9)
+    # three steps, two batches of the grid, two of the three of the evaluation
+    asked = iter([*[Wish.GO_ON] * 6, Wish.STOP])
+    with pytest.raises(StoppedError, match="after step 3 of 4"):
+        train(config, folder, keeper.save, ask=lambda: next(asked))
+    assert newest_checkpoint(folder) == folder / "checkpoint-000000003"
+    assert (folder / "samples" / "step-000000003.png").exists()
+    assert not (folder / "evaluations.jsonl").exists()
+    train_on(1, config, folder)
+    assert rows_of(folder) == rows_of(whole)
+    assert told(folder) == told(whole)
+    shutil.rmtree(folder / "checkpoint-000000004")
+    original = RunEvaluation.measure
+    with patch.object(RunEvaluation, "measure", autospec=True, side_effect=original) as measure:
+        train_on(1, config, folder)
+    measured = [call.args[2] for call in measure.call_args_list]
+    assert measured == [4]
+    assert told(folder) == told(whole)
+
+
+def told(folder: Path) -> list[Any]:
+    """All rows of the metrics, but for rates."""
+    return [
+        (row["step"], row.get("event"), row.get("fid", row.get("denoising")))
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_student_that_diverged_has_no_distance(
+    config: RunConfig, tmp_path: Path, world_size: int
+) -> None:
+    """Its images would be black, and black images have a distance like any others."""
+    values = merge(
+        config.model_dump(),
+        {
+            "optimizer": {"learning_rate": 1e30},
+            "ema_decay": 0.5,
+            "samples": {"every": 4, "classes": (1,)},
+        },
+    )
+    train_on(world_size, RunConfig.model_validate(values), tmp_path / "run")
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+    events = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "event" in row]
+    assert [(row["step"], row["event"], row["reason"]) for row in events] == [
+        (3, "no evaluation", "10 of 10 samples are not made of finite numbers"),
+        (4, "broken samples", "4 of 4 samples of the grid are not finite numbers: black"),
+        (4, "no evaluation", "10 of 10 samples are not made of finite numbers"),
+    ]
+
+
 def test_a_reference_of_another_network_is_named(config: RunConfig, tmp_path: Path) -> None:
     values = merge(config.model_dump(), {"samples": {"evaluate": {"seed": 1}}})
     with pytest.raises(UserError, match=r"--samples.evaluate.reference '.*' holds statistics of"):
@@ -177,3 +242,14 @@ def test_workers_are_told_where_local_files_are(
     assert config.samples.autoencoder == str(tmp_path / "decoder")
     assert config.samples.evaluate.reference == str(tmp_path / "r.npz")
     assert config.samples.evaluate.network_weights == str(tmp_path / "w.pt")
+
+
+def test_short_memory_names_the_option(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw_latents(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("pipeline.train.drawing.draw_latents", draw_latents)
+    with pytest.raises(UserError, match=r"no memory for 4 samples .* --samples.batch-size than 4"):
+        train_on(1, config, tmp_path / "run")
