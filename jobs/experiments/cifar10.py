@@ -107,7 +107,8 @@ def run_matrix(config: Cifar10Config) -> Path:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     work = Path(config.work).expanduser().absolute()
-    shared, facts = _ingredients(config, work, device)
+    drawn = _check(config, work)
+    shared, facts = _ingredients(config, work, device, drawn)
     runs = [
         _run_config(config, work, shared, arm, seed) for seed in config.seeds for arm in config.arms
     ]
@@ -120,8 +121,26 @@ def run_matrix(config: Cifar10Config) -> Path:
     return write_outcome(work, [run.name for run in runs], facts)
 
 
+def _check(config: Cifar10Config, work: Path) -> int:
+    """Everything that the options alone can get wrong, before hours of training: how many images
+    every evaluation of a run draws. Raises ``UserError``."""
+    _extraction(config, work, work, work, work)
+    somewhere = {"network": config.judge.name, "network_weights": "random", "reference": "-"}
+    shared = {"store": "-", "samples": {"evaluate": somewhere}}
+    runs = [_run_config(config, work, shared, arm, 0) for arm in config.arms]
+    if not runs:
+        raise UserError("there are no arms: name some in the table 'arms' of --config")
+    drawn = {run.samples.evaluate.images for run in runs}
+    if len(drawn) != 1:
+        raise UserError("arms that draw samples.evaluate.images of their own cannot be compared")
+    images = drawn.pop()
+    if images is None:
+        raise UserError("run.samples.evaluate.images is missing: how many samples are judged")
+    return images
+
+
 def _ingredients(
-    config: Cifar10Config, work: Path, device: str
+    config: Cifar10Config, work: Path, device: str, drawn: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options that all runs share, and what was measured of what they are made of."""
     shelf = Shelf(work)
@@ -152,7 +171,6 @@ def _ingredients(
         config.threads,
     )
     judged = judged_by(judge, config.judge)
-    drawn = int(config.run["samples"]["evaluate"]["images"])
     reference, about_reference = shelf.get(
         "reference",
         held | dumped(config.judge) | {"images": drawn},

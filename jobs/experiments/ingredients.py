@@ -5,7 +5,6 @@ Each is made once, written whole or not at all, and remembers the options that m
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +31,7 @@ from jobs.pretrain.self_distill import (
     self_distill,
 )
 from pipeline.datasets import list_images
+from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks, stream_name, with_tail
@@ -135,14 +134,14 @@ def unpack(source: str, held_out: int, folder: Path) -> dict[str, Any]:
 
 
 def read_images(folder: Path) -> Images:
-    """All pictures of ``folder/CLASS``; raises ``UserError`` where one is not 32 x 32."""
+    """All pictures of ``folder/CLASS``; raises ``UserError`` where one is damaged."""
     pixels, labels = [], []
     for label, kind in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
         for path in sorted(kind.iterdir()):
-            image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-            if image.size != (RESOLUTION, RESOLUTION):
-                raise UserError(f"'{path}' is not {RESOLUTION} x {RESOLUTION} pixels")
-            pixels.append(np.asarray(image))
+            try:
+                pixels.append(decode_crop(path.read_bytes(), RESOLUTION))
+            except (OSError, BadImageError) as error:
+                raise UserError(f"'{path}' cannot be used: {error}") from None
             labels.append(label)
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return Images(stacked, torch.tensor(labels))

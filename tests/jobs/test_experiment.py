@@ -179,6 +179,12 @@ def test_a_store_of_other_layers_is_not_taken(source: Path, done: Path) -> None:
         ({"select": ["hast"]}, r"--select hast: the arms are vanilla, repa"),
         ({"source": None}, r"--source is missing"),
         ({"source": "/nowhere.zip"}, r"--source '/nowhere.zip' is no zip"),
+        ({"arms": {"haste": {"alignment": {"student_layer": [1]}}}}, r"the arm 'haste'"),
+        (
+            {"arms": {"haste": {"samples": {"evaluate": {"images": 20}}}}},
+            r"images of their own cannot be compared",
+        ),
+        ({"store": {"shard_sizes": 20}}, r"the table 'store'"),
         ({"held_out": 12}, r"more than 12 images of each class; found 10 classes"),
     ],
 )
@@ -188,6 +194,26 @@ def test_bad_options_are_named(
     with pytest.raises(UserError, match=message):
         run_matrix(config_of(source, tmp_path, **changes))
     assert not list(tmp_path.rglob("about.json"))
+
+
+def test_a_config_without_evaluations_is_refused(source: Path, tmp_path: Path) -> None:
+    config = Cifar10Config.model_validate({"source": str(source), "work": str(tmp_path / "work")})
+    with pytest.raises(UserError, match=r"there are no arms"):
+        run_matrix(config)
+    config = config.model_copy(update={"arms": {"vanilla": {}}})
+    with pytest.raises(UserError, match=r"run.samples.evaluate.images is missing"):
+        run_matrix(config)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_damaged_picture_is_named(source: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(source) as whole, zipfile.ZipFile(damaged, "w") as zipped:
+        for name in whole.namelist():
+            data = whole.read(name)
+            zipped.writestr(name, data[:60] if name.endswith("class3/0002.png") else data)
+    with pytest.raises(UserError, match=r"'.*class3/0002.png' cannot be used"):
+        run_matrix(config_of(damaged, tmp_path / "work"))
 
 
 def test_command_has_its_own_defaults() -> None:
