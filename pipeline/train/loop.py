@@ -154,6 +154,7 @@ class _Run:
 
     def close(self) -> None:
         self.loader.close()
+        self.trainer.close()
         if self.log is not None:
             self.log.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,9 @@ from pipeline.alignment.targets import (
     wanted_targets,
 )
 from pipeline.store import Batch, Store
-from pipeline.train.draws import draw
+from pipeline.train.draws import Draws
 from pipeline.train.ema import Ema
+from pipeline.train.feed import DeviceFeed, DrawsAhead
 from pipeline.train.module import LOSSES, AlignedStudent
 from pipeline.train.parallel import Parallel
 from schemas.errors import UserError
@@ -82,6 +83,13 @@ class Trainer:
         self._store = store
         self._targets: TargetSource | None = None
         self.optimizer = _make_optimizer(self.module, config)
+        self.feed = DeviceFeed(parallel.device)
+        self.draws = DrawsAhead(
+            config.seed,
+            config.student.latent_shape,
+            config.diffusion.label_drop,
+            parallel.device,
+        )
         if self._compiles:
             self.module.compile_parts()
         self.wrapped: nn.Module = parallel.wrap(self.module)
@@ -94,12 +102,14 @@ class Trainer:
         the ranks' slices, and however many micro-batches each of them makes of its own.
         """
         config = self.config
-        parts = split_batch(batch, config.workers.micro_batch)
+        draws = self.draws(batch.positions)
+        self.draws.expect(batch.positions + config.global_batch)
+        parts = list(split_batch(batch, draws, config.workers.micro_batch))
         losses = torch.zeros(len(LOSSES), device=self.parallel.device)
         for number, part in enumerate(parts, start=1):
             # Ranks with more parts than others add them up alone; each averages exactly once.
             with self.parallel.averaging(self.wrapped, on=number == len(parts)):
-                losses += self._accumulate(part)
+                losses += self._accumulate(*part)
         norm = torch.nn.utils.clip_grad_norm_(
             self.module.parameters(), config.optimizer.max_grad_norm
         )
@@ -111,9 +121,9 @@ class Trainer:
         self.step += 1
         return torch.cat([losses, norm.detach().view(1)])
 
-    def _accumulate(self, batch: Batch) -> Tensor:
+    def _accumulate(self, batch: Batch, draws: Draws) -> Tensor:
         """Add the gradients of some samples; their sums of ``LOSSES``, (4,)."""
-        losses = self.losses(self.wrapped, self.inputs(batch), self.targets_of(batch))
+        losses = self.losses(self.wrapped, self.inputs(batch, draws), self.targets_of(batch))
         # DDP divides the sum of gradients by the number of ranks
         total = self.total(losses) * (self.parallel.world_size / self.config.global_batch)
         total.backward()
@@ -186,27 +196,27 @@ class Trainer:
             name = "bfloat16" if self.parallel.device.type == "cuda" else "float32"
         return None if name == "float32" else getattr(torch, name)
 
-    def inputs(self, batch: Batch, time: float | None = None) -> Inputs:
-        """What the student sees of a batch, on the device; ``time`` replaces the drawn times."""
-        config, device = self.config, self.parallel.device
+    def inputs(
+        self, batch: Batch, draws: Draws | None = None, *, time: float | None = None
+    ) -> Inputs:
+        """What the student sees of a batch, on the device; ``draws`` are made if not given, and
+        ``time`` replaces the drawn times."""
         stored = batch.columns["latents"]
         classes = self.manifest.dataset.num_classes
         if stored["label"].min(initial=0) < 0 or stored["label"].max(initial=0) >= classes:
             raise UserError(  # on a GPU an index out of range kills the process
                 f"the store holds a label outside its {classes} classes: it is damaged"
             )
-        columns = self._to_device(stored)
-        draws = draw(
-            config.seed, batch.positions, config.student.latent_shape, config.diffusion.label_drop
-        )
-        t, drop, posterior, noise = (values.to(device, non_blocking=True) for values in draws)
+        columns = self.feed(_tensors(stored))
+        drawn = Draws(**self.feed((draws or self.draws(batch.positions))._asdict()))
         vae = self.manifest.autoencoder
-        latents = columns["mean"].float() + columns["std"].float() * posterior
+        latents = columns["mean"].float() + columns["std"].float() * drawn.posterior
         latents = (latents - vae.shift_factor) * vae.scaling_factor
-        labels = torch.where(drop, config.student.num_classes, columns["label"])
+        labels = torch.where(drawn.drop_label, self.config.student.num_classes, columns["label"])
+        t = drawn.t
         if time is not None:
             t = torch.full_like(t, time)
-        noisy, told, target = self.module.objective.corrupt(latents, noise, t)
+        noisy, told, target = self.module.objective.corrupt(latents, drawn.noise, t)
         return Inputs(noisy, told, labels, target)
 
     def targets_of(self, batch: Batch) -> Targets:
@@ -214,32 +224,31 @@ class Trainer:
         source = self.targets
         if source is None:
             return NO_TARGETS
-        return source(self._to_device(batch.columns[source.stream]))
+        return source(self.feed(_tensors(batch.columns[source.stream])))
 
-    def _to_device(self, columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        device = self.parallel.device
-        tensors = {name: torch.from_numpy(array) for name, array in columns.items()}
-        if device.type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    def close(self) -> None:
+        """End its thread."""
+        self.draws.close()
 
 
-def split_batch(batch: Batch, size: int | None) -> list[Batch]:
-    """The batch in parts of ``size`` samples, the last one smaller; None: in one."""
+def split_batch(batch: Batch, draws: Draws, size: int | None) -> Iterator[tuple[Batch, Draws]]:
+    """The batch and its draws in parts of ``size`` samples, the last one smaller; None: in one."""
     count = len(batch.positions)
-    if size is None or size >= count:
-        return [batch]
-    return [
-        Batch(
-            batch.step,
-            batch.positions[begin : begin + size],
-            {
-                stream: {name: array[begin : begin + size] for name, array in columns.items()}
-                for stream, columns in batch.columns.items()
-            },
+    size = max(1, count) if size is None else size
+    for begin in range(0, max(1, count), size):
+        part = slice(begin, begin + size)
+        columns = {
+            stream: {name: array[part] for name, array in arrays.items()}
+            for stream, arrays in batch.columns.items()
+        }
+        yield (
+            Batch(batch.step, batch.positions[part], columns),
+            Draws(*(values[part] for values in draws)),
         )
-        for begin in range(0, count, size)
-    ]
+
+
+def _tensors(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array) for name, array in columns.items()}
 
 
 def _make_optimizer(module: AlignedStudent, config: RunConfig) -> torch.optim.AdamW:

@@ -9,8 +9,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from pipeline.store import Batch, Store
-from pipeline.train import trainer as trainer_module
 from pipeline.train.draws import Draws
+from pipeline.train.feed import DrawsAhead
 from pipeline.train.parallel import Parallel
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
@@ -26,7 +26,7 @@ def posterior_noise(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     eps = golden.tensors(FILE)["eps"]
     zeros = torch.zeros(len(eps))
     draws = Draws(t=zeros, drop_label=zeros.bool(), posterior=eps, noise=torch.zeros_like(eps))
-    monkeypatch.setattr(trainer_module, "draw", lambda *_: draws)
+    monkeypatch.setattr(DrawsAhead, "__call__", lambda *_: draws)
     return eps
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipeline.models.checkpoints import Parts, put_together, take_apart
 from pipeline.store import Batch, Store
-from pipeline.train import trainer as trainer_module
 from pipeline.train.draws import Draws
+from pipeline.train.feed import DrawsAhead
 from pipeline.train.parallel import Parallel
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
@@ -139,7 +139,7 @@ def run(golden: Golden) -> SimpleNamespace:
             noise=io["noise"][step],
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer_module, "draw", lambda *_, draws=recorded: draws)
+            patch.setattr(DrawsAhead, "__call__", lambda *_, draws=recorded: draws)
             *sums, norm = trainer.train_step(batch_of(golden, step)).tolist()
         changes = []
         for average in (False, True):
@@ -163,7 +163,7 @@ def test_latents_of_the_first_step(golden: Golden, monkeypatch: pytest.MonkeyPat
     zeros = torch.zeros(config.global_batch)
     noise = torch.zeros_like(io["noise"][0])
     draws = Draws(t=zeros, drop_label=zeros.bool(), posterior=io["posterior_eps"][0], noise=noise)
-    monkeypatch.setattr(trainer_module, "draw", lambda *_: draws)
+    monkeypatch.setattr(DrawsAhead, "__call__", lambda *_: draws)
     inputs = trainer.inputs(batch_of(golden, 0))
     golden.check("train_io", "latents_step0", inputs.noisy)
     assert torch.equal(inputs.labels, io["labels"][0])

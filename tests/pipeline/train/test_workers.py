@@ -104,8 +104,15 @@ def test_fewer_workers_than_none_or_more_than_all_are_refused(run_config: Make) 
 def test_micro_batches_are_the_slice(random_store: Store) -> None:
     columns = {"latents": {"label": np.arange(5) * 10}}
     batch = Batch(3, np.arange(5), columns)
-    assert split_batch(batch, None) == split_batch(batch, 5) == [batch]
-    parts = split_batch(batch, 2)
+    draws = draw(7, batch.positions, (2, 2, 2), 0.5)
+    for size in (None, 5, 9):
+        (whole, all_draws), *more = split_batch(batch, draws, size)
+        assert not more
+        assert whole.positions.tolist() == [0, 1, 2, 3, 4]
+        assert torch.equal(all_draws.noise, draws.noise)
+    parts, drawn = zip(*split_batch(batch, draws, 2), strict=True)
+    assert torch.equal(torch.cat([part.t for part in drawn]), draws.t)
+    assert torch.equal(torch.cat([part.noise for part in drawn]), draws.noise)
     assert [part.positions.tolist() for part in parts] == [[0, 1], [2, 3], [4]]
     assert [part.columns["latents"]["label"].tolist() for part in parts] == [
         [0, 10],

@@ -1,0 +1,81 @@
+"""What a step needs on the device, brought there while the steps before it compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.train.draws import Draws, draw
+
+
+class DeviceFeed:
+    """Copies to the device, from pinned memory and on a stream of their own.
+
+    Python runs ahead of a GPU: it asks for a batch's copies while the step before still computes.
+    On the stream of the computation they would wait for that step, and from pageable memory Python
+    would too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same on the device; what is computed next waits for them."""
+        if self._stream is None:
+            return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        computation = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            copies = {
+                name: tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
+                for name, tensor in tensors.items()
+            }
+        computation.wait_stream(self._stream)
+        for copy in copies.values():  # else its memory may be another copy's while it is read
+            copy.record_stream(computation)
+        return copies
+
+
+class DrawsAhead:
+    """The draws of a step, made by a thread while the step before computes.
+
+    They are a function of the seed and the positions alone: making them early changes nothing.
+    """
+
+    def __init__(
+        self, seed: int, latent_shape: tuple[int, ...], label_drop: float, device: torch.device
+    ) -> None:
+        self._what = (seed, latent_shape, label_drop)
+        self._pins = device.type == "cuda"
+        self._expected: tuple[np.ndarray, Future[Draws]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
+
+    def __call__(self, positions: np.ndarray) -> Draws:
+        """Those of the samples at ``positions``, made now unless they were expected."""
+        if self._expected is not None:
+            expected, draws = self._expected
+            if np.array_equal(expected, positions):
+                self._expected = None
+                return draws.result()
+        return self._draw(positions)
+
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin with those that will be asked for next."""
+        if self._expected is not None:
+            self._expected[1].cancel()
+        self._expected = positions, self._thread.submit(self._draw, positions)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _draw(self, positions: np.ndarray) -> Draws:
+        seed, shape, label_drop = self._what
+        draws = draw(seed, positions, shape, label_drop)
+        return (
+            Draws(*(values.contiguous().pin_memory() for values in draws)) if self._pins else draws
+        )

@@ -1,0 +1,91 @@
+"""What is brought to the device ahead of time is what would be brought on time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.train.draws import Draws, draw
+from pipeline.train.feed import DeviceFeed, DrawsAhead
+
+CPU = torch.device("cpu")
+SHAPE = (2, 3, 3)
+
+
+@pytest.fixture
+def ahead() -> Iterator[DrawsAhead]:
+    draws = DrawsAhead(7, SHAPE, 0.5, CPU)
+    yield draws
+    draws.close()
+
+
+def same(one: Draws, other: Draws) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_expected_draws_are_made_once_by_the_thread(
+    ahead: DrawsAhead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, int]] = []
+
+    def recording(seed: int, positions: np.ndarray, *rest: object) -> Draws:
+        made.append((threading.current_thread().name, int(positions[0])))
+        return draw(seed, positions, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipeline.train.feed.draw", recording)
+    here = threading.current_thread().name
+    for step in range(3):
+        positions = np.arange(5 * step, 5 * step + 5)
+        assert same(ahead(positions), draw(7, positions, SHAPE, 0.5))
+        ahead.expect(positions + 5)
+    ahead.close()
+    assert made[0] == (here, 0)
+    assert made[1:3] == [("draws_0", 5), ("draws_0", 10)]
+
+
+def test_other_draws_than_expected_are_made_on_time(ahead: DrawsAhead) -> None:
+    expected, other = np.arange(5, 10), np.array([3, 99])
+    ahead.expect(expected)
+    assert same(ahead(other), draw(7, other, SHAPE, 0.5))
+    assert same(ahead(expected), draw(7, expected, SHAPE, 0.5))
+
+
+def test_an_error_in_the_thread_is_raised_where_the_draws_are_asked_for(
+    ahead: DrawsAhead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("no memory for the draws")
+
+    monkeypatch.setattr("pipeline.train.feed.draw", fails)
+    ahead.expect(np.arange(4))
+    with pytest.raises(MemoryError, match="no memory"):
+        ahead(np.arange(4))
+
+
+def test_nothing_is_copied_where_the_device_is_the_processor() -> None:
+    tensor = torch.arange(6).reshape(2, 3)
+    assert DeviceFeed(CPU)({"a": tensor})["a"].data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copies_beside_a_busy_computation_are_whole() -> None:
+    """Many large ones in a row, whose memory is freed and used again at once."""
+    device = torch.device("cuda")
+    feed, ahead = DeviceFeed(device), DrawsAhead(7, (4, 32, 32), 0.5, device)
+    work = torch.randn(4096, 4096, device=device)
+    sums, expected = [], []
+    for step in range(20):
+        positions = np.arange(64 * step, 64 * step + 64)
+        draws = ahead(positions)
+        ahead.expect(positions + 64)
+        expected.append(draw(7, positions, (4, 32, 32), 0.5).noise.double().sum().item())
+        for _ in range(10):
+            work = work @ work / 64
+        copies = feed(draws._asdict())
+        sums.append(copies["noise"].double().sum())
+    ahead.close()
+    assert [value.item() for value in sums] == pytest.approx(expected)
