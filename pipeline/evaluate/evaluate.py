@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluate.archive import Archive
+from pipeline.archive import Archive
 from pipeline.evaluate.compare import compare
 from pipeline.evaluate.images import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluate.archive import Archive
+from pipeline.archive import Archive
 from pipeline.evaluate.pictures import FolderImages
 from pipeline.evaluate.stored import StoreImages
 from pipeline.files import is_local, open_url, without_credentials
@@ -21,7 +21,8 @@ IMAGES = "arr_0"
 """ADM's name for the images of an .npz: what numpy calls the first array without one."""
 ABOUT = "about"
 """JSON text beside the numbers: which run and step samples are of, which network features."""
-LARGEST_SIDE = 1 << 14
+MOST_PIXELS = 1 << 24
+"""Of one image of an .npz, 4096 x 4096: 48 MiB."""
 MOST_ABOUT = 1 << 22
 
 
@@ -36,7 +37,8 @@ class Images(Protocol):
     """What an .npz says of itself."""
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W), B at most ``size``. Raises ``UserError``."""
+        """uint8 (B, 3, H, W), B at most ``size``, and fewer where images are so large that these
+        would be more than 256 MiB. Raises ``UserError``."""
         ...
 
 
@@ -85,8 +87,11 @@ class ArchiveImages:
             raise UserError(
                 f"{archive.where}: '{IMAGES}' is {dtype} {shape}; images are uint8 (N, H, W, 3)"
             )
-        if not all(0 < side <= LARGEST_SIDE for side in shape[1:3]):
-            raise UserError(f"{archive.where}: '{IMAGES}' has images of {shape[2]}x{shape[1]}")
+        if not 0 < shape[1] * shape[2] <= MOST_PIXELS:
+            raise UserError(
+                f"{archive.where}: '{IMAGES}' has images of {shape[2]}x{shape[1]} pixels; there "
+                f"must be some, and {MOST_PIXELS} at most: scale them down"
+            )
         self.count = shape[0] if limit is None else min(limit, shape[0])
         self.kind = f"{shape[2]}x{shape[1]} images of an .npz"
         self.about = read_about(archive)

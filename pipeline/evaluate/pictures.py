@@ -15,6 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.archive import fitting_rows
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
 from pipeline.datasets.reader import FileReader
@@ -25,7 +26,7 @@ from schemas.errors import UserError
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 THREADS = 8
 AHEAD = 256
-"""Pictures being decoded before they are wanted; they are in memory together."""
+"""Pictures being decoded before they are wanted; they are in memory together, large ones fewer."""
 
 
 class FolderImages:
@@ -68,20 +69,23 @@ class FolderImages:
             self._size: tuple[int, int] | None = (first.shape[1], first.shape[0])
         else:
             self._size = None
-        width, height = self._size or (resolution, resolution)
+        width, height = self._size or (resolution or 0, resolution or 0)
+        self._bytes = 3 * width * height
         self.kind = f"{width}x{height} pictures of a folder"
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W). Raises ``UserError`` naming a picture that cannot be used."""
+        """uint8 (B, 3, H, W), B as of every ``Images``. Raises ``UserError`` naming a picture that
+        cannot be used."""
+        size, ahead = (fitting_rows(count, self._bytes) for count in (size, AHEAD))
         block: list[np.ndarray] = []
         with ThreadPoolExecutor(THREADS) as pool:
             waiting: deque[Future[np.ndarray]] = deque()
             try:
-                for number in range(self.count + AHEAD):
+                for number in range(self.count + ahead):
                     if number < self.count:
                         item = self._items[number]
                         waiting.append(pool.submit(self._decode, item, self._size))
-                    if waiting and (number >= self.count or len(waiting) > AHEAD):
+                    if waiting and (number >= self.count or len(waiting) > ahead):
                         block.append(waiting.popleft().result())
                     if len(block) == size:
                         yield _as_batch(block)

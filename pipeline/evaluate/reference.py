@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.evaluate.archive import Archive
+from pipeline.archive import Archive
 from pipeline.evaluate.images import ABOUT, read_about
 from pipeline.evaluate.measure import Measured
 from pipeline.evaluate.networks import FeatureNetwork, Network

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.evaluate.archive import Archive
+from pipeline.archive import Archive
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.networks import open_network
 from pipeline.evaluate.record import check_rows, record_evaluation

@@ -151,6 +151,10 @@ def _cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-400])
 
 
+def _bomb(path: Path) -> None:
+    np.savez_compressed(path, arr_0=np.zeros((1, 8192, 8192, 3), np.uint8))
+
+
 def _save(**arrays: Any) -> Callable[[Path], None]:
     return lambda path: np.savez(path, **arrays)
 
@@ -162,6 +166,8 @@ def _save(**arrays: Any) -> Callable[[Path], None]:
         (_save(arr_0=np.zeros((4, 8, 8, 3))), "is float64 .*images are uint8"),
         (_save(arr_0=np.zeros((4, 8, 8), np.uint8)), "images are uint8"),
         (_save(arr_0=np.array([{}, {}], object)), "Python objects"),
+        (_save(arr_0=np.empty((4, 0, 8, 3), np.uint8)), "images of 8x0 pixels"),
+        (_bomb, "images of 8192x8192 pixels.*16777216 at most: scale them down"),
         (_save(images=np.zeros((4, 8, 8, 3), np.uint8)), "holds no images.*found: images"),
         (_save(arr_0=np.zeros((1, 8, 8, 3), np.uint8)), "has 1 images"),
         (_save(arr_0=np.zeros((3, 8, 8, 3), np.uint8)), "smaller --k"),

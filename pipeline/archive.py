@@ -19,6 +19,16 @@ from schemas.errors import UserError
 
 MOST_HEADER = 1 << 16
 """Bytes of an array's header."""
+MOST_BLOCK = 256 << 20
+"""Bytes of one block, but for a single row that is longer: how far a few compressed megabytes
+swell is for whoever wrote them to choose."""
+PIECE = 1 << 20
+"""Bytes that are uncompressed at a time, on their way into a block."""
+
+
+def fitting_rows(rows: int, bytes_of_one: int) -> int:
+    """How many of ``rows`` a block takes within ``MOST_BLOCK`` bytes; at least one."""
+    return min(rows, max(1, MOST_BLOCK // max(1, bytes_of_one)))
 
 
 class Header(NamedTuple):
@@ -58,10 +68,11 @@ class Archive:
             return self._read_header(name, member)
 
     def blocks(self, name: str, rows: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        """The array's first ``limit`` rows, ``rows`` at a time."""
+        """The array's first ``limit`` rows, at most ``rows`` and ``MOST_BLOCK`` bytes at a time."""
         with self._opened() as zipped, self._member(zipped, name) as member:
             header = self._read_header(name, member)
             count = header.shape[0] if limit is None else min(limit, header.shape[0])
+            rows = fitting_rows(rows, math.prod(header.shape[1:]) * header.dtype.itemsize)
             for start in range(0, count, rows):
                 shape = (min(rows, count - start), *header.shape[1:])
                 yield self._numbers(name, member, shape, header.dtype)
@@ -127,10 +138,15 @@ class Archive:
         self, name: str, member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> np.ndarray:
         wanted = math.prod(shape) * dtype.itemsize
-        data = member.read(wanted)
-        if len(data) != wanted:
-            raise self._damaged()
-        return np.frombuffer(bytearray(data), dtype).reshape(shape)
+        data = bytearray(wanted)  # which the array is made of: writable, and not copied again
+        rest = memoryview(data)
+        while rest:
+            # zipfile reads into a copy, which is why it is asked for little at a time
+            found = member.readinto(rest[:PIECE])  # type: ignore[attr-defined]
+            if not found:
+                raise self._damaged()
+            rest = rest[found:]
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def _damaged(self) -> UserError:
         return UserError(
