@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import struct
 import zipfile
@@ -22,6 +23,10 @@ MOST_HEADER = 1 << 16
 MOST_BLOCK = 256 << 20
 """Bytes of one block, but for a single row that is longer: how far a few compressed megabytes
 swell is for whoever wrote them to choose."""
+MOST_ABOUT = 1 << 22
+"""Bytes of what a file says of itself."""
+ABOUT = "about"
+"""JSON text beside the numbers: which run and step samples are of, which network features."""
 PIECE = 1 << 20
 """Bytes that are uncompressed at a time, on their way into a block."""
 
@@ -152,3 +157,21 @@ class Archive:
         return UserError(
             f"{self.where} is damaged, cut short or not an .npz file: write or copy it again"
         )
+
+
+def read_about(archive: Archive) -> dict[str, Any]:
+    """The JSON object that an .npz of ours says of itself; empty in others'. Raises
+    ``UserError``."""
+    if ABOUT not in archive:
+        return {}
+    shape, dtype, _ = archive.header(ABOUT)
+    try:
+        if dtype.kind != "U" or shape != ():
+            raise ValueError("not a text")
+        about = json.loads(str(archive.array(ABOUT, MOST_ABOUT)[()]))
+        if not isinstance(about, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{archive.where}: '{ABOUT}' is not JSON of ours: {reason}") from None
+    return about

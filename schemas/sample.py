@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from schemas.base import Strict
 from schemas.diffusion import Path, SamplerConfig
@@ -16,6 +16,9 @@ Positive = Annotated[int, Field(ge=1)]
 Labels = Literal["random", "balanced"]
 Weights = Literal["ema", "model"]
 Arithmetic = Literal["tf32"] | Precision
+
+ABOUT_FILE, LABELS_FILE = "about.json", "labels.npy"
+"""Beside the pictures in a folder."""
 
 
 class SampleWorkers(Strict):
@@ -108,3 +111,11 @@ class SampleAbout(Strict):
     sampler: SamplerConfig
     version: str
     """Of this software."""
+
+    @classmethod
+    def understood(cls, values: Any) -> SampleAbout | None:
+        """What a file's JSON says, or None where it is nothing that this version knows."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError:
+            return None

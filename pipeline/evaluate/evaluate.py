@@ -154,11 +154,11 @@ def _reference(
 
 def _about_samples(config: EvaluateConfig, samples: Images) -> dict[str, Any]:
     """Step and weights for the row of ``--record``: as options say, else the samples."""
-    step = samples.about.get("step") if config.step is None else config.step
-    if type(step) is not int or step < 0:
+    about = samples.about
+    step = about.step if about is not None and config.step is None else config.step
+    if step is None:
         raise UserError(
             "--record needs the step that the samples are of, which they do not say: give --step N"
         )
-    said = samples.about.get("weights")
-    weights = config.weights or (said if said in ("ema", "model") else "ema")
-    return {"step": step, "weights": weights}
+    said = "ema" if about is None else about.weights
+    return {"step": step, "weights": config.weights or said}

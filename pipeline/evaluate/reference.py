@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.archive import Archive
-from pipeline.evaluate.images import ABOUT, read_about
+from pipeline.archive import ABOUT, Archive, read_about
 from pipeline.evaluate.measure import Measured
 from pipeline.evaluate.networks import FeatureNetwork, Network
 from pipeline.evaluate.spool import Spool

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.store import Store
 from schemas.errors import UserError
-from tests.pipeline.evaluate.sets import blobs
+from tests.pipeline.evaluate.sets import about_samples, blobs
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "evaluate.py"
 NETWORK = ("--network", "test_resnet", "--network-weights", "random", "--network-size", "32")
@@ -50,7 +50,7 @@ def _array(images: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    about = json.dumps({"step": 300, "checkpoint": "runs/x", "weights": "model"})
+    about = about_samples().model_dump_json()
     np.savez(tmp_path / "samples.npz", _array(blobs(20, seed=0)), about=np.array(about))
     np.savez_compressed(tmp_path / "real.npz", _array(blobs(23, seed=1, mean=100)))
     folder = tmp_path / "pictures"
@@ -129,6 +129,17 @@ def test_record_replaces_its_own_row(run: Callable[..., dict[str, Any]], files: 
         run("--samples", files / "real.npz", *sides)
     with pytest.raises(UserError, match="no such folder"):
         run("--samples", files / "samples.npz", *sides[:-1], files / "nowhere")
+
+
+def test_a_folder_of_samples_is_recorded_at_its_step(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    (files / "pictures" / "about.json").write_text(about_samples(step=200).model_dump_json())
+    (files / "run").mkdir()
+    sides = ("--samples", files / "pictures", "--reference", files / "real.npz", *NETWORK)
+    run(*sides, "--record", files / "run")
+    (row,) = (json.loads(line) for line in (files / "run" / "evaluations.jsonl").open())
+    assert (row["step"], row["weights"]) == (200, "model")
 
 
 def test_moments_alone_leave_precision_null(
