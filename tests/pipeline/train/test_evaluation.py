@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.autoencoders import Autoencoder
 from pipeline.evaluate.evaluate import evaluate
-from pipeline.evaluate.frechet import frechet_distance
+from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork
 from pipeline.evaluate.record import record_evaluation
 from pipeline.evaluate.statistics import FeatureStatistics
@@ -91,6 +91,17 @@ def test_distance_is_that_of_what_the_averaged_weights_draw(
     assert rows[0]["fid"] > 0
     events = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "fid" in row]
     assert [row["fid"] for row in events] == [row["fid"] for row in rows]
+
+
+def test_a_run_factors_its_reference_once(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factored = []
+    of = Factored.of
+    monkeypatch.setattr(Factored, "of", lambda m, device=None: factored.append(m) or of(m, device))
+    train_on(1, config, tmp_path / "run")
+    assert len(rows_of(tmp_path / "run")) == 2
+    assert len(factored) == 3  # the reference and the samples of each evaluation
 
 
 def test_workers_measure_the_same_together(config: RunConfig, tmp_path: Path) -> None:
