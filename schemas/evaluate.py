@@ -18,8 +18,8 @@ class EvaluateConfig(Strict):
     """Generated images: an .npz (arr_0, uint8 (N, H, W, 3)), a folder of pictures or a store."""
     reference: str | None = None
     """Real images: the same, or an .npz of statistics (ADM's, or of --save-reference). One with
-    both, such as ADM's reference batches, gives moments by its statistics as ADM's evaluator
-    does."""
+    both, such as ADM's reference batches, gives fid and sfid by its statistics as ADM's evaluator
+    does, and all else by its images, which may be fewer than the statistics are of."""
     save_reference: str | None = None
     """Write the reference's statistics to this .npz; without --samples nothing else is done."""
     inception_weights: str | None = None

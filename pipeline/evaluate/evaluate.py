@@ -12,7 +12,13 @@ from pipeline.evaluate.images import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure
 from pipeline.evaluate.networks import FeatureNetwork, Network, open_network
 from pipeline.evaluate.record import check_run, record_evaluation
-from pipeline.evaluate.reference import INCEPTION, has_statistics, load_statistics, save_statistics
+from pipeline.evaluate.reference import (
+    INCEPTION,
+    has_points,
+    has_statistics,
+    load_statistics,
+    save_statistics,
+)
 from pipeline.files import without_credentials
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
@@ -24,7 +30,8 @@ def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
     place = _check(config)
     samples = None
     if config.samples is not None:
-        samples = _open(config, config.samples, "--samples", device)
+        points = not place.endswith(".npz") or has_points(Archive(place, "--reference"))
+        samples = _open(config, config.samples, "--samples", device, neighbours=points)
     run = None if config.record is None else Path(config.record).expanduser()
     row: dict[str, Any] = {}
     if run is not None and samples is not None:  # before the hours of work that it would lose
@@ -87,7 +94,10 @@ def _networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetw
     return open_network(config, device=device), dinov2
 
 
-def _open(config: EvaluateConfig, place: str, option: str, device: str) -> Images:
+def _open(
+    config: EvaluateConfig, place: str, option: str, device: str, *, neighbours: bool
+) -> Images:
+    """``neighbours``: whether each image needs ``config.k`` of them."""
     images = open_images(
         place,
         option,
@@ -101,7 +111,7 @@ def _open(config: EvaluateConfig, place: str, option: str, device: str) -> Image
             f"{option} has {images.count} images: a covariance takes 2, and says something from "
             "some thousands on"
         )
-    if min(images.count, config.manifold_images) <= config.k:
+    if neighbours and min(images.count, config.manifold_images) <= config.k:
         raise UserError(
             f"{option} has {images.count} images, which have no {config.k} neighbours each: give "
             "more (and --manifold-images), or a smaller --k"
@@ -144,11 +154,17 @@ def _reference(
             stated = load_statistics(archive, network, dinov2, config.manifold_images)
             if IMAGES not in archive:
                 return stated
-    images = _open(config, place, "--reference", device)
+    compared = config.samples is not None
+    images = _open(config, place, "--reference", device, neighbours=compared)
     found = _measure(config, images, "--reference", network, dinov2)
     if stated is not None:
         found.moments, found.kind = stated.moments, stated.kind
         found.spatial = stated.spatial or found.spatial
+        _say(
+            "fid and sfid are against the statistics in --reference, which may be of more images "
+            f"than the {images.count} beside them; precision, recall and fd_dinov2 are against "
+            "those images alone"
+        )
     return found
 
 

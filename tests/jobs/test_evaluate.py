@@ -153,9 +153,24 @@ def test_moments_alone_leave_precision_null(
     found = run("--samples", files / "samples.npz", "--reference", files / "moments.npz", *NETWORK)
     assert found["fid"] > 0
     assert found["precision"] is found["recall"] is None
+    np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))  # which have no 3 neighbours
+    few = run("--samples", files / "three.npz", "--reference", files / "moments.npz", *NETWORK)
+    assert few["fid"] > 0
+    with pytest.raises(UserError, match=r"--samples has 3 images, .* a smaller --k"):
+        run("--samples", files / "three.npz", "--reference", files / "ref.npz", *NETWORK)
     np.savez(files / "adm.npz", mu=parts["mu"], sigma=parts["sigma"])
     with pytest.raises(UserError, match=r"count as Inception's .* --network 'test_resnet'"):
         run("--samples", files / "samples.npz", "--reference", files / "adm.npz", *NETWORK)
+
+
+def test_few_images_make_statistics_where_nothing_is_compared(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))
+    run("--reference", files / "three.npz", "--save-reference", files / "ref.npz", *NETWORK)
+    assert (files / "ref.npz").exists()
+    with pytest.raises(UserError, match=r"--reference has 3 images, .* a smaller --k"):
+        run("--samples", files / "samples.npz", "--reference", files / "three.npz", *NETWORK)
 
 
 def _cut_short(path: Path) -> None:
