@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -9,7 +10,7 @@ from pydantic import Field, ValidationError
 from schemas.base import Strict
 from schemas.diffusion import Path, SamplerConfig
 from schemas.extract import Precision
-from schemas.fields import Layers
+from schemas.fields import DIGEST, MOST_TEXT, Digest, Layers, format_layers, text_or_digest
 from schemas.student import ModelName
 
 Positive = Annotated[int, Field(ge=1)]
@@ -85,6 +86,40 @@ class SampleConfig(Strict):
     """Print one line of JSON on stdout."""
 
 
+class Sampling(Strict):
+    """How images were drawn, whatever drew them and whichever weights: what two sets have in common
+    where their distances from one reference can be compared."""
+
+    sampler: SamplerConfig
+    """Without an interval where there is no guidance."""
+    labels: Labels
+    classes: Annotated[str, Field(max_length=MOST_TEXT)]
+    """Those that were drawn from, such as 0-999; a digest of very many pieces."""
+    decoder_sha256: Digest
+    precision: Arithmetic
+
+    @classmethod
+    def of(
+        cls,
+        sampler: SamplerConfig,
+        *,
+        labels: Labels,
+        classes: Sequence[int],
+        decoder_sha256: str,
+        precision: Arithmetic,
+    ) -> Sampling:
+        """``decoder_sha256`` is that of the autoencoder's weights, all of it."""
+        if sampler.guidance == 1:
+            sampler = sampler.model_copy(update={"guidance_low": 0.0, "guidance_high": 1.0})
+        return cls(
+            sampler=sampler,
+            labels=labels,
+            classes=text_or_digest(format_layers(classes)),
+            decoder_sha256=decoder_sha256[:DIGEST],
+            precision=precision,
+        )
+
+
 class SampleAbout(Strict):
     """What a set of images is. Sets that agree in all of it, but for where the checkpoint lies and
     which version drew, are the same images."""
@@ -111,6 +146,17 @@ class SampleAbout(Strict):
     sampler: SamplerConfig
     version: str
     """Of this software."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How they were drawn."""
+        return Sampling.of(
+            self.sampler,
+            labels=self.labels,
+            classes=self.classes,
+            decoder_sha256=self.autoencoder_sha256,
+            precision=self.precision,
+        )
 
     @classmethod
     def understood(cls, values: Any) -> SampleAbout | None:

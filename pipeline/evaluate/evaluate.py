@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pipeline.archive import Archive
 from pipeline.evaluate.compare import compare
 from pipeline.evaluate.images import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure
 from pipeline.evaluate.networks import FeatureNetwork, Network, open_network
-from pipeline.evaluate.record import check_run, record_evaluation
+from pipeline.evaluate.record import check_run, record_evaluation, recorded
 from pipeline.evaluate.reference import (
     INCEPTION,
     has_points,
@@ -22,21 +22,35 @@ from pipeline.evaluate.reference import (
 from pipeline.files import without_credentials
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
+from schemas.sample import SampleAbout, Weights
+
+WEIGHTS: Weights = "ema"
+"""Of samples that do not say."""
 
 
-def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
+CheckOrigin = Callable[[Path, SampleAbout, int], None]
+"""Of a run's folder, what samples say, and the step: raises ``UserError`` where they are not of
+that run."""
+
+
+def evaluate(
+    config: EvaluateConfig, device: str, *, check_origin: CheckOrigin | None = None
+) -> Evaluation | None:
     """Compare ``config.samples`` with ``config.reference``; None where there are no samples and
-    only the reference's statistics are written. Raises ``UserError``."""
+    only the reference's statistics are written. ``check_origin`` looks at samples that say what
+    they are before ``config.record`` gets a row of them. Raises ``UserError``."""
     place = _check(config)
     samples = None
     if config.samples is not None:
         points = not place.endswith(".npz") or has_points(Archive(place, "--reference"))
         samples = _open(config, config.samples, "--samples", device, neighbours=points)
     run = None if config.record is None else Path(config.record).expanduser()
-    row: dict[str, Any] = {}
+    step, weights = 0, WEIGHTS
     if run is not None and samples is not None:  # before the hours of work that it would lose
         check_run(run)
-        row = _about_samples(config, samples)
+        step, weights = _origin(config, samples.about)
+        if samples.about is not None and check_origin is not None:
+            check_origin(run, samples.about, step)
     network, dinov2 = _networks(config, device)
     reference = _reference(config, place, network, dinov2, device)
     if config.save_reference is not None:
@@ -47,7 +61,17 @@ def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
     measured = _measure(config, samples, "--samples", network, dinov2)
     found = compare(measured, reference, network, k=config.k, device=device, say=_say)
     if run is not None:
-        row = {**row, **found.model_dump(), "reference": without_credentials(place)}
+        about = samples.about
+        row = recorded(
+            found,
+            step=step,
+            weights=weights,
+            network=network,
+            reference=reference.moments,
+            place=place,
+            sampling=None if about is None else about.sampling,
+            decoder=None if about is None else about.autoencoder,
+        )
         record_evaluation(run, row)
     return found
 
@@ -168,13 +192,20 @@ def _reference(
     return found
 
 
-def _about_samples(config: EvaluateConfig, samples: Images) -> dict[str, Any]:
-    """Step and weights for the row of ``--record``: as options say, else the samples."""
-    about = samples.about
-    step = about.step if about is not None and config.step is None else config.step
+def _origin(config: EvaluateConfig, about: SampleAbout | None) -> tuple[int, Weights]:
+    """Step and weights for the row of ``--record``: as samples say, else the options."""
+    step, weights = config.step, config.weights
+    if about is not None:
+        for option, asked, said in (
+            ("--step", step, about.step),
+            ("--weights", weights, about.weights),
+        ):
+            if None not in (asked, said) and asked != said:
+                raise UserError(f"{option} {asked}: the samples say {said}; leave the option out")
+        step = about.step if step is None else step
+        weights = about.weights
     if step is None:
         raise UserError(
             "--record needs the step that the samples are of, which they do not say: give --step N"
         )
-    said = "ema" if about is None else about.weights
-    return {"step": step, "weights": config.weights or said}
+    return step, weights or WEIGHTS

@@ -11,13 +11,12 @@ from pipeline.report.curves import highest_shown, panel_svg
 from pipeline.report.facts import config_differences, run_card
 from pipeline.report.gallery import Source, gallery, load_file
 from pipeline.report.kept import attention_of_kept
+from pipeline.report.kinds import comparable, describe_kind
 from pipeline.report.markup import Child, Html, breakable, image, join, shortened, table, tag
 from pipeline.report.panels import METRICS as EVALUATED
 from pipeline.report.panels import (
     Panel,
     byte_panels,
-    comparable,
-    describe_kind,
     evaluation_panels,
     loss_panels,
     observed,

@@ -11,16 +11,16 @@ import torch
 from pipeline.archive import Archive
 from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.record import check_rows, record_evaluation
+from pipeline.evaluate.record import check_rows, record_evaluation, recorded
 from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
-from pipeline.files import without_credentials
 from pipeline.models import SiT
 from pipeline.sampling.blocks import choose_labels
 from pipeline.train.drawing import SharedDrawing
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation
 from schemas.run import RunConfig
+from schemas.sample import Sampling
 
 
 class RunEvaluation:
@@ -56,12 +56,20 @@ class RunEvaluation:
         if drawing.parallel.is_first:
             check_rows(folder)
         self.classes = range(drawing.num_classes)
+        self.sampling = Sampling.of(
+            config.samples.sampler,
+            labels="random",
+            classes=self.classes,
+            decoder_sha256=drawing.autoencoder.weights_sha256,
+            precision=drawing.precision,
+        )
 
     def due(self, step: int) -> bool:
         return self.every is not None and (step % self.every == 0 or step == self.last)
 
-    def measure(self, student: SiT, step: int) -> dict[str, Any]:
-        """Every worker calls this; the row that ``evaluations.jsonl`` now holds."""
+    def measure(self, student: SiT, step: int) -> dict[str, Any] | None:
+        """Every worker calls this; the first one's answer is the row that ``evaluations.jsonl`` now
+        holds."""
         drawing, parallel = self.drawing, self.drawing.parallel
         # sums about one point can be added over the workers
         found = FeatureStatistics(
@@ -78,14 +86,33 @@ class RunEvaluation:
                         f"step {step}: '{self.network.name}' makes {error} of the samples"
                     ) from None
         found.load_state(parallel.sum(found.state()))
-        distance = self._distance(found, step) if parallel.is_first else math.nan
-        row: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
-        row |= {"step": step, "fid": distance, "samples": found.count}
-        row |= {"network": self.network.name, "weights": "ema"}
-        row["reference"] = without_credentials(str(self.options.reference))
-        if parallel.is_first:
-            record_evaluation(self.folder, row)
-        return row
+        if not parallel.is_first:
+            return None
+        return self._record(step, self._distance(found, step), found.count)
+
+    def _record(self, step: int, distance: float, samples: int) -> dict[str, Any]:
+        """As ``jobs/evaluate.py --record`` would of the same images."""
+        numbers = Evaluation(
+            fid=distance,
+            sfid=None,
+            inception_score=None,
+            precision=None,
+            recall=None,
+            fd_dinov2=None,
+            samples=samples,
+            network=self.network.name,
+        )
+        row = recorded(
+            numbers,
+            step=step,
+            weights="ema",
+            network=self.network,
+            reference=self.reference,
+            place=str(self.options.reference),
+            sampling=self.sampling,
+            decoder=self.drawing.autoencoder.name,
+        )
+        return record_evaluation(self.folder, row)
 
     def _distance(self, found: FeatureStatistics, step: int) -> float:
         try:

@@ -18,6 +18,7 @@ from schemas.errors import UserError
 from schemas.options import merge, read_yaml, validate
 from schemas.run import RunConfig
 from tests.browser import browser_page, find_chromium
+from tests.pipeline.evaluate.sets import about_samples
 
 CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
 HOSTILE = "<img src=x onerror=alert(1)> $x^2$ \" ' & \ud800"
@@ -165,6 +166,52 @@ def test_numbers_of_other_networks_or_sample_counts_get_panels_of_their_own(
         "FID, inception, 5,000 samples, against digits",
         "FID, inception, 50,000 samples, against digits",
         "FID, dino, 5,000 samples, against digits",
+    ]
+
+
+def judged(**changes: Any) -> dict[str, Any]:
+    """What a row says of how its number came about."""
+    sampler = {"steps": 250, "guidance": 1.5, "guidance_high": 0.72}
+    about = about_samples(**{"sampler": sampler, **changes.pop("about", {})})
+    row = {
+        "network_identity": {"size": 299, "weights_sha256": "c" * 16, "arguments": ""},
+        "reference_sha256": "d" * 16,
+        "decoder": "demo",
+        "sampling": about.sampling.model_dump(mode="json"),
+    }
+    return {**row, **changes}
+
+
+def test_a_line_is_of_one_network_one_reference_and_one_way_to_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever the reference lies."""
+    run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    unguided = {"sampler": {"steps": 250}}
+    identity = {"size": 299, "weights_sha256": "e" * 16, "arguments": ""}
+    rows = [
+        evaluation(100, **judged()),
+        evaluation(200, **judged(about=unguided)),
+        evaluation(300, **judged(network_identity=identity)),
+        evaluation(400, **judged(reference_sha256="f" * 16)),
+        evaluation(500, **judged(sampling={"by": "somebody else"})),
+    ]
+    write_rows(run / "evaluations.jsonl", rows)
+    elsewhere = judged(reference="/mnt/copy.npz")
+    write_rows(other / "evaluations.jsonl", [evaluation(100, **elsewhere)])
+    page, _ = report(capsys, run, other)
+    titles = re.findall(r"<strong>(FID,[^<]*)</strong>", page)
+    drawn = "seed 0, random labels of classes 0-9, decoder demo (bbbbbbbb), float32"
+    against = "5,000 samples, against digits"
+    guided = f"sde of 250 steps, guidance 1.5 at t in [0, 0.72], {drawn}"
+    inception = "FID, inception (299 px, weights"
+    assert titles == [
+        f"{inception} cccccccc), {against} (dddddddd), {guided}",
+        f"{inception} cccccccc), {against} (dddddddd), sde of 250 steps, no guidance, {drawn}",
+        f"{inception} eeeeeeee), {against} (dddddddd), {guided}",
+        f"{inception} cccccccc), {against} (ffffffff), {guided}",
+        f"{inception} cccccccc), {against} (dddddddd), drawn by {{&quot;by&quot;: "
+        "&quot;somebody else&quot;}",
     ]
 
 
