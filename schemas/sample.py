@@ -109,10 +109,8 @@ class Sampling(Strict):
         precision: Arithmetic,
     ) -> Sampling:
         """``decoder_sha256`` is that of the autoencoder's weights, all of it."""
-        if sampler.guidance == 1:
-            sampler = sampler.model_copy(update={"guidance_low": 0.0, "guidance_high": 1.0})
         return cls(
-            sampler=sampler,
+            sampler=sampler.in_force,
             labels=labels,
             classes=text_or_digest(format_layers(classes)),
             decoder_sha256=decoder_sha256[:DIGEST],
