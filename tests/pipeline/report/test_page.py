@@ -11,9 +11,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.report import kept
 from pipeline.report.__main__ import main
+from pipeline.report.records import read_run
 from pipeline.store import Store
 from pipeline.train.local import train_here
+from pipeline.train.seal import seal
 from schemas.errors import UserError
 from schemas.options import merge, read_yaml, validate
 from schemas.run import RunConfig
@@ -121,6 +124,66 @@ def test_attention_is_drawn_of_kept_checkpoints_unless_switched_off(
         assert f'alt="Attention of teacher and student of run at step {step}"' in page
     page, _ = report(capsys, tmp_path / "run", "--attention", "none")
     assert "<h2>Attention" not in page
+
+
+def test_no_store_far_away_is_opened_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an address in somebody's config."""
+    run = make_run(tmp_path / "run", store="https://127.0.0.1:9/stolen?key=s3cret")
+    (run / "checkpoint-000000400").mkdir()
+    page, _ = report(capsys, run)
+    assert "is not on this machine: --attention remote opens it." in page
+    assert "s3cret" not in page
+    page, _ = report(capsys, run, "--attention", "remote")
+    assert "run: it cannot be drawn of its checkpoints: checkpoint" in page
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"width": 1 << 20, "heads": 16},
+        {"width": 10**400 * 16, "heads": 16},
+        {"depth": 10**9, "width": 4, "heads": 1},
+        {"num_classes": 10**12},
+        {"latent_size": 1 << 20},
+    ],
+)
+def test_a_student_beyond_all_bounds_is_not_built(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    student: dict[str, int],
+) -> None:
+    run = make_run(tmp_path / "run", store=str(tmp_path / "store"))
+    autoencoder = {"name": "demo", "kind": "AutoencoderTiny", "weights_sha256": "a" * 64}
+    autoencoder |= {"scaling_factor": 1.0, "shift_factor": 0.0, "latent_shape": [4, 32, 32]}
+    plain = ("store", "termination", "trigger", "bytes_read", "meter")
+    state: dict[str, Any] = {key: {} for key in plain}
+    state |= {"version": 2, "step": 400, "metrics_rows": 0, "autoencoder": autoencoder}
+    state["config"] = RunConfig.model_validate({"student": student}).model_dump(mode="json")
+    (run / "checkpoint-000000400").mkdir()
+    seal(run / "checkpoint-000000400", state)
+
+    def load(*_: Any) -> None:
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(kept, "load_student", load)
+    page, _ = report(capsys, run)
+    assert "the student of checkpoint-000000400 is too large: the report builds those of up" in page
+
+
+def test_a_checkpoint_beyond_all_bounds_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_store: Store
+) -> None:
+    changes = {"steps": 1, "log_every": 1, "checkpoint": {"every": 1}}
+    values = read_yaml(CONFIGS / "demo.yaml") | {"store": digits_store.url, "global_batch": 4}
+    config = validate(RunConfig, merge(values, changes), where="test")
+    train_here(config, tmp_path / "run")
+    monkeypatch.setattr(kept, "MOST_BYTES", 1000)
+    _, note = kept.attention_of_kept(read_run(str(tmp_path / "run")))
+    assert note is not None
+    assert "checkpoint-000000001 has 0 GiB; the report reads 0 at most" in note
 
 
 def test_attention_that_cannot_be_drawn_is_one_sentence(
