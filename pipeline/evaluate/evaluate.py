@@ -11,7 +11,7 @@ from pipeline.evaluate.compare import compare
 from pipeline.evaluate.images import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure
 from pipeline.evaluate.networks import FeatureNetwork, Network, open_network
-from pipeline.evaluate.record import check_run, record_evaluation, recorded
+from pipeline.evaluate.record import Origin, check_run, record_evaluation, recorded
 from pipeline.evaluate.reference import (
     INCEPTION,
     has_points,
@@ -26,7 +26,6 @@ from schemas.sample import SampleAbout, Weights
 
 WEIGHTS: Weights = "ema"
 """Of samples that do not say."""
-
 
 CheckOrigin = Callable[[Path, SampleAbout, int], None]
 """Of a run's folder, what samples say, and the step: raises ``UserError`` where they are not of
@@ -45,12 +44,12 @@ def evaluate(
         points = not place.endswith(".npz") or has_points(Archive(place, "--reference"))
         samples = _open(config, config.samples, "--samples", device, neighbours=points)
     run = None if config.record is None else Path(config.record).expanduser()
-    step, weights = 0, WEIGHTS
+    origin = None
     if run is not None and samples is not None:  # before the hours of work that it would lose
         check_run(run)
-        step, weights = _origin(config, samples.about)
+        origin = _origin(config, samples.about)
         if samples.about is not None and check_origin is not None:
-            check_origin(run, samples.about, step)
+            check_origin(run, samples.about, origin.step)
     network, dinov2 = _networks(config, device)
     reference = _reference(config, place, network, dinov2, device)
     if config.save_reference is not None:
@@ -60,19 +59,8 @@ def evaluate(
         return None
     measured = _measure(config, samples, "--samples", network, dinov2)
     found = compare(measured, reference, network, k=config.k, device=device, say=_say)
-    if run is not None:
-        about = samples.about
-        row = recorded(
-            found,
-            step=step,
-            weights=weights,
-            network=network,
-            reference=reference.moments,
-            place=place,
-            sampling=None if about is None else about.sampling,
-            decoder=None if about is None else about.autoencoder,
-        )
-        record_evaluation(run, row)
+    if run is not None and origin is not None:
+        record_evaluation(run, recorded(found, origin, network, reference.moments, place))
     return found
 
 
@@ -192,8 +180,8 @@ def _reference(
     return found
 
 
-def _origin(config: EvaluateConfig, about: SampleAbout | None) -> tuple[int, Weights]:
-    """Step and weights for the row of ``--record``: as samples say, else the options."""
+def _origin(config: EvaluateConfig, about: SampleAbout | None) -> Origin:
+    """For the row of ``--record``: as samples say, else the options."""
     step, weights = config.step, config.weights
     if about is not None:
         for option, asked, said in (
@@ -208,4 +196,9 @@ def _origin(config: EvaluateConfig, about: SampleAbout | None) -> tuple[int, Wei
         raise UserError(
             "--record needs the step that the samples are of, which they do not say: give --step N"
         )
-    return step, weights or WEIGHTS
+    return Origin(
+        step=step,
+        weights=weights or WEIGHTS,
+        sampling=None if about is None else about.sampling,
+        decoder=None if about is None else about.autoencoder,
+    )

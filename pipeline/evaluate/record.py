@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,31 @@ SAME = (
 some of it, and are kept."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where samples come from."""
+
+    step: int
+    weights: Weights
+    sampling: Sampling | None
+    """None where they do not say."""
+    decoder: str | None
+    """Name of the autoencoder."""
+
+
 def recorded(
-    numbers: Evaluation,
-    *,
-    step: int,
-    weights: Weights,
-    network: Network,
-    reference: Moments,
-    place: str,
-    sampling: Sampling | None,
-    decoder: str | None,
+    numbers: Evaluation, origin: Origin, network: Network, reference: Moments, place: str
 ) -> RecordedEvaluation:
     """The row of ``numbers``, of samples against the ``reference`` at ``place``."""
+    decoder = origin.decoder
     return RecordedEvaluation(
         **numbers.model_dump(),
-        step=step,
-        weights=weights,
+        step=origin.step,
+        weights=origin.weights,
         network_identity=_identity(network),
         reference=without_credentials(place),
         reference_sha256=_digest(reference),
-        sampling=sampling,
+        sampling=origin.sampling,
         decoder=None if decoder is None else without_credentials(decoder),
     )
 

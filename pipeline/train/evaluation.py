@@ -11,7 +11,7 @@ import torch
 from pipeline.archive import Archive
 from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.record import check_rows, record_evaluation, recorded
+from pipeline.evaluate.record import Origin, check_rows, record_evaluation, recorded
 from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.models import SiT
@@ -102,16 +102,9 @@ class RunEvaluation:
             samples=samples,
             network=self.network.name,
         )
-        row = recorded(
-            numbers,
-            step=step,
-            weights="ema",
-            network=self.network,
-            reference=self.reference,
-            place=str(self.options.reference),
-            sampling=self.sampling,
-            decoder=self.drawing.autoencoder.name,
-        )
+        origin = Origin(step, "ema", self.sampling, self.drawing.autoencoder.name)
+        place = str(self.options.reference)
+        row = recorded(numbers, origin, self.network, self.reference, place)
         return record_evaluation(self.folder, row)
 
     def _distance(self, found: FeatureStatistics, step: int) -> float:
