@@ -17,6 +17,7 @@ import torch
 
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.files import without_credentials
+from pipeline.sampling.origin import check_samples_are_of
 from schemas.errors import UserError, run_command
 from schemas.evaluate import EvaluateConfig, Evaluation
 from schemas.options import parse_options
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
         about="Compare generated images with real ones: FID, sFID, Inception score, precision, "
         "recall, FD-DINOv2.",
     )
-    found = evaluate(config, _device(config))
+    found = evaluate(config, _device(config), check_origin=check_samples_are_of)
     if found is not None:
         print(found.model_dump_json() if config.as_json else _table(found))
     elif config.as_json:

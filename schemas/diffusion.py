@@ -40,6 +40,13 @@ class SamplerConfig(Strict):
     seed: int = 0
     """Seed of the starting noise and of the steps'."""
 
+    @property
+    def in_force(self) -> SamplerConfig:
+        """Without an interval where there is no guidance: samplers that draw alike are equal."""
+        if self.guidance != 1:
+            return self
+        return self.model_copy(update={"guidance_low": 0.0, "guidance_high": 1.0})
+
     @model_validator(mode="after")
     def _steps_exist(self) -> SamplerConfig:
         if self.method == "ddpm" and self.steps > DDPM_STEPS:

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from schemas.base import Strict
 from schemas.extract import Resolution
-from schemas.fields import ModelArguments, ModelId, Seed
+from schemas.fields import MOST_TEXT, Digest, ModelArguments, ModelId, Seed
+from schemas.sample import Sampling, Weights
 
 
 class EvaluateConfig(Strict):
@@ -18,8 +19,8 @@ class EvaluateConfig(Strict):
     """Generated images: an .npz (arr_0, uint8 (N, H, W, 3)), a folder of pictures or a store."""
     reference: str | None = None
     """Real images: the same, or an .npz of statistics (ADM's, or of --save-reference). One with
-    both, such as ADM's reference batches, gives moments by its statistics as ADM's evaluator
-    does."""
+    both, such as ADM's reference batches, gives fid and sfid by its statistics as ADM's evaluator
+    does, and all else by its images, which may be fewer than the statistics are of."""
     save_reference: str | None = None
     """Write the reference's statistics to this .npz; without --samples nothing else is done."""
     inception_weights: str | None = None
@@ -53,7 +54,8 @@ class EvaluateConfig(Strict):
     """Decoder of a store that has no crops: hub id or folder. Default: the one that encoded it."""
     record: str | None = None
     """The folder of the training run that the samples are of: a row is added to its
-    evaluations.jsonl."""
+    evaluations.jsonl. Samples that say that they are of other weights than the run's checkpoint of
+    their step or, where it is gone, of another run's folder, are refused."""
     step: Annotated[int, Field(ge=0)] | None = None
     """Of that run, where the samples do not say."""
     weights: Literal["ema", "model"] | None = None
@@ -66,6 +68,16 @@ class EvaluateConfig(Strict):
     """Of random weights."""
     as_json: Annotated[bool, Field(alias="json")] = False
     """Print the numbers as one JSON object."""
+
+
+class NetworkIdentity(Strict):
+    """What must agree for features to be of the same network."""
+
+    size: int
+    """Pixels per side of what it sees."""
+    weights_sha256: Digest
+    arguments: Annotated[str, Field(max_length=MOST_TEXT)] = ""
+    """Of timm.create_model, as JSON, or a digest of very many; empty where there are none."""
 
 
 class Evaluation(Strict):
@@ -84,3 +96,21 @@ class Evaluation(Strict):
     """Generated images."""
     network: str
     """That fid, precision and recall are of."""
+
+
+class RecordedEvaluation(Evaluation):
+    """A row of a run's evaluations.jsonl. Earlier versions wrote rows without the fields that have
+    a default here: of those it is not known."""
+
+    step: Annotated[int, Field(ge=0)]
+    weights: Weights
+    network_identity: NetworkIdentity | None = None
+    reference: str
+    """Path or URL, for people."""
+    reference_sha256: Digest | None = None
+    """Of the mean and covariance of the network's features: the same wherever they lie. Computed
+    anew from images, with another batch size or device, they differ in the last digits."""
+    decoder: str | None = None
+    """Name of the autoencoder that decoded the samples, for people."""
+    sampling: Sampling | None = None
+    """Null of samples that do not say how they were drawn."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -39,6 +41,18 @@ def _rise(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 RisingLayers = Annotated[Layers, AfterValidator(_rise)]
 """The layers of a teacher that are kept: at least one, each once, lowest first."""
+
+
+def format_layers(numbers: Sequence[int]) -> str:
+    """The inverse of ``parse_layers``, as short as it can be: ``"0-2,7"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
+
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 """Of a stream or a column: also a folder's, so without anything that could lead elsewhere."""
@@ -106,6 +120,20 @@ def _short(number: float) -> str:
 ModelArguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
 """Of timm.create_model, but for those that load files: a manifest's come from whoever made the
 store, and what they name is not his to choose. Bounded, as sizes are."""
+
+DIGEST = 16
+"""Hexadecimal digits of a SHA-256 that tell what a person has at hand apart."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+"""The first of a SHA-256."""
+MOST_TEXT = 200
+
+
+def text_or_digest(text: str) -> str:
+    """A text where it is short, else the beginning of its SHA-256: to tell it from others."""
+    if len(text) <= MOST_TEXT:
+        return text
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:DIGEST]}"
+
 
 MAX_COLUMN_ELEMENTS = 1 << 30
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from schemas.base import Strict
 from schemas.diffusion import Path, SamplerConfig
 from schemas.extract import Precision
-from schemas.fields import Layers
+from schemas.fields import DIGEST, MOST_TEXT, Digest, Layers, format_layers, text_or_digest
 from schemas.student import ModelName
 
 Positive = Annotated[int, Field(ge=1)]
 Labels = Literal["random", "balanced"]
 Weights = Literal["ema", "model"]
 Arithmetic = Literal["tf32"] | Precision
+
+ABOUT_FILE, LABELS_FILE = "about.json", "labels.npy"
+"""Beside the pictures in a folder."""
 
 
 class SampleWorkers(Strict):
@@ -82,6 +86,38 @@ class SampleConfig(Strict):
     """Print one line of JSON on stdout."""
 
 
+class Sampling(Strict):
+    """How images were drawn, whatever drew them and whichever weights: what two sets have in common
+    where their distances from one reference can be compared."""
+
+    sampler: SamplerConfig
+    """Without an interval where there is no guidance."""
+    labels: Labels
+    classes: Annotated[str, Field(max_length=MOST_TEXT)]
+    """Those that were drawn from, such as 0-999; a digest of very many pieces."""
+    decoder_sha256: Digest
+    precision: Arithmetic
+
+    @classmethod
+    def of(
+        cls,
+        sampler: SamplerConfig,
+        *,
+        labels: Labels,
+        classes: Sequence[int],
+        decoder_sha256: str,
+        precision: Arithmetic,
+    ) -> Sampling:
+        """``decoder_sha256`` is that of the autoencoder's weights, all of it."""
+        return cls(
+            sampler=sampler.in_force,
+            labels=labels,
+            classes=text_or_digest(format_layers(classes)),
+            decoder_sha256=decoder_sha256[:DIGEST],
+            precision=precision,
+        )
+
+
 class SampleAbout(Strict):
     """What a set of images is. Sets that agree in all of it, but for where the checkpoint lies and
     which version drew, are the same images."""
@@ -108,3 +144,22 @@ class SampleAbout(Strict):
     sampler: SamplerConfig
     version: str
     """Of this software."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How they were drawn."""
+        return Sampling.of(
+            self.sampler,
+            labels=self.labels,
+            classes=self.classes,
+            decoder_sha256=self.autoencoder_sha256,
+            precision=self.precision,
+        )
+
+    @classmethod
+    def understood(cls, values: Any) -> SampleAbout | None:
+        """What a file's JSON says, or None where it is nothing that this version knows."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError:
+            return None

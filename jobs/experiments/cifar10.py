@@ -118,6 +118,9 @@ def run_matrix(config: Cifar10Config) -> Path:
             continue
         say(f"run {run.name}")
         train_here(run, work / "runs" / run.name, Parallel(device=torch.device(device)))
+    if runs:
+        sampler = runs[0].samples.sampler.in_force.model_dump(mode="json")
+        facts["evaluation"]["sampling"] = {"sampler": sampler, "labels": "random"}
     return write_outcome(work, [run.name for run in runs], facts)
 
 

@@ -48,7 +48,7 @@ def read_distances(folder: Path, runs: Sequence[str], of: Mapping[str, Any]) -> 
         steps = found.setdefault(arm, {})
         if path.exists():
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            own = [row for row in rows if all(row.get(key) == value for key, value in of.items())]
+            own = [row for row in rows if _says(row, of)]
             for step, fid in {int(row["step"]): float(row["fid"]) for row in own}.items():
                 steps.setdefault(step, []).append(fid)
     return found
@@ -109,6 +109,19 @@ def draw(distances: Distances, path: Path, floor: float) -> None:
     figure.savefig(temporary, dpi=120)
     plt.close(figure)
     temporary.replace(path)
+
+
+def _says(row: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
+    """Whether a row has all of ``of``, part by part. Rows of earlier versions do not say how their
+    samples were drawn: the experiment's own were the only ones then."""
+    for key, value in of.items():
+        found = row.get(key)
+        if isinstance(value, Mapping):
+            if found is not None and not (isinstance(found, Mapping) and _says(found, value)):
+                return False
+        elif found != value:
+            return False
+    return True
 
 
 def _cell(values: Sequence[float], best: float) -> str:

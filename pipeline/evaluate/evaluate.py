@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from pipeline.evaluate.archive import Archive
+from pipeline.archive import Archive
 from pipeline.evaluate.compare import compare
 from pipeline.evaluate.images import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure
 from pipeline.evaluate.networks import FeatureNetwork, Network, open_network
-from pipeline.evaluate.record import check_run, record_evaluation
-from pipeline.evaluate.reference import INCEPTION, has_statistics, load_statistics, save_statistics
+from pipeline.evaluate.record import Origin, check_run, record_evaluation, recorded
+from pipeline.evaluate.reference import (
+    INCEPTION,
+    has_points,
+    has_statistics,
+    load_statistics,
+    save_statistics,
+)
 from pipeline.files import without_credentials
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
+from schemas.sample import SampleAbout, Weights
+
+WEIGHTS: Weights = "ema"
+"""Of samples that do not say."""
+
+CheckOrigin = Callable[[Path, SampleAbout, int], None]
+"""Of a run's folder, what samples say, and the step: raises ``UserError`` where they are not of
+that run."""
 
 
-def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
+def evaluate(
+    config: EvaluateConfig, device: str, *, check_origin: CheckOrigin | None = None
+) -> Evaluation | None:
     """Compare ``config.samples`` with ``config.reference``; None where there are no samples and
-    only the reference's statistics are written. Raises ``UserError``."""
+    only the reference's statistics are written. ``check_origin`` looks at samples that say what
+    they are before ``config.record`` gets a row of them. Raises ``UserError``."""
     place = _check(config)
     samples = None
     if config.samples is not None:
-        samples = _open(config, config.samples, "--samples", device)
+        points = not place.endswith(".npz") or has_points(Archive(place, "--reference"))
+        samples = _open(config, config.samples, "--samples", device, neighbours=points)
     run = None if config.record is None else Path(config.record).expanduser()
-    row: dict[str, Any] = {}
+    origin = None
     if run is not None and samples is not None:  # before the hours of work that it would lose
         check_run(run)
-        row = _about_samples(config, samples)
+        origin = _origin(config, samples.about)
+        if samples.about is not None and check_origin is not None:
+            check_origin(run, samples.about, origin.step)
     network, dinov2 = _networks(config, device)
     reference = _reference(config, place, network, dinov2, device)
     if config.save_reference is not None:
@@ -39,9 +59,8 @@ def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
         return None
     measured = _measure(config, samples, "--samples", network, dinov2)
     found = compare(measured, reference, network, k=config.k, device=device, say=_say)
-    if run is not None:
-        row = {**row, **found.model_dump(), "reference": without_credentials(place)}
-        record_evaluation(run, row)
+    if run is not None and origin is not None:
+        record_evaluation(run, recorded(found, origin, network, reference.moments, place))
     return found
 
 
@@ -87,7 +106,10 @@ def _networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetw
     return open_network(config, device=device), dinov2
 
 
-def _open(config: EvaluateConfig, place: str, option: str, device: str) -> Images:
+def _open(
+    config: EvaluateConfig, place: str, option: str, device: str, *, neighbours: bool
+) -> Images:
+    """``neighbours``: whether each image needs ``config.k`` of them."""
     images = open_images(
         place,
         option,
@@ -101,7 +123,7 @@ def _open(config: EvaluateConfig, place: str, option: str, device: str) -> Image
             f"{option} has {images.count} images: a covariance takes 2, and says something from "
             "some thousands on"
         )
-    if min(images.count, config.manifold_images) <= config.k:
+    if neighbours and min(images.count, config.manifold_images) <= config.k:
         raise UserError(
             f"{option} has {images.count} images, which have no {config.k} neighbours each: give "
             "more (and --manifold-images), or a smaller --k"
@@ -144,21 +166,39 @@ def _reference(
             stated = load_statistics(archive, network, dinov2, config.manifold_images)
             if IMAGES not in archive:
                 return stated
-    images = _open(config, place, "--reference", device)
+    compared = config.samples is not None
+    images = _open(config, place, "--reference", device, neighbours=compared)
     found = _measure(config, images, "--reference", network, dinov2)
     if stated is not None:
         found.moments, found.kind = stated.moments, stated.kind
         found.spatial = stated.spatial or found.spatial
+        _say(
+            "fid and sfid are against the statistics in --reference, which may be of more images "
+            f"than the {images.count} beside them; precision, recall and fd_dinov2 are against "
+            "those images alone"
+        )
     return found
 
 
-def _about_samples(config: EvaluateConfig, samples: Images) -> dict[str, Any]:
-    """Step and weights for the row of ``--record``: as options say, else the samples."""
-    step = samples.about.get("step") if config.step is None else config.step
-    if type(step) is not int or step < 0:
+def _origin(config: EvaluateConfig, about: SampleAbout | None) -> Origin:
+    """For the row of ``--record``: as samples say, else the options."""
+    step, weights = config.step, config.weights
+    if about is not None:
+        for option, asked, said in (
+            ("--step", step, about.step),
+            ("--weights", weights, about.weights),
+        ):
+            if None not in (asked, said) and asked != said:
+                raise UserError(f"{option} {asked}: the samples say {said}; leave the option out")
+        step = about.step if step is None else step
+        weights = about.weights
+    if step is None:
         raise UserError(
             "--record needs the step that the samples are of, which they do not say: give --step N"
         )
-    said = samples.about.get("weights")
-    weights = config.weights or (said if said in ("ema", "model") else "ema")
-    return {"step": step, "weights": weights}
+    return Origin(
+        step=step,
+        weights=weights or WEIGHTS,
+        sampling=None if about is None else about.sampling,
+        decoder=None if about is None else about.autoencoder,
+    )

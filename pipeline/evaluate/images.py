@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.evaluate.archive import Archive
+from pipeline.archive import Archive, read_about
+from pipeline.evaluate.about import understood
 from pipeline.evaluate.pictures import FolderImages
 from pipeline.evaluate.stored import StoreImages
 from pipeline.files import is_local, open_url, without_credentials
 from pipeline.store import Store
 from schemas.errors import UserError
+from schemas.sample import SampleAbout
 
 IMAGES = "arr_0"
 """ADM's name for the images of an .npz: what numpy calls the first array without one."""
-ABOUT = "about"
-"""JSON text beside the numbers: which run and step samples are of, which network features."""
-LARGEST_SIDE = 1 << 14
-MOST_ABOUT = 1 << 22
+MOST_PIXELS = 1 << 24
+"""Of one image of an .npz, 4096 x 4096: 48 MiB."""
 
 
 class Images(Protocol):
@@ -32,11 +31,12 @@ class Images(Protocol):
     """How many there are, or are taken."""
     kind: str
     """What they are, for people and files."""
-    about: dict[str, Any]
-    """What an .npz says of itself."""
+    about: SampleAbout | None
+    """What samples of ours say of themselves."""
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W), B at most ``size``. Raises ``UserError``."""
+        """uint8 (B, 3, H, W), B at most ``size``, and fewer where images are so large that these
+        would be more than 256 MiB. Raises ``UserError``."""
         ...
 
 
@@ -85,30 +85,15 @@ class ArchiveImages:
             raise UserError(
                 f"{archive.where}: '{IMAGES}' is {dtype} {shape}; images are uint8 (N, H, W, 3)"
             )
-        if not all(0 < side <= LARGEST_SIDE for side in shape[1:3]):
-            raise UserError(f"{archive.where}: '{IMAGES}' has images of {shape[2]}x{shape[1]}")
+        if not 0 < shape[1] * shape[2] <= MOST_PIXELS:
+            raise UserError(
+                f"{archive.where}: '{IMAGES}' has images of {shape[2]}x{shape[1]} pixels; there "
+                f"must be some, and {MOST_PIXELS} at most: scale them down"
+            )
         self.count = shape[0] if limit is None else min(limit, shape[0])
         self.kind = f"{shape[2]}x{shape[1]} images of an .npz"
-        self.about = read_about(archive)
+        self.about = understood(read_about(archive), archive.where)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         for block in self._archive.blocks(IMAGES, size, self.count):
             yield torch.from_numpy(block).permute(0, 3, 1, 2)
-
-
-def read_about(archive: Archive) -> dict[str, Any]:
-    """The JSON object that an .npz of ours says of itself; empty in others'. Raises
-    ``UserError``."""
-    if ABOUT not in archive:
-        return {}
-    shape, dtype, _ = archive.header(ABOUT)
-    try:
-        if dtype.kind != "U" or shape != ():
-            raise ValueError("not a text")
-        about = json.loads(str(archive.array(ABOUT, MOST_ABOUT)[()]))
-        if not isinstance(about, dict):
-            raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{archive.where}: '{ABOUT}' is not JSON of ours: {reason}") from None
-    return about

@@ -8,24 +8,26 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.archive import fitting_rows
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
 from pipeline.datasets.reader import FileReader
+from pipeline.evaluate.about import about_folder
 from pipeline.files import list_tree, open_url, without_credentials
 from pipeline.storage.secrets import without_secrets
 from schemas.errors import UserError
+from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 THREADS = 8
 AHEAD = 256
-"""Pictures being decoded before they are wanted; they are in memory together."""
+"""Pictures being decoded before they are wanted; they are in memory together, large ones fewer."""
 
 
 class FolderImages:
@@ -55,33 +57,39 @@ class FolderImages:
                 f"{self._where} holds no pictures (.png, .jpg, ...): expected an .npz, a folder of "
                 "pictures or a store"
             )
-        if len(pictures) < len(names):
-            others = len(names) - len(pictures)
+        self.about: SampleAbout | None = None
+        if ABOUT_FILE in names:
+            self.about = about_folder(filesystem, root, self._where)
+        ours = {ABOUT_FILE, LABELS_FILE} if self.about is not None else set()
+        others = len(set(names) - set(pictures) - ours)
+        if others:
             print(f"{self._where}: {others} files that are no pictures left out", file=sys.stderr)
         listing = Listing([ImageItem(name, 0, name) for name in pictures], 1).shuffled(0)
         self._items = list(listing.items)[:limit]
         self._read = FileReader(place)
         self.count = len(self._items)
-        self.about: dict[str, Any] = {}
         if resolution is None:
             first = self._decode(self._items[0], None)
             self._size: tuple[int, int] | None = (first.shape[1], first.shape[0])
         else:
             self._size = None
-        width, height = self._size or (resolution, resolution)
+        width, height = self._size or (resolution or 0, resolution or 0)
+        self._bytes = 3 * width * height
         self.kind = f"{width}x{height} pictures of a folder"
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W). Raises ``UserError`` naming a picture that cannot be used."""
+        """uint8 (B, 3, H, W), B as of every ``Images``. Raises ``UserError`` naming a picture that
+        cannot be used."""
+        size, ahead = (fitting_rows(count, self._bytes) for count in (size, AHEAD))
         block: list[np.ndarray] = []
         with ThreadPoolExecutor(THREADS) as pool:
             waiting: deque[Future[np.ndarray]] = deque()
             try:
-                for number in range(self.count + AHEAD):
+                for number in range(self.count + ahead):
                     if number < self.count:
                         item = self._items[number]
                         waiting.append(pool.submit(self._decode, item, self._size))
-                    if waiting and (number >= self.count or len(waiting) > AHEAD):
+                    if waiting and (number >= self.count or len(waiting) > ahead):
                         block.append(waiting.popleft().result())
                     if len(block) == size:
                         yield _as_batch(block)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.evaluate.archive import Archive
-from pipeline.evaluate.images import ABOUT, read_about
+from pipeline.archive import ABOUT, Archive, read_about
+from pipeline.evaluate.images import IMAGES
 from pipeline.evaluate.measure import Measured
 from pipeline.evaluate.networks import FeatureNetwork, Network
 from pipeline.evaluate.spool import Spool
@@ -36,6 +36,11 @@ MOST_FEATURES = 1 << 20
 def has_statistics(archive: Archive) -> bool:
     """Whether there are moments in it."""
     return "mu" in archive and "sigma" in archive
+
+
+def has_points(archive: Archive) -> bool:
+    """Whether precision and recall can be had of it, by images or by features that were kept."""
+    return IMAGES in archive or FEATURES in archive
 
 
 def save_statistics(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from pipeline.autoencoders import Autoencoder, decode_means, open_decoder
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
+from schemas.sample import SampleAbout
 
 
 class StoreImages:
@@ -37,7 +37,7 @@ class StoreImages:
         self._samples = store.index().samples_per_shard
         total = sum(self._samples)
         self.count = total if limit is None else min(limit, total)
-        self.about: dict[str, Any] = {}
+        self.about: SampleAbout | None = None
         self._vae: Autoencoder | None = None
         size = store.manifest.resolution
         if crops:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.inspect.summary import describe_bytes
+from pipeline.report.kinds import comparable, describe_kind
 from pipeline.report.markup import Child, Html, breakable, shortened, table, tag
-from pipeline.report.panels import METRICS, comparable, describe_kind
+from pipeline.report.panels import METRICS
 from pipeline.report.records import Record, number
 from schemas.run import RunConfig
 

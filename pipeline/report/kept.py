@@ -9,20 +9,35 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.report.attention import draw_attention
-from pipeline.report.records import Record
+from pipeline.report.markup import shortened
+from pipeline.report.records import MOST_STATE_BYTES, Record
 from pipeline.sampling.trained import load_student
 from pipeline.storage.credentials import without_credentials
 from pipeline.store import Store
+from pipeline.train.checkpoint import read_state
 from pipeline.train.choose import checkpoint_name
-from schemas.errors import plain_text
+from pipeline.train.seal import STATE
+from schemas.errors import UserError, plain_text
+from schemas.student import StudentConfig
 
 MOST_CHECKPOINTS = 3
 SAMPLES = 3
+MOST_WEIGHTS = 2_000_000_000
+"""Of a student that is built for a picture: three times SiT-XL/2's. A config can ask for any."""
+MOST_BLOCKS, MOST_TOKENS = 256, 4096
+MOST_BYTES = 64 << 30
+"""Of a checkpoint's files, all of which are read: of so large a student, with its optimizer."""
 
 
-def attention_of_kept(record: Record) -> tuple[dict[int, bytes], str | None]:
+def attention_of_kept(
+    record: Record, *, remote_stores: bool = False
+) -> tuple[dict[int, bytes], str | None]:
     """PNG files by step: a few samples' attention in the teacher and in the student of kept
-    checkpoints. And a sentence where there is something to say, such as why there are none."""
+    checkpoints. And a sentence where there is something to say, such as why there are none.
+
+    ``remote_stores``: whether a store at a URL may be opened. A run's config names what its writer
+    liked, and looking at a run is no reason to connect to it.
+    """
     config, folder = record.valid, record.folder
     if config is None or config.store is None:
         return {}, "its config, which names store and student, is not known"
@@ -30,6 +45,9 @@ def attention_of_kept(record: Record) -> tuple[dict[int, bytes], str | None]:
         return {}, "its attention was never aligned with a teacher's"
     if folder is None:
         return {}, "its checkpoints are not on this machine"
+    if not remote_stores and not _is_path(config.store):
+        where = shortened(without_credentials(config.store), 120)
+        return {}, f"its store '{where}' is not on this machine: --attention remote opens it"
     if not record.checkpoints:
         return {}, "it has kept no checkpoint yet"
     kept = record.checkpoints
@@ -47,6 +65,7 @@ def attention_of_kept(record: Record) -> tuple[dict[int, bytes], str | None]:
 
 def _draw(record: Record, checkpoint: Path) -> bytes:
     assert record.valid is not None
+    _check_size(checkpoint)
     student, state = load_student(checkpoint)
     store = Store.open(str(record.valid.store))
     samples = store.record(0).samples
@@ -56,3 +75,37 @@ def _draw(record: Record, checkpoint: Path) -> bytes:
         students = {f"student at step {state.step}": student}
         draw_attention(store, students, state.config.alignment, rows, path)
         return path.read_bytes()
+
+
+def _is_path(store: str) -> bool:
+    """Whether it names a folder of this machine. Told by the text: some filesystems connect as
+    soon as they are made."""
+    return "::" not in store and ("://" not in store or store.startswith("file://"))
+
+
+def _check_size(checkpoint: Path) -> None:
+    """Raises ``UserError`` where a student, or its checkpoint, is beyond all bounds."""
+    state = checkpoint / STATE
+    if state.exists() and state.stat().st_size > MOST_STATE_BYTES:
+        raise UserError(f"{checkpoint.name}/{STATE} has more than {MOST_STATE_BYTES >> 20} MiB")
+    student = read_state(checkpoint).config.student
+    weights, tokens = _weights(student), student.grid[0] * student.grid[1]
+    if weights > MOST_WEIGHTS or student.size.depth > MOST_BLOCKS or tokens > MOST_TOKENS:
+        raise UserError(
+            f"the student of {checkpoint.name} is too large: the report builds those of up to "
+            f"{MOST_WEIGHTS // 10**9} billion weights, {MOST_BLOCKS} blocks, {MOST_TOKENS} tokens"
+        )
+    found = sum(path.stat().st_size for path in checkpoint.iterdir())
+    if found > MOST_BYTES:
+        raise UserError(
+            f"{checkpoint.name} has {found >> 30} GiB; the report reads {MOST_BYTES >> 30} at most"
+        )
+
+
+def _weights(student: StudentConfig) -> int:
+    """About as many as ``make_student`` would allocate, told without doing so."""
+    depth, width, _, patch = student.size
+    block = 18 * width * width  # attention 4, MLP 8, modulation 6
+    pixels = 3 * student.latent_channels * patch * patch  # in, and out (twice for DiT)
+    rest = student.num_classes + student.grid[0] * student.grid[1] + pixels + 4 * width
+    return depth * block + rest * width

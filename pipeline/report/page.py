@@ -11,13 +11,12 @@ from pipeline.report.curves import highest_shown, panel_svg
 from pipeline.report.facts import config_differences, run_card
 from pipeline.report.gallery import Source, gallery, load_file
 from pipeline.report.kept import attention_of_kept
+from pipeline.report.kinds import comparable, describe_kind
 from pipeline.report.markup import Child, Html, breakable, image, join, shortened, table, tag
 from pipeline.report.panels import METRICS as EVALUATED
 from pipeline.report.panels import (
     Panel,
     byte_panels,
-    comparable,
-    describe_kind,
     evaluation_panels,
     loss_panels,
     observed,
@@ -25,6 +24,7 @@ from pipeline.report.panels import (
     trigger_panel,
 )
 from pipeline.report.records import Record, Row, number
+from schemas.report import Attention
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"
 LONGEST_LABEL = 64
@@ -37,12 +37,12 @@ FIRST_ROWS, LAST_ROWS = 10, 20
 class Report:
     """The page of several runs, and what went wrong as it was made."""
 
-    def __init__(self, records: Sequence[Record], *, draw_attention: bool) -> None:
-        """``draw_attention``: also of checkpoints, where a run has drawn none itself."""
+    def __init__(self, records: Sequence[Record], *, attention: Attention) -> None:
+        """``attention``: whether it is drawn of checkpoints, where a run has drawn none itself."""
         self.records = records
         self.labels = labels_of(records)
         self.warnings: list[str] = []
-        self._draw_attention = draw_attention
+        self._attention_of = attention
         self._last = max(record.step for record in records)
 
     def html(self) -> str:
@@ -130,8 +130,9 @@ class Report:
         sources, notes = [], []
         for run, (label, record) in enumerate(zip(self.labels, self.records, strict=True)):
             steps, load = sorted(record.attention), _loader(record, "attention")
-            if not steps and self._draw_attention:
-                drawn, note = attention_of_kept(record)
+            if not steps and self._attention_of != "none":
+                remote = self._attention_of == "remote"
+                drawn, note = attention_of_kept(record, remote_stores=remote)
                 steps, load = sorted(drawn), drawn.__getitem__
                 if note is not None:
                     notes.append(tag("p", f"{label}: {note}.", class_="note"))

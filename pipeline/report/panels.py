@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.report.kinds import Kind, comparable, describe_kind
 from pipeline.report.records import Record, Row, number
 
 MOST_POINTS = 400
@@ -104,37 +105,24 @@ def byte_panels(records: Sequence[Record]) -> list[Panel]:
 
 
 def evaluation_panels(records: Sequence[Record]) -> list[Panel]:
-    """A panel for each metric and what makes its numbers comparable: network, number of samples
-    and reference; a line for each run and kind of weights."""
+    """A panel for each metric and what makes its numbers comparable: network, number of samples,
+    reference, how they were drawn; a line for each run and kind of weights."""
     panels: list[Panel] = []
-    kinds: dict[tuple[Any, ...], None] = {}
-    for record in records:
-        kinds.update(dict.fromkeys(comparable(row) for row in record.evaluations))
+    kinds: dict[Kind, list[list[Row]]] = {}
+    for run, record in enumerate(records):
+        for row in record.evaluations:
+            kinds.setdefault(comparable(row), [[] for _ in records])[run].append(row)
     for metric, name in METRICS.items():
-        for kind in kinds:
+        for kind, of_runs in kinds.items():
             lines = [
                 line
-                for run, record in enumerate(records)
-                for line in _evaluation_lines(run, record, metric, kind)
+                for run, rows in enumerate(of_runs)
+                for line in _evaluation_lines(run, rows, metric)
             ]
             title = ", ".join([name, *describe_kind(kind)])
             if len(panels) < MOST_PANELS:
                 _add_panel(panels, records, title, lines, [1], dots=True)
     return panels
-
-
-def comparable(row: Row) -> tuple[str, int | None, str]:
-    """What two evaluations must have in common to stand on one line."""
-    samples = row.get("samples")
-    count = samples if isinstance(samples, int) and abs(samples) < 1 << 53 else None
-    return str(row.get("network", "")), count, str(row.get("reference", ""))
-
-
-def describe_kind(kind: tuple[str, int | None, str]) -> list[str]:
-    """The same in words."""
-    network, samples, reference = kind
-    count = "unknown number of samples" if samples is None else f"{samples:,} samples"
-    return [network or "unknown network", count, *([f"against {reference}"] if reference else [])]
 
 
 def trigger_panel(records: Sequence[Record], run: int) -> Panel | None:
@@ -237,12 +225,9 @@ def thinned(
     return steps, values, size
 
 
-def _evaluation_lines(
-    run: int, record: Record, metric: str, kind: tuple[str, int | None, str]
-) -> list[Line]:
+def _evaluation_lines(run: int, rows: Sequence[Row], metric: str) -> list[Line]:
     """One for each kind of weights, averaged ones solid."""
     lines: list[Line] = []
-    rows = [row for row in record.evaluations if comparable(row) == kind]
     for style, weights in enumerate(("ema", "model")):
         name = None if weights == "ema" else "weights as trained"
         of_these = [row for row in rows if row.get("weights", "ema") == weights]

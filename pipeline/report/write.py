@@ -23,7 +23,7 @@ def write_report(config: ReportConfig) -> tuple[Report, int]:
             raise UserError(f"RUN '{without_credentials(run)}' is named {times} times")
     filesystem, path = open_url(absolute_url(config.html), what="--html")
     records = [read_run(run) for run in config.runs]
-    report = Report(records, draw_attention=config.attention == "auto")
+    report = Report(records, attention=config.attention)
     data = report.html().encode()
     write_atomic(filesystem, path, data)
     return report, len(data)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
-
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
 
@@ -16,12 +14,11 @@ MAY_DIFFER = {"checkpoint", "version"}
 def check_same_images(found: Any, wanted: SampleAbout, *, where: str, remedy: str) -> None:
     """Raises ``UserError`` that says in which respects images at ``where``, which say ``found`` of
     themselves, differ from those that are ``wanted``."""
-    try:
-        there = SampleAbout.model_validate(found)
-    except ValidationError:
+    there = SampleAbout.understood(found)
+    if there is None:
         raise UserError(
             f"'{where}' does not say in a way that this version knows what it is; {remedy}"
-        ) from None
+        )
     one, other = _leaves(there), _leaves(wanted)
     differing = [key for key in other if one[key] != other[key]]
     if differing:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-IMAGES, LABELS, ABOUT = "arr_0", "labels", "about"
+from pipeline.archive import ABOUT
+
+IMAGES, LABELS = "arr_0", "labels"
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
@@ -55,18 +57,6 @@ def write_npz(
             raise ValueError(f"images of shape {shape} lack {left} bytes")
         archive.writestr(_entry(LABELS), npy_bytes(labels.astype(np.int64)))
         archive.writestr(_entry(ABOUT), npy_bytes(np.array(json.dumps(about))))
-
-
-def read_about(file: Any) -> dict[str, Any]:
-    """The JSON of such a file. Raises ``ValueError`` or ``KeyError`` where it is none of ours."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            about = json.loads(str(archive[ABOUT]))
-    except (zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(about, dict):
-        raise ValueError("its 'about' is no object")
-    return about
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

@@ -15,6 +15,7 @@ from typing import Protocol
 import fsspec
 import numpy as np
 
+from pipeline.archive import Archive, read_about
 from pipeline.files import (
     TEMPORARY,
     file_size,
@@ -30,12 +31,11 @@ from pipeline.files import (
 )
 from pipeline.sampling.blocks import Block
 from pipeline.sampling.identity import check_same_images
-from pipeline.sampling.npz import npy_bytes, npy_header, read_about, write_npz
+from pipeline.sampling.npz import npy_bytes, npy_header, write_npz
 from pipeline.sampling.worker import Drawn
 from schemas.errors import UserError
-from schemas.sample import SampleAbout
+from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
 
-ABOUT = "about.json"
 PARTS = ".parts"
 
 
@@ -59,7 +59,7 @@ class NpzOutput:
     """One .npz file; its blocks wait in a folder beside it."""
 
     def __init__(self, url: str) -> None:
-        self.shown = without_credentials(url)
+        self.url, self.shown = url, without_credentials(url)
         self.filesystem, self.path = open_url(url, what="--npz")
         self.parts = self.path + PARTS
         self.done = False
@@ -108,12 +108,13 @@ class NpzOutput:
             return False
         remedy = "name another --npz, or delete it"
         try:
-            with self.filesystem.open(self.path, "rb") as file:
-                found = read_about(file)
-        except (OSError, ValueError, KeyError):
+            found = read_about(Archive(self.url, "--npz"))
+        except UserError:
+            found = {}
+        if not found:
             raise UserError(
                 f"--npz '{self.shown}' is there already, and no file of this command; {remedy}"
-            ) from None
+            )
         check_same_images(found, self.about, where=self.shown, remedy=remedy)
         return True
 
@@ -158,7 +159,7 @@ class FolderOutput:
 
     def finish(self, blocks: Sequence[Block], labels: Sequence[int]) -> None:
         numbers = npy_bytes(np.array(labels, np.int64))
-        write_atomic(self.filesystem, f"{self.path}/labels.npy", numbers)
+        write_atomic(self.filesystem, f"{self.path}/{LABELS_FILE}", numbers)
         for path in list_folder(self.filesystem, self.path):
             if path.rpartition("/")[2].startswith(TEMPORARY):  # something died over it
                 remove(self.filesystem, path)
@@ -181,16 +182,16 @@ def _claim(
 ) -> None:
     """Have ``about.json`` in a folder. Raises ``UserError`` where it is used for something else."""
     try:
-        data = read_bytes(filesystem, f"{folder}/{ABOUT}")
+        data = read_bytes(filesystem, f"{folder}/{ABOUT_FILE}")
     except FileNotFoundError:
         names = (path.rpartition("/")[2] for path in list_folder(filesystem, folder))
         if any(not name.startswith(TEMPORARY) for name in names):
             raise UserError(
-                f"'{shown}' has files and no {ABOUT}, so that it is not this command's: name an "
-                "empty or a new folder"
+                f"'{shown}' has files and no {ABOUT_FILE}, so that it is not this command's: "
+                "name an empty or a new folder"
             ) from None
         text = about.model_dump_json(indent=1) + "\n"
-        write_atomic(filesystem, f"{folder}/{ABOUT}", text.encode())
+        write_atomic(filesystem, f"{folder}/{ABOUT_FILE}", text.encode())
         return
     try:
         found = json.loads(data)
@@ -202,7 +203,7 @@ def _claim(
 def _remove_folder(output: NpzOutput) -> None:
     """The blocks, ``about.json`` last: without it the rest would be a stranger's."""
     paths = list_folder(output.filesystem, output.parts)
-    for path in sorted(paths, key=lambda path: path.endswith(f"/{ABOUT}")):
+    for path in sorted(paths, key=lambda path: path.endswith(f"/{ABOUT_FILE}")):
         remove(output.filesystem, path)
     if paths and is_local(output.filesystem):
         Path(output.parts).rmdir()

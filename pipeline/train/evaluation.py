@@ -8,20 +8,26 @@ from typing import Any
 
 import torch
 
-from pipeline.evaluate.archive import Archive
-from pipeline.evaluate.frechet import frechet_distance
+from pipeline.archive import Archive
+from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.record import check_rows, find_evaluation, record_evaluation
+from pipeline.evaluate.record import (
+    Origin,
+    check_rows,
+    find_evaluation,
+    record_evaluation,
+    recorded,
+)
 from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
-from pipeline.files import without_credentials
 from pipeline.models import SiT
 from pipeline.sampling.blocks import choose_labels
 from pipeline.train.drawing import Pause, SharedDrawing
 from pipeline.train.metrics import EVALUATION, NO_DISTANCE
 from schemas.errors import UserError
-from schemas.evaluate import Evaluation
+from schemas.evaluate import Evaluation, RecordedEvaluation
 from schemas.run import RunConfig
+from schemas.sample import Sampling
 
 
 class RunEvaluation:
@@ -44,7 +50,8 @@ class RunEvaluation:
         archive = Archive(options.reference, option)
         self.reference = load_moments(archive, self.network)
         try:  # now, rather than after hours
-            frechet_distance(self.reference, self.reference)
+            self.factored = Factored.of(self.reference)  # once, not at every evaluation
+            frechet_distance(self.factored, self.factored)
         except ValueError as error:
             raise UserError(f"{archive.where}: {error}") from None
         width = self.network.extract(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).features.shape[1]
@@ -56,6 +63,13 @@ class RunEvaluation:
         if drawing.parallel.is_first:
             check_rows(folder)
         self.classes = range(drawing.num_classes)
+        self.sampling = Sampling.of(
+            config.samples.sampler,
+            labels="random",
+            classes=self.classes,
+            decoder_sha256=drawing.autoencoder.weights_sha256,
+            precision=drawing.precision,
+        )
 
     def due(self, step: int) -> bool:
         return self.every is not None and (step % self.every == 0 or step == self.last)
@@ -64,10 +78,11 @@ class RunEvaluation:
         """What ``measure`` returned at this step, where a row of ``evaluations.jsonl`` on the first
         rank still says so. Every rank calls this; the others are told no more than that it does."""
         parallel = self.drawing.parallel
-        row = find_evaluation(self.folder, self._row(step)) if parallel.is_first else None
-        if not parallel.from_first(row is not None):
+        row = self._row(step)
+        there = find_evaluation(self.folder, row) if parallel.is_first else None
+        if not parallel.from_first(there is not None):
             return None
-        return _event(row or self._row(step))
+        return _event(there or row.model_dump(mode="json"))
 
     def measure(self, student: SiT, step: int, pause: Pause) -> dict[str, Any]:
         """Every rank calls this; the event for the metrics. ``evaluations.jsonl`` has a row with
@@ -89,29 +104,37 @@ class RunEvaluation:
             found.add(features[finite])
         broken = parallel.sum_counts({"broken": broken})["broken"]
         found.load_state(parallel.sum(found.state()))
-        row = self._row(step)
         if broken:
             reason = f"{broken} of {self.images} samples are not made of finite numbers"
             return {"event": NO_DISTANCE, "reason": reason}
-        if parallel.is_first:
-            try:
-                row["fid"] = self._distance(found)
-            except (ValueError, RuntimeError) as error:
-                return {"event": NO_DISTANCE, "reason": " ".join(str(error).split())[:200]}
-            record_evaluation(self.folder, row)
-        return _event(row)
+        row = self._row(step)
+        if not parallel.is_first:
+            return _event(row.model_dump(mode="json"))
+        try:
+            distance = self._distance(found)
+        except (ValueError, RuntimeError) as error:
+            return {"event": NO_DISTANCE, "reason": " ".join(str(error).split())[:200]}
+        return _event(record_evaluation(self.folder, row.model_copy(update={"fid": distance})))
 
-    def _row(self, step: int) -> dict[str, Any]:
-        """Without its distance."""
-        row: dict[str, Any] = dict.fromkeys(Evaluation.model_fields)
-        row |= {"step": step, "samples": self.images, "network": self.network.name}
-        return row | {
-            "weights": "ema",
-            "reference": without_credentials(str(self.options.reference)),
-        }
+    def _row(self, step: int) -> RecordedEvaluation:
+        """As ``jobs/evaluate.py --record`` would make it of the same images, but for the distance,
+        which is not known yet."""
+        numbers = Evaluation(
+            fid=0,
+            sfid=None,
+            inception_score=None,
+            precision=None,
+            recall=None,
+            fd_dinov2=None,
+            samples=self.images,
+            network=self.network.name,
+        )
+        origin = Origin(step, "ema", self.sampling, self.drawing.autoencoder.name)
+        place = str(self.options.reference)
+        return recorded(numbers, origin, self.network, self.reference, place)
 
     def _distance(self, found: FeatureStatistics) -> float:
-        distance = frechet_distance(found, self.reference)
+        distance = frechet_distance(found, self.factored)
         if not math.isfinite(distance):
             raise ValueError("the distance is not finite")
         return distance

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.store import Store
 from schemas.errors import UserError
-from tests.pipeline.evaluate.sets import blobs
+from tests.pipeline.evaluate.sets import about_samples, blobs
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "evaluate.py"
 NETWORK = ("--network", "test_resnet", "--network-weights", "random", "--network-size", "32")
@@ -50,7 +50,7 @@ def _array(images: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    about = json.dumps({"step": 300, "checkpoint": "runs/x", "weights": "model"})
+    about = about_samples().model_dump_json()
     np.savez(tmp_path / "samples.npz", _array(blobs(20, seed=0)), about=np.array(about))
     np.savez_compressed(tmp_path / "real.npz", _array(blobs(23, seed=1, mean=100)))
     folder = tmp_path / "pictures"
@@ -114,21 +114,94 @@ def test_a_store_without_crops_is_decoded(
     )
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_what_cannot_be_compared_stands_side_by_side(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    """Another guidance, other weights of the network, another size of what it sees; but a copy of
+    the reference, or its statistics alone, is the same reference."""
+    folder = files / "x"
+    folder.mkdir()
+    guided = about_samples(sampler={"steps": 50, "guidance": 1.5}).model_dump_json()
+    np.savez(files / "guided.npz", _array(blobs(20, seed=0)), about=np.array(guided))
+    recorded = ("--record", folder, "--samples")
+    sides = ("--reference", files / "real.npz")
+    run(*recorded, files / "samples.npz", *sides, *NETWORK)
+    run(*recorded, files / "guided.npz", *sides, *NETWORK)
+    run(*recorded, files / "samples.npz", *sides, *NETWORK, "--seed", "1")
+    run(*recorded, files / "samples.npz", *sides, *NETWORK[:-1], "64")
+    run(*recorded, files / "samples.npz", "--reference", files / "guided.npz", *NETWORK)
+    rows = rows_of(folder)
+    assert len(rows) == 5
+    assert len({row["network_identity"]["weights_sha256"] for row in rows}) == 2
+    assert {row["network_identity"]["size"] for row in rows} == {32, 64}
+    assert len({row["reference_sha256"] for row in rows[:1] + rows[4:]}) == 2
+    run("--reference", files / "real.npz", "--save-reference", files / "ref.npz", *NETWORK)
+    run(*recorded, files / "samples.npz", "--reference", files / "ref.npz", *NETWORK)
+    again = rows_of(folder)
+    assert len(again) == 5
+    assert again[-1]["reference"] == str(files / "ref.npz")
+    assert again[-1]["reference_sha256"] == rows[0]["reference_sha256"]
+
+
+def test_rows_of_earlier_versions_are_kept(run: Callable[..., dict[str, Any]], files: Path) -> None:
+    folder = files / "x"
+    folder.mkdir()
+    old = {"step": 300, "fid": 1.0, "samples": 20, "network": "test_resnet", "weights": "model"}
+    old["reference"] = str(files / "real.npz")
+    (folder / "evaluations.jsonl").write_text(json.dumps(old) + "\n")
+    sides = ("--reference", files / "real.npz", *NETWORK, "--record", folder)
+    run("--samples", files / "samples.npz", *sides)
+    assert rows_of(folder)[0] == old
+    assert len(rows_of(folder)) == 2
+
+
+def test_samples_of_another_run_are_not_recorded(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    (files / "y").mkdir()
+    sides = ("--reference", files / "real.npz", *NETWORK, "--record", files / "y")
+    with pytest.raises(
+        UserError, match=r"--record '.*/y': the samples say that they are of '/runs/x"
+    ):
+        run("--samples", files / "samples.npz", *sides)
+    assert not (files / "y" / "evaluations.jsonl").exists()
+
+
 def test_record_replaces_its_own_row(run: Callable[..., dict[str, Any]], files: Path) -> None:
-    folder = files / "run"
+    folder = files / "x"
     folder.mkdir()
     sides = ("--reference", files / "real.npz", *NETWORK, "--record", folder)
     run("--samples", files / "samples.npz", *sides)
     found = run("--samples", files / "samples.npz", *sides, "--k", "2")
-    run("--samples", files / "samples.npz", *sides, "--step", "100", "--weights", "ema")
-    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    run("--samples", files / "real.npz", *sides, "--step", "100")
+    rows = rows_of(folder)
     assert [(row["step"], row["weights"]) for row in rows] == [(100, "ema"), (300, "model")]
     assert {key: rows[1][key] for key in KEYS} == found
     assert rows[1]["reference"] == str(files / "real.npz")
+    assert rows[0]["sampling"] is None
+    assert rows[1]["sampling"] == about_samples().sampling.model_dump(mode="json")
     with pytest.raises(UserError, match="give --step N"):
         run("--samples", files / "real.npz", *sides)
+    for option, value, said in (("--step", "100", "300"), ("--weights", "ema", "model")):
+        with pytest.raises(UserError, match=f"{option} {value}: the samples say {said}"):
+            run("--samples", files / "samples.npz", *sides, option, value)
     with pytest.raises(UserError, match="no such folder"):
         run("--samples", files / "samples.npz", *sides[:-1], files / "nowhere")
+
+
+def test_a_folder_of_samples_is_recorded_at_its_step(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    (files / "pictures" / "about.json").write_text(about_samples(step=200).model_dump_json())
+    (files / "x").mkdir()
+    sides = ("--samples", files / "pictures", "--reference", files / "real.npz", *NETWORK)
+    run(*sides, "--record", files / "x")
+    (row,) = rows_of(files / "x")
+    assert (row["step"], row["weights"]) == (200, "model")
 
 
 def test_moments_alone_leave_precision_null(
@@ -142,13 +215,32 @@ def test_moments_alone_leave_precision_null(
     found = run("--samples", files / "samples.npz", "--reference", files / "moments.npz", *NETWORK)
     assert found["fid"] > 0
     assert found["precision"] is found["recall"] is None
+    np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))  # which have no 3 neighbours
+    few = run("--samples", files / "three.npz", "--reference", files / "moments.npz", *NETWORK)
+    assert few["fid"] > 0
+    with pytest.raises(UserError, match=r"--samples has 3 images, .* a smaller --k"):
+        run("--samples", files / "three.npz", "--reference", files / "ref.npz", *NETWORK)
     np.savez(files / "adm.npz", mu=parts["mu"], sigma=parts["sigma"])
     with pytest.raises(UserError, match=r"count as Inception's .* --network 'test_resnet'"):
         run("--samples", files / "samples.npz", "--reference", files / "adm.npz", *NETWORK)
 
 
+def test_few_images_make_statistics_where_nothing_is_compared(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))
+    run("--reference", files / "three.npz", "--save-reference", files / "ref.npz", *NETWORK)
+    assert (files / "ref.npz").exists()
+    with pytest.raises(UserError, match=r"--reference has 3 images, .* a smaller --k"):
+        run("--samples", files / "samples.npz", "--reference", files / "three.npz", *NETWORK)
+
+
 def _cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-400])
+
+
+def _bomb(path: Path) -> None:
+    np.savez_compressed(path, arr_0=np.zeros((1, 8192, 8192, 3), np.uint8))
 
 
 def _save(**arrays: Any) -> Callable[[Path], None]:
@@ -162,6 +254,8 @@ def _save(**arrays: Any) -> Callable[[Path], None]:
         (_save(arr_0=np.zeros((4, 8, 8, 3))), "is float64 .*images are uint8"),
         (_save(arr_0=np.zeros((4, 8, 8), np.uint8)), "images are uint8"),
         (_save(arr_0=np.array([{}, {}], object)), "Python objects"),
+        (_save(arr_0=np.empty((4, 0, 8, 3), np.uint8)), "images of 8x0 pixels"),
+        (_bomb, "images of 8192x8192 pixels.*16777216 at most: scale them down"),
         (_save(images=np.zeros((4, 8, 8, 3), np.uint8)), "holds no images.*found: images"),
         (_save(arr_0=np.zeros((1, 8, 8, 3), np.uint8)), "has 1 images"),
         (_save(arr_0=np.zeros((3, 8, 8, 3), np.uint8)), "smaller --k"),

@@ -148,13 +148,21 @@ def test_runs_are_judged_on_images_that_nothing_was_trained_on_apart(done: Path)
 
 
 def test_what_others_recorded_is_not_mixed_in(tmp_path: Path) -> None:
-    own = {"network": "judge", "samples": 10, "weights": "ema", "reference": "r.npz"}
-    rows = [{"step": 4, "fid": 10.0, **own}, {"step": 4, "fid": 99.0, **own, "samples": 50_000}]
+    own: dict[str, Any] = {"network": "judge", "samples": 10, "weights": "ema"}
+    own |= {"sampling": {"sampler": {"steps": 50, "guidance": 1.0}, "labels": "random"}}
+    drawn = {**own["sampling"], "precision": "float32"}
+    guided = {**drawn, "sampler": {"steps": 50, "guidance": 1.5}}
+    rows = [
+        {"step": 2, "fid": 9.0, **own, "sampling": None},  # of an earlier version
+        {"step": 4, "fid": 10.0, **own, "sampling": drawn},
+        {"step": 4, "fid": 99.0, **own, "samples": 50_000},
+        {"step": 4, "fid": 98.0, **own, "sampling": guided},
+    ]
     (tmp_path / "haste-seed0").mkdir()
     (tmp_path / "haste-seed0" / "evaluations.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows)
     )
-    assert read_distances(tmp_path, ["haste-seed0"], own) == {"haste": {4: [10.0]}}
+    assert read_distances(tmp_path, ["haste-seed0"], own) == {"haste": {2: [9.0], 4: [10.0]}}
 
 
 def test_again_makes_nothing_again(source: Path, done: Path) -> None:

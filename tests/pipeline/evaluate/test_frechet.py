@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from pipeline.evaluate.frechet import frechet_distance
+from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.statistics import FeatureStatistics, Moments
 
 
@@ -76,6 +76,8 @@ def test_scipys_square_root_agrees(width: int) -> None:
     a, b = (_moments(m, c) for m, c in zip(means, covariances, strict=True))
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-11)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-11)
+    assert frechet_distance(a, Factored.of(b)) == frechet_distance(a, b)
+    assert frechet_distance(Factored.of(a), b) == frechet_distance(a, b)
 
 
 def test_covariances_without_full_rank() -> None:
@@ -151,3 +153,21 @@ def test_images_that_are_all_alike_have_a_distance() -> None:
     alike.add(torch.rand(1, 48, generator=rng).expand(50, 48))
     expected = (alike.mean - real.mean).square().sum() + real.covariance.trace()
     assert frechet_distance(alike, real) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_what_is_factored_is_not_factored_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    real = Factored.of(_moments(np.zeros(8), _spread(rng, 8)))
+    factorings = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: factorings.append(len(m)) or eigh(m))
+    for _ in range(3):
+        assert frechet_distance(_moments(np.zeros(8), _spread(rng, 8)), real) > 0
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-11)
+    assert factorings == [8, 8, 8]
+
+
+def test_a_factored_covariance_is_held_to_the_same() -> None:
+    bad = Factored.of(_moments(np.zeros(3), np.diag([1.0, 1.0, -0.5])))
+    with pytest.raises(ValueError, match="negative eigenvalue"):
+        frechet_distance(_moments(np.zeros(3), np.eye(3)), bad)

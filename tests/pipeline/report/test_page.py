@@ -11,13 +11,17 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.report import kept
 from pipeline.report.__main__ import main
+from pipeline.report.records import read_run
 from pipeline.store import Store
 from pipeline.train.local import train_here
+from pipeline.train.seal import seal
 from schemas.errors import UserError
 from schemas.options import merge, read_yaml, validate
 from schemas.run import RunConfig
 from tests.browser import browser_page, find_chromium
+from tests.pipeline.evaluate.sets import about_samples
 
 CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
 HOSTILE = "<img src=x onerror=alert(1)> $x^2$ \" ' & \ud800"
@@ -122,6 +126,66 @@ def test_attention_is_drawn_of_kept_checkpoints_unless_switched_off(
     assert "<h2>Attention" not in page
 
 
+def test_no_store_far_away_is_opened_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an address in somebody's config."""
+    run = make_run(tmp_path / "run", store="https://127.0.0.1:9/stolen?key=s3cret")
+    (run / "checkpoint-000000400").mkdir()
+    page, _ = report(capsys, run)
+    assert "is not on this machine: --attention remote opens it." in page
+    assert "s3cret" not in page
+    page, _ = report(capsys, run, "--attention", "remote")
+    assert "run: it cannot be drawn of its checkpoints: checkpoint" in page
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"width": 1 << 20, "heads": 16},
+        {"width": 10**400 * 16, "heads": 16},
+        {"depth": 10**9, "width": 4, "heads": 1},
+        {"num_classes": 10**12},
+        {"latent_size": 1 << 20},
+    ],
+)
+def test_a_student_beyond_all_bounds_is_not_built(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    student: dict[str, int],
+) -> None:
+    run = make_run(tmp_path / "run", store=str(tmp_path / "store"))
+    autoencoder = {"name": "demo", "kind": "AutoencoderTiny", "weights_sha256": "a" * 64}
+    autoencoder |= {"scaling_factor": 1.0, "shift_factor": 0.0, "latent_shape": [4, 32, 32]}
+    plain = ("store", "termination", "trigger", "bytes_read", "meter")
+    state: dict[str, Any] = {key: {} for key in plain}
+    state |= {"version": 2, "step": 400, "metrics_rows": 0, "autoencoder": autoencoder}
+    state["config"] = RunConfig.model_validate({"student": student}).model_dump(mode="json")
+    (run / "checkpoint-000000400").mkdir()
+    seal(run / "checkpoint-000000400", state)
+
+    def load(*_: Any) -> None:
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(kept, "load_student", load)
+    page, _ = report(capsys, run)
+    assert "the student of checkpoint-000000400 is too large: the report builds those of up" in page
+
+
+def test_a_checkpoint_beyond_all_bounds_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_store: Store
+) -> None:
+    changes = {"steps": 1, "log_every": 1, "checkpoint": {"every": 1}}
+    values = read_yaml(CONFIGS / "demo.yaml") | {"store": digits_store.url, "global_batch": 4}
+    config = validate(RunConfig, merge(values, changes), where="test")
+    train_here(config, tmp_path / "run")
+    monkeypatch.setattr(kept, "MOST_BYTES", 1000)
+    _, note = kept.attention_of_kept(read_run(str(tmp_path / "run")))
+    assert note is not None
+    assert "checkpoint-000000001 has 0 GiB; the report reads 0 at most" in note
+
+
 def test_attention_that_cannot_be_drawn_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +229,52 @@ def test_numbers_of_other_networks_or_sample_counts_get_panels_of_their_own(
         "FID, inception, 5,000 samples, against digits",
         "FID, inception, 50,000 samples, against digits",
         "FID, dino, 5,000 samples, against digits",
+    ]
+
+
+def judged(**changes: Any) -> dict[str, Any]:
+    """What a row says of how its number came about."""
+    sampler = {"steps": 250, "guidance": 1.5, "guidance_high": 0.72}
+    about = about_samples(**{"sampler": sampler, **changes.pop("about", {})})
+    row = {
+        "network_identity": {"size": 299, "weights_sha256": "c" * 16, "arguments": ""},
+        "reference_sha256": "d" * 16,
+        "decoder": "demo",
+        "sampling": about.sampling.model_dump(mode="json"),
+    }
+    return {**row, **changes}
+
+
+def test_a_line_is_of_one_network_one_reference_and_one_way_to_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever the reference lies."""
+    run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    unguided = {"sampler": {"steps": 250}}
+    identity = {"size": 299, "weights_sha256": "e" * 16, "arguments": ""}
+    rows = [
+        evaluation(100, **judged()),
+        evaluation(200, **judged(about=unguided)),
+        evaluation(300, **judged(network_identity=identity)),
+        evaluation(400, **judged(reference_sha256="f" * 16)),
+        evaluation(500, **judged(sampling={"by": "somebody else"})),
+    ]
+    write_rows(run / "evaluations.jsonl", rows)
+    elsewhere = judged(reference="/mnt/copy.npz")
+    write_rows(other / "evaluations.jsonl", [evaluation(100, **elsewhere)])
+    page, _ = report(capsys, run, other)
+    titles = re.findall(r"<strong>(FID,[^<]*)</strong>", page)
+    drawn = "seed 0, random labels of classes 0-9, decoder demo (bbbbbbbb), float32"
+    against = "5,000 samples, against digits"
+    guided = f"sde of 250 steps, guidance 1.5 at t in [0, 0.72], {drawn}"
+    inception = "FID, inception (299 px, weights"
+    assert titles == [
+        f"{inception} cccccccc), {against} (dddddddd), {guided}",
+        f"{inception} cccccccc), {against} (dddddddd), sde of 250 steps, no guidance, {drawn}",
+        f"{inception} eeeeeeee), {against} (dddddddd), {guided}",
+        f"{inception} cccccccc), {against} (ffffffff), {guided}",
+        f"{inception} cccccccc), {against} (dddddddd), drawn by {{&quot;by&quot;: "
+        "&quot;somebody else&quot;}",
     ]
 
 

@@ -13,16 +13,20 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from jobs.sample_many import _about
 from pipeline.autoencoders import Autoencoder
 from pipeline.evaluate.evaluate import evaluate
-from pipeline.evaluate.frechet import frechet_distance
+from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork
 from pipeline.evaluate.record import record_evaluation
 from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.evaluate.stored import StoreImages
-from pipeline.sampling.blocks import choose_labels
+from pipeline.sampling.blocks import choose_labels, plan_blocks
 from pipeline.sampling.draw import draw_images
+from pipeline.sampling.origin import check_samples_are_of
+from pipeline.sampling.outputs import FolderOutput
 from pipeline.sampling.trained import load_student
+from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
 from pipeline.train.evaluation import RunEvaluation
 from pipeline.train.folder import RunFolder
@@ -31,9 +35,10 @@ from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from pipeline.train.stop import Wish
 from schemas.errors import StoppedError, UserError
-from schemas.evaluate import EvaluateConfig
+from schemas.evaluate import EvaluateConfig, Evaluation, RecordedEvaluation
 from schemas.options import merge
 from schemas.run import RunConfig
+from schemas.sample import SampleConfig
 from tests.processes import train_on
 from tests.stores import tiny_run
 
@@ -97,6 +102,48 @@ def test_distance_is_that_of_what_the_averaged_weights_draw(
     assert rows[0]["fid"] > 0
     events = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "fid" in row]
     assert [row["fid"] for row in events] == [row["fid"] for row in rows]
+
+
+def test_a_run_factors_its_reference_once(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factored = []
+    of = Factored.of
+    monkeypatch.setattr(Factored, "of", lambda m, device=None: factored.append(m) or of(m, device))
+    train_on(1, config, tmp_path / "run")
+    assert len(rows_of(tmp_path / "run")) == 2
+    assert len(factored) == 3  # the reference and the samples of each evaluation
+
+
+def test_the_same_images_recorded_afterwards_make_the_same_row(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """So that what a run measures itself and what is measured later stand on one line."""
+    run = tmp_path / "run"
+    train_on(1, config, run)
+    before = rows_of(run)
+    worker, asked = SampleWorker(), SampleConfig(num=10, sampler=config.samples.sampler)
+    loaded = worker.load(asked, str(run / "checkpoint-000000003"), "cpu", 1)
+    about = _about(asked, run / "checkpoint-000000003", loaded)
+    output = FolderOutput(str(tmp_path / "samples"))
+    output.open(about)
+    blocks = plan_blocks(10, 4)
+    labels = choose_labels("random", range(10), 3, 0, 10)
+    for block in blocks:
+        wanted = labels[block.first : block.first + block.count]
+        output.write(worker.draw(block, wanted, pngs=True))
+    output.finish(blocks, labels)
+    asked_of = {"samples": str(tmp_path / "samples"), "record": str(run), **NETWORK}
+    asked_of["reference"] = str(config.samples.evaluate.reference)
+    evaluate(EvaluateConfig.model_validate(asked_of), "cpu", check_origin=check_samples_are_of)
+    after = rows_of(run)
+    assert [row["step"] for row in after] == [3, 4]
+    assert after[0]["precision"] is not None  # which the run does not measure: it is the new row
+    new = {key: value for key, value in after[0].items() if key not in ("precision", "recall")}
+    assert new == {
+        key: pytest.approx(before[0][key], rel=1e-5) if key == "fid" else before[0][key]
+        for key in new
+    }
 
 
 def test_workers_measure_the_same_together(config: RunConfig, tmp_path: Path) -> None:
@@ -199,10 +246,16 @@ def test_half_an_evaluation_is_refused(samples: dict[str, Any], message: str) ->
 def test_rows_on_an_object_store_are_added_to(config: RunConfig) -> None:
     """A worker that takes over finds the rows of the one before it."""
     filesystem = fsspec.filesystem("memory")
-    row = {"step": 3, "fid": 1.0, "samples": 10, "network": "resnet10t", "weights": "ema"}
-    filesystem.pipe_file("/evaluated/tiny/evaluations.jsonl", json.dumps(row).encode() + b"\n")
+    row = RecordedEvaluation(
+        **dict.fromkeys(Evaluation.model_fields) | {"fid": 1.0, "samples": 10, "network": "x"},
+        step=3,
+        weights="ema",
+        reference="r.npz",
+    )
+    text = row.model_dump_json()
+    filesystem.pipe_file("/evaluated/tiny/evaluations.jsonl", text.encode() + b"\n")
     with RunFolder(config.model_copy(update={"output": "memory://evaluated"})) as folder:
-        record_evaluation(folder.path, {**row, "step": 4})
+        record_evaluation(folder.path, row.model_copy(update={"step": 4}))
     lines = filesystem.cat_file("/evaluated/tiny/evaluations.jsonl").decode().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 4]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import struct
 import zipfile
@@ -19,6 +20,20 @@ from schemas.errors import UserError
 
 MOST_HEADER = 1 << 16
 """Bytes of an array's header."""
+MOST_BLOCK = 256 << 20
+"""Bytes of one block, but for a single row that is longer: how far a few compressed megabytes
+swell is for whoever wrote them to choose."""
+MOST_ABOUT = 1 << 22
+"""Bytes of what a file says of itself."""
+ABOUT = "about"
+"""JSON text beside the numbers: which run and step samples are of, which network features."""
+PIECE = 1 << 20
+"""Bytes that are uncompressed at a time, on their way into a block."""
+
+
+def fitting_rows(rows: int, bytes_of_one: int) -> int:
+    """How many of ``rows`` a block takes within ``MOST_BLOCK`` bytes; at least one."""
+    return min(rows, max(1, MOST_BLOCK // max(1, bytes_of_one)))
 
 
 class Header(NamedTuple):
@@ -58,10 +73,11 @@ class Archive:
             return self._read_header(name, member)
 
     def blocks(self, name: str, rows: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        """The array's first ``limit`` rows, ``rows`` at a time."""
+        """The array's first ``limit`` rows, at most ``rows`` and ``MOST_BLOCK`` bytes at a time."""
         with self._opened() as zipped, self._member(zipped, name) as member:
             header = self._read_header(name, member)
             count = header.shape[0] if limit is None else min(limit, header.shape[0])
+            rows = fitting_rows(rows, math.prod(header.shape[1:]) * header.dtype.itemsize)
             for start in range(0, count, rows):
                 shape = (min(rows, count - start), *header.shape[1:])
                 yield self._numbers(name, member, shape, header.dtype)
@@ -127,12 +143,35 @@ class Archive:
         self, name: str, member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> np.ndarray:
         wanted = math.prod(shape) * dtype.itemsize
-        data = member.read(wanted)
-        if len(data) != wanted:
-            raise self._damaged()
-        return np.frombuffer(bytearray(data), dtype).reshape(shape)
+        data = bytearray(wanted)  # which the array is made of: writable, and not copied again
+        rest = memoryview(data)
+        while rest:
+            # zipfile reads into a copy, which is why it is asked for little at a time
+            found = member.readinto(rest[:PIECE])  # type: ignore[attr-defined]
+            if not found:
+                raise self._damaged()
+            rest = rest[found:]
+        return np.frombuffer(data, dtype).reshape(shape)
 
     def _damaged(self) -> UserError:
         return UserError(
             f"{self.where} is damaged, cut short or not an .npz file: write or copy it again"
         )
+
+
+def read_about(archive: Archive) -> dict[str, Any]:
+    """The JSON object that an .npz of ours says of itself; empty in others'. Raises
+    ``UserError``."""
+    if ABOUT not in archive:
+        return {}
+    shape, dtype, _ = archive.header(ABOUT)
+    try:
+        if dtype.kind != "U" or shape != ():
+            raise ValueError("not a text")
+        about = json.loads(str(archive.array(ABOUT, MOST_ABOUT)[()]))
+        if not isinstance(about, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{archive.where}: '{ABOUT}' is not JSON of ours: {reason}") from None
+    return about
