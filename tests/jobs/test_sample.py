@@ -234,6 +234,8 @@ def test_ended_by_a_signal_and_resumed(
         ({"checkpoint": "s3://bucket/run"}, "checkpoints are read from a disk"),
         ({"checkpoint": "/no/such/run"}, "'/no/such/run' holds no checkpoint"),
         ({"checkpoint": None}, "--checkpoint is missing"),
+        ({"npz": "/proc/none/a.npz"}, "cannot write '/proc/none/a.npz.parts/about.json': "),
+        ({"npz": None, "folder": "/proc/none/a"}, "cannot write '/proc/none/a/about.json': "),
     ],
 )
 def test_bad_requests_are_one_line_and_not_tried_again(
@@ -284,6 +286,8 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
         (["--png", "a.png", "--npz", "a.npz"], "--npz is for --num"),
         (["--png", "a.png", "--workers.count", "2"], "--workers is for --num"),
         (["--png", "a.png"], "--checkpoint is missing"),
+        (["--png", "/proc/none/a.png"], r"--png '/proc/none/a.png' cannot be written \(No such"),
+        (["--png", "a.jpgg"], "no kind of picture has this ending; use .png"),
         (["--png", "a.png", "--checkpoint", "gs://a/b"], "'gs://a/b': checkpoints are read from"),
     ],
 )
