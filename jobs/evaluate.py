@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from jobs.recorded import recorded
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.files import without_credentials
 from schemas.errors import UserError, run_command
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> int:
         about="Compare generated images with real ones: FID, sFID, Inception score, precision, "
         "recall, FD-DINOv2.",
     )
-    found = evaluate(config, _device(config))
+    with recorded(config.record) as folder:
+        found = evaluate(config.model_copy(update={"record": folder}), _device(config))
     if found is not None:
         print(found.model_dump_json() if config.as_json else _table(found))
     elif config.as_json:

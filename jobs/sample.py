@@ -24,9 +24,10 @@ from tqdm import tqdm
 from pipeline.autoencoders import Autoencoder
 from pipeline.pictures import save_grid
 from pipeline.sampling.blocks import choose_classes
+from pipeline.sampling.checkpoints import at_hand, find_checkpoint
 from pipeline.sampling.draw import draw_images
 from pipeline.sampling.precision import choose_arithmetic
-from pipeline.sampling.trained import find_checkpoint, open_trained
+from pipeline.sampling.trained import open_trained
 from schemas.errors import UserError, run_command
 from schemas.options import parse_options
 from schemas.sample import SampleConfig
@@ -74,7 +75,8 @@ def check_request(config: SampleConfig) -> None:
 def draw_grid(config: SampleConfig) -> Path:
     """Write the grid and return its path. Raises ``UserError``."""
     path = _picture(config)
-    trained = open_trained(find_checkpoint(config.checkpoint), config.weights, config.model)
+    with at_hand(find_checkpoint(config.checkpoint), config.weights) as checkpoint:
+        trained = open_trained(checkpoint, config.weights, config.model)
     student = trained.student
     asked = (0,) if config.classes is None else config.classes
     classes = choose_classes(asked, student.config.num_classes)

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from pipeline.actors import Actors
 from pipeline.cluster import ray_cluster, require, total
-from pipeline.files import absolute_url
+from pipeline.files import absolute_url, without_credentials
 from pipeline.sampling.blocks import Block, choose_classes, choose_labels, plan_blocks
+from pipeline.sampling.checkpoints import find_checkpoint
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
-from pipeline.sampling.trained import find_checkpoint
 from pipeline.sampling.worker import Drawn, Loaded, SampleWorker
 from pipeline.train.stop import StopSignals
 from schemas.errors import StoppedError, UserError
@@ -69,7 +69,7 @@ def sample_many(config: SampleConfig) -> Sampled:
 
 def _sample(
     config: SampleConfig,
-    checkpoint: Path,
+    checkpoint: str,
     outputs: list[Output],
     check_signals: Callable[[], None],
 ) -> Sampled:
@@ -80,7 +80,7 @@ def _sample(
     cpus = config.workers.cpus_per_worker
     workers: Actors[Loaded] = Actors(
         SampleWorker,
-        lambda actor: actor.load.remote(config, str(checkpoint), device, max(1, int(cpus))),
+        lambda actor: actor.load.remote(config, checkpoint, device, max(1, int(cpus))),
         count=min(count, len(blocks)),
         cpus=cpus,
         gpus=gpus,
@@ -150,13 +150,13 @@ def _labels(about: SampleAbout, first: int, count: int) -> list[int]:
     return choose_labels(about.labels, about.classes, about.sampler.seed, first, count)
 
 
-def _about(config: SampleConfig, checkpoint: Path, loaded: Loaded) -> SampleAbout:
+def _about(config: SampleConfig, checkpoint: str, loaded: Loaded) -> SampleAbout:
     values = asdict(loaded)
     classes = choose_classes(config.classes, values.pop("num_classes"))
     assert config.num is not None
     return SampleAbout(
         **values,
-        checkpoint=str(checkpoint),
+        checkpoint=without_credentials(checkpoint),
         weights=config.weights,
         num=config.num,
         labels=config.labels,

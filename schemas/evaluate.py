@@ -52,7 +52,7 @@ class EvaluateConfig(Strict):
     autoencoder: str | None = None
     """Decoder of a store that has no crops: hub id or folder. Default: the one that encoded it."""
     record: str | None = None
-    """The folder of the training run that the samples are of: a row is added to its
+    """Folder or URL of the training run that the samples are of: a row is added to its
     evaluations.jsonl."""
     step: Annotated[int, Field(ge=0)] | None = None
     """Of that run, where the samples do not say."""

@@ -35,8 +35,8 @@ class SampleConfig(Strict):
     """Which pictures are drawn, and how."""
 
     checkpoint: str | None = None
-    """A run's folder (its newest checkpoint is taken), one checkpoint's, or a .pt file of the SiT,
-    REPA or HASTE repositories."""
+    """Folder or URL of a run (its newest checkpoint is taken) or of one checkpoint, or a .pt file
+    of the SiT, REPA or HASTE repositories."""
     model: ModelName | None = None
     """What a .pt file holds, for example SiT-XL/2."""
     png: str | None = None

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.autoencoders import Autoencoder
 from pipeline.files import sha256_of_arrays
 from pipeline.sampling.blocks import Block
+from pipeline.sampling.checkpoints import at_hand
 from pipeline.sampling.draw import check_sampler, draw_latents
 from pipeline.sampling.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.trained import open_trained
@@ -55,10 +56,11 @@ class SampleWorker:
     def load(
         self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"], threads: int
     ) -> Loaded:
-        """Raises ``UserError``."""
+        """``checkpoint`` is what ``find_checkpoint`` found. Raises ``UserError``."""
         torch.set_num_threads(threads)
         try:
-            return self._load(config, checkpoint, device)
+            with at_hand(checkpoint, config.weights) as local:
+                return self._load(config, str(local), device)
         except UserError as error:
             raise UserError(str(error)) from None  # some kinds do not survive pickling
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from jobs.recorded import recorded
+from pipeline.evaluate.record import record_evaluation
 from pipeline.store import Store
 from schemas.errors import UserError
 from tests.pipeline.evaluate.sets import blobs
@@ -129,6 +132,28 @@ def test_record_replaces_its_own_row(run: Callable[..., dict[str, Any]], files: 
         run("--samples", files / "real.npz", *sides)
     with pytest.raises(UserError, match="no such folder"):
         run("--samples", files / "samples.npz", *sides[:-1], files / "nowhere")
+
+
+def test_record_at_a_url(run: Callable[..., dict[str, Any]], files: Path) -> None:
+    """Rows that were there stay, those that the run adds meanwhile too."""
+    memory = fsspec.filesystem("memory")
+    place = "/recorded/run/evaluations.jsonl"
+    sides = ("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
+    url = "memory://recorded/run"
+    with pytest.raises(UserError, match=r"--record 'memory://recorded/run': no such folder"):
+        run(*sides, "--record", url)
+    memory.pipe_file(place, b"{}\n")
+    with pytest.raises(UserError, match=r"line 1 of 'memory://recorded/run/evaluations.jsonl' is"):
+        run(*sides, "--record", url)
+    row = {"network": "other", "samples": 9, "weights": "ema", "reference": "r"}
+    memory.pipe_file(place, json.dumps({"step": 100, **row}).encode() + b"\n")
+    found = run(*sides, "--record", url)
+    with recorded(url) as folder:
+        memory.pipe_file(place, memory.cat_file(place) + json.dumps({"step": 400, **row}).encode())
+        record_evaluation(Path(str(folder)), {"step": 200, **row})
+    rows = [json.loads(line) for line in memory.cat_file(place).decode().splitlines()]
+    assert [row["step"] for row in rows] == [100, 200, 300, 400]
+    assert {key: rows[2][key] for key in KEYS} == found
 
 
 def test_moments_alone_leave_precision_null(

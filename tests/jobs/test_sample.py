@@ -231,7 +231,8 @@ def test_ended_by_a_signal_and_resumed(
         ({"autoencoder": "/no/such\nfolder"}, "--autoencoder '/no/such"),
         ({"device": "cuda"}, "asks for 1 x 1 GPU; the Ray cluster has 0 GPUs"),
         ({"workers": {"count": 3}}, "--workers.count asks for 3 x 1 CPU; the Ray cluster has 2"),
-        ({"checkpoint": "s3://bucket/run"}, "checkpoints are read from a disk"),
+        ({"checkpoint": "memory://no/run"}, "--checkpoint 'memory://no/run' holds no checkpoint"),
+        ({"checkpoint": "memory://no/a.pt"}, "'memory://no/a.pt': there is no such file"),
         ({"checkpoint": "/no/such/run"}, "'/no/such/run' holds no checkpoint"),
         ({"checkpoint": None}, "--checkpoint is missing"),
         ({"npz": "/proc/none/a.npz"}, "cannot write '/proc/none/a.npz.parts/about.json': "),
@@ -288,7 +289,7 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
         (["--png", "a.png"], "--checkpoint is missing"),
         (["--png", "/proc/none/a.png"], r"--png '/proc/none/a.png' cannot be written \(No such"),
         (["--png", "a.jpgg"], "no kind of picture has this ending; use .png"),
-        (["--png", "a.png", "--checkpoint", "gs://a/b"], "'gs://a/b': checkpoints are read from"),
+        (["--png", "a.png", "--checkpoint", "memory://a/b"], "'memory://a/b' holds no checkpoint"),
     ],
 )
 def test_unclear_requests(argv: list[str], complaint: str) -> None:
