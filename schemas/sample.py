@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from schemas.base import Strict
 from schemas.diffusion import Path, SamplerConfig
@@ -16,6 +17,17 @@ Positive = Annotated[int, Field(ge=1)]
 Labels = Literal["random", "balanced"]
 Weights = Literal["ema", "model"]
 Arithmetic = Literal["tf32"] | Precision
+
+
+def _each_once(classes: tuple[int, ...]) -> tuple[int, ...]:
+    """A class that is named twice would have twice as many images as the others."""
+    for number, times in Counter(classes).items():
+        if times > 1:
+            raise ValueError(f"class {number} is named {times} times: name each class once")
+    return classes
+
+
+Classes = Annotated[Layers, AfterValidator(_each_once)]
 
 
 class SampleWorkers(Strict):
@@ -55,9 +67,9 @@ class SampleConfig(Strict):
     labels: Labels = "random"
     """With --num: each image's class, 'random' (uniform, from the seed and the image's number) or
     'balanced' (as many images of each class as of any other, or one more)."""
-    classes: Layers | None = None
-    """Class numbers: 1,2,3 or 0-9. One row of the grid each, by default class 0; with --num the
-    classes to draw from, by default all."""
+    classes: Classes | None = None
+    """Class numbers, each once: 1,2,3 or 0-9. One row of the grid each, by default class 0; with
+    --num the classes to draw from, by default all."""
     per_class: Annotated[int, Field(ge=1, le=1000)] = 8
     """Pictures of each class in the grid."""
     weights: Weights = "ema"

@@ -288,6 +288,7 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
         (["--png", "a.png", "--workers.count", "2"], "--workers is for --num"),
         (["--png", "a.png"], "--checkpoint is missing"),
         (["--png", "/proc/none/a.png"], r"--png '/proc/none/a.png' cannot be written \(No such"),
+        (["--png", "a.png", "--classes", "1,2,0-1"], "classes: class 1 is named 2 times"),
         (["--png", "a.jpgg"], "no kind of picture has this ending; use .png"),
         (["--png", "a.png", "--checkpoint", "memory://a/b"], "'memory://a/b' holds no checkpoint"),
     ],
