@@ -47,8 +47,8 @@ class SampleConfig(Strict):
     """Which pictures are drawn, and how."""
 
     checkpoint: str | None = None
-    """Folder or URL of a run (its newest checkpoint is taken) or of one checkpoint, or a .pt file
-    of the SiT, REPA or HASTE repositories."""
+    """Folder or URL of a run or of one checkpoint, or a .pt file of the SiT, REPA or HASTE
+    repositories. Of a run the newest checkpoint is taken; for images that were begun, theirs."""
     model: ModelName | None = None
     """What a .pt file holds, for example SiT-XL/2."""
     png: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.files import sha256_of_arrays
 from pipeline.models import SiT, make_student
 from pipeline.models.checkpoints import student_from_file
 from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
@@ -57,6 +58,12 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointSta
     student = make_student(state.config.student)
     load_weights(newest, weights, student)
     return student.requires_grad_(False).eval(), state
+
+
+def sha256_of_weights(student: SiT) -> str:
+    """Of a student on the CPU."""
+    tensors = sorted(student.state_dict().items())
+    return sha256_of_arrays((name, tensor.numpy()) for name, tensor in tensors)
 
 
 def is_weights_file(checkpoint: Path) -> bool:

@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 
 from pipeline.autoencoders import Autoencoder
-from pipeline.files import sha256_of_arrays
 from pipeline.sampling.blocks import Block
 from pipeline.sampling.checkpoints import at_hand
 from pipeline.sampling.draw import check_sampler, draw_latents
 from pipeline.sampling.precision import arithmetic, choose_arithmetic
-from pipeline.sampling.trained import open_trained
+from pipeline.sampling.trained import open_trained, sha256_of_weights
 from schemas.diffusion import Path as DiffusionPath
 from schemas.errors import UserError
 from schemas.sample import Arithmetic, SampleConfig
@@ -84,9 +83,7 @@ class SampleWorker:
         self.student, self.path = trained.student, trained.path
         check_sampler(self.student.config, config.sampler)
         self.autoencoder = Autoencoder(config.autoencoder or trained.autoencoder)
-        weights = sha256_of_arrays(
-            (name, tensor.numpy()) for name, tensor in sorted(self.student.state_dict().items())
-        )
+        weights = sha256_of_weights(self.student)
         self.student.to(device)
         self.autoencoder.to(device)
         return Loaded(
