@@ -18,14 +18,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from pipeline.autoencoders import open_decoder
 from pipeline.pictures import save_grid
 from pipeline.sampling.blocks import choose_classes
+from pipeline.sampling.checkpoints import at_hand, find_checkpoint
 from pipeline.sampling.draw import draw_images
 from pipeline.sampling.precision import choose_arithmetic
-from pipeline.sampling.trained import find_checkpoint, open_trained
+from pipeline.sampling.trained import open_trained
 from schemas.errors import UserError, run_command
 from schemas.options import parse_options
 from schemas.sample import SampleConfig
@@ -72,8 +74,9 @@ def check_request(config: SampleConfig) -> None:
 
 def draw_grid(config: SampleConfig) -> Path:
     """Write the grid and return its path. Raises ``UserError``."""
-    assert config.png is not None
-    trained = open_trained(find_checkpoint(config.checkpoint), config.weights, config.model)
+    path = _picture(config)
+    with at_hand(find_checkpoint(config.checkpoint), config.weights) as checkpoint:
+        trained = open_trained(checkpoint, config.weights, config.model)
     student = trained.student
     asked = (0,) if config.classes is None else config.classes
     classes = choose_classes(asked, student.config.num_classes)
@@ -100,10 +103,30 @@ def draw_grid(config: SampleConfig) -> Path:
                 precision=precision,
             )
         )
-    path = Path(config.png).expanduser()
     names = [str(label) for label in classes]
-    save_grid(torch.cat(images), path, columns=config.per_class, row_names=names)
+    try:
+        save_grid(torch.cat(images), path, columns=config.per_class, row_names=names)
+    except OSError as error:
+        raise _unwritable(path, error) from None
     return path
+
+
+def _picture(config: SampleConfig) -> Path:
+    """Where the grid goes, in a folder that is there: before the work that it would lose."""
+    assert config.png is not None
+    path = Path(config.png).expanduser()
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--png '{path}': no kind of picture has this ending; use .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    return path
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or type(error).__name__
+    return UserError(f"--png '{path}' cannot be written ({reason}): name a file elsewhere")
 
 
 def _grid(config: SampleConfig) -> tuple[dict[str, Any], list[str]]:

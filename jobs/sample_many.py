@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,10 @@ from tqdm import tqdm
 
 from pipeline.actors import Actors
 from pipeline.cluster import ray_cluster, require, total
-from pipeline.files import absolute_url
+from pipeline.files import absolute_url, without_credentials
 from pipeline.sampling.blocks import Block, choose_classes, choose_labels, plan_blocks
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
-from pipeline.sampling.trained import find_checkpoint
+from pipeline.sampling.resume import all_there, find_checkpoint_again
 from pipeline.sampling.worker import Drawn, Loaded, SampleWorker
 from pipeline.train.stop import StopSignals
 from schemas.errors import StoppedError, UserError
@@ -35,7 +36,8 @@ class Sampled:
     npz: str | None
     folder: str | None
     seconds: float
-    """From the moment that the first worker was ready to the finished files."""
+    """From the moment that the first worker was ready, or none was needed, to the finished
+    files."""
     images_per_second: float
     """Of the images that this call drew."""
     labels: str
@@ -46,11 +48,21 @@ class Sampled:
 def sample_many(config: SampleConfig) -> Sampled:
     """Draw the images that ``config`` asks for, as far as they are not there. Raises ``UserError``,
     and ``StoppedError`` after SIGTERM or Ctrl-C."""
+    assert config.num is not None
     config = _with_absolute_paths(config)
     outputs = _outputs(config)
-    checkpoint = find_checkpoint(config.checkpoint)
-    # the signals are taken once there is a connection: Ray puts handlers of its own in their place
-    with ray_cluster(config.ray_address), StopSignals(promise=None) as signals:
+    blocks = plan_blocks(config.num, config.batch_size)
+    with ExitStack() as stack:
+        for output in outputs:
+            stack.enter_context(output.alone())
+        checkpoint = find_checkpoint_again(config, outputs)
+        began = time.perf_counter()
+        about = all_there(config, checkpoint, outputs, blocks)
+        if about is not None:  # an earlier call may have been ended before it put them together
+            return _finish(config, about, outputs, blocks, began, drawn=0)
+        # the signals are taken once there is a connection: Ray puts its own handlers in their place
+        stack.enter_context(ray_cluster(config.ray_address))
+        signals = stack.enter_context(StopSignals(promise=None))
 
         def check_signals() -> None:
             if signals.received is not None:
@@ -61,7 +73,7 @@ def sample_many(config: SampleConfig) -> Sampled:
                 )
 
         try:
-            return _sample(config, checkpoint, outputs, check_signals)
+            return _sample(config, checkpoint, outputs, blocks, check_signals)
         except Exception:
             check_signals()  # a terminal's Ctrl-C reaches Ray's processes as well: no fault of ours
             raise
@@ -69,18 +81,17 @@ def sample_many(config: SampleConfig) -> Sampled:
 
 def _sample(
     config: SampleConfig,
-    checkpoint: Path,
+    checkpoint: str,
     outputs: list[Output],
+    blocks: list[Block],
     check_signals: Callable[[], None],
 ) -> Sampled:
-    assert config.num is not None
-    blocks = plan_blocks(config.num, config.batch_size)
     count, gpus = _resources(config)
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     cpus = config.workers.cpus_per_worker
     workers: Actors[Loaded] = Actors(
         SampleWorker,
-        lambda actor: actor.load.remote(config, str(checkpoint), device, max(1, int(cpus))),
+        lambda actor: actor.load.remote(config, checkpoint, device, max(1, int(cpus))),
         count=min(count, len(blocks)),
         cpus=cpus,
         gpus=gpus,
@@ -102,18 +113,30 @@ def _sample(
         drawn = _draw(config, about, workers, outputs, sorted(missing, key=lambda b: b.number))
     finally:
         workers.close()
-    labels = _labels(about, 0, config.num)
+    return _finish(config, about, outputs, blocks, began, drawn)
+
+
+def _finish(
+    config: SampleConfig,
+    about: SampleAbout,
+    outputs: list[Output],
+    blocks: list[Block],
+    began: float,
+    drawn: int,
+) -> Sampled:
+    """Leave what was asked for of images that are all there; this call drew ``drawn``."""
+    labels = _labels(about, 0, about.num)
     for output in outputs:
         output.finish(blocks, labels)
     seconds = time.perf_counter() - began
     return Sampled(
-        images=config.num,
+        images=about.num,
         npz=config.npz,
         folder=config.folder,
         seconds=seconds,
         images_per_second=drawn / seconds,
         labels=config.labels,
-        resumed=config.num - drawn,
+        resumed=about.num - drawn,
     )
 
 
@@ -150,13 +173,13 @@ def _labels(about: SampleAbout, first: int, count: int) -> list[int]:
     return choose_labels(about.labels, about.classes, about.sampler.seed, first, count)
 
 
-def _about(config: SampleConfig, checkpoint: Path, loaded: Loaded) -> SampleAbout:
+def _about(config: SampleConfig, checkpoint: str, loaded: Loaded) -> SampleAbout:
     values = asdict(loaded)
     classes = choose_classes(config.classes, values.pop("num_classes"))
     assert config.num is not None
     return SampleAbout(
         **values,
-        checkpoint=str(checkpoint),
+        checkpoint=without_credentials(checkpoint),
         weights=config.weights,
         num=config.num,
         labels=config.labels,

@@ -2,7 +2,8 @@
 
 Plain actors under a driver loop: an actor never restarts by itself (Ray's own restarts retry a
 task that kills its actor without end); the driver requeues the task, up to a limit, and starts
-another actor.
+another actor. One that dies while it loads is started anew, up to the same limit, and then given
+up: a node on which none can live takes nothing from those that work.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def _nothing() -> None:
 class Actors(Generic[A]):
     """Actors of one class that do the same, so that any of them may take any task.
 
-    An actor's ``UserError`` ends the work at once: trying again would not mend it.
+    An actor's ``UserError`` ends the work at once: trying again would not mend it. Deaths while
+    loading end it, with a ``UserError``, where that leaves nobody to work.
     """
 
     def __init__(
@@ -65,11 +67,11 @@ class Actors(Generic[A]):
         )
         self.about: A | None = None
         self._idle: list[Any] = []
-        self._loading: dict[Any, Any] = {}  # ref -> actor
+        self._loading: dict[Any, tuple[Any, int]] = {}
+        """By the load's ref: an actor, and how many died while loading in its place before it."""
         self._working: dict[Any, tuple[Any, Any]] = {}  # ref -> (actor, task)
         self._silence: dict[str, SilenceWarning] = {}  # by name of the task at work
         self._name: Callable[[Any], str] = str
-        self._deaths_while_loading = 0
         for _ in range(count):
             self._spawn()
 
@@ -151,7 +153,8 @@ class Actors(Generic[A]):
 
     def close(self) -> None:
         """End every actor."""
-        actors = [*self._idle, *self._loading.values(), *(a for a, _ in self._working.values())]
+        held = [*self._loading.values(), *self._working.values()]
+        actors = [*self._idle, *(actor for actor, _ in held)]
         for actor in actors:
             ray.kill(actor, no_restart=True)
         self._idle, self._loading, self._working, self._silence = [], {}, {}, {}
@@ -159,13 +162,13 @@ class Actors(Generic[A]):
     def _patience(self) -> PatienceWarning:
         return PatienceWarning(f"no {self.kind} is free to start; waiting for the cluster")
 
-    def _spawn(self) -> None:
+    def _spawn(self, deaths: int = 0) -> None:
         actor = self.remote.remote()
-        self._loading[self.load(actor)] = actor
+        self._loading[self.load(actor)] = (actor, deaths)
 
-    def _replace(self, actor: Any) -> None:
+    def _replace(self, actor: Any, deaths: int = 0) -> None:
         ray.kill(actor, no_restart=True)
-        self._spawn()
+        self._spawn(deaths)
 
     def _wait(self, patience: PatienceWarning) -> list[tuple[Any, Any, Any]]:
         """Actors that finished or failed a task: (actor, task, result or error)."""
@@ -180,7 +183,7 @@ class Actors(Generic[A]):
         for ref in ready:
             outcome = _get(ref)
             if ref in self._loading:
-                self._loaded(self._loading.pop(ref), outcome)
+                self._loaded(*self._loading.pop(ref), outcome)
             else:
                 actor, task = self._working.pop(ref)
                 del self._silence[self._name(task)]
@@ -195,21 +198,33 @@ class Actors(Generic[A]):
             if minutes is not None:
                 self.log(f"{name} has been with an actor for {minutes} minutes")
 
-    def _loaded(self, actor: Any, outcome: Any) -> None:
+    def _loaded(self, actor: Any, deaths: int, outcome: Any) -> None:
         if isinstance(outcome, UserError):
             raise outcome
         if isinstance(outcome, Exception):
-            self._deaths_while_loading += 1
-            if self._deaths_while_loading >= self.max_attempts:
-                raise UserError(f"{self.kind} actors die while loading: {_one_line(outcome)}")
-            self._replace(actor)
+            self._died_while_loading(actor, deaths + 1, _one_line(outcome))
             return
         if self.about is None:
             self.about = outcome
         else:
             self.check_same(self.about, outcome)
         self._idle.append(actor)
-        self._deaths_while_loading = 0
+
+    def _died_while_loading(self, actor: Any, deaths: int, reason: str) -> None:
+        """Have another one in its place, or none. Raises ``UserError`` where nobody has loaded and
+        each that still tries follows one that died, too."""
+        if deaths < self.max_attempts:
+            self.log(f"an actor for {self.kind} died while loading, another is started: {reason}")
+            self._replace(actor, deaths)
+            return
+        ray.kill(actor, no_restart=True)
+        hopeful = any(not before for _, before in self._loading.values())
+        if not (self._idle or self._working or hopeful):
+            raise UserError(f"{self.kind} actors die while loading: {reason}")
+        self.log(
+            f"warning: an actor for {self.kind} died while loading, {deaths} times in a row, and "
+            f"is given up; the others go on: {reason}"
+        )
 
 
 def _get(ref: Any) -> Any:

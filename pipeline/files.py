@@ -276,7 +276,7 @@ def _read_local(path: str) -> bytes:
 
 def _write_local(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """``write`` to a temporary file beside ``path`` and rename it; on failure nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         with temporary.open("wb") as file:
@@ -289,8 +289,18 @@ def _write_local(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def _make_parent(path: Path) -> None:
+    """The folder that ``path`` is to lie in. Where it cannot be made, as below /proc, the system
+    may say that there is no such file, which is no answer to a request to write one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        reason = "the folder that it is to lie in cannot be made"
+        raise OSError(errno.EINVAL, reason, str(path)) from None
+
+
 def _move(local: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     try:
         os.replace(local, path)
     except OSError as error:

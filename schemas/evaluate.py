@@ -53,7 +53,7 @@ class EvaluateConfig(Strict):
     autoencoder: str | None = None
     """Decoder of a store that has no crops: hub id or folder. Default: the one that encoded it."""
     record: str | None = None
-    """The folder of the training run that the samples are of: a row is added to its
+    """Folder or URL of the training run that the samples are of: a row is added to its
     evaluations.jsonl. Samples that say that they are of other weights than the run's checkpoint of
     their step or, where it is gone, of another run's folder, are refused."""
     step: Annotated[int, Field(ge=0)] | None = None

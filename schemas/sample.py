@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from schemas.base import Strict
 from schemas.diffusion import Path, SamplerConfig
@@ -20,6 +21,17 @@ Arithmetic = Literal["tf32"] | Precision
 
 ABOUT_FILE, LABELS_FILE = "about.json", "labels.npy"
 """Beside the pictures in a folder."""
+
+
+def _each_once(classes: tuple[int, ...]) -> tuple[int, ...]:
+    """A class that is named twice would have twice as many images as the others."""
+    for number, times in Counter(classes).items():
+        if times > 1:
+            raise ValueError(f"class {number} is named {times} times: name each class once")
+    return classes
+
+
+Classes = Annotated[Layers, AfterValidator(_each_once)]
 
 
 class SampleWorkers(Strict):
@@ -39,8 +51,8 @@ class SampleConfig(Strict):
     """Which pictures are drawn, and how."""
 
     checkpoint: str | None = None
-    """A run's folder (its newest checkpoint is taken), one checkpoint's, or a .pt file of the SiT,
-    REPA or HASTE repositories."""
+    """Folder or URL of a run or of one checkpoint, or a .pt file of the SiT, REPA or HASTE
+    repositories. Of a run the newest checkpoint is taken; for images that were begun, theirs."""
     model: ModelName | None = None
     """What a .pt file holds, for example SiT-XL/2."""
     png: str | None = None
@@ -59,9 +71,9 @@ class SampleConfig(Strict):
     labels: Labels = "random"
     """With --num: each image's class, 'random' (uniform, from the seed and the image's number) or
     'balanced' (as many images of each class as of any other, or one more)."""
-    classes: Layers | None = None
-    """Class numbers: 1,2,3 or 0-9. One row of the grid each, by default class 0; with --num the
-    classes to draw from, by default all."""
+    classes: Classes | None = None
+    """Class numbers, each once: 1,2,3 or 0-9. One row of the grid each, by default class 0; with
+    --num the classes to draw from, by default all."""
     per_class: Annotated[int, Field(ge=1, le=1000)] = 8
     """Pictures of each class in the grid."""
     weights: Weights = "ema"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from pipeline.archive import Archive
 from pipeline.evaluate.compare import compare
@@ -27,9 +26,9 @@ from schemas.sample import SampleAbout, Weights
 WEIGHTS: Weights = "ema"
 """Of samples that do not say."""
 
-CheckOrigin = Callable[[Path, SampleAbout, int], None]
-"""Of a run's folder, what samples say, and the step: raises ``UserError`` where they are not of
-that run."""
+CheckOrigin = Callable[[str, SampleAbout, int], None]
+"""Of a run's folder or URL, what samples say, and the step: raises ``UserError`` where they are
+not of that run."""
 
 
 def evaluate(
@@ -43,8 +42,7 @@ def evaluate(
     if config.samples is not None:
         points = not place.endswith(".npz") or has_points(Archive(place, "--reference"))
         samples = _open(config, config.samples, "--samples", device, neighbours=points)
-    run = None if config.record is None else Path(config.record).expanduser()
-    origin = None
+    run, origin = config.record, None
     if run is not None and samples is not None:  # before the hours of work that it would lose
         check_run(run)
         origin = _origin(config, samples.about)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from pipeline.evaluate.networks import Network
 from pipeline.evaluate.statistics import Moments
-from pipeline.files import open_url, sha256_of_arrays, without_credentials, write_atomic
+from pipeline.files import (
+    absolute_url,
+    is_local,
+    list_folder,
+    open_url,
+    read_bytes,
+    sha256_of_arrays,
+    without_credentials,
+    write_atomic,
+)
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation, NetworkIdentity, RecordedEvaluation
 from schemas.fields import DIGEST, text_or_digest
@@ -25,8 +37,7 @@ SAME = (
     "reference_sha256",
     "sampling",
 )
-"""What two rows have in common where the later replaces the earlier. Rows of earlier versions lack
-some of it, and are kept."""
+"""What two rows have in common where the later replaces the earlier."""
 
 
 @dataclass(frozen=True)
@@ -58,36 +69,54 @@ def recorded(
     )
 
 
-def check_run(folder: Path) -> None:
-    """Raises ``UserError`` where there is no such folder, or its rows cannot be read."""
-    if not folder.is_dir():
-        raise UserError(f"--record '{folder}': no such folder; name that of a training run")
-    check_rows(folder)
+def check_run(run: str) -> None:
+    """Raises ``UserError`` where there is no such run, or its rows cannot be read."""
+    filesystem, root = open_url(absolute_url(run), what="--record")
+    there = Path(root).is_dir() if is_local(filesystem) else bool(list_folder(filesystem, root))
+    if not there:
+        raise UserError(
+            f"--record '{without_credentials(run)}': no such folder; name that of a training run"
+        )
+    _read_rows(filesystem, root)
 
 
 def check_rows(folder: Path) -> None:
     """Raises ``UserError`` where there are rows that cannot be read."""
-    _read_rows(folder / EVALUATIONS)
-
-
-def record_evaluation(folder: Path, evaluation: RecordedEvaluation) -> dict[str, Any]:
-    """Add a row to the run's evaluations, ordered by step, and return it. Raises ``UserError``."""
-    path = folder / EVALUATIONS
-    row = evaluation.model_dump(mode="json")
-    rows = [one for one in _read_rows(path) if any(one.get(key) != row[key] for key in SAME)]
-    rows.append(row)
-    rows.sort(key=lambda one: int(one["step"]))
-    text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in rows)
-    filesystem, root = open_url(str(folder.absolute()), what="--record")
-    write_atomic(filesystem, f"{root}/{EVALUATIONS}", text.encode())
-    return row
+    _read_rows(*open_url(absolute_url(str(folder)), what="--record"))
 
 
 def find_evaluation(folder: Path, evaluation: RecordedEvaluation) -> dict[str, Any] | None:
     """The row that ``evaluation`` would replace. Raises ``UserError``."""
     row = evaluation.model_dump(mode="json")
-    rows = _read_rows(folder / EVALUATIONS)
-    return next((one for one in rows if all(one.get(key) == row[key] for key in SAME)), None)
+    rows = _read_rows(*open_url(absolute_url(str(folder)), what="--record"))
+    return next((one for one in rows if _replaces(row, one)), None)
+
+
+def record_evaluation(run: str | Path, evaluation: RecordedEvaluation) -> dict[str, Any]:
+    """Add a row to the evaluations of the run at a path or URL, and return it. Raises
+    ``UserError``."""
+    row = evaluation.model_dump(mode="json")
+    filesystem, root = open_url(absolute_url(str(run)), what="--record")
+    add_rows(filesystem, root, [row])
+    return row
+
+
+def add_rows(
+    filesystem: fsspec.AbstractFileSystem, root: str, new: Sequence[dict[str, Any]]
+) -> None:
+    """Add rows to a run's evaluations, ordered by step. What is there is read just before it is
+    written: a run and ``jobs/evaluate.py --record`` may both add to it. Raises ``UserError``."""
+    rows = [one for one in _read_rows(filesystem, root) if not any(_replaces(r, one) for r in new)]
+    rows = sorted([*rows, *new], key=lambda one: int(one["step"]))
+    text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in rows)
+    write_atomic(filesystem, f"{root}/{EVALUATIONS}", text.encode())
+
+
+def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Whether both are of the same kind of evaluation at the same step. Rows of earlier versions,
+    which do not say what kind they are, stay."""
+    known = new.get("reference_sha256") is not None
+    return new == old or (known and all(new.get(key) == old.get(key) for key in SAME))
 
 
 def _identity(network: Network) -> NetworkIdentity:
@@ -107,14 +136,19 @@ def _digest(moments: Moments) -> str:
     return whole[:DIGEST]
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(filesystem: fsspec.AbstractFileSystem, root: str) -> list[dict[str, Any]]:
+    where = (
+        f"{root}/{EVALUATIONS}"
+        if is_local(filesystem)
+        else filesystem.unstrip_protocol(f"{root}/{EVALUATIONS}")
+    )
     try:
-        lines = path.read_text().splitlines()
+        lines = read_bytes(filesystem, f"{root}/{EVALUATIONS}").decode().splitlines()
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"'{path}' cannot be read ({reason})") from None
+        raise UserError(f"'{where}' cannot be read ({reason})") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -123,7 +157,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(
-                f"line {number} of '{path}' is no evaluation; repair or remove it"
+                f"line {number} of '{where}' is no evaluation; repair or remove it"
             ) from None
         rows.append(row)
     return rows

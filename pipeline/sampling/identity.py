@@ -28,6 +28,10 @@ def check_same_images(found: Any, wanted: SampleAbout, *, where: str, remedy: st
         raise UserError(f"'{where}' is of other images: {', '.join(said)}; {remedy}")
 
 
+def are_same_images(one: SampleAbout, other: SampleAbout) -> bool:
+    return _leaves(one) == _leaves(other)
+
+
 def _leaves(about: SampleAbout) -> dict[str, Any]:
     values = about.model_dump(mode="json", exclude=MAY_DIFFER)
     sampler = values.pop("sampler")

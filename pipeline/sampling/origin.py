@@ -6,41 +6,56 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.files import sha256_of_arrays
+from pipeline.files import (
+    absolute_url,
+    exists,
+    is_local,
+    open_url,
+    sha256_of_arrays,
+    without_credentials,
+)
+from pipeline.sampling.checkpoints import at_hand
+from pipeline.sampling.trained import is_weights_file
 from pipeline.train.choose import checkpoint_name
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
 
 
-def check_samples_are_of(run: Path, about: SampleAbout, step: int) -> None:
-    """Raises ``UserError`` where samples that say ``about`` are not of the run in this folder, at
-    ``step``.
+def check_samples_are_of(run: str, about: SampleAbout, step: int) -> None:
+    """Raises ``UserError`` where samples that say ``about`` are not of the run in this folder or at
+    this URL, at ``step``.
 
     While the run has its checkpoint of that step, the weights' checksum decides, so that a folder
-    may be moved or copied. Where that is gone only names are left: the samples' checkpoint must
-    have lain in this folder, or in one of the same name that is not there any more. A .pt file
-    names no run: it is taken at the word of whoever gave ``step``.
+    may be moved or copied; far away, where that is a download, only if the samples do not say that
+    their checkpoint lay there. Where it is gone names are left: the samples' checkpoint must have
+    lain in this folder, or in one of the same name that is not there any more. A .pt file names no
+    run: it is taken at the word of whoever gave ``step``.
     """
-    checkpoint = run / checkpoint_name(step)
-    weights = checkpoint / f"{about.weights}.safetensors"
-    if weights.exists():
-        if _digest(weights) != about.weights_sha256:
-            raise UserError(
-                f"--record '{run}': the samples were not drawn from the '{about.weights}' weights "
-                f"of its {checkpoint.name} but from other ones ('{about.checkpoint}'); name the "
-                "run that they are of, or draw them anew"
-            )
+    url = absolute_url(run.rstrip("/"))
+    filesystem, root = open_url(url, what="--record")
+    near, shown = is_local(filesystem), without_credentials(run)
+    name = checkpoint_name(step)
+    weights = f"{root}/{name}/{about.weights}.safetensors"
+    told, _, _ = about.checkpoint.rpartition("/")
+    same_place = told == (root if near else without_credentials(url))
+    if (near or not same_place) and exists(filesystem, weights):
+        place = f"{root}/{name}" if near else f"{url}/{name}"
+        with at_hand(place, about.weights) as folder:
+            if _digest(folder / f"{about.weights}.safetensors") != about.weights_sha256:
+                raise UserError(
+                    f"--record '{shown}': the samples were not drawn from the '{about.weights}' "
+                    f"weights of its {name} but from other ones ('{about.checkpoint}'); name the "
+                    "run that they are of, or draw them anew"
+                )
         return
-    told = Path(about.checkpoint)
-    if told.suffix in (".pt", ".pth"):
+    if same_place or is_weights_file(Path(about.checkpoint)):
         return
-    theirs = told.parent
-    moved = theirs.name == run.resolve().name and not theirs.exists()
-    if theirs.resolve() != run.resolve() and not moved:
+    theirs = Path(told)
+    moved = theirs.name == Path(root).resolve().name and not theirs.exists()
+    if not moved and not (near and theirs.resolve() == Path(root).resolve()):
         raise UserError(
-            f"--record '{run}': the samples say that they are of '{about.checkpoint}', and this "
-            f"run has no {checkpoint.name} whose weights could show otherwise; name the run that "
-            "they are of"
+            f"--record '{shown}': the samples say that they are of '{about.checkpoint}', and this "
+            f"run has no {name} whose weights could show otherwise; name the run that they are of"
         )
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import fsspec
 import numpy as np
+from pydantic import ValidationError
 
 from pipeline.archive import Archive, read_about
 from pipeline.files import (
     TEMPORARY,
+    exists,
     file_size,
     is_local,
     list_folder,
@@ -31,6 +34,7 @@ from pipeline.files import (
 )
 from pipeline.sampling.blocks import Block
 from pipeline.sampling.identity import check_same_images
+from pipeline.sampling.lock import LOCK, alone_in
 from pipeline.sampling.npz import npy_bytes, npy_header, write_npz
 from pipeline.sampling.worker import Drawn
 from schemas.errors import UserError
@@ -41,6 +45,20 @@ PARTS = ".parts"
 
 class Output(Protocol):
     """Images that are to be complete one day. Methods raise ``UserError``."""
+
+    @property
+    def unfinished(self) -> str:
+        """Where images wait until all of them are there, for people."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes of this machine, or of a disk that knows locks, away. Object stores
+        know none."""
+
+    def found(self) -> SampleAbout | None:
+        """What images that are there say of themselves, if that is something."""
+
+    def is_finished(self) -> bool:
+        """Whether a command has come to its end here."""
 
     def open(self, about: SampleAbout) -> None:
         """Say what the images are; refuse where images are there that are others."""
@@ -62,14 +80,33 @@ class NpzOutput:
         self.url, self.shown = url, without_credentials(url)
         self.filesystem, self.path = open_url(url, what="--npz")
         self.parts = self.path + PARTS
+        self.unfinished = self.shown + PARTS
         self.done = False
+
+    def alone(self) -> AbstractContextManager[None]:
+        if not is_local(self.filesystem) or self.is_finished():
+            return nullcontext()
+        what = f"--npz '{self.shown}'"
+        return alone_in(Path(self.parts), what=what, remedy="name another --npz")
+
+    def found(self) -> SampleAbout | None:
+        if not self.is_finished():
+            return _known(_about_in(self.filesystem, self.parts))
+        return _known(self._about_of_file())
+
+    def is_finished(self) -> bool:
+        try:
+            file_size(self.filesystem, self.path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def open(self, about: SampleAbout) -> None:
         self.about = about
         self.done = self._is_there()
         if not self.done:
-            remedy = f"give the old options, another --npz, or delete '{self.shown}{PARTS}'"
-            _claim(self.filesystem, self.parts, about, self.shown + PARTS, remedy)
+            remedy = f"give the old options, another --npz, or delete '{self.unfinished}'"
+            _claim(self.filesystem, self.parts, about, self.unfinished, remedy)
 
     def missing(self, blocks: Sequence[Block]) -> list[Block]:
         if self.done:
@@ -102,15 +139,10 @@ class NpzOutput:
         _remove_folder(self)
 
     def _is_there(self) -> bool:
-        try:
-            file_size(self.filesystem, self.path)
-        except FileNotFoundError:
+        if not self.is_finished():
             return False
         remedy = "name another --npz, or delete it"
-        try:
-            found = read_about(Archive(self.url, "--npz"))
-        except UserError:
-            found = {}
+        found = self._about_of_file()
         if not found:
             raise UserError(
                 f"--npz '{self.shown}' is there already, and no file of this command; {remedy}"
@@ -118,15 +150,26 @@ class NpzOutput:
         check_same_images(found, self.about, where=self.shown, remedy=remedy)
         return True
 
+    def _about_of_file(self) -> dict[str, Any]:
+        """Empty where it is nobody's or damaged."""
+        try:
+            return read_about(Archive(self.url, "--npz"))
+        except UserError:
+            return {}
+
     def _pieces(self, blocks: Sequence[Block]) -> Iterator[bytes]:
         for block in blocks:
-            data = read_bytes(self.filesystem, f"{self.parts}/{_part(block)}")
+            shown = f"'{self.unfinished}/{_part(block)}'"
+            try:
+                data = read_bytes(self.filesystem, f"{self.parts}/{_part(block)}")
+            except FileNotFoundError:
+                raise UserError(
+                    f"{shown} has gone, maybe with another command that writes --npz "
+                    f"'{self.shown}': once that has ended, run the same command again"
+                ) from None
             header = npy_header(self._shape(block))
             if len(data) != self._size(block) or not data.startswith(header):
-                raise UserError(
-                    f"'{self.shown}{PARTS}/{_part(block)}' is damaged: delete it and run the same "
-                    "command again"
-                )
+                raise UserError(f"{shown} is damaged: delete it and run the same command again")
             yield data[len(header) :]
 
     def _shape(self, block: Block) -> tuple[int, int, int, int]:
@@ -142,7 +185,20 @@ class FolderOutput:
 
     def __init__(self, url: str) -> None:
         self.shown = without_credentials(url)
+        self.unfinished = self.shown
         self.filesystem, self.path = open_url(url, what="--folder")
+
+    def alone(self) -> AbstractContextManager[None]:
+        if not is_local(self.filesystem):
+            return nullcontext()
+        what = f"--folder '{self.shown}'"
+        return alone_in(Path(self.path), what=what, remedy="name another --folder")
+
+    def found(self) -> SampleAbout | None:
+        return _known(_about_in(self.filesystem, self.path))
+
+    def is_finished(self) -> bool:
+        return exists(self.filesystem, f"{self.path}/{LABELS_FILE}")
 
     def open(self, about: SampleAbout) -> None:
         self.about = about
@@ -161,7 +217,8 @@ class FolderOutput:
         numbers = npy_bytes(np.array(labels, np.int64))
         write_atomic(self.filesystem, f"{self.path}/{LABELS_FILE}", numbers)
         for path in list_folder(self.filesystem, self.path):
-            if path.rpartition("/")[2].startswith(TEMPORARY):  # something died over it
+            name = path.rpartition("/")[2]
+            if name.startswith(TEMPORARY) and name != LOCK:  # something died over it
                 remove(self.filesystem, path)
 
     def _names(self, block: Block) -> list[str]:
@@ -181,23 +238,35 @@ def _claim(
     remedy: str,
 ) -> None:
     """Have ``about.json`` in a folder. Raises ``UserError`` where it is used for something else."""
-    try:
-        data = read_bytes(filesystem, f"{folder}/{ABOUT_FILE}")
-    except FileNotFoundError:
+    found = _about_in(filesystem, folder)
+    if found is None:
         names = (path.rpartition("/")[2] for path in list_folder(filesystem, folder))
         if any(not name.startswith(TEMPORARY) for name in names):
             raise UserError(
                 f"'{shown}' has files and no {ABOUT_FILE}, so that it is not this command's: "
                 "name an empty or a new folder"
-            ) from None
+            )
         text = about.model_dump_json(indent=1) + "\n"
         write_atomic(filesystem, f"{folder}/{ABOUT_FILE}", text.encode())
         return
-    try:
-        found = json.loads(data)
-    except ValueError:
-        found = None
     check_same_images(found, about, where=shown, remedy=remedy)
+
+
+def _about_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> Any:
+    """What ``about.json`` says, {} where that is no JSON, None where there is no such file."""
+    try:
+        return json.loads(read_bytes(filesystem, f"{folder}/{ABOUT_FILE}")) or {}
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _known(found: Any) -> SampleAbout | None:
+    try:
+        return SampleAbout.model_validate(found)
+    except ValidationError:
+        return None
 
 
 def _remove_folder(output: NpzOutput) -> None:
@@ -206,4 +275,5 @@ def _remove_folder(output: NpzOutput) -> None:
     for path in sorted(paths, key=lambda path: path.endswith(f"/{ABOUT_FILE}")):
         remove(output.filesystem, path)
     if paths and is_local(output.filesystem):
-        Path(output.parts).rmdir()
+        with suppress(FileNotFoundError):  # of a finished file another command may do the same
+            Path(output.parts).rmdir()

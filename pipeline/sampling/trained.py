@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files import absolute_url, without_credentials
+from pipeline.files import sha256_of_arrays
 from pipeline.models import SiT, make_student
 from pipeline.models.checkpoints import student_from_file
 from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
@@ -27,31 +27,10 @@ class Trained:
     """Of the training; None where a .pt file does not say."""
 
 
-def find_checkpoint(name: str | None) -> Path:
-    """What ``--checkpoint`` names: a .pt file, or a run's newest whole checkpoint (or the one it
-    is), as an absolute path. Raises ``UserError``."""
-    if name is None:
-        raise UserError(
-            "--checkpoint is missing: the folder of a run or of one checkpoint, or a .pt file"
-        )
-    if "://" in name:
-        raise UserError(
-            f"--checkpoint '{without_credentials(name)}': checkpoints are read from a disk; copy "
-            "it to one that every worker sees, and name that folder"
-        )
-    path = Path(absolute_url(name))
-    if _is_file(path):
-        return path
-    newest = newest_checkpoint(path)
-    if newest is None:
-        raise UserError(f"--checkpoint '{name}' holds no checkpoint")
-    return newest
-
-
 def open_trained(checkpoint: Path, weights: str = "ema", model: str | None = None) -> Trained:
     """A run's folder or one checkpoint's; or a file of the SiT, REPA or HASTE repositories, of
     which only the asker knows that it is a ``model``. Raises ``UserError``."""
-    if _is_file(checkpoint):
+    if is_weights_file(checkpoint):
         if model is None:
             raise UserError(
                 f"--checkpoint '{checkpoint}' does not say what it is: add --model, for example "
@@ -79,5 +58,12 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointSta
     return student.requires_grad_(False).eval(), state
 
 
-def _is_file(checkpoint: Path) -> bool:
+def sha256_of_weights(student: SiT) -> str:
+    """Of a student on the CPU."""
+    tensors = sorted(student.state_dict().items())
+    return sha256_of_arrays((name, tensor.numpy()) for name, tensor in tensors)
+
+
+def is_weights_file(checkpoint: Path) -> bool:
+    """Whether that is a .pt file, not the folder of a checkpoint or of a run."""
     return checkpoint.is_file() or checkpoint.suffix in (".pt", ".pth")

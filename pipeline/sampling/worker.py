@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from pipeline.autoencoders import open_decoder
-from pipeline.files import sha256_of_arrays
 from pipeline.sampling.blocks import Block
+from pipeline.sampling.checkpoints import at_hand
 from pipeline.sampling.draw import check_sampler, draw_latents
 from pipeline.sampling.precision import arithmetic, choose_arithmetic
-from pipeline.sampling.trained import open_trained
+from pipeline.sampling.trained import open_trained, sha256_of_weights
 from schemas.diffusion import Path as DiffusionPath
 from schemas.errors import UserError
 from schemas.sample import Arithmetic, SampleConfig
@@ -55,10 +55,11 @@ class SampleWorker:
     def load(
         self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"], threads: int
     ) -> Loaded:
-        """Raises ``UserError``."""
+        """``checkpoint`` is what ``find_checkpoint`` found. Raises ``UserError``."""
         torch.set_num_threads(threads)
         try:
-            return self._load(config, checkpoint, device)
+            with at_hand(checkpoint, config.weights) as local:
+                return self._load(config, str(local), device)
         except UserError as error:
             raise UserError(str(error)) from None  # some kinds do not survive pickling
 
@@ -82,9 +83,7 @@ class SampleWorker:
         self.student, self.path = trained.student, trained.path
         check_sampler(self.student.config, config.sampler)
         self.autoencoder = open_decoder(config.autoencoder, trained.encoder)
-        weights = sha256_of_arrays(
-            (name, tensor.numpy()) for name, tensor in sorted(self.student.state_dict().items())
-        )
+        weights = sha256_of_weights(self.student)
         self.student.to(device)
         self.autoencoder.to(device)
         return Loaded(

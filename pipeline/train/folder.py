@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.evaluate.record import EVALUATIONS
+from pipeline.evaluate.record import EVALUATIONS, add_rows
 from pipeline.files import (
     absolute_url,
     exists,
@@ -41,6 +41,8 @@ class RunFolder:
         self._root = f"{root}/{config.name}"
         self._local = is_local(self._filesystem)
         self._owner = owner
+        self._sent: dict[Path, tuple[int, int]] = {}
+        """Of every file that lies there as it lies here: bytes and time of its last change."""
         self.path = Path(self._root)
         self.checkpoints: Checkpoints
         if self._local:
@@ -58,6 +60,7 @@ class RunFolder:
                 with suppress(FileNotFoundError):
                     rows = read_bytes(self._filesystem, f"{self._root}/{name}")
                     (self.path / name).write_bytes(rows)
+                    self._sent[self.path / name] = _stamp(self.path / name)
         return self
 
     def __exit__(
@@ -72,13 +75,24 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
-        """Send the small files to the output; a local folder has them already."""
+        """Send the small files that are new or have changed to the output; a local folder has
+        them already."""
         if self._local:
             return
         for file in self.path.rglob("*"):
             if file.is_file():
-                path = f"{self._root}/{file.relative_to(self.path)}"
-                write_atomic(self._filesystem, path, file.read_bytes())
+                stamp = _stamp(file)  # before it is read: what is added meanwhile is sent next time
+                if self._sent.get(file) != stamp:
+                    self._send(file)
+                    self._sent[file] = stamp
+
+    def _send(self, file: Path) -> None:
+        if file == self.path / EVALUATIONS:  # others may have recorded theirs meanwhile
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            add_rows(self._filesystem, self._root, rows)
+            return
+        path = f"{self._root}/{file.relative_to(self.path)}"
+        write_atomic(self._filesystem, path, file.read_bytes())
 
     def require_shared(self) -> None:
         """Raises ``UserError`` where this machine does not see the folder that the driver made:
@@ -100,3 +114,9 @@ class RunFolder:
             read_bytes(self._filesystem, f"{self._root}/{SUMMARY}")
         )
         return summary
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """What is another once a file has been written to."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
@@ -53,10 +54,7 @@ class RemoteCheckpoints:
         return f"{self.url}/{checkpoint_name(step)}"
 
     def state(self, step: int) -> bytes:
-        try:
-            return read_bytes(self.filesystem, f"{self._folder(step)}/{STATE}")
-        except FileNotFoundError:
-            raise UnfinishedCheckpointError(self.where(step)) from None
+        return read_state_bytes(self.filesystem, self._folder(step), self.where(step))
 
     def fetch(self, step: int, scratch: Path) -> Path:
         """Downloads the files that the state lists, if all have their sizes; the state last."""
@@ -64,24 +62,12 @@ class RemoteCheckpoints:
         if (target / STATE).exists():  # fetched already, for another worker of this machine
             return target
         data = self.state(step)
-        there = list_tree(self.filesystem, self._folder(step))
+        folder, where = self._folder(step), self.where(step)
         target.mkdir(parents=True, exist_ok=True)
-        for name, expected in unseal(data, self.where(step))["files"].items():
-            path = f"{self._folder(step)}/{name}"
-            size = there.get(path)
-            if size != expected["bytes"]:
-                found = f"has {size} of {expected['bytes']} bytes"
-                what = f"{name} {'is missing' if size is None else found}"
-                raise DamagedCheckpointError(self.where(step), what)
-            self._download(path, target / name)
+        for name in files_of_size(self.filesystem, folder, unseal(data, where), where):
+            download(self.filesystem, f"{folder}/{name}", target / name)
         (target / STATE).write_bytes(data)
         return target
-
-    def _download(self, path: str, to: Path) -> None:
-        def get() -> None:
-            self.filesystem.get_file(path, str(to))
-
-        retrying(get, self.filesystem, path, doing="read")
 
     def _files(self) -> list[tuple[str, str]]:
         """Folder and rest of the path of every file: an empty folder is but a name."""
@@ -96,3 +82,36 @@ class RemoteCheckpoints:
         files = list_tree(self.filesystem, self._folder(step))
         for path in sorted(files, key=lambda path: not path.endswith(f"/{STATE}")):
             remove(self.filesystem, path)
+
+
+def read_state_bytes(filesystem: fsspec.AbstractFileSystem, folder: str, where: str) -> bytes:
+    """``state.json``. Raises ``UnfinishedCheckpointError``."""
+    try:
+        return read_bytes(filesystem, f"{folder}/{STATE}")
+    except FileNotFoundError:
+        raise UnfinishedCheckpointError(where) from None
+
+
+def files_of_size(
+    filesystem: fsspec.AbstractFileSystem, folder: str, state: dict[str, Any], where: str
+) -> dict[str, Any]:
+    """What the state says of each file, if all are there and of their sizes. Raises
+    ``DamagedCheckpointError``."""
+    there = list_tree(filesystem, folder)
+    files: dict[str, Any] = state["files"]
+    for name, expected in files.items():
+        size = there.get(f"{folder}/{name}")
+        if size != expected["bytes"]:
+            found = f"has {size} of {expected['bytes']} bytes"
+            what = f"{name} {'is missing' if size is None else found}"
+            raise DamagedCheckpointError(where, what)
+    return files
+
+
+def download(filesystem: fsspec.AbstractFileSystem, path: str, to: Path) -> None:
+    """Copy a file to this machine. Raises ``FileNotFoundError`` and ``StorageError``."""
+
+    def get() -> None:
+        filesystem.get_file(path, str(to))
+
+    retrying(get, filesystem, path, doing="read")

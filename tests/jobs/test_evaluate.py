@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -202,6 +203,25 @@ def test_a_folder_of_samples_is_recorded_at_its_step(
     run(*sides, "--record", files / "x")
     (row,) = rows_of(files / "x")
     assert (row["step"], row["weights"]) == (200, "model")
+
+
+def test_record_at_a_url(run: Callable[..., dict[str, Any]], files: Path) -> None:
+    """Rows that were there stay."""
+    memory = fsspec.filesystem("memory")
+    place = "/recorded/x/evaluations.jsonl"
+    sides = ("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
+    url = "memory://recorded/x"
+    with pytest.raises(UserError, match=r"--record 'memory://recorded/x': no such folder"):
+        run(*sides, "--record", url)
+    memory.pipe_file(place, b"{}\n")
+    with pytest.raises(UserError, match=r"line 1 of 'memory:///recorded/x/evaluations.jsonl' is"):
+        run(*sides, "--record", url)
+    row = {"network": "other", "samples": 9, "weights": "ema", "reference": "r"}
+    memory.pipe_file(place, json.dumps({"step": 400, **row}).encode() + b"\n")
+    found = run(*sides, "--record", url)
+    rows = [json.loads(line) for line in memory.cat_file(place).decode().splitlines()]
+    assert [row["step"] for row in rows] == [300, 400]
+    assert {key: rows[0][key] for key in KEYS} == found
 
 
 def test_moments_alone_leave_precision_null(

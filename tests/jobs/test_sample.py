@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from schemas.sample import SampleConfig
 from tests.stores import tiny_run
 
 ROOT = Path(__file__).parents[2]
+NEWEST = "checkpoint-000000004"
 SLOWED = """
 import sys, time
 sys.path.insert(0, "jobs")
@@ -224,6 +226,69 @@ def test_ended_by_a_signal_and_resumed(
     np.testing.assert_array_equal(np.load(out)["arr_0"], expected)
 
 
+@pytest.fixture
+def growing(run: Path, tmp_path: Path) -> Path:
+    """A run that has come to step 2 so far."""
+    shutil.copytree(run, tmp_path / "runs" / "growing")
+    shutil.move(tmp_path / "runs" / "growing" / NEWEST, tmp_path / NEWEST)
+    return tmp_path / "runs" / "growing"
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_a_run_that_trains_on_meanwhile(
+    draw: Sample,
+    growing: Path,
+    tmp_path: Path,
+    drawn: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """What was begun with its checkpoint of then is ended with that, as long as it is there."""
+    outputs = {"npz": str(tmp_path / "a.npz"), "folder": str(tmp_path / "a")}
+    again = {**outputs, "checkpoint": str(growing)}
+
+    finish = NpzOutput.finish
+
+    def end(*args: Any) -> None:
+        raise UserError("the end")
+
+    monkeypatch.setattr(NpzOutput, "finish", end)
+    with pytest.raises(UserError, match="the end"):
+        draw(**again)
+    parts = tmp_path / "a.npz.parts"
+    shutil.move(tmp_path / NEWEST, growing / NEWEST)
+    (parts / "000000003.npy").unlink()
+    drawn.clear()
+    with pytest.raises(UserError, match="the end"):
+        draw(**again)
+    assert drawn == [1]
+    said = f"going on with '{growing}/checkpoint-000000002' of '{parts}'"
+    assert said in capsys.readouterr().err
+
+    earlier = growing / "checkpoint-000000002"
+    shutil.move(earlier, tmp_path / earlier.name)
+    with pytest.raises(UserError, match="000002', which the run has removed since") as error:
+        draw(**again)
+    assert f"delete '{parts}' to begin again with '{NEWEST}'" in str(error.value)
+    with pytest.raises(UserError, match=r"is of other images: step 2 \(now 4\)"):
+        draw(**{**again, "checkpoint": str(growing / NEWEST)})
+    shutil.move(tmp_path / earlier.name, earlier)
+
+    # all there: they are put together, and drawn by nobody
+    monkeypatch.setattr(NpzOutput, "finish", finish)
+    monkeypatch.setattr(module, "Actors", None)
+    monkeypatch.setattr(module, "ray_cluster", None)
+    done = draw(**again)
+    assert (done.images, done.resumed, done.images_per_second) == (12, 12, 0)
+    with np.load(tmp_path / "a.npz") as file:
+        assert json.loads(str(file["about"]))["step"] == 2
+    assert not parts.exists()
+    assert draw(**{**again, "checkpoint": str(earlier)}).resumed == 12
+    for change in ({"labels": "random"}, {"weights": "model"}, {"checkpoint": str(growing)}):
+        with pytest.raises(TypeError, match="NoneType"):  # that takes workers
+            draw(**{**again, **change})
+
+
 @pytest.mark.usefixtures("two_cpus")
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
@@ -231,9 +296,12 @@ def test_ended_by_a_signal_and_resumed(
         ({"autoencoder": "/no/such\nfolder"}, "--autoencoder '/no/such"),
         ({"device": "cuda"}, "asks for 1 x 1 GPU; the Ray cluster has 0 GPUs"),
         ({"workers": {"count": 3}}, "--workers.count asks for 3 x 1 CPU; the Ray cluster has 2"),
-        ({"checkpoint": "s3://bucket/run"}, "checkpoints are read from a disk"),
+        ({"checkpoint": "memory://no/run"}, "--checkpoint 'memory://no/run' holds no checkpoint"),
+        ({"checkpoint": "memory://no/a.pt"}, "'memory://no/a.pt': there is no such file"),
         ({"checkpoint": "/no/such/run"}, "'/no/such/run' holds no checkpoint"),
         ({"checkpoint": None}, "--checkpoint is missing"),
+        ({"npz": "/proc/none/a.npz"}, r"--npz '/proc/none/a.npz' cannot be written \(No such"),
+        ({"npz": None, "folder": "/proc/none/a"}, r"'/proc/none/a' cannot be written \("),
     ],
 )
 def test_bad_requests_are_one_line_and_not_tried_again(
@@ -284,7 +352,10 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
         (["--png", "a.png", "--npz", "a.npz"], "--npz is for --num"),
         (["--png", "a.png", "--workers.count", "2"], "--workers is for --num"),
         (["--png", "a.png"], "--checkpoint is missing"),
-        (["--png", "a.png", "--checkpoint", "gs://a/b"], "'gs://a/b': checkpoints are read from"),
+        (["--png", "/proc/none/a.png"], r"--png '/proc/none/a.png' cannot be written \(No such"),
+        (["--png", "a.png", "--classes", "1,2,0-1"], "classes: class 1 is named 2 times"),
+        (["--png", "a.jpgg"], "no kind of picture has this ending; use .png"),
+        (["--png", "a.png", "--checkpoint", "memory://a/b"], "'memory://a/b' holds no checkpoint"),
     ],
 )
 def test_unclear_requests(argv: list[str], complaint: str) -> None:

@@ -123,6 +123,18 @@ def test_a_write_that_dies_leaves_the_old_file(
     assert all_files(tmp_path) == {"file": b"old"}
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux's /proc is used")
+def test_a_folder_that_cannot_be_made_is_no_missing_file(tmp_path: Path) -> None:
+    filesystem = fsspec.filesystem("file")
+    (tmp_path / "local").write_bytes(b"data")
+    expected = r"^cannot write '/proc/none/file': .*the folder that it is to lie in cannot be made"
+    with pytest.raises(StorageError, match=expected):
+        write_atomic(filesystem, "/proc/none/file", b"data")
+    with pytest.raises(StorageError, match=expected):
+        publish(filesystem, tmp_path / "local", "/proc/none/file")
+    assert (tmp_path / "local").exists()
+
+
 def test_publishing_from_another_disk_is_atomic_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

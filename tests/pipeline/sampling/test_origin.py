@@ -30,38 +30,38 @@ def with_checkpoint(run: Path, state: dict[str, torch.Tensor]) -> Path:
 
 def test_weights_tell_a_run_wherever_it_lies(tmp_path: Path) -> None:
     run = with_checkpoint(tmp_path / "run", STATE)
-    check_samples_are_of(run, about_of(run), 300)
-    check_samples_are_of(run, about_of(tmp_path / "where-it-lay"), 300)
+    check_samples_are_of(str(run), about_of(run), 300)
+    check_samples_are_of(str(run), about_of(tmp_path / "where-it-lay"), 300)
     other = with_checkpoint(tmp_path / "other", {**STATE, "a": torch.zeros(2, 2)})
     for named in (run, other):  # even where the folder is the same: it was trained anew
         with pytest.raises(UserError, match="were not drawn from the 'model' weights of its check"):
-            check_samples_are_of(other, about_of(named), 300)
+            check_samples_are_of(str(other), about_of(named), 300)
 
 
 def test_without_the_checkpoint_its_folder_counts(tmp_path: Path) -> None:
     for name in ("run", "other", "copies/run"):
         (tmp_path / name).mkdir(parents=True)
     run, copy = tmp_path / "run", tmp_path / "copies" / "run"
-    check_samples_are_of(run, about_of(run), 300)
+    check_samples_are_of(str(run), about_of(run), 300)
     (tmp_path / "link").symlink_to(run)
-    check_samples_are_of(tmp_path / "link", about_of(run), 300)
+    check_samples_are_of(str(tmp_path / "link"), about_of(run), 300)
     for other in (tmp_path / "other", copy):
         with pytest.raises(UserError, match=r"say that they are of '.*/run/checkpoint-000000300'"):
-            check_samples_are_of(other, about_of(run), 300)
+            check_samples_are_of(str(other), about_of(run), 300)
     run.rmdir()  # it was moved
-    check_samples_are_of(copy, about_of(run), 300)
+    check_samples_are_of(str(copy), about_of(run), 300)
 
 
 def test_a_file_names_no_run(tmp_path: Path) -> None:
     about = about_samples(checkpoint="/downloads/haste.pt", step=None)
-    check_samples_are_of(tmp_path, about, 300)
+    check_samples_are_of(str(tmp_path), about, 300)
     run = with_checkpoint(tmp_path / "run", STATE)
     with pytest.raises(UserError, match="were not drawn from"):
-        check_samples_are_of(run, about, 300)
+        check_samples_are_of(str(run), about, 300)
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:
     run = with_checkpoint(tmp_path / "run", STATE)
     (run / "checkpoint-000000300" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"model.safetensors' cannot be read"):
-        check_samples_are_of(run, about_of(run), 300)
+        check_samples_are_of(str(run), about_of(run), 300)

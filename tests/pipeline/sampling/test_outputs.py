@@ -127,6 +127,50 @@ def test_a_part_that_is_something_else_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "a.npz").exists()
 
 
+def test_parts_that_another_command_took_away_are_named(tmp_path: Path) -> None:
+    """Where there is no lock, as on object stores."""
+    output = NpzOutput(str(tmp_path / "a.npz"))
+    output.open(about())
+    write(output, BLOCKS)
+    (tmp_path / "a.npz.parts" / "000000002.npy").unlink()
+    with pytest.raises(UserError, match=r"000000002.npy' has gone, maybe with another command"):
+        output.finish(BLOCKS, LABELS)
+
+
+@pytest.mark.parametrize("kind", [NpzOutput, FolderOutput])
+def test_one_command_at_a_time(tmp_path: Path, kind: type[NpzOutput | FolderOutput]) -> None:
+    output, other = kind(str(tmp_path / "a")), kind(str(tmp_path / "a"))
+    with output.alone():
+        output.open(about())
+        write(output, BLOCKS)
+        with pytest.raises(UserError, match=r"/a' is being written by process"), other.alone():
+            pass
+        output.finish(BLOCKS, LABELS)
+        if kind is FolderOutput:
+            with pytest.raises(UserError, match="is being written"), other.alone():
+                pass
+    found = other.found()
+    assert found == about()
+    assert other.is_finished()
+    assert list(tmp_path.rglob(".tmp-*")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with other.alone():
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_is_begun_says_what_it_is(tmp_path: Path) -> None:
+    for output in (NpzOutput(str(tmp_path / "a")), FolderOutput(str(tmp_path / "b"))):
+        assert output.found() is None
+        output.open(about())
+        assert output.found() == about()
+        assert not output.is_finished()
+    for path in (tmp_path / "a.parts", tmp_path / "b"):
+        (path / "about.json").write_text("[")
+    assert NpzOutput(str(tmp_path / "a")).found() is None
+    assert FolderOutput(str(tmp_path / "b")).found() is None
+
+
 def test_pictures_in_a_folder(tmp_path: Path) -> None:
     output = FolderOutput(str(tmp_path / "out"))
     output.open(about())

@@ -124,7 +124,7 @@ def test_the_same_images_recorded_afterwards_make_the_same_row(
     before = rows_of(run)
     worker, asked = SampleWorker(), SampleConfig(num=10, sampler=config.samples.sampler)
     loaded = worker.load(asked, str(run / "checkpoint-000000003"), "cpu", 1)
-    about = _about(asked, run / "checkpoint-000000003", loaded)
+    about = _about(asked, str(run / "checkpoint-000000003"), loaded)
     output = FolderOutput(str(tmp_path / "samples"))
     output.open(about)
     blocks = plan_blocks(10, 4)
@@ -244,7 +244,8 @@ def test_half_an_evaluation_is_refused(samples: dict[str, Any], message: str) ->
 
 
 def test_rows_on_an_object_store_are_added_to(config: RunConfig) -> None:
-    """A worker that takes over finds the rows of the one before it."""
+    """A worker that takes over finds the rows of the one before it, and what somebody else has
+    recorded meanwhile stays."""
     filesystem = fsspec.filesystem("memory")
     row = RecordedEvaluation(
         **dict.fromkeys(Evaluation.model_fields) | {"fid": 1.0, "samples": 10, "network": "x"},
@@ -256,8 +257,9 @@ def test_rows_on_an_object_store_are_added_to(config: RunConfig) -> None:
     filesystem.pipe_file("/evaluated/tiny/evaluations.jsonl", text.encode() + b"\n")
     with RunFolder(config.model_copy(update={"output": "memory://evaluated"})) as folder:
         record_evaluation(folder.path, row.model_copy(update={"step": 4}))
+        record_evaluation("memory://evaluated/tiny", row.model_copy(update={"step": 9}))
     lines = filesystem.cat_file("/evaluated/tiny/evaluations.jsonl").decode().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [3, 4]
+    assert [json.loads(line)["step"] for line in lines] == [3, 4, 9]
 
 
 def test_what_the_evaluation_needs_is_looked_at_before_the_first_step(

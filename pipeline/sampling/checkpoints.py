@@ -1,0 +1,106 @@
+"""Which checkpoint is drawn from, wherever it lies, and a copy of it for the time of loading."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+
+from pipeline.files import (
+    absolute_url,
+    exists,
+    file_size,
+    is_local,
+    open_url,
+    without_credentials,
+)
+from pipeline.sampling.trained import is_weights_file
+from pipeline.train.choose import checkpoint_name, newest_whole
+from pipeline.train.excerpt import Excerpts, fetch_excerpt
+from pipeline.train.local import newest_checkpoint
+from pipeline.train.remote import download
+from pipeline.train.seal import STATE, UnfinishedCheckpointError
+from schemas.errors import UserError
+from schemas.sample import Weights
+
+
+def find_checkpoint(name: str | None, step: int | None = None) -> str:
+    """What ``--checkpoint`` names, as an absolute path or a URL: a .pt file, one checkpoint, or of
+    a run the checkpoint of ``step``, if it is there, else the newest whole one.
+
+    Of one that is far away nothing is fetched but its state. Raises ``UserError``.
+    """
+    if name is None:
+        raise UserError(
+            "--checkpoint is missing: the folder or URL of a run or of one checkpoint, or a .pt "
+            "file"
+        )
+    if "://" in name:
+        filesystem, root = open_url(name, what="--checkpoint")
+        if not is_local(filesystem):
+            return _find_remote(filesystem, root, name.rstrip("/"), step)
+        name = root
+    path = Path(absolute_url(name))
+    if is_weights_file(path):
+        return str(path)
+    if step is not None and (path / checkpoint_name(step) / STATE).exists():
+        path /= checkpoint_name(step)
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"--checkpoint '{name}' holds no checkpoint")
+    return str(newest)
+
+
+@contextmanager
+def at_hand(place: str, weights: Weights) -> Iterator[Path]:
+    """What ``find_checkpoint`` found as a path of this machine, where need be a copy without the
+    optimizer that goes when the context ends. Raises ``UserError``."""
+    if "://" not in place:
+        yield Path(place)
+        return
+    filesystem, root = open_url(place, what="--checkpoint")
+    shown = without_credentials(place)
+    with tempfile.TemporaryDirectory(prefix="haste-checkpoint-") as scratch:
+        copy = Path(scratch) / root.rpartition("/")[2]
+        try:
+            if is_weights_file(copy):
+                download(filesystem, root, copy)
+            else:
+                fetch_excerpt(filesystem, root, shown, (f"{weights}.safetensors",), copy)
+        except (FileNotFoundError, UnfinishedCheckpointError):
+            raise UserError(
+                f"--checkpoint '{shown}' is not there any more, or cannot be seen from here: a run "
+                "that trains removes its older checkpoints; name one that stays"
+            ) from None
+        try:
+            yield copy
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), shown)) from None
+
+
+def _find_remote(
+    filesystem: fsspec.AbstractFileSystem, root: str, url: str, step: int | None
+) -> str:
+    shown = without_credentials(url)
+    if is_weights_file(Path(root)):
+        try:
+            file_size(filesystem, root)
+        except FileNotFoundError:
+            raise UserError(f"--checkpoint '{shown}': there is no such file") from None
+        return url
+    with tempfile.TemporaryDirectory(prefix="haste-checkpoint-") as scratch:
+        copy = Path(scratch) / "state"
+        if exists(filesystem, f"{root}/{STATE}"):
+            fetch_excerpt(filesystem, root, shown, (), copy)
+            return url
+        if step is not None and exists(filesystem, f"{root}/{checkpoint_name(step)}/{STATE}"):
+            name = checkpoint_name(step)
+            fetch_excerpt(filesystem, f"{root}/{name}", f"{shown}/{name}", (), copy)
+            return f"{url}/{name}"
+        found = newest_whole(Excerpts(filesystem, root, shown, ()), Path(scratch))
+    if found is None:
+        raise UserError(f"--checkpoint '{shown}' holds no checkpoint")
+    return f"{url}/{checkpoint_name(found[0])}"

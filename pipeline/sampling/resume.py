@@ -1,0 +1,89 @@
+"""What an earlier command has left, and whether anybody has to draw for this one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.autoencoders import decoder_is
+from pipeline.files import absolute_url, without_credentials
+from pipeline.sampling.blocks import Block, choose_classes
+from pipeline.sampling.checkpoints import at_hand, find_checkpoint
+from pipeline.sampling.identity import are_same_images
+from pipeline.sampling.outputs import Output
+from pipeline.sampling.precision import choose_arithmetic
+from pipeline.sampling.trained import open_trained, sha256_of_weights
+from schemas.errors import UserError
+from schemas.sample import SampleAbout, SampleConfig
+
+
+def find_checkpoint_again(config: SampleConfig, outputs: Sequence[Output]) -> str:
+    """What ``find_checkpoint`` finds; of a run the checkpoint that unfinished images are of, for
+    the run may have trained on since. Raises ``UserError``, also where it has removed that one."""
+    unfinished = ((output, output.found()) for output in outputs if not output.is_finished())
+    output, begun = next(((o, about) for o, about in unfinished if about), (None, None))
+    place = find_checkpoint(config.checkpoint, None if begun is None else begun.step)
+    if output is None or begun is None or begun.step is None:
+        return place
+    run, _, name = without_credentials(place).rpartition("/")
+    asked = without_credentials(absolute_url(str(config.checkpoint)).rstrip("/"))
+    if asked != run:  # not a run, but one of its checkpoints
+        return place
+    if begun.checkpoint.rpartition("/")[::2] == (run, name):
+        print(f"going on with '{begun.checkpoint}' of '{output.unfinished}'", file=sys.stderr)
+    elif begun.checkpoint.rpartition("/")[0] == run:
+        raise UserError(
+            f"'{output.unfinished}' is of '{begun.checkpoint}', which the run has removed since "
+            f"(checkpoint.keep): delete '{output.unfinished}' to begin again with '{name}'"
+        )
+    return place
+
+
+def all_there(
+    config: SampleConfig, checkpoint: str, outputs: Sequence[Output], blocks: Sequence[Block]
+) -> SampleAbout | None:
+    """What the images are, where every one of them has been drawn as ``config`` asks, and
+    ``outputs`` are then open; else None.
+
+    This process reads the checkpoint to know that, and no worker is needed.
+    """
+    abouts = [about for output in outputs if (about := output.found()) is not None]
+    if len(abouts) < len(outputs) or not _fits(config, checkpoint, abouts[0]):
+        return None
+    about = abouts[0]
+    if not all(are_same_images(about, other) for other in abouts[1:]):
+        return None
+    for output in outputs:
+        output.open(about)
+        if output.missing(blocks):
+            return None
+    with at_hand(checkpoint, config.weights) as local:
+        trained = open_trained(local, config.weights, config.model)
+    student = trained.student
+    same = (
+        about.weights_sha256 == sha256_of_weights(student)
+        and about.model == student.config.model
+        and about.path == trained.path
+        and about.classes == choose_classes(config.classes, student.config.num_classes)
+        and decoder_is(
+            about.autoencoder, about.autoencoder_sha256, config.autoencoder, trained.encoder
+        )
+    )
+    return about if same else None
+
+
+def _fits(config: SampleConfig, checkpoint: str, about: SampleAbout) -> bool:
+    """As far as that can be told without the checkpoint's weights."""
+    same = all(
+        getattr(config, key) == getattr(about, key)
+        for key in ("num", "labels", "batch_size", "weights", "sampler")
+    )
+    precision = config.precision
+    if precision == "auto":
+        precision = choose_arithmetic("auto", about.device)
+    return (
+        same
+        and about.checkpoint == without_credentials(checkpoint)
+        and about.precision == precision
+        and config.device in ("auto", about.device)
+    )

@@ -1,0 +1,139 @@
+"""Checkpoints at URLs, as they are drawn from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from pipeline.sampling.checkpoints import at_hand, find_checkpoint
+from pipeline.sampling.trained import load_student, open_trained
+from pipeline.sampling.worker import SampleWorker
+from pipeline.store import Store
+from pipeline.train.local import LocalCheckpoints
+from pipeline.train.loop import train
+from pipeline.train.seal import STATE, DamagedCheckpointError
+from schemas.errors import UserError
+from schemas.run import RunConfig
+from schemas.sample import SampleConfig
+from tests.stores import tiny_run
+
+URL = "memory://drawn/run"
+NEWEST = f"{URL}/checkpoint-000000004"
+EARLIER = f"{URL}/checkpoint-000000002"
+
+
+@pytest.fixture(scope="module")
+def run(random_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("run")
+    config = RunConfig.model_validate(
+        {**tiny_run(), "steps": 4, "store": random_store.url, "checkpoint": {"every": 2}}
+    )
+    train(config, folder, LocalCheckpoints(folder, keep=2).save)
+    return folder
+
+
+@pytest.fixture
+def memory(run: Path) -> Iterator[fsspec.AbstractFileSystem]:
+    """Where ``URL`` has a copy of the run."""
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(run), "/drawn/run", recursive=True)
+    yield filesystem
+    filesystem.rm("/drawn", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "found"),
+    [
+        (URL, None, NEWEST),
+        (f"{URL}/", None, NEWEST),
+        (URL, 2, EARLIER),
+        (URL, 3, NEWEST),
+        (EARLIER, None, EARLIER),
+        (EARLIER, 4, EARLIER),
+    ],
+)
+def test_what_a_url_names(
+    memory: fsspec.AbstractFileSystem, name: str, step: int | None, found: str, run: Path
+) -> None:
+    assert find_checkpoint(name, step) == found
+    local = name.replace(URL, str(run))
+    assert find_checkpoint(local, step) == found.replace(URL, str(run))
+    assert find_checkpoint(f"file://{local}", step) == found.replace(URL, str(run))
+
+
+def test_a_damaged_one_is_passed_over(
+    memory: fsspec.AbstractFileSystem, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory.pipe_file("/drawn/run/checkpoint-000000004/ema.safetensors", b"short")
+    assert find_checkpoint(URL) == EARLIER
+    assert f"'{NEWEST}' is damaged: ema.safetensors has 5 of" in capsys.readouterr().err
+    with pytest.raises(DamagedCheckpointError, match=r"ema.safetensors has 5 of"):
+        find_checkpoint(NEWEST)
+
+
+def test_a_copy_without_the_optimizer_that_goes(
+    memory: fsspec.AbstractFileSystem, run: Path
+) -> None:
+    with at_hand(NEWEST, "ema") as copy:
+        assert sorted(path.name for path in copy.iterdir()) == ["ema.safetensors", STATE]
+        trained = open_trained(copy)
+    assert not copy.parent.exists()
+    with (
+        pytest.raises(UserError, match=f"'{NEWEST}' is a folder that says what"),
+        at_hand(NEWEST, "ema") as copy,
+    ):
+        open_trained(copy, model="SiT-S/2")
+    assert not copy.parent.exists()
+    assert trained.step == 4
+    expected, _ = load_student(run)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, trained.student.state_dict()[name]), name
+
+
+def test_a_worker_loads_the_same_from_both(memory: fsspec.AbstractFileSystem, run: Path) -> None:
+    config = SampleConfig.model_validate({"autoencoder": "demo", "weights": "model"})
+    threads = torch.get_num_threads()
+    loaded = [
+        SampleWorker().load(config, find_checkpoint(name), "cpu", threads)
+        for name in (URL, str(run))
+    ]
+    assert loaded[0] == loaded[1]
+
+
+def test_weights_that_were_altered_are_not_drawn_from(memory: fsspec.AbstractFileSystem) -> None:
+    path = "/drawn/run/checkpoint-000000004/ema.safetensors"
+    data = bytearray(memory.cat_file(path))
+    data[-1] ^= 1
+    memory.pipe_file(path, bytes(data))
+    expected = f"'{NEWEST}' is damaged: ema.safetensors was altered"
+    with pytest.raises(DamagedCheckpointError, match=expected), at_hand(NEWEST, "ema"):
+        pass
+
+
+def test_one_that_was_removed_meanwhile(memory: fsspec.AbstractFileSystem) -> None:
+    memory.rm("/drawn/run/checkpoint-000000004", recursive=True)
+    with (
+        pytest.raises(UserError, match=f"'{NEWEST}' is not there any more, or cannot be seen"),
+        at_hand(NEWEST, "ema"),
+    ):
+        pass
+
+
+def test_a_file_of_weights(memory: fsspec.AbstractFileSystem, run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "checkpoint-000000004" / "optimizer.pt", tmp_path / "a.pt")
+    memory.put_file(str(tmp_path / "a.pt"), "/drawn/a.pt")
+    place = find_checkpoint("memory://drawn/a.pt")
+    assert place == "memory://drawn/a.pt"
+    with at_hand(place, "ema") as copy:
+        assert copy.read_bytes() == (tmp_path / "a.pt").read_bytes()
+    with (
+        pytest.raises(UserError, match=f"'{place}' does not say what it is"),
+        at_hand(place, "ema") as copy,
+    ):
+        open_trained(copy)
