@@ -11,7 +11,8 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks, stream_name, with_tail
 from pipeline.extract.request import check_same_store
 from pipeline.files import TEMPORARY
+from pipeline.sampling.lock import alone_in
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig
@@ -70,16 +72,9 @@ class Shelf:
         final = self.folder / name
         wanted = json.loads(json.dumps(options))
         if not final.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
-            try:
-                say(f"making the {name}")
-                report = make(temporary)
-                about = {"options": wanted, "report": report}
-                (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-                os.replace(temporary, final)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            with self.alone():
+                if not final.exists():  # another process may just have ended
+                    self._make(name, wanted, make)
         try:
             about = json.loads((final / ABOUT).read_text())
             made_with, report = about["options"], about["report"]
@@ -94,6 +89,28 @@ class Shelf:
                 "and what was made with it, or choose another --work"
             )
         return final, report
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While something is made: raises ``UserError`` where another process makes something. What
+        one left that was killed over it goes."""
+        with alone_in(self.folder, what=f"--work '{self.folder}'", remedy="choose another --work"):
+            for path in self.folder.glob(f"{TEMPORARY}*"):
+                if path.is_dir():
+                    shutil.rmtree(path)
+            yield
+
+    def _make(
+        self, name: str, options: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
+    ) -> None:
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
+        try:
+            say(f"making the {name}")
+            about = {"options": options, "report": make(temporary)}
+            (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+            os.replace(temporary, self.folder / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def say(message: str) -> None:

@@ -24,9 +24,17 @@ from pipeline.files import (
 )
 from pipeline.storage.secrets import written_down
 from pipeline.train.choose import checkpoint_name, steps_of
-from pipeline.train.metrics import CONFIG, EVALUATION, METRICS, SAMPLES, SUMMARY
+from pipeline.train.metrics import (
+    BROKEN_SAMPLES,
+    CONFIG,
+    EVALUATION,
+    METRICS,
+    NO_DISTANCE,
+    SAMPLES,
+    SUMMARY,
+)
 from pipeline.train.seal import STATE, unseal
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.options import validate
 from schemas.run import RunConfig
 
@@ -149,8 +157,15 @@ def whole(value: Any) -> int | None:
 def _read_metrics(record: Record) -> None:
     rows = _read_rows(record, METRICS)
     # evaluations have a file of their own
-    events = (row for row in rows if isinstance(row.get("event"), str))
-    record.events = _by_step(row for row in events if row["event"] != EVALUATION)
+    events = _by_step(row for row in rows if isinstance(row.get("event"), str))
+    elsewhere = {EVALUATION, NO_DISTANCE, BROKEN_SAMPLES}
+    record.events = [row for row in events if row["event"] not in elsewhere]
+    for kind in (NO_DISTANCE, BROKEN_SAMPLES):
+        found = [row for row in events if row["event"] == kind]
+        if found:
+            reason = plain_text(str(found[0].get("reason", "")))[:200]
+            times = f", {len(found)} times in all" if len(found) > 1 else ""
+            record.warnings.append(f"{kind} at step {found[0]['step']:,}: {reason}{times}")
     measured = {row["step"]: row for row in rows if "event" not in row}  # the last of a step counts
     record.rows = _by_step(measured.values())
     for name in ("denoising", "feature", "attention", "grad_norm"):

@@ -23,6 +23,8 @@ EVALUATION = "evaluation"
 """The event of a row that says how far samples are from real images."""
 NO_DISTANCE = "no evaluation"
 """The event of a row that says why there is no such distance."""
+BROKEN_SAMPLES = "broken samples"
+"""The event of a row that says how many pictures of a grid are none."""
 
 
 class MetricsLog:

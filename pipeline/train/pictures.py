@@ -13,7 +13,7 @@ from pipeline.files import TEMPORARY
 from pipeline.models import SiT
 from pipeline.pictures import save_grid
 from pipeline.train.drawing import Pause, SharedDrawing
-from pipeline.train.metrics import SAMPLES
+from pipeline.train.metrics import BROKEN_SAMPLES, SAMPLES
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -52,7 +52,7 @@ class SampleGrids:
         if not broken:
             return []
         reason = f"{broken} of {len(labels)} samples of the grid are not finite numbers: black"
-        return [{"event": "broken samples", "reason": reason}]
+        return [{"event": BROKEN_SAMPLES, "reason": reason}]
 
     def _write(self, images: Tensor, step: int) -> None:
         path = self._path(step)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
+from jobs.experiments.ingredients import Shelf
 from jobs.experiments.outcome import read_distances
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
@@ -222,6 +223,22 @@ def test_a_damaged_picture_is_named(source: Path, tmp_path: Path) -> None:
             zipped.writestr(name, data[:60] if name.endswith("class3/0002.png") else data)
     with pytest.raises(UserError, match=r"'.*class3/0002.png' cannot be used"):
         run_matrix(config_of(damaged, tmp_path / "work"))
+
+
+def test_one_process_at_a_time_makes_things(tmp_path: Path) -> None:
+    """And what one left that was killed goes."""
+    shelf = Shelf(tmp_path / "work")
+    left = tmp_path / "work" / ".tmp-killed"
+    left.mkdir(parents=True)
+
+    def make(folder: Path) -> dict[str, Any]:
+        with pytest.raises(UserError, match=r"--work '.*' is being written by process \d+"):
+            Shelf(tmp_path / "work").get("other", {}, lambda _: {})
+        return {"made": folder.name}
+
+    final, report = shelf.get("thing", {"size": 1}, make)
+    assert report["made"].startswith(".tmp-")
+    assert sorted(path.name for path in final.parent.iterdir()) == ["thing"]
 
 
 def test_command_has_its_own_defaults() -> None:

@@ -362,3 +362,20 @@ def test_what_cannot_be_a_report_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=re.escape(complaint)):
             main(argv)
+
+
+def test_samples_that_were_none_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And are nothing that a trigger saw."""
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (500, 600):
+            row = {"step": step, "event": "no evaluation", "reason": "3 of 10 samples <b>"}
+            file.write(json.dumps(row) + "\n")
+    page, found = report(capsys, run)
+    assert found["warnings"] == [
+        "run: no evaluation at step 500: 3 of 10 samples <b>, 2 times in all"
+    ]
+    assert "3 of 10 samples &lt;b&gt;" in page
+    assert page.count("no evaluation") == 1
