@@ -50,13 +50,14 @@ def _read(
     members: list[tuple[int, int, int]],
     counts: list[int],
 ) -> None:
-    position = begin
-    while buffers:
+    position, end = begin, max(offset + size for _, offset, size in members)
+    while position < end:
         got = os.preadv(descriptor, buffers, position)
         if not got:
             break
         position += got
-        buffers = _behind(buffers, got)
+        if position < end:
+            buffers = _behind(buffers, got)
     for number, offset, size in members:
         counts[number] = max(0, min(size, position - offset))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -259,6 +259,8 @@ class BatchLoader:
         """Wait for a batch. Raises the first error in the order of its tasks, whoever was first in
         time, unless bad shards are to be left out."""
         bad: set[int] = set()
+        # waiting for each by itself would wake this thread as often, beside those that read
+        wait([task.done for task in batch.tasks], return_when=FIRST_EXCEPTION)
         try:
             for task in batch.tasks:
                 try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -180,22 +180,30 @@ class Layout:
         if part.lossless == "none" and not (npy and part.is_class):
             self._whole = len(self._header) + part.nbytes
 
-    def buffers(self, row: np.ndarray, size: int) -> list[Buffer]:
-        """Where ``size`` bytes go: what is stored as it is straight into ``row`` (1, *shape)."""
-        if size != self._whole:
-            return [bytearray(size)]
-        data = row.reshape(-1).view(np.uint8).data
-        return [bytearray(len(self._header)), data] if self._header else [data]
+    def places(self, out: np.ndarray) -> Callable[[int, int], list[Buffer]]:
+        """For a batch's array (B, *shape), contiguous: where ``size`` bytes go for the row at a
+        place, as ``(place, size) -> buffers``. What is stored as it is goes straight into it."""
+        header, nbytes = len(self._header), self.part.nbytes
+        flat = out.reshape(-1).view(np.uint8).data  # slices of this cost less than numpy's
+
+        def buffers(place: int, size: int) -> list[Buffer]:
+            if size != self._whole:
+                return [bytearray(size)]
+            data = flat[place * nbytes : (place + 1) * nbytes]
+            return [bytearray(header), data] if header else [data]
+
+        return buffers
 
     def fill(self, data: bytes | memoryview, row: np.ndarray) -> None:
         """Stored bytes into ``row``. Raises ``ValueError`` where they are not what was promised."""
         self._fill(self.part, data, row)
 
-    def finish(self, buffers: Sequence[Buffer], row: np.ndarray) -> None:
-        """The same, for ``buffers`` that are full."""
-        if len(buffers) == 1 and isinstance(buffers[0], bytearray):
-            self.fill(memoryview(buffers[0]), row)
-        elif self._header and bytes(buffers[0]) != self._header:
+    def finish(self, buffers: Sequence[Buffer], out: np.ndarray, place: int) -> None:
+        """The same, for ``buffers`` of ``places`` that are full."""
+        first = buffers[0]
+        if len(buffers) == 1 and isinstance(first, bytearray):
+            self.fill(memoryview(first), out[place : place + 1])
+        elif self._header and bytes(first) != self._header:
             raise ValueError(f"not a {self.part.dtype.name} array of shape {self.part.shape}")
 
 

@@ -150,24 +150,26 @@ class StreamReader:
         """As ``_fill_from``, from a local file: what is stored as it is goes where it belongs."""
         offsets, sizes = file.offsets[rows].tolist(), file.sizes[rows].tolist()
         crc32 = file.crc32[rows].tolist()
-        landings = []
-        for number, place in enumerate(places.tolist()):
-            for column, name in enumerate(file.names):
-                row = out[name][place : place + 1]
-                buffers = self._layouts[name].buffers(row, sizes[number][column])
-                landings.append((number, column, row, buffers))
-        pieces = [(offsets[n][c], buffers) for n, c, _, buffers in landings]
+        layouts = [self._layouts[name] for name in file.names]
+        landings = [layout.places(out[n]) for layout, n in zip(layouts, file.names, strict=True)]
+        targets = places.tolist()
+        pieces = [
+            (offsets[number][column], landing(place, sizes[number][column]))
+            for number, place in enumerate(targets)
+            for column, landing in enumerate(landings)
+        ]
         try:
-            counts = self.source.read_into(file, pieces)
+            counts = self.source.read_into(file, pieces, until)
         except FileNotFoundError:
             raise LostShardError(f"{self._where(shard)} is missing") from None
         check = (~verified if self.verify else np.full(len(rows), False)).tolist()
-        for count, (number, column, row, buffers) in zip(counts, landings, strict=True):
-            name = file.names[column]
+        for piece, count in enumerate(counts):
+            number, column = divmod(piece, len(layouts))
+            buffers, name = pieces[piece][1], file.names[column]
             try:
                 crc = crc32[number][column] if check[number] else None
                 check_stored(buffers, count, sizes[number][column], crc)
-                self._layouts[name].finish(buffers, row)
+                layouts[column].finish(buffers, out[name], targets[number])
             except ValueError as error:
                 raise self._damaged(shard, int(rows[number]), name, str(error)) from None
 

@@ -81,6 +81,8 @@ class FileSource:
         self._disk = disk
         self._tried: OrderedDict[str, tuple[int, bool]] = OrderedDict()
         """Files that were to lie on the disk, by hash: where their window ends, and if they did."""
+        self._begun: OrderedDict[str, int] = OrderedDict()
+        """Files of which something was read directly, and where their window ends."""
         self.closed = threading.Event()
         """Set by ``close``, or before it, so that reads under way give up at their next attempt."""
         self._lock = threading.Lock()
@@ -112,12 +114,20 @@ class FileSource:
         return self._disk is None and is_local(self._filesystem)
 
     def read_into(
-        self, file: FileTable, pieces: Sequence[tuple[int, Sequence[bytearray | memoryview]]]
+        self,
+        file: FileTable,
+        pieces: Sequence[tuple[int, Sequence[bytearray | memoryview]]],
+        until: int,
     ) -> list[int]:
         """The bytes from each offset on into buffers, without a copy between; how many there were
-        of each piece. Local files only."""
+        of each piece. ``until`` as in ``read``. Local files only."""
         self._count(requests=1)
-        ahead = self._wants_whole(file.bytes, len(file.offsets))
+        ahead = self._begun.get(file.file) != until  # else the system was asked for all of it
+        if ahead:
+            self._begun[file.file] = until
+            if len(self._begun) > REMEMBERED:
+                self._begun.popitem(last=False)
+            ahead = self._wants_whole(file.bytes, len(file.offsets))
         path = f"{self._root}/{file.file}"
         counts = read_into(self._filesystem, path, pieces, ahead=ahead)
         self._count(read=sum(counts))
