@@ -29,6 +29,7 @@ from jobs.experiments.ingredients import (
     RESOLUTION,
     Shelf,
     complete_store,
+    digest_of_reference,
     dumped,
     judged_by,
     make_autoencoder,
@@ -133,10 +134,13 @@ def _check(config: Cifar10Config, work: Path) -> int:
     runs = [_run_config(config, work, shared, arm, 0) for arm in config.arms]
     if not runs:
         raise UserError("there are no arms: name some in the table 'arms' of --config")
-    drawn = {run.samples.evaluate.images for run in runs}
-    if len(drawn) != 1:
-        raise UserError("arms that draw samples.evaluate.images of their own cannot be compared")
-    images = drawn.pop()
+    for arm, run in zip(config.arms, runs, strict=True):
+        if run.samples != runs[0].samples:
+            raise UserError(
+                f"the arm '{arm}' has options samples.* of its own: arms that are drawn or judged "
+                "in different ways cannot be compared"
+            )
+    images = runs[0].samples.evaluate.images
     if images is None:
         raise UserError("run.samples.evaluate.images is missing: how many samples are judged")
     return images
@@ -195,7 +199,7 @@ def _ingredients(
             "network": config.judge.name,
             "samples": drawn,
             "weights": "ema",
-            "reference": evaluation["reference"],
+            "reference_sha256": digest_of_reference(reference, judged),
         },
     }
     return {"store": store.url, "samples": {"evaluate": evaluation}}, facts

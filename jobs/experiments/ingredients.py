@@ -31,9 +31,13 @@ from jobs.pretrain.self_distill import (
     normalise,
     self_distill,
 )
+from pipeline.archive import Archive
 from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluate import evaluate
+from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.record import digest_of
+from pipeline.evaluate.reference import load_moments
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks, stream_name, with_tail
 from pipeline.extract.request import check_same_store
@@ -252,6 +256,13 @@ def make_reference(
     found = evaluate(EvaluateConfig.model_validate(floor), device)
     assert found is not None
     return {"held_out_fid": found.fid, "samples": found.samples}
+
+
+def digest_of_reference(folder: Path, judge: Mapping[str, Any]) -> str:
+    """What rows of evaluations say of it, wherever it lies. Raises ``UserError``."""
+    place = str(folder / "reference.npz")
+    options = EvaluateConfig.model_validate({"reference": place, **judge})
+    return digest_of(load_moments(Archive(place, "reference"), open_network(options, device="cpu")))
 
 
 def dumped(config: BaseModel) -> dict[str, Any]:

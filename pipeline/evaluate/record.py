@@ -63,7 +63,7 @@ def recorded(
         weights=origin.weights,
         network_identity=_identity(network),
         reference=without_credentials(place),
-        reference_sha256=_digest(reference),
+        reference_sha256=digest_of(reference),
         sampling=origin.sampling,
         decoder=None if decoder is None else without_credentials(decoder),
     )
@@ -129,11 +129,16 @@ def _identity(network: Network) -> NetworkIdentity:
     )
 
 
-def _digest(moments: Moments) -> str:
-    """Of the numbers as they stand in a file of --save-reference."""
+def digest_of(moments: Moments) -> str:
+    """What rows say of a reference: a digest of the numbers of a file of --save-reference."""
     parts = {"mu": moments.mean, "sigma": moments.covariance}
     whole = sha256_of_arrays((name, part.cpu().numpy()) for name, part in parts.items())
     return whole[:DIGEST]
+
+
+def _no_number(name: str) -> None:
+    """NaN and infinity, which are not JSON and could not be written again."""
+    raise ValueError(name)
 
 
 def _read_rows(filesystem: fsspec.AbstractFileSystem, root: str) -> list[dict[str, Any]]:
@@ -152,7 +157,7 @@ def _read_rows(filesystem: fsspec.AbstractFileSystem, root: str) -> list[dict[st
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_no_number)
             if type(row["step"]) is not int:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):

@@ -51,6 +51,8 @@ class CheckpointState:
     """What was measured since the last row of the metrics."""
     metrics_rows: int
     """Rows of the metrics file that were written before the checkpoint."""
+    looked: bool
+    """Whether what is looked at after this step had been when the checkpoint was written."""
     data: dict[str, Any]
     """What ``BatchLoader.state`` says: shards that are left out."""
 
@@ -71,6 +73,7 @@ def write_checkpoint(
     bytes_read: dict[str, dict[str, int]],
     meter: dict[str, Any],
     metrics_rows: int,
+    looked: bool,
     data: dict[str, Any],
 ) -> None:
     """Write everything that a resumed run needs into an empty folder, ``state.json`` last.
@@ -94,6 +97,7 @@ def write_checkpoint(
         "bytes_read": bytes_read,
         "meter": meter,
         "metrics_rows": metrics_rows,
+        "looked": looked,
         "store": store,
         "data": data,
         "autoencoder": trainer.manifest.autoencoder.model_dump(),
@@ -125,6 +129,7 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
             bytes_read=state["bytes_read"],
             meter=state["meter"],
             metrics_rows=int(state["metrics_rows"]),
+            looked=bool(state.get("looked", True)),  # earlier versions looked before they saved
             data=state.get("data", {}),
         )
     except (ValueError, KeyError, TypeError) as error:

@@ -33,10 +33,10 @@ class Looks:
 
     def take(self, student: SiT, step: int, pause: Pause, *, again: bool) -> list[dict[str, Any]]:
         """Every rank calls this where it is due; what there is to say of it, as rows without their
-        step. ``pause`` may end it between two batches. ``again``: the step may have been looked at
-        before, and what is there already is not made anew."""
+        step. ``pause`` may end it between two batches. ``again``: an earlier look may have come so
+        far that the distance, which takes longest, has been recorded."""
         said: list[dict[str, Any]] = []
-        if self.grids.due(step) and not (again and self.grids.there(step)):
+        if self.grids.due(step):
             said += self.grids.draw(student, step, pause)
         if self.evaluation is not None and self.evaluation.due(step):
             found = self.evaluation.recorded(step) if again else None

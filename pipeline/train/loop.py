@@ -88,12 +88,15 @@ class _Run:
         self.meter = Meter(parallel, config.global_batch)
         rows = 0
         damaged: dict[int, int] = {}
+        self.looked_at: int | None = None
         with resume as checkpoint:
             if checkpoint is not None:
                 state = load_checkpoint(checkpoint, self.trainer, self.identity)
                 self.trigger.load_state_dict(state.trigger, parallel.share_of)
                 self.meter.load_state_dict(state.meter)
                 self.earlier, rows = state.bytes_read, state.metrics_rows
+                if state.looked:
+                    self.looked_at = state.step
                 left_out = state.data.get("damaged", {})
                 damaged = {int(shard): epoch for shard, epoch in left_out.items()}
         self.saved_step = self.trainer.step
@@ -128,7 +131,7 @@ class _Run:
         config, trainer = self.config, self.trainer
         batches = iter(self.loader)
         self.meter.restart_clock()
-        if trainer.step:  # its checkpoint may have been the last that was done at this step
+        if trainer.step and self.looked_at != trainer.step:
             self._look_if_due(again=True)
         while trainer.step < config.steps:
             self._save_or_stop_if_asked()
@@ -238,6 +241,7 @@ class _Run:
             for said in self.looks.take(self.trainer.ema.module, step, pause, again=again):
                 if self.log is not None:
                     self.log.row({"step": step, **said})
+            self.looked_at = step
 
     @contextmanager
     def _beside_training(self) -> Iterator[None]:
@@ -285,6 +289,7 @@ class _Run:
                 meter=meter,
                 data=data,
                 metrics_rows=self.log.rows if self.log is not None else 0,
+                looked=self.looked_at == self.trainer.step,
             )
 
         with self._beside_training():

@@ -31,10 +31,6 @@ class SampleGrids:
     def due(self, step: int) -> bool:
         return self.every is not None and (step % self.every == 0 or step == self.last)
 
-    def there(self, step: int) -> bool:
-        """Whether it has been drawn, as the first rank sees it. Every rank calls this."""
-        return bool(self.drawing.parallel.from_first(self._path(step).exists()))
-
     def draw(self, student: SiT, step: int, pause: Pause) -> list[dict[str, Any]]:
         """Every rank calls this; the first one writes the picture. What there is to say of it."""
         drawing, parallel = self.drawing, self.drawing.parallel
@@ -55,14 +51,11 @@ class SampleGrids:
         return [{"event": BROKEN_SAMPLES, "reason": reason}]
 
     def _write(self, images: Tensor, step: int) -> None:
-        path = self._path(step)
+        path = self.folder / f"step-{step:09d}.png"
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
         names = [str(label) for label in self.classes]
         save_grid(images, temporary, columns=self.per_class, row_names=names)
         os.replace(temporary, path)
-
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:09d}.png"
 
 
 def grid_classes(config: RunConfig, num_classes: int) -> tuple[int, ...]:

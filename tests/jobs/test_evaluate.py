@@ -328,3 +328,13 @@ def test_options_that_do_not_go_together(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(*options)
+
+
+def test_rows_that_could_not_be_written_again_are_refused_before_the_work(
+    run: Callable[..., dict[str, Any]], files: Path
+) -> None:
+    (files / "nan").mkdir()
+    (files / "nan" / "evaluations.jsonl").write_text('{"step": 1, "fid": NaN}\n')
+    sides = ("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
+    with pytest.raises(UserError, match=r"line 1 of '.*evaluations.jsonl' is no evaluation"):
+        run(*sides, "--record", files / "nan", "--step", "1")

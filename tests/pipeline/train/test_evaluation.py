@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -162,38 +161,71 @@ def test_a_resumed_run_has_each_row_once(config: RunConfig, tmp_path: Path) -> N
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole")
 
 
-def test_a_look_that_was_cut_off_is_taken_again(config: RunConfig, tmp_path: Path) -> None:
-    """Its checkpoint came first. A stop is heard between two batches of samples, and what is there
-    already is not measured anew."""
-    config = config.model_copy(
-        update={"samples": config.samples.model_copy(update={"every": 3, "classes": (1, 4)})}
-    )
+# three steps, two batches of the grid, three of the evaluation, and the step boundary behind
+WITHIN, BEHIND = 6, 8
+
+
+@pytest.mark.parametrize(
+    ("wishes", "rate"), [(WITHIN, 1e-3), (WITHIN, 1e30), (BEHIND, 1e-3), (BEHIND, 1e30)]
+)
+def test_a_run_that_is_stopped_at_a_look_says_the_same(
+    config: RunConfig, tmp_path: Path, wishes: int, rate: float
+) -> None:
+    """Within it, where it is taken again, or right behind it; of a good student, and of one that
+    diverged."""
+    values = {
+        "optimizer": {"learning_rate": rate},
+        "checkpoint": {"every": 4},
+        "samples": {"every": 3, "classes": (1, 4)},
+    }
+    config = RunConfig.model_validate(merge(config.model_dump(), values))
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train_on(1, config, whole)
     keeper = LocalCheckpoints(folder, keep=9)
-    # three steps, two batches of the grid, two of the three of the evaluation
-    asked = iter([*[Wish.GO_ON] * 6, Wish.STOP])
+    asked = iter([*[Wish.GO_ON] * wishes, Wish.STOP])
     with pytest.raises(StoppedError, match="after step 3 of 4"):
         train(config, folder, keeper.save, ask=lambda: next(asked))
     assert newest_checkpoint(folder) == folder / "checkpoint-000000003"
     assert (folder / "samples" / "step-000000003.png").exists()
-    assert not (folder / "evaluations.jsonl").exists()
+    measured = wishes == BEHIND and rate < 1
+    assert (folder / "evaluations.jsonl").exists() == measured
     train_on(1, config, folder)
-    assert rows_of(folder) == rows_of(whole)
     assert told(folder) == told(whole)
-    shutil.rmtree(folder / "checkpoint-000000004")
-    original = RunEvaluation.measure
-    with patch.object(RunEvaluation, "measure", autospec=True, side_effect=original) as measure:
-        train_on(1, config, folder)
-    measured = [call.args[2] for call in measure.call_args_list]
-    assert measured == [4]
-    assert told(folder) == told(whole)
+    if rate < 1:
+        assert rows_of(folder) == rows_of(whole)
+
+
+def test_a_run_that_is_killed_over_a_look_takes_it_again(config: RunConfig, tmp_path: Path) -> None:
+    """Its checkpoint came first. What has been measured already is not measured anew."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    train_on(1, config, whole)
+
+    class Killed(BaseException):
+        pass
+
+    keeper, original = LocalCheckpoints(folder, keep=9), RunEvaluation.measure
+    with (
+        patch.object(RunEvaluation, "measure", side_effect=Killed),
+        pytest.raises(Killed),
+    ):
+        train(config, folder, keeper.save)
+    assert newest_checkpoint(folder) == folder / "checkpoint-000000003"
+    for expected in ([3, 4], []):
+        with patch.object(RunEvaluation, "measure", autospec=True, side_effect=original) as measure:
+            train_on(1, config, folder)
+        assert [call.args[2] for call in measure.call_args_list] == expected
+        assert told(folder) == told(whole)
+        assert rows_of(folder) == rows_of(whole)
 
 
 def told(folder: Path) -> list[Any]:
     """All rows of the metrics, but for rates."""
     return [
-        (row["step"], row.get("event"), row.get("fid", row.get("denoising")))
+        (
+            row["step"],
+            row.get("event"),
+            str(row.get("fid", row.get("reason", row.get("denoising")))),
+        )
         for row in read_metrics(folder / "metrics.jsonl")
     ]
 
