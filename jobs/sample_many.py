@@ -52,10 +52,10 @@ def sample_many(config: SampleConfig) -> Sampled:
     config = _with_absolute_paths(config)
     outputs = _outputs(config)
     blocks = plan_blocks(config.num, config.batch_size)
+    checkpoint = find_checkpoint_again(config, outputs)  # before any folder is made
     with ExitStack() as stack:
         for output in outputs:
             stack.enter_context(output.alone())
-        checkpoint = find_checkpoint_again(config, outputs)
         began = time.perf_counter()
         about = all_there(config, checkpoint, outputs, blocks)
         if about is not None:  # an earlier call may have been ended before it put them together

@@ -41,7 +41,8 @@ def alone_in(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: nobody can have taken it
+        if _is_still(path, descriptor):  # else it has gone with the folder, and may be another's
+            path.unlink(missing_ok=True)
         os.close(descriptor)
         if not was_there:
             with suppress(OSError):  # it is not empty, or has gone
