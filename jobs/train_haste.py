@@ -61,9 +61,10 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     store.require_complete(*streams)
     if state is not None:
         check_same_run(state, config, run.checkpoints.where(state.step))
-        if state.step >= config.steps and run.has_summary:
+        done = run.summary() if state.step >= config.steps and run.has_summary else {}
+        if done.get("steps", 0) >= config.steps:  # else it is of fewer, from before
             print(f"run '{config.name}' already has its {state.step} steps", file=sys.stderr)
-            return run.summary()
+            return done
     with ray_cluster(config.ray_address):
         fit(config)
     return run.summary()

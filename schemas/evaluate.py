@@ -104,6 +104,8 @@ class RecordedEvaluation(Evaluation):
 
     step: Annotated[int, Field(ge=0)]
     weights: Weights
+    weights_sha256: Digest | None = None
+    """Of the student's."""
     network_identity: NetworkIdentity | None = None
     reference: str
     """Path or URL, for people."""

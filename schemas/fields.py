@@ -121,6 +121,7 @@ ModelArguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
 """Of timm.create_model, but for those that load files: a manifest's come from whoever made the
 store, and what they name is not his to choose. Bounded, as sizes are."""
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DIGEST = 16
 """Hexadecimal digits of a SHA-256 that tell what a person has at hand apart."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from schemas.base import Strict
 from schemas.diffusion import Path, SamplerConfig
 from schemas.extract import Precision
-from schemas.fields import DIGEST, MOST_TEXT, Digest, Layers, format_layers, text_or_digest
+from schemas.fields import DIGEST, MOST_TEXT, Digest, Layers, Sha256, format_layers, text_or_digest
 from schemas.student import ModelName
 
 Positive = Annotated[int, Field(ge=1)]
@@ -140,10 +140,10 @@ class SampleAbout(Strict):
     """Training step; a .pt file does not say."""
     model: str
     weights: Weights
-    weights_sha256: str
+    weights_sha256: Sha256
     path: Path
     autoencoder: str
-    autoencoder_sha256: str
+    autoencoder_sha256: Sha256
     image_size: int
     """Pixels per side."""
     num: int

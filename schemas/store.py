@@ -19,6 +19,7 @@ from schemas.fields import (
     Name,
     RisingLayers,
     Seed,
+    Sha256,
     Shape,
     StreamName,
     element_count,
@@ -42,7 +43,6 @@ Width = Annotated[int, Field(ge=1, le=1 << 13)]
 Heads = Annotated[int, Field(ge=1, le=128)]
 GridSide = Annotated[int, Field(ge=1, le=256)]
 """Patch tokens in a row or column; 256 come of the largest crop, at 16 pixels each."""
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Column(Strict):

@@ -44,6 +44,7 @@ from jobs.experiments.outcome import write_outcome
 from jobs.pretrain.autoencoder import AutoencoderConfig
 from jobs.pretrain.classifier import ClassifierConfig
 from jobs.pretrain.self_distill import SelfDistillConfig
+from pipeline.sampling.lock import alone_in
 from pipeline.train.local import train_here
 from pipeline.train.parallel import Parallel
 from schemas.base import Strict
@@ -118,10 +119,12 @@ def run_matrix(config: Cifar10Config) -> Path:
         if config.select and arm not in config.select:
             continue
         say(f"run {run.name}")
-        train_here(run, work / "runs" / run.name, Parallel(device=torch.device(device)))
-    if runs:
-        sampler = runs[0].samples.sampler.in_force.model_dump(mode="json")
-        facts["evaluation"]["sampling"] = {"sampler": sampler, "labels": "random"}
+        what = f"the run '{run.name}' in --work '{work}'"
+        remedy = "share the runs by --select and --seeds"
+        with alone_in(work / "running" / run.name, what=what, remedy=remedy):
+            train_here(run, work / "runs" / run.name, Parallel(device=torch.device(device)))
+    sampler = runs[0].samples.sampler.in_force.model_dump(mode="json")
+    facts["evaluation"]["sampling"] = {"sampler": sampler, "labels": "random"}
     return write_outcome(work, [run.name for run in runs], facts)
 
 
@@ -134,6 +137,8 @@ def _check(config: Cifar10Config, work: Path) -> int:
     runs = [_run_config(config, work, shared, arm, 0) for arm in config.arms]
     if not runs:
         raise UserError("there are no arms: name some in the table 'arms' of --config")
+    if not config.seeds:
+        raise UserError("--seeds is empty: name numbers such as 0,1,2")
     for arm, run in zip(config.arms, runs, strict=True):
         if run.samples != runs[0].samples:
             raise UserError(
@@ -173,6 +178,7 @@ def _ingredients(
     )
     say("the store")
     store = complete_store(
+        shelf,
         _extraction(config, pictures / "train", work / "store", teacher, autoencoder),
         device,
         config.threads,

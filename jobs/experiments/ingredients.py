@@ -32,7 +32,7 @@ from jobs.pretrain.self_distill import (
     self_distill,
 )
 from pipeline.archive import Archive
-from pipeline.datasets import list_images
+from pipeline.datasets import Listing, list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.networks import open_network
@@ -47,6 +47,7 @@ from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig
 from schemas.extract import ExtractConfig
+from schemas.store import Manifest
 
 RESOLUTION = 32
 JUDGE_SEED = 0
@@ -211,9 +212,10 @@ def make_judge(
     return {"held_out_accuracy": accuracy(model, held_out.pixels, held_out.labels)}
 
 
-def complete_store(config: ExtractConfig, device: str, threads: int) -> Store:
+def complete_store(shelf: Shelf, config: ExtractConfig, device: str, threads: int) -> Store:
     """What ``python -m pipeline.extract`` does, in this process and without Ray: shards that are
-    there stay. Raises ``UserError`` where other options or networks made them."""
+    there stay. Raises ``UserError`` where other options or networks made them, or another process
+    makes something on the shelf."""
     assert config.store is not None
     listing = list_images(config)
     encoder = Encoder(config, device=device, threads=threads)
@@ -221,6 +223,18 @@ def complete_store(config: ExtractConfig, device: str, threads: int) -> Store:
     if Store.exists(config.store):
         store = Store.open(config.store)
         check_same_store(store.manifest, manifest, store.shown_url)
+        if store.has_index() and not store.missing_shards(stream_name(config)):
+            return store
+    with shelf.alone():
+        return _make_store(config, listing, encoder, manifest)
+
+
+def _make_store(
+    config: ExtractConfig, listing: Listing, encoder: Encoder, manifest: Manifest
+) -> Store:
+    assert config.store is not None
+    if Store.exists(config.store):
+        store = Store.open(config.store)
     else:
         tail = encoder.save_tail(config.store)
         store = Store.create(config.store, with_tail(manifest, stream_name(config), tail))

@@ -36,16 +36,6 @@ def open_decoder(
     return found
 
 
-def decoder_is(
-    name: str, weights_sha256: str, named: str | None, encoder: AutoencoderInfo | None
-) -> bool:
-    """Whether ``open_decoder`` would give a network of this name and with these weights, as far as
-    that can be told without loading it."""
-    if named is not None or encoder is None:
-        return name == (named or PUBLISHED_AUTOENCODER)
-    return name == encoder.name and encoder.weights_sha256 in (None, weights_sha256)
-
-
 def decode_means(decoder: Autoencoder, encoder: AutoencoderInfo, mean_BChw: Tensor) -> Tensor:
     """uint8 (B, 3, R, R) of the posterior's means as a store holds them, on the decoder's device.
 

@@ -197,6 +197,7 @@ def _origin(config: EvaluateConfig, about: SampleAbout | None) -> Origin:
     return Origin(
         step=step,
         weights=weights or WEIGHTS,
+        weights_sha256=None if about is None else about.weights_sha256,
         sampling=None if about is None else about.sampling,
         decoder=None if about is None else about.autoencoder,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,8 @@ class Origin:
 
     step: int
     weights: Weights
+    weights_sha256: str | None
+    """Of the student's, all of it; None where samples do not say."""
     sampling: Sampling | None
     """None where they do not say."""
     decoder: str | None
@@ -61,6 +66,7 @@ def recorded(
         **numbers.model_dump(),
         step=origin.step,
         weights=origin.weights,
+        weights_sha256=None if origin.weights_sha256 is None else origin.weights_sha256[:DIGEST],
         network_identity=_identity(network),
         reference=without_credentials(place),
         reference_sha256=digest_of(reference),
@@ -86,30 +92,48 @@ def check_rows(folder: Path) -> None:
 
 
 def find_evaluation(folder: Path, evaluation: RecordedEvaluation) -> dict[str, Any] | None:
-    """The row that ``evaluation`` would replace. Raises ``UserError``."""
+    """The row of the same kind of evaluation, step and weights. Raises ``UserError``."""
     row = evaluation.model_dump(mode="json")
     rows = _read_rows(*open_url(absolute_url(str(folder)), what="--record"))
-    return next((one for one in rows if _replaces(row, one)), None)
+    of_weights = [one for one in rows if one.get("weights_sha256") == row["weights_sha256"]]
+    return next((one for one in of_weights if _replaces(row, one)), None)
 
 
 def record_evaluation(run: str | Path, evaluation: RecordedEvaluation) -> dict[str, Any]:
     """Add a row to the evaluations of the run at a path or URL, and return it. Raises
     ``UserError``."""
     row = evaluation.model_dump(mode="json")
-    filesystem, root = open_url(absolute_url(str(run)), what="--record")
-    add_rows(filesystem, root, [row])
+    add_rows(*open_url(absolute_url(str(run)), what="--record"), [row])
     return row
 
 
 def add_rows(
     filesystem: fsspec.AbstractFileSystem, root: str, new: Sequence[dict[str, Any]]
 ) -> None:
-    """Add rows to a run's evaluations, ordered by step. What is there is read just before it is
-    written: a run and ``jobs/evaluate.py --record`` may both add to it. Raises ``UserError``."""
-    rows = [one for one in _read_rows(filesystem, root) if not any(_replaces(r, one) for r in new)]
-    rows = sorted([*rows, *new], key=lambda one: int(one["step"]))
-    text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in rows)
-    write_atomic(filesystem, f"{root}/{EVALUATIONS}", text.encode())
+    """Add rows to a run's evaluations, ordered by step. A run and any number of ``jobs/evaluate.py
+    --record`` may do so at once; on an object store what is there is read just before it is
+    written, which does not exclude that one row in a million is lost. Raises ``UserError``."""
+    with _turn(filesystem, root):
+        there = _read_rows(filesystem, root)
+        rows = [one for one in there if not any(_replaces(row, one) for row in new)]
+        rows = sorted([*rows, *new], key=lambda one: int(one["step"]))
+        text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in rows)
+        write_atomic(filesystem, f"{root}/{EVALUATIONS}", text.encode())
+
+
+@contextmanager
+def _turn(filesystem: fsspec.AbstractFileSystem, root: str) -> Iterator[None]:
+    """One process at a time, where the folder's filesystem has locks."""
+    if not is_local(filesystem):
+        yield
+        return
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # no locks there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:

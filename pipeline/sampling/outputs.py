@@ -275,5 +275,5 @@ def _remove_folder(output: NpzOutput) -> None:
     for path in sorted(paths, key=lambda path: path.endswith(f"/{ABOUT_FILE}")):
         remove(output.filesystem, path)
     if paths and is_local(output.filesystem):
-        with suppress(FileNotFoundError):  # of a finished file another command may do the same
+        with suppress(OSError):  # another command may do the same, or have begun anew
             Path(output.parts).rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pipeline.autoencoders import decoder_is
+from pipeline.autoencoders import open_decoder
 from pipeline.files import absolute_url, without_credentials
 from pipeline.sampling.blocks import Block, choose_classes
 from pipeline.sampling.checkpoints import at_hand, find_checkpoint
@@ -65,11 +65,12 @@ def all_there(
         and about.model == student.config.model
         and about.path == trained.path
         and about.classes == choose_classes(config.classes, student.config.num_classes)
-        and decoder_is(
-            about.autoencoder, about.autoencoder_sha256, config.autoencoder, trained.encoder
-        )
     )
-    return about if same else None
+    if not same:
+        return None
+    decoder = open_decoder(config.autoencoder, trained.encoder)
+    ours = (decoder.name, decoder.weights_sha256)
+    return about if ours == (about.autoencoder, about.autoencoder_sha256) else None
 
 
 def _fits(config: SampleConfig, checkpoint: str, about: SampleAbout) -> bool:

@@ -59,9 +59,9 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointSta
 
 
 def sha256_of_weights(student: SiT) -> str:
-    """Of a student on the CPU."""
+    """Of a student's, wherever it is."""
     tensors = sorted(student.state_dict().items())
-    return sha256_of_arrays((name, tensor.numpy()) for name, tensor in tensors)
+    return sha256_of_arrays((name, tensor.cpu().numpy()) for name, tensor in tensors)
 
 
 def is_weights_file(checkpoint: Path) -> bool:

@@ -22,6 +22,7 @@ from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.models import SiT
 from pipeline.sampling.blocks import choose_labels
+from pipeline.sampling.trained import sha256_of_weights
 from pipeline.train.drawing import Pause, SharedDrawing
 from pipeline.train.metrics import EVALUATION, NO_DISTANCE
 from schemas.errors import UserError
@@ -74,20 +75,21 @@ class RunEvaluation:
     def due(self, step: int) -> bool:
         return self.every is not None and (step % self.every == 0 or step == self.last)
 
-    def recorded(self, step: int) -> dict[str, Any] | None:
-        """What ``measure`` returned at this step, where a row of ``evaluations.jsonl`` on the first
-        rank still says so. Every rank calls this; the others are told no more than that it does."""
-        parallel = self.drawing.parallel
-        row = self._row(step)
-        there = find_evaluation(self.folder, row) if parallel.is_first else None
+    def recorded(self, student: SiT, step: int) -> dict[str, Any] | None:
+        """What ``measure`` returned of this student, where a row of ``evaluations.jsonl`` on the
+        first rank still says so. Every rank calls this; the others are told no more than that it
+        does."""
+        parallel, there = self.drawing.parallel, None
+        if parallel.is_first:
+            there = find_evaluation(self.folder, self._row(student, step))
         if not parallel.from_first(there is not None):
             return None
-        return _event(there or row.model_dump(mode="json"))
+        return _event(there or {"fid": None, "samples": self.images, "network": self.network.name})
 
     def measure(self, student: SiT, step: int, pause: Pause) -> dict[str, Any]:
-        """Every rank calls this; the event for the metrics. ``evaluations.jsonl`` has a row with
-        the distance then, or none where the samples have no distance: a student that diverged does
-        not end the run."""
+        """Every rank calls this; on the first one the event for the metrics. ``evaluations.jsonl``
+        has a row with the distance then, or none where the samples have no distance: a student that
+        diverged does not end the run."""
         drawing, parallel = self.drawing, self.drawing.parallel
         # sums about one point can be added over the workers
         found = FeatureStatistics(
@@ -107,16 +109,19 @@ class RunEvaluation:
         if broken:
             reason = f"{broken} of {self.images} samples are not made of finite numbers"
             return {"event": NO_DISTANCE, "reason": reason}
-        row = self._row(step)
-        if not parallel.is_first:
-            return _event(row.model_dump(mode="json"))
-        try:
-            distance = self._distance(found)
-        except (ValueError, RuntimeError) as error:
-            return {"event": NO_DISTANCE, "reason": " ".join(str(error).split())[:200]}
-        return _event(record_evaluation(self.folder, row.model_copy(update={"fid": distance})))
+        distance = 0.0
+        if parallel.is_first:
+            try:
+                distance = self._distance(found)
+            except torch.OutOfMemoryError:
+                raise
+            except (ValueError, RuntimeError) as error:
+                return {"event": NO_DISTANCE, "reason": " ".join(str(error).split())[:200]}
+            row = self._row(student, step).model_copy(update={"fid": distance})
+            record_evaluation(self.folder, row)
+        return _event({"fid": distance, "samples": self.images, "network": self.network.name})
 
-    def _row(self, step: int) -> RecordedEvaluation:
+    def _row(self, student: SiT, step: int) -> RecordedEvaluation:
         """As ``jobs/evaluate.py --record`` would make it of the same images, but for the distance,
         which is not known yet."""
         numbers = Evaluation(
@@ -129,7 +134,8 @@ class RunEvaluation:
             samples=self.images,
             network=self.network.name,
         )
-        origin = Origin(step, "ema", self.sampling, self.drawing.autoencoder.name)
+        decoder = self.drawing.autoencoder.name
+        origin = Origin(step, "ema", sha256_of_weights(student), self.sampling, decoder)
         place = str(self.options.reference)
         return recorded(numbers, origin, self.network, self.reference, place)
 

@@ -25,7 +25,7 @@ from pipeline.train.choose import Checkpoints
 from pipeline.train.local import LocalCheckpoints
 from pipeline.train.metrics import CONFIG, METRICS, SUMMARY
 from pipeline.train.remote import RemoteCheckpoints
-from schemas.errors import UserError
+from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
 
 __all__ = ["CONFIG", "METRICS", "SUMMARY", "RunFolder"]
@@ -70,7 +70,7 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if not self._local:
-            if error is None and self._owner:
+            if self._owner and (error is None or isinstance(error, StoppedError)):
                 self.publish()
             shutil.rmtree(self.path, ignore_errors=True)
 

@@ -32,13 +32,13 @@ class Looks:
         return self.grids.due(step) or (evaluation is not None and evaluation.due(step))
 
     def take(self, student: SiT, step: int, pause: Pause, *, again: bool) -> list[dict[str, Any]]:
-        """Every rank calls this where it is due; what there is to say of it, as rows without their
-        step. ``pause`` may end it between two batches. ``again``: an earlier look may have come so
-        far that the distance, which takes longest, has been recorded."""
+        """Every rank calls this where it is due; on the first one, what there is to say of it, as
+        rows without their step. ``pause`` may end it between two batches. ``again``: an earlier
+        look may have come so far that the distance, which takes longest, has been recorded."""
         said: list[dict[str, Any]] = []
         if self.grids.due(step):
             said += self.grids.draw(student, step, pause)
         if self.evaluation is not None and self.evaluation.due(step):
-            found = self.evaluation.recorded(step) if again else None
+            found = self.evaluation.recorded(student, step) if again else None
             said.append(found or self.evaluation.measure(student, step, pause))
         return said

@@ -15,6 +15,7 @@ from PIL import Image
 from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
 from jobs.experiments.ingredients import Shelf
 from jobs.experiments.outcome import read_distances
+from pipeline.sampling.lock import alone_in
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
 from schemas.options import merge, parse_options, read_yaml
@@ -194,6 +195,7 @@ def test_a_store_of_other_layers_is_not_taken(source: Path, done: Path) -> None:
             r"the arm 'haste' has options samples.\* of its own",
         ),
         ({"store": {"shard_sizes": 20}}, r"the table 'store'"),
+        ({"seeds": ()}, r"--seeds is empty"),
         ({"held_out": 12}, r"more than 12 images of each class; found 10 classes"),
     ],
 )
@@ -223,6 +225,15 @@ def test_a_damaged_picture_is_named(source: Path, tmp_path: Path) -> None:
             zipped.writestr(name, data[:60] if name.endswith("class3/0002.png") else data)
     with pytest.raises(UserError, match=r"'.*class3/0002.png' cannot be used"):
         run_matrix(config_of(damaged, tmp_path / "work"))
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(source: Path, done: Path) -> None:
+    busy = done / "running" / "haste-seed0"
+    with (
+        alone_in(busy, what="it", remedy="wait"),
+        pytest.raises(UserError, match=r"the run 'haste-seed0' in --work '.*' is being written by"),
+    ):
+        run_matrix(config_of(source, done, select=["haste"]))
 
 
 def test_one_process_at_a_time_makes_things(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,22 @@ def test_two_workers_train_what_one_process_trains(
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")][-3:] == [6, 7, 8]
     with pytest.raises(UserError, match=r"4 for student.depth, the config says 3"):
         train_run(run_config(student={"depth": 3}))
+
+
+def test_a_summary_of_fewer_steps_is_not_the_end(
+    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that got more steps and was stopped over what comes behind its last checkpoint."""
+    folder = tmp_path / "tiny"
+    config = run_config()
+    summary = train(config, folder, LocalCheckpoints(folder, keep=1).save)
+    asked: list[int] = []
+    monkeypatch.setattr("jobs.train_haste.fit", lambda config: asked.append(config.steps))
+    assert train_run(config) == summary
+    assert asked == []
+    (folder / "summary.json").write_text(json.dumps({**summary, "steps": 3}))
+    train_run(config)
+    assert asked == [config.steps]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_an_array_is_in_memory_once(tmp_path: Path) -> None:
     assert peak < 1.4 * block.nbytes
 
 
-def test_an_array_that_ends_early_is_damage(tmp_path: Path) -> None:
+def test_changed_bytes_are_damage(tmp_path: Path) -> None:
     place = tmp_path / "a.npz"
     np.savez(place, zeros=np.zeros(100_000, np.uint8))
     data = bytearray(place.read_bytes())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -218,6 +220,27 @@ def test_a_run_that_is_killed_over_a_look_takes_it_again(config: RunConfig, tmp_
         assert rows_of(folder) == rows_of(whole)
 
 
+def test_what_was_measured_of_other_weights_is_not_taken_for_these(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """A run of the same name that was begun anew."""
+    folder = tmp_path / "run"
+    train_on(1, config, folder)
+    stale = rows_of(folder)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    other = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"learning_rate": 0.05})}
+    )
+    asked = iter([*[Wish.GO_ON] * 3, Wish.STOP])  # over the first batch of the evaluation
+    with pytest.raises(StoppedError, match="after step 3 of 4"):
+        train(other, folder, LocalCheckpoints(folder, keep=9).save, ask=lambda: next(asked))
+    train_on(1, other, folder)
+    train_on(1, other, tmp_path / "whole")
+    assert rows_of(folder) == rows_of(tmp_path / "whole")
+    assert rows_of(folder) != stale
+
+
 def told(folder: Path) -> list[Any]:
     """All rows of the metrics, but for rates."""
     return [
@@ -292,6 +315,38 @@ def test_rows_on_an_object_store_are_added_to(config: RunConfig) -> None:
         record_evaluation("memory://evaluated/tiny", row.model_copy(update={"step": 9}))
     lines = filesystem.cat_file("/evaluated/tiny/evaluations.jsonl").decode().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 4, 9]
+
+
+def test_many_record_at_once_and_no_row_is_lost(tmp_path: Path) -> None:
+    row = RecordedEvaluation(
+        **dict.fromkeys(Evaluation.model_fields) | {"fid": 1.0, "samples": 10, "network": "x"},
+        step=0,
+        weights="ema",
+        reference="r.npz",
+    )
+
+    def record(first: int) -> None:
+        for step in range(first, 60, 3):
+            record_evaluation(tmp_path, row.model_copy(update={"step": step}))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(record, range(3)))
+    assert [found["step"] for found in rows_of(tmp_path)] == list(range(60))
+
+
+def test_what_a_stopped_run_has_measured_is_on_its_object_store(config: RunConfig) -> None:
+    filesystem = fsspec.filesystem("memory")
+    stopped = config.model_copy(update={"output": "memory://stopped"})
+
+    def end(error: Exception, name: str) -> None:
+        with RunFolder(stopped) as folder:
+            (folder.path / name).write_bytes(b"a picture")
+            raise error
+
+    for kind, name, sent in ((StoppedError, "a.png", True), (UserError, "b.png", False)):
+        with pytest.raises(kind):
+            end(kind("as it is"), name)
+        assert filesystem.exists(f"/stopped/tiny/{name}") == sent
 
 
 def test_what_the_evaluation_needs_is_looked_at_before_the_first_step(

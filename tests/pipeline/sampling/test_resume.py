@@ -1,0 +1,67 @@
+"""Whether anybody has to draw for a command whose images may all be there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from jobs.sample_many import _about
+from pipeline.assets import DEMO_AUTOENCODER
+from pipeline.sampling.blocks import choose_labels, plan_blocks
+from pipeline.sampling.outputs import FolderOutput
+from pipeline.sampling.resume import all_there
+from pipeline.sampling.worker import SampleWorker
+from pipeline.store import Store
+from pipeline.train.local import train_here
+from schemas.options import merge
+from schemas.run import RunConfig
+from schemas.sample import SampleConfig
+from tests.stores import tiny_run
+
+BLOCKS = plan_blocks(4, 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_store: Store, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("run")
+    values: dict[str, Any] = {"steps": 1, "store": random_store.url, "checkpoint": {"every": 1}}
+    train_here(RunConfig.model_validate(merge(tiny_run(), values)), folder)
+    return str(folder / "checkpoint-000000001")
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO_AUTOENCODER, tmp_path / "decoder"))
+
+
+def test_what_is_there_is_only_taken_where_all_of_it_is_what_was_asked_for(
+    checkpoint: str, decoder: Path, tmp_path: Path
+) -> None:
+    config = SampleConfig.model_validate(
+        {"num": 4, "batch_size": 2, "autoencoder": str(decoder), "sampler": {"steps": 2}}
+    )
+    place = str(tmp_path / "samples")
+    worker, output = SampleWorker(), FolderOutput(place)
+    about = _about(config, checkpoint, worker.load(config, checkpoint, "cpu", 1))
+    output.open(about)
+
+    def there(config: SampleConfig) -> bool:
+        found = all_there(config, checkpoint, [FolderOutput(place)], BLOCKS)
+        assert found in (None, about)
+        return found is not None
+
+    for block in BLOCKS:
+        assert not there(config)
+        labels = choose_labels("random", about.classes, 0, block.first, block.count)
+        output.write(worker.draw(block, labels, pngs=True))
+    output.finish(BLOCKS, choose_labels("random", about.classes, 0, 0, 4))
+    assert there(config)
+    assert not there(config.model_copy(update={"labels": "balanced"}))
+    assert not there(config.model_copy(update={"autoencoder": "demo"}))
+    weights = next(decoder.glob("*.safetensors"))  # other weights under the same name
+    save_file({name: 1.1 * w for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    assert not there(config)
