@@ -45,7 +45,10 @@ class Parallel:
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all workers, in place."""
         if self.world_size > 1:
-            dist.all_reduce(values)
+            moved = values.to(self.device)  # NCCL knows no others, and a resumed trigger has such
+            dist.all_reduce(moved)
+            if moved is not values:
+                values.copy_(moved)
         return values
 
     def gather(self, values: Tensor) -> list[list[float]]:
