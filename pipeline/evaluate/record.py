@@ -111,8 +111,9 @@ def add_rows(
     filesystem: fsspec.AbstractFileSystem, root: str, new: Sequence[dict[str, Any]]
 ) -> None:
     """Add rows to a run's evaluations, ordered by step. A run and any number of ``jobs/evaluate.py
-    --record`` may do so at once; on an object store what is there is read just before it is
-    written, which does not exclude that one row in a million is lost. Raises ``UserError``."""
+    --record`` may do so at once. An object store has no locks: there, what is there is read just
+    before it is written, and of two that write at the same moment one row is lost. Raises
+    ``UserError``."""
     with _turn(filesystem, root):
         there = _read_rows(filesystem, root)
         rows = [one for one in there if not any(_replaces(row, one) for row in new)]
