@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from pipeline.actors import Actors
 from pipeline.cluster import ray_cluster, require, total
-from pipeline.files import absolute_url, without_credentials
+from pipeline.files import absolute_folder, absolute_url, without_credentials
 from pipeline.sampling.blocks import Block, choose_classes, choose_labels, plan_blocks
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
 from pipeline.sampling.resume import all_there, find_checkpoint_again
@@ -230,9 +229,8 @@ def _with_absolute_paths(config: SampleConfig) -> SampleConfig:
         value = getattr(config, key)
         if value is not None:
             update[key] = absolute_url(value)
-    name = config.autoencoder
-    if name is not None and name != "demo" and Path(name).expanduser().is_dir():
-        update["autoencoder"] = absolute_url(name)
+    if config.autoencoder is not None:
+        update["autoencoder"] = absolute_folder(config.autoencoder)
     return config.model_copy(update=update)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cluster import ray_cluster
-from pipeline.files import absolute_url
+from pipeline.files import absolute_folder, absolute_url
 from pipeline.plan import wants_plan
 from pipeline.store import Store
 from pipeline.train.checkpoint import check_same_run
@@ -81,9 +81,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         if weights is not None and weights not in ("hub", "random"):
             ours[key] = absolute_url(weights)
     update: dict[str, Any] = {"evaluate": evaluation.model_copy(update=ours)}
-    decoder = samples.autoencoder
-    if decoder is not None and decoder != "demo" and Path(decoder).expanduser().is_dir():
-        update["autoencoder"] = absolute_url(decoder)
+    if samples.autoencoder is not None:
+        update["autoencoder"] = absolute_folder(samples.autoencoder)
     return config.model_copy(
         update={
             "store": absolute_url(str(config.store)),

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 from pipeline.storage.connection import (
+    absolute_folder,
     absolute_url,
     is_local,
     is_s3,
@@ -43,6 +44,7 @@ __all__ = [
     "RETRY_VARIABLE",
     "TEMPORARY",
     "StorageError",
+    "absolute_folder",
     "absolute_url",
     "exists",
     "file_size",

@@ -44,7 +44,7 @@ from jobs.experiments.outcome import write_outcome
 from jobs.pretrain.autoencoder import AutoencoderConfig
 from jobs.pretrain.classifier import ClassifierConfig
 from jobs.pretrain.self_distill import SelfDistillConfig
-from pipeline.sampling.lock import alone_in
+from pipeline.locks import alone_in
 from pipeline.train.local import train_here
 from pipeline.train.parallel import Parallel
 from schemas.base import Strict

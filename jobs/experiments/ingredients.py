@@ -42,7 +42,7 @@ from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks, stream_name, with_tail
 from pipeline.extract.request import check_same_store
 from pipeline.files import TEMPORARY
-from pipeline.sampling.lock import alone_in
+from pipeline.locks import alone_in
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig

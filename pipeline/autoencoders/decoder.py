@@ -43,16 +43,20 @@ def decode_means(decoder: Autoencoder, encoder: AutoencoderInfo, mean_BChw: Tens
     Raises ``UserError`` where it is for other latents.
     """
     mean = mean_BChw.to(next(decoder.parameters()).device, torch.float32)
-    latents = (mean - encoder.shift_factor) * encoder.scaling_factor
+    return decode_scaled(decoder, (mean - encoder.shift_factor) * encoder.scaling_factor)
+
+
+def decode_scaled(decoder: Autoencoder, latents_BChw: Tensor) -> Tensor:
+    """``decoder.decode``, which raises ``UserError`` where it is for other latents."""
     try:
-        return decoder.decode(latents)
+        return decoder.decode(latents_BChw)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"autoencoder '{decoder.name}' cannot decode latents of shape "
-            f"{tuple(latents.shape[1:])}: {reason}"
+            f"{tuple(latents_BChw.shape[1:])}: {reason}"
         ) from None
 
 

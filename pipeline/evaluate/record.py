@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from pipeline.files import (
     without_credentials,
     write_atomic,
 )
+from pipeline.locks import turn_in
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation, NetworkIdentity, RecordedEvaluation
 from schemas.fields import DIGEST, text_or_digest
@@ -114,27 +113,12 @@ def add_rows(
     --record`` may do so at once. An object store has no locks: there, what is there is read just
     before it is written, and of two that write at the same moment one row is lost. Raises
     ``UserError``."""
-    with _turn(filesystem, root):
+    with turn_in(Path(root)) if is_local(filesystem) else nullcontext():
         there = _read_rows(filesystem, root)
         rows = [one for one in there if not any(_replaces(row, one) for row in new)]
         rows = sorted([*rows, *new], key=lambda one: int(one["step"]))
         text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in rows)
         write_atomic(filesystem, f"{root}/{EVALUATIONS}", text.encode())
-
-
-@contextmanager
-def _turn(filesystem: fsspec.AbstractFileSystem, root: str) -> Iterator[None]:
-    """One process at a time, where the folder's filesystem has locks."""
-    if not is_local(filesystem):
-        yield
-        return
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # no locks there
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:

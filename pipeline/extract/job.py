@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from pipeline.extract.plan import (
 )
 from pipeline.extract.request import check_request, check_same_store, with_stores_options
 from pipeline.extract.supervisor import Supervisor
-from pipeline.files import absolute_url, exists
+from pipeline.files import absolute_folder, absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from schemas.errors import UserError
@@ -179,8 +178,7 @@ def _with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
     update: dict[str, object] = {"store": absolute_url(config.store)}
     if config.source is not None:
         update["source"] = absolute_url(config.source)
-    if Path(config.autoencoder).expanduser().is_dir():
-        update["autoencoder"] = absolute_url(config.autoencoder)
+    update["autoencoder"] = absolute_folder(config.autoencoder)
     weights = config.teacher.weights
     if weights not in {"hub", "random", "demo"}:
         update["teacher"] = config.teacher.model_copy(update={"weights": absolute_url(weights)})

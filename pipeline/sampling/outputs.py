@@ -32,9 +32,9 @@ from pipeline.files import (
     without_credentials,
     write_atomic,
 )
+from pipeline.locks import LOCK, alone_in
 from pipeline.sampling.blocks import Block
 from pipeline.sampling.identity import check_same_images
-from pipeline.sampling.lock import LOCK, alone_in
 from pipeline.sampling.npz import npy_bytes, npy_header, write_npz
 from pipeline.sampling.worker import Drawn
 from schemas.errors import UserError

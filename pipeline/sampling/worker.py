@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.autoencoders import open_decoder
+from pipeline.autoencoders import decode_scaled, open_decoder
 from pipeline.sampling.blocks import Block
 from pipeline.sampling.checkpoints import at_hand
 from pipeline.sampling.draw import check_sampler, draw_latents
@@ -101,14 +101,8 @@ class SampleWorker:
 
     def _image_size(self, device: str) -> int:
         shape = self.student.config.latent_shape
-        try:
-            return int(self.autoencoder.decode(torch.zeros(1, *shape, device=device)).shape[-1])
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--autoencoder '{self.autoencoder.name}' cannot decode this student's latents of "
-                f"shape {shape}: {reason}"
-            ) from None
+        blank = torch.zeros(1, *shape, device=device)
+        return int(decode_scaled(self.autoencoder, blank).shape[-1])
 
     def _draw(self, block: Block, labels: list[int]) -> np.ndarray[Any, Any]:
         latents = draw_latents(

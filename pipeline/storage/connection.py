@@ -75,6 +75,12 @@ def absolute_url(url: str) -> str:
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
+def absolute_folder(name: str) -> str:
+    """What may be a folder, a hub's id or the project's own ``demo``: a folder made absolute."""
+    is_folder = name != "demo" and os.path.isdir(os.path.expanduser(name))
+    return absolute_url(name) if is_folder else name
+
+
 def _s3_options(protocol: str) -> dict[str, Any]:
     """Options of ``S3FileSystem``; what the user's fsspec configuration says goes first."""
     configured: dict[str, Any] = dict(fsspec.config.conf.get(protocol, {}))

@@ -24,6 +24,11 @@ Pause = Callable[[], None]
 heard there, and may end it."""
 
 
+def is_due(step: int, every: int | None, last: int) -> bool:
+    """After every so many steps, and after the last; None: never."""
+    return every is not None and (step % every == 0 or step == last)
+
+
 @dataclass(frozen=True)
 class Drawn:
     """One batch."""

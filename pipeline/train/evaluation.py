@@ -23,7 +23,7 @@ from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.models import SiT
 from pipeline.sampling.blocks import choose_labels
 from pipeline.sampling.trained import sha256_of_weights
-from pipeline.train.drawing import Pause, SharedDrawing
+from pipeline.train.drawing import Pause, SharedDrawing, is_due
 from pipeline.train.metrics import EVALUATION, NO_DISTANCE
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation, RecordedEvaluation
@@ -73,7 +73,7 @@ class RunEvaluation:
         )
 
     def due(self, step: int) -> bool:
-        return self.every is not None and (step % self.every == 0 or step == self.last)
+        return is_due(step, self.every, self.last)
 
     def recorded(self, student: SiT, step: int) -> dict[str, Any] | None:
         """What ``measure`` returned of this student, where a row of ``evaluations.jsonl`` on the

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.files import TEMPORARY
 from pipeline.models import SiT
 from pipeline.pictures import save_grid
-from pipeline.train.drawing import Pause, SharedDrawing
+from pipeline.train.drawing import Pause, SharedDrawing, is_due
 from pipeline.train.metrics import BROKEN_SAMPLES, SAMPLES
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -29,7 +29,7 @@ class SampleGrids:
         self.folder = folder / SAMPLES
 
     def due(self, step: int) -> bool:
-        return self.every is not None and (step % self.every == 0 or step == self.last)
+        return is_due(step, self.every, self.last)
 
     def draw(self, student: SiT, step: int, pause: Pause) -> list[dict[str, Any]]:
         """Every rank calls this; the first one writes the picture. What there is to say of it."""

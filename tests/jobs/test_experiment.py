@@ -15,7 +15,7 @@ from PIL import Image
 from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
 from jobs.experiments.ingredients import Shelf
 from jobs.experiments.outcome import read_distances
-from pipeline.sampling.lock import alone_in
+from pipeline.locks import alone_in
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
 from schemas.options import merge, parse_options, read_yaml

@@ -22,32 +22,16 @@ from pipeline.sampling.worker import Drawn, _png
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
+from tests.pipeline.evaluate.sets import about_samples
 
 BLOCKS = plan_blocks(5, 2)
 LABELS = [3, 1, 4, 1, 5]
 
 
 def about(**overrides: Any) -> SampleAbout:
-    values: dict[str, Any] = {
-        "checkpoint": "/runs/a",
-        "step": 6,
-        "model": "SiT-S/2",
-        "weights": "ema",
-        "weights_sha256": "a" * 64,
-        "path": "linear",
-        "autoencoder": "demo",
-        "autoencoder_sha256": "b" * 64,
-        "image_size": 4,
-        "num": 5,
-        "labels": "random",
-        "classes": tuple(range(10)),
-        "batch_size": 2,
-        "precision": "float32",
-        "device": "cpu",
-        "sampler": SamplerConfig(),
-        "version": "0",
-    }
-    return SampleAbout.model_validate({**values, **overrides})
+    values = {"checkpoint": "/runs/a", "step": 6, "weights": "ema", "image_size": 4, "num": 5}
+    values |= {"batch_size": 2, "sampler": SamplerConfig()}
+    return about_samples(**{**values, **overrides})
 
 
 def images(block: Block) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""One command at a time for what becomes of one folder."""
+"""One process at a time in a folder: the others are refused, or wait for their turn."""
 
 from __future__ import annotations
 
@@ -49,13 +49,25 @@ def alone_in(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
                 folder.rmdir()
 
 
+@contextmanager
+def turn_in(folder: Path) -> Iterator[None]:
+    """Wait for the lock of ``folder``, which must be there, and hold it for the context: for what
+    takes a moment. Where the filesystem has no locks, nothing is held."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _take(path: Path) -> int:
     """A descriptor that holds the lock. Raises ``BlockingIOError`` where it is held."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _lock(descriptor)
+            _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(path, descriptor):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -66,9 +78,9 @@ def _take(path: Path) -> int:
         os.close(descriptor)  # whoever held it removed it meanwhile
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, how: int) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
