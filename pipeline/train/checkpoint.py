@@ -153,15 +153,16 @@ def load_checkpoint(folder: Path, trainer: Trainer, store: dict[str, Any]) -> Ch
     trainer.step = state.step
     if state.termination is not None:
         trainer.terminate(state.termination)
-    trainer.optimizer.load_state_dict(load_optimizer(folder, trainer.parallel.device))
+    trainer.optimizer.load_state_dict(load_optimizer(folder))
     return state
 
 
-def load_optimizer(folder: Path, device: torch.device) -> dict[str, Any]:
-    """AdamW's state. Raises ``UserError``."""
+def load_optimizer(folder: Path) -> dict[str, Any]:
+    """AdamW's state, on the CPU: the optimizer moves what belongs elsewhere, and its plain form
+    reads its step counts at every step, which must not lie on a GPU. Raises ``UserError``."""
     path = folder / "optimizer.pt"
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
     except Exception as error:  # torch and pickle raise whatever the bytes made them stumble on

@@ -43,7 +43,7 @@ def export_checkpoint(folder: Path, out: Path) -> None:
     )
     ours = [name for name, _ in student.named_parameters()]
     ours += [name for name in theirs if name not in model.student]
-    optimizer = load_optimizer(folder, torch.device("cpu"))
+    optimizer = load_optimizer(folder)
     write_file(
         out,
         model=model,

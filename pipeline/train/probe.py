@@ -40,11 +40,14 @@ class GradientProbe:
         sums = torch.zeros(len(times), 2, size, device=trainer.parallel.device)
         for batch in self._batches(samples):
             targets = trainer.targets_of(batch)
-            for row, time in zip(sums, times, strict=True):
-                inputs = trainer.inputs(batch, time=time)
-                losses = trainer.losses(trainer.module, inputs, targets)
-                row[0] += _gradient(trainer.alignment_loss(losses), parameters, keep=True)
-                row[1] += _gradient(losses[0], parameters, keep=False)
+            # A compiled backward pass gives its buffers away and cannot be kept for a second one,
+            # and the probe's batch size would have the training's graphs compiled anew.
+            with torch.compiler.set_stance("force_eager"):
+                for row, time in zip(sums, times, strict=True):
+                    inputs = trainer.inputs(batch, time=time)
+                    losses = trainer.losses(trainer.module, inputs, targets)
+                    row[0] += _gradient(trainer.alignment_loss(losses), parameters, keep=True)
+                    row[1] += _gradient(losses[0], parameters, keep=False)
         trainer.parallel.sum(sums)
         cosines: list[float] = torch.cosine_similarity(sums[:, 0], sums[:, 1], dim=1).tolist()
         return cosines

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.store import SampleOrder, Store
+from pipeline.train.parallel import Parallel
+from pipeline.train.probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
 from tests.helpers import needs_compiler
@@ -68,3 +71,25 @@ def test_the_termination_compiles_nothing_anew(
     run(run_config(compute={"compile": "on"}), tmp_path / "run")
     assert compiled[0] > 0
     assert compiled[1:] == [0] * 5
+
+
+@needs_compiler
+def test_the_probe_compiles_nothing_and_measures_the_same(
+    run_config: Make, random_store: Store
+) -> None:
+    """Also of batches for which training has compiled a backward pass, whose buffers can be used
+    only once, where the probe goes back twice."""
+    found = []
+    for compute in ({"compile": "off"}, {"compile": "on"}):
+        torch._dynamo.reset()
+        trainer = Trainer(run_config(compute=compute), random_store, Parallel())
+        order = SampleOrder(0, random_store.index().samples_per_shard)
+        probe = GradientProbe(trainer, random_store, order)
+        (batch,) = probe._batches(5)
+        for _ in range(2):  # at initialisation every gate is 0
+            trainer.train_step(batch)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found.append(probe.gradient_cosines([0.1, 0.7], 5))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+        trainer.close()
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
