@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from schemas.alignment import AlignmentConfig
 from schemas.base import Strict
 from schemas.diffusion import DiffusionConfig, SamplerConfig
-from schemas.extract import Precision
 from schemas.fields import Layers, ModelArguments, ModelId
 from schemas.student import StudentConfig
 
@@ -188,8 +187,9 @@ class RunConfig(Strict):
     """Seed of initialisation, sample order, noise, timesteps and label drops."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the averaged weights, from the first step on."""
-    precision: Literal["auto"] | Precision = "auto"
-    """Autocast dtype; 'auto' is bfloat16 on GPUs, float32 on CPUs."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast dtype; 'auto' is bfloat16 on GPUs, float32 on CPUs. float16 is none: gradients of
+    means over a batch lie below its smallest numbers."""
     log_every: Positive = 100
     """Steps between rows of the metrics file; each row is the mean since the last."""
     profile: Annotated[int, Field(ge=1)] | None = None

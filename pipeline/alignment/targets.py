@@ -49,6 +49,7 @@ class MapsTargets:
         self.columns = stream.columns
         self.wanted = wanted
         self.rows = [stream.teacher.layers.index(layer) for layer in wanted.layers]
+        self._index = torch.tensor(self.rows, dtype=torch.int64)
 
     def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
         attention = None
@@ -67,8 +68,15 @@ class MapsTargets:
         """A column (B, L, H, ...) at the wanted layers and heads, which every one of its stored
         arrays has as its first dimensions: what no loss asks for is never decoded."""
         parts = column_arrays(name, self.columns[name])
-        chosen = {part: columns[part][:, self.rows, : self.wanted.heads] for part in parts}
+        chosen = {part: self._choose(columns[part]) for part in parts}
         return decode_column(name, self.columns[name], chosen).float()
+
+    def _choose(self, stored: Tensor) -> Tensor:
+        if stored.dtype == torch.uint16:  # bit patterns, which GPUs cannot index as such
+            stored = stored.view(torch.int16)
+        if self._index.device != stored.device:  # once: a list would be copied at every step
+            self._index = self._index.to(stored.device)
+        return stored[:, :, : self.wanted.heads].index_select(1, self._index)
 
 
 class QkTargets(MapsTargets):

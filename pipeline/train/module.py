@@ -64,6 +64,10 @@ class AlignedStudent(nn.Module):
         """Compile what takes the time, each block by itself: equal blocks share their code, and the
         termination only switches to that of blocks without taps."""
         self.compiled = True
+        # Said again, what is only a default counts as set. Else sampling, which sets this flag and
+        # puts it back, would leave it another than it was, and all would be compiled anew.
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_tf32 = matmul.allow_tf32
         for part in (*self.student.blocks, self.student.final_layer, self.projector):
             if part is not None:
                 part.compile()

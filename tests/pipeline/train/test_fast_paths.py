@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.sampling.precision import arithmetic
 from pipeline.store import SampleOrder, Store
 from pipeline.train.parallel import Parallel
 from pipeline.train.probe import GradientProbe
@@ -93,3 +94,19 @@ def test_the_probe_compiles_nothing_and_measures_the_same(
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
         trainer.close()
     assert found[1] == pytest.approx(found[0], abs=1e-3)
+
+
+@needs_compiler
+def test_drawing_samples_compiles_nothing_anew(run_config: Make, random_store: Store) -> None:
+    """It sets flags of float32 products and puts them back as they were."""
+    torch._dynamo.reset()
+    trainer = Trainer(run_config(compute={"compile": "on"}), random_store, Parallel())
+    order = SampleOrder(0, random_store.index().samples_per_shard)
+    (batch,) = GradientProbe(trainer, random_store, order)._batches(5)
+    trainer.train_step(batch)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with arithmetic("tf32"):
+        pass
+    trainer.train_step(batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    trainer.close()
