@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -140,6 +140,15 @@ def test_a_wish_to_save_is_granted_and_the_run_goes_on(run_config: Make, tmp_pat
     assert summary["steps"] == 6
 
 
+@pytest.fixture
+def python_signals() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a process in a shell's background starts without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_signals")
 def test_signals_are_as_before_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals() as signals:
