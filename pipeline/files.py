@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
@@ -36,8 +36,9 @@ from pipeline.storage.retry import (
     retrying,
     shown,
 )
-from pipeline.storage.scatter import scatter
 from pipeline.storage.tree import files_below
+
+T = TypeVar("T")
 
 __all__ = [
     "RETRY_SECONDS",
@@ -55,7 +56,7 @@ __all__ = [
     "publish",
     "read_at_most",
     "read_bytes",
-    "read_into",
+    "read_directly",
     "read_ranges",
     "remove",
     "retrying",
@@ -131,27 +132,25 @@ def read_ranges(
     return parts
 
 
-def read_into(
+def read_directly(
     filesystem: fsspec.AbstractFileSystem,
     path: str,
-    pieces: Sequence[tuple[int, Sequence[bytearray | memoryview]]],
+    read: Callable[[int], T],
     *,
     ahead: bool = False,
-) -> list[int]:
-    """Bytes of a local file from each offset on straight into buffers (writable, contiguous), one
-    behind the other; how many bytes there were of each piece. Neighbours are one call of the
-    system. ``ahead`` asks it to fetch the whole file meanwhile. What is no regular file is empty.
-    """
+) -> T | None:
+    """What ``read`` makes of a local file's descriptor, None where it is no regular file. ``read``
+    must be safe to repeat. ``ahead`` asks the system to fetch the whole file meanwhile."""
 
-    def read() -> list[int]:
+    def attempt() -> T | None:
         with open_regular(path) as descriptor:
             if descriptor is None:
-                return [0] * len(pieces)
+                return None
             if ahead and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            return scatter(descriptor, pieces)
+            return read(descriptor)
 
-    return retrying(read, filesystem, path, doing="read")
+    return retrying(attempt, filesystem, path, doing="read")
 
 
 def write_atomic(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:

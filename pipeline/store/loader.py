@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget
 from pipeline.store.order import SampleOrder
 from pipeline.store.quarantine import CHECK, Agree, Quarantine
-from pipeline.store.reader import Columns, StreamReader
+from pipeline.store.reader import Columns, Rows, StreamReader
 from pipeline.store.source import FileSource, for_share
 from pipeline.store.store import Store
 from schemas.errors import UserError
@@ -37,7 +38,7 @@ class Batch:
 
 
 class _Task(NamedTuple):
-    """Rows of one stream and shard that a thread puts into a batch."""
+    """Rows of one stream that a thread puts into a batch."""
 
     stream: str
     places: np.ndarray
@@ -217,36 +218,29 @@ class BatchLoader:
         """Let the threads read the samples at positions ``begin`` to ``end``."""
         positions = np.arange(begin, end, dtype=np.int64)
         shards, rows, until = self._order.locate_windows(positions)
-        groups = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
+        order = np.lexsort((rows, shards))  # neighbours in a file become one request
+        numbers, starts = np.unique(shards[order], return_index=True)
+        groups = [
+            Rows(shard, rows[places], places, int(until[places].max()))
+            for shard, places in zip(numbers.tolist(), np.split(order, starts)[1:], strict=True)
+        ]
         batch = _Pending(step, positions, {}, [])
         for name in self._needed(step):
             batch.columns[name] = self._readers[name].empty(len(positions))
-        for places in groups:  # each shard of all streams before the next: zips need both anyway
-            for name, columns in batch.columns.items():
-                done = self._pool.submit(
-                    self._fill,
-                    name,
-                    columns,
-                    int(shards[places[0]]),
-                    rows[places],
-                    places,
-                    int(until[places].max()),
-                )
-                batch.tasks.append(_Task(name, places, done))
+        tasks = [
+            [(name, columns, some) for some in self._readers[name].together(groups)]
+            for name, columns in batch.columns.items()
+        ]
+        # the same shards of all streams before the next ones: zips need both anyway
+        for task in filter(None, chain.from_iterable(zip_longest(*tasks))):
+            places = np.concatenate([group.places for group in task[2]])
+            batch.tasks.append(_Task(task[0], places, self._pool.submit(self._fill, *task)))
         return batch
 
-    def _fill(
-        self,
-        name: str,
-        columns: Columns,
-        shard: int,
-        rows: np.ndarray,
-        places: np.ndarray,
-        until: int,
-    ) -> None:
+    def _fill(self, name: str, columns: Columns, groups: Sequence[Rows]) -> None:
         reader = self._readers[name]
         with wanted_until(reader.source.closed):
-            reader.fill(columns, shard, rows, places, until)
+            reader.fill(columns, groups)
 
     def _needed(self, step: int) -> list[str]:
         return [
@@ -282,10 +276,10 @@ class BatchLoader:
         that can. Only what is read here counts as found: it is the same however far ahead the
         threads are."""
         for shard, row, until in quarantine.following(int(batch.positions[place]), batch.columns):
-            at, where = np.array([row]), np.array([place])
+            alone = [Rows(shard, np.array([row]), np.array([place]), until)]
             for name, columns in batch.columns.items():
                 try:
-                    self._fill(name, columns, shard, at, where, until)
+                    self._fill(name, columns, alone)
                 except DamagedShardError as error:
                     quarantine.add(name, shard, row, error)
                     break

@@ -72,7 +72,7 @@ def _column_parts(column: Column) -> dict[str, Part]:
 def check_value(part: Part, value: np.ndarray | int) -> np.ndarray:
     """The value as an array of its part. Raises ``ValueError`` on another shape, on a number that
     is not finite in the stored type, and on labels that no reader would take."""
-    if part.is_class and not 0 <= value < 10**18:
+    if part.is_class and not 0 <= value < 10**CLASS_DIGITS:
         raise ValueError(f"{value} is not a class number")
     array = np.ascontiguousarray(value, dtype=part.dtype).reshape(np.shape(value))
     if array.shape != part.shape:
@@ -133,13 +133,16 @@ def member_suffix(name: str, part: Part) -> str:
 
 SUFFIXES: dict[Lossless, str] = {"zstd": "zst", "blosc": "blosc"}
 
+CLASS_DIGITS = 18
+"""Of a class number at most: so it fits into an int64."""
+
 
 def read_npy_member(part: Part, data: bytes | memoryview) -> np.ndarray | int:
     """The inverse of ``npy_member``; an array may be a view of ``data``. Raises ``ValueError``
     where the bytes are not what the manifest promises."""
     if part.is_class:
         text = bytes(data)
-        if not text.isdigit() or len(text) > 18:
+        if not text.isdigit() or len(text) > CLASS_DIGITS:
             raise ValueError(f"{text[:20]!r} is not a class number")
         return int(text)
     header = npy_header(part.shape, part.dtype.str)
@@ -174,20 +177,22 @@ class Layout:
     def __init__(self, part: Part, *, npy: bool) -> None:
         """``npy``: a member of a tar, else a chunk of zarr."""
         self.part = part
-        self._header = npy_header(part.shape, part.dtype.str) if npy else b""
+        self.is_text = npy and part.is_class
+        self.header = npy_header(part.shape, part.dtype.str) if npy and not part.is_class else b""
+        self.stored_size: int | None = None
+        """Of a header and the numbers as they are; None where they are stored otherwise."""
+        if part.lossless == "none" and not self.is_text:
+            self.stored_size = len(self.header) + part.nbytes
         self._fill = fill_from_npy_member if npy else fill_from_chunk
-        self._whole = None
-        if part.lossless == "none" and not (npy and part.is_class):
-            self._whole = len(self._header) + part.nbytes
 
     def places(self, out: np.ndarray) -> Callable[[int, int], list[Buffer]]:
         """For a batch's array (B, *shape), contiguous: where ``size`` bytes go for the row at a
         place, as ``(place, size) -> buffers``. What is stored as it is goes straight into it."""
-        header, nbytes = len(self._header), self.part.nbytes
+        header, nbytes = len(self.header), self.part.nbytes
         flat = out.reshape(-1).view(np.uint8).data  # slices of this cost less than numpy's
 
         def buffers(place: int, size: int) -> list[Buffer]:
-            if size != self._whole:
+            if size != self.stored_size:
                 return [bytearray(size)]
             data = flat[place * nbytes : (place + 1) * nbytes]
             return [bytearray(header), data] if header else [data]
@@ -203,7 +208,7 @@ class Layout:
         first = buffers[0]
         if len(buffers) == 1 and isinstance(first, bytearray):
             self.fill(memoryview(first), out[place : place + 1])
-        elif self._header and bytes(first) != self._header:
+        elif self.header and bytes(first) != self.header:
             raise ValueError(f"not a {self.part.dtype.name} array of shape {self.part.shape}")
 
 

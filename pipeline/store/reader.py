@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from pipeline.files import StorageError
+from pipeline.storage.scatter import scatter
 from pipeline.store.damage import (
     DamagedArrayError,
     DamagedShardError,
     LostShardError,
     UncommittedShardError,
 )
+from pipeline.store.fixed import FixedRows, Landing, fixed_rows
 from pipeline.store.memory import Kept
 from pipeline.store.parts import (
     Layout,
@@ -27,9 +32,30 @@ from schemas.errors import UserError
 __all__ = ["DamagedShardError", "StreamReader"]
 
 SHARDS_OF_A_BLOCK = 256
+TASK_BYTES = 2 << 20
+"""Read in half a millisecond, where the system has them in memory; waking a thread takes a tenth of
+one."""
 
 Columns = dict[str, np.ndarray]
 """Per stored array (B, *shape), contiguous."""
+
+
+class Rows(NamedTuple):
+    """Rows of one shard, and where in a batch they go."""
+
+    shard: int
+    rows: np.ndarray
+    places: np.ndarray
+    until: int = 0
+    """Position of the run up to which more of the shard will be wanted; see ``expire``."""
+
+
+class _Shard(NamedTuple):
+    """What is known of a shard beforehand."""
+
+    table: ShardTable
+    fixed: list[FixedRows | None]
+    """Of each file, where it can be read in the quick way."""
 
 
 class StreamReader:
@@ -69,8 +95,9 @@ class StreamReader:
         )
         npy = manifest.format != "zarr"
         self._layouts = {name: Layout(part, npy=npy) for name, part in self.parts.items()}
+        self._sample_bytes = sum(part.nbytes for part in self.parts.values())
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
-        self._tables: Kept[ShardTable] = Kept()
+        self._tables: Kept[_Shard] = Kept()
         # A bit for each row, in blocks of shards; two threads in one shard may lose each other's,
         # which verifies anew.
         self._verified: dict[int, np.ndarray] = {}
@@ -101,30 +128,52 @@ class StreamReader:
         out = self.empty(len(rows))
         for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard)
-            self.fill(out, shard, rows[places], places)
+            places = places[np.argsort(rows[places])]  # neighbours become one request
+            self.fill(out, [Rows(shard, rows[places], places)])
             self.source.kept.shrink(self.cache_files * self._files_per_shard)
             self._tables.shrink(max(self.cache_files, 64))
         return out
 
-    def fill(
-        self, out: Columns, shard: int, rows: np.ndarray, places: np.ndarray, until: int = 0
-    ) -> None:
-        """Put rows of one shard at ``places`` of ``out``. ``until`` is the position of the run up
-        to which more of the shard will be wanted; see ``expire``."""
-        order = np.argsort(rows)  # neighbours in the file become one request
-        rows, places = rows[order], places[order]
-        table = self._table(shard, until)
-        if rows[-1] >= table.samples:
+    def together(self, wanted: Sequence[Rows]) -> Iterator[Sequence[Rows]]:
+        """What one thread had better read in one go: from a local file enough to be worth its
+        waking, from afar a shard each, as it is waited for."""
+        least = TASK_BYTES if self.source.is_direct else 0
+        begin = size = 0
+        for number, (_, rows, _, _) in enumerate(wanted, start=1):
+            size += len(rows) * self._sample_bytes
+            if size >= least or number == len(wanted):
+                yield wanted[begin:number]
+                begin, size = number, 0
+
+    def fill(self, out: Columns, wanted: Sequence[Rows]) -> None:
+        """Put rows of shards at their places of ``out``."""
+        landing = Landing(out)
+        for some in wanted:
+            self._fill_shard(out, landing, some)
+
+    def _fill_shard(self, out: Columns, landing: Landing, wanted: Rows) -> None:
+        shard, rows, places, until = wanted
+        table, fixed = self._table(shard, until)
+        if rows.max() >= table.samples:
             raise DamagedShardError(
-                f"{self._where(shard)} has {table.samples} samples, not {rows[-1] + 1}: the "
+                f"{self._where(shard)} has {table.samples} samples, not {rows.max() + 1}: the "
                 "store's index is stale; delete it and run the extraction again"
             )
-        bits = self._bits(shard)
-        verified = np.unpackbits(bits, bitorder="little")[rows].astype(bool)
-        fill = self._fill_directly if self.source.is_direct else self._fill_from
-        for file in table.files:
-            fill(file, out, shard, rows, places, verified, until)
-        if self.verify and not verified.all():
+        check = None
+        if self.verify:
+            bits = self._bits(shard)
+            check = np.unpackbits(bits, bitorder="little")[rows] == 0
+        for file, same in zip(table.files, fixed, strict=True):
+            try:
+                if not self.source.is_direct:
+                    self._fill_from(file, out, shard, rows, places, check, until)
+                elif same is None or not self._fill_fixed(
+                    file, same, landing, rows, places, check, until
+                ):
+                    self._fill_directly(file, out, shard, rows, places, check, until)
+            except FileNotFoundError:
+                raise LostShardError(f"{self._where(shard)} is missing") from None
+        if check is not None and check.any():
             np.bitwise_or.at(bits, rows // 8, (1 << rows % 8).astype(np.uint8))
 
     def expire(self, position: int) -> None:
@@ -137,6 +186,25 @@ class StreamReader:
         self.source.close()
         self._tables.clear()
 
+    def _fill_fixed(
+        self,
+        file: FileTable,
+        fixed: FixedRows,
+        landing: Landing,
+        rows: np.ndarray,
+        places: np.ndarray,
+        check: np.ndarray | None,
+        until: int,
+    ) -> bool:
+        """Whether all is as it should be."""
+        numbers, targets = rows.tolist(), places.tolist()
+        checked = None if check is None else check.tolist()
+
+        def read(descriptor: int) -> list[int]:
+            return landing.read(descriptor, fixed, numbers, targets, checked)
+
+        return bool(self.source.read_directly(file, read, until))
+
     def _fill_directly(
         self,
         file: FileTable,
@@ -144,7 +212,7 @@ class StreamReader:
         shard: int,
         rows: np.ndarray,
         places: np.ndarray,
-        verified: np.ndarray,
+        check: np.ndarray | None,
         until: int,
     ) -> None:
         """As ``_fill_from``, from a local file: what is stored as it is goes where it belongs."""
@@ -158,16 +226,13 @@ class StreamReader:
             for number, place in enumerate(targets)
             for column, landing in enumerate(landings)
         ]
-        try:
-            counts = self.source.read_into(file, pieces, until)
-        except FileNotFoundError:
-            raise LostShardError(f"{self._where(shard)} is missing") from None
-        check = (~verified if self.verify else np.full(len(rows), False)).tolist()
-        for piece, count in enumerate(counts):
+        counts = self.source.read_directly(file, lambda d: scatter(d, pieces), until)
+        checked = np.zeros(len(rows), bool) if check is None else check
+        for piece, count in enumerate(counts or [0] * len(pieces)):
             number, column = divmod(piece, len(layouts))
             buffers, name = pieces[piece][1], file.names[column]
             try:
-                crc = crc32[number][column] if check[number] else None
+                crc = crc32[number][column] if checked[number] else None
                 check_stored(buffers, count, sizes[number][column], crc)
                 layouts[column].finish(buffers, out[name], targets[number])
             except ValueError as error:
@@ -180,20 +245,20 @@ class StreamReader:
         shard: int,
         rows: np.ndarray,
         places: np.ndarray,
-        verified: np.ndarray,
+        check: np.ndarray | None,
         until: int,
     ) -> None:
         offsets, sizes, crc32 = file.offsets[rows], file.sizes[rows], file.crc32[rows]
         ranges = list(zip(offsets.ravel().tolist(), sizes.ravel().tolist(), strict=True))
         anew = False
         while True:
+            pieces, cached = self.source.read(file, ranges, until, anew=anew)
+            if cached:
+                checked = np.ones(len(rows), bool)
+            else:
+                checked = np.zeros(len(rows), bool) if check is None else check
             try:
-                pieces, cached = self.source.read(file, ranges, until, anew=anew)
-            except FileNotFoundError:
-                raise LostShardError(f"{self._where(shard)} is missing") from None
-            check = np.full(len(rows), True) if cached else self.verify & ~verified
-            try:
-                self._decode(file, out, places, pieces, sizes, crc32, check)
+                self._decode(file, out, places, pieces, sizes, crc32, checked)
                 return
             except DamagedArrayError as error:
                 if cached and not anew:
@@ -230,15 +295,18 @@ class StreamReader:
             "its commit record and run the extraction again"
         )
 
-    def _table(self, shard: int, until: int) -> ShardTable:
-        def load() -> ShardTable:
+    def _table(self, shard: int, until: int) -> _Shard:
+        def load() -> _Shard:
             try:
                 record = self.store.record(shard, self.stream)
             except (StorageError, UncommittedShardError):
                 raise
             except UserError as error:
                 raise LostShardError(f"{self._where(shard)}: {error}") from None
-            return self._checked(shard, shard_table(record, self.stream))
+            table = self._checked(shard, shard_table(record, self.stream))
+            direct = self.source.is_direct
+            fixed = [fixed_rows(file, self._layouts) if direct else None for file in table.files]
+            return _Shard(table, fixed)
 
         table = self._tables.get(shard, load, until=until)
         assert table is not None  # it counts no bytes

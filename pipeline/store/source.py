@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import fsspec
 
-from pipeline.files import is_local, read_into, read_ranges
+from pipeline.files import is_local, read_directly, read_ranges
 from pipeline.storage.scatter import GAP
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget, Kept
@@ -109,18 +109,16 @@ class FileSource:
 
     @property
     def is_direct(self) -> bool:
-        """Whether ``read_into`` can be used: the system's own cache of a local file serves better
-        than a copy in memory."""
+        """Whether ``read_directly`` can be used: the system's own cache of a local file serves
+        better than a copy in memory."""
         return self._disk is None and is_local(self._filesystem)
 
-    def read_into(
-        self,
-        file: FileTable,
-        pieces: Sequence[tuple[int, Sequence[bytearray | memoryview]]],
-        until: int,
+    def read_directly(
+        self, file: FileTable, read: Callable[[int], list[int]], until: int
     ) -> list[int]:
-        """The bytes from each offset on into buffers, without a copy between; how many there were
-        of each piece. ``until`` as in ``read``. Local files only."""
+        """Have ``read`` take bytes from the file's descriptor, without a copy between; what it
+        returns: how many, of each piece. Nothing where it is no regular file. ``until`` as in
+        ``read``. Local files only."""
         self._count(requests=1)
         ahead = self._begun.get(file.file) != until  # else the system was asked for all of it
         if ahead:
@@ -129,7 +127,7 @@ class FileSource:
                 self._begun.popitem(last=False)
             ahead = self._wants_whole(file.bytes, len(file.offsets))
         path = f"{self._root}/{file.file}"
-        counts = read_into(self._filesystem, path, pieces, ahead=ahead)
+        counts = read_directly(self._filesystem, path, read, ahead=ahead) or []
         self._count(read=sum(counts))
         return counts
 

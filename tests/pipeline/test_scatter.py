@@ -15,11 +15,13 @@ from pipeline.files import (
     open_url,
     read_at_most,
     read_bytes,
-    read_into,
+    read_directly,
     read_ranges,
 )
 from pipeline.storage import scatter as module
 from pipeline.storage.scatter import scatter
+
+Pieces = list[tuple[int, list[bytearray]]]
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def data(tmp_path: Path) -> bytes:
     return data
 
 
-def make_pieces(rng: random.Random, size: int) -> list[tuple[int, list[bytearray]]]:
+def make_pieces(rng: random.Random, size: int) -> Pieces:
     """Near each other and far, overlapping, empty, and beyond the end."""
     pieces = []
     for _ in range(rng.randint(1, 30)):
@@ -38,7 +40,13 @@ def make_pieces(rng: random.Random, size: int) -> list[tuple[int, list[bytearray
     return pieces
 
 
-def check(pieces: list[tuple[int, list[bytearray]]], counts: list[int], data: bytes) -> None:
+def read_into(path: str, pieces: Pieces, *, ahead: bool = False) -> list[int] | None:
+    filesystem, path = open_url(path, what="--store")
+    return read_directly(filesystem, path, lambda d: scatter(d, pieces), ahead=ahead)
+
+
+def check(pieces: Pieces, counts: list[int] | None, data: bytes) -> None:
+    assert counts is not None
     for (offset, buffers), count in zip(pieces, counts, strict=True):
         expected = data[offset : offset + sum(map(len, buffers))]
         assert count == len(expected)
@@ -48,9 +56,8 @@ def check(pieces: list[tuple[int, list[bytearray]]], counts: list[int], data: by
 @pytest.mark.parametrize("seed", range(30))
 def test_each_piece_gets_its_bytes(tmp_path: Path, data: bytes, seed: int) -> None:
     rng = random.Random(seed)
-    filesystem, path = open_url(str(tmp_path / "file"), what="--store")
     pieces = make_pieces(rng, len(data))
-    check(pieces, read_into(filesystem, path, pieces, ahead=bool(seed % 2)), data)
+    check(pieces, read_into(str(tmp_path / "file"), pieces, ahead=bool(seed % 2)), data)
 
 
 @pytest.mark.parametrize("most", [1, 1000, 4999])
@@ -89,12 +96,12 @@ def test_neighbours_are_one_call(
         return plain(descriptor, buffers, offset)
 
     monkeypatch.setattr(module.os, "preadv", counting)
-    filesystem, path = open_url(str(tmp_path / "file"), what="--store")
+    path = str(tmp_path / "file")
     pieces = [(offset, [bytearray(100)]) for offset in (20_000, 500, 0, 19_000)]
-    check(pieces, read_into(filesystem, path, pieces), data)
+    check(pieces, read_into(path, pieces), data)
     assert calls == [0, 19_000]
     many = [(offset, [bytearray(1)]) for offset in range(0, 3000, 2)]
-    check(many, read_into(filesystem, path, many), data)
+    check(many, read_into(path, many), data)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -103,14 +110,14 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "zeros").symlink_to("/dev/zero")
     for name in ("pipe", "zeros"):
         filesystem, path = open_url(str(tmp_path / name), what="--store")
-        assert read_into(filesystem, path, [(0, [bytearray(5)])]) == [0]
+        assert read_into(path, [(0, [bytearray(5)])]) is None
         assert read_ranges(filesystem, path, [(0, 5), (7, 1 << 50)]) == [b"", b""]
         assert read_at_most(filesystem, path, 5) == b""
         with pytest.raises(StorageError, match="a pipe or a device, not a file"):
             read_bytes(filesystem, path)
     filesystem, path = open_url(str(tmp_path / "none"), what="--store")
     with pytest.raises(FileNotFoundError):
-        read_into(filesystem, path, [(0, [bytearray(5)])])
+        read_into(path, [(0, [bytearray(5)])])
     with pytest.raises(FileNotFoundError):
         read_ranges(filesystem, path, [(0, 5)])
     filesystem, path = open_url(str(tmp_path), what="--store")

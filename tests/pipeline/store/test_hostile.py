@@ -223,7 +223,7 @@ def test_a_record_cannot_have_more_read_than_a_sample_takes_up(
         file["bytes"] = 1 << 40
         file["sizes"]["features"][2] = 1 << 39
 
-    for function in ("read_ranges", "read_into"):
+    for function in ("read_ranges", "read_directly"):
         name = f"pipeline.store.source.{function}"
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(DamagedShardError, match=r"column 'features' 549755813888 bytes, more than"):

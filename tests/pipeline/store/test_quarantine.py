@@ -274,7 +274,7 @@ def test_storage_that_is_away_is_no_damage(hurt: Store, monkeypatch: pytest.Monk
         raise ConnectionResetError("away")
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", away)
-    monkeypatch.setattr("pipeline.files.scatter", away)
+    monkeypatch.setattr("os.preadv", away)
     monkeypatch.setenv(RETRY_VARIABLE, "0")
     with pytest.raises(StorageError):
         run(hurt, 1)

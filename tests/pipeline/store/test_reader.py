@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.store import Store, StreamReader
-from pipeline.store.reader import DamagedShardError
+from pipeline.store.reader import DamagedShardError, Rows
 from schemas.errors import UserError
 from tests.helpers import (
     SIZES,
@@ -187,3 +187,25 @@ def test_a_record_of_other_columns_is_refused(known_store: Store) -> None:
 
     edit_json(Path(known_store.root, "commits", "shard-000001.json"), drop_column)
     assert "other columns" in damaged_read(Store.open(known_store.url), "latents", WHOLE)
+
+
+def test_small_reads_of_local_files_go_together(
+    known_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From afar each shard is waited for by a thread of its own."""
+    wanted = [Rows(shard, np.arange(n), np.arange(n)) for shard, n in enumerate([2, 1, 0, 3, 1])]
+    reader = StreamReader(known_store, "maps")
+
+    def lengths() -> list[int]:
+        parts = list(reader.together(wanted))
+        assert [some for part in parts for some in part] == wanted
+        return [len(part) for part in parts]
+
+    assert lengths() == [5]
+    one = sum(part.nbytes for part in reader.parts.values())
+    for size, expected in [(3 * one, [2, 2, 1]), (2 * one + 1, [2, 2, 1]), (2 * one, [1, 3, 1])]:
+        monkeypatch.setattr("pipeline.store.reader.TASK_BYTES", size)
+        assert lengths() == expected
+    reader = StreamReader(write_known_store("memory://together"), "maps")
+    assert lengths() == [1] * 5
+    assert not list(reader.together([]))
