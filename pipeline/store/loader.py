@@ -16,6 +16,7 @@ from pipeline.store.damage import DamagedShardError
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget
 from pipeline.store.order import SampleOrder
+from pipeline.store.parts import Allocate, allocate
 from pipeline.store.quarantine import CHECK, Agree, Quarantine
 from pipeline.store.reader import Columns, Rows, StreamReader
 from pipeline.store.source import FileSource, for_share
@@ -115,9 +116,11 @@ class BatchLoader:
         disk: DiskCache | None = None,
         on_bad_shard: OnBadShard = "stop",
         agree: Agree = set,
+        allocate: Allocate = allocate,
     ) -> None:
         """``needed_until[stream]`` is a step, known beforehand, from which on it is not read.
-        ``order`` must know of the shards that the run has quarantined so far."""
+        ``order`` must know of the shards that the run has quarantined so far. ``allocate`` gives
+        the memory that batches are read into."""
         self._order = order
         self._global_batch = global_batch
         self._slice = rank_slice(global_batch, rank, world_size)
@@ -135,7 +138,9 @@ class BatchLoader:
                 budget=self.budget,
                 disk=disk,
             )
-            self._readers[name] = StreamReader(store, name, verify=verify, source=source)
+            self._readers[name] = StreamReader(
+                store, name, verify=verify, source=source, allocate=allocate
+            )
         self._open = set(streams)
         self._pending: deque[_Pending] = deque()
         self._error: BaseException | None = None

@@ -226,10 +226,18 @@ def check_stored(buffers: Sequence[Buffer], count: int, size: int, crc32: int | 
         raise ValueError("its checksum is wrong")
 
 
-def empty_batch(part: Part, count: int) -> np.ndarray:
+Allocate = Callable[[int], np.ndarray]
+"""Bytes -> memory for as many, contiguous: uint8 (bytes,). Raises ``MemoryError``."""
+
+
+def allocate(nbytes: int) -> np.ndarray:
+    """Ordinary memory."""
+    return np.empty(nbytes, np.uint8)
+
+
+def empty_batch(part: Part, count: int, allocate: Allocate = allocate) -> np.ndarray:
     """A contiguous array for ``count`` samples, in the stored dtype."""
-    element_count(part.shape)
-    return np.empty((count, *part.shape), part.dtype)
+    return allocate(count * part.nbytes).view(part.dtype).reshape(count, *part.shape)
 
 
 @lru_cache(maxsize=256)

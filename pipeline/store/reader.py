@@ -18,7 +18,9 @@ from pipeline.store.damage import (
 from pipeline.store.fixed import FixedRows, Landing, fixed_rows
 from pipeline.store.memory import Kept
 from pipeline.store.parts import (
+    Allocate,
     Layout,
+    allocate,
     check_stored,
     empty_batch,
     largest_stored,
@@ -78,6 +80,7 @@ class StreamReader:
         whole_file_limit: int = 8 << 20,
         cache_files: int = 8,
         source: FileSource | None = None,
+        allocate: Allocate = allocate,
     ) -> None:
         manifest = store.manifest
         if stream not in manifest.streams:
@@ -90,6 +93,7 @@ class StreamReader:
         self.parts = stream_parts(manifest.streams[stream].columns)
         self.verify = verify
         self.cache_files = cache_files
+        self._allocate = allocate
         self.source = source or FileSource(
             store.filesystem, store.root, wants_whole=up_to(whole_file_limit)
         )
@@ -115,7 +119,9 @@ class StreamReader:
     def empty(self, count: int) -> Columns:
         """Arrays for ``count`` samples, for ``fill``."""
         try:
-            return {name: empty_batch(part, count) for name, part in self.parts.items()}
+            return {
+                name: empty_batch(part, count, self._allocate) for name, part in self.parts.items()
+            }
         except MemoryError:
             raise UserError(
                 f"{count} samples of stream '{self.stream}' of {self.store.shown_url} do not "

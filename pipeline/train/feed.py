@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -23,17 +24,34 @@ class DeviceFeed:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._under_way: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+
+    def allocate(self, nbytes: int) -> np.ndarray:
+        """Memory to read a batch into, uint8 (nbytes,), from which copies need none between: for a
+        GPU pinned memory, which torch keeps for the next batch. Raises ``MemoryError``."""
+        if self._stream is None:
+            return np.empty(nbytes, np.uint8)
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+        except RuntimeError as error:
+            raise MemoryError(f"{nbytes} bytes of pinned memory ({error})") from None
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same on the device; what is computed next waits for them."""
         if self._stream is None:
             return {name: tensor.to(self.device) for name, tensor in tensors.items()}
         computation = torch.cuda.current_stream(self.device)
+        pinned = {name: tensor.contiguous().pin_memory() for name, tensor in tensors.items()}
         with torch.cuda.stream(self._stream):
             copies = {
-                name: tensor.contiguous().pin_memory().to(self.device, non_blocking=True)
-                for name, tensor in tensors.items()
+                name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()
             }
+            done = self._stream.record_event()
+        # Torch sees to it that pinned memory is not used again before it is copied, but not where
+        # it comes by way of numpy, or a copy begins in its middle.
+        self._under_way.append((done, list(pinned.values())))
+        while self._under_way and self._under_way[0][0].query():
+            self._under_way.popleft()
         computation.wait_stream(self._stream)
         for copy in copies.values():  # else its memory may be another copy's while it is read
             copy.record_stream(computation)

@@ -182,6 +182,7 @@ class _Run:
             start_step=self.trainer.step,
             needed_until=needed_until,
             agree=self.parallel.union,
+            allocate=self.trainer.feed.allocate,
             **loader_options(config.data),
         )
 

@@ -221,3 +221,17 @@ def test_closed_streams_are_closed_even_while_the_thread_reads(known_store: Stor
             batches = list(islice(loader, 8))
             assert not any("/maps/" in path for path in paths)
         assert all("maps" not in batch.columns for batch in batches)
+
+
+def test_batches_are_read_into_the_memory_that_is_given(known_store: Store) -> None:
+    given: list[np.ndarray] = []
+
+    def allocate(nbytes: int) -> np.ndarray:
+        given.append(np.full(nbytes, 7, np.uint8))
+        return given[-1]
+
+    for a, b in zip(take(known_store, 4), take(known_store, 4, allocate=allocate), strict=True):
+        same(a, b)
+        for columns in b.columns.values():
+            for array in columns.values():
+                assert any(np.shares_memory(array, memory) for memory in given)

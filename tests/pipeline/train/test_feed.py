@@ -89,3 +89,26 @@ def test_copies_beside_a_busy_computation_are_whole() -> None:
         sums.append(copies["noise"].double().sum())
     ahead.close()
     assert [value.item() for value in sums] == pytest.approx(expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_parts_of_a_batch_read_into_pinned_memory_arrive_whole() -> None:
+    """The memory is given back, and filled anew, while copies wait behind others."""
+    feed = DeviceFeed(torch.device("cuda"))
+    sums = []
+    for step in range(40):
+        batch = feed.allocate(64 << 20).reshape(4, -1)
+        batch[:] = step
+        for part in (batch[:1], batch[1:]):
+            tensor = torch.from_numpy(part)
+            assert tensor.is_pinned()
+            sums.append((step, feed({"x": tensor})["x"]))
+        del batch, part, tensor
+    for step, copy in sums:
+        assert int(copy.min()) == int(copy.max()) == step
+
+
+def test_a_batch_of_a_processor_lies_in_ordinary_memory() -> None:
+    memory = DeviceFeed(CPU).allocate(10)
+    assert (memory.dtype, memory.shape) == (np.uint8, (10,))
+    assert not torch.from_numpy(memory).is_pinned()
