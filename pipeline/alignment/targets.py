@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.alignment.tail import load_tail
 from pipeline.store import Store, StreamReader
-from pipeline.store.codecs import column_arrays, decode_column
+from pipeline.store.codecs import decoder_of, sums_to_one
 from pipeline.teachers import Teacher
 from pipeline.teachers.tap import attention_logits
 from schemas.alignment import AlignmentConfig
@@ -44,70 +44,90 @@ class TargetSource(Protocol):
 class MapsTargets:
     """Targets from the ``maps`` cut: the store holds them as they are used."""
 
-    def __init__(self, name: str, stream: TeacherStream, wanted: Wanted) -> None:
+    def __init__(
+        self, name: str, stream: TeacherStream, wanted: Wanted, *, compiled: bool = False
+    ) -> None:
         self.stream = name
-        self.columns = stream.columns
         self.wanted = wanted
+        # found here: a compiler cannot look into how
+        self._decoders = {n: decoder_of(n, column) for n, column in stream.columns.items()}
+        maps = stream.columns.get("attention")
+        self._normalise = maps is not None and not sums_to_one(maps.codec)
         self.rows = [stream.teacher.layers.index(layer) for layer in wanted.layers]
         self._index = torch.tensor(self.rows, dtype=torch.int64)
+        self._attention = _compiled(self.decode_attention) if compiled else self.decode_attention
 
     def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
-        attention = None
+        features = attention = None
+        if self.wanted.features:
+            features = self._decoders["features"](columns).float()
         if self.rows:
-            attention = self._decode_layers("attention", columns)
-            if self.columns["attention"].codec != "float32":  # storage rounded each number alone
-                attention = attention / attention.sum(-1, keepdim=True)
-        return Targets(self._features(columns), attention)
+            device = next(iter(columns.values())).device
+            if self._index.device != device:  # once: a list would be copied at every step
+                self._index = self._index.to(device)
+            attention = self._attention(
+                # bit patterns in uint16, which GPUs cannot index as such
+                {
+                    part: stored.view(torch.int16) if stored.dtype == torch.uint16 else stored
+                    for part, stored in columns.items()
+                },
+                self._index,
+            )
+        return Targets(features, attention)
 
-    def _features(self, columns: Mapping[str, Tensor]) -> Tensor | None:
-        if not self.wanted.features:
-            return None
-        return decode_column("features", self.columns["features"], columns).float()
+    def decode_attention(self, columns: Mapping[str, Tensor], layers: Tensor) -> Tensor:
+        """Probabilities (B, L, H, N, N) of the layers at these places of the columns."""
+        attention = self.decode_layers("attention", columns, layers)
+        if self._normalise:
+            attention = attention / attention.sum(-1, keepdim=True)
+        return attention
 
-    def _decode_layers(self, name: str, columns: Mapping[str, Tensor]) -> Tensor:
-        """A column (B, L, H, ...) at the wanted layers and heads, which every one of its stored
-        arrays has as its first dimensions: what no loss asks for is never decoded."""
-        parts = column_arrays(name, self.columns[name])
-        chosen = {part: self._choose(columns[part]) for part in parts}
-        return decode_column(name, self.columns[name], chosen).float()
-
-    def _choose(self, stored: Tensor) -> Tensor:
-        if stored.dtype == torch.uint16:  # bit patterns, which GPUs cannot index as such
-            stored = stored.view(torch.int16)
-        if self._index.device != stored.device:  # once: a list would be copied at every step
-            self._index = self._index.to(stored.device)
-        return stored[:, :, : self.wanted.heads].index_select(1, self._index)
+    def decode_layers(self, name: str, columns: Mapping[str, Tensor], layers: Tensor) -> Tensor:
+        """A column (B, L, H, ...) at these layers and the wanted heads, which every one of its
+        stored arrays has as its first dimensions: what no loss asks for is never decoded."""
+        decode, heads = self._decoders[name], self.wanted.heads
+        chosen = {
+            part: columns[part][:, :, :heads].index_select(1, layers)
+            for part in decode.names.values()
+        }
+        return decode(chosen).float()
 
 
 class QkTargets(MapsTargets):
     """Targets from the ``qk`` cut: one matrix product gives the logits."""
 
-    def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
-        attention = None
-        if self.rows:
-            query, key = (self._decode_layers(name, columns) for name in ("query", "key"))
-            attention = torch.softmax(attention_logits(query, key), dim=-1)
-        return Targets(self._features(columns), attention)
+    def decode_attention(self, columns: Mapping[str, Tensor], layers: Tensor) -> Tensor:
+        query, key = (self.decode_layers(name, columns, layers) for name in ("query", "key"))
+        return torch.softmax(attention_logits(query, key), dim=-1)
 
 
 class ReplayedTargets:
     """Targets from the ``activations`` and ``image`` cuts: the rest of the teacher runs on what was
     stored, with the arithmetic that the extraction used."""
 
-    def __init__(self, name: str, stream: TeacherStream, teacher: Teacher, wanted: Wanted) -> None:
+    def __init__(
+        self,
+        name: str,
+        stream: TeacherStream,
+        teacher: Teacher,
+        wanted: Wanted,
+        *,
+        compiled: bool = False,
+    ) -> None:
         self.stream = name
         self.cut = stream.cut
-        self.columns = stream.columns
+        name = "crop" if self.cut == "image" else "tokens"
+        self._decode = decoder_of(name, stream.columns[name])
         self.teacher = teacher
         self.wanted = wanted
         self.dtype = getattr(torch, stream.compute.precision)
         self.stop = teacher.depth if wanted.features else max(wanted.layers) + 1
+        self._probabilities = _compiled(_probabilities) if compiled else _probabilities
 
     @torch.no_grad()
     def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
         teacher, wanted = self.teacher, self.wanted
-        name = "crop" if self.cut == "image" else "tokens"
-        stored = decode_column(name, self.columns[name], columns)
+        stored = self._decode(columns)
         with torch.autocast(stored.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.cut == "image":
                 tokens = teacher.embed(teacher.preprocess(stored.permute(0, 3, 1, 2)))
@@ -117,9 +137,22 @@ class ReplayedTargets:
             features = teacher.normed(tokens)[0] if wanted.features else None
         attention = None
         if wanted.layers:
-            logits = [attended[n].logits(teacher.prefix, wanted.heads) for n in wanted.layers]
-            attention = torch.softmax(torch.stack(logits, dim=1), dim=-1)
+            patches = [attended[layer].patches(teacher.prefix) for layer in wanted.layers]
+            attention = self._probabilities(
+                [(q[:, : wanted.heads], k[:, : wanted.heads]) for q, k in patches]
+            )
         return Targets(features, attention)
+
+
+def _probabilities(operands: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Queries, scaled, and keys (B, H, N, d) of L layers to (B, L, H, N, N)."""
+    return torch.softmax(torch.stack([attention_logits(*pair) for pair in operands], 1), dim=-1)
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What is done to each number becomes one pass over the maps. For each batch size that comes,
+    as graphs for any size are slower, and one smaller batch would have them taken from then on."""
+    return torch.compile(function, dynamic=False)
 
 
 class Wanted(NamedTuple):
@@ -139,9 +172,15 @@ def wanted_targets(alignment: AlignmentConfig, heads: int) -> Wanted:
 
 
 def open_targets(
-    store: Store, name: str | None, wanted: Wanted, device: torch.device
+    store: Store,
+    name: str | None,
+    wanted: Wanted,
+    device: torch.device,
+    *,
+    compiled: bool = False,
 ) -> TargetSource:
-    """The source of targets that the cut of a store's teacher stream asks for."""
+    """The source of targets that the cut of a store's teacher stream asks for. ``compiled``: what
+    is done to attention maps becomes one kernel."""
     name, stream = store.manifest.teacher_stream(name)
     if wanted.layers:
         tokens = math.prod(stream.teacher.grid)
@@ -151,9 +190,9 @@ def open_targets(
             raise UserError(f"the attention of one image in stream '{name}': {error}") from None
     if stream.cut in {"activations", "image"}:
         teacher = load_tail(store, name, sorted(set(wanted.layers)))
-        return ReplayedTargets(name, stream, teacher.to(device), wanted)
+        return ReplayedTargets(name, stream, teacher.to(device), wanted, compiled=compiled)
     kind = MapsTargets if stream.cut == "maps" else QkTargets
-    return kind(name, stream, wanted)
+    return kind(name, stream, wanted, compiled=compiled)
 
 
 def read_targets(

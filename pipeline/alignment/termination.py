@@ -158,6 +158,7 @@ class ResidualPlateauTrigger:
         self.weights = (alignment.feature_weight, alignment.attention_weight)
         self.steps = 0
         self._constant = float(alignment.feature_weight)  # of "1 + feature loss": not a rank's
+        self._decays = torch.tensor([config.fast, config.slow], dtype=torch.float64)
         self._averages: Tensor | None = None  # fast and slow, of this rank's share
 
     def known_step(self) -> int | None:
@@ -169,10 +170,11 @@ class ResidualPlateauTrigger:
             losses.attention - losses.teacher_entropy
         )
         value = residual.detach().double()
-        decays = value.new_tensor([self.config.fast, self.config.slow])
         if self._averages is None:
-            self._averages = torch.zeros_like(decays)
-        self._averages = decays * self._averages.to(value.device) + (1 - decays) * value
+            self._averages = torch.zeros(2, dtype=torch.float64)
+        # to where the losses are, once: a copy to a GPU would wait for all that it still has to do
+        self._averages, self._decays = (x.to(value.device) for x in (self._averages, self._decays))
+        self._averages = self._decays * self._averages + (1 - self._decays) * value
         self.steps += 1
 
     def wants(self, step: int) -> bool:

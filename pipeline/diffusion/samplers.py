@@ -96,7 +96,8 @@ def _euler_maruyama(
 
 def score(path: Path, velocity: Tensor, x: Tensor, t: float) -> Tensor:
     """Gradient of the log density of x_t, from the velocity (arXiv 2401.08740, equation 9)."""
-    c = coefficients(path, torch.tensor(t, dtype=x.dtype, device=x.device))
+    # on the CPU, as a copy to a GPU would wait for all that it still has to do
+    c = coefficients(path, torch.tensor(t, dtype=x.dtype))
     ratio = c.alpha / c.d_alpha
     variance = c.sigma**2 - ratio * c.d_sigma * c.sigma
     return (ratio * velocity - x) / variance

@@ -45,6 +45,9 @@ class Teacher(nn.Module):
     block to any other, so a forward pass can be cut and taken up again.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         config: TeacherConfig,
@@ -69,6 +72,8 @@ class Teacher(nn.Module):
             (name, tensor.numpy()) for name, tensor in sorted(self.vit.state_dict().items())
         )
         self.mean, self.std = normalisation(self.vit)
+        for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.image_size = int(self.vit.patch_embed.img_size[0])
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix = int(self.vit.num_prefix_tokens)
@@ -107,9 +112,7 @@ class Teacher(nn.Module):
         Normalise, then resize bicubically without antialiasing, as REPA and HASTE do.
         """
         images = images_B3RR.float().div_(255)
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
-        images = (images - mean) / std
+        images = (images - self.pixel_mean) / self.pixel_std
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size=size, mode="bicubic")

@@ -68,6 +68,9 @@ class AlignedStudent(nn.Module):
         # puts it back, would leave it another than it was, and all would be compiled anew.
         matmul = torch.backends.cuda.matmul
         matmul.allow_tf32 = matmul.allow_tf32
+        # DDP would have every block cut where one of its buckets of gradients ends, to average them
+        # before the block is done; blocks are small enough for that to wait until then.
+        torch._dynamo.config.optimize_ddp = False
         for part in (*self.student.blocks, self.student.final_layer, self.projector):
             if part is not None:
                 part.compile()

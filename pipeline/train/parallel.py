@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "broadcast_buffers"
+"""What newer torch calls it."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,9 @@ class Parallel:
         if self.world_size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
+        options: dict[str, Any] = {BUFFERS: False}  # they are position tables, which never change
         return DistributedDataParallel(
-            module,
-            device_ids=ids,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # they are position tables, which never change
+            module, device_ids=ids, gradient_as_bucket_view=True, **options
         )
 
     def averaging(self, wrapped: nn.Module, *, on: bool) -> AbstractContextManager[None]:
@@ -84,5 +88,5 @@ class Parallel:
         """Sums of integers over all workers; every worker passes the same keys."""
         names = sorted(counts)
         numbers = [counts[name] for name in names]
-        values = self.sum(torch.tensor(numbers, dtype=torch.int64, device=self.device))
-        return dict(zip(names, (int(value) for value in values), strict=True))
+        sums = self.sum(torch.tensor(numbers, dtype=torch.int64, device=self.device)).tolist()
+        return dict(zip(names, sums, strict=True))

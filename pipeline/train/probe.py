@@ -39,10 +39,10 @@ class GradientProbe:
         size = sum(parameter.numel() for parameter in parameters)
         sums = torch.zeros(len(times), 2, size, device=trainer.parallel.device)
         for batch in self._batches(samples):
-            targets = trainer.targets_of(batch)
             # A compiled backward pass gives its buffers away and cannot be kept for a second one,
             # and the probe's batch size would have the training's graphs compiled anew.
             with torch.compiler.set_stance("force_eager"):
+                targets = trainer.targets_of(batch)
                 for row, time in zip(sums, times, strict=True):
                     inputs = trainer.inputs(batch, time=time)
                     losses = trainer.losses(trainer.module, inputs, targets)

@@ -184,7 +184,11 @@ class Trainer:
             alignment = self.config.alignment
             wanted = wanted_targets(alignment, self._heads)
             self._targets = open_targets(
-                self._store, alignment.stream, wanted, self.parallel.device
+                self._store,
+                alignment.stream,
+                wanted,
+                self.parallel.device,
+                compiled=self._compiles,
             )
         return self._targets
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.store.codecs.base import MAIN, Array, Codec
 from pipeline.store.codecs.companded import CubeRoot, SquareRoot
@@ -22,11 +22,14 @@ __all__ = [
     "MAIN",
     "Array",
     "Codec",
+    "Decoder",
     "column_arrays",
     "decode_column",
+    "decoder_of",
     "encode_column",
     "find_codec",
     "part_name",
+    "sums_to_one",
 ]
 
 FIXED: dict[CodecName, Codec] = {
@@ -59,6 +62,12 @@ def find_codec(name: CodecName) -> Codec:
     return TokenSteps(fineness, relative=match[1] == "tokens")
 
 
+def sums_to_one(name: CodecName) -> bool:
+    """Whether rows of probabilities are decoded to rows that sum to 1, within rounding: those whose
+    numbers were rounded one by one are not."""
+    return isinstance(find_codec(name), CubeRoot | SquareRoot) or name == "float32"
+
+
 def part_name(column: str, array: str) -> str:
     """The name under which one of a column's arrays is stored."""
     return f"{column}.{array}" if array != MAIN else column
@@ -75,12 +84,28 @@ def encode_column(name: str, column: Column, values: Tensor) -> dict[str, Tensor
     return {part_name(name, array): tensor for array, tensor in arrays.items()}
 
 
-def decode_column(name: str, column: Column, parts: Mapping[str, Tensor]) -> Tensor:
-    """The inverse, on the device where ``parts`` lie."""
+class Decoder(NamedTuple):
+    """Makes a batch of one column's tensors (B, *shape) of its stored arrays (B, ...)."""
+
+    codec: Codec
+    names: Mapping[str, str]
+    """The codec's arrays -> the parts' names."""
+
+    def __call__(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return self.codec.decode({array: parts[name] for array, name in self.names.items()})
+
+
+def decoder_of(name: str, column: Column) -> Decoder:
+    """A column's decoder."""
     codec = find_codec(column.codec)
-    return codec.decode({a: parts[part_name(name, a)] for a in codec.arrays(column.shape)})
+    return Decoder(codec, {array: part_name(name, array) for array in codec.arrays(column.shape)})
+
+
+def decode_column(name: str, column: Column, parts: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of ``encode_column``, on the device where ``parts`` lie."""
+    return decoder_of(name, column)(parts)
 
 
 def column_arrays(name: str, column: Column) -> list[str]:
     """Names of a column's stored arrays."""
-    return [part_name(name, array) for array in find_codec(column.codec).arrays(column.shape)]
+    return list(decoder_of(name, column).names.values())

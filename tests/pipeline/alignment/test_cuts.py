@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from pipeline.alignment.tail import load_tail, tail_file
-from pipeline.alignment.targets import Targets, Wanted, read_targets
+from pipeline.alignment.targets import Targets, Wanted, open_targets, read_targets
 from pipeline.inspect.draw import draw_sample
-from pipeline.store import Store
+from pipeline.store import Store, StreamReader
 from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
@@ -20,6 +20,7 @@ from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from tests.encoded import SAMPLES, encode
+from tests.helpers import needs_compiler
 
 ALIGNMENT = AlignmentConfig(feature_depth=2, student_layers=(1, 2), teacher_layers=(5, 3))
 
@@ -70,6 +71,33 @@ def test_replayed_teacher_gives_what_the_maps_hold_bit_for_bit(
     assert torch.equal(exact.attention, replayed.attention)
     assert exact.attention.shape == (SAMPLES, 2, 6, 64, 64)
     torch.testing.assert_close(exact.attention.sum(-1), torch.ones(SAMPLES, 2, 6, 64))
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error:Dynamo detected")
+@pytest.mark.parametrize(
+    "name",
+    ["exact", "maps-half", "maps-bfloat16", "maps-faithful", "maps-small", "qk-int8", "image"],
+)
+def test_compiled_targets_are_the_plain_ones(stores: dict[str, Store], name: str) -> None:
+    """Also of a smaller batch, after which the larger one's graph is still its own."""
+    store = stores[name]
+    wanted = Wanted(features=True, layers=ALIGNMENT.teacher_layers, heads=4)
+    cpu = torch.device("cpu")
+    plain = open_targets(store, None, wanted, cpu)
+    torch._dynamo.reset()
+    compiled = open_targets(store, None, wanted, cpu, compiled=True)
+    reader = StreamReader(store, plain.stream)
+    graphs = []
+    for size in (SAMPLES, 2, SAMPLES, 2):
+        rows = np.arange(size)
+        columns = {n: torch.from_numpy(a) for n, a in reader.read(0 * rows, rows).items()}
+        with torch.no_grad():
+            one, other = plain(columns), compiled(columns)
+        assert torch.equal(one.features, other.features)
+        torch.testing.assert_close(one.attention, other.attention, rtol=2e-6, atol=1e-9)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[2] == graphs[3]
 
 
 def test_centred_keys_give_the_same_attention(stores: dict[str, Store]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.store.codecs import decode_column, encode_column, find_codec, part_name
+from pipeline.store.codecs import decode_column, encode_column, find_codec, part_name, sums_to_one
 from pipeline.store.parts import stream_parts
 from schemas.store import Column
 
@@ -234,3 +234,11 @@ def test_another_shape_than_the_columns_is_refused() -> None:
 def test_the_main_array_has_the_columns_name() -> None:
     assert part_name("tokens", "") == "tokens"
     assert part_name("tokens", "step") == "tokens.step"
+
+
+@pytest.mark.parametrize("codec", ["float32", "cbrt8", "sqrt512", "sqrt160", "float16", "bfloat16"])
+def test_which_rows_of_probabilities_sum_to_one(codec: str) -> None:
+    random = torch.Generator().manual_seed(5)
+    probs = torch.softmax(4 * torch.randn(2, 3, 50, 50, generator=random), dim=-1)
+    sums = round_trip(codec, probs).float().sum(-1)
+    assert sums_to_one(codec) == bool((sums - 1).abs().max() < 1e-6)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._dynamo.backends.distributed import DDPOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.sampling.precision import arithmetic
 from pipeline.store import SampleOrder, Store
@@ -94,6 +97,25 @@ def test_the_probe_compiles_nothing_and_measures_the_same(
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
         trainer.close()
     assert found[1] == pytest.approx(found[0], abs=1e-3)
+
+
+@needs_compiler
+def test_ddp_does_not_cut_the_blocks_that_are_compiled(
+    run_config: Make, random_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    trainer = Trainer(run_config(compute={"compile": "on"}), random_store, Parallel())
+    order = SampleOrder(0, random_store.index().samples_per_shard)
+    (batch,) = GradientProbe(trainer, random_store, order)._batches(5)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trainer.wrapped = DistributedDataParallel(trainer.module, bucket_cap_mb=1e-3)
+        monkeypatch.setattr(DDPOptimizer, "__init__", lambda *_, **__: pytest.fail("it is cut"))
+        trainer.train_step(batch)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    finally:
+        trainer.close()
+        dist.destroy_process_group()
 
 
 @needs_compiler
