@@ -28,6 +28,8 @@ class Autoencoder(nn.Module):
         )
         self.scaling_factor = float(self.model.config.scaling_factor)
         self.shift_factor = float(getattr(self.model.config, "shift_factor", None) or 0.0)
+        # a tenth faster on CPUs; GPUs' tensor cores would reorder numbers for every convolution
+        self.model.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     def info(self, resolution: int) -> AutoencoderInfo:
@@ -53,7 +55,8 @@ class Autoencoder(nn.Module):
     def encode(self, images_B3RR: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images to mean and std of the posterior, each (B, C, h, w) in float32, unscaled.
 
-        The std of a deterministic autoencoder is 0.
+        The std of a deterministic autoencoder is 0. On GPUs torch's convolutions of float32 numbers
+        are in TF32 unless ``torch.backends.cudnn.allow_tf32`` says otherwise.
         """
         pixels = images_B3RR.to(self.model.dtype) / 127.5 - 1
         encoded = self.model.encode(pixels)

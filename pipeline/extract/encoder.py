@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.alignment.cuts import NotFiniteError, cut_values, encode_values
 from pipeline.alignment.tail import first_tail_block, save_tail
@@ -100,7 +101,7 @@ class Encoder:
                 if bad and self.config.on_bad_image == "stop":
                     continue  # only to find the others
                 try:
-                    arrays = self._encode(manifest, images, moments)
+                    arrays = self._brought_back(self._encode(manifest, images, moments))
                 except NotFiniteError as error:
                     item = items[error.rows[0]]
                     raise UserError(
@@ -115,19 +116,42 @@ class Encoder:
         return ShardResult(task.shard, record.samples, tuple(bad), committed=True)
 
     @torch.inference_mode()
-    def _encode(self, manifest: Manifest, images: np.ndarray, moments: list[np.ndarray]) -> Arrays:
+    def _encode(
+        self, manifest: Manifest, images: np.ndarray, moments: list[np.ndarray]
+    ) -> dict[str, dict[str, Tensor]]:
         """uint8 (B, R, R, 3), and what was read of their latents, to what is stored of them."""
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
         name = stream_name(self.config)
+        arrays = {}
+        if self.latents is not None:  # first, as what follows waits until the teacher is done
+            mean, std = self.latents.latents(moments, pixels)
+            arrays["latents"] = {"mean": mean, "std": std}
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             values = cut_values(self.config.cut, self.teacher, pixels)
-        kept = encode_values(manifest.streams[name].columns, values)
-        arrays = {name: {part: tensor.cpu().numpy() for part, tensor in kept.items()}}
-        if self.latents is not None:
-            mean, std = self.latents.latents(moments, pixels)
-            arrays["latents"] = {"mean": mean, "std": std}
+        arrays[name] = encode_values(manifest.streams[name].columns, values)
         return arrays
+
+    def _brought_back(self, tensors: dict[str, dict[str, Tensor]]) -> Callable[[], Arrays]:
+        """What waits for copies from the device, which are under way while the networks begin with
+        the next batch."""
+        copied = None
+        if self.device.type == "cuda":
+            tensors = {
+                stream: {part: _pinned_copy(tensor) for part, tensor in parts.items()}
+                for stream, parts in tensors.items()
+            }
+            copied = torch.cuda.current_stream(self.device).record_event()
+
+        def wait() -> Arrays:
+            if copied is not None:
+                copied.synchronize()
+            return {
+                stream: {part: tensor.numpy() for part, tensor in parts.items()}
+                for stream, parts in tensors.items()
+            }
+
+        return wait
 
     def _decoded_batches(
         self, task: ShardTask, bad: list[SkippedImage]
@@ -165,8 +189,15 @@ class Encoder:
         return crop, np.empty(0) if self.latents is None else self.latents.read(item)
 
 
-def _write(writer: ShardWriter, items: list[ImageItem], arrays: Arrays) -> None:
+def _pinned_copy(tensor: Tensor) -> Tensor:
+    """On the CPU, once the device's current stream has got to it."""
+    memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return memory.copy_(tensor, non_blocking=True)
+
+
+def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Arrays]) -> None:
     """Raises ``UserError`` where a number cannot be stored."""
+    arrays = wait()
     for row, item in enumerate(items):
         sample: dict[str, dict[str, np.ndarray | int]] = {
             stream: {part: values[row] for part, values in parts.items()}

@@ -37,9 +37,7 @@ class LatentSource(Protocol):
         """What is read of one image's latent, in the threads that decode; empty where nothing is.
         Raises ``BadImageError``."""
 
-    def latents(
-        self, stored: Sequence[np.ndarray], pixels: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def latents(self, stored: Sequence[np.ndarray], pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std, float32 (B, C, h, w), from what was read and uint8 (B, 3, R, R)."""
 
 
@@ -63,11 +61,8 @@ class AutoencoderLatents:
     def read(self, item: ImageItem) -> np.ndarray:
         return np.empty(0, np.float32)
 
-    def latents(
-        self, stored: Sequence[np.ndarray], pixels: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        mean, std = self.autoencoder.encode(pixels)  # in float32: every run inherits its rounding
-        return mean.cpu().numpy(), std.cpu().numpy()
+    def latents(self, stored: Sequence[np.ndarray], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.autoencoder.encode(pixels)  # in float32: every run inherits its rounding
 
 
 class StoredLatents:
@@ -101,10 +96,8 @@ class StoredLatents:
             )
         return moments
 
-    def latents(
-        self, stored: Sequence[np.ndarray], pixels: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        mean, std = np.split(np.stack(stored), 2, axis=1)
+    def latents(self, stored: Sequence[np.ndarray], pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = torch.from_numpy(np.stack(stored)).chunk(2, dim=1)
         return mean, std
 
     def _first_shape(self, source: str) -> tuple[int, ...]:
