@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.alignment.tail import first_tail_block, save_tail
 from pipeline.store import Batch, Store
 from pipeline.teachers import Teacher
+from pipeline.train.feed import DeviceFeed
 from pipeline.train.parallel import Parallel
 from pipeline.train.trainer import Trainer
 from schemas.extract import Cut, TeacherConfig
@@ -55,6 +56,8 @@ class TrainerSteps:
         self.name = name
         self.trainer = trainer
         self.data = data
+        if trainer.parallel.device.type == "cuda":  # the loader reads into memory that is pinned
+            self.data = data._replace(columns=pinned(data.columns, trainer.feed))
 
     def take(self, count: int) -> None:
         size = self.data.batch
@@ -65,6 +68,22 @@ class TrainerSteps:
 
     def trace(self, folder: Path) -> None:
         trace(self, folder)
+
+
+def pinned(
+    columns: Mapping[str, Mapping[str, np.ndarray]], feed: DeviceFeed
+) -> dict[str, dict[str, np.ndarray]]:
+    """The same in memory of the feed."""
+
+    def copy(array: np.ndarray) -> np.ndarray:
+        memory = feed.allocate(array.nbytes).view(array.dtype).reshape(array.shape)
+        memory[...] = array
+        return memory
+
+    return {
+        stream: {part: copy(array) for part, array in arrays.items()}
+        for stream, arrays in columns.items()
+    }
 
 
 def trace(stepper: Stepper, folder: Path) -> None:
