@@ -17,6 +17,7 @@ from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget
 from pipeline.store.order import SampleOrder
 from pipeline.store.parts import Allocate, allocate
+from pipeline.store.planning import Planner
 from pipeline.store.quarantine import CHECK, Agree, Quarantine
 from pipeline.store.reader import Columns, Rows, StreamReader
 from pipeline.store.source import FileSource, for_share
@@ -148,6 +149,7 @@ class BatchLoader:
         if on_bad_shard == "quarantine":
             self._quarantine = Quarantine(order, start_step * global_batch, agree)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch-loader")
+        self._planner = Planner(order, self._pool)
         self._read_ahead()
 
     @property
@@ -214,24 +216,18 @@ class BatchLoader:
             quarantine, behind = self._quarantine, (step + 1) * self._global_batch
             if quarantine is not None and behind > quarantine.epoch_end:
                 return
-            begin, end = self._slice
-            first = step * self._global_batch
-            self._pending.append(self._begin(step, first + begin, first + end))
+            begin, end = (step * self._global_batch + place for place in self._slice)
+            self._pending.append(self._begin(step, begin, end))
             self._next_step += 1
+            if quarantine is None:  # else the order may change in between
+                self._planner.expect(begin + self._global_batch, end + self._global_batch)
 
     def _begin(self, step: int, begin: int, end: int) -> _Pending:
         """Let the threads read the samples at positions ``begin`` to ``end``."""
-        positions = np.arange(begin, end, dtype=np.int64)
-        shards, rows, until = self._order.locate_windows(positions)
-        order = np.lexsort((rows, shards))  # neighbours in a file become one request
-        numbers, starts = np.unique(shards[order], return_index=True)
-        groups = [
-            Rows(shard, rows[places], places, int(until[places].max()))
-            for shard, places in zip(numbers.tolist(), np.split(order, starts)[1:], strict=True)
-        ]
-        batch = _Pending(step, positions, {}, [])
+        groups = self._planner(begin, end)
+        batch = _Pending(step, np.arange(begin, end, dtype=np.int64), {}, [])
         for name in self._needed(step):
-            batch.columns[name] = self._readers[name].empty(len(positions))
+            batch.columns[name] = self._readers[name].empty(end - begin)
         tasks = [
             [(name, columns, some) for some in self._readers[name].together(groups)]
             for name, columns in batch.columns.items()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -17,7 +18,7 @@ from pydantic import Field
 from pipeline.store import BatchLoader, SampleOrder, Store
 from tests.bench.filled import FORMS, TINY, dinov2_b, make_manifest, make_samples, write_store
 from tests.bench.options import BenchOptions
-from tests.bench.report import Heading, Report, Row, Table
+from tests.bench.report import Heading, Report, Table
 from tests.bench.ways import data_files, samples_of, stock_webdataset
 
 HEADINGS = (
@@ -26,9 +27,11 @@ HEADINGS = (
     Heading("samples_s", "samples/s", ".0f"),
     Heading("of_raw", "of readinto", ".2f"),
     Heading("of_webdataset", "of stock webdataset", ".2f"),
+    Heading("waits", "waiting", ".2%"),
 )
 FORM_NAMES = (*FORMS, "tiny")
 RAW, STOCK = "one readinto per file", "stock webdataset .decode()"
+QUICK, WHOLE = "loader, checksums off", "loader"
 
 
 class Options(BenchOptions):
@@ -41,33 +44,42 @@ class Options(BenchOptions):
     batch: int = Field(default=32, ge=1)
     """Samples of a batch of the loader."""
     workers: int = Field(default=1, ge=1)
-    """Threads of the loader. The process has one core, whatever they are."""
+    """Threads of the loader. The process has one core, whatever they are, but for the waiting."""
+    rate: float = Field(default=600.0, gt=0)
+    """Samples a second of the steps that wait for the loader."""
+    seconds: float = Field(default=3.0, gt=0)
+    """Of such steps."""
 
 
 def run(options: Options) -> Report:
     tables = []
-    with one_core(), tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
         for name in options.forms:
             form = TINY if name == "tiny" else FORMS[name]
             manifest = make_manifest(form, "webdataset", dinov2_b())
             url = f"{folder}/{name.replace(' ', '-')}"
             store = write_store(url, manifest, make_samples(manifest))
-            tables.append(Table(name, HEADINGS, measure(store, options)))
+            with one_core():
+                table = Table(name, HEADINGS, measure(store, options))
+            for row in table.rows:
+                if row["way"] == WHOLE:
+                    row["waits"] = waiting_share(store, options)
+            tables.append(table)
     rows = {row["way"]: row for row in tables[0].rows}
-    loader = rows["loader, checksums off"]
     headline = {
-        "over_raw_read": loader["of_raw"],
-        "over_raw_read_checksums_on": rows["loader"]["of_raw"],
-        "over_webdataset_decode": rows["loader"]["of_webdataset"],
+        "over_raw_read": rows[QUICK]["of_raw"],
+        "over_raw_read_checksums_on": rows[WHOLE]["of_raw"],
+        "over_webdataset_decode": rows[WHOLE]["of_webdataset"],
+        "waiting_share": rows[WHOLE]["waits"],
     }
     return Report({"clock": "CPU seconds, one core", "batch": options.batch}, tables, headline)
 
 
-def measure(store: Store, options: Options) -> list[Row]:
+def measure(store: Store, options: Options) -> list[dict[str, Any]]:
     ways: dict[str, Callable[[Store], int]] = {
         RAW: read_whole,
-        "loader, checksums off": lambda s: load(s, options, verify=False),
-        "loader": lambda s: load(s, options, verify=True),
+        QUICK: lambda s: load(s, options, verify=False),
+        WHOLE: lambda s: load(s, options, verify=True),
         STOCK: stock_webdataset,
     }
     stored = sum(store.index().bytes_per_stream.values())
@@ -107,21 +119,41 @@ def read_whole(store: Store) -> int:
 
 def load(store: Store, options: Options, *, verify: bool) -> int:
     """One epoch, shuffled, of both streams, as a run reads it. Threads for what blocks count."""
-    fresh = Store.open(store.url)
-    order = SampleOrder(0, fresh.index().samples_per_shard)
-    total = samples_of(fresh)
-    batch = min(options.batch, total)
-    loader = BatchLoader(
-        fresh,
-        tuple(fresh.manifest.streams),
-        order,
-        global_batch=batch,
-        verify=verify,
-        threads=options.workers,
-    )
+    total = samples_of(store)
+    loader, batch = open_loader(store, options, verify=verify)
     read = sum(len(one.positions) for one in islice(loader, total // batch))
     loader.close()
     return read + total % batch  # whole batches only; the forms divide by 32
+
+
+def waiting_share(store: Store, options: Options) -> float:
+    """The share of its time that a consumer waits which works for as long as a batch takes at
+    ``options.rate``, as a GPU's steps do, once it has had its first batch; checksums on. Seconds
+    of the wall, as it sleeps."""
+    loader, batch = open_loader(store, options, verify=True)
+    batches = iter(loader)
+    next(batches)
+    waited, start = 0.0, time.perf_counter()
+    while time.perf_counter() - start < options.seconds:
+        time.sleep(batch / options.rate)
+        before = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - before
+    total = time.perf_counter() - start
+    loader.close()
+    return waited / total
+
+
+def open_loader(store: Store, options: Options, *, verify: bool) -> tuple[BatchLoader, int]:
+    """One, and the size of its batches."""
+    fresh = Store.open(store.url)
+    order = SampleOrder(0, fresh.index().samples_per_shard)
+    batch = min(options.batch, samples_of(fresh))
+    streams = tuple(fresh.manifest.streams)
+    loader = BatchLoader(
+        fresh, streams, order, global_batch=batch, verify=verify, threads=options.workers
+    )
+    return loader, batch
 
 
 @contextmanager

@@ -30,7 +30,7 @@ TINY = {
         *["--student", "SiT-S/2", "--depth", "2", "--width", "96", "--batch", "2"],
         *["--rounds", "1", "--memory", "false"],
     ],
-    "loader": ["--forms", "tiny", "--rounds", "1"],
+    "loader": ["--forms", "tiny", "--rounds", "1", "--seconds", "0.1"],
     "extract": ["--networks", "demo", "--rounds", "1"],
     "optimizer": ["--student", "SiT-S/2", "--depth", "1", "--rounds", "1"],
     "attention": [

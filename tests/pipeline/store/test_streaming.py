@@ -18,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.storage import retry
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.damage import DamagedShardError
+from pipeline.store.planning import Planner
 from pipeline.store.source import for_share
 from tests.helpers import write_known_store
 
@@ -276,6 +277,8 @@ def test_the_first_error_of_a_step_is_the_same_whoever_is_first(tmp_path: Path) 
 def test_a_late_start_is_no_more_work(remote: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions and what is made for them, counted: nothing depends on the position."""
     work = []
+    # of the batch after the last, a thread makes what it gets to
+    monkeypatch.setattr(Planner, "expect", lambda *_: None)
     for attribute in ("_make_epoch", "_make_window"):
         made = getattr(SampleOrder, attribute)
 
