@@ -28,7 +28,7 @@ class Autoencoder(nn.Module):
         )
         self.scaling_factor = float(self.model.config.scaling_factor)
         self.shift_factor = float(getattr(self.model.config, "shift_factor", None) or 0.0)
-        # a tenth faster on CPUs; GPUs' tensor cores would reorder numbers for every convolution
+        # the order that convolutions would else put their numbers into, and back, each time
         self.model.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 

@@ -1,8 +1,8 @@
 """Uncompressed samples, whose arrays lie at the same distances in every row of a file.
 
 Such a row is read with one call of the system, header bytes and gaps included, and looked at with
-a few more of Python's: a third of the work of treating each array by itself. Whatever is not as it
-should be is left to the reader's general way, which names it.
+a few more of Python's, where the general way treats each array by itself. Whatever is not as it
+should be is left to that, which names it.
 """
 
 from __future__ import annotations
