@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.sampling.checkpoints import at_hand, find_checkpoint
+from pipeline.sampling.trained import is_weights_file
 from pipeline.train.export import export_checkpoint
-from pipeline.train.local import newest_checkpoint
 from schemas.errors import UserError, run_command
 from schemas.export import ExportConfig
 from schemas.options import parse_options
@@ -24,15 +25,16 @@ def main(argv: list[str]) -> int:
         command="python jobs/export.py",
         about="Write a checkpoint as a .pt file that the SiT, REPA and HASTE repositories read.",
     )
-    if config.checkpoint is None:
-        raise UserError("--checkpoint is missing: the folder of a run or of one checkpoint")
     if config.out is None:
         raise UserError("--out is missing: the .pt file to write")
-    folder = newest_checkpoint(Path(config.checkpoint).expanduser())
-    if folder is None:
-        raise UserError(f"--checkpoint '{config.checkpoint}' holds no checkpoint")
+    if "://" in config.out:
+        raise UserError(f"--out '{config.out}': name a file of this machine, not a URL")
+    place = find_checkpoint(config.checkpoint)
+    if is_weights_file(Path(place)):
+        raise UserError(f"--checkpoint '{config.checkpoint}' is such a file already")
     out = Path(config.out).expanduser()
-    export_checkpoint(folder, out)
+    with at_hand(place, weights=None) as folder:
+        export_checkpoint(folder, out)
     print(out)
     return 0
 

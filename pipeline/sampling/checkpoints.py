@@ -55,9 +55,9 @@ def find_checkpoint(name: str | None, step: int | None = None) -> str:
 
 
 @contextmanager
-def at_hand(place: str, weights: Weights) -> Iterator[Path]:
-    """What ``find_checkpoint`` found as a path of this machine, where need be a copy without the
-    optimizer that goes when the context ends. Raises ``UserError``."""
+def at_hand(place: str, weights: Weights | None) -> Iterator[Path]:
+    """What ``find_checkpoint`` found as a path of this machine, where need be a copy that goes when
+    the context ends: of these weights alone, or of all that there is. Raises ``UserError``."""
     if "://" not in place:
         yield Path(place)
         return
@@ -69,7 +69,8 @@ def at_hand(place: str, weights: Weights) -> Iterator[Path]:
             if is_weights_file(copy):
                 download(filesystem, root, copy)
             else:
-                fetch_excerpt(filesystem, root, shown, (f"{weights}.safetensors",), copy)
+                names = None if weights is None else (f"{weights}.safetensors",)
+                fetch_excerpt(filesystem, root, shown, names, copy)
         except (FileNotFoundError, UnfinishedCheckpointError):
             raise UserError(
                 f"--checkpoint '{shown}' is not there any more, or cannot be seen from here: a run "

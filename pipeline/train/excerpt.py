@@ -36,11 +36,12 @@ def fetch_excerpt(
     filesystem: fsspec.AbstractFileSystem,
     folder: str,
     where: str,
-    names: Iterable[str],
+    names: Iterable[str] | None,
     target: Path,
 ) -> None:
     """Make a new folder ``target`` that is a whole checkpoint of the same state and of the files
-    ``names`` alone: the optimizer, which is twice the size of the weights, stays where it is.
+    ``names`` alone (None: of all): the optimizer, twice the size of the weights, may stay where it
+    is.
 
     ``where`` names the checkpoint for people. Raises ``DamagedCheckpointError`` where a file of it,
     fetched or not, has not its size, or a fetched one is not what was written.
@@ -48,7 +49,7 @@ def fetch_excerpt(
     state = unseal(read_state_bytes(filesystem, folder, where), where)
     expected = files_of_size(filesystem, folder, state, where)
     target.mkdir(parents=True)
-    for name in names:
+    for name in expected if names is None else names:
         if name not in expected:
             raise DamagedCheckpointError(where, f"{name} is missing")
         download(filesystem, f"{folder}/{name}", target / name)

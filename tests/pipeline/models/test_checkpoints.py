@@ -261,3 +261,11 @@ def test_export_without_a_checkpoint(tmp_path: Path) -> None:
         export(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "a.pt")])
     with pytest.raises(UserError, match="--out is missing"):
         export(["--checkpoint", str(tmp_path)])
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        export(["--out", str(tmp_path / "a.pt")])
+    with pytest.raises(UserError, match="not a URL"):
+        export(["--checkpoint", str(tmp_path), "--out", "s3://bucket/a.pt"])
+    (tmp_path / "b.pt").touch()
+    with pytest.raises(UserError, match="such a file already"):
+        export(["--checkpoint", str(tmp_path / "b.pt"), "--out", str(tmp_path / "a.pt")])
+    assert [path.name for path in tmp_path.iterdir()] == ["b.pt"]

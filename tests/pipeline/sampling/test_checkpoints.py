@@ -10,6 +10,7 @@ import fsspec
 import pytest
 import torch
 
+from jobs.export import main as export
 from pipeline.sampling.checkpoints import at_hand, find_checkpoint
 from pipeline.sampling.trained import load_student, open_trained
 from pipeline.sampling.worker import SampleWorker
@@ -137,3 +138,26 @@ def test_a_file_of_weights(memory: fsspec.AbstractFileSystem, run: Path, tmp_pat
         at_hand(place, "ema") as copy,
     ):
         open_trained(copy)
+
+
+def test_an_export_is_the_same_from_both(
+    memory: fsspec.AbstractFileSystem, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer comes along; its copy goes."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    for name, source in (("far.pt", URL), ("near.pt", str(run))):
+        assert export(["--checkpoint", source, "--out", str(tmp_path / name)]) == 0
+    assert not list(scratch.iterdir())
+    one, other = (torch.load(tmp_path / name, weights_only=True) for name in ("far.pt", "near.pt"))
+    assert one["steps"] == 4
+    assert one.keys() == other.keys()
+    for part in ("model", "ema"):
+        assert all(torch.equal(one[part][key], other[part][key]) for key in other[part])
+    for number, state in other["opt"]["state"].items():
+        assert torch.equal(one["opt"]["state"][number]["exp_avg"], state["exp_avg"])
+    memory.pipe_file(f"{NEWEST}/optimizer.pt", b"x" * memory.size(f"{NEWEST}/optimizer.pt"))
+    with pytest.raises(UserError, match="checksum"):
+        export(["--checkpoint", NEWEST, "--out", str(tmp_path / "bad.pt")])
+    assert not (tmp_path / "bad.pt").exists()
