@@ -53,6 +53,7 @@ class Encoder:
         torch.backends.cudnn.benchmark = False  # as autotuned kernels would
         self.config = config
         self.device = torch.device(device)
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.precision: Precision = choose_precision(config, device)
         self.threads = threads
         self.teacher = Teacher(config.teacher, resolution=config.resolution, layers=config.layers)
@@ -133,15 +134,17 @@ class Encoder:
         return arrays
 
     def _brought_back(self, tensors: dict[str, dict[str, Tensor]]) -> Callable[[], Arrays]:
-        """What waits for copies from the device, which are under way while the networks begin with
-        the next batch."""
+        """What waits for copies from the device, which are under way while the networks compute the
+        next batch."""
         copied = None
-        if self.device.type == "cuda":
-            tensors = {
-                stream: {part: _pinned_copy(tensor) for part, tensor in parts.items()}
-                for stream, parts in tensors.items()
-            }
-            copied = torch.cuda.current_stream(self.device).record_event()
+        if self.copies is not None:
+            self.copies.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.copies):
+                tensors = {
+                    stream: {part: _pinned_copy(tensor) for part, tensor in parts.items()}
+                    for stream, parts in tensors.items()
+                }
+                copied = self.copies.record_event()
 
         def wait() -> Arrays:
             if copied is not None:
@@ -191,6 +194,7 @@ class Encoder:
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
     """On the CPU, once the device's current stream has got to it."""
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))  # it may be another's
     memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return memory.copy_(tensor, non_blocking=True)
 

@@ -177,7 +177,7 @@ def _autoencoder_rate(draft: nn.Module, resolution: int, device: torch.device) -
     # convolutions run as fast per FLOP on a quarter of the image
     size = resolution if cuda or resolution < 256 else resolution // 2
     batch = 8 if cuda else 1
-    model = _made_real(draft, device)
+    model = _made_real(draft, device).to(memory_format=torch.channels_last)
     pixels = _random((batch, 3, size, size), device)
     seconds = median_seconds(lambda: encode(model, pixels), device)
     return batch * autoencoder_flops(draft, size) / seconds

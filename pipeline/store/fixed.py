@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -35,15 +35,12 @@ class FixedArray(NamedTuple):
 
 
 class FixedRows(NamedTuple):
-    """The rows of one file. Lists, as few of their numbers are wanted at a time."""
+    """The rows of one file."""
 
     arrays: tuple[FixedArray, ...]
     span: int
     """Bytes to be read for a row."""
-    begins: list[int]
-    sizes: list[list[int]]
-    """Of each row's arrays, as they are stored."""
-    crc32: list[list[int]]
+    file: FileTable
 
 
 class Landing:
@@ -58,28 +55,32 @@ class Landing:
         self,
         descriptor: int,
         file: FixedRows,
-        rows: Sequence[int],
-        places: Sequence[int],
-        check: Sequence[bool] | None,
-    ) -> list[int]:
-        """Rows of a file into their places; the bytes of each. Nothing where one of them is not
-        what the manifest and, where ``check`` says so, its checksum promise; what is in its place
-        then is worthless."""
+        rows: np.ndarray,
+        places: np.ndarray,
+        check: np.ndarray | None,
+    ) -> tuple[bool, int]:
+        """Rows of a file into their places: whether all are what the manifest and, where ``check``
+        (bool, by row) says so, their checksums promise, and the bytes of their arrays. What is in
+        the places of the others is worthless."""
         columns = self._prepared(file.arrays)
+        sizes = file.file.sizes[rows].tolist()
+        begins = file.file.offsets[rows, 0].tolist()
+        checked = [False] * len(rows) if check is None else check.tolist()
+        crc32 = file.file.crc32[rows].tolist() if any(checked) else []
         total = 0
-        for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+        for number, place in enumerate(places.tolist()):
             buffers: list[bytearray | memoryview] = []
             for array, before, numbers in columns:
                 buffers.append(before)
                 if size := array.nbytes:
                     buffers.append(numbers[place * size : (place + 1) * size])
-            if os.preadv(descriptor, buffers, file.begins[row]) != file.span:
-                return []
-            crc32 = file.crc32[row] if check is not None and check[number] else None
-            if not self._is_right(columns, place, file.sizes[row], crc32):
-                return []
-            total += sum(file.sizes[row])
-        return [total]
+            if os.preadv(descriptor, buffers, begins[number]) != file.span:
+                return False, total
+            total += sum(sizes[number])
+            sums = crc32[number] if checked[number] else None
+            if not self._is_right(columns, place, sizes[number], sums):
+                return False, total
+        return True, total
 
     def _is_right(
         self,
@@ -150,5 +151,4 @@ def fixed_rows(file: FileTable, layouts: Mapping[str, Layout]) -> FixedRows | No
             end = begin + TEXT
         else:
             return None
-    begins = file.offsets[:, 0].tolist()
-    return FixedRows(tuple(arrays), end, begins, file.sizes.tolist(), file.crc32.tolist())
+    return FixedRows(tuple(arrays), end, file)

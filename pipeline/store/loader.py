@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,8 +42,8 @@ class _Task(NamedTuple):
     """Rows of one stream that a thread puts into a batch."""
 
     stream: str
-    places: np.ndarray
-    done: Future[None]
+    done: Future[list[Rows]]
+    """What of it is damaged, where bad shards are left out."""
 
 
 @dataclass
@@ -228,15 +227,24 @@ class BatchLoader:
         batch = _Pending(step, np.arange(begin, end, dtype=np.int64), {}, [])
         for name in self._needed(step):
             batch.columns[name] = self._readers[name].empty(end - begin)
-        tasks = [
-            [(name, columns, some) for some in self._readers[name].together(groups)]
-            for name, columns in batch.columns.items()
-        ]
-        # the same shards of all streams before the next ones: zips need both anyway
-        for task in filter(None, chain.from_iterable(zip_longest(*tasks))):
-            places = np.concatenate([group.places for group in task[2]])
-            batch.tasks.append(_Task(task[0], places, self._pool.submit(self._fill, *task)))
+        for name, columns in batch.columns.items():
+            for some in self._readers[name].together(groups):
+                done = self._pool.submit(self._fill_or_tell, name, columns, some)
+                batch.tasks.append(_Task(name, done))
         return batch
+
+    def _fill_or_tell(self, name: str, columns: Columns, groups: Sequence[Rows]) -> list[Rows]:
+        """Those that are damaged, where bad shards are to be left out."""
+        if self._quarantine is None:
+            self._fill(name, columns, groups)
+            return []
+        damaged = []
+        for group in groups:
+            try:
+                self._fill(name, columns, [group])
+            except DamagedShardError:
+                damaged.append(group)
+        return damaged
 
     def _fill(self, name: str, columns: Columns, groups: Sequence[Rows]) -> None:
         reader = self._readers[name]
@@ -251,19 +259,15 @@ class BatchLoader:
         ]
 
     def _finish(self, batch: _Pending) -> Batch:
-        """Wait for a batch. Raises the first error in the order of its tasks, whoever was first in
-        time, unless bad shards are to be left out."""
+        """Wait for a batch. Raises the error of the first stream's first shard that has one,
+        whoever was first in time."""
         bad: set[int] = set()
         # waiting for each by itself would wake this thread as often, beside those that read
         wait([task.done for task in batch.tasks], return_when=FIRST_EXCEPTION)
         try:
             for task in batch.tasks:
-                try:
-                    task.done.result()
-                except DamagedShardError:
-                    if self._quarantine is None:
-                        raise
-                    bad |= set(task.places.tolist())
+                for group in task.done.result():
+                    bad |= set(group.places.tolist())
         except BaseException:
             self._cancel([task.done for task in batch.tasks])
             raise
@@ -309,7 +313,7 @@ class BatchLoader:
         return _joined(parts)
 
     @staticmethod
-    def _cancel(tasks: Sequence[Future[None]]) -> None:
+    def _cancel(tasks: Sequence[Future[list[Rows]]]) -> None:
         """Those that have not begun never will; wait for the others."""
         wait([task for task in tasks if not task.cancel()])
 

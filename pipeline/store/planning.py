@@ -25,8 +25,7 @@ def shards_of(order: SampleOrder, begin: int, end: int) -> list[Rows]:
 class Planner:
     """``shards_of`` an order that stays as it is, by a thread where it is known what comes next.
 
-    Little work, but of many small steps, which take several times as long where a training step has
-    left its own data in the caches.
+    Little work, but of many small steps, which a training step should not wait for.
     """
 
     def __init__(self, order: SampleOrder, threads: Executor) -> None:

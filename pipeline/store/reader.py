@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -34,9 +36,8 @@ from schemas.errors import UserError
 __all__ = ["DamagedShardError", "StreamReader"]
 
 SHARDS_OF_A_BLOCK = 256
-TASK_BYTES = 2 << 20
-"""Read in half a millisecond, where the system has them in memory; waking a thread takes a tenth of
-one."""
+TASK_SECONDS = 2e-3
+"""Of one thread's work; waking it takes a fiftieth of that."""
 
 Columns = dict[str, np.ndarray]
 """Per stored array (B, *shape), contiguous."""
@@ -99,7 +100,8 @@ class StreamReader:
         )
         npy = manifest.format != "zarr"
         self._layouts = {name: Layout(part, npy=npy) for name, part in self.parts.items()}
-        self._sample_bytes = sum(part.nbytes for part in self.parts.values())
+        self.pace = math.inf
+        """Seconds that a sample took lately."""
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
         self._tables: Kept[_Shard] = Kept()
         # A bit for each row, in blocks of shards; two threads in one shard may lose each other's,
@@ -141,21 +143,22 @@ class StreamReader:
         return out
 
     def together(self, wanted: Sequence[Rows]) -> Iterator[Sequence[Rows]]:
-        """What one thread had better read in one go: from a local file enough to be worth its
-        waking, from afar a shard each, as it is waited for."""
-        least = TASK_BYTES if self.source.is_direct else 0
-        begin = size = 0
+        """What one thread had better read in one go: enough to be worth its waking, going by how
+        long samples took lately; a shard each where they are waited for, or that is not known."""
+        begin = count = 0
         for number, (_, rows, _, _) in enumerate(wanted, start=1):
-            size += len(rows) * self._sample_bytes
-            if size >= least or number == len(wanted):
+            count += len(rows)
+            if count * self.pace >= TASK_SECONDS or number == len(wanted):
                 yield wanted[begin:number]
-                begin, size = number, 0
+                begin, count = number, 0
 
     def fill(self, out: Columns, wanted: Sequence[Rows]) -> None:
         """Put rows of shards at their places of ``out``."""
-        landing = Landing(out)
+        landing, start = Landing(out), time.perf_counter()
         for some in wanted:
             self._fill_shard(out, landing, some)
+        seconds = (time.perf_counter() - start) / max(1, sum(len(some.rows) for some in wanted))
+        self.pace = seconds if math.isinf(self.pace) else 0.9 * self.pace + 0.1 * seconds
 
     def _fill_shard(self, out: Columns, landing: Landing, wanted: Rows) -> None:
         shard, rows, places, until = wanted
@@ -203,11 +206,9 @@ class StreamReader:
         until: int,
     ) -> bool:
         """Whether all is as it should be."""
-        numbers, targets = rows.tolist(), places.tolist()
-        checked = None if check is None else check.tolist()
 
-        def read(descriptor: int) -> list[int]:
-            return landing.read(descriptor, fixed, numbers, targets, checked)
+        def read(descriptor: int) -> tuple[bool, int]:
+            return landing.read(descriptor, fixed, rows, places, check)
 
         return bool(self.source.read_directly(file, read, until))
 
@@ -232,7 +233,12 @@ class StreamReader:
             for number, place in enumerate(targets)
             for column, landing in enumerate(landings)
         ]
-        counts = self.source.read_directly(file, lambda d: scatter(d, pieces), until)
+
+        def read(descriptor: int) -> tuple[list[int], int]:
+            counts = scatter(descriptor, pieces)
+            return counts, sum(counts)
+
+        counts = self.source.read_directly(file, read, until)
         checked = np.zeros(len(rows), bool) if check is None else check
         for piece, count in enumerate(counts or [0] * len(pieces)):
             number, column = divmod(piece, len(layouts))

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import fsspec
 
@@ -16,6 +16,8 @@ from pipeline.storage.scatter import GAP
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget, Kept
 from pipeline.store.table import FileTable
+
+T = TypeVar("T")
 
 REQUEST_BYTES = 256 << 10
 """What one more request costs, in bytes that could have been read instead: 3 ms at 80 MB/s, as
@@ -114,10 +116,10 @@ class FileSource:
         return self._disk is None and is_local(self._filesystem)
 
     def read_directly(
-        self, file: FileTable, read: Callable[[int], list[int]], until: int
-    ) -> list[int]:
-        """Have ``read`` take bytes from the file's descriptor, without a copy between; what it
-        returns: how many, of each piece. Nothing where it is no regular file. ``until`` as in
+        self, file: FileTable, read: Callable[[int], tuple[T, int]], until: int
+    ) -> T | None:
+        """What ``read`` makes of the file's descriptor, without a copy between, beside the number
+        of bytes that it took; None where it is no regular file. ``until`` as in the method
         ``read``. Local files only."""
         self._count(requests=1)
         ahead = self._begun.get(file.file) != until  # else the system was asked for all of it
@@ -127,9 +129,11 @@ class FileSource:
                 self._begun.popitem(last=False)
             ahead = self._wants_whole(file.bytes, len(file.offsets))
         path = f"{self._root}/{file.file}"
-        counts = read_directly(self._filesystem, path, read, ahead=ahead) or []
-        self._count(read=sum(counts))
-        return counts
+        made = read_directly(self._filesystem, path, read, ahead=ahead)
+        if made is None:
+            return None
+        self._count(read=made[1])
+        return made[0]
 
     def close(self) -> None:
         """Let go of what is kept, and ask storage for nothing more."""

@@ -28,13 +28,21 @@ class DeviceFeed:
 
     def allocate(self, nbytes: int) -> np.ndarray:
         """Memory to read a batch into, uint8 (nbytes,), from which copies need none between: for a
-        GPU pinned memory, which torch keeps for the next batch. Raises ``MemoryError``."""
+        GPU pinned memory, which torch keeps for the next batch, and rounds up to a power of two.
+        Raises ``MemoryError``."""
         if self._stream is None:
             return np.empty(nbytes, np.uint8)
         try:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
         except RuntimeError as error:
             raise MemoryError(f"{nbytes} bytes of pinned memory ({error})") from None
+
+    def release(self) -> None:
+        """Give back the memory of batches that will not come again, as where a stream is closed."""
+        if self._stream is not None and hasattr(torch.accelerator, "empty_host_cache"):
+            self._stream.synchronize()
+            self._under_way.clear()
+            torch.accelerator.empty_host_cache()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same on the device; what is computed next waits for them."""
@@ -47,8 +55,8 @@ class DeviceFeed:
                 name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()
             }
             done = self._stream.record_event()
-        # Torch sees to it that pinned memory is not used again before it is copied, but not where
-        # it comes by way of numpy, or a copy begins in its middle.
+        # Torch sees to it that pinned memory is not used again before it is copied, but not where a
+        # copy by way of numpy begins in its middle, as those of micro-batches do.
         self._under_way.append((done, list(pinned.values())))
         while self._under_way and self._under_way[0][0].query():
             self._under_way.popleft()

@@ -214,6 +214,7 @@ class _Run:
         if terminates:
             self.loader.close_streams(self.teacher_streams)
             trainer.terminate(decision.observation)
+            trainer.feed.release()
             self.bytes_at_termination = self._bytes_now()
         self.meter.restart()
         self.clock.pause()

@@ -72,6 +72,10 @@ class PeerSteps:
         rng = torch.Generator().manual_seed(0)
         shape = (data.batch, 3, 256, 256)
         self.crops = torch.randint(256, shape, generator=rng, dtype=torch.uint8)
+        if self.device.type == "cuda":  # as their loaders do
+            self.mean, self.std, self.labels, self.crops = (
+                x.pin_memory() for x in (self.mean, self.std, self.labels, self.crops)
+            )
 
     def take(self, count: int) -> None:
         for _ in range(count):
@@ -82,8 +86,10 @@ class PeerSteps:
         trace(self, folder)
 
     def _step(self) -> None:
-        crops, labels = self.crops.to(self.device), self.labels.to(self.device)
-        mean, std = self.mean.to(self.device), self.std.to(self.device)
+        crops, labels, mean, std = (
+            x.to(self.device, non_blocking=True)
+            for x in (self.crops, self.labels, self.mean, self.std)
+        )
         with torch.no_grad():
             latents = (mean + std * torch.randn_like(mean)) * 0.18215
             with self._autocasting():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.store import Store, StreamReader
-from pipeline.store.reader import DamagedShardError, Rows
+from pipeline.store.reader import TASK_SECONDS, DamagedShardError, Rows
 from schemas.errors import UserError
 from tests.helpers import (
     SIZES,
@@ -189,11 +190,9 @@ def test_a_record_of_other_columns_is_refused(known_store: Store) -> None:
     assert "other columns" in damaged_read(Store.open(known_store.url), "latents", WHOLE)
 
 
-def test_small_reads_of_local_files_go_together(
-    known_store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From afar each shard is waited for by a thread of its own."""
-    wanted = [Rows(shard, np.arange(n), np.arange(n)) for shard, n in enumerate([2, 1, 0, 3, 1])]
+def test_quick_reads_go_together(known_store: Store) -> None:
+    """Where samples are waited for, each shard keeps a thread of its own."""
+    wanted = [Rows(shard, np.arange(n), np.arange(n)) for shard, n in enumerate([2, 1, 1, 3, 1])]
     reader = StreamReader(known_store, "maps")
 
     def lengths() -> list[int]:
@@ -201,11 +200,23 @@ def test_small_reads_of_local_files_go_together(
         assert [some for part in parts for some in part] == wanted
         return [len(part) for part in parts]
 
-    assert lengths() == [5]
-    one = sum(part.nbytes for part in reader.parts.values())
-    for size, expected in [(3 * one, [2, 2, 1]), (2 * one + 1, [2, 2, 1]), (2 * one, [1, 3, 1])]:
-        monkeypatch.setattr("pipeline.store.reader.TASK_BYTES", size)
+    assert lengths() == [1] * 5  # nothing is known yet
+    for pace, expected in [
+        (TASK_SECONDS, [1, 1, 1, 1, 1]),
+        (TASK_SECONDS / 2, [1, 2, 1, 1]),
+        (TASK_SECONDS / 3, [2, 2, 1]),
+        (TASK_SECONDS / 100, [5]),
+    ]:
+        reader.pace = pace
         assert lengths() == expected
-    reader = StreamReader(write_known_store("memory://together"), "maps")
-    assert lengths() == [1] * 5
     assert not list(reader.together([]))
+
+
+def test_how_long_samples_take_is_noted(
+    known_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = StreamReader(known_store, "maps")
+    for wait, least, most in [(0.1, 0.05, 1), (0.0, 0.04, 0.9), (0.0, 0.03, 0.8)]:
+        monkeypatch.setattr(reader, "_fill_shard", lambda *_, wait=wait: time.sleep(wait))
+        reader.fill({}, [Rows(0, np.arange(1), np.arange(1)), Rows(1, np.arange(1), np.arange(1))])
+        assert least < reader.pace < most
