@@ -48,6 +48,7 @@ class Rows(NamedTuple):
 
     shard: int
     rows: np.ndarray
+    """Best ascending, as neighbours are one request then."""
     places: np.ndarray
     until: int = 0
     """Position of the run up to which more of the shard will be wanted; see ``expire``."""
@@ -101,7 +102,7 @@ class StreamReader:
         npy = manifest.format != "zarr"
         self._layouts = {name: Layout(part, npy=npy) for name, part in self.parts.items()}
         self.pace = math.inf
-        """Seconds that a sample took lately."""
+        """Seconds that a sample took lately; more than that rather than less."""
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
         self._tables: Kept[_Shard] = Kept()
         # A bit for each row, in blocks of shards; two threads in one shard may lose each other's,
@@ -143,12 +144,13 @@ class StreamReader:
         return out
 
     def together(self, wanted: Sequence[Rows]) -> Iterator[Sequence[Rows]]:
-        """What one thread had better read in one go: enough to be worth its waking, going by how
-        long samples took lately; a shard each where they are waited for, or that is not known."""
+        """What one thread had better read in one go: of local files enough to be worth its waking,
+        going by how long samples took lately; a shard each where they are waited for."""
+        pace = self.pace if self.source.is_direct else math.inf
         begin = count = 0
         for number, (_, rows, _, _) in enumerate(wanted, start=1):
             count += len(rows)
-            if count * self.pace >= TASK_SECONDS or number == len(wanted):
+            if count * pace >= TASK_SECONDS or number == len(wanted):
                 yield wanted[begin:number]
                 begin, count = number, 0
 
@@ -158,7 +160,8 @@ class StreamReader:
         for some in wanted:
             self._fill_shard(out, landing, some)
         seconds = (time.perf_counter() - start) / max(1, sum(len(some.rows) for some in wanted))
-        self.pace = seconds if math.isinf(self.pace) else 0.9 * self.pace + 0.1 * seconds
+        before = seconds if math.isinf(self.pace) else self.pace
+        self.pace = max(seconds, 0.9 * before + 0.1 * seconds)  # what is slow once may be so again
 
     def _fill_shard(self, out: Columns, landing: Landing, wanted: Rows) -> None:
         shard, rows, places, until = wanted
