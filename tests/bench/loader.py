@@ -7,8 +7,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.store import BatchLoader, SampleOrder, Store
+from pipeline.store.table import shard_table
 from tests.bench.filled import FORMS, TINY, dinov2_b, make_manifest, make_samples, write_store
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Table
@@ -29,8 +32,11 @@ HEADINGS = (
     Heading("of_webdataset", "of stock webdataset", ".2f"),
     Heading("waits", "waiting", ".2%"),
 )
+ALIVE = 4
+"""Batches: two ahead, one that is used, and the one that takes its place."""
 FORM_NAMES = (*FORMS, "tiny")
 RAW, STOCK = "one readinto per file", "stock webdataset .decode()"
+BARE = "one preadv per sample"
 QUICK, WHOLE = "loader, checksums off", "loader"
 
 
@@ -78,6 +84,7 @@ def run(options: Options) -> Report:
 def measure(store: Store, options: Options) -> list[dict[str, Any]]:
     ways: dict[str, Callable[[Store], int]] = {
         RAW: read_whole,
+        BARE: lambda s: read_rows(s, options),
         QUICK: lambda s: load(s, options, verify=False),
         WHOLE: lambda s: load(s, options, verify=True),
         STOCK: stock_webdataset,
@@ -115,6 +122,49 @@ def read_whole(store: Store) -> int:
             buffer = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
             assert file.readinto(buffer.data) == len(buffer)
     return samples_of(store)
+
+
+def read_rows(store: Store, options: Options) -> int:
+    """The bytes of each sample in the loader's order, and nothing else: no table is read, no
+    descriptor opened, nothing looked at; as many batches are alive as the loader has."""
+    rows, order = _bare_rows(store.url)
+    total = samples_of(store)
+    batch = min(options.batch, total)
+    alive: deque[list[np.ndarray]] = deque(maxlen=ALIVE)
+    for begin in range(0, total - batch + 1, batch):
+        shards, numbers = (x.tolist() for x in order.locate(np.arange(begin, begin + batch)))
+        batches = []
+        for stream in rows:
+            size = max(stream[shards[0]][1])
+            out = np.empty((batch, size), np.uint8)
+            flat = out.reshape(-1).data
+            for place, (shard, row) in enumerate(zip(shards, numbers, strict=True)):
+                descriptor, sizes, begins = stream[shard]
+                target = flat[place * size : place * size + sizes[row]]
+                assert os.preadv(descriptor, [target], begins[row]) == sizes[row]
+            batches.append(out)
+        alive.append(batches)
+    return total
+
+
+@cache
+def _bare_rows(
+    url: str,
+) -> tuple[list[dict[int, tuple[int, list[int], list[int]]]], SampleOrder]:
+    """Of each file of each stream, by shard: a descriptor, and its samples' bytes and offsets."""
+    store = Store.open(url)
+    order = SampleOrder(0, store.index().samples_per_shard)
+    streams = []
+    for stream in store.manifest.streams:
+        files = {}
+        for shard in range(store.manifest.num_shards):
+            (file,) = shard_table(store.record(shard), stream).files
+            ends = (file.offsets + file.sizes).max(1)
+            begins = file.offsets.min(1)
+            descriptor = os.open(f"{store.root}/{file.file}", os.O_RDONLY)
+            files[shard] = descriptor, (ends - begins).tolist(), begins.tolist()
+        streams.append(files)
+    return streams, order
 
 
 def load(store: Store, options: Options, *, verify: bool) -> int:
