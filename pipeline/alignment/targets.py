@@ -53,15 +53,15 @@ class MapsTargets:
         self._decoders = {n: decoder_of(n, column) for n, column in stream.columns.items()}
         maps = stream.columns.get("attention")
         self._normalise = maps is not None and not sums_to_one(maps.codec)
-        self.rows = [stream.teacher.layers.index(layer) for layer in wanted.layers]
-        self._index = torch.tensor(self.rows, dtype=torch.int64)
+        places = [stream.teacher.layers.index(layer) for layer in wanted.layers]
+        self._index = torch.tensor(places, dtype=torch.int64)
         self._attention = _compiled(self.decode_attention) if compiled else self.decode_attention
 
     def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
         features = attention = None
         if self.wanted.features:
             features = self._decoders["features"](columns).float()
-        if self.rows:
+        if self.wanted.layers:
             device = next(iter(columns.values())).device
             if self._index.device != device:  # once: a list would be copied at every step
                 self._index = self._index.to(device)

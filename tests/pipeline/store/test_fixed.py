@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from pipeline.store.fixed import TEXT, FixedRows, Landing, fixed_rows
 from pipeline.store.parts import Layout, stream_parts
 from pipeline.store.reader import DamagedShardError
 from pipeline.store.table import FileTable, shard_table
+from schemas.errors import UserError
 from schemas.store import Column
 from tests.helpers import edit_json, known_values
 from tests.stores import make_random_store
@@ -183,3 +186,60 @@ def test_no_byte_of_a_row_can_be_missing(store: Store, stream: str) -> None:
                 for column, array in found.items():
                     assert np.array_equal(array, expected[column])
             path.write_bytes(whole)
+
+
+def damage(store: Store, rng: random.Random) -> None:
+    """Something wrong with a file, or with what its record says of it."""
+    shard = rng.randrange(4)
+    files = [f for files in store.record(shard).streams.values() for f in files]
+    path = Path(store.root, rng.choice(files).file)
+    match rng.randrange(4):
+        case 0:
+            data = bytearray(path.read_bytes())
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+        case 1:
+            os.truncate(path, rng.randrange(path.stat().st_size))
+        case 2:
+            path.unlink(missing_ok=True)
+        case 3:
+            field, by = rng.choice(["offsets", "sizes", "crc32"]), rng.choice([-512, -1, 1, 512])
+
+            def lie(record: dict[str, Any]) -> None:
+                file = rng.choice(record["streams"][rng.choice(STREAMS)])
+                values = rng.choice(list(file[field].values()))
+                row = rng.randrange(len(values))
+                values[row] = max(0, values[row] + by)
+
+            edit_json(Path(store.root, "commits", f"shard-{shard:06d}.json"), lie)
+
+
+def outcome(read: Callable[[], object]) -> object:
+    try:
+        return read()
+    except UserError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_both_ways_find_the_same_wrong(
+    store: Store, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    damage(store, rng)
+
+    def everything(stream: str, at: int, verify: bool) -> object:
+        columns = StreamReader(Store.open(store.url), stream, verify=verify).read(*wanted(at))
+        return {name: (array.dtype, array.tobytes()) for name, array in columns.items()}
+
+    def outcomes() -> list[object]:
+        return [
+            outcome(lambda s=stream, a=at, v=verify: everything(s, a, v))
+            for stream in STREAMS
+            for at in range(2)
+            for verify in (True, False)
+        ]
+
+    quick = outcomes()
+    monkeypatch.setattr("pipeline.store.reader.fixed_rows", lambda *_: None)
+    assert outcomes() == quick

@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.loader import rank_slice
-from pipeline.store.reader import DamagedShardError
+from pipeline.store.reader import DamagedShardError, Rows, StreamReader
 from tests.helpers import SIZES, known_values, recorded_opens
 
 STREAMS = ("latents", "maps")
@@ -186,6 +186,31 @@ def test_batches_before_the_damage_are_delivered(known_store: Store) -> None:
         assert [batch.step for batch in islice(batches, safe)] == list(range(safe))
         with pytest.raises(DamagedShardError, match=f"shard {last}"):
             next(batches)
+
+
+def test_the_error_a_run_stops_with_is_nobodys_luck(
+    known_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many shards a task reads, and whoever is first: that of the first stream's first
+    shard that has one, all shards being wanted by one batch."""
+    for stream, shard in [("maps", 0), ("latents", 3), ("latents", 1)]:
+        Path(known_store.root, stream, f"shard-{shard:06d}.tar").unlink()
+    messages = set()
+    for size in (1, 2, 4):
+
+        def together(_: object, wanted: list[Rows], size: int = size) -> list[list[Rows]]:
+            return [wanted[begin : begin + size] for begin in range(0, len(wanted), size)]
+
+        monkeypatch.setattr(StreamReader, "together", together)
+        for count in (1, 8):
+            with (
+                loading(known_store, threads=count, window=4, global_batch=sum(SIZES)) as loader,
+                pytest.raises(DamagedShardError) as error,
+            ):
+                next(iter(loader))
+            messages.add(str(error.value))
+    (message,) = messages
+    assert message.startswith("stream 'latents', shard 1 of")
 
 
 def threads() -> int:
