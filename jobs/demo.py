@@ -19,7 +19,9 @@ import numpy as np
 
 from jobs.sample import draw_grid
 from jobs.train_haste import train_run
-from pipeline.cluster import ray_cluster
+from pipeline.cli.command import run_command
+from pipeline.cli.config_files import read_yaml
+from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.extract.job import extract
 from pipeline.inspect.summary import describe, summarise
 from pipeline.report.attention import draw_attention
@@ -28,12 +30,11 @@ from pipeline.report.records import ATTENTION, SAMPLES, read_run
 from pipeline.report.write import write_report
 from pipeline.sampling.trained import load_student
 from pipeline.store import Store, StreamReader
-from schemas.errors import run_command
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import read_yaml, validate
 from schemas.report import ReportConfig
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig
+from schemas.validation import validate
 
 RUN = ROOT / "runs" / "demo"
 

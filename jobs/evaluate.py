@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
 from pipeline.evaluate.evaluate import evaluate
-from pipeline.files import without_credentials
 from pipeline.sampling.origin import check_samples_are_of
-from schemas.errors import UserError, run_command
+from pipeline.storage.files import without_credentials
+from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
-from schemas.options import parse_options
 
 
 def main(argv: list[str]) -> int:

@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from pipeline.actors import Actors
-from pipeline.cluster import ray_cluster, require, total
-from pipeline.files import absolute_folder, absolute_url, without_credentials
+from pipeline.distributed.actor_pool import Actors
+from pipeline.distributed.ray_cluster import ray_cluster, require, total
+from pipeline.distributed.signals import StopSignals
 from pipeline.sampling.blocks import Block, choose_classes, choose_labels, plan_blocks
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
 from pipeline.sampling.resume import all_there, find_checkpoint_again
 from pipeline.sampling.worker import Drawn, Loaded, SampleWorker
-from pipeline.train.stop import StopSignals
+from pipeline.storage.files import absolute_folder, absolute_url, without_credentials
 from schemas.errors import StoppedError, UserError
 from schemas.sample import SampleAbout, SampleConfig
 

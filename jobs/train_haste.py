@@ -15,9 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.cluster import ray_cluster
-from pipeline.files import absolute_folder, absolute_url
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
+from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.plan import wants_plan
+from pipeline.storage.files import absolute_folder, absolute_url
 from pipeline.store import Store
 from pipeline.train.checkpoint import check_same_run
 from pipeline.train.choose import newest_state
@@ -25,8 +27,7 @@ from pipeline.train.fit import check_store
 from pipeline.train.folder import RunFolder
 from pipeline.train.identity import with_stream
 from pipeline.train.ray import fit
-from schemas.errors import UserError, run_command
-from schemas.options import parse_options
+from schemas.errors import UserError
 from schemas.run import RunConfig
 
 

@@ -18,10 +18,10 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 import pytest
 import ray
 
+from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing, list_images
 from pipeline.store import Store
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import merge
 from schemas.run import RunConfig
 from tests.helpers import write_known_store
 from tests.s3 import SeaweedFS, has_seaweedfs

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.alignment.targets import Targets, Wanted, read_targets
+from pipeline.cli.config_files import merge
 from pipeline.convert import Conversion, convert
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
@@ -19,7 +20,6 @@ from pipeline.store import Store, StreamReader
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import merge
 
 SAMPLES, SHARD, BATCH = 11, 4, 3
 WANTED = Wanted(features=True, layers=(5, 3), heads=6)

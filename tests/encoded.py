@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks, with_tail
 from pipeline.store import Store
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import merge
 
 SAMPLES = 8
 

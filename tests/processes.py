@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.signals import Wish
 from pipeline.train.checkpoint import read_state
 from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
-from pipeline.train.parallel import Parallel
-from pipeline.train.stop import Wish
 from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
 from schemas.run import RunConfig

@@ -44,14 +44,17 @@ from jobs.experiments.outcome import write_outcome
 from jobs.pretrain.autoencoder import AutoencoderConfig
 from jobs.pretrain.classifier import ClassifierConfig
 from jobs.pretrain.self_distill import SelfDistillConfig
-from pipeline.locks import alone_in
+from pipeline.cli.command import run_command
+from pipeline.cli.config_files import merge
+from pipeline.cli.options import parse_options
+from pipeline.distributed.process_group import Parallel
+from pipeline.storage.locks import alone_in
 from pipeline.train.local import train_here
-from pipeline.train.parallel import Parallel
 from schemas.base import Strict
-from schemas.errors import UserError, run_command
+from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.options import merge, parse_options, validate
 from schemas.run import RunConfig
+from schemas.validation import validate
 
 DEFAULTS = Path(__file__).parent / "cifar10.yaml"
 

@@ -31,7 +31,6 @@ from jobs.pretrain.self_distill import (
     normalise,
     self_distill,
 )
-from pipeline.archive import Archive
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluate import evaluate
@@ -41,8 +40,9 @@ from pipeline.evaluate.reference import load_moments
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.plan import make_manifest, make_tasks, stream_name, with_tail
 from pipeline.extract.request import check_same_store
-from pipeline.files import TEMPORARY
-from pipeline.locks import alone_in
+from pipeline.storage.files import TEMPORARY
+from pipeline.storage.locks import alone_in
+from pipeline.storage.npz import Archive
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig

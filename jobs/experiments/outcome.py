@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib
 
 from pipeline.evaluate.record import EVALUATIONS
-from pipeline.files import open_url, write_atomic
 from pipeline.report.write import write_report
+from pipeline.storage.files import open_url, write_atomic
 from schemas.report import ReportConfig
 
 matplotlib.use("Agg")

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from pipeline.files import file_size, open_url, read_bytes, write_atomic
+from pipeline.storage.files import (
+    file_size,
+    open_url,
+    read_bytes,
+    write_atomic,
+)
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
 from pipeline.teachers import Teacher

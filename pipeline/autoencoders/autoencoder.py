@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.assets import DEMO_AUTOENCODER
-from pipeline.files import sha256_of_arrays
+from pipeline.hashing import sha256_of_arrays
 from schemas.errors import UserError
 from schemas.store import AutoencoderInfo
 

@@ -19,7 +19,7 @@ from pipeline.convert.compute import made_here
 from pipeline.convert.plan import StreamPlan, plan_streams
 from pipeline.convert.request import check_places, check_same_conversion
 from pipeline.convert.shard import Group, convert_shard
-from pipeline.files import absolute_url, exists
+from pipeline.storage.files import absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from pipeline.teachers import Teacher

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pipeline.files import absolute_url, is_local, open_url
+from pipeline.storage.files import absolute_url, is_local, open_url
 from pipeline.store import Store
 from pipeline.store.differences import differences
 from schemas.errors import UserError

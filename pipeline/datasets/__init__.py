@@ -10,7 +10,7 @@ from pipeline.datasets.names import check_listing
 from pipeline.datasets.reader import FileReader, Reader
 from pipeline.datasets.repa import list_repa
 from pipeline.datasets.tars import list_tars
-from pipeline.files import without_credentials
+from pipeline.storage.files import without_credentials
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 

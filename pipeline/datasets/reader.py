@@ -8,7 +8,12 @@ from collections.abc import Callable
 
 from pipeline.datasets.base import ImageItem
 from pipeline.datasets.crop import BadImageError
-from pipeline.files import file_size, is_local, open_url, read_ranges
+from pipeline.storage.files import (
+    file_size,
+    is_local,
+    open_url,
+    read_ranges,
+)
 from pipeline.storage.local import open_regular, read_range
 
 Reader = Callable[[ImageItem], bytes]

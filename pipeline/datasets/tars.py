@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.folder import escape_dots, list_files
 from pipeline.datasets.names import short_name
-from pipeline.files import is_local, open_url, retrying, without_credentials
-from pipeline.storage.secrets import without_secrets
+from pipeline.storage.files import (
+    is_local,
+    open_url,
+    retrying,
+    without_credentials,
+)
+from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm", "bmp"})

@@ -8,8 +8,8 @@ from typing import Any
 
 import fsspec
 
-from pipeline.archive import MOST_ABOUT
-from pipeline.files import read_at_most
+from pipeline.storage.files import read_at_most
+from pipeline.storage.npz import MOST_ABOUT
 from schemas.sample import ABOUT_FILE, SampleAbout
 
 

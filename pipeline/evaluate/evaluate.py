@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from pipeline.archive import Archive
 from pipeline.evaluate.compare import compare
 from pipeline.evaluate.images import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure
@@ -18,7 +17,8 @@ from pipeline.evaluate.reference import (
     load_statistics,
     save_statistics,
 )
-from pipeline.files import without_credentials
+from pipeline.storage.files import without_credentials
+from pipeline.storage.npz import Archive
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
 from schemas.sample import SampleAbout, Weights

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.archive import Archive, read_about
 from pipeline.evaluate.about import understood
 from pipeline.evaluate.pictures import FolderImages
 from pipeline.evaluate.stored import StoreImages
-from pipeline.files import is_local, open_url, without_credentials
+from pipeline.storage.files import is_local, open_url, without_credentials
+from pipeline.storage.npz import Archive, read_about
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.sample import SampleAbout

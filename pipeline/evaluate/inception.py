@@ -16,8 +16,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 
-from pipeline.evaluate.networks import Extracted, full_precision, weights_digest
-from pipeline.files import without_credentials
+from pipeline.evaluate.networks import Extracted, full_precision
+from pipeline.hashing import weights_digest
+from pipeline.storage.files import without_credentials
 from pipeline.teachers.weights import read_state_dict
 from schemas.errors import UserError
 

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple, Protocol
 import timm
 import torch
 import torchvision.transforms.v2.functional as images_to
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from pipeline.files import sha256_of_arrays, without_credentials
+from pipeline.hashing import (
+    weights_digest,
+)
+from pipeline.storage.files import without_credentials
 from pipeline.teachers.vit import normalisation
 from pipeline.teachers.weights import randomise, read_state_dict
 from schemas.errors import UserError
@@ -154,13 +157,6 @@ def open_network(
 def full_precision() -> Any:
     """cuDNN's TF32, torch's default for convolutions, moves an FID in its third digit."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's weights on the CPU."""
-    return sha256_of_arrays(
-        (name, tensor.numpy()) for name, tensor in sorted(model.state_dict().items())
-    )
 
 
 def _create(

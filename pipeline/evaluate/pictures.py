@@ -14,13 +14,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.archive import fitting_rows
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
 from pipeline.datasets.reader import FileReader
 from pipeline.evaluate.about import about_folder
-from pipeline.files import list_tree, open_url, without_credentials
-from pipeline.storage.secrets import without_secrets
+from pipeline.storage.files import list_tree, open_url, without_credentials
+from pipeline.storage.npz import fitting_rows
+from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError
 from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
 

@@ -13,17 +13,17 @@ import fsspec
 
 from pipeline.evaluate.networks import Network
 from pipeline.evaluate.statistics import Moments
-from pipeline.files import (
+from pipeline.hashing import sha256_of_arrays
+from pipeline.storage.files import (
     absolute_url,
     is_local,
     list_folder,
     open_url,
     read_bytes,
-    sha256_of_arrays,
     without_credentials,
     write_atomic,
 )
-from pipeline.locks import turn_in
+from pipeline.storage.locks import turn_in
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation, NetworkIdentity, RecordedEvaluation
 from schemas.fields import DIGEST, text_or_digest

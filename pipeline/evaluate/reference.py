@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.archive import ABOUT, Archive, read_about
 from pipeline.evaluate.images import IMAGES
 from pipeline.evaluate.measure import Measured
 from pipeline.evaluate.networks import FeatureNetwork, Network
 from pipeline.evaluate.spool import Spool
 from pipeline.evaluate.statistics import Moments
-from pipeline.files import open_url, publish
+from pipeline.storage.files import open_url, publish
+from pipeline.storage.npz import ABOUT, Archive, read_about
 from schemas.errors import UserError
 
 VERSION = 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
 from pipeline.extract.job import extract
 from pipeline.plan import wants_plan
-from schemas.errors import run_command
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import parse_options
 
 ABOUT = """\
 Run the teacher and the autoencoder once over a data set and write what training needs to sharded

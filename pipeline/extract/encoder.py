@@ -20,6 +20,9 @@ from pipeline.datasets.reader import UNREADABLE
 from pipeline.extract.behind import Behind
 from pipeline.extract.latents import LatentSource, open_latents
 from pipeline.extract.plan import Description, ShardTask, stream_name
+from pipeline.precision import (
+    choose_precision,
+)
 from pipeline.store import ShardWriter
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
@@ -213,12 +216,3 @@ def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Array
             writer.add(item.key, sample)
         except ValueError as error:
             raise UserError(f"shard {writer.shard}: {error}") from None
-
-
-def choose_precision(config: ExtractConfig, device: str) -> Precision:
-    """The arithmetic that 'auto' stands for."""
-    if config.precision != "auto":
-        if device == "cpu" and config.precision == "float16":
-            raise UserError("--precision float16 needs a GPU; use bfloat16 or float32 on CPU")
-        return config.precision
-    return "bfloat16" if device == "cuda" else "float32"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from pipeline.cluster import ray_cluster, require, total
 from pipeline.datasets import Listing, list_images
+from pipeline.distributed.ray_cluster import ray_cluster, require, total
 from pipeline.extract.plan import (
     ShardTask,
     make_manifest,
@@ -20,7 +20,7 @@ from pipeline.extract.plan import (
 )
 from pipeline.extract.request import check_request, check_same_store, with_stores_options
 from pipeline.extract.supervisor import Supervisor
-from pipeline.files import absolute_folder, absolute_url, exists
+from pipeline.storage.files import absolute_folder, absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from schemas.errors import UserError

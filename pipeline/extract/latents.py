@@ -18,7 +18,7 @@ from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.moments import MAX_BYTES, MAX_HEADER_BYTES, parse_moments
 from pipeline.datasets.reader import UNREADABLE
 from pipeline.datasets.repa import first_latents
-from pipeline.files import without_credentials
+from pipeline.storage.files import without_credentials
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import AutoencoderInfo

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pipeline.alignment.cuts import cut_columns
 from pipeline.datasets import ImageItem, Listing
-from pipeline.files import absolute_url, without_credentials
+from pipeline.storage.files import absolute_url, without_credentials
 from schemas.extract import ExtractConfig
 from schemas.store import (
     STORE_VERSION,

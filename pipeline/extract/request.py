@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.alignment.cuts import cut_columns
+from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing
 from pipeline.extract.plan import stream_name
 from pipeline.store import Store
 from pipeline.store.differences import differences
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import merge, validate
 from schemas.store import Manifest, TeacherStream
+from schemas.validation import validate
 
 
 def with_stores_options(config: ExtractConfig, store: Store) -> ExtractConfig:

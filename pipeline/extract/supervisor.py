@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pipeline.actors import Actors
+from pipeline.distributed.actor_pool import Actors
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.plan import Description, ShardTask
 from schemas.errors import UserError

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
 from pipeline.inspect.garbage import (
     collect,
     describe_collection,
@@ -17,9 +19,8 @@ from pipeline.inspect.garbage import (
 from pipeline.inspect.summary import describe, summarise
 from pipeline.inspect.verify import describe_verification, verify_store
 from pipeline.store import Store
-from schemas.errors import UserError, run_command
+from schemas.errors import UserError
 from schemas.inspect import InspectConfig
-from schemas.options import parse_options
 
 
 def main(argv: list[str]) -> int:

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 from pipeline.alignment.tail import check_tail
 from pipeline.alignment.targets import check_fit
+from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.additions import addition
 from pipeline.store import Store
 from pipeline.train.fit import check_latents
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
-from schemas.options import read_yaml, validate
 from schemas.run import RunConfig
+from schemas.validation import validate
 
 
 class Answer(NamedTuple):

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.files import file_size, read_ranges
+from pipeline.storage.files import file_size, read_ranges
 from schemas.errors import plain_text
 from schemas.store import StreamFile
 

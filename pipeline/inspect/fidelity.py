@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.alignment.aligned_student import AlignedStudent
 from pipeline.alignment.targets import Targets, Wanted, open_targets
 from pipeline.inspect.originals import Originals
-from pipeline.inspect.summary import StoreSummary, describe_bytes
+from pipeline.inspect.summary import StoreSummary
 from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
 from pipeline.teachers import Teacher
 from pipeline.teachers.declared import declared_config, draft_declared
-from pipeline.train.module import AlignedStudent
+from pipeline.text import describe_bytes
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.fields import element_count

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.datasets import list_images, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
-from pipeline.files import absolute_url, without_credentials
+from pipeline.storage.files import absolute_url, without_credentials
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.files import file_size
+from pipeline.storage.files import file_size
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
+from pipeline.text import (
+    describe_bytes,
+)
 from schemas.errors import escaped
 from schemas.store import Column, TeacherStream
 
@@ -128,12 +131,3 @@ def _about_teacher(stream: TeacherStream) -> list[str]:
 
 def _codec(column: Column) -> str:
     return column.codec if column.lossless == "none" else f"{column.codec}+{column.lossless}"
-
-
-def describe_bytes(count: float) -> str:
-    """Three digits and a unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

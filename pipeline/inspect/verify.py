@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from pipeline.files import read_at_most
 from pipeline.inspect.agreement import check_index, misfits, read_index
 from pipeline.inspect.damage import Damage, check_file
+from pipeline.storage.files import read_at_most
 from pipeline.store import Store
 from pipeline.store.layout import INDEX, MANIFEST, commit_path
 from schemas.errors import UserError

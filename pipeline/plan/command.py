@@ -9,8 +9,9 @@ from typing import get_args
 
 import torch
 
+from pipeline.cli.config_files import read_yaml
+from pipeline.cli.options import parse_options
 from pipeline.datasets import list_images
-from pipeline.files import absolute_url
 from pipeline.plan import FLAG
 from pipeline.plan.advice import ONLINE, advise
 from pipeline.plan.costs import GIGA, Demand, Stored, Work, cost_of
@@ -20,13 +21,14 @@ from pipeline.plan.geometry import Geometry
 from pipeline.plan.rates import Device, assumed_gpu, given_device, measure_device
 from pipeline.plan.report import Here, Plan, as_json, describe
 from pipeline.plan.sizes import CROP_CODEC, SHOWN, codec_set, latent_bytes, stored_bytes
+from pipeline.storage.files import absolute_url
 from pipeline.store import Store
 from schemas.alignment import AlignmentConfig, FixedStep
 from schemas.errors import UserError
 from schemas.extract import PRESETS, Cut, ExtractConfig, TeacherConfig
-from schemas.options import parse_options, read_yaml, validate
 from schemas.plan import ExtractPlan, PlanOptions, TrainPlan
 from schemas.run import RunConfig
+from schemas.validation import validate
 
 CUTS: tuple[Cut, ...] = get_args(Cut)
 IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012's training set

@@ -27,6 +27,9 @@ from pipeline.models.flops import STEP, student_flops
 from pipeline.plan.costs import TERA, Rates
 from pipeline.plan.drafts import Drafts, encode
 from pipeline.plan.flops import TeacherFlops, autoencoder_flops
+from pipeline.precision import (
+    _autocast_dtype,
+)
 from pipeline.teachers.vit import block_arguments
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig
@@ -217,15 +220,6 @@ def _made_real(draft: nn.Module, device: torch.device) -> nn.Module:
 
 def _random(shape: tuple[int, ...] | torch.Size, device: torch.device) -> torch.Tensor:
     return torch.randn(shape, device=device)
-
-
-def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What extraction and training make of 'auto'."""
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, precision)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _teacher_bytes(drafts: Drafts, flops: TeacherFlops, batch: int) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
-from pipeline.files import without_credentials
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
 from pipeline.report.write import write_report
-from schemas.errors import plain_text, run_command
-from schemas.options import parse_options
+from pipeline.storage.files import without_credentials
+from schemas.errors import plain_text
 from schemas.report import ReportConfig
 
 

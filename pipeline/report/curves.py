@@ -13,11 +13,14 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pipeline.inspect.summary import describe_bytes
 from pipeline.report.colours import COLOURS, SVG_STYLE, Colours, variables
-from pipeline.report.markup import shortened
 from pipeline.report.panels import Panel, loss_panels, speed_panels
 from pipeline.report.records import Record
+from pipeline.text import (
+    describe_bytes,
+    short_number,
+    shortened,
+)
 from schemas.errors import plain_text
 
 SIZE = (5.0, 2.9)
@@ -140,14 +143,6 @@ def highest_shown(panel: Panel) -> float | None:
     low, high = min(values), max(later)
     top = high + 0.6 * (high - low)
     return top if max(values) > top else None
-
-
-def short_number(value: float) -> str:
-    """120000 as 120k; small numbers with as many digits as they need."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
 
 
 def _set_height(axis: Axes, panel: Panel) -> None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.inspect.summary import describe_bytes
 from pipeline.report.kinds import comparable, describe_kind
-from pipeline.report.markup import Child, Html, breakable, shortened, table, tag
+from pipeline.report.markup import (
+    Child,
+    Html,
+    breakable,
+    table,
+    tag,
+)
 from pipeline.report.panels import METRICS
 from pipeline.report.records import Record, number
+from pipeline.text import describe_bytes, shortened
 from schemas.run import RunConfig
 
 LOSSES = ("denoising", "feature", "attention")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import fsspec
 from PIL import Image
 
-from pipeline.files import read_at_most
 from pipeline.report.markup import Html, breakable, image, tag
-from pipeline.storage.credentials import without_credentials
+from pipeline.storage.files import read_at_most
+from pipeline.storage.redaction import without_credentials
 from schemas.errors import UserError
 
 MOST_STEPS = 6

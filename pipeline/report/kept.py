@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.report.attention import draw_attention
-from pipeline.report.markup import shortened
 from pipeline.report.records import MOST_STATE_BYTES, Record
 from pipeline.sampling.trained import load_student
-from pipeline.storage.credentials import without_credentials
+from pipeline.storage.redaction import without_credentials
 from pipeline.store import Store
+from pipeline.text import shortened
 from pipeline.train.checkpoint import read_state
 from pipeline.train.choose import checkpoint_name
 from pipeline.train.seal import STATE

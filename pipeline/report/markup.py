@@ -7,11 +7,13 @@ import html
 import re
 from collections.abc import Iterable
 
+from pipeline.text import (
+    LONGEST,
+    shortened,
+)
 from schemas.errors import escaped
 
 VOID = frozenset({"br", "img", "meta", "wbr"})
-LONGEST = 300
-"""Characters of one text: whoever wrote a run's files does not decide how long the page gets."""
 
 
 class Html(str):
@@ -66,14 +68,6 @@ def breakable(name: str) -> list[Child]:
     """A dotted name that may be broken at its joints, and better there than elsewhere."""
     parts = re.split(r"(?<=[._/])", shortened(name))
     return [node for part in parts for node in (part, tag("wbr"))][:-1]
-
-
-def shortened(text: str, length: int = LONGEST) -> str:
-    """Both ends of a long text, as names tell themselves apart by either."""
-    if len(text) <= length:
-        return text
-    end = (length - 1) // 2
-    return f"{text[: length - 1 - end]}\N{HORIZONTAL ELLIPSIS}{text[-end:]}"
 
 
 def _text(text: str, longest: int = 2 * LONGEST) -> str:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pipeline.assets import REPORT_STYLE
-from pipeline.inspect.summary import describe_bytes
 from pipeline.report.colours import FONTS, LIGHT, SCHEMES
 from pipeline.report.curves import highest_shown, panel_svg
 from pipeline.report.facts import config_differences, run_card
 from pipeline.report.gallery import Source, gallery, load_file
 from pipeline.report.kept import attention_of_kept
 from pipeline.report.kinds import comparable, describe_kind
-from pipeline.report.markup import Child, Html, breakable, image, join, shortened, table, tag
+from pipeline.report.markup import (
+    Child,
+    Html,
+    breakable,
+    image,
+    join,
+    table,
+    tag,
+)
 from pipeline.report.panels import METRICS as EVALUATED
 from pipeline.report.panels import (
     Panel,
@@ -24,6 +31,7 @@ from pipeline.report.panels import (
     trigger_panel,
 )
 from pipeline.report.records import Record, Row, number
+from pipeline.text import describe_bytes, shortened
 from schemas.report import Attention
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"

@@ -14,7 +14,7 @@ import fsspec
 import yaml
 
 from pipeline.evaluate.record import EVALUATIONS
-from pipeline.files import (
+from pipeline.storage.files import (
     absolute_url,
     is_local,
     list_folder,
@@ -22,7 +22,7 @@ from pipeline.files import (
     read_at_most,
     without_credentials,
 )
-from pipeline.storage.secrets import written_down
+from pipeline.storage.redaction import written_down
 from pipeline.train.choose import checkpoint_name, steps_of
 from pipeline.train.metrics import (
     BROKEN_SAMPLES,
@@ -35,8 +35,8 @@ from pipeline.train.metrics import (
 )
 from pipeline.train.seal import STATE, unseal
 from schemas.errors import UserError, plain_text
-from schemas.options import validate
 from schemas.run import RunConfig
+from schemas.validation import validate
 
 ATTENTION = "attention"
 

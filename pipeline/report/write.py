@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pipeline.files import absolute_url, open_url, without_credentials, write_atomic
 from pipeline.report.page import Report
 from pipeline.report.records import read_run
+from pipeline.storage.files import (
+    absolute_url,
+    open_url,
+    without_credentials,
+    write_atomic,
+)
 from schemas.errors import UserError
 from schemas.report import ReportConfig
 

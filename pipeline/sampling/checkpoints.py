@@ -9,7 +9,8 @@ from pathlib import Path
 
 import fsspec
 
-from pipeline.files import (
+from pipeline.sampling.trained import is_weights_file
+from pipeline.storage.files import (
     absolute_url,
     exists,
     file_size,
@@ -17,7 +18,6 @@ from pipeline.files import (
     open_url,
     without_credentials,
 )
-from pipeline.sampling.trained import is_weights_file
 from pipeline.train.choose import checkpoint_name, newest_whole
 from pipeline.train.excerpt import Excerpts, fetch_excerpt
 from pipeline.train.local import newest_checkpoint

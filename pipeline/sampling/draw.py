@@ -11,8 +11,8 @@ from torch import Tensor
 from pipeline.autoencoders import Autoencoder
 from pipeline.diffusion.samplers import sample
 from pipeline.models import SiT
+from pipeline.precision import arithmetic, autocast_dtype
 from pipeline.randomness import Purpose, generator
-from pipeline.sampling.precision import arithmetic, autocast_dtype
 from schemas.diffusion import Path, SamplerConfig
 from schemas.errors import UserError
 from schemas.sample import Arithmetic

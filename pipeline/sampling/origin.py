@@ -6,16 +6,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.files import (
+from pipeline.hashing import sha256_of_arrays
+from pipeline.sampling.checkpoints import at_hand
+from pipeline.sampling.trained import is_weights_file
+from pipeline.storage.files import (
     absolute_url,
     exists,
     is_local,
     open_url,
-    sha256_of_arrays,
     without_credentials,
 )
-from pipeline.sampling.checkpoints import at_hand
-from pipeline.sampling.trained import is_weights_file
 from pipeline.train.choose import checkpoint_name
 from schemas.errors import UserError
 from schemas.sample import SampleAbout

@@ -17,8 +17,10 @@ import fsspec
 import numpy as np
 from pydantic import ValidationError
 
-from pipeline.archive import Archive, read_about
-from pipeline.files import (
+from pipeline.sampling.blocks import Block
+from pipeline.sampling.identity import check_same_images
+from pipeline.sampling.worker import Drawn
+from pipeline.storage.files import (
     TEMPORARY,
     exists,
     file_size,
@@ -32,11 +34,8 @@ from pipeline.files import (
     without_credentials,
     write_atomic,
 )
-from pipeline.locks import LOCK, alone_in
-from pipeline.sampling.blocks import Block
-from pipeline.sampling.identity import check_same_images
-from pipeline.sampling.npz import npy_bytes, npy_header, write_npz
-from pipeline.sampling.worker import Drawn
+from pipeline.storage.locks import LOCK, alone_in
+from pipeline.storage.npz import Archive, npy_bytes, npy_header, read_about, write_npz
 from schemas.errors import UserError
 from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files import sha256_of_arrays
 from pipeline.models import SiT, make_student
 from pipeline.models.checkpoints import student_from_file
 from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
@@ -56,12 +55,6 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointSta
     student = make_student(state.config.student)
     load_weights(newest, weights, student)
     return student.requires_grad_(False).eval(), state
-
-
-def sha256_of_weights(student: SiT) -> str:
-    """Of a student's, wherever it is."""
-    tensors = sorted(student.state_dict().items())
-    return sha256_of_arrays((name, tensor.cpu().numpy()) for name, tensor in tensors)
 
 
 def is_weights_file(checkpoint: Path) -> bool:

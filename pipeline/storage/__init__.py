@@ -1,1 +1,1 @@
-"""What ``pipeline.files`` is made of: connections, faults, retries, credentials."""
+"""Files, locks and archives on local disks and object stores: errors, retries, redaction."""

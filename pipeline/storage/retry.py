@@ -17,8 +17,13 @@ from typing import TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.storage.credentials import without_credentials
-from pipeline.storage.faults import Fault, fault_of, reason_of, remedy_for
+from pipeline.storage.errors import (
+    Fault,
+    fault_of,
+    reason_of,
+    remedy_for,
+)
+from pipeline.storage.redaction import without_credentials
 from schemas.errors import UserError
 
 T = TypeVar("T")

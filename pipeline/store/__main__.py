@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
 from schemas.convert import ConvertConfig
-from schemas.errors import UserError, run_command
-from schemas.options import parse_options
+from schemas.errors import UserError
 
 USAGE = """\
 usage: python -m pipeline.store convert SOURCE TARGET [--option VALUE ...]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.files import TEMPORARY
+from pipeline.storage.files import TEMPORARY
 from schemas.errors import UserError
 
 TOTAL = ".total"

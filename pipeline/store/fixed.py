@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.storage.scatter import GAP
+from pipeline.storage.local import GAP
 from pipeline.store.parts import CLASS_DIGITS, Layout
 from pipeline.store.table import FileTable
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import StorageError
-from pipeline.storage.scatter import scatter
+from pipeline.storage.files import StorageError
+from pipeline.storage.local import scatter
 from pipeline.store.damage import (
     DamagedArrayError,
     DamagedShardError,

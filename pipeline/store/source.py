@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import fsspec
 
-from pipeline.files import is_local, read_directly, read_ranges
-from pipeline.storage.scatter import GAP
+from pipeline.storage.files import is_local, read_directly, read_ranges
+from pipeline.storage.local import GAP
 from pipeline.store.disk import DiskCache
 from pipeline.store.memory import Budget, Kept
 from pipeline.store.table import FileTable

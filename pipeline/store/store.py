@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from pipeline.files import (
+from pipeline.storage.files import (
     absolute_url,
     exists,
     list_folder,
@@ -19,7 +19,7 @@ from pipeline.files import (
     without_credentials,
     write_atomic,
 )
-from pipeline.storage.secrets import without_secrets
+from pipeline.storage.redaction import without_secrets
 from pipeline.store.damage import UncommittedShardError
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
 from pipeline.store.parts import check_columns, stream_parts

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.files import sha256_of_arrays, without_credentials
+from pipeline.hashing import sha256_of_arrays
+from pipeline.storage.files import without_credentials
 from pipeline.teachers.tap import Attended, AttentionTap
 from pipeline.teachers.vit import (
     block_arguments,
@@ -21,8 +22,8 @@ from pipeline.teachers.vit import (
 )
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
-from schemas.options import validate
 from schemas.store import TeacherInfo
+from schemas.validation import validate
 
 
 class TeacherTargets(NamedTuple):

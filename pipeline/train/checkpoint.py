@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.storage.secrets import written_down
+from pipeline.storage.redaction import written_down
 from pipeline.train.identity import STREAM, check_same_store
 from pipeline.train.seal import STATE, DamagedCheckpointError, seal, verify
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
-from schemas.options import validate
 from schemas.run import RunConfig
 from schemas.store import AutoencoderInfo
+from schemas.validation import validate
 
 VERSION = 2
 KEPT = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.distributed.process_group import Parallel
 from pipeline.models.flops import STEP, peak_tflops, student_flops
-from pipeline.train.parallel import Parallel
 from schemas.student import StudentConfig
 
 TERA = 1e12

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from pipeline.archive import Archive
 from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import open_network
 from pipeline.evaluate.record import (
@@ -20,9 +19,10 @@ from pipeline.evaluate.record import (
 )
 from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
+from pipeline.hashing import sha256_of_weights
 from pipeline.models import SiT
 from pipeline.sampling.blocks import choose_labels
-from pipeline.sampling.trained import sha256_of_weights
+from pipeline.storage.npz import Archive
 from pipeline.train.drawing import Pause, SharedDrawing, is_due
 from pipeline.train.metrics import EVALUATION, NO_DISTANCE
 from schemas.errors import UserError

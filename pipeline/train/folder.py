@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.evaluate.record import EVALUATIONS, add_rows
-from pipeline.files import (
+from pipeline.storage.files import (
     absolute_url,
     exists,
     is_local,

@@ -8,7 +8,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import TEMPORARY
+from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.signals import StopSignals
+from pipeline.storage.files import TEMPORARY
 from pipeline.store import Store
 from pipeline.train.checkpoint import read_state
 from pipeline.train.choose import (
@@ -21,9 +23,7 @@ from pipeline.train.choose import (
 )
 from pipeline.train.identity import with_stream
 from pipeline.train.loop import train
-from pipeline.train.parallel import Parallel
 from pipeline.train.seal import STATE, DamagedCheckpointError, verify
-from pipeline.train.stop import StopSignals
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.distributed.process_group import Parallel
 from pipeline.models import SiT
 from pipeline.train.drawing import Pause, SharedDrawing
 from pipeline.train.evaluation import RunEvaluation
-from pipeline.train.parallel import Parallel
 from pipeline.train.pictures import SampleGrids
 from schemas.run import RunConfig
 from schemas.store import Manifest

@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
-from pipeline.files import write_atomic
-from pipeline.storage.secrets import written_down
+from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.signals import Ask, Wish, nothing_asked
+from pipeline.storage.files import write_atomic
+from pipeline.storage.redaction import written_down
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
@@ -23,10 +25,9 @@ from pipeline.train.fit import check_store
 from pipeline.train.identity import store_identity, with_stream
 from pipeline.train.meter import Meter, PhaseClock
 from pipeline.train.metrics import CONFIG, SUMMARY, MetricsLog
-from pipeline.train.parallel import Parallel
 from pipeline.train.probe import GradientProbe
 from pipeline.train.profile import StepTrace
-from pipeline.train.stop import Agreement, Ask, Wish, nothing_asked
+from pipeline.train.stop import Agreement
 from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
 from schemas.run import RunConfig

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.train.module import LOSSES
-from pipeline.train.parallel import Parallel
+from pipeline.alignment.aligned_student import LOSSES
+from pipeline.distributed.process_group import Parallel
 
 
 class Meter:

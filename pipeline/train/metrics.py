@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.storage.secrets import written_down
+from pipeline.storage.redaction import written_down
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.files import TEMPORARY
 from pipeline.models import SiT
 from pipeline.pictures import save_grid
+from pipeline.storage.files import TEMPORARY
 from pipeline.train.drawing import Pause, SharedDrawing, is_due
 from pipeline.train.metrics import BROKEN_SAMPLES, SAMPLES
 from schemas.errors import UserError

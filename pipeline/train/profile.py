@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.train.parallel import Parallel
+from pipeline.distributed.process_group import Parallel
 
 STEPS = 2
 

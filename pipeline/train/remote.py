@@ -8,7 +8,13 @@ from typing import Any
 
 import fsspec
 
-from pipeline.files import list_tree, publish, read_bytes, remove, retrying
+from pipeline.storage.files import (
+    list_tree,
+    publish,
+    read_bytes,
+    remove,
+    retrying,
+)
 from pipeline.train.choose import Write, checkpoint_name, outdated, steps_of
 from pipeline.train.seal import (
     STATE,

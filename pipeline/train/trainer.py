@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
 from pipeline.alignment.projector import Projector
 from pipeline.alignment.targets import (
     Targets,
@@ -18,12 +19,11 @@ from pipeline.alignment.targets import (
     open_targets,
     wanted_targets,
 )
+from pipeline.distributed.process_group import Parallel
 from pipeline.store import Batch, Store
 from pipeline.train.draws import Draws
 from pipeline.train.ema import Ema
 from pipeline.train.feed import DeviceFeed, DrawsAhead
-from pipeline.train.module import LOSSES, AlignedStudent
-from pipeline.train.parallel import Parallel
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

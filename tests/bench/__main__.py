@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 
-from schemas.errors import UserError, run_command
-from schemas.options import parse_options, suggest
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
+from schemas.errors import UserError
+from schemas.validation import suggest
 from tests.bench.report import as_json, page
 
 BENCHES = {

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.alignment.fused import fused_attention_loss
+from pipeline.alignment.fused_attention_loss import fused_attention_loss
 from pipeline.alignment.losses import attention_loss
 from pipeline.models.taps import Attended
 from tests.bench.options import BenchOptions

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from pipeline.files import is_local, list_tree
+from pipeline.storage.files import is_local, list_tree
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import Format

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.alignment.aligned_student import AlignedStudent
 from pipeline.alignment.targets import Targets
 from pipeline.teachers import Teacher
-from pipeline.train.module import AlignedStudent
 from schemas.alignment import AlignmentConfig
 from schemas.student import StudentConfig
 

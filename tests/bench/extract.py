@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.alignment.cuts import cut_values
+from pipeline.cli.config_files import merge
 from pipeline.datasets import list_images
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.latents import AutoencoderLatents
@@ -24,7 +25,6 @@ from pipeline.extract.plan import make_manifest, make_tasks, with_tail
 from pipeline.plan.drafts import STABLE_DIFFUSION
 from pipeline.store import Store
 from schemas.extract import PRESETS, Cut, ExtractConfig
-from schemas.options import merge
 from tests.bench.images import load_crops
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Table

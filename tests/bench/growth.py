@@ -21,7 +21,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
-from pipeline.files import read_at_most
+from pipeline.storage.files import read_at_most
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.layout import INDEX, MANIFEST
 from schemas.store import STORE_VERSION, StoreIndex

@@ -13,13 +13,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.alignment.tail import first_tail_block, save_tail
+from pipeline.cli.config_files import merge, read_yaml
+from pipeline.distributed.process_group import Parallel
 from pipeline.store import Batch, Store
 from pipeline.teachers import Teacher
 from pipeline.train.feed import DeviceFeed
-from pipeline.train.parallel import Parallel
 from pipeline.train.trainer import Trainer
 from schemas.extract import Cut, TeacherConfig
-from schemas.options import merge, read_yaml
 from schemas.run import RunConfig
 from schemas.store import TeacherInfo, WeightsFile
 from tests.bench.filled import Form, dinov2_b, make_manifest, make_samples

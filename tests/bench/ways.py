@@ -14,7 +14,7 @@ import webdataset
 import zarr
 from numcodecs import Zstd
 
-from pipeline.files import is_local, list_tree
+from pipeline.storage.files import is_local, list_tree
 from pipeline.store import SampleOrder, Store, StreamReader
 from tests.bench.filled import all_rows
 

@@ -9,9 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.files import absolute_url
-from schemas.errors import UserError, run_command
-from schemas.options import parse_options, suggest
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
+from pipeline.storage.files import absolute_url
+from schemas.errors import UserError
+from schemas.validation import suggest
 from tests.faults.faults import FAULTS
 from tests.faults.ledger import Ledger, Result
 from tests.faults.options import FaultOptions

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.files import TEMPORARY
+from pipeline.storage.files import TEMPORARY
 from tests.faults.habitats import Bucket, Habitat, Nodes, SmallDisk, mount, unmount
 from tests.faults.limits import EXIT_SECONDS, AbandonedError, wait_for
 from tests.faults.processes import entitled, send, stopped

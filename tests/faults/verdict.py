@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.files import TEMPORARY
+from pipeline.storage.files import TEMPORARY
 from pipeline.store import SampleOrder
 from pipeline.train.metrics import METRICS
 from tests.faults.work import parse_rows

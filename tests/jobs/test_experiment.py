@@ -15,10 +15,11 @@ from PIL import Image
 from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
 from jobs.experiments.ingredients import Shelf
 from jobs.experiments.outcome import read_distances
-from pipeline.locks import alone_in
+from pipeline.cli.config_files import merge, read_yaml
+from pipeline.cli.options import parse_options
+from pipeline.storage.locks import alone_in
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
-from schemas.options import merge, parse_options, read_yaml
 from schemas.run import RunConfig
 
 CPU = DEFAULTS.with_name("cifar10_cpu.yaml")

@@ -17,12 +17,12 @@ import yaml
 from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState
 
 from jobs.train_haste import train_run
+from pipeline.distributed.signals import Wish
 from pipeline.train.choose import newest_state
 from pipeline.train.folder import RunFolder
 from pipeline.train.local import train_here
 from pipeline.train.metrics import read_metrics
 from pipeline.train.ray import Lookout, Orders, SaveBeforeChange, scaling
-from pipeline.train.stop import Wish
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

@@ -8,10 +8,10 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+from pipeline.distributed.process_group import Parallel
 from pipeline.store import Batch, Store
 from pipeline.train.draws import Draws
 from pipeline.train.feed import DrawsAhead
-from pipeline.train.parallel import Parallel
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
 from tests.parity.reference import Golden

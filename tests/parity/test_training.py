@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.distributed.process_group import Parallel
 from pipeline.models.checkpoints import Parts, put_together, take_apart
 from pipeline.store import Batch, Store
 from pipeline.train.draws import Draws
 from pipeline.train.feed import DrawsAhead
-from pipeline.train.parallel import Parallel
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
 from schemas.store import Manifest

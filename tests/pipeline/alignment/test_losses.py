@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
 from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
 from pipeline.alignment.targets import MapsTargets, Targets, aligned_heads, wanted_targets
 from pipeline.models import SiT, Taps
-from pipeline.train.module import LOSSES, AlignedStudent
 from schemas.alignment import AlignmentConfig
 from schemas.store import Manifest
 from schemas.student import StudentConfig

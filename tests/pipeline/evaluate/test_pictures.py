@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import archive
 from pipeline.evaluate import about
 from pipeline.evaluate.images import open_images
+from pipeline.storage import npz
 from tests.pipeline.evaluate.sets import about_samples, blobs
 
 
@@ -25,7 +25,7 @@ def test_batches_of_large_pictures_have_fewer(
 ) -> None:
     save_pictures(tmp_path / "pictures", 9)
     whole = [b.numpy() for b in open_images(str(tmp_path / "pictures"), "--samples").batches(9)]
-    monkeypatch.setattr(archive, "MOST_BLOCK", 4 * 32 * 32 * 3)
+    monkeypatch.setattr(npz, "MOST_BLOCK", 4 * 32 * 32 * 3)
     images = open_images(str(tmp_path / "pictures"), "--samples")
     found = [batch.numpy() for batch in images.batches(9)]
     assert [len(batch) for batch in found] == [4, 4, 1]

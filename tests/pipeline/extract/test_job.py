@@ -11,9 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline import actors as actors_module
-from pipeline.cluster import SilenceWarning
+from pipeline.cli.config_files import merge
+from pipeline.cli.options import parse_options
 from pipeline.datasets import list_images
+from pipeline.distributed import actor_pool as actors_module
+from pipeline.distributed.ray_cluster import SilenceWarning
 from pipeline.extract.job import extract
 from pipeline.extract.plan import ShardTask, make_manifest, make_tasks
 from pipeline.extract.supervisor import EncoderActor, ShardResult, Supervisor
@@ -22,7 +24,6 @@ from pipeline.inspect.verify import verify_store
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import merge, parse_options
 from schemas.store import Manifest, WeightsFile
 from tests.encoded import demo_like
 from tests.repa import image_name, latent_name, random_repa
@@ -156,7 +157,7 @@ def test_a_shard_that_takes_long_is_told_of(
 
 def test_silence_is_told_of_whenever_it_has_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("pipeline.cluster.time.monotonic", lambda: now)
+    monkeypatch.setattr("pipeline.distributed.ray_cluster.time.monotonic", lambda: now)
     silence, told = SilenceWarning(), []
     for second in range(0, 4 * 3600, 30):
         now = 1000.0 + second

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline.autoencoders import Autoencoder
+from pipeline.cli.config_files import merge
 from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.digits import list_digits, read_digit
@@ -29,7 +30,6 @@ from pipeline.inspect.__main__ import main as inspect
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import merge
 from tests.repa import image_name, latent_name, npy, random_repa, write_repa
 
 SIZE = 32

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing
 from pipeline.extract.request import check_request
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.options import merge
 from tests.encoded import encode
 
 

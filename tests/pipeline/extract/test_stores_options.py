@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.cli.options import parse_options
 from pipeline.extract.request import with_stores_options
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig, TeacherConfig
-from schemas.options import parse_options
 from tests.helpers import edit_json
 from tests.stores import HEADS, WIDTH, add_random_stream, make_random_store
 

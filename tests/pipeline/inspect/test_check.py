@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.cli.config_files import merge
+from pipeline.cli.options import parse_options
 from pipeline.extract.request import with_stores_options
 from pipeline.inspect.__main__ import main
 from pipeline.inspect.check import Answer, check_configs
@@ -19,7 +21,6 @@ from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import check_store, train
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.options import merge, parse_options
 from schemas.run import RunConfig
 from tests.helpers import edit_json
 from tests.stores import add_random_stream, make_random_store, tiny_run

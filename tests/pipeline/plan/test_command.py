@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from jobs.train_haste import main as train_main
+from pipeline.cli.config_files import read_yaml
 from pipeline.extract.__main__ import main as extract_main
 from pipeline.plan.command import DEFAULT_TRAINER, aligned_steps
 from pipeline.plan.costs import Rates
@@ -20,8 +21,8 @@ from pipeline.plan.report import WIDTH
 from schemas.alignment import FixedStep, ResidualPlateau
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.options import read_yaml, validate
 from schemas.run import RunConfig
+from schemas.validation import validate
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "jobs" / "configs"

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.cli.config_files import merge, read_yaml
 from pipeline.report import kept
 from pipeline.report.__main__ import main
 from pipeline.report.records import read_run
@@ -18,8 +19,8 @@ from pipeline.store import Store
 from pipeline.train.local import train_here
 from pipeline.train.seal import seal
 from schemas.errors import UserError
-from schemas.options import merge, read_yaml, validate
 from schemas.run import RunConfig
+from schemas.validation import validate
 from tests.browser import browser_page, find_chromium
 from tests.pipeline.evaluate.sets import about_samples
 

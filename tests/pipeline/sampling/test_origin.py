@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.files import sha256_of_arrays
+from pipeline.hashing import sha256_of_arrays
 from pipeline.sampling.origin import check_samples_are_of
 from schemas.errors import UserError
 from schemas.sample import SampleAbout

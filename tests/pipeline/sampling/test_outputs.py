@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.precision import choose_arithmetic
 from pipeline.sampling.blocks import Block, plan_blocks
-from pipeline.sampling.npz import npy_header, write_npz
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
-from pipeline.sampling.precision import choose_arithmetic
 from pipeline.sampling.worker import Drawn, _png
+from pipeline.storage.npz import npy_header, write_npz
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
 from schemas.sample import SampleAbout

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from jobs.sample_many import _about
 from pipeline.assets import DEMO_AUTOENCODER
+from pipeline.cli.config_files import merge
 from pipeline.sampling.blocks import choose_labels, plan_blocks
 from pipeline.sampling.outputs import FolderOutput
 from pipeline.sampling.resume import all_there
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
 from pipeline.train.local import train_here
-from schemas.options import merge
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig
 from tests.stores import tiny_run

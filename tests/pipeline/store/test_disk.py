@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.files import TEMPORARY
+from pipeline.storage.files import TEMPORARY
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.disk import DiskCache
 from schemas.errors import UserError

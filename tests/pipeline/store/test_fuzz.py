@@ -15,12 +15,12 @@ import pytest
 import yaml
 
 from pipeline.alignment.targets import Wanted, read_targets
+from pipeline.cli.config_files import merge
 from pipeline.inspect.check import check_configs
 from pipeline.inspect.summary import describe, summarise
 from pipeline.store import Store
 from pipeline.train.loop import check_store
 from schemas.errors import UserError
-from schemas.options import merge
 from schemas.run import RunConfig
 from tests.encoded import encode
 from tests.stores import tiny_run

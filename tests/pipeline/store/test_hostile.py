@@ -29,9 +29,9 @@ from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.options import validate
 from schemas.run import RunConfig
 from schemas.store import Column, StreamFile
+from schemas.validation import validate
 from tests.encoded import encode
 from tests.helpers import edit_json, known_key, known_values
 from tests.stores import make_random_store, tiny_run

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.files import RETRY_VARIABLE, StorageError
+from pipeline.storage.files import RETRY_VARIABLE, StorageError
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.damage import DamagedShardError
 from pipeline.store.layout import commit_path

@@ -15,6 +15,7 @@ import pytest
 
 from jobs.export import main as export
 from jobs.train_haste import train_run
+from pipeline.cli.config_files import merge
 from pipeline.store import Store
 from pipeline.train.checkpoint import load_optimizer, read_state
 from pipeline.train.choose import Checkpoints, newest_state, newest_whole
@@ -25,7 +26,6 @@ from pipeline.train.metrics import read_metrics
 from pipeline.train.remote import RemoteCheckpoints
 from pipeline.train.seal import DamagedCheckpointError, seal, verify
 from schemas.errors import UserError
-from schemas.options import merge
 from schemas.run import RunConfig
 from schemas.store import STORE_VERSION, Manifest, StoreIndex
 from tests.stores import random_manifest, tiny_run

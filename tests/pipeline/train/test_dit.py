@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.autoencoders import Autoencoder
+from pipeline.cli.config_files import read_yaml
 from pipeline.models import DiT, make_student
 from pipeline.sampling.draw import draw_images
 from pipeline.sampling.trained import load_student
@@ -19,8 +20,8 @@ from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
-from schemas.options import read_yaml, validate
 from schemas.run import RunConfig
+from schemas.validation import validate
 
 Make = Callable[..., RunConfig]
 CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"

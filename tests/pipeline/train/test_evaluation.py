@@ -16,6 +16,8 @@ from pydantic import ValidationError
 
 from jobs.sample_many import _about
 from pipeline.autoencoders import Autoencoder
+from pipeline.cli.config_files import merge
+from pipeline.distributed.signals import Wish
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork
@@ -34,10 +36,8 @@ from pipeline.train.folder import RunFolder
 from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
-from pipeline.train.stop import Wish
 from schemas.errors import StoppedError, UserError
 from schemas.evaluate import EvaluateConfig, Evaluation, RecordedEvaluation
-from schemas.options import merge
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig
 from tests.processes import train_on

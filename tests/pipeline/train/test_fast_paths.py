@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.sampling.precision import arithmetic
+from pipeline.distributed.process_group import Parallel
+from pipeline.precision import arithmetic
 from pipeline.store import SampleOrder, Store
-from pipeline.train.parallel import Parallel
 from pipeline.train.probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from pipeline.autoencoders import Autoencoder
+from pipeline.cli.config_files import merge
 from pipeline.pictures import save_grid
 from pipeline.sampling.draw import draw_images
 from pipeline.sampling.trained import load_student
 from pipeline.store import Store
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
-from schemas.options import merge
 from schemas.run import RunConfig
 from tests.processes import train_on
 from tests.stores import tiny_run

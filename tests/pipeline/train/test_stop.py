@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.cli.command import run_command
+from pipeline.distributed.signals import StopSignals, Wish
 from pipeline.train.local import LocalCheckpoints, train_here
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
-from pipeline.train.stop import StopSignals, Wish
-from schemas.errors import StoppedError, run_command
+from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
 Make = Callable[..., RunConfig]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.distributed.process_group import Parallel
 from pipeline.store import SampleOrder, Store
 from pipeline.train.checkpoint import read_state
 from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
-from pipeline.train.parallel import Parallel
 from pipeline.train.probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig

@@ -1,4 +1,4 @@
-"""The arithmetic of a student that is drawn from."""
+"""Arithmetic of the networks: the dtype that 'auto' stands for, TF32, autocast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,26 @@ from typing import Literal
 import torch
 
 from schemas.errors import UserError
+from schemas.extract import ExtractConfig, Precision
 from schemas.sample import Arithmetic
+
+
+def choose_precision(config: ExtractConfig, device: str) -> Precision:
+    """The arithmetic that 'auto' stands for."""
+    if config.precision != "auto":
+        if device == "cpu" and config.precision == "float16":
+            raise UserError("--precision float16 needs a GPU; use bfloat16 or float32 on CPU")
+        return config.precision
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What extraction and training make of 'auto'."""
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, precision)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def choose_arithmetic(asked: Literal["auto"] | Arithmetic, device: str) -> Arithmetic:

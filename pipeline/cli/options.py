@@ -1,28 +1,32 @@
-"""Command-line options and YAML files that fill a pydantic model.
+"""Command-line options that fill a pydantic model.
 
 One rule for every command: a YAML file gives a nested mapping, ``--a.b VALUE`` overrides one leaf,
-the model gives types, defaults and help. A key that the model does not have is an error that
-suggests the nearest one that it has.
+the model gives types, defaults and help.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from pipeline.cli.config_files import merge, read_yaml
 from schemas.errors import UserError
-
-M = TypeVar("M", bound=BaseModel)
+from schemas.validation import (
+    M,
+    check_keys,
+    fields_by_key,
+    inner_models,
+    suggest,
+    union_members,
+    validate,
+)
 
 
 def parse_options(
@@ -65,7 +69,7 @@ def parse_options(
     given: dict[str, Any] = {}
     for file in files:
         values = read_yaml(file)
-        _check_keys(model, values, where=file)
+        check_keys(model, values, where=file)
         given = merge(given, values)
     for name, value in overrides:
         given = merge(given, _nest(name, value))
@@ -76,58 +80,10 @@ def parse_options(
     return _as_given(validate(model, merge(whole.get(str(chosen), {}), given), where=where), given)
 
 
-def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
-    """``model(**values)``, with pydantic's complaints folded into one line that names the keys."""
-    _check_keys(model, values, where=where)
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            problems.append(f"{key}: {message}" if key else message)
-        raise UserError(f"{where}: {'; '.join(problems)}") from None
-
-
-def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML mapping; its key ``base`` names a file beside it whose values it overrides."""
-    file = Path(path)
-    if file.resolve() in _seen:
-        raise UserError(f"{file}: 'base' leads back to this file")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file}: cannot read this config ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a mapping of options, found {type(values).__name__}")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    return merge(read_yaml(file.parent / str(base), (*_seen, file.resolve())), values)
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the leaves of ``over`` laid on top; neither is changed."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            # another kind of a thing has other options: it starts afresh
-            same = value.get("kind", old.get("kind")) == old.get("kind")
-            merged[key] = merge(old, value) if same else dict(value)
-        else:
-            merged[key] = value
-    return merged
-
-
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every option of ``model`` by dotted name, nested models opened."""
-    for name, field in _fields_by_key(model).items():
-        inner = _inner_models(field.annotation)
+    for name, field in fields_by_key(model).items():
+        inner = inner_models(field.annotation)
         for one in inner:
             yield from leaf_fields(one, f"{prefix}{name}.")
         if not inner:
@@ -136,8 +92,8 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 def _optional_tables(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Dotted names of nested models that may be switched off with ``--name none``."""
-    for name, field in _fields_by_key(model).items():
-        for inner in _inner_models(field.annotation):
+    for name, field in fields_by_key(model).items():
+        for inner in inner_models(field.annotation):
             if _accepts(field.annotation, type(None)):
                 yield f"{prefix}{name}"
             yield from _optional_tables(inner, f"{prefix}{name}.")
@@ -179,16 +135,6 @@ def help_text(
         if first.description:
             lines.append(f"      {' '.join(first.description.split())}")
     return "\n".join(lines)
-
-
-def suggest(name: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)`` or nothing."""
-    short = {k.rsplit(".", 1)[-1]: k for k in known}
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:
-        tails = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), n=1, cutoff=0.7)
-        close = [short[tail] for tail in tails]
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _split_arguments(
@@ -305,39 +251,8 @@ def _look_up(values: Mapping[str, Any], name: str, default: Any) -> Any:
     return found
 
 
-def _check_keys(
-    model: type[BaseModel], values: Mapping[str, Any], *, where: str, at: str = ""
-) -> None:
-    fields = _fields_by_key(model)
-    for key, value in values.items():
-        if key not in fields:
-            raise UserError(f"{where}: unknown key '{at}{key}'{suggest(str(key), list(fields))}")
-        inner = _inner_models(fields[key].annotation)
-        if len(inner) == 1 and isinstance(value, Mapping):
-            _check_keys(inner[0], value, where=where, at=f"{at}{key}.")
-
-
-def _fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    return {field.alias or name: field for name, field in model.model_fields.items()}
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        parts = (_members(member) for member in typing.get_args(annotation))
-        return tuple(member for part in parts for member in part)
-    return (annotation,)
-
-
-def _inner_models(annotation: Any) -> list[type[BaseModel]]:
-    members = _members(annotation)
-    return [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
-
-
 def _accepts(annotation: Any, kind: type) -> bool:
-    for member in _members(annotation):
+    for member in union_members(annotation):
         origin = typing.get_origin(member)
         if origin is typing.Literal:
             if any(isinstance(choice, kind) for choice in typing.get_args(member)):
@@ -349,7 +264,7 @@ def _accepts(annotation: Any, kind: type) -> bool:
 
 def _is_texts(annotation: Any) -> bool:
     """Several words of any form, such as file names: ``--option A B`` or ``--option A,B``."""
-    return any(typing.get_args(member) == (str, ...) for member in _members(annotation))
+    return any(typing.get_args(member) == (str, ...) for member in union_members(annotation))
 
 
 def _is_mapping(annotation: Any) -> bool:
@@ -357,7 +272,7 @@ def _is_mapping(annotation: Any) -> bool:
 
 
 def _choices(annotation: Any) -> list[str]:
-    literals = [m for m in _members(annotation) if typing.get_origin(m) is typing.Literal]
+    literals = [m for m in union_members(annotation) if typing.get_origin(m) is typing.Literal]
     return [str(choice) for member in literals for choice in typing.get_args(member)]
 
 

@@ -8,7 +8,6 @@ file and ``StorageError`` (one line for the person at the terminal) for any othe
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import uuid
@@ -18,7 +17,11 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from pipeline.storage.connection import (
+from pipeline.hashing import (
+    sha256_of_arrays,
+)
+from pipeline.storage.errors import is_beyond_the_end
+from pipeline.storage.filesystem import (
     absolute_folder,
     absolute_url,
     is_local,
@@ -26,9 +29,8 @@ from pipeline.storage.connection import (
     open_url,
     upload_options,
 )
-from pipeline.storage.credentials import without_credentials
-from pipeline.storage.faults import is_beyond_the_end
-from pipeline.storage.local import open_regular, read_range
+from pipeline.storage.local import files_below, open_regular, read_range
+from pipeline.storage.redaction import without_credentials
 from pipeline.storage.retry import (
     RETRY_SECONDS,
     RETRY_VARIABLE,
@@ -36,7 +38,6 @@ from pipeline.storage.retry import (
     retrying,
     shown,
 )
-from pipeline.storage.tree import files_below
 
 T = TypeVar("T")
 
@@ -238,15 +239,6 @@ def remove(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
         retrying(lambda: filesystem.rm_file(path), filesystem, path, doing="delete")
     except FileNotFoundError:
         return
-
-
-def sha256_of_arrays(items: Any) -> str:
-    """SHA-256 over an iterable of (name, numpy array), names, dtypes and shapes included."""
-    digest = hashlib.sha256()
-    for name, array in items:
-        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def _info(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""`python -m schemas.published`: the JSON Schema of what stands in a store, for readers in other
+"""`python -m schemas.json_schema`: the JSON Schema of what stands in a store, for readers in other
 languages and against changes by accident."""
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from s3fs.errors import translate_boto_error
 
 from pipeline.datasets.folder import list_files
-from pipeline.files import (
+from pipeline.hashing import sha256_of_arrays
+from pipeline.storage import retry
+from pipeline.storage.files import (
     RETRY_VARIABLE,
     TEMPORARY,
     StorageError,
@@ -35,11 +37,9 @@ from pipeline.files import (
     read_bytes,
     read_ranges,
     remove,
-    sha256_of_arrays,
     without_credentials,
     write_atomic,
 )
-from pipeline.storage import retry
 from pipeline.store import Store
 from schemas.errors import UserError
 from tests.helpers import all_files

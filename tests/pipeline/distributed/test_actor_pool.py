@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.actors import Actors
+from pipeline.distributed.actor_pool import Actors
 from schemas.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("two_cpus")

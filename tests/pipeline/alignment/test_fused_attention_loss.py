@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.alignment.fused import fused_attention_loss
+from pipeline.alignment.fused_attention_loss import fused_attention_loss
 from pipeline.alignment.losses import attention_loss
 from pipeline.models.taps import Attended
 from tests.helpers import needs_compiler

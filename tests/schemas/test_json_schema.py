@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from schemas.published import SCHEMA_FILE, schema_text, store_schema
+from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
 DIGESTS = {2: "4e970717be37d6efb443795fcddf354ef2ab3687312ed43d25403903e742926e"}
@@ -17,7 +17,7 @@ DIGESTS = {2: "4e970717be37d6efb443795fcddf354ef2ab3687312ed43d25403903e742926e"
 ADVICE = """
 What stands in a store has changed. Can this software still read the stores that it wrote before,
 and can the one before read the new ones? If not, raise STORE_VERSION in schemas/store.py. Then run
-`make schema` (python -m schemas.published), commit schemas/store.schema.json, and put this digest
+`make schema` (python -m schemas.json_schema), commit schemas/store.schema.json, and put this digest
 into DIGESTS of this test: {digest}
 """
 

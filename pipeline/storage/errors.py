@@ -11,7 +11,7 @@ import aiohttp
 from botocore import exceptions as boto  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
-from pipeline.storage.credentials import without_credentials
+from pipeline.storage.redaction import without_credentials
 
 
 class Fault(Enum):

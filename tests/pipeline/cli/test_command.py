@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 PRINTS = """
-from schemas.errors import run_command
+from pipeline.cli.command import run_command
 def main(argv):
     print("x" * int(argv[0]))
     return 0

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.files import (
+from pipeline.storage import local as module
+from pipeline.storage.files import (
     StorageError,
     open_url,
     read_at_most,
@@ -18,8 +19,7 @@ from pipeline.files import (
     read_directly,
     read_ranges,
 )
-from pipeline.storage import scatter as module
-from pipeline.storage.scatter import scatter
+from pipeline.storage.local import scatter
 
 Pieces = list[tuple[int, list[bytearray]]]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import archive
-from pipeline.archive import Archive, fitting_rows
+from pipeline.storage import npz
+from pipeline.storage.npz import Archive, fitting_rows
 from schemas.errors import UserError
 
 
 def test_a_block_has_no_more_rows_than_memory_is_meant_to_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archive, "MOST_BLOCK", 1000)
+    monkeypatch.setattr(npz, "MOST_BLOCK", 1000)
     rows = np.random.default_rng(0).integers(0, 256, (11, 20, 7), np.uint8)
     np.savez_compressed(tmp_path / "a.npz", rows=rows)
     blocks = list(Archive(str(tmp_path / "a.npz"), "--samples").blocks("rows", 64))

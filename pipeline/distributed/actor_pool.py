@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.cluster import PatienceWarning, SilenceWarning
+from pipeline.distributed.ray_cluster import PatienceWarning, SilenceWarning
 from schemas.errors import UserError
 
 A = TypeVar("A")

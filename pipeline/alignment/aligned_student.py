@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.alignment.fused import fused_attention_loss
+from pipeline.alignment.fused_attention_loss import fused_attention_loss
 from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
 from pipeline.alignment.projector import Projector
 from pipeline.alignment.resample import Grid, resample_features, resample_logits

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.locks import LOCK, alone_in
+from pipeline.storage.locks import LOCK, alone_in
 from schemas.errors import UserError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.locks import alone_in
+from pipeline.storage.locks import alone_in
 with alone_in(Path(sys.argv[1]), what="it", remedy="go"):
     print("held", flush=True)
     time.sleep(600)

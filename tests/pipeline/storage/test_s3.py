@@ -22,7 +22,8 @@ from pipeline.datasets import list_images
 from pipeline.datasets.imagenet import read_synsets
 from pipeline.datasets.repa import first_latents
 from pipeline.datasets.tars import list_tars
-from pipeline.files import (
+from pipeline.storage import filesystem as filesystem_module
+from pipeline.storage.files import (
     RETRY_VARIABLE,
     StorageError,
     exists,
@@ -36,8 +37,7 @@ from pipeline.files import (
     remove,
     write_atomic,
 )
-from pipeline.storage import connection
-from pipeline.storage.connection import READ_SECONDS
+from pipeline.storage.filesystem import READ_SECONDS
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from tests.s3 import KEY, SECRET, SeaweedFS
@@ -204,8 +204,8 @@ def test_a_server_that_never_answers_is_noticed(
     s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RETRY_VARIABLE, "1")
-    monkeypatch.setattr(connection, "READ_SECONDS", 0.5)
-    monkeypatch.setattr(connection, "UPLOAD_BYTES_PER_SECOND", 64 << 20)
+    monkeypatch.setattr(filesystem_module, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(filesystem_module, "UPLOAD_BYTES_PER_SECOND", 64 << 20)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

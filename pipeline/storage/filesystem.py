@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.storage.credentials import without_credentials
+from pipeline.storage.redaction import without_credentials
 from pipeline.storage.retry import retry_limit
 from schemas.errors import UserError
 

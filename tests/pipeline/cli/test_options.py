@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.cli.options import leaf_fields, parse_options
 from schemas.errors import UserError, plain_text
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.inspect import InspectConfig
-from schemas.options import leaf_fields, parse_options
 from schemas.report import ReportConfig
 from schemas.run import RunConfig
 
-CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
 
 
 def extraction(*argv: str) -> ExtractConfig:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.files import TEMPORARY
+from pipeline.storage.files import TEMPORARY
 from schemas.errors import UserError
 
 LOCK = f"{TEMPORARY}lock"

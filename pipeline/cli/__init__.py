@@ -1,0 +1,1 @@
+"""Command lines: options, config files, and how a command ends."""

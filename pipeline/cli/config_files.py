@@ -1,0 +1,45 @@
+"""YAML config files: reading them, their ``base``, and merging of nested options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from schemas.errors import UserError
+
+
+def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping; its key ``base`` names a file beside it whose values it overrides."""
+    file = Path(path)
+    if file.resolve() in _seen:
+        raise UserError(f"{file}: 'base' leads back to this file")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file}: cannot read this config ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: expected a mapping of options, found {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return merge(read_yaml(file.parent / str(base), (*_seen, file.resolve())), values)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the leaves of ``over`` laid on top; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            # another kind of a thing has other options: it starts afresh
+            same = value.get("kind", old.get("kind")) == old.get("kind")
+            merged[key] = merge(old, value) if same else dict(value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,1 @@
+"""Several processes at work: Ray clusters and actors, process groups, signals."""

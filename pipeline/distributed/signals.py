@@ -1,0 +1,69 @@
+"""Requests to save or to stop a run, and the signals that make them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from enum import IntEnum
+from types import FrameType
+from typing import Any
+
+
+class Wish(IntEnum):
+    """What somebody outside of the run asks for."""
+
+    GO_ON = 0
+    SAVE = 1
+    """Write a checkpoint at the next step boundary and go on."""
+    STOP = 2
+    """Write a checkpoint at the next step boundary and end."""
+
+
+Ask = Callable[[], Wish]
+"""Called at every step boundary, and now and then within long pauses; must not wait."""
+
+
+def nothing_asked() -> Wish:
+    return Wish.GO_ON
+
+
+class StopSignals:
+    """While entered, SIGTERM (a spot notice, Slurm, Kubernetes) and Ctrl-C are wishes to stop.
+
+    A second Ctrl-C interrupts at once. Signals can be had in the main thread alone: elsewhere
+    nothing is ever received.
+    """
+
+    def __init__(self, promise: str | None = "stopping after a checkpoint") -> None:
+        """``promise`` is said at once on stderr: what will follow, where that takes a while."""
+        self.promise = promise
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> Wish:
+        return Wish.GO_ON if self.received is None else Wish.STOP
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that ended because of the signal."""
+        return 128 + (self.received or signal.SIGTERM)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            if self.promise is not None:
+                # not print(), which the signal may have interrupted
+                os.write(2, f"{self.received.name}: {self.promise}\n".encode())
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])

@@ -1,0 +1,75 @@
+"""Validation of nested mappings against pydantic models.
+
+A key that the model does not have is an error that suggests the nearest one that it has; all
+complaints are folded into one line that names the keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from schemas.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
+    """``model(**values)``, with pydantic's complaints folded into one line that names the keys."""
+    check_keys(model, values, where=where)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {message}" if key else message)
+        raise UserError(f"{where}: {'; '.join(problems)}") from None
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """`` (did you mean 'x'?)`` or nothing."""
+    short = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        tails = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), n=1, cutoff=0.7)
+        close = [short[tail] for tail in tails]
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def check_keys(
+    model: type[BaseModel], values: Mapping[str, Any], *, where: str, at: str = ""
+) -> None:
+    fields = fields_by_key(model)
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{where}: unknown key '{at}{key}'{suggest(str(key), list(fields))}")
+        inner = inner_models(fields[key].annotation)
+        if len(inner) == 1 and isinstance(value, Mapping):
+            check_keys(inner[0], value, where=where, at=f"{at}{key}.")
+
+
+def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def union_members(annotation: Any) -> tuple[Any, ...]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return union_members(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        parts = (union_members(member) for member in typing.get_args(annotation))
+        return tuple(member for part in parts for member in part)
+    return (annotation,)
+
+
+def inner_models(annotation: Any) -> list[type[BaseModel]]:
+    members = union_members(annotation)
+    return [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
