@@ -19,6 +19,7 @@ import numpy as np
 
 from jobs.sample import draw_grid
 from jobs.train_haste import train_run
+from pipeline.checkpoints.student import load_student
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
 from pipeline.distributed.ray_cluster import ray_cluster
@@ -28,7 +29,6 @@ from pipeline.report.attention import draw_attention
 from pipeline.report.curves import draw_curves
 from pipeline.report.records import ATTENTION, SAMPLES, read_run
 from pipeline.report.write import write_report
-from pipeline.sampling.trained import load_student
 from pipeline.store import Store, StreamReader
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.report import ReportConfig

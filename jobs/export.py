@@ -10,11 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.checkpoints.export import export_checkpoint
+from pipeline.checkpoints.resolve import at_hand, find_checkpoint
+from pipeline.checkpoints.student import is_weights_file
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.sampling.checkpoints import at_hand, find_checkpoint
-from pipeline.sampling.trained import is_weights_file
-from pipeline.train.export import export_checkpoint
 from schemas.errors import UserError
 from schemas.export import ExportConfig
 

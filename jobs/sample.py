@@ -22,14 +22,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.autoencoders import open_decoder
+from pipeline.checkpoints.resolve import at_hand, find_checkpoint
+from pipeline.checkpoints.student import open_trained
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.pictures import save_grid
 from pipeline.precision import choose_arithmetic
 from pipeline.sampling.blocks import choose_classes
-from pipeline.sampling.checkpoints import at_hand, find_checkpoint
 from pipeline.sampling.draw import draw_images
-from pipeline.sampling.trained import open_trained
 from schemas.errors import UserError
 from schemas.sample import SampleConfig
 

@@ -15,17 +15,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.checkpoints.selection import newest_state
+from pipeline.checkpoints.state import check_same_run
+from pipeline.checkpoints.store_identity import with_stream
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.plan import wants_plan
 from pipeline.storage.files import absolute_folder, absolute_url
 from pipeline.store import Store
-from pipeline.train.checkpoint import check_same_run
-from pipeline.train.choose import newest_state
 from pipeline.train.fit import check_store
 from pipeline.train.folder import RunFolder
-from pipeline.train.identity import with_stream
 from pipeline.train.ray import fit
 from schemas.errors import UserError
 from schemas.run import RunConfig

@@ -35,4 +35,4 @@ Lossless = Literal["none", "zstd", "blosc"]
 """'zstd' entropy-codes integers; 'blosc' shuffles bits before that, for floats."""
 
 CodecSet = Literal["faithful", "small", "int8", "bfloat16", "float16", "float32"]
-"""A codec for each tensor of a cut; ``pipeline.alignment.cuts`` says which."""
+"""A codec for each tensor of a cut; ``pipeline.targets.cuts`` says which."""

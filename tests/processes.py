@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.state import read_state
 from pipeline.distributed.process_group import Parallel
 from pipeline.distributed.signals import Wish
-from pipeline.train.checkpoint import read_state
-from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError

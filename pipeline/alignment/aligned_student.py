@@ -9,9 +9,9 @@ from pipeline.alignment.fused_attention_loss import fused_attention_loss
 from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
 from pipeline.alignment.projector import Projector
 from pipeline.alignment.resample import Grid, resample_features, resample_logits
-from pipeline.alignment.targets import Targets
 from pipeline.diffusion.objective import make_objective
 from pipeline.models import StudentOutput, Taps, make_student
+from pipeline.targets.sources import Targets
 from schemas.alignment import AlignmentConfig
 from schemas.diffusion import DiffusionConfig
 from schemas.student import StudentConfig

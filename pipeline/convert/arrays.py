@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.alignment.cuts import cut_values, encode_values, later_cut_values
 from pipeline.convert.plan import OF_LAYERS, StreamPlan
 from pipeline.store.codecs import column_arrays, decode_column
+from pipeline.targets.cuts import cut_values, encode_values, later_cut_values
 from pipeline.teachers import Teacher
 from pipeline.teachers.tap import attention_logits
 from schemas.store import TeacherStream

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from pipeline.alignment.tail import copy_tail, first_tail_block, load_tail, save_tail
 from pipeline.convert.arrays import open_converter
 from pipeline.convert.compute import made_here
 from pipeline.convert.plan import StreamPlan, plan_streams
@@ -22,6 +21,12 @@ from pipeline.convert.shard import Group, convert_shard
 from pipeline.storage.files import absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
+from pipeline.targets.tail import (
+    copy_tail,
+    first_tail_block,
+    load_tail,
+    save_tail,
+)
 from pipeline.teachers import Teacher
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.alignment.cuts import codec_set_of, cut_columns
-from pipeline.alignment.tail import first_tail_block
 from pipeline.convert.fineness import is_finer
 from pipeline.store import Store
+from pipeline.targets.cuts import codec_set_of, cut_columns
+from pipeline.targets.tail import first_tail_block
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import Cut

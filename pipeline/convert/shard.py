@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.alignment.cuts import NotFiniteError
 from pipeline.convert.arrays import Converter
 from pipeline.convert.plan import StreamPlan
 from pipeline.store import ShardWriter, Store, StreamReader
+from pipeline.targets.cuts import NotFiniteError
 from schemas.errors import UserError
 
 COPIED_AT_ONCE = 8

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.alignment.cuts import NotFiniteError, cut_values, encode_values
-from pipeline.alignment.tail import first_tail_block, save_tail
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.reader import UNREADABLE
@@ -24,6 +22,8 @@ from pipeline.precision import (
     choose_precision,
 )
 from pipeline.store import ShardWriter
+from pipeline.targets.cuts import NotFiniteError, cut_values, encode_values
+from pipeline.targets.tail import first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.alignment.cuts import cut_columns
 from pipeline.datasets import ImageItem, Listing
 from pipeline.storage.files import absolute_url, without_credentials
+from pipeline.targets.cuts import cut_columns
 from schemas.extract import ExtractConfig
 from schemas.store import (
     STORE_VERSION,

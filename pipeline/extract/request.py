@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.alignment.cuts import cut_columns
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing
 from pipeline.extract.plan import stream_name
 from pipeline.store import Store
 from pipeline.store.differences import differences
+from pipeline.targets.cuts import cut_columns
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.store import Manifest, TeacherStream

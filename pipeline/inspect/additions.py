@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pipeline.alignment.cuts import CODEC_SETS, cut_columns
 from pipeline.store import Store
+from pipeline.targets.cuts import CODEC_SETS, cut_columns
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
 from schemas.extract import Cut, ExtractConfig

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from pipeline.alignment.tail import check_tail
-from pipeline.alignment.targets import check_fit
 from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.additions import addition
 from pipeline.store import Store
+from pipeline.targets.sources import check_fit
+from pipeline.targets.tail import check_tail
 from pipeline.train.fit import check_latents
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import AlignedStudent
-from pipeline.alignment.targets import Targets, Wanted, open_targets
 from pipeline.inspect.originals import Originals
 from pipeline.inspect.summary import StoreSummary
 from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
+from pipeline.targets.sources import Targets, Wanted, open_targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.declared import declared_config, draft_declared
 from pipeline.text import describe_bytes

@@ -10,9 +10,9 @@ import math
 import re
 from typing import get_args
 
-from pipeline.alignment.cuts import cut_columns
 from pipeline.plan.geometry import Geometry
 from pipeline.store.parts import Part, stream_parts
+from pipeline.targets.cuts import cut_columns
 from schemas.codecs import CodecName, CodecSet
 from schemas.extract import Cut
 from schemas.fields import element_count

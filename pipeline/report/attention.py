@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.alignment.targets import Wanted, aligned_heads, read_targets
 from pipeline.diffusion.interpolant import interpolate
 from pipeline.inspect.draw import decode_latent, read_latents
 from pipeline.models import SiT, Taps
 from pipeline.randomness import Purpose, generator
 from pipeline.store import Store
+from pipeline.targets.sources import Wanted, aligned_heads, read_targets
 from schemas.alignment import AlignmentConfig
 
 matplotlib.use("Agg")

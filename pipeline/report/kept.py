@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.checkpoints.integrity import STATE
+from pipeline.checkpoints.selection import checkpoint_name
+from pipeline.checkpoints.state import read_state
+from pipeline.checkpoints.student import load_student
 from pipeline.report.attention import draw_attention
 from pipeline.report.records import MOST_STATE_BYTES, Record
-from pipeline.sampling.trained import load_student
 from pipeline.storage.redaction import without_credentials
 from pipeline.store import Store
 from pipeline.text import shortened
-from pipeline.train.checkpoint import read_state
-from pipeline.train.choose import checkpoint_name
-from pipeline.train.seal import STATE
 from schemas.errors import UserError, plain_text
 from schemas.student import StudentConfig
 

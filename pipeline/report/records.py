@@ -13,6 +13,8 @@ from typing import Any
 import fsspec
 import yaml
 
+from pipeline.checkpoints.integrity import STATE, unseal
+from pipeline.checkpoints.selection import checkpoint_name, steps_of
 from pipeline.evaluate.record import EVALUATIONS
 from pipeline.storage.files import (
     absolute_url,
@@ -23,7 +25,6 @@ from pipeline.storage.files import (
     without_credentials,
 )
 from pipeline.storage.redaction import written_down
-from pipeline.train.choose import checkpoint_name, steps_of
 from pipeline.train.metrics import (
     BROKEN_SAMPLES,
     CONFIG,
@@ -33,7 +34,6 @@ from pipeline.train.metrics import (
     SAMPLES,
     SUMMARY,
 )
-from pipeline.train.seal import STATE, unseal
 from schemas.errors import UserError, plain_text
 from schemas.run import RunConfig
 from schemas.validation import validate

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from pipeline.checkpoints.resolve import at_hand
+from pipeline.checkpoints.selection import checkpoint_name
+from pipeline.checkpoints.student import is_weights_file
 from pipeline.hashing import sha256_of_arrays
-from pipeline.sampling.checkpoints import at_hand
-from pipeline.sampling.trained import is_weights_file
 from pipeline.storage.files import (
     absolute_url,
     exists,
@@ -16,7 +17,6 @@ from pipeline.storage.files import (
     open_url,
     without_credentials,
 )
-from pipeline.train.choose import checkpoint_name
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
 

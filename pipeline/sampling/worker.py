@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from pipeline.autoencoders import decode_scaled, open_decoder
+from pipeline.checkpoints.resolve import at_hand
+from pipeline.checkpoints.student import open_trained
 from pipeline.hashing import sha256_of_weights
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.blocks import Block
-from pipeline.sampling.checkpoints import at_hand
 from pipeline.sampling.draw import check_sampler, draw_latents
-from pipeline.sampling.trained import open_trained
 from schemas.diffusion import Path as DiffusionPath
 from schemas.errors import UserError
 from schemas.sample import Arithmetic, SampleConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.alignment.targets import check_fit
+from pipeline.targets.sources import check_fit
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import Manifest

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.checkpoints.remote import RemoteCheckpoints
+from pipeline.checkpoints.selection import Checkpoints
 from pipeline.evaluate.record import EVALUATIONS, add_rows
 from pipeline.storage.files import (
     absolute_url,
@@ -21,10 +24,7 @@ from pipeline.storage.files import (
     without_credentials,
     write_atomic,
 )
-from pipeline.train.choose import Checkpoints
-from pipeline.train.local import LocalCheckpoints
 from pipeline.train.metrics import CONFIG, METRICS, SUMMARY
-from pipeline.train.remote import RemoteCheckpoints
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
 

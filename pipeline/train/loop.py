@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
+from pipeline.checkpoints.selection import Write
+from pipeline.checkpoints.store_identity import store_identity, with_stream
 from pipeline.distributed.process_group import Parallel
 from pipeline.distributed.signals import Ask, Wish, nothing_asked
 from pipeline.storage.files import write_atomic
@@ -19,10 +21,8 @@ from pipeline.storage.redaction import written_down
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
-from pipeline.train.choose import Write
 from pipeline.train.effort import Effort
 from pipeline.train.fit import check_store
-from pipeline.train.identity import store_identity, with_stream
 from pipeline.train.meter import Meter, PhaseClock
 from pipeline.train.metrics import CONFIG, SUMMARY, MetricsLog
 from pipeline.train.probe import GradientProbe

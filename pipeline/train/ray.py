@@ -31,11 +31,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.checkpoints.selection import Checkpoints, Write, newest_whole
 from pipeline.distributed.process_group import Parallel
 from pipeline.distributed.ray_cluster import require, total
 from pipeline.distributed.signals import StopSignals, Wish, nothing_asked
 from pipeline.storage.files import StorageError, absolute_url, open_url
-from pipeline.train.choose import Checkpoints, Write, newest_whole
 from pipeline.train.folder import RunFolder
 from pipeline.train.loop import SaveCheckpoint, train
 from schemas.errors import StoppedError, UserError

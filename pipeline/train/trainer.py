@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
 from pipeline.alignment.projector import Projector
-from pipeline.alignment.targets import (
+from pipeline.distributed.process_group import Parallel
+from pipeline.store import Batch, Store
+from pipeline.targets.sources import (
     Targets,
     TargetSource,
     aligned_heads,
     open_targets,
     wanted_targets,
 )
-from pipeline.distributed.process_group import Parallel
-from pipeline.store import Batch, Store
 from pipeline.train.draws import Draws
 from pipeline.train.ema import Ema
 from pipeline.train.feed import DeviceFeed, DrawsAhead

@@ -16,7 +16,6 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.alignment.cuts import cut_values
 from pipeline.cli.config_files import merge
 from pipeline.datasets import list_images
 from pipeline.extract.encoder import Encoder
@@ -24,6 +23,7 @@ from pipeline.extract.latents import AutoencoderLatents
 from pipeline.extract.plan import make_manifest, make_tasks, with_tail
 from pipeline.plan.drafts import STABLE_DIFFUSION
 from pipeline.store import Store
+from pipeline.targets.cuts import cut_values
 from schemas.extract import PRESETS, Cut, ExtractConfig
 from tests.bench.images import load_crops
 from tests.bench.options import BenchOptions

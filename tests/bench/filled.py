@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.alignment.cuts import cut_columns, encode_values
 from pipeline.store import ShardWriter, Store
 from pipeline.store.writer import Values
+from pipeline.targets.cuts import cut_columns, encode_values
 from schemas.codecs import CodecSet
 from schemas.extract import Cut, Format
 from schemas.store import Column, Manifest, TeacherInfo, WeightsFile

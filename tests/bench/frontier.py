@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.alignment.cuts import cut_columns, cut_values, encode_values
-from pipeline.alignment.tail import first_tail_block, save_tail
-from pipeline.alignment.targets import (
+from pipeline.store.parts import stream_parts
+from pipeline.targets.cuts import cut_columns, cut_values, encode_values
+from pipeline.targets.sources import (
     MapsTargets,
     QkTargets,
     ReplayedTargets,
@@ -26,7 +26,7 @@ from pipeline.alignment.targets import (
     TargetSource,
     Wanted,
 )
-from pipeline.store.parts import stream_parts
+from pipeline.targets.tail import first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import Cut, TeacherConfig

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.alignment.tail import first_tail_block, save_tail
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.distributed.process_group import Parallel
 from pipeline.store import Batch, Store
+from pipeline.targets.tail import first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from pipeline.train.feed import DeviceFeed
 from pipeline.train.trainer import Trainer

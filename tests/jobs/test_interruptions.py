@@ -17,8 +17,8 @@ import yaml
 from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState
 
 from jobs.train_haste import train_run
+from pipeline.checkpoints.selection import newest_state
 from pipeline.distributed.signals import Wish
-from pipeline.train.choose import newest_state
 from pipeline.train.folder import RunFolder
 from pipeline.train.local import train_here
 from pipeline.train.metrics import read_metrics
@@ -117,7 +117,7 @@ def test_killed_right_after_a_checkpoint_goes_on_from_it(
     worker = adapter._worker
 
     def dying_worker(arguments: dict[str, object]) -> str | None:
-        from pipeline.train.local import LocalCheckpoints
+        from pipeline.checkpoints.local import LocalCheckpoints
         from pipeline.train.trainer import Trainer
 
         save, step = LocalCheckpoints.save, Trainer.train_step

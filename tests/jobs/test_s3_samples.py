@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jobs.evaluate import main as evaluate
+from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.store import Store
-from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
 from schemas.run import RunConfig
 from tests.s3 import SECRET, SeaweedFS

@@ -21,11 +21,11 @@ from PIL import Image
 import jobs.sample_many as module
 from jobs.sample import main
 from jobs.sample_many import Sampled, sample_many
+from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.sampling.blocks import Block, choose_labels, plan_blocks
 from pipeline.sampling.outputs import NpzOutput
 from pipeline.sampling.worker import Drawn, SampleWorker
 from pipeline.store import Store
-from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.run import RunConfig

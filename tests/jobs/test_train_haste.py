@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.train_haste import train_run
-from pipeline.train.local import LocalCheckpoints
+from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError

@@ -9,9 +9,9 @@ import torch
 
 from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
 from pipeline.alignment.losses import attention_loss
-from pipeline.alignment.targets import Targets
+from pipeline.checkpoints.reference_format import Parts, put_together
 from pipeline.diffusion.interpolant import denoising_loss, interpolate
-from pipeline.models.checkpoints import Parts, put_together
+from pipeline.targets.sources import Targets
 from tests.parity.reference import COSINE_FLOOR, Golden, check_number
 from tests.parity.students import alignment_config, make_sit, student_config, teacher_logits
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints.reference_format import take_apart
 from pipeline.diffusion.samplers import sample, sde_times
 from pipeline.models import SiT
-from pipeline.models.checkpoints import take_apart
 from schemas.diffusion import SamplerConfig
 from tests.parity.reference import Golden
 from tests.parity.students import student_config

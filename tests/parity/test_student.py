@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.checkpoints.reference_format import Parts, put_together, take_apart
 from pipeline.models import Taps
-from pipeline.models.checkpoints import Parts, put_together, take_apart
 from pipeline.models.layers import position_table
 from tests.parity.reference import Golden, entropy, probes
 from tests.parity.students import all_taps, make_projector, make_sit

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints.reference_format import Parts, put_together, take_apart
 from pipeline.distributed.process_group import Parallel
-from pipeline.models.checkpoints import Parts, put_together, take_apart
 from pipeline.store import Batch, Store
 from pipeline.train.draws import Draws
 from pipeline.train.feed import DrawsAhead

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.alignment.tail import load_tail, tail_file
-from pipeline.alignment.targets import Wanted
 from pipeline.inspect.summary import describe, summarise
+from pipeline.targets.sources import Wanted
+from pipeline.targets.tail import load_tail, tail_file
 from tests.conversions import (
     Extract,
     arrays_of,

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.alignment.targets import Wanted, read_targets
+from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.extract.__main__ import main as command
 from pipeline.extract.job import extract
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.inspect.summary import summarise
 from pipeline.store import Store
+from pipeline.targets.sources import Wanted, read_targets
 from pipeline.train.fit import check_store
-from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError

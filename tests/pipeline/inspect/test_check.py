@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.cli.config_files import merge
 from pipeline.cli.options import parse_options
 from pipeline.extract.request import with_stores_options
 from pipeline.inspect.__main__ import main
 from pipeline.inspect.check import Answer, check_configs
 from pipeline.store import Store
-from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import check_store, train
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig

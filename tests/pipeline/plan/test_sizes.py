@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pipeline.alignment.cuts import cut_columns, cut_values, encode_values
 from pipeline.plan.drafts import draft
 from pipeline.plan.sizes import TAR_BLOCK, latent_bytes, stored_bytes
 from pipeline.store.parts import npy_member, stream_parts
+from pipeline.targets.cuts import cut_columns, cut_values, encode_values
 from pipeline.teachers import Teacher
 from schemas.codecs import CodecSet
 from schemas.extract import Cut, ExtractConfig, TeacherConfig

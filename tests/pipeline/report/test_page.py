@@ -11,13 +11,13 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.checkpoints.integrity import seal
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.report import kept
 from pipeline.report.__main__ import main
 from pipeline.report.records import read_run
 from pipeline.store import Store
 from pipeline.train.local import train_here
-from pipeline.train.seal import seal
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.validation import validate

@@ -9,6 +9,8 @@ import fsspec
 import pytest
 import yaml
 
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.state import read_state
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
@@ -16,8 +18,6 @@ from pipeline.extract.plan import make_manifest, make_tasks, with_tail
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.storage.redaction import without_secrets, written_down
 from pipeline.store import Store
-from pipeline.train.checkpoint import read_state
-from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig

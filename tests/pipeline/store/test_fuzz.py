@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.alignment.targets import Wanted, read_targets
 from pipeline.cli.config_files import merge
 from pipeline.inspect.check import check_configs
 from pipeline.inspect.summary import describe, summarise
 from pipeline.store import Store
+from pipeline.targets.sources import Wanted, read_targets
 from pipeline.train.loop import check_store
 from schemas.errors import UserError
 from schemas.run import RunConfig

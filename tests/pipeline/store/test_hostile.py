@@ -17,15 +17,15 @@ import pytest
 import torch
 from numcodecs import Zstd
 
-from pipeline.alignment.tail import load_tail
-from pipeline.alignment.targets import Wanted, open_targets
+from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.inspect.fidelity import measure_fidelity
 from pipeline.store import Store, StreamReader
 from pipeline.store.disk import DiskCache
 from pipeline.store.parts import check_columns
 from pipeline.store.reader import DamagedShardError
 from pipeline.store.source import FileSource, up_to
-from pipeline.train.local import LocalCheckpoints
+from pipeline.targets.sources import Wanted, open_targets
+from pipeline.targets.tail import load_tail
 from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -478,7 +478,7 @@ def test_a_teacher_that_is_not_as_declared_is_never_built(
     reason: str,
 ) -> None:
     store = edited(change)
-    monkeypatch.setattr("pipeline.alignment.tail.Teacher", lambda *_, **__: pytest.fail("built"))
+    monkeypatch.setattr("pipeline.targets.tail.Teacher", lambda *_, **__: pytest.fail("built"))
     with pytest.raises(UserError, match=reason) as error:
         load_tail(store, "activations", (3,))
     assert str(error.value).startswith(f"{store.url}/manifest.json: streams.activations.")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from jobs.train_haste import train_run
+from pipeline.checkpoints.local import newest_checkpoint
 from pipeline.store import Store
-from pipeline.train.local import newest_checkpoint, train_here
+from pipeline.train.local import train_here
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from tests.pipeline.train.test_loop import losses, run

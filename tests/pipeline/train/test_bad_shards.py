@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoints.local import newest_checkpoint
+from pipeline.checkpoints.state import read_state
 from pipeline.store import Store
 from pipeline.store.damage import DamagedShardError
-from pipeline.train.checkpoint import read_state
-from pipeline.train.local import newest_checkpoint
 from pipeline.train.metrics import METRICS, read_metrics
 from schemas.run import RunConfig
 from tests.pipeline.train.test_loop import losses, run, weights

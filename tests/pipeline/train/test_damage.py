@@ -15,16 +15,17 @@ import pytest
 
 from jobs.export import main as export
 from jobs.train_haste import train_run
+from pipeline.checkpoints.integrity import DamagedCheckpointError, seal, verify
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.remote import RemoteCheckpoints
+from pipeline.checkpoints.selection import Checkpoints, newest_state, newest_whole
+from pipeline.checkpoints.state import load_optimizer, read_state
+from pipeline.checkpoints.store_identity import check_same_store, store_identity
 from pipeline.cli.config_files import merge
 from pipeline.store import Store
-from pipeline.train.checkpoint import load_optimizer, read_state
-from pipeline.train.choose import Checkpoints, newest_state, newest_whole
 from pipeline.train.folder import RunFolder
-from pipeline.train.identity import check_same_store, store_identity
-from pipeline.train.local import LocalCheckpoints, newest_checkpoint, train_here
+from pipeline.train.local import train_here
 from pipeline.train.metrics import read_metrics
-from pipeline.train.remote import RemoteCheckpoints
-from pipeline.train.seal import DamagedCheckpointError, seal, verify
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import STORE_VERSION, Manifest, StoreIndex
@@ -265,7 +266,7 @@ def test_a_remote_upload_that_was_cut_off_is_no_checkpoint(
     class KilledError(Exception):
         pass
 
-    from pipeline.train import remote as module
+    from pipeline.checkpoints import remote as module
 
     sent: list[str] = []
     publish = module.publish

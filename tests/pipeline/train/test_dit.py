@@ -11,11 +11,11 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.autoencoders import Autoencoder
+from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import read_yaml
 from pipeline.models import DiT, make_student
 from pipeline.sampling.draw import draw_images
-from pipeline.sampling.trained import load_student
-from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from schemas.diffusion import SamplerConfig

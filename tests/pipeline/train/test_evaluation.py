@@ -16,6 +16,8 @@ from pydantic import ValidationError
 
 from jobs.sample_many import _about
 from pipeline.autoencoders import Autoencoder
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import merge
 from pipeline.distributed.signals import Wish
 from pipeline.evaluate.evaluate import evaluate
@@ -28,12 +30,10 @@ from pipeline.sampling.blocks import choose_labels, plan_blocks
 from pipeline.sampling.draw import draw_images
 from pipeline.sampling.origin import check_samples_are_of
 from pipeline.sampling.outputs import FolderOutput
-from pipeline.sampling.trained import load_student
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
 from pipeline.train.evaluation import RunEvaluation
 from pipeline.train.folder import RunFolder
-from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from schemas.errors import StoppedError, UserError

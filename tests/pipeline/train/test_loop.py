@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
 from pipeline.store import Store
-from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import check_store, train
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from pipeline.autoencoders import Autoencoder
+from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import merge
 from pipeline.pictures import save_grid
 from pipeline.sampling.draw import draw_images
-from pipeline.sampling.trained import load_student
 from pipeline.store import Store
 from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.cli.command import run_command
 from pipeline.distributed.signals import StopSignals, Wish
-from pipeline.train.local import LocalCheckpoints, train_here
+from pipeline.train.local import train_here
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from schemas.errors import StoppedError

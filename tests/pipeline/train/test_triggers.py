@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.state import read_state
 from pipeline.distributed.process_group import Parallel
 from pipeline.store import SampleOrder, Store
-from pipeline.train.checkpoint import read_state
-from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from pipeline.train.probe import GradientProbe

@@ -9,11 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.alignment.tail import load_tail, tail_file
-from pipeline.alignment.targets import Targets, Wanted, open_targets, read_targets
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
 from pipeline.inspect.draw import draw_sample
 from pipeline.store import Store, StreamReader
-from pipeline.train.local import LocalCheckpoints, newest_checkpoint
+from pipeline.targets.sources import (
+    Targets,
+    Wanted,
+    open_targets,
+    read_targets,
+)
+from pipeline.targets.tail import load_tail, tail_file
 from pipeline.train.loop import train
 from pipeline.train.metrics import read_metrics
 from schemas.alignment import AlignmentConfig

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.train.checkpoint import CheckpointState, parse_state
-from pipeline.train.seal import (
+from pipeline.checkpoints.integrity import (
     DamagedCheckpointError,
     UnfinishedCheckpointError,
     unseal,
     verify,
 )
+from pipeline.checkpoints.state import CheckpointState, parse_state
 from schemas.errors import UserError, plain_text
 
 PREFIX = "checkpoint-"

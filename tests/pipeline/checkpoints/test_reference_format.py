@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from jobs.export import main as export
 from jobs.sample import main as draw
 from pipeline.alignment.projector import Projector
-from pipeline.models import SiT, make_student
-from pipeline.models.checkpoints import (
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.reference_format import (
     Parts,
     drop_learned_sigma,
     put_together,
@@ -24,8 +24,8 @@ from pipeline.models.checkpoints import (
     student_from_file,
     take_apart,
 )
+from pipeline.models import SiT, make_student
 from pipeline.train.ema import catch_up
-from pipeline.train.local import LocalCheckpoints, newest_checkpoint
 from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.run import RunConfig

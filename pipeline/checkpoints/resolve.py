@@ -9,7 +9,11 @@ from pathlib import Path
 
 import fsspec
 
-from pipeline.sampling.trained import is_weights_file
+from pipeline.checkpoints.integrity import STATE, UnfinishedCheckpointError
+from pipeline.checkpoints.local import newest_checkpoint
+from pipeline.checkpoints.remote import Excerpts, download, fetch_excerpt
+from pipeline.checkpoints.selection import checkpoint_name, newest_whole
+from pipeline.checkpoints.student import is_weights_file
 from pipeline.storage.files import (
     absolute_url,
     exists,
@@ -18,11 +22,6 @@ from pipeline.storage.files import (
     open_url,
     without_credentials,
 )
-from pipeline.train.choose import checkpoint_name, newest_whole
-from pipeline.train.excerpt import Excerpts, fetch_excerpt
-from pipeline.train.local import newest_checkpoint
-from pipeline.train.remote import download
-from pipeline.train.seal import STATE, UnfinishedCheckpointError
 from schemas.errors import UserError
 from schemas.sample import Weights
 

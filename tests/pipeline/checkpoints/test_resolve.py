@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from jobs.export import main as export
-from pipeline.sampling.checkpoints import at_hand, find_checkpoint
-from pipeline.sampling.trained import load_student, open_trained
+from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError
+from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.checkpoints.resolve import at_hand, find_checkpoint
+from pipeline.checkpoints.student import load_student, open_trained
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
-from pipeline.train.local import LocalCheckpoints
 from pipeline.train.loop import train
-from pipeline.train.seal import STATE, DamagedCheckpointError
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from pipeline.checkpoints.integrity import (
+    STATE,
+    DamagedCheckpointError,
+    UnfinishedCheckpointError,
+    seal,
+    unseal,
+)
+from pipeline.checkpoints.selection import (
+    Write,
+    checkpoint_name,
+    outdated,
+    steps_of,
+)
 from pipeline.storage.files import (
     list_tree,
     publish,
     read_bytes,
     remove,
     retrying,
-)
-from pipeline.train.choose import Write, checkpoint_name, outdated, steps_of
-from pipeline.train.seal import (
-    STATE,
-    DamagedCheckpointError,
-    UnfinishedCheckpointError,
-    unseal,
 )
 
 
@@ -121,3 +128,45 @@ def download(filesystem: fsspec.AbstractFileSystem, path: str, to: Path) -> None
         filesystem.get_file(path, str(to))
 
     retrying(get, filesystem, path, doing="read")
+
+
+class Excerpts(RemoteCheckpoints):
+    """Of the same checkpoints some files alone, enough for one purpose: see ``fetch_excerpt``."""
+
+    def __init__(
+        self, filesystem: fsspec.AbstractFileSystem, root: str, url: str, names: Iterable[str]
+    ) -> None:
+        super().__init__(filesystem, root, url, keep=1)
+        self.names = tuple(names)
+
+    def fetch(self, step: int, scratch: Path) -> Path:
+        target = scratch / checkpoint_name(step)
+        fetch_excerpt(self.filesystem, self._folder(step), self.where(step), self.names, target)
+        return target
+
+
+def fetch_excerpt(
+    filesystem: fsspec.AbstractFileSystem,
+    folder: str,
+    where: str,
+    names: Iterable[str] | None,
+    target: Path,
+) -> None:
+    """Make a new folder ``target`` that is a whole checkpoint of the same state and of the files
+    ``names`` alone (None: of all): the optimizer, twice the size of the weights, may stay where it
+    is.
+
+    ``where`` names the checkpoint for people. Raises ``DamagedCheckpointError`` where a file of it,
+    fetched or not, has not its size, or a fetched one is not what was written.
+    """
+    state = unseal(read_state_bytes(filesystem, folder, where), where)
+    expected = files_of_size(filesystem, folder, state, where)
+    target.mkdir(parents=True)
+    for name in expected if names is None else names:
+        if name not in expected:
+            raise DamagedCheckpointError(where, f"{name} is missing")
+        download(filesystem, f"{folder}/{name}", target / name)
+    seal(target, state)
+    for name, found in unseal((target / STATE).read_bytes(), target)["files"].items():
+        if found != expected[name]:
+            raise DamagedCheckpointError(where, f"{name} was altered: its checksum is wrong")

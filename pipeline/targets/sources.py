@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.alignment.tail import load_tail
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import decoder_of, sums_to_one
+from pipeline.targets.tail import load_tail
 from pipeline.teachers import Teacher
 from pipeline.teachers.tap import attention_logits
 from schemas.alignment import AlignmentConfig

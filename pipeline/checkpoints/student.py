@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.checkpoints.local import newest_checkpoint
+from pipeline.checkpoints.reference_format import student_from_file
+from pipeline.checkpoints.state import CheckpointState, load_weights, read_state
 from pipeline.models import SiT, make_student
-from pipeline.models.checkpoints import student_from_file
-from pipeline.train.checkpoint import CheckpointState, load_weights, read_state
-from pipeline.train.local import newest_checkpoint
 from schemas.diffusion import Path as DiffusionPath
 from schemas.errors import UserError
 from schemas.store import AutoencoderInfo

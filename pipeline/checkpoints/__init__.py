@@ -1,0 +1,1 @@
+"""Checkpoints of a run: format, integrity, selection, transport, export and import."""

@@ -1,0 +1,80 @@
+"""TODO-DOC (from pipeline/train/local.py): Checkpoints in a folder of this machine, and a run that trains here in one plain process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError, verify
+from pipeline.checkpoints.selection import (
+    PREFIX,
+    Write,
+    checkpoint_name,
+    newest_whole,
+    outdated,
+    steps_of,
+)
+from pipeline.storage.files import TEMPORARY
+
+
+class LocalCheckpoints:
+    """Folders ``checkpoint-STEP`` below a run's folder; the newest ``keep`` stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, step: int, write: Write) -> None:
+        """Write beside, then rename: a checkpoint is whole or not there."""
+        for left in self.folder.glob(f"{TEMPORARY}*"):
+            if left.is_dir():  # a process died while it wrote this one
+                shutil.rmtree(left)
+        temporary = self._temporary()
+        temporary.mkdir(parents=True)
+        write(temporary)
+        final = self.folder / checkpoint_name(step)
+        if final.exists():  # a damaged one that the run passed over and has now come to again
+            os.replace(final, self._temporary())
+        os.replace(temporary, final)
+        _sync(self.folder)
+        for old in outdated(self.steps(), step, self.keep):
+            shutil.rmtree(self.folder / checkpoint_name(old))
+
+    def steps(self) -> list[int]:
+        return steps_of(path.name for path in self.folder.glob(f"{PREFIX}*") if path.is_dir())
+
+    def where(self, step: int) -> str:
+        return str(self.folder / checkpoint_name(step))
+
+    def state(self, step: int) -> bytes:
+        try:
+            return (self.folder / checkpoint_name(step) / STATE).read_bytes()
+        except OSError as error:
+            raise DamagedCheckpointError(self.where(step), f"{STATE}: {error.strerror}") from None
+
+    def fetch(self, step: int, scratch: Path) -> Path:
+        return self.folder / checkpoint_name(step)
+
+    def _temporary(self) -> Path:
+        return self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder, whoever wrote it; ``folder`` itself if it is
+    one. None where there is none; raises ``UserError`` where none is whole."""
+    if (folder / STATE).exists() or (folder.is_dir() and steps_of([folder.name])):
+        verify(folder)
+        return folder
+    found = newest_whole(LocalCheckpoints(folder, keep=1), folder)
+    return found[1] if found else None
+
+
+def _sync(folder: Path) -> None:
+    """So that a rename outlives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
