@@ -27,8 +27,8 @@ from pipeline.extract.job import extract
 from pipeline.inspect.summary import describe, summarise
 from pipeline.report.attention import draw_attention
 from pipeline.report.curves import draw_curves
-from pipeline.report.records import ATTENTION, SAMPLES, read_run
 from pipeline.report.write import write_report
+from pipeline.runs.reader import ATTENTION, SAMPLES, read_run
 from pipeline.store import Store, StreamReader
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.report import ReportConfig

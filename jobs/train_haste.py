@@ -22,11 +22,11 @@ from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.plan import wants_plan
+from pipeline.runs.compatibility import check_store
+from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import absolute_folder, absolute_url
 from pipeline.store import Store
-from pipeline.train.fit import check_store
-from pipeline.train.folder import RunFolder
-from pipeline.train.ray import fit
+from pipeline.train.ray_trainer import fit
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import matplotlib
 
-from pipeline.evaluate.record import EVALUATIONS
 from pipeline.report.write import write_report
+from pipeline.runs.evaluations import EVALUATIONS
 from pipeline.storage.files import open_url, write_atomic
 from schemas.report import ReportConfig
 

@@ -1,4 +1,4 @@
-"""TODO-DOC (from pipeline/train/local.py): Checkpoints in a folder of this machine, and a run that trains here in one plain process."""
+"""Checkpoints in a local folder."""
 
 from __future__ import annotations
 

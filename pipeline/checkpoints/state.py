@@ -1,4 +1,4 @@
-"""TODO-DOC (from pipeline/train/checkpoint.py): A training run on disk: weights as safetensors, the optimizer, and one JSON of plain state."""
+"""The plain state of a checkpoint (``state.json``) and its files of weights."""
 
 from __future__ import annotations
 

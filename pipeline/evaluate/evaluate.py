@@ -9,7 +9,7 @@ from pipeline.evaluate.compare import compare
 from pipeline.evaluate.images import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure
 from pipeline.evaluate.networks import FeatureNetwork, Network, open_network
-from pipeline.evaluate.record import Origin, check_run, record_evaluation, recorded
+from pipeline.evaluate.record import Origin, recorded
 from pipeline.evaluate.reference import (
     INCEPTION,
     has_points,
@@ -17,6 +17,7 @@ from pipeline.evaluate.reference import (
     load_statistics,
     save_statistics,
 )
+from pipeline.runs.evaluations import check_run, record_evaluation
 from pipeline.storage.files import without_credentials
 from pipeline.storage.npz import Archive
 from schemas.errors import UserError

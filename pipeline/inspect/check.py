@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.additions import addition
+from pipeline.runs.compatibility import check_latents
 from pipeline.store import Store
 from pipeline.targets.sources import check_fit
 from pipeline.targets.tail import check_tail
-from pipeline.train.fit import check_latents
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.run import RunConfig

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipeline.report.colours import COLOURS, SVG_STYLE, Colours, variables
 from pipeline.report.panels import Panel, loss_panels, speed_panels
-from pipeline.report.records import Record
+from pipeline.runs.reader import Record
 from pipeline.text import (
     describe_bytes,
     short_number,

@@ -14,7 +14,7 @@ from pipeline.report.markup import (
     tag,
 )
 from pipeline.report.panels import METRICS
-from pipeline.report.records import Record, number
+from pipeline.runs.reader import Record, number
 from pipeline.text import describe_bytes, shortened
 from schemas.run import RunConfig
 

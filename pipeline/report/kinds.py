@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from pipeline.report.records import Row
+from pipeline.runs.reader import Row
 from schemas.base import Strict
 from schemas.evaluate import NetworkIdentity
 from schemas.fields import text_or_digest

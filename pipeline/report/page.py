@@ -30,7 +30,7 @@ from pipeline.report.panels import (
     speed_panels,
     trigger_panel,
 )
-from pipeline.report.records import Record, Row, number
+from pipeline.runs.reader import Record, Row, number
 from pipeline.text import describe_bytes, shortened
 from schemas.report import Attention
 

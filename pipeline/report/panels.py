@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.report.kinds import Kind, comparable, describe_kind
-from pipeline.report.records import Record, Row, number
+from pipeline.runs.reader import Record, Row, number
 
 MOST_POINTS = 400
 """Of one line: more than a phone has pixels for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pipeline.report.page import Report
-from pipeline.report.records import read_run
+from pipeline.runs.reader import read_run
 from pipeline.storage.files import (
     absolute_url,
     open_url,

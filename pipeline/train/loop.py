@@ -16,18 +16,17 @@ from pipeline.checkpoints.selection import Write
 from pipeline.checkpoints.store_identity import store_identity, with_stream
 from pipeline.distributed.process_group import Parallel
 from pipeline.distributed.signals import Ask, Wish, nothing_asked
+from pipeline.runs.compatibility import check_store
+from pipeline.runs.metrics import CONFIG, SUMMARY, MetricsLog
 from pipeline.storage.files import write_atomic
 from pipeline.storage.redaction import written_down
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
-from pipeline.train.effort import Effort
-from pipeline.train.fit import check_store
-from pipeline.train.meter import Meter, PhaseClock
-from pipeline.train.metrics import CONFIG, SUMMARY, MetricsLog
-from pipeline.train.probe import GradientProbe
-from pipeline.train.profile import StepTrace
-from pipeline.train.stop import Agreement
+from pipeline.train.gradient_probe import GradientProbe
+from pipeline.train.profiler import StepTrace
+from pipeline.train.step_meter import Effort, Meter, PhaseClock
+from pipeline.train.stop_consensus import Agreement
 from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
@@ -124,7 +123,7 @@ class _Run:
         self._aside = False
         self.looks = None
         if config.samples.every is not None or config.samples.evaluate.images is not None:
-            from pipeline.train.looks import Looks  # diffusers takes seconds to import
+            from pipeline.train.validation.runner import Looks  # diffusers takes seconds to import
 
             self.looks = Looks(config, store.manifest, parallel, folder)
 

@@ -21,9 +21,9 @@ from pipeline.targets.sources import (
     open_targets,
     wanted_targets,
 )
-from pipeline.train.draws import Draws
+from pipeline.train.device_transfer import DeviceFeed
 from pipeline.train.ema import Ema
-from pipeline.train.feed import DeviceFeed, DrawsAhead
+from pipeline.train.noise import Draws, DrawsAhead
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

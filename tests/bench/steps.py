@@ -17,7 +17,7 @@ from pipeline.distributed.process_group import Parallel
 from pipeline.store import Batch, Store
 from pipeline.targets.tail import first_tail_block, save_tail
 from pipeline.teachers import Teacher
-from pipeline.train.feed import DeviceFeed
+from pipeline.train.device_transfer import DeviceFeed
 from pipeline.train.trainer import Trainer
 from schemas.extract import Cut, TeacherConfig
 from schemas.run import RunConfig

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from pipeline.runs.metrics import METRICS
 from pipeline.storage.files import TEMPORARY
 from pipeline.store import SampleOrder
-from pipeline.train.metrics import METRICS
 from tests.faults.work import parse_rows
 
 Files = Mapping[str, bytes]

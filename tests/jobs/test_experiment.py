@@ -17,8 +17,8 @@ from jobs.experiments.ingredients import Shelf
 from jobs.experiments.outcome import read_distances
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.cli.options import parse_options
+from pipeline.runs.metrics import read_metrics
 from pipeline.storage.locks import alone_in
-from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

@@ -19,10 +19,15 @@ from ray.train.v2._internal.execution.controller.state import ResizingState, Run
 from jobs.train_haste import train_run
 from pipeline.checkpoints.selection import newest_state
 from pipeline.distributed.signals import Wish
-from pipeline.train.folder import RunFolder
+from pipeline.runs.directory import RunFolder
+from pipeline.runs.metrics import read_metrics
 from pipeline.train.local import train_here
-from pipeline.train.metrics import read_metrics
-from pipeline.train.ray import Lookout, Orders, SaveBeforeChange, scaling
+from pipeline.train.ray_trainer import (
+    Lookout,
+    Orders,
+    SaveBeforeChange,
+    scaling,
+)
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -110,7 +115,7 @@ def test_killed_right_after_a_checkpoint_goes_on_from_it(
 ) -> None:
     """The worker dies in the same instant as the checkpoint is in place, before anybody has heard
     of it, and a second time later. Ray alone would begin again at step 0."""
-    from pipeline.train import ray as adapter
+    from pipeline.train import ray_trainer as adapter
 
     marks = tmp_path / "marks"
     marks.mkdir()

@@ -10,8 +10,8 @@ import pytest
 
 from jobs.train_haste import train_run
 from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.runs.metrics import read_metrics
 from pipeline.train.loop import train
-from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

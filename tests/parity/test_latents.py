@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pipeline.distributed.process_group import Parallel
 from pipeline.store import Batch, Store
-from pipeline.train.draws import Draws
-from pipeline.train.feed import DrawsAhead
+from pipeline.train.noise import Draws, DrawsAhead
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
 from tests.parity.reference import Golden

@@ -14,9 +14,9 @@ from pipeline.extract.__main__ import main as command
 from pipeline.extract.job import extract
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.inspect.summary import summarise
+from pipeline.runs.compatibility import check_store
 from pipeline.store import Store
 from pipeline.targets.sources import Wanted, read_targets
-from pipeline.train.fit import check_store
 from pipeline.train.loop import train
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError

@@ -15,7 +15,7 @@ from pipeline.checkpoints.integrity import seal
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.report import kept
 from pipeline.report.__main__ import main
-from pipeline.report.records import read_run
+from pipeline.runs.reader import read_run
 from pipeline.store import Store
 from pipeline.train.local import train_here
 from schemas.errors import UserError

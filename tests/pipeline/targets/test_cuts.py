@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
 from pipeline.inspect.draw import draw_sample
+from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store, StreamReader
 from pipeline.targets.sources import (
     Targets,
@@ -20,7 +21,6 @@ from pipeline.targets.sources import (
 )
 from pipeline.targets.tail import load_tail, tail_file
 from pipeline.train.loop import train
-from pipeline.train.metrics import read_metrics
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.run import RunConfig

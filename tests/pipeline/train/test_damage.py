@@ -22,10 +22,10 @@ from pipeline.checkpoints.selection import Checkpoints, newest_state, newest_who
 from pipeline.checkpoints.state import load_optimizer, read_state
 from pipeline.checkpoints.store_identity import check_same_store, store_identity
 from pipeline.cli.config_files import merge
+from pipeline.runs.directory import RunFolder
+from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store
-from pipeline.train.folder import RunFolder
 from pipeline.train.local import train_here
-from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import STORE_VERSION, Manifest, StoreIndex

@@ -15,9 +15,9 @@ from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import read_yaml
 from pipeline.models import DiT, make_student
+from pipeline.runs.metrics import read_metrics
 from pipeline.sampling.draw import draw_images
 from pipeline.train.loop import train
-from pipeline.train.metrics import read_metrics
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
 from schemas.run import RunConfig

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.distributed.process_group import Parallel
 from pipeline.precision import arithmetic
 from pipeline.store import SampleOrder, Store
-from pipeline.train.probe import GradientProbe
+from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
 from tests.helpers import needs_compiler

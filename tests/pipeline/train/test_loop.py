@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store
 from pipeline.train.loop import check_store, train
-from pipeline.train.metrics import read_metrics
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

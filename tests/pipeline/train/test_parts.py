@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.train.draws import draw
 from pipeline.train.ema import Ema
+from pipeline.train.noise import draw
 
 
 def test_draws_depend_on_position_alone() -> None:

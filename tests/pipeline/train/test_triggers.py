@@ -12,10 +12,10 @@ import torch
 from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
 from pipeline.checkpoints.state import read_state
 from pipeline.distributed.process_group import Parallel
+from pipeline.runs.metrics import read_metrics
 from pipeline.store import SampleOrder, Store
+from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.loop import train
-from pipeline.train.metrics import read_metrics
-from pipeline.train.probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
 

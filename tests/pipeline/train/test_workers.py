@@ -12,10 +12,10 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from pipeline.runs.metrics import read_metrics
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.loader import rank_slice
-from pipeline.train.draws import draw
-from pipeline.train.metrics import read_metrics
+from pipeline.train.noise import draw
 from pipeline.train.trainer import split_batch
 from schemas.run import RunConfig
 from tests.processes import train_on

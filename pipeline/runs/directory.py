@@ -14,7 +14,8 @@ from typing import Any
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.checkpoints.remote import RemoteCheckpoints
 from pipeline.checkpoints.selection import Checkpoints
-from pipeline.evaluate.record import EVALUATIONS, add_rows
+from pipeline.runs.evaluations import EVALUATIONS, add_rows
+from pipeline.runs.metrics import CONFIG, METRICS, SUMMARY
 from pipeline.storage.files import (
     absolute_url,
     exists,
@@ -24,7 +25,6 @@ from pipeline.storage.files import (
     without_credentials,
     write_atomic,
 )
-from pipeline.train.metrics import CONFIG, METRICS, SUMMARY
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
 

@@ -15,7 +15,16 @@ import yaml
 
 from pipeline.checkpoints.integrity import STATE, unseal
 from pipeline.checkpoints.selection import checkpoint_name, steps_of
-from pipeline.evaluate.record import EVALUATIONS
+from pipeline.runs.evaluations import EVALUATIONS
+from pipeline.runs.metrics import (
+    BROKEN_SAMPLES,
+    CONFIG,
+    EVALUATION,
+    METRICS,
+    NO_DISTANCE,
+    SAMPLES,
+    SUMMARY,
+)
 from pipeline.storage.files import (
     absolute_url,
     is_local,
@@ -25,15 +34,6 @@ from pipeline.storage.files import (
     without_credentials,
 )
 from pipeline.storage.redaction import written_down
-from pipeline.train.metrics import (
-    BROKEN_SAMPLES,
-    CONFIG,
-    EVALUATION,
-    METRICS,
-    NO_DISTANCE,
-    SAMPLES,
-    SUMMARY,
-)
 from schemas.errors import UserError, plain_text
 from schemas.run import RunConfig
 from schemas.validation import validate

@@ -35,8 +35,8 @@ from pipeline.checkpoints.selection import Checkpoints, Write, newest_whole
 from pipeline.distributed.process_group import Parallel
 from pipeline.distributed.ray_cluster import require, total
 from pipeline.distributed.signals import StopSignals, Wish, nothing_asked
+from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import StorageError, absolute_url, open_url
-from pipeline.train.folder import RunFolder
 from pipeline.train.loop import SaveCheckpoint, train
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.hashing import sha256_of_arrays
-from pipeline.sampling.origin import check_samples_are_of
+from pipeline.runs.provenance import check_samples_are_of
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
 from tests.pipeline.evaluate.sets import about_samples

@@ -10,21 +10,16 @@ import torch
 
 from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import open_network
-from pipeline.evaluate.record import (
-    Origin,
-    check_rows,
-    find_evaluation,
-    record_evaluation,
-    recorded,
-)
+from pipeline.evaluate.record import Origin, recorded
 from pipeline.evaluate.reference import load_moments
 from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.hashing import sha256_of_weights
 from pipeline.models import SiT
+from pipeline.runs.evaluations import check_rows, find_evaluation, record_evaluation
+from pipeline.runs.metrics import EVALUATION, NO_DISTANCE
 from pipeline.sampling.blocks import choose_labels
 from pipeline.storage.npz import Archive
-from pipeline.train.drawing import Pause, SharedDrawing, is_due
-from pipeline.train.metrics import EVALUATION, NO_DISTANCE
+from pipeline.train.validation.sampling import Pause, SharedDrawing, is_due
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation, RecordedEvaluation
 from schemas.run import RunConfig

@@ -8,8 +8,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline.train import folder as module
-from pipeline.train.folder import RunFolder
+from pipeline.runs import directory as module
+from pipeline.runs.directory import RunFolder
 from schemas.run import RunConfig
 
 

@@ -11,8 +11,8 @@ import torch
 
 from pipeline.distributed.process_group import Parallel
 from pipeline.models.flops import STEP, peak_tflops, student_flops
-from pipeline.train.effort import Effort
-from pipeline.train.metrics import read_metrics
+from pipeline.runs.metrics import read_metrics
+from pipeline.train.step_meter import Effort
 from schemas.run import RunConfig
 from schemas.student import StudentConfig
 from tests.pipeline.train.test_loop import losses, run

@@ -7,9 +7,9 @@ from typing import Any
 
 from pipeline.distributed.process_group import Parallel
 from pipeline.models import SiT
-from pipeline.train.drawing import Pause, SharedDrawing
-from pipeline.train.evaluation import RunEvaluation
-from pipeline.train.pictures import SampleGrids
+from pipeline.train.validation.fid import RunEvaluation
+from pipeline.train.validation.image_grids import SampleGrids
+from pipeline.train.validation.sampling import Pause, SharedDrawing
 from schemas.run import RunConfig
 from schemas.store import Manifest
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.cli.command import run_command
 from pipeline.distributed.signals import StopSignals, Wish
+from pipeline.runs.metrics import read_metrics
 from pipeline.train.local import train_here
 from pipeline.train.loop import train
-from pipeline.train.metrics import read_metrics
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
 

@@ -23,19 +23,19 @@ from pipeline.distributed.signals import Wish
 from pipeline.evaluate.evaluate import evaluate
 from pipeline.evaluate.frechet import Factored, frechet_distance
 from pipeline.evaluate.networks import FeatureNetwork
-from pipeline.evaluate.record import record_evaluation
 from pipeline.evaluate.statistics import FeatureStatistics
 from pipeline.evaluate.stored import StoreImages
+from pipeline.runs.directory import RunFolder
+from pipeline.runs.evaluations import record_evaluation
+from pipeline.runs.metrics import read_metrics
+from pipeline.runs.provenance import check_samples_are_of
 from pipeline.sampling.blocks import choose_labels, plan_blocks
 from pipeline.sampling.draw import draw_images
-from pipeline.sampling.origin import check_samples_are_of
 from pipeline.sampling.outputs import FolderOutput
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
-from pipeline.train.evaluation import RunEvaluation
-from pipeline.train.folder import RunFolder
 from pipeline.train.loop import train
-from pipeline.train.metrics import read_metrics
+from pipeline.train.validation.fid import RunEvaluation
 from schemas.errors import StoppedError, UserError
 from schemas.evaluate import EvaluateConfig, Evaluation, RecordedEvaluation
 from schemas.run import RunConfig
@@ -392,6 +392,6 @@ def test_short_memory_names_the_option(
     def draw_latents(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("pipeline.train.drawing.draw_latents", draw_latents)
+    monkeypatch.setattr("pipeline.train.validation.sampling.draw_latents", draw_latents)
     with pytest.raises(UserError, match=r"no memory for 4 samples .* --samples.batch-size than 4"):
         train_on(1, config, tmp_path / "run")

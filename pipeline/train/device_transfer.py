@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from pipeline.train.draws import Draws, draw
 
 
 class DeviceFeed:
@@ -64,44 +61,3 @@ class DeviceFeed:
         for copy in copies.values():  # else its memory may be another copy's while it is read
             copy.record_stream(computation)
         return copies
-
-
-class DrawsAhead:
-    """The draws of a step, made by a thread while the step before computes.
-
-    They are a function of the seed and the positions alone: making them early changes nothing.
-    """
-
-    def __init__(
-        self, seed: int, latent_shape: tuple[int, ...], label_drop: float, device: torch.device
-    ) -> None:
-        self._what = (seed, latent_shape, label_drop)
-        self._pins = device.type == "cuda"
-        self._expected: tuple[np.ndarray, Future[Draws]] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
-
-    def __call__(self, positions: np.ndarray) -> Draws:
-        """Those of the samples at ``positions``, made now unless they were expected."""
-        if self._expected is not None:
-            expected, draws = self._expected
-            if np.array_equal(expected, positions):
-                self._expected = None
-                return draws.result()
-        return self._draw(positions)
-
-    def expect(self, positions: np.ndarray) -> None:
-        """Begin with those that will be asked for next."""
-        if self._expected is not None:
-            self._expected[1].cancel()
-        self._expected = positions, self._thread.submit(self._draw, positions)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
-
-    def _draw(self, positions: np.ndarray) -> Draws:
-        seed, shape, label_drop = self._what
-        draws = draw(seed, positions, shape, label_drop)
-        return (
-            Draws(*(values.contiguous().pin_memory() for values in draws)) if self._pins else draws
-        )

@@ -1,0 +1,84 @@
+"""The random numbers of a training sample, by its position in the run, drawn ahead by a thread."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.randomness import Purpose, generator
+
+
+class DrawsAhead:
+    """The draws of a step, made by a thread while the step before computes.
+
+    They are a function of the seed and the positions alone: making them early changes nothing.
+    """
+
+    def __init__(
+        self, seed: int, latent_shape: tuple[int, ...], label_drop: float, device: torch.device
+    ) -> None:
+        self._what = (seed, latent_shape, label_drop)
+        self._pins = device.type == "cuda"
+        self._expected: tuple[np.ndarray, Future[Draws]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
+
+    def __call__(self, positions: np.ndarray) -> Draws:
+        """Those of the samples at ``positions``, made now unless they were expected."""
+        if self._expected is not None:
+            expected, draws = self._expected
+            if np.array_equal(expected, positions):
+                self._expected = None
+                return draws.result()
+        return self._draw(positions)
+
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin with those that will be asked for next."""
+        if self._expected is not None:
+            self._expected[1].cancel()
+        self._expected = positions, self._thread.submit(self._draw, positions)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _draw(self, positions: np.ndarray) -> Draws:
+        seed, shape, label_drop = self._what
+        draws = draw(seed, positions, shape, label_drop)
+        return (
+            Draws(*(values.contiguous().pin_memory() for values in draws)) if self._pins else draws
+        )
+
+
+class Draws(NamedTuple):
+    """For B samples."""
+
+    t: Tensor
+    """(B,) timesteps, uniform on [0, 1)."""
+    drop_label: Tensor
+    """(B,) bool: train this sample without its class."""
+    posterior: Tensor
+    """(B, C, h, w) standard normal, for the latent's posterior."""
+    noise: Tensor
+    """(B, C, h, w) standard normal, the diffusion noise."""
+
+
+def draw(
+    seed: int, positions: np.ndarray, latent_shape: tuple[int, ...], label_drop: float
+) -> Draws:
+    """All draws of the samples at ``positions``, on the CPU, in float32.
+
+    The order of draws within a sample is fixed: timestep, label drop, posterior, noise.
+    """
+    count = len(positions)
+    uniform = np.empty((count, 2), np.float32)
+    normal = np.empty((count, 2, *latent_shape), np.float32)
+    for i, position in enumerate(positions):
+        rng = generator(Purpose.TRAINING, seed, int(position))
+        rng.random(out=uniform[i], dtype=np.float32)
+        rng.standard_normal(out=normal[i], dtype=np.float32)
+    uniforms, normals = torch.from_numpy(uniform), torch.from_numpy(normal)
+    return Draws(uniforms[:, 0], uniforms[:, 1] < label_drop, normals[:, 0], normals[:, 1])

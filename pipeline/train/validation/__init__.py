@@ -1,0 +1,1 @@
+"""Samples and distances that a run measures while it trains."""
