@@ -26,8 +26,8 @@ from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.extract.job import extract
 from pipeline.inspect.summary import describe, summarise
 from pipeline.report.attention import draw_attention
-from pipeline.report.curves import draw_curves
-from pipeline.report.write import write_report
+from pipeline.report.page import write_report
+from pipeline.report.plots import draw_curves
 from pipeline.runs.reader import ATTENTION, SAMPLES, read_run
 from pipeline.store import Store, StreamReader
 from schemas.extract import PRESETS, ExtractConfig

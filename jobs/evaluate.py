@@ -17,7 +17,7 @@ import torch
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.evaluate.evaluate import evaluate
+from pipeline.evaluate.evaluator import evaluate
 from pipeline.runs.provenance import check_samples_are_of
 from pipeline.storage.files import without_credentials
 from schemas.errors import UserError

@@ -28,8 +28,8 @@ from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.pictures import save_grid
 from pipeline.precision import choose_arithmetic
-from pipeline.sampling.blocks import choose_classes
-from pipeline.sampling.draw import draw_images
+from pipeline.sampling.batches import choose_classes
+from pipeline.sampling.generate import draw_images
 from schemas.errors import UserError
 from schemas.sample import SampleConfig
 
@@ -139,7 +139,9 @@ def _grid(config: SampleConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def _many(config: SampleConfig) -> tuple[dict[str, Any], list[str]]:
-    from jobs.sample_many import sample_many  # Ray takes seconds to import, and a grid needs none
+    from pipeline.sampling.job import (
+        sample_many,  # Ray takes seconds to import, and a grid needs none
+    )
 
     sampled = sample_many(config)
     print(

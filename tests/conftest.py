@@ -119,7 +119,7 @@ def digits_store(
     digits_config: ExtractConfig, digits_listing: Listing, digits_encoder: Encoder
 ) -> Store:
     """A real, complete store, made without Ray. Read it only."""
-    from pipeline.extract.plan import make_manifest, make_tasks
+    from pipeline.extract.tasks import make_manifest, make_tasks
 
     about = digits_encoder.describe()
     manifest = make_manifest(digits_config, digits_listing, about)

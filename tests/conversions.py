@@ -14,7 +14,7 @@ from pipeline.cli.config_files import merge
 from pipeline.convert import Conversion, convert
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
-from pipeline.extract.plan import make_manifest, make_stream, make_tasks, with_tail
+from pipeline.extract.tasks import make_manifest, make_stream, make_tasks, with_tail
 from pipeline.store import Store, StreamReader
 from pipeline.targets.sources import Targets, Wanted, read_targets
 from schemas.convert import ConvertConfig

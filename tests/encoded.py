@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
-from pipeline.extract.plan import make_manifest, make_tasks, with_tail
+from pipeline.extract.tasks import make_manifest, make_tasks, with_tail
 from pipeline.store import Store
 from schemas.extract import PRESETS, ExtractConfig
 

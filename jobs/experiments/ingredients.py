@@ -25,21 +25,16 @@ from tqdm import tqdm
 
 from jobs.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
 from jobs.pretrain.classifier import ClassifierConfig, accuracy, train_classifier
-from jobs.pretrain.self_distill import (
-    SelfDistillConfig,
-    knn_accuracy,
-    normalise,
-    self_distill,
-)
+from jobs.pretrain.self_distill import SelfDistillConfig, knn_accuracy, normalise, self_distill
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
-from pipeline.evaluate.evaluate import evaluate
-from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.evaluator import evaluate
+from pipeline.evaluate.features.factory import open_network
 from pipeline.evaluate.record import digest_of
-from pipeline.evaluate.reference import load_moments
+from pipeline.evaluate.reference_statistics import load_moments
+from pipeline.extract.compatibility import check_same_store
 from pipeline.extract.encoder import Encoder
-from pipeline.extract.plan import make_manifest, make_tasks, stream_name, with_tail
-from pipeline.extract.request import check_same_store
+from pipeline.extract.tasks import make_manifest, make_tasks, stream_name, with_tail
 from pipeline.storage.files import TEMPORARY
 from pipeline.storage.locks import alone_in
 from pipeline.storage.npz import Archive

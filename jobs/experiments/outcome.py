@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 
-from pipeline.report.write import write_report
+from pipeline.report.page import write_report
 from pipeline.runs.evaluations import EVALUATIONS
 from pipeline.storage.files import open_url, write_atomic
 from schemas.report import ReportConfig

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from pipeline.alignment.fused_attention_loss import fused_attention_loss
 from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
-from pipeline.alignment.projector import Projector
 from pipeline.alignment.resample import Grid, resample_features, resample_logits
 from pipeline.diffusion.objective import make_objective
 from pipeline.models import StudentOutput, Taps, make_student
+from pipeline.models.projector import Projector
 from pipeline.targets.sources import Targets
 from schemas.alignment import AlignmentConfig
 from schemas.diffusion import DiffusionConfig

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.alignment.projector import Projector
 from pipeline.checkpoints.integrity import DamagedCheckpointError
 from pipeline.checkpoints.reference_format import Parts, put_together, write_file
 from pipeline.checkpoints.state import load_optimizer, read_state
 from pipeline.models import make_student
-from pipeline.train.ema import catch_up
+from pipeline.models.ema import catch_up
+from pipeline.models.projector import Projector
 from schemas.errors import UserError
 
 

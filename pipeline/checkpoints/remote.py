@@ -16,19 +16,8 @@ from pipeline.checkpoints.integrity import (
     seal,
     unseal,
 )
-from pipeline.checkpoints.selection import (
-    Write,
-    checkpoint_name,
-    outdated,
-    steps_of,
-)
-from pipeline.storage.files import (
-    list_tree,
-    publish,
-    read_bytes,
-    remove,
-    retrying,
-)
+from pipeline.checkpoints.selection import Write, checkpoint_name, outdated, steps_of
+from pipeline.storage.files import list_tree, publish, read_bytes, remove, retrying
 
 
 class RemoteCheckpoints:

@@ -10,11 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from pipeline.checkpoints.integrity import (
-    STATE,
-    DamagedCheckpointError,
-    verify,
-)
+from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError, verify
 from pipeline.checkpoints.store_identity import STREAM
 from schemas.errors import UserError
 from schemas.run import RunConfig

@@ -21,12 +21,7 @@ from pipeline.convert.shard import Group, convert_shard
 from pipeline.storage.files import absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
-from pipeline.targets.tail import (
-    copy_tail,
-    first_tail_block,
-    load_tail,
-    save_tail,
-)
+from pipeline.targets.tail import copy_tail, first_tail_block, load_tail, save_tail
 from pipeline.teachers import Teacher
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError

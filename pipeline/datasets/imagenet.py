@@ -6,12 +6,7 @@ import re
 
 from pipeline.datasets.base import Listing
 from pipeline.datasets.folder import list_files, make_items
-from pipeline.storage.files import (
-    exists,
-    open_url,
-    read_bytes,
-    without_credentials,
-)
+from pipeline.storage.files import exists, open_url, read_bytes, without_credentials
 from schemas.errors import UserError
 
 WNID = re.compile(r"n\d{8}")

@@ -14,13 +14,7 @@ import re
 from collections.abc import Iterator
 
 from pipeline.datasets.base import ImageItem, Listing
-from pipeline.storage.files import (
-    file_size,
-    open_url,
-    read_bytes,
-    read_ranges,
-    without_credentials,
-)
+from pipeline.storage.files import file_size, open_url, read_bytes, read_ranges, without_credentials
 from schemas.errors import UserError
 
 LATENT = re.compile(r"([0-9]{5})/img-mean-std-([0-9]{8})\.npy")

@@ -10,12 +10,7 @@ from dataclasses import dataclass
 from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.folder import escape_dots, list_files
 from pipeline.datasets.names import short_name
-from pipeline.storage.files import (
-    is_local,
-    open_url,
-    retrying,
-    without_credentials,
-)
+from pipeline.storage.files import is_local, open_url, retrying, without_credentials
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError
 

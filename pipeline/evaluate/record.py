@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from pipeline.evaluate.networks import Network
-from pipeline.evaluate.statistics import Moments
+from pipeline.evaluate.features.base import Network
+from pipeline.evaluate.frechet import Moments
 from pipeline.hashing import sha256_of_arrays
-from pipeline.storage.files import (
-    without_credentials,
-)
+from pipeline.storage.files import without_credentials
 from schemas.evaluate import Evaluation, NetworkIdentity, RecordedEvaluation
 from schemas.fields import DIGEST, text_or_digest
 from schemas.sample import Sampling, Weights

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,9 @@ from torch import Tensor
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.reader import UNREADABLE
-from pipeline.extract.behind import Behind
-from pipeline.extract.latents import LatentSource, open_latents
-from pipeline.extract.plan import Description, ShardTask, stream_name
-from pipeline.precision import (
-    choose_precision,
-)
+from pipeline.extract.latent_sources import LatentSource, open_latents
+from pipeline.extract.tasks import Description, ShardTask, stream_name
+from pipeline.precision import choose_precision
 from pipeline.store import ShardWriter
 from pipeline.targets.cuts import NotFiniteError, cut_values, encode_values
 from pipeline.targets.tail import first_tail_block, save_tail
@@ -216,3 +214,32 @@ def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Array
             writer.add(item.key, sample)
         except ValueError as error:
             raise UserError(f"shard {writer.shard}: {error}") from None
+
+
+class Behind:
+    """A thread that does calls in the order in which they come, ``limit`` of them waiting at most.
+
+    A context; leaving it waits for the call under way and forgets those behind it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._waiting: deque[Future[Any]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Waits while too many are waiting. Raises what an earlier call raised."""
+        while len(self._waiting) >= self._limit or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(call, *arguments))
+
+    def finish(self) -> None:
+        """Wait for all. Raises what one of them raised."""
+        while self._waiting:
+            self._waiting.popleft().result()

@@ -10,7 +10,9 @@ from tqdm import tqdm
 
 from pipeline.datasets import Listing, list_images
 from pipeline.distributed.ray_cluster import ray_cluster, require, total
-from pipeline.extract.plan import (
+from pipeline.extract.compatibility import check_request, check_same_store, with_stores_options
+from pipeline.extract.encoder_pool import Supervisor
+from pipeline.extract.tasks import (
     ShardTask,
     make_manifest,
     make_stream,
@@ -18,8 +20,6 @@ from pipeline.extract.plan import (
     stream_name,
     with_tail,
 )
-from pipeline.extract.request import check_request, check_same_store, with_stores_options
-from pipeline.extract.supervisor import Supervisor
 from pipeline.storage.files import absolute_folder, absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.inspect.garbage import (
+from pipeline.inspect.orphans import (
     collect,
     describe_collection,
     find_leftovers,

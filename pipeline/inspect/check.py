@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pipeline.cli.config_files import read_yaml
-from pipeline.inspect.additions import addition
+from pipeline.inspect.suggest_extraction import addition
 from pipeline.runs.compatibility import check_latents
 from pipeline.store import Store
 from pipeline.targets.sources import check_fit

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import AlignedStudent
-from pipeline.inspect.originals import Originals
+from pipeline.inspect.source_images import Originals
 from pipeline.inspect.summary import StoreSummary
 from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST

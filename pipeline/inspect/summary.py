@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pipeline.storage.files import file_size
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
-from pipeline.text import (
-    describe_bytes,
-)
+from pipeline.text import describe_bytes
 from schemas.errors import escaped
 from schemas.store import Column, TeacherStream
 

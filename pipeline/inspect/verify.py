@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from pipeline.inspect.agreement import check_index, misfits, read_index
-from pipeline.inspect.damage import Damage, check_file
+from pipeline.inspect.consistency import check_index, misfits, read_index
+from pipeline.inspect.file_check import Damage, check_file
 from pipeline.storage.files import read_at_most
 from pipeline.store import Store
 from pipeline.store.layout import INDEX, MANIFEST, commit_path

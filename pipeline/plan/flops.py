@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeline.alignment.projector import Projector
 from pipeline.models.flops import STEP, count, student_flops, tapped_flops
+from pipeline.models.projector import Projector
 from pipeline.plan.costs import Work
 from pipeline.plan.drafts import Drafts, encode
 from pipeline.plan.geometry import Geometry

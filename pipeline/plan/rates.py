@@ -27,9 +27,7 @@ from pipeline.models.flops import STEP, student_flops
 from pipeline.plan.costs import TERA, Rates
 from pipeline.plan.drafts import Drafts, encode
 from pipeline.plan.flops import TeacherFlops, autoencoder_flops
-from pipeline.precision import (
-    _autocast_dtype,
-)
+from pipeline.precision import _autocast_dtype
 from pipeline.teachers.vit import block_arguments
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig

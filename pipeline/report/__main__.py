@@ -7,7 +7,7 @@ import sys
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.report.write import write_report
+from pipeline.report.page import write_report
 from pipeline.storage.files import without_credentials
 from schemas.errors import plain_text
 from schemas.report import ReportConfig

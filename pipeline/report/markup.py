@@ -7,10 +7,7 @@ import html
 import re
 from collections.abc import Iterable
 
-from pipeline.text import (
-    LONGEST,
-    shortened,
-)
+from pipeline.text import LONGEST, shortened
 from schemas.errors import escaped
 
 VOID = frozenset({"br", "img", "meta", "wbr"})

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pipeline.assets import REPORT_STYLE
-from pipeline.report.colours import FONTS, LIGHT, SCHEMES
-from pipeline.report.curves import highest_shown, panel_svg
-from pipeline.report.facts import config_differences, run_card
+from pipeline.report.checkpoint_attention import attention_of_kept
+from pipeline.report.evaluation_groups import comparable, describe_kind
 from pipeline.report.gallery import Source, gallery, load_file
-from pipeline.report.kept import attention_of_kept
-from pipeline.report.kinds import comparable, describe_kind
-from pipeline.report.markup import (
-    Child,
-    Html,
-    breakable,
-    image,
-    join,
-    table,
-    tag,
-)
-from pipeline.report.panels import METRICS as EVALUATED
-from pipeline.report.panels import (
+from pipeline.report.markup import Child, Html, breakable, image, join, table, tag
+from pipeline.report.palette import FONTS, LIGHT, SCHEMES
+from pipeline.report.plots import highest_shown, panel_svg
+from pipeline.report.run_summary import config_differences, run_card
+from pipeline.report.series import METRICS as EVALUATED
+from pipeline.report.series import (
     Panel,
     byte_panels,
     evaluation_panels,
@@ -30,9 +23,11 @@ from pipeline.report.panels import (
     speed_panels,
     trigger_panel,
 )
-from pipeline.runs.reader import Record, Row, number
+from pipeline.runs.reader import Record, Row, number, read_run
+from pipeline.storage.files import absolute_url, open_url, without_credentials, write_atomic
 from pipeline.text import describe_bytes, shortened
-from schemas.report import Attention
+from schemas.errors import UserError
+from schemas.report import Attention, ReportConfig
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"
 LONGEST_LABEL = 64
@@ -284,3 +279,21 @@ def _loader(record: Record, kind: str) -> Callable[[int], bytes]:
 
 def _style() -> Html:
     return Html(f"{SCHEMES}:root{{--fonts:{FONTS}}}{REPORT_STYLE.read_text()}")
+
+
+def write_report(config: ReportConfig) -> tuple[Report, int]:
+    """Write the page; what it is made of, and its bytes. Raises ``UserError``."""
+    if not config.runs:
+        raise UserError("RUN is missing: the folder of a run, or of several")
+    if config.html is None:
+        raise UserError("--html is missing: the page to write")
+    named = Counter(absolute_url(run).rstrip("/") for run in config.runs)
+    for run, times in named.items():
+        if times > 1:
+            raise UserError(f"RUN '{without_credentials(run)}' is named {times} times")
+    filesystem, path = open_url(absolute_url(config.html), what="--html")
+    records = [read_run(run) for run in config.runs]
+    report = Report(records, attention=config.attention)
+    data = report.html().encode()
+    write_atomic(filesystem, path, data)
+    return report, len(data)

@@ -10,13 +10,7 @@ from pipeline.checkpoints.resolve import at_hand
 from pipeline.checkpoints.selection import checkpoint_name
 from pipeline.checkpoints.student import is_weights_file
 from pipeline.hashing import sha256_of_arrays
-from pipeline.storage.files import (
-    absolute_url,
-    exists,
-    is_local,
-    open_url,
-    without_credentials,
-)
+from pipeline.storage.files import absolute_url, exists, is_local, open_url, without_credentials
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
 

@@ -10,9 +10,8 @@ from pipeline.checkpoints.resolve import at_hand, find_checkpoint
 from pipeline.checkpoints.student import open_trained
 from pipeline.hashing import sha256_of_weights
 from pipeline.precision import choose_arithmetic
-from pipeline.sampling.blocks import Block, choose_classes
-from pipeline.sampling.identity import are_same_images
-from pipeline.sampling.outputs import Output
+from pipeline.sampling.batches import Block, choose_classes
+from pipeline.sampling.outputs import Output, are_same_images
 from pipeline.storage.files import absolute_url, without_credentials
 from schemas.errors import UserError
 from schemas.sample import SampleAbout, SampleConfig

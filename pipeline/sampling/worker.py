@@ -16,8 +16,8 @@ from pipeline.checkpoints.resolve import at_hand
 from pipeline.checkpoints.student import open_trained
 from pipeline.hashing import sha256_of_weights
 from pipeline.precision import arithmetic, choose_arithmetic
-from pipeline.sampling.blocks import Block
-from pipeline.sampling.draw import check_sampler, draw_latents
+from pipeline.sampling.batches import Block
+from pipeline.sampling.generate import check_sampler, draw_latents
 from schemas.diffusion import Path as DiffusionPath
 from schemas.errors import UserError
 from schemas.sample import Arithmetic, SampleConfig

@@ -17,9 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from pipeline.hashing import (
-    sha256_of_arrays,
-)
+from pipeline.hashing import sha256_of_arrays
 from pipeline.storage.errors import is_beyond_the_end
 from pipeline.storage.filesystem import (
     absolute_folder,
@@ -31,13 +29,7 @@ from pipeline.storage.filesystem import (
 )
 from pipeline.storage.local import files_below, open_regular, read_range
 from pipeline.storage.redaction import without_credentials
-from pipeline.storage.retry import (
-    RETRY_SECONDS,
-    RETRY_VARIABLE,
-    StorageError,
-    retrying,
-    shown,
-)
+from pipeline.storage.retry import RETRY_SECONDS, RETRY_VARIABLE, StorageError, retrying, shown
 
 T = TypeVar("T")
 

@@ -17,12 +17,7 @@ from typing import TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.storage.errors import (
-    Fault,
-    fault_of,
-    reason_of,
-    remedy_for,
-)
+from pipeline.storage.errors import Fault, fault_of, reason_of, remedy_for
 from pipeline.storage.redaction import without_credentials
 from schemas.errors import UserError
 

@@ -11,13 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.storage.files import (
-    TEMPORARY,
-    is_local,
-    open_url,
-    publish,
-    write_atomic,
-)
+from pipeline.storage.files import TEMPORARY, is_local, open_url, publish, write_atomic
 from pipeline.store.layout import commit_path
 from pipeline.store.parts import check_value, stream_parts
 from pipeline.store.tar import TarWriter

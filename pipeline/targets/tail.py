@@ -9,12 +9,7 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from pipeline.storage.files import (
-    file_size,
-    open_url,
-    read_bytes,
-    write_atomic,
-)
+from pipeline.storage.files import file_size, open_url, read_bytes, write_atomic
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
 from pipeline.teachers import Teacher

@@ -9,10 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.checkpoints.integrity import (
-    seal,
-    verify,
-)
+from pipeline.checkpoints.integrity import seal, verify
 from pipeline.checkpoints.state import (
     VERSION,
     CheckpointState,

@@ -5,10 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.local import (
-    LocalCheckpoints,
-    newest_checkpoint,
-)
+from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
 from pipeline.checkpoints.state import read_state
 from pipeline.checkpoints.store_identity import with_stream
 from pipeline.distributed.process_group import Parallel

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.distributed.process_group import Parallel
-from pipeline.distributed.signals import (
-    Ask,
-    Wish,
-)
+from pipeline.distributed.signals import Ask, Wish
 
 
 class Agreement:

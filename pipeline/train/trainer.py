@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
-from pipeline.alignment.projector import Projector
 from pipeline.distributed.process_group import Parallel
+from pipeline.models.ema import Ema
+from pipeline.models.projector import Projector
 from pipeline.store import Batch, Store
 from pipeline.targets.sources import (
     Targets,
@@ -22,7 +23,6 @@ from pipeline.targets.sources import (
     wanted_targets,
 )
 from pipeline.train.device_transfer import DeviceFeed
-from pipeline.train.ema import Ema
 from pipeline.train.noise import Draws, DrawsAhead
 from schemas.errors import UserError
 from schemas.run import RunConfig

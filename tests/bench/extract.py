@@ -19,8 +19,8 @@ from torch import Tensor
 from pipeline.cli.config_files import merge
 from pipeline.datasets import list_images
 from pipeline.extract.encoder import Encoder
-from pipeline.extract.latents import AutoencoderLatents
-from pipeline.extract.plan import make_manifest, make_tasks, with_tail
+from pipeline.extract.latent_sources import AutoencoderLatents
+from pipeline.extract.tasks import make_manifest, make_tasks, with_tail
 from pipeline.plan.drafts import STABLE_DIFFUSION
 from pipeline.store import Store
 from pipeline.targets.cuts import cut_values

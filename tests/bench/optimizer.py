@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from pipeline.models import make_student
-from pipeline.train.ema import Ema
+from pipeline.models.ema import Ema
 from schemas.student import ModelName, StudentConfig
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Row, Table

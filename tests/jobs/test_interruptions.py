@@ -22,12 +22,7 @@ from pipeline.distributed.signals import Wish
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.metrics import read_metrics
 from pipeline.train.local import train_here
-from pipeline.train.ray_trainer import (
-    Lookout,
-    Orders,
-    SaveBeforeChange,
-    scaling,
-)
+from pipeline.train.ray_trainer import Lookout, Orders, SaveBeforeChange, scaling
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

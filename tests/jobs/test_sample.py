@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-import jobs.sample_many as module
+import pipeline.sampling.job as module
 from jobs.sample import main
-from jobs.sample_many import Sampled, sample_many
 from pipeline.checkpoints.local import LocalCheckpoints
-from pipeline.sampling.blocks import Block, choose_labels, plan_blocks
+from pipeline.sampling.batches import Block, choose_labels, plan_blocks
+from pipeline.sampling.job import Sampled, sample_many
 from pipeline.sampling.outputs import NpzOutput
 from pipeline.sampling.worker import Drawn, SampleWorker
 from pipeline.store import Store
@@ -367,7 +367,7 @@ def test_a_grid_as_before(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, without Ray."""
-    monkeypatch.setitem(sys.modules, "jobs.sample_many", None)
+    monkeypatch.setitem(sys.modules, "pipeline.sampling.job", None)
     argv = ["--checkpoint", str(run), "--autoencoder", "demo", "--sampler.steps", "2"]
     argv += ["--classes", "1,3-4", "--per-class", "2", "--png", str(tmp_path / "a.png")]
     assert main(argv) == 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.alignment.projector import Projector
 from pipeline.checkpoints.reference_format import take_apart
 from pipeline.models import SiT, Taps
+from pipeline.models.projector import Projector
 from schemas.alignment import AlignmentConfig
 from schemas.student import StudentConfig
 from tests.parity.reference import Golden

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pipeline.alignment.losses import attention_loss, feature_loss
-from pipeline.alignment.projector import Projector
 from pipeline.checkpoints.reference_format import Parts, put_together, take_apart
 from pipeline.diffusion.interpolant import denoising_loss, interpolate
 from pipeline.models import Taps
 from pipeline.models.mmdit import MMDiT
+from pipeline.models.projector import Projector
 from schemas.mmdit import MMDiTConfig
 from tests.parity.reference import COSINE_FLOOR, Golden, check_close, check_number, probes
 from tests.parity.students import make_projector, teacher_logits

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 
-from pipeline.evaluate.frechet import Factored, frechet_distance
-from pipeline.evaluate.networks import open_network
+from pipeline.evaluate.features.factory import open_network
+from pipeline.evaluate.frechet import Factored, FeatureStatistics, frechet_distance
 from pipeline.evaluate.record import Origin, recorded
-from pipeline.evaluate.reference import load_moments
-from pipeline.evaluate.statistics import FeatureStatistics
+from pipeline.evaluate.reference_statistics import load_moments
 from pipeline.hashing import sha256_of_weights
 from pipeline.models import SiT
 from pipeline.runs.evaluations import check_rows, find_evaluation, record_evaluation
 from pipeline.runs.metrics import EVALUATION, NO_DISTANCE
-from pipeline.sampling.blocks import choose_labels
+from pipeline.sampling.batches import choose_labels
 from pipeline.storage.npz import Archive
 from pipeline.train.validation.sampling import Pause, SharedDrawing, is_due
 from schemas.errors import UserError

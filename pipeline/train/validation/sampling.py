@@ -13,8 +13,8 @@ from pipeline.autoencoders import open_decoder
 from pipeline.distributed.process_group import Parallel
 from pipeline.models import SiT
 from pipeline.precision import arithmetic, choose_arithmetic
-from pipeline.sampling.blocks import plan_blocks
-from pipeline.sampling.draw import check_sampler, draw_latents
+from pipeline.sampling.batches import plan_blocks
+from pipeline.sampling.generate import check_sampler, draw_latents
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import Manifest

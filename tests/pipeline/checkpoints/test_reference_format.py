@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from jobs.export import main as export
 from jobs.sample import main as draw
-from pipeline.alignment.projector import Projector
 from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
 from pipeline.checkpoints.reference_format import (
     Parts,
@@ -25,7 +24,8 @@ from pipeline.checkpoints.reference_format import (
     take_apart,
 )
 from pipeline.models import SiT, make_student
-from pipeline.train.ema import catch_up
+from pipeline.models.ema import catch_up
+from pipeline.models.projector import Projector
 from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.run import RunConfig

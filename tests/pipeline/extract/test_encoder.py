@@ -14,7 +14,7 @@ from pipeline.autoencoders import Autoencoder
 from pipeline.datasets import ImageItem, Listing
 from pipeline.datasets.crop import decode_crop
 from pipeline.extract.encoder import Encoder, ShardResult
-from pipeline.extract.plan import ShardTask, make_manifest, make_tasks
+from pipeline.extract.tasks import ShardTask, make_manifest, make_tasks
 from pipeline.precision import choose_precision
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError

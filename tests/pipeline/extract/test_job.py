@@ -16,9 +16,9 @@ from pipeline.cli.options import parse_options
 from pipeline.datasets import list_images
 from pipeline.distributed import actor_pool as actors_module
 from pipeline.distributed.ray_cluster import SilenceWarning
+from pipeline.extract.encoder_pool import EncoderActor, ShardResult, Supervisor
 from pipeline.extract.job import extract
-from pipeline.extract.plan import ShardTask, make_manifest, make_tasks
-from pipeline.extract.supervisor import EncoderActor, ShardResult, Supervisor
+from pipeline.extract.tasks import ShardTask, make_manifest, make_tasks
 from pipeline.inspect.check import check_configs
 from pipeline.inspect.verify import verify_store
 from pipeline.store import Store

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli.options import parse_options
-from pipeline.extract.request import with_stores_options
+from pipeline.extract.compatibility import with_stores_options
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig, TeacherConfig

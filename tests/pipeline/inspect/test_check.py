@@ -14,7 +14,7 @@ import yaml
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.cli.config_files import merge
 from pipeline.cli.options import parse_options
-from pipeline.extract.request import with_stores_options
+from pipeline.extract.compatibility import with_stores_options
 from pipeline.inspect.__main__ import main
 from pipeline.inspect.check import Answer, check_configs
 from pipeline.store import Store

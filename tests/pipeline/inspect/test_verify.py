@@ -13,9 +13,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from pipeline.inspect import damage
+from pipeline.inspect import file_check
 from pipeline.inspect.__main__ import main
-from pipeline.inspect.damage import Damage
+from pipeline.inspect.file_check import Damage
 from pipeline.inspect.verify import Verification, verify_store
 from pipeline.store import Store
 from schemas.store import CommitRecord, Manifest, StreamFile
@@ -51,13 +51,13 @@ def test_a_sound_store_is_read_once_and_found_sound(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, int, int]] = []
-    original = damage.read_ranges
+    original = file_check.read_ranges
 
     def record(filesystem: Any, path: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         asked.extend((path, begin, end) for begin, end in ranges)
         return original(filesystem, path, ranges)
 
-    monkeypatch.setattr(damage, "read_ranges", record)
+    monkeypatch.setattr(file_check, "read_ranges", record)
     found = verify(store.url)
     assert found.damaged == []
     listed = [(f"{store.root}/{file.file}", 0, file.bytes) for _, _, file in files_of(store)]
@@ -101,7 +101,7 @@ def test_pieces_are_joined(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
     flip(Path(store.root, file.file), file.offsets[next(iter(file.offsets))][1])
     expected = verify(store.url)
     for size in (1000, 4096):
-        monkeypatch.setattr(damage, "PIECE", size)
+        monkeypatch.setattr(file_check, "PIECE", size)
         assert verify(store.url) == expected
 
 
@@ -138,7 +138,7 @@ def test_another_file_in_its_place_does_not_flood_the_list(tmp_path: Path) -> No
     path = Path(store.root, "maps", "shard-000001.tar")
     path.write_bytes(bytes(path.stat().st_size))
     found = verify(store.url).damaged
-    assert len(found) == damage.NAMED_SAMPLES + 1
+    assert len(found) == file_check.NAMED_SAMPLES + 1
     assert found[-1].problem == "14 more of its samples are damaged"
 
 
@@ -169,14 +169,14 @@ def test_other_filesystems_are_verified_too(tmp_path: Path, store: Store) -> Non
 def test_a_file_that_cannot_be_read_is_one_damage_among_others(
     known_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = damage.read_ranges
+    original = file_check.read_ranges
 
     def refuse(filesystem: Any, path: str, ranges: Any) -> list[bytes]:
         if path.endswith("maps/shard-000001.tar"):
             raise PermissionError(f"403 for\n{path}")
         return original(filesystem, path, ranges)
 
-    monkeypatch.setattr(damage, "read_ranges", refuse)
+    monkeypatch.setattr(file_check, "read_ranges", refuse)
     (found,) = verify(known_store.url).damaged
     assert found.problem.startswith("cannot be read: 403 for ")
     assert "\n" not in found.problem
@@ -322,8 +322,8 @@ def test_what_is_no_file_is_neither_waited_for_nor_read_to_its_end(
     place(path)
     size, *samples = verify(known_store.url).damaged
     assert size.problem.startswith("has 0 bytes, not ")
-    assert {damage.sample for damage in samples} == set(known_store.record(1).keys)
-    assert all("is cut off" in damage.problem for damage in samples)
+    assert {file_check.sample for damage in samples} == set(known_store.record(1).keys)
+    assert all("is cut off" in file_check.problem for damage in samples)
 
 
 def test_shards_are_verified_while_others_are_written(known_store: Store) -> None:

@@ -348,7 +348,7 @@ def _write_store(config: ExtractConfig) -> int:
 
     from pipeline.datasets import list_images
     from pipeline.extract.encoder import Encoder
-    from pipeline.extract.plan import make_manifest, make_tasks, with_tail
+    from pipeline.extract.tasks import make_manifest, make_tasks, with_tail
     from pipeline.store import Store
 
     listing = list_images(config)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.checkpoints.integrity import seal
 from pipeline.cli.config_files import merge, read_yaml
-from pipeline.report import kept
+from pipeline.report import checkpoint_attention
 from pipeline.report.__main__ import main
 from pipeline.runs.reader import read_run
 from pipeline.store import Store
@@ -169,7 +169,7 @@ def test_a_student_beyond_all_bounds_is_not_built(
     def load(*_: Any) -> None:
         raise AssertionError("it was built")
 
-    monkeypatch.setattr(kept, "load_student", load)
+    monkeypatch.setattr(checkpoint_attention, "load_student", load)
     page, _ = report(capsys, run)
     assert "the student of checkpoint-000000400 is too large: the report builds those of up" in page
 
@@ -181,8 +181,8 @@ def test_a_checkpoint_beyond_all_bounds_is_not_read(
     values = read_yaml(CONFIGS / "demo.yaml") | {"store": digits_store.url, "global_batch": 4}
     config = validate(RunConfig, merge(values, changes), where="test")
     train_here(config, tmp_path / "run")
-    monkeypatch.setattr(kept, "MOST_BYTES", 1000)
-    _, note = kept.attention_of_kept(read_run(str(tmp_path / "run")))
+    monkeypatch.setattr(checkpoint_attention, "MOST_BYTES", 1000)
+    _, note = checkpoint_attention.attention_of_kept(read_run(str(tmp_path / "run")))
     assert note is not None
     assert "checkpoint-000000001 has 0 GiB; the report reads 0 at most" in note
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.precision import choose_arithmetic
-from pipeline.sampling.blocks import Block, plan_blocks
+from pipeline.sampling.batches import Block, plan_blocks
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
 from pipeline.sampling.worker import Drawn, _png
 from pipeline.storage.npz import npy_header, write_npz

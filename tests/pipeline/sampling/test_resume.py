@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from jobs.sample_many import _about
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.config_files import merge
-from pipeline.sampling.blocks import choose_labels, plan_blocks
+from pipeline.sampling.batches import choose_labels, plan_blocks
+from pipeline.sampling.job import _about
 from pipeline.sampling.outputs import FolderOutput
 from pipeline.sampling.resume import all_there
 from pipeline.sampling.worker import SampleWorker

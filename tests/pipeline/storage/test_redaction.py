@@ -14,7 +14,7 @@ from pipeline.checkpoints.state import read_state
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
-from pipeline.extract.plan import make_manifest, make_tasks, with_tail
+from pipeline.extract.tasks import make_manifest, make_tasks, with_tail
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.storage.redaction import without_secrets, written_down
 from pipeline.store import Store

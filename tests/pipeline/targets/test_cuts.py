@@ -13,12 +13,7 @@ from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
 from pipeline.inspect.draw import draw_sample
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store, StreamReader
-from pipeline.targets.sources import (
-    Targets,
-    Wanted,
-    open_targets,
-    read_targets,
-)
+from pipeline.targets.sources import Targets, Wanted, open_targets, read_targets
 from pipeline.targets.tail import load_tail, tail_file
 from pipeline.train.loop import train
 from schemas.alignment import AlignmentConfig

@@ -16,7 +16,7 @@ from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import read_yaml
 from pipeline.models import DiT, make_student
 from pipeline.runs.metrics import read_metrics
-from pipeline.sampling.draw import draw_images
+from pipeline.sampling.generate import draw_images
 from pipeline.train.loop import train
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.train.ema import Ema
+from pipeline.models.ema import Ema
 from pipeline.train.noise import draw
 
 

@@ -14,23 +14,22 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from jobs.sample_many import _about
 from pipeline.autoencoders import Autoencoder
 from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
 from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import merge
 from pipeline.distributed.signals import Wish
-from pipeline.evaluate.evaluate import evaluate
-from pipeline.evaluate.frechet import Factored, frechet_distance
-from pipeline.evaluate.networks import FeatureNetwork
-from pipeline.evaluate.statistics import FeatureStatistics
-from pipeline.evaluate.stored import StoreImages
+from pipeline.evaluate.evaluator import evaluate
+from pipeline.evaluate.features.timm_network import FeatureNetwork
+from pipeline.evaluate.frechet import Factored, FeatureStatistics, frechet_distance
+from pipeline.evaluate.images.store import StoreImages
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.evaluations import record_evaluation
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.provenance import check_samples_are_of
-from pipeline.sampling.blocks import choose_labels, plan_blocks
-from pipeline.sampling.draw import draw_images
+from pipeline.sampling.batches import choose_labels, plan_blocks
+from pipeline.sampling.generate import draw_images
+from pipeline.sampling.job import _about
 from pipeline.sampling.outputs import FolderOutput
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store

@@ -14,7 +14,7 @@ from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import merge
 from pipeline.pictures import save_grid
 from pipeline.runs.metrics import read_metrics
-from pipeline.sampling.draw import draw_images
+from pipeline.sampling.generate import draw_images
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.run import RunConfig

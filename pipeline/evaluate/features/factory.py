@@ -1,0 +1,36 @@
+"""The feature network that the options name."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.evaluate.features.base import Network
+from pipeline.evaluate.features.timm_network import FeatureNetwork
+from schemas.evaluate import EvaluateConfig
+from schemas.run import RunEvaluationConfig
+
+NetworkOptions = EvaluateConfig | RunEvaluationConfig
+"""What names a network, of an evaluation and of a run."""
+
+
+def open_network(
+    options: NetworkOptions, *, device: torch.device | str, option: str = "--network"
+) -> Network:
+    """The network that FIDs are of: Inception where ``options`` name no other. Raises
+    ``UserError``."""
+    if options.network is None:
+        from pipeline.evaluate.features.inception import (
+            InceptionNetwork,  # others need no torch-fidelity
+        )
+
+        return InceptionNetwork(options.inception_weights or "hub", device=device)
+    assert options.network_weights is not None
+    return FeatureNetwork(
+        options.network,
+        options.network_weights,
+        size=options.network_size,
+        seed=options.seed,
+        arguments=options.network_args,
+        device=device,
+        option=option,
+    )

@@ -1,0 +1,1 @@
+"""Images to evaluate: .npz files, folders, stores, and what is known of how they were made."""

@@ -1,0 +1,61 @@
+"""Folders of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.evaluate.images import sample_info
+from pipeline.evaluate.images.sources import open_images
+from pipeline.storage import npz
+from tests.pipeline.evaluate.sets import about_samples, blobs
+
+
+def save_pictures(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for number, image in enumerate(blobs(count, seed=0).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(folder / f"{number:06d}.png")
+
+
+def test_batches_of_large_pictures_have_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(tmp_path / "pictures", 9)
+    whole = [b.numpy() for b in open_images(str(tmp_path / "pictures"), "--samples").batches(9)]
+    monkeypatch.setattr(npz, "MOST_BLOCK", 4 * 32 * 32 * 3)
+    images = open_images(str(tmp_path / "pictures"), "--samples")
+    found = [batch.numpy() for batch in images.batches(9)]
+    assert [len(batch) for batch in found] == [4, 4, 1]
+    np.testing.assert_array_equal(np.concatenate(found), whole[0])
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_folder_says_what_its_pictures_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ours: bool
+) -> None:
+    """And what lies there besides is not spoken of, unless it is a stranger's."""
+    save_pictures(tmp_path / "pictures", 4)
+    text = about_samples(num=4).model_dump_json() if ours else '{"by": "somebody else"}'
+    (tmp_path / "pictures" / "about.json").write_text(text)
+    (tmp_path / "pictures" / "labels.npy").touch()
+    images = open_images(str(tmp_path / "pictures"), "--samples")
+    said = capsys.readouterr().err
+    if ours:
+        assert images.about == about_samples(num=4)
+        assert said == ""
+    else:
+        assert images.about is None
+        assert "is not what jobs/sample.py writes" in said
+        assert "2 files that are no pictures left out" in said
+
+
+def test_what_a_folder_says_is_read_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(tmp_path / "pictures", 4)
+    (tmp_path / "pictures" / "about.json").write_text(about_samples(num=4).model_dump_json())
+    monkeypatch.setattr(sample_info, "MOST_ABOUT", 100)
+    assert open_images(str(tmp_path / "pictures"), "--samples").about is None

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+from pipeline.evaluate.precision_recall import precision_recall
+
+
+def _brute_force(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, float]:
+    def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(a[:, None] - b[None], axis=-1)
+
+    def radii(points: np.ndarray) -> np.ndarray:
+        return np.sort(distances(points, points), axis=1)[:, k]
+
+    between = distances(samples, reference)
+    precision = (between <= radii(reference)[None]).any(1).mean()
+    return precision, (between <= radii(samples)[:, None]).any(0).mean()
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_blocks_agree_with_brute_force_and_torch_fidelity(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.ROWS", 7)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.COLUMNS", 11)
+    rng = np.random.default_rng(k)
+    samples = rng.standard_normal((50, 4)).astype(np.float32)
+    reference = (1.3 * rng.standard_normal((64, 4)) + 0.7).astype(np.float32)
+    found = precision_recall(samples, reference, k)
+    assert found == pytest.approx(_brute_force(samples, reference, k))
+    assert found != pytest.approx(found[::-1])  # neither is the other
+    theirs = calculate_precision_recall_full(
+        torch.from_numpy(samples), torch.from_numpy(reference), neighborhood=k
+    )
+    assert found == pytest.approx(theirs)
+
+
+def test_a_set_is_within_itself_and_far_ones_are_apart() -> None:
+    points = np.random.default_rng(0).standard_normal((30, 6)).astype(np.float32)
+    assert precision_recall(points, points) == (1, 1)
+    assert precision_recall(points, points + 1000) == (0, 0)
+
+
+def test_one_mode_of_two_is_precise_and_misses_half() -> None:
+    """Clusters 100 apart: samples lie in one, the reference is half in each."""
+    rng = np.random.default_rng(1)
+    one, other = rng.uniform(0, 1, (2, 40, 3)).astype(np.float32)
+    reference = np.concatenate([one, other + 100])
+    precision, recall = precision_recall(one, reference)
+    assert (precision, recall) == (1, 0.5)
+    assert precision_recall(reference, one) == (0.5, 1)
+
+
+def test_copies_are_at_distance_zero() -> None:
+    """A generator that repeats one image: balls of radius 0 hold that image and nothing else."""
+    rng = np.random.default_rng(2)
+    reference = (rng.standard_normal((20, 300)) + 50).astype(np.float32)
+    collapsed = np.repeat(reference[:1], 20, axis=0)
+    assert precision_recall(collapsed, reference) == (1, 1 / 20)
+
+
+def test_memory_maps_do_and_few_points_are_refused(tmp_path: Path) -> None:
+    points = np.random.default_rng(3).standard_normal((9, 2)).astype(np.float32)
+    np.save(tmp_path / "points.npy", points)
+    mapped = np.load(tmp_path / "points.npy", mmap_mode="r")
+    assert precision_recall(mapped, points) == (1, 1)
+    with pytest.raises(ValueError, match="3 points have no 3-th neighbour"):
+        precision_recall(points, points[:3])

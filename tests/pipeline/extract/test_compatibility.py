@@ -1,0 +1,38 @@
+"""What an extraction is told when its options are not those of the store that is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.cli.config_files import merge
+from pipeline.datasets import Listing
+from pipeline.extract.compatibility import check_request
+from pipeline.store import Store
+from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+from tests.encoded import encode
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"compress": False}, "compression of features zstd, this extraction has none"),
+        ({"codec": "small"}, "codec of features rms26, this extraction has rms8"),
+    ],
+)
+def test_the_setting_that_differs_is_named(
+    digits_config: ExtractConfig,
+    digits_listing: Listing,
+    tmp_path_factory: pytest.TempPathFactory,
+    options: dict[str, Any],
+    reason: str,
+) -> None:
+    store = encode(tmp_path_factory.mktemp("request"), samples=2, codec="faithful")
+    asked = {**digits_config.model_dump(), "codec": "faithful", "shard_size": 8, "batch_size": 8}
+    config = ExtractConfig.model_validate(merge(asked, options))
+    listing = Listing(digits_listing.items[:2], digits_listing.num_classes)
+    with pytest.raises(UserError, match=f"was made with {reason}: use another --store"):
+        check_request(config, listing, Store.open(store.url))
+    check_request(ExtractConfig.model_validate(asked), listing, Store.open(store.url))

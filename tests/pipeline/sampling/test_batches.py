@@ -1,0 +1,49 @@
+"""Which images are drawn together, and of which classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from pipeline.sampling.batches import Block, choose_classes, choose_labels, plan_blocks
+from schemas.errors import UserError
+
+
+def test_every_image_is_in_one_block() -> None:
+    blocks = plan_blocks(10, 4)
+    assert blocks == [Block(0, 0, 4), Block(1, 4, 4), Block(2, 8, 2)]
+    assert plan_blocks(4, 4) == [Block(0, 0, 4)]
+    assert plan_blocks(1, 64) == [Block(0, 0, 1)]
+
+
+def test_balanced_labels_are_as_many_of_each() -> None:
+    labels = choose_labels("balanced", range(7), seed=0, first=0, count=700)
+    assert set(Counter(labels).values()) == {100}
+    uneven = Counter(choose_labels("balanced", (2, 5, 9), seed=0, first=0, count=11))
+    assert uneven == {2: 4, 5: 4, 9: 3}
+
+
+@pytest.mark.parametrize("kind", ["balanced", "random"])
+def test_labels_belong_to_image_numbers(kind: str) -> None:
+    whole = choose_labels(kind, range(10), 3, 0, 50)  # type: ignore[arg-type]
+    parts = [choose_labels(kind, range(10), 3, first, 5) for first in range(0, 50, 5)]  # type: ignore[arg-type]
+    assert whole == [label for part in parts for label in part]
+
+
+def test_random_labels_are_uniform_over_the_classes_asked_for() -> None:
+    counts = Counter(choose_labels("random", (3, 4, 8), seed=1, first=0, count=3000))
+    assert set(counts) == {3, 4, 8}
+    assert all(850 < count < 1150 for count in counts.values())
+    assert choose_labels("random", range(10), 1, 0, 50) != choose_labels(
+        "random", range(10), 2, 0, 50
+    )
+
+
+def test_classes() -> None:
+    assert choose_classes(None, 3) == (0, 1, 2)
+    assert choose_classes([2, 1], 3) == (2, 1)
+    with pytest.raises(UserError, match="class 3; the model has classes 0 to 2"):
+        choose_classes((3,), 3)
+    with pytest.raises(UserError, match="--classes is empty"):
+        choose_classes((), 3)
