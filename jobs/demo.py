@@ -25,11 +25,11 @@ from pipeline.cli.config_files import read_yaml
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.extract.job import extract
 from pipeline.inspect.summary import describe, summarise
-from pipeline.report.attention import draw_attention
 from pipeline.report.page import write_report
 from pipeline.report.plots import draw_curves
 from pipeline.runs.reader import ATTENTION, SAMPLES, read_run
 from pipeline.store import Store, StreamReader
+from pipeline.visualization.attention import draw_attention
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.report import ReportConfig
 from schemas.run import RunConfig

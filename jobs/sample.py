@@ -26,10 +26,10 @@ from pipeline.checkpoints.resolve import at_hand, find_checkpoint
 from pipeline.checkpoints.student import open_trained
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.pictures import save_grid
 from pipeline.precision import choose_arithmetic
 from pipeline.sampling.batches import choose_classes
 from pipeline.sampling.generate import draw_images
+from pipeline.visualization.image_grid import save_grid
 from schemas.errors import UserError
 from schemas.sample import SampleConfig
 

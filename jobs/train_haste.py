@@ -20,8 +20,8 @@ from pipeline.checkpoints.state import check_same_run
 from pipeline.checkpoints.store_identity import with_stream
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
+from pipeline.cost_estimate import wants_plan
 from pipeline.distributed.ray_cluster import ray_cluster
-from pipeline.plan import wants_plan
 from pipeline.runs.compatibility import check_store
 from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import absolute_folder, absolute_url
@@ -33,7 +33,9 @@ from schemas.run import RunConfig
 
 def main(argv: list[str]) -> int:
     if wants_plan(argv):
-        from pipeline.plan.command import plan_training  # diffusers takes seconds to import
+        from pipeline.cost_estimate.command import (
+            plan_training,  # diffusers takes seconds to import
+        )
 
         return plan_training(argv)
     config = parse_options(

@@ -30,3 +30,11 @@ def short_number(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
+
+
+def short_value(value: object, length: int = 80) -> str:
+    """A value of a manifest or of options in an error: at most ``length`` characters of it."""
+    if value is None or value == ():
+        return "none"
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -24,7 +24,7 @@ if not __package__:  # run as a file: Python then looks beside this file, not in
 import torch
 from pydantic import Field
 
-from jobs.experiments.ingredients import (
+from jobs.experiments.artifacts import (
     JUDGE_SEED,
     RESOLUTION,
     Shelf,
@@ -40,7 +40,7 @@ from jobs.experiments.ingredients import (
     say,
     unpack,
 )
-from jobs.experiments.outcome import write_outcome
+from jobs.experiments.results import write_outcome
 from jobs.pretrain.autoencoder import AutoencoderConfig
 from jobs.pretrain.classifier import ClassifierConfig
 from jobs.pretrain.self_distill import SelfDistillConfig

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from pipeline.convert.arrays import open_converter
-from pipeline.convert.compute import made_here
-from pipeline.convert.plan import StreamPlan, plan_streams
-from pipeline.convert.request import check_places, check_same_conversion
+from pipeline.convert.compatibility import check_places
+from pipeline.convert.converters import open_converter
+from pipeline.convert.provenance import made_here
 from pipeline.convert.shard import Group, convert_shard
+from pipeline.convert.streams import StreamPlan, plan_streams
 from pipeline.storage.files import absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
+from pipeline.store.manifest_diff import check_same_conversion
 from pipeline.targets.tail import copy_tail, first_tail_block, load_tail, save_tail
 from pipeline.teachers import Teacher
 from schemas.convert import ConvertConfig

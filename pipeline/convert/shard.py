@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.convert.arrays import Converter
-from pipeline.convert.plan import StreamPlan
+from pipeline.convert.converters import Converter
+from pipeline.convert.streams import StreamPlan
 from pipeline.store import ShardWriter, Store, StreamReader
 from pipeline.targets.cuts import NotFiniteError
 from schemas.errors import UserError

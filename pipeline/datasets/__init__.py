@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.digits import list_digits, read_digit
 from pipeline.datasets.folder import list_folder
 from pipeline.datasets.imagenet import list_imagenet
-from pipeline.datasets.names import check_listing
+from pipeline.datasets.listing import ImageItem, Listing
+from pipeline.datasets.listing_check import check_listing
 from pipeline.datasets.reader import FileReader, Reader
 from pipeline.datasets.repa import list_repa
-from pipeline.datasets.tars import list_tars
+from pipeline.datasets.tar_shards import list_tars
 from pipeline.storage.files import without_credentials
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig

@@ -12,7 +12,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.datasets.base import ImageItem, Listing
+from pipeline.datasets.listing import ImageItem, Listing
 from schemas.errors import UserError
 
 LEVELS = 16  # the brightest value of a pixel in the source

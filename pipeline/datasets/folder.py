@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
-from pipeline.datasets.base import ImageItem, Listing
+from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.storage.files import is_local, list_tree, open_url, without_credentials
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError

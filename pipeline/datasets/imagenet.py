@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from pipeline.datasets.base import Listing
 from pipeline.datasets.folder import list_files, make_items
+from pipeline.datasets.listing import Listing
 from pipeline.storage.files import exists, open_url, read_bytes, without_credentials
 from schemas.errors import UserError
 

@@ -6,8 +6,8 @@ import errno
 import os
 from collections.abc import Callable
 
-from pipeline.datasets.base import ImageItem
 from pipeline.datasets.crop import BadImageError
+from pipeline.datasets.listing import ImageItem
 from pipeline.storage.files import file_size, is_local, open_url, read_ranges
 from pipeline.storage.local import open_regular, read_range
 

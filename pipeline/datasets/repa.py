@@ -13,8 +13,9 @@ import json
 import re
 from collections.abc import Iterator
 
-from pipeline.datasets.base import ImageItem, Listing
+from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.storage.files import file_size, open_url, read_bytes, read_ranges, without_credentials
+from pipeline.text import short_value
 from schemas.errors import UserError
 
 LATENT = re.compile(r"([0-9]{5})/img-mean-std-([0-9]{8})\.npy")
@@ -39,7 +40,7 @@ def list_repa(source: str) -> Listing:
         match = LATENT.fullmatch(name)
         if match is None:
             raise UserError(
-                f"{shown}/vae-sd/dataset.json: {_short(name)} is no latent's name such as "
+                f"{shown}/vae-sd/dataset.json: {_as_json(name)} is no latent's name such as "
                 "00000/img-mean-std-00000000.npy"
             )
         key = f"{match[1]}/img{match[2]}"
@@ -99,14 +100,13 @@ def _read_labels(source: str, folder: str) -> dict[str, int] | None:
         name, label = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if type(name) is not str or type(label) is not int or not 0 <= label < MAX_LABEL:
             raise UserError(
-                f"{where}: entry {number} is {_short(entry)}; expected [name, class number]"
+                f"{where}: entry {number} is {_as_json(entry)}; expected [name, class number]"
             )
         if name in labels:
-            raise UserError(f"{where}: entry {number} lists {_short(name)} again")
+            raise UserError(f"{where}: entry {number} lists {_as_json(name)} again")
         labels[name] = label
     return labels
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+def _as_json(value: object) -> str:
+    return short_value(json.dumps(value))

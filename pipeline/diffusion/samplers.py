@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.ancestral import sample_ancestral
+from pipeline.diffusion.ddpm_sampler import sample_ancestral
 from pipeline.diffusion.interpolant import coefficients
 from schemas.diffusion import Path, SamplerConfig
 

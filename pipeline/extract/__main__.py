@@ -6,8 +6,8 @@ import sys
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
+from pipeline.cost_estimate import wants_plan
 from pipeline.extract.job import extract
-from pipeline.plan import wants_plan
 from schemas.extract import PRESETS, ExtractConfig
 
 ABOUT = """\
@@ -18,7 +18,9 @@ what every cut would cost; --plan --help lists its options."""
 
 def main(argv: list[str]) -> int:
     if wants_plan(argv):
-        from pipeline.plan.command import plan_extraction  # it imports what a plan alone needs
+        from pipeline.cost_estimate.command import (
+            plan_extraction,  # it imports what a plan alone needs
+        )
 
         return plan_extraction(argv)
     config = parse_options(

@@ -8,7 +8,6 @@ from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing
 from pipeline.extract.tasks import stream_name
 from pipeline.store import Store
-from pipeline.store.differences import differences
 from pipeline.targets.cuts import cut_columns
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
@@ -109,26 +108,6 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
                 raise _other(store, f"codec of {column}", was.codec, now.codec)
             if was != now:  # their shapes follow from what is equal by now
                 raise _other(store, f"compression of {column}", was.lossless, now.lossless)
-
-
-def check_same_store(old: Manifest, new: Manifest, url: str) -> None:
-    """Raises ``UserError`` where shards made now would not fit those that a store already has."""
-    a, b = old.model_dump(), new.model_dump()
-    a["streams"] = {name: stream for name, stream in a["streams"].items() if name in b["streams"]}
-    for values in (a, b):  # where files lie is not what they are
-        values.pop("skipped")
-        values["dataset"].pop("source")
-        if values["autoencoder"]["weights_sha256"] is not None:
-            values["autoencoder"].pop("name")
-        for stream in values["streams"].values():
-            if stream["kind"] == "teacher":
-                stream.pop("tail")
-                stream["teacher"].pop("weights")
-    for path, was, now in differences(a, b):
-        raise UserError(
-            f"store '{url}' was made with {path} {was}, this extraction has {now}: use another "
-            "--store or the same options"
-        )
 
 
 def _other(store: Store, key: str, was: object, now: object) -> UserError:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from pipeline.datasets import Listing, list_images
 from pipeline.distributed.ray_cluster import ray_cluster, require, total
-from pipeline.extract.compatibility import check_request, check_same_store, with_stores_options
+from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.encoder_pool import Supervisor
 from pipeline.extract.tasks import (
     ShardTask,
@@ -23,6 +23,7 @@ from pipeline.extract.tasks import (
 from pipeline.storage.files import absolute_folder, absolute_url, exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
+from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest, SkippedImage, TeacherStream

@@ -15,9 +15,9 @@ from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.autoencoders import Autoencoder
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError
-from pipeline.datasets.moments import MAX_BYTES, MAX_HEADER_BYTES, parse_moments
 from pipeline.datasets.reader import UNREADABLE
 from pipeline.datasets.repa import first_latents
+from pipeline.datasets.stored_latents import MAX_BYTES, MAX_HEADER_BYTES, parse_moments
 from pipeline.storage.files import without_credentials
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig

@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
         return _collect(store, config)
     summary = summarise(store)
     if config.sample is not None and config.png is not None:
-        from pipeline.inspect.draw import draw_sample  # torch takes seconds that the page need not
+        from pipeline.visualization.store_sample import (
+            draw_sample,  # torch takes seconds that the page need not
+        )
 
         draw_sample(store, config.sample, Path(config.png).expanduser(), config.stream)
         print(f"wrote {config.png}", file=sys.stderr)

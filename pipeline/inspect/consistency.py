@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from pipeline.inspect.file_check import Damage
 from pipeline.store import Store
+from pipeline.store.arrays import stream_parts
 from pipeline.store.layout import INDEX, chunk_path, commit_path, tar_path
-from pipeline.store.parts import stream_parts
 from schemas.errors import UserError
 from schemas.store import CommitRecord, StoreIndex
 

@@ -18,7 +18,7 @@ from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
 from pipeline.targets.sources import Targets, Wanted, open_targets
 from pipeline.teachers import Teacher
-from pipeline.teachers.declared import declared_config, draft_declared
+from pipeline.teachers.manifest_check import declared_config, draft_declared
 from pipeline.text import describe_bytes
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError

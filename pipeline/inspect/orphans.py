@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from pipeline.storage.files import TEMPORARY, is_local, list_tree, remove
 from pipeline.store import Store
+from pipeline.store.arrays import stream_parts
 from pipeline.store.layout import INDEX, MANIFEST, chunk_path, commit_path, tar_path
-from pipeline.store.parts import stream_parts
 from pipeline.text import describe_bytes
 from schemas.errors import plain_text
 from schemas.fields import COMMITS

@@ -12,11 +12,11 @@ from pipeline.checkpoints.integrity import STATE
 from pipeline.checkpoints.selection import checkpoint_name
 from pipeline.checkpoints.state import read_state
 from pipeline.checkpoints.student import load_student
-from pipeline.report.attention import draw_attention
 from pipeline.runs.reader import MOST_STATE_BYTES, Record
 from pipeline.storage.redaction import without_credentials
 from pipeline.store import Store
 from pipeline.text import shortened
+from pipeline.visualization.attention import draw_attention
 from schemas.errors import UserError, plain_text
 from schemas.student import StudentConfig
 

@@ -47,8 +47,8 @@ class Sampled:
 def sample_many(config: SampleConfig) -> Sampled:
     """Draw the images that ``config`` asks for, as far as they are not there. Raises ``UserError``,
     and ``StoppedError`` after SIGTERM or Ctrl-C."""
-    assert config.num is not None
     config = _with_absolute_paths(config)
+    assert config.num is not None
     outputs = _outputs(config)
     blocks = plan_blocks(config.num, config.batch_size)
     checkpoint = find_checkpoint_again(config, outputs)  # before any folder is made

@@ -35,6 +35,7 @@ from pipeline.storage.files import (
 )
 from pipeline.storage.locks import LOCK, alone_in
 from pipeline.storage.npz import Archive, npy_bytes, npy_header, read_about, write_npz
+from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
 
@@ -292,7 +293,10 @@ def check_same_images(found: Any, wanted: SampleAbout, *, where: str, remedy: st
     one, other = _leaves(there), _leaves(wanted)
     differing = [key for key in other if one[key] != other[key]]
     if differing:
-        said = [f"{key} {_short(one[key])} (now {_short(other[key])})" for key in differing]
+        said = [
+            f"{key} {short_value(one[key], 40)} (now {short_value(other[key], 40)})"
+            for key in differing
+        ]
         if "weights_sha256" in differing:
             said.append(f"they are from --checkpoint {there.checkpoint}")
         raise UserError(f"'{where}' is of other images: {', '.join(said)}; {remedy}")
@@ -306,8 +310,3 @@ def _leaves(about: SampleAbout) -> dict[str, Any]:
     values = about.model_dump(mode="json", exclude=MAY_DIFFER)
     sampler = values.pop("sampler")
     return values | {f"sampler.{key}": value for key, value in sampler.items()}
-
-
-def _short(value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 40 else f"{text[:16]}..."

@@ -1,8 +1,8 @@
 """The store: shards of joined streams with a manifest, commit records and verified reads."""
 
-from pipeline.store.loader import Batch, BatchLoader
-from pipeline.store.order import SampleOrder
-from pipeline.store.reader import StreamReader
+from pipeline.store.reading.batch_loader import Batch, BatchLoader
+from pipeline.store.reading.sample_order import SampleOrder
+from pipeline.store.reading.stream_reader import StreamReader
 from pipeline.store.store import Store
 from pipeline.store.writer import ShardWriter
 

@@ -20,9 +20,9 @@ from pipeline.storage.files import (
     write_atomic,
 )
 from pipeline.storage.redaction import without_secrets
-from pipeline.store.damage import UncommittedShardError
+from pipeline.store.arrays import check_columns, stream_parts
+from pipeline.store.errors import UncommittedShardError
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
-from pipeline.store.parts import check_columns, stream_parts
 from schemas.errors import UserError
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, StoreIndex
 
@@ -207,7 +207,7 @@ class Store:
         """What every ``zarr.json`` should hold, by path; nothing in a store of tars."""
         if self.manifest.format != "zarr":
             return {}
-        from pipeline.store.zarr import metadata_files  # stores of tars need no zarr
+        from pipeline.store.zarr_writer import metadata_files  # stores of tars need no zarr
 
         return metadata_files(
             {name: stream_parts(s.columns) for name, s in self.manifest.streams.items()},

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.storage.files import TEMPORARY, is_local, open_url, publish, write_atomic
+from pipeline.store.arrays import check_value, stream_parts
 from pipeline.store.layout import commit_path
-from pipeline.store.parts import check_value, stream_parts
-from pipeline.store.tar import TarWriter
-from pipeline.store.zarr import ZarrWriter
+from pipeline.store.tar_writer import TarWriter
+from pipeline.store.zarr_writer import ZarrWriter
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage
 
 Values = Mapping[str, Mapping[str, Any]]

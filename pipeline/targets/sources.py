@@ -14,7 +14,7 @@ from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import decoder_of, sums_to_one
 from pipeline.targets.tail import load_tail
 from pipeline.teachers import Teacher
-from pipeline.teachers.tap import attention_logits
+from pipeline.teachers.attention_tap import attention_logits
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.fields import element_count

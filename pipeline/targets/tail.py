@@ -13,7 +13,7 @@ from pipeline.storage.files import file_size, open_url, read_bytes, write_atomic
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
 from pipeline.teachers import Teacher
-from pipeline.teachers.declared import declared_config, draft_declared, state_bytes
+from pipeline.teachers.manifest_check import declared_config, draft_declared, state_bytes
 from pipeline.teachers.vit import tail_state
 from schemas.errors import UserError
 from schemas.extract import Cut

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.hashing import sha256_of_arrays
 from pipeline.storage.files import without_credentials
-from pipeline.teachers.tap import Attended, AttentionTap
+from pipeline.teachers.attention_tap import Attended, AttentionTap
 from pipeline.teachers.vit import (
     block_arguments,
     create_tail,

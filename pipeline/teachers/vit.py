@@ -11,7 +11,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.teachers.tap import AttentionTap
+from pipeline.teachers.attention_tap import AttentionTap
 from pipeline.teachers.weights import load_tail_weights, load_weights
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipeline.randomness import Purpose, generator
 from pipeline.store import Batch, SampleOrder, Store, StreamReader
-from pipeline.store.damage import DamagedShardError
-from pipeline.store.loader import rank_slice
+from pipeline.store.errors import DamagedShardError
+from pipeline.store.reading.batch_loader import rank_slice
 from pipeline.train.trainer import Trainer
 
 CHUNK = 32  # samples of one pass, unless workers.micro_batch is smaller

@@ -21,7 +21,7 @@ from pipeline.runs.metrics import CONFIG, SUMMARY, MetricsLog
 from pipeline.storage.files import write_atomic
 from pipeline.storage.redaction import written_down
 from pipeline.store import BatchLoader, SampleOrder, Store
-from pipeline.store.loader import loader_options
+from pipeline.store.reading.batch_loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.profiler import StepTrace

@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.cli.config_files import merge
+from pipeline.cost_estimate.meta_models import STABLE_DIFFUSION
 from pipeline.datasets import list_images
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.latent_sources import AutoencoderLatents
 from pipeline.extract.tasks import make_manifest, make_tasks, with_tail
-from pipeline.plan.drafts import STABLE_DIFFUSION
 from pipeline.store import Store
 from pipeline.targets.cuts import cut_values
 from schemas.extract import PRESETS, Cut, ExtractConfig

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.store.parts import stream_parts
+from pipeline.store.arrays import stream_parts
 from pipeline.targets.cuts import cut_columns, cut_values, encode_values
 from pipeline.targets.sources import (
     MapsTargets,

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.store import BatchLoader, SampleOrder, Store
-from pipeline.store.table import shard_table
+from pipeline.store.reading.shard_index import shard_table
 from tests.bench.filled import FORMS, TINY, dinov2_b, make_manifest, make_samples, write_store
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Table

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.store.arrays import Part, empty_batch, npy_member, read_npy_member, stream_parts
 from pipeline.store.codecs import decode_column
-from pipeline.store.parts import Part, empty_batch, npy_member, read_npy_member, stream_parts
-from pipeline.store.tar import BLOCK
+from pipeline.store.tar_writer import BLOCK
 from schemas.store import Column
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.experiments.artifacts import Shelf
 from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
-from jobs.experiments.ingredients import Shelf
-from jobs.experiments.outcome import read_distances
+from jobs.experiments.results import read_distances
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.cli.options import parse_options
 from pipeline.runs.metrics import read_metrics

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.datasets.base import ImageItem, Listing
 from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
+from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.reader import FileReader
 from pipeline.evaluate.images.sample_info import about_folder
 from pipeline.storage.files import list_tree, open_url, without_credentials

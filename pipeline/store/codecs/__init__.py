@@ -8,10 +8,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.store.codecs.base import MAIN, Array, Codec
-from pipeline.store.codecs.companded import CubeRoot, SquareRoot
-from pipeline.store.codecs.integers import Int8
-from pipeline.store.codecs.plain import BFloat16, Plain
-from pipeline.store.codecs.steps import HeadSteps, TokenSteps
+from pipeline.store.codecs.floats import BFloat16, Plain
+from pipeline.store.codecs.int8 import Int8
+from pipeline.store.codecs.probabilities import CubeRoot, SquareRoot
+from pipeline.store.codecs.quantised import HeadSteps, TokenSteps
 from schemas.codecs import CodecName
 from schemas.store import Column
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.models import SiT
-from pipeline.pictures import save_grid
 from pipeline.runs.metrics import BROKEN_SAMPLES, SAMPLES
 from pipeline.storage.files import TEMPORARY
 from pipeline.train.validation.sampling import Pause, SharedDrawing, is_due
+from pipeline.visualization.image_grid import save_grid
 from schemas.errors import UserError
 from schemas.run import RunConfig
 

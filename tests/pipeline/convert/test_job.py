@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.convert import convert, job
+from pipeline.convert.__main__ import main
 from pipeline.convert.shard import convert_shard
 from pipeline.store import ShardWriter, Store
-from pipeline.store.__main__ import main
 from pipeline.targets.tail import tail_file
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.convert.fineness import is_finer
 from pipeline.store import ShardWriter, Store
+from pipeline.store.codecs.ordering import is_finer
 from tests.conversions import Extract, converted, refusal
 from tests.helpers import all_files, write_known_store
 

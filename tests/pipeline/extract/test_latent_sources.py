@@ -22,12 +22,12 @@ from pipeline.datasets.digits import list_digits, read_digit
 from pipeline.datasets.folder import list_folder
 from pipeline.datasets.imagenet import list_imagenet
 from pipeline.extract import latent_sources as latents_module
-from pipeline.extract.compatibility import check_same_store
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.latent_sources import StoredLatents
 from pipeline.extract.tasks import make_manifest, make_tasks
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.store import Store, StreamReader
+from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from tests.repa import image_name, latent_name, npy, random_repa, write_repa

@@ -137,7 +137,7 @@ def test_different_samples_give_different_pictures(digits_store: Store, tmp_path
 
 def test_the_drawn_latent_decodes_to_the_digit(digits_store: Store) -> None:
     from pipeline.datasets.digits import digits_images
-    from pipeline.inspect.draw import decode_latent
+    from pipeline.visualization.store_sample import decode_latent
 
     images, labels = digits_images(32)
     batch = StreamReader(digits_store, "latents").read(np.zeros(10, int), np.arange(10))
@@ -213,7 +213,7 @@ def test_names_in_a_store_do_not_reach_the_terminal_raw(
 
 
 def test_an_autoencoder_for_other_latents_is_one_line(digits_store: Store) -> None:
-    from pipeline.inspect.draw import decode_latent
+    from pipeline.visualization.store_sample import decode_latent
 
     with pytest.raises(UserError, match=r"'demo' cannot decode latents of shape \(3, 8, 8\)"):
         decode_latent(digits_store, np.zeros((3, 8, 8), np.float32))

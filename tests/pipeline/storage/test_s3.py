@@ -21,7 +21,7 @@ from s3fs import S3FileSystem
 from pipeline.datasets import list_images
 from pipeline.datasets.imagenet import read_synsets
 from pipeline.datasets.repa import first_latents
-from pipeline.datasets.tars import list_tars
+from pipeline.datasets.tar_shards import list_tars
 from pipeline.storage import filesystem as filesystem_module
 from pipeline.storage.files import (
     RETRY_VARIABLE,
@@ -313,7 +313,7 @@ def test_a_tar_whose_server_goes_while_it_is_read_is_one_line(
     filesystem, root = open_url(bucket, what="--store")
     write_atomic(filesystem, f"{root}/a.tar", bytes(10240))
     monkeypatch.setenv(RETRY_VARIABLE, "0.5")
-    monkeypatch.setattr("pipeline.datasets.tars.list_files", lambda source: ["a.tar"])
+    monkeypatch.setattr("pipeline.datasets.tar_shards.list_files", lambda source: ["a.tar"])
     with away(s3), pytest.raises(UserError, match="gave up after") as error:
         list_tars(bucket)
     assert f"{bucket}/a.tar" in str(error.value)

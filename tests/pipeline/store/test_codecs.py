@@ -10,8 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.store.arrays import stream_parts
 from pipeline.store.codecs import decode_column, encode_column, find_codec, part_name, sums_to_one
-from pipeline.store.parts import stream_parts
 from schemas.store import Column
 
 TOKENS = ("float32", "float16", "bfloat16", "int8", "int8_group64", "int8_outliers16")

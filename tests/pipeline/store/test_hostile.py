@@ -20,10 +20,10 @@ from numcodecs import Zstd
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.inspect.fidelity import measure_fidelity
 from pipeline.store import Store, StreamReader
-from pipeline.store.disk import DiskCache
-from pipeline.store.parts import check_columns
-from pipeline.store.reader import DamagedShardError
-from pipeline.store.source import FileSource, up_to
+from pipeline.store.arrays import check_columns
+from pipeline.store.reading.disk_cache import DiskCache
+from pipeline.store.reading.file_source import FileSource, up_to
+from pipeline.store.reading.stream_reader import DamagedShardError
 from pipeline.targets.sources import Wanted, open_targets
 from pipeline.targets.tail import load_tail
 from pipeline.train.loop import train
@@ -224,7 +224,7 @@ def test_a_record_cannot_have_more_read_than_a_sample_takes_up(
         file["sizes"]["features"][2] = 1 << 39
 
     for function in ("read_ranges", "read_directly"):
-        name = f"pipeline.store.source.{function}"
+        name = f"pipeline.store.reading.file_source.{function}"
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(DamagedShardError, match=r"column 'features' 549755813888 bytes, more than"):
         read_first(edit_record(known_store, change))

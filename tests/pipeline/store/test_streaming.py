@@ -17,9 +17,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.storage import retry
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
-from pipeline.store.damage import DamagedShardError
-from pipeline.store.planning import Planner
-from pipeline.store.source import for_share
+from pipeline.store.errors import DamagedShardError
+from pipeline.store.reading.batch_loader import Planner
+from pipeline.store.reading.file_source import for_share
 from tests.helpers import write_known_store
 
 SIZES = (9, 5, 0, 8, 7, 9, 1, 9, 6, 9)

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
-from pipeline.inspect.draw import draw_sample
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store, StreamReader
 from pipeline.targets.sources import Targets, Wanted, open_targets, read_targets
 from pipeline.targets.tail import load_tail, tail_file
 from pipeline.train.loop import train
+from pipeline.visualization.store_sample import draw_sample
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.run import RunConfig

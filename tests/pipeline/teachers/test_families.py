@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.teachers import Teacher
-from pipeline.teachers.tap import Attended, AttentionTap
+from pipeline.teachers.attention_tap import Attended, AttentionTap
 from pipeline.teachers.vit import block_arguments
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig

@@ -11,7 +11,7 @@ from pipeline.checkpoints.local import newest_checkpoint
 from pipeline.checkpoints.state import read_state
 from pipeline.runs.metrics import METRICS, read_metrics
 from pipeline.store import Store
-from pipeline.store.damage import DamagedShardError
+from pipeline.store.errors import DamagedShardError
 from schemas.run import RunConfig
 from tests.pipeline.train.test_loop import losses, run, weights
 from tests.processes import train_on

@@ -10,8 +10,8 @@ from pipeline.datasets.crop import decode_crop
 from pipeline.evaluate.images.sources import open_images
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.tasks import make_manifest, make_tasks
-from pipeline.inspect.draw import decode_latent, read_latents
 from pipeline.store import Store
+from pipeline.visualization.store_sample import decode_latent, read_latents
 from schemas.extract import ExtractConfig
 
 

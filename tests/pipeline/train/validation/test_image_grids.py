@@ -12,10 +12,10 @@ from PIL import Image
 from pipeline.autoencoders import Autoencoder
 from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import merge
-from pipeline.pictures import save_grid
 from pipeline.runs.metrics import read_metrics
 from pipeline.sampling.generate import draw_images
 from pipeline.store import Store
+from pipeline.visualization.image_grid import save_grid
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from tests.processes import train_on

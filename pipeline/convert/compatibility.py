@@ -1,0 +1,26 @@
+"""Whether what is asked of a conversion agrees with what lies at its target."""
+
+from __future__ import annotations
+
+import os
+
+from pipeline.storage.files import absolute_url, is_local, open_url
+from pipeline.store import Store
+from schemas.errors import UserError
+
+
+def check_places(source: Store, target: str) -> None:
+    """Raises ``UserError`` where the target's URL leads into the source, or the other way."""
+    filesystem, root = open_url(absolute_url(target), what="the target")
+    if type(filesystem) is not type(source.filesystem):
+        return
+    if not is_local(filesystem):
+        places = [source.root, root]
+    else:
+        places = [os.path.realpath(source.root), os.path.realpath(root)]
+    a, b = (f"{place.rstrip('/')}/" for place in places)
+    if a.startswith(b) or b.startswith(a):
+        what = "is the store to convert" if a == b else "lies inside the other store"
+        if a != b and a.startswith(b):
+            what = "holds the store to convert"
+        raise UserError(f"the target '{target}' {what}: name another place")

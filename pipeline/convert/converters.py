@@ -1,0 +1,106 @@
+"""Stored arrays of a batch of samples to those of another form of their stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.convert.streams import OF_LAYERS, StreamPlan
+from pipeline.store.codecs import column_arrays, decode_column
+from pipeline.targets.cuts import cut_values, encode_values, later_cut_values
+from pipeline.teachers import Teacher
+from pipeline.teachers.attention_tap import attention_logits
+from schemas.store import TeacherStream
+
+Arrays = Mapping[str, np.ndarray]
+"""Stored arrays (B, ...) by part name."""
+Converter = Callable[[Arrays], Arrays]
+"""Pure and thread-safe: a batch before to the same batch after. Raises ``NotFiniteError``."""
+
+
+def open_converter(plan: StreamPlan, teacher: Teacher | None, device: torch.device) -> Converter:
+    """What a stream's plan asks for; ``teacher`` is its tail where blocks are run."""
+    if plan.before == plan.after or not isinstance(plan.before, TeacherStream):
+        return lambda arrays: arrays
+    if plan.replays:
+        assert teacher is not None
+        return Replayed(plan, teacher, device)
+    return Recoded(plan, device)
+
+
+class Recoded:
+    """The same tensors in other codecs or of fewer layers, and maps from queries and keys."""
+
+    def __init__(self, plan: StreamPlan, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(self, arrays: Arrays) -> Arrays:
+        out: dict[str, np.ndarray] = {}
+        values: dict[str, Tensor] = {}
+        for name, column in self.plan.after.columns.items():
+            if self.plan.copies(name):
+                out |= {
+                    part: self._rows(name, arrays[part]) for part in column_arrays(name, column)
+                }
+            elif name == "attention" and name not in self.plan.before.columns:
+                query, key = self._decode("query", arrays), self._decode("key", arrays)
+                values[name] = torch.softmax(attention_logits(query, key), dim=-1)
+            else:
+                values[name] = self._decode(name, arrays)
+        columns = {name: self.plan.after.columns[name] for name in values}
+        return out | _to_numpy(encode_values(columns, values))
+
+    def _decode(self, name: str, arrays: Arrays) -> Tensor:
+        column = self.plan.before.columns[name]
+        parts = {
+            part: _to_device(self._rows(name, arrays[part]), self.device)
+            for part in column_arrays(name, column)
+        }
+        values = decode_column(name, column, parts).float()
+        if name == "attention" and column.codec != "float32":
+            values = values / values.sum(-1, keepdim=True)  # as the targets are read
+        return values
+
+    def _rows(self, name: str, array: np.ndarray) -> np.ndarray:
+        rows = self.plan.rows
+        return array if rows is None or name not in OF_LAYERS else array[:, rows]
+
+
+class Replayed:
+    """What a later cut keeps, from a teacher's tail that is run on what was stored, with the
+    arithmetic that the extraction used."""
+
+    def __init__(self, plan: StreamPlan, teacher: Teacher, device: torch.device) -> None:
+        assert isinstance(plan.before, TeacherStream)
+        assert isinstance(plan.after, TeacherStream)
+        self.before = plan.before
+        self.after = plan.after
+        self.teacher = teacher
+        self.device = device
+        self.dtype = getattr(torch, plan.before.compute.precision)
+
+    @torch.inference_mode()
+    def __call__(self, arrays: Arrays) -> Arrays:
+        name = "crop" if self.before.cut == "image" else "tokens"
+        parts = {part: _to_device(array, self.device) for part, array in arrays.items()}
+        stored = decode_column(name, self.before.columns[name], parts)
+        cut, teacher = self.after.cut, self.teacher
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.before.cut == "image":
+                values = cut_values(cut, teacher, stored.permute(0, 3, 1, 2))
+            else:
+                values = later_cut_values(cut, teacher, stored.float(), teacher.first_block)
+        return _to_numpy(encode_values(self.after.columns, values))
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {part: tensor.cpu().numpy() for part, tensor in tensors.items()}

@@ -1,0 +1,1 @@
+"""Reading a store: sample order, batches ahead of time, caches, quarantine."""

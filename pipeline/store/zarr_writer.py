@@ -1,0 +1,151 @@
+"""zarr v3 arrays: one for each stored array, a shard of the store is a shard of each of them.
+
+Shards are made whole, in memory, by zarr itself and published as the tars are. The reader takes
+samples out of them by the byte ranges of the commit record, as it does with tars; stock zarr opens
+the arrays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, Part
+from pipeline.store.layout import chunk_path
+from schemas.store import StreamFile
+
+ABSENT = (1 << 64) - 1  # in a shard's index: a chunk that was never written
+
+
+def metadata_files(
+    streams: Mapping[str, Mapping[str, Part]], *, shard_size: int, num_shards: int
+) -> dict[str, bytes]:
+    """Every ``zarr.json`` of a store, by path below its root."""
+    files: dict[str, Any] = {}
+    memory = MemoryStore(files)
+    zarr.create_group(memory, zarr_format=3)
+    for stream, parts in streams.items():
+        zarr.create_group(memory, path=stream, zarr_format=3)
+        for name, part in parts.items():
+            _create(memory, f"{stream}/{name}", part, shard_size, num_shards)
+    return {path: buffer.to_bytes() for path, buffer in files.items()}
+
+
+class ZarrWriter:
+    """One stream of one shard as local files, one for each array."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        stream: str,
+        shard: int,
+        parts: Mapping[str, Part],
+        shard_size: int,
+    ) -> None:
+        """Files are written to ``folder`` under names that begin with ``prefix``."""
+        self.parts = parts
+        self._folder = folder
+        self._prefix = prefix
+        self._stream = stream
+        self._shard = shard
+        self._shard_size = shard_size
+        self._values: dict[str, list[np.ndarray]] = {name: [] for name in parts}
+        self._written: list[Path] = []
+
+    def add(self, key: str, values: Mapping[str, np.ndarray]) -> None:
+        """Append the next sample: the arrays of all parts."""
+        for name, held in self._values.items():
+            held.append(values[name])
+
+    def finish(self) -> list[tuple[Path, StreamFile]]:
+        """Write the shard of every array. The local files, and what they will be in the store;
+        none where the shard has no sample, as zarr does not know empty shards."""
+        return [
+            self._write(number, name, part)
+            for number, (name, part) in enumerate(self.parts.items())
+            if self._values[name]
+        ]
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        for path in self._written:
+            path.unlink(missing_ok=True)
+        self._values.clear()
+
+    def _write(self, number: int, name: str, part: Part) -> tuple[Path, StreamFile]:
+        values = self._values.pop(name)
+        samples = len(values)
+        data = _shard_bytes(part, np.stack(values), self._shard_size)
+        path = self._folder / f"{self._prefix}{number}"
+        self._written.append(path)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        ranges = _chunk_ranges(data, samples, self._shard_size)
+        about = StreamFile(
+            file=chunk_path(self._stream, name, self._shard, len(part.shape)),
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            offsets={name: [start for start, _ in ranges]},
+            sizes={name: [size for _, size in ranges]},
+            crc32={name: [zlib.crc32(data[start : start + size]) for start, size in ranges]},
+        )
+        return path, about
+
+
+def _create(memory: MemoryStore, path: str, part: Part, shard_size: int, shards: int) -> Any:
+    compressors: list[Any] = []
+    if part.lossless == "zstd":
+        compressors = [ZstdCodec(level=ZSTD_LEVEL)]
+    elif part.lossless == "blosc":
+        compressors = [
+            BloscCodec(
+                typesize=part.dtype.itemsize,
+                cname=SHUFFLED["cname"],
+                clevel=SHUFFLED["clevel"],
+                shuffle="bitshuffle",
+            )
+        ]
+    return zarr.create_array(
+        memory,
+        name=path,
+        shape=(shards * shard_size, *part.shape),
+        dtype=part.dtype,
+        chunks=(1, *part.shape),
+        shards=(shard_size, *part.shape),
+        compressors=compressors,
+        filters=[],
+        fill_value=0,
+        zarr_format=3,
+        config={"write_empty_chunks": True},  # a sample of zeros is a sample
+    )
+
+
+def _shard_bytes(part: Part, values: np.ndarray, shard_size: int) -> bytes:
+    """One whole zarr shard that holds ``values`` and, behind them, rows that were never written."""
+    files: dict[str, Any] = {}
+    array = _create(MemoryStore(files), "x", part, shard_size, 1)
+    array[: len(values)] = values
+    data: bytes = files["x/c/0" + "/0" * len(part.shape)].to_bytes()
+    return data
+
+
+def _chunk_ranges(data: bytes, samples: int, shard_size: int) -> list[tuple[int, int]]:
+    """Offset and size of each sample's chunk, from the index at the end of a shard: pairs of
+    uint64 and a CRC-32C (zarr v3's sharding codec)."""
+    index = np.frombuffer(data, "<u8", 2 * shard_size, len(data) - 16 * shard_size - 4)
+    pairs = index.reshape(shard_size, 2)[:samples].tolist()
+    if any(start == ABSENT for start, _ in pairs):
+        raise RuntimeError("zarr left out a sample of a shard")
+    return [(start, size) for start, size in pairs]

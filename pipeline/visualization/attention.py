@@ -1,0 +1,103 @@
+"""The teacher's attention next to the student's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.diffusion.interpolant import interpolate
+from pipeline.models import SiT, Taps
+from pipeline.randomness import Purpose, generator
+from pipeline.store import Store
+from pipeline.targets.sources import Wanted, aligned_heads, read_targets
+from pipeline.visualization.store_sample import decode_latent, read_latents
+from schemas.alignment import AlignmentConfig
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NOISE_TIME = 0.2  # the student looks at a latent with this much noise in it
+
+
+def draw_attention(
+    store: Store,
+    students: Mapping[str, SiT],
+    alignment: AlignmentConfig,
+    rows: Sequence[int],
+    path: Path,
+) -> None:
+    """One line per sample (``rows`` of shard 0): the image with the query token marked, then for
+    the last layer pair the mean over heads of the teacher's attention row and of each student's."""
+    teacher = store.manifest.teacher_stream(alignment.stream)[1].teacher
+    grid = teacher.grid
+    titles = ["image, query token", f"teacher,\nlayer {alignment.teacher_layers[-1]}"]
+    titles += [f"{name},\nblock {alignment.student_layers[-1]}" for name in students]
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=(2.1 * len(titles), 2.1 * len(rows)), squeeze=False
+    )
+    heads = aligned_heads(next(iter(students.values())).config, teacher)
+    wanted = Wanted(features=False, layers=alignment.teacher_layers[-1:], heads=heads)
+    of_teacher = read_targets(
+        store, np.zeros_like(rows), np.asarray(rows), wanted, alignment.stream
+    ).attention
+    assert of_teacher is not None
+    for line, row in enumerate(rows):
+        sample = read_latents(store, 0, row)
+        image = decode_latent(store, sample["mean"])
+        query = _brightest_token(image, grid)
+        maps = [of_teacher[line, 0, :, query].mean(0).numpy()]
+        maps += [
+            student_attention(store, student, alignment, sample, heads)[query].numpy()
+            for student in students.values()
+        ]
+        axes[line, 0].imshow(image)
+        where = (query % grid[1] + 0.5, query // grid[1] + 0.5)
+        scale = (image.shape[1] / grid[1], image.shape[0] / grid[0])
+        axes[line, 0].plot(where[0] * scale[0], where[1] * scale[1], "r+", markersize=10, mew=2)
+        for axis, attention in zip(axes[line, 1:], maps, strict=True):
+            axis.imshow(attention.reshape(grid), cmap="viridis")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def student_attention(
+    store: Store,
+    student: SiT,
+    alignment: AlignmentConfig,
+    sample: Mapping[str, np.ndarray],
+    heads: int,
+) -> Tensor:
+    """The last aligned block's attention on a slightly noisy latent, mean over the aligned heads:
+    (N, N)."""
+    vae = store.manifest.autoencoder
+    mean = torch.from_numpy(sample["mean"]).float().unsqueeze(0)
+    latents = (mean - vae.shift_factor) * vae.scaling_factor
+    rng = generator(Purpose.SAMPLING, 0, 0)
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+    t = torch.tensor([NOISE_TIME])
+    x_t, _ = interpolate("linear", latents, noise, t)
+    label = torch.tensor([int(sample["label"])])
+    taps = Taps(attention_layers=(alignment.student_layers[-1],), heads=heads)
+    logits = student(x_t, t, label, taps).attention_logits
+    return torch.softmax(logits[0, 0], dim=-1).mean(0)
+
+
+def _brightest_token(image_RR3: np.ndarray, grid: tuple[int, int]) -> int:
+    """The token over the brightest patch: on the demo's digits, one on the stroke."""
+    rows, columns = grid
+    grey = image_RR3.astype(np.float32).mean(-1)
+    height, width = grey.shape[0] // rows, grey.shape[1] // columns
+    patches = grey[: rows * height, : columns * width].reshape(rows, height, columns, width)
+    return int(patches.mean((1, 3)).argmax())
