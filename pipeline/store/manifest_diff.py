@@ -39,8 +39,8 @@ def check_same_conversion(existing: Store, wanted: Manifest) -> None:
             stream.pop("tail", None)  # written later
     for path, a, b in differences(was, now):
         raise UserError(
-            f"store '{existing.shown_url}' was made with {path} {short_value(a)}, this conversion has "
-            f"{short_value(b)}: name another target, or the same source and options"
+            f"store '{existing.shown_url}' was made with {path} {short_value(a)}, this "
+            f"conversion has {short_value(b)}: name another target, or the same source and options"
         )
 
 

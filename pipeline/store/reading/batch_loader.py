@@ -81,8 +81,8 @@ class BatchLoader:
     ``prefetch`` batches are read ahead: ``threads`` threads fetch, verify and decompress the rows
     of each stream and shard straight into their places. Whole files are kept while their shuffle
     window lasts, up to ``memory`` bytes of all streams together; where there is no room, or where
-    it costs less, only the wanted rows are read (``pipeline.store.reading.file_source.for_share``). None of
-    this changes what a batch holds.
+    it costs less, only the wanted rows are read (``file_source.for_share``). None of this changes what a
+    batch holds.
 
     Streams can be closed at any step; when ``close_streams`` returns, no byte of them is read any
     more; it waits for the reads under way, while storage is away for one attempt of each. Iterate,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
-from pipeline.store.reading.batch_loader import Planner, rank_slice, shards_of
+from pipeline.store.reading.batch_loader import rank_slice
 from pipeline.store.reading.stream_reader import DamagedShardError, Rows, StreamReader
 from tests.helpers import SIZES, known_values, recorded_opens
 
@@ -261,76 +260,3 @@ def test_batches_are_read_into_the_memory_that_is_given(known_store: Store) -> N
         for columns in b.columns.values():
             for array in columns.values():
                 assert any(np.shares_memory(array, memory) for memory in given)
-
-
-SIZES = (7, 3, 0, 5, 9)
-
-
-@pytest.fixture
-def order() -> SampleOrder:
-    return SampleOrder(3, SIZES, 2)
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1, thread_name_prefix="planner") as pool:
-        yield pool
-
-
-def same(one: list[Rows], other: list[Rows]) -> bool:
-    return len(one) == len(other) and all(
-        (a.shard, a.until, a.rows.tolist(), a.places.tolist())
-        == (b.shard, b.until, b.rows.tolist(), b.places.tolist())
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-@pytest.mark.parametrize(("begin", "end"), [(0, 5), (5, 10), (20, 31), (11, 90), (4, 4)])
-def test_every_position_has_its_row_once(order: SampleOrder, begin: int, end: int) -> None:
-    shards, rows, until = order.locate_windows(np.arange(begin, end))
-    found = shards_of(order, begin, end)
-    assert [some.shard for some in found] == sorted(set(shards.tolist()))
-    for some in found:
-        assert some.rows.tolist() == sorted(some.rows.tolist()) == rows[some.places].tolist()
-        assert set(shards[some.places].tolist()) == {some.shard}
-        assert some.until == until[some.places].max()
-    places = np.concatenate([np.empty(0, int), *(some.places for some in found)])
-    assert sorted(places.tolist()) == list(range(end - begin))
-
-
-def test_what_is_expected_is_worked_out_by_the_thread(
-    order: SampleOrder, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    by: list[str] = []
-    plain = SampleOrder.locate_windows
-
-    def noting(self: SampleOrder, positions: np.ndarray) -> tuple[np.ndarray, ...]:
-        by.append(threading.current_thread().name)
-        return plain(self, positions)
-
-    monkeypatch.setattr(SampleOrder, "locate_windows", noting)
-    planner = Planner(order, threads)
-    for begin in (0, 6, 12):
-        found = planner(begin, begin + 6)
-        planner.expect(begin + 6, begin + 12)
-        threads.submit(lambda: None).result()  # it has had its time
-        assert same(found, shards_of(order, begin, begin + 6))
-    here = threading.current_thread().name
-    assert [name for name in by if name != here] == ["planner_0"] * 3
-    assert by[0] == here
-
-
-def test_something_else_than_expected_and_threads_without_time(
-    order: SampleOrder, threads: ThreadPoolExecutor
-) -> None:
-    planner = Planner(order, threads)
-    planner.expect(6, 12)
-    threads.submit(lambda: None).result()
-    assert same(planner(30, 36), shards_of(order, 30, 36))
-    assert same(planner(6, 12), shards_of(order, 6, 12))  # it is forgotten, and right
-    free = threading.Event()
-    busy = threads.submit(free.wait)
-    planner.expect(6, 12)
-    assert same(planner(6, 12), shards_of(order, 6, 12))  # does not wait for the thread
-    free.set()
-    busy.result()
