@@ -19,7 +19,7 @@ from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.evaluate.evaluator import evaluate
 from pipeline.runs.provenance import check_samples_are_of
-from pipeline.storage.files import without_credentials
+from pipeline.storage.files import redact
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     if found is not None:
         print(found.model_dump_json() if config.as_json else _table(found))
     elif config.as_json:
-        print(json.dumps({"save_reference": without_credentials(str(config.save_reference))}))
+        print(json.dumps({"save_reference": redact(str(config.save_reference))}))
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.checkpoints.export import export_checkpoint
-from pipeline.checkpoints.resolve import at_hand, find_checkpoint
+from pipeline.checkpoints.resolve import find_checkpoint, local_copy
 from pipeline.checkpoints.student import is_weights_file
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     if is_weights_file(Path(place)):
         raise UserError(f"--checkpoint '{config.checkpoint}' is such a file already")
     out = Path(config.out).expanduser()
-    with at_hand(place, weights=None) as folder:
+    with local_copy(place, weights=None) as folder:
         export_checkpoint(folder, out)
     print(out)
     return 0

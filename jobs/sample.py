@@ -22,8 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.autoencoders import open_decoder
-from pipeline.checkpoints.resolve import at_hand, find_checkpoint
-from pipeline.checkpoints.student import open_trained
+from pipeline.checkpoints.resolve import find_checkpoint, local_copy
+from pipeline.checkpoints.student import load_trained_student
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.precision import choose_arithmetic
@@ -76,8 +76,8 @@ def check_request(config: SampleConfig) -> None:
 def draw_grid(config: SampleConfig) -> Path:
     """Write the grid and return its path. Raises ``UserError``."""
     path = _picture(config)
-    with at_hand(find_checkpoint(config.checkpoint), config.weights) as checkpoint:
-        trained = open_trained(checkpoint, config.weights, config.model)
+    with local_copy(find_checkpoint(config.checkpoint), config.weights) as checkpoint:
+        trained = load_trained_student(checkpoint, config.weights, config.model)
     student = trained.student
     asked = (0,) if config.classes is None else config.classes
     classes = choose_classes(asked, student.config.num_classes)

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.checkpoints.selection import newest_state
+from pipeline.checkpoints.selection import latest_state
 from pipeline.checkpoints.state import check_same_run
 from pipeline.checkpoints.store_identity import with_stream
 from pipeline.cli.command import run_command
@@ -55,7 +55,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     config = _with_absolute_paths(config)
     store = Store.open(config.store)
     run = RunFolder(config)
-    state = newest_state(run.checkpoints)
+    state = latest_state(run.checkpoints)
     config = with_stream(config, store.manifest, None if state is None else state.store)
     check_store(config, store.manifest)
     streams = ["latents"]

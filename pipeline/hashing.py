@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from pipeline.models import SiT
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def sha256_of_arrays(items: Any) -> str:
@@ -19,14 +18,7 @@ def sha256_of_arrays(items: Any) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_weights(student: SiT) -> str:
-    """Of a student's, wherever it is."""
-    tensors = sorted(student.state_dict().items())
+def sha256_of_module(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers, on whichever device they are."""
+    tensors = sorted(module.state_dict().items())
     return sha256_of_arrays((name, tensor.cpu().numpy()) for name, tensor in tensors)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's weights on the CPU."""
-    return sha256_of_arrays(
-        (name, tensor.numpy()) for name, tensor in sorted(model.state_dict().items())
-    )

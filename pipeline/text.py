@@ -12,11 +12,11 @@ def describe_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-LONGEST = 300
+MAX_TEXT = 300
 """Characters of one text: whoever wrote a run's files does not decide how long the page gets."""
 
 
-def shortened(text: str, length: int = LONGEST) -> str:
+def shortened(text: str, length: int = MAX_TEXT) -> str:
     """Both ends of a long text, as names tell themselves apart by either."""
     if len(text) <= length:
         return text

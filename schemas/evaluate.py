@@ -8,7 +8,7 @@ from pydantic import Field
 
 from schemas.base import Strict
 from schemas.extract import Resolution
-from schemas.fields import MOST_TEXT, Digest, ModelArguments, ModelId, Seed
+from schemas.fields import MAX_TEXT, Digest, ModelArguments, ModelId, Seed
 from schemas.sample import Sampling, Weights
 
 
@@ -76,7 +76,7 @@ class NetworkIdentity(Strict):
     size: int
     """Pixels per side of what it sees."""
     weights_sha256: Digest
-    arguments: Annotated[str, Field(max_length=MOST_TEXT)] = ""
+    arguments: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     """Of timm.create_model, as JSON, or a digest of very many; empty where there are none."""
 
 

@@ -79,7 +79,7 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Shape = Annotated[tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...], Field(max_length=8)]
 """Sizes of one sample's array; bounded, so that a hostile manifest cannot ask for the moon."""
 
-MOST_CLASSES = 1 << 24
+MAX_CLASSES = 1 << 24
 """Of a data set; labels are below it."""
 
 LOADING_ARGUMENTS = frozenset(
@@ -87,9 +87,9 @@ LOADING_ARGUMENTS = frozenset(
 )
 
 
-LARGEST_ARGUMENT = 1 << 14
+MAX_ARGUMENT = 1 << 14
 """Of the numbers among a model's arguments, and the longest text."""
-MOST_ARGUMENTS = 64
+MAX_ARGUMENTS = 64
 
 
 def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -97,16 +97,16 @@ def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{name} is not taken: teacher.weights says which weights are loaded")
     values: list[Any] = [arguments]
     for count, value in enumerate(values):  # grows as it is walked through
-        if count > MOST_ARGUMENTS:
-            raise ValueError(f"there are more than {MOST_ARGUMENTS} of them")
+        if count > MAX_ARGUMENTS:
+            raise ValueError(f"there are more than {MAX_ARGUMENTS} of them")
         if isinstance(value, dict):
             values.extend([*value.keys(), *value.values()])
         elif isinstance(value, list | tuple):
             values.extend(value)
         elif isinstance(value, str):
-            if len(value) > LARGEST_ARGUMENT:
+            if len(value) > MAX_ARGUMENT:
                 raise ValueError(f"a text of {len(value)} characters is beyond all bounds")
-        elif isinstance(value, int | float) and not abs(value) <= LARGEST_ARGUMENT:  # NaN, too
+        elif isinstance(value, int | float) and not abs(value) <= MAX_ARGUMENT:  # NaN, too
             raise ValueError(f"{_short(value)} is beyond all bounds")
     return arguments
 
@@ -126,12 +126,12 @@ DIGEST = 16
 """Hexadecimal digits of a SHA-256 that tell what a person has at hand apart."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 """The first of a SHA-256."""
-MOST_TEXT = 200
+MAX_TEXT = 200
 
 
 def text_or_digest(text: str) -> str:
     """A text where it is short, else the beginning of its SHA-256: to tell it from others."""
-    if len(text) <= MOST_TEXT:
+    if len(text) <= MAX_TEXT:
         return text
     return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:DIGEST]}"
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from schemas.base import Strict
 from schemas.diffusion import Path, SamplerConfig
 from schemas.extract import Precision
-from schemas.fields import DIGEST, MOST_TEXT, Digest, Layers, Sha256, format_layers, text_or_digest
+from schemas.fields import DIGEST, MAX_TEXT, Digest, Layers, Sha256, format_layers, text_or_digest
 from schemas.student import ModelName
 
 Positive = Annotated[int, Field(ge=1)]
@@ -105,7 +105,7 @@ class Sampling(Strict):
     sampler: SamplerConfig
     """Without an interval where there is no guidance."""
     labels: Labels
-    classes: Annotated[str, Field(max_length=MOST_TEXT)]
+    classes: Annotated[str, Field(max_length=MAX_TEXT)]
     """Those that were drawn from, such as 0-999; a digest of very many pieces."""
     decoder_sha256: Digest
     precision: Arithmetic
@@ -169,7 +169,7 @@ class SampleAbout(Strict):
         )
 
     @classmethod
-    def understood(cls, values: Any) -> SampleAbout | None:
+    def parse_or_none(cls, values: Any) -> SampleAbout | None:
         """What a file's JSON says, or None where it is nothing that this version knows."""
         try:
             return cls.model_validate(values)

@@ -13,7 +13,7 @@ from schemas.cuts import cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut, Dataset, Format, Precision, Resolution, TeacherSize
 from schemas.fields import (
-    MOST_CLASSES,
+    MAX_CLASSES,
     ModelArguments,
     ModelId,
     Name,
@@ -68,7 +68,7 @@ class DatasetInfo(Strict):
     """Where the images were read, without credentials."""
     samples: Count
     """Planned samples, skipped ones included."""
-    num_classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)]
+    num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
     fingerprint: Sha256
     """SHA-256 of every (key, label) in order."""
     order_seed: int

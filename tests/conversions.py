@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.alignment.losses import Targets
 from pipeline.cli.config_files import merge
 from pipeline.convert import Conversion, convert
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.tasks import make_manifest, make_stream, make_tasks, with_tail
 from pipeline.store import Store, StreamReader
-from pipeline.targets.sources import Targets, Wanted, read_targets
+from pipeline.targets.sources import Wanted, read_targets
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.state import read_state
-from pipeline.distributed.process_group import Parallel
-from pipeline.distributed.signals import Wish
+from pipeline.distributed.process_group import ProcessGroup
+from pipeline.distributed.signals import StopRequest
 from pipeline.train.loop import train
 from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
@@ -27,9 +27,9 @@ from schemas.run import RunConfig
 def train_on(world_size: int, config: RunConfig, folder: Path, stop_at: int | None = None) -> None:
     """Train on ``world_size`` processes that talk gloo, from the newest checkpoint on. ``stop_at``:
     the last of them asks to stop before this step."""
-    resume = newest_checkpoint(folder)
+    resume = latest_checkpoint(folder)
     if world_size == 1:
-        _train(config, folder, resume, Parallel(), stop_at)
+        _train(config, folder, resume, ProcessGroup(), stop_at)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -58,24 +58,32 @@ def _process(
         timeout=timedelta(seconds=60),
     )
     config = RunConfig.model_validate(values)
-    _train(config, folder, resume, Parallel(rank, world_size), stop_at)
+    _train(config, folder, resume, ProcessGroup(rank, world_size), stop_at)
     dist.destroy_process_group()
 
 
 def _train(
-    config: RunConfig, folder: Path, resume: Path | None, parallel: Parallel, stop_at: int | None
+    config: RunConfig,
+    folder: Path,
+    resume: Path | None,
+    parallel: ProcessGroup,
+    stop_at: int | None,
 ) -> None:
     keeper = LocalCheckpoints(folder, keep=config.checkpoint.keep)
     step = read_state(resume).step if resume else 0
     train_step = Trainer.train_step
 
     def save(step: int, write: Any) -> None:
-        if parallel.is_first:
+        if parallel.is_main:
             keeper.save(step, write)
 
-    def ask() -> Wish:
+    def ask() -> StopRequest:
         last = parallel.rank == parallel.world_size - 1
-        return Wish.STOP if last and stop_at is not None and step >= stop_at else Wish.GO_ON
+        return (
+            StopRequest.STOP
+            if last and stop_at is not None and step >= stop_at
+            else StopRequest.GO_ON
+        )
 
     def counted(trainer: Trainer, batch: Any) -> Any:
         nonlocal step

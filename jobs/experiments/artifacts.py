@@ -35,7 +35,7 @@ from pipeline.evaluate.reference_statistics import load_moments
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.tasks import make_manifest, make_tasks, stream_name, with_tail
 from pipeline.storage.files import TEMPORARY
-from pipeline.storage.locks import alone_in
+from pipeline.storage.locks import exclusive_lock
 from pipeline.storage.npz import Archive
 from pipeline.store import Store
 from pipeline.store.manifest_diff import check_same_store
@@ -58,7 +58,7 @@ class Images(NamedTuple):
     """int64 (N,)."""
 
 
-class Shelf:
+class ArtifactCache:
     """Finished things in one folder, one folder each."""
 
     def __init__(self, folder: Path) -> None:
@@ -94,7 +94,9 @@ class Shelf:
     def alone(self) -> Iterator[None]:
         """While something is made: raises ``UserError`` where another process makes something. What
         one left that was killed over it goes."""
-        with alone_in(self.folder, what=f"--work '{self.folder}'", remedy="choose another --work"):
+        with exclusive_lock(
+            self.folder, what=f"--work '{self.folder}'", remedy="choose another --work"
+        ):
             for path in self.folder.glob(f"{TEMPORARY}*"):
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -170,11 +172,11 @@ def make_teacher(
     """Self-distilled without labels; labels of held-out images say what it knows."""
     backbone = self_distill(train.pixels, config, device)
     save_file(backbone.state_dict(), folder / "teacher.safetensors")
-    return {"knn_held_out": {**what_it_knows(backbone, held_out)}}
+    return {"knn_held_out": {**knn_accuracies(backbone, held_out)}}
 
 
 @torch.inference_mode()
-def what_it_knows(backbone: Any, images: Images, k: int = 20) -> dict[str, float]:
+def knn_accuracies(backbone: Any, images: Images, k: int = 20) -> dict[str, float]:
     """Leave-one-out k-NN accuracy among ``images``, by feature; raw pixels beside them."""
     found = [
         backbone.forward_features(normalise(batch.float() / 255))
@@ -207,7 +209,7 @@ def make_judge(
     return {"held_out_accuracy": accuracy(model, held_out.pixels, held_out.labels)}
 
 
-def complete_store(shelf: Shelf, config: ExtractConfig, device: str, threads: int) -> Store:
+def complete_store(shelf: ArtifactCache, config: ExtractConfig, device: str, threads: int) -> Store:
     """What ``python -m pipeline.extract`` does, in this process and without Ray: shards that are
     there stay. Raises ``UserError`` where other options or networks made them, or another process
     makes something on the shelf."""

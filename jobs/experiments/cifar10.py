@@ -27,7 +27,7 @@ from pydantic import Field
 from jobs.experiments.artifacts import (
     JUDGE_SEED,
     RESOLUTION,
-    Shelf,
+    ArtifactCache,
     complete_store,
     digest_of_reference,
     dumped,
@@ -47,8 +47,8 @@ from jobs.pretrain.self_distill import SelfDistillConfig
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import merge
 from pipeline.cli.options import parse_options
-from pipeline.distributed.process_group import Parallel
-from pipeline.storage.locks import alone_in
+from pipeline.distributed.process_group import ProcessGroup
+from pipeline.storage.locks import exclusive_lock
 from pipeline.train.local import train_here
 from schemas.base import Strict
 from schemas.errors import UserError
@@ -124,8 +124,8 @@ def run_matrix(config: Cifar10Config) -> Path:
         say(f"run {run.name}")
         what = f"the run '{run.name}' in --work '{work}'"
         remedy = "share the runs by --select and --seeds"
-        with alone_in(work / "running" / run.name, what=what, remedy=remedy):
-            train_here(run, work / "runs" / run.name, Parallel(device=torch.device(device)))
+        with exclusive_lock(work / "running" / run.name, what=what, remedy=remedy):
+            train_here(run, work / "runs" / run.name, ProcessGroup(device=torch.device(device)))
     sampler = runs[0].samples.sampler.in_force.model_dump(mode="json")
     facts["evaluation"]["sampling"] = {"sampler": sampler, "labels": "random"}
     return write_outcome(work, [run.name for run in runs], facts)
@@ -158,7 +158,7 @@ def _ingredients(
     config: Cifar10Config, work: Path, device: str, drawn: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options that all runs share, and what was measured of what they are made of."""
-    shelf = Shelf(work)
+    shelf = ArtifactCache(work)
     held = {"held_out": config.held_out}
     pictures, about_images = shelf.get(
         "images", held, lambda folder: unpack(str(config.source), config.held_out, folder)

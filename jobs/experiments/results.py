@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 Distances = dict[str, dict[int, list[float]]]
 """Of each arm at each step, one for each seed that has come so far."""
-MOST_RUNS = 32
+MAX_RUNS = 32
 """On one page."""
 
 
@@ -34,7 +34,7 @@ def write_outcome(work: Path, runs: Sequence[str], facts: Mapping[str, Any]) -> 
     _write(work / "outcome.md", text)
     draw(distances, work / "outcome.png", facts["reference"]["held_out_fid"])
     folders = tuple(str(work / "runs" / name) for name in runs if (work / "runs" / name).is_dir())
-    write_report(ReportConfig(runs=folders[:MOST_RUNS], html=str(work / "report.html")))
+    write_report(ReportConfig(runs=folders[:MAX_RUNS], html=str(work / "report.html")))
     return work / "outcome.md"
 
 

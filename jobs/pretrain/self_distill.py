@@ -144,7 +144,7 @@ class Head(nn.Module):
 class Network(nn.Module):
     def __init__(self, config: SelfDistillConfig) -> None:
         super().__init__()
-        self.backbone = wake(create_backbone(config.backbone))
+        self.backbone = init_narrow_vit(create_backbone(config.backbone))
         width = self.backbone.num_features
         self.head = Head(width, config.hidden, config.bottleneck, config.prototypes)
 
@@ -159,7 +159,7 @@ def create_backbone(config: BackboneConfig) -> Any:
 
 
 @torch.no_grad()
-def wake(backbone: Any) -> Any:
+def init_narrow_vit(backbone: Any) -> Any:
     """Initialise for a narrow model and a short training.
 
     timm's std of 0.02 suits widths near 1000. At 96 it would leave every attention map uniform, and

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.alignment.fused_attention_loss import fused_attention_loss
-from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
+from pipeline.alignment.losses import Targets, attention_entropy, attention_loss, feature_loss
 from pipeline.alignment.resample import Grid, resample_features, resample_logits
 from pipeline.diffusion.objective import make_objective
 from pipeline.models import StudentOutput, Taps, make_student
 from pipeline.models.projector import Projector
-from pipeline.targets.sources import Targets
 from schemas.alignment import AlignmentConfig
 from schemas.diffusion import DiffusionConfig
 from schemas.student import StudentConfig

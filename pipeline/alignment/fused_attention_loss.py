@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.models.taps import Attended, attention_logits
+from pipeline.models.taps import QueriesKeys, attention_logits
 
 
 def fused_attention_loss(
-    attended: Sequence[Attended], teacher_probs_BLHNN: Tensor, *, compiled: bool = False
+    attended: Sequence[QueriesKeys], teacher_probs_BLHNN: Tensor, *, compiled: bool = False
 ) -> Tensor:
     """``attention_loss`` of the logits that L layers' queries and keys give, and its gradient,
     without keeping a map for the backward pass: (B,), float32.

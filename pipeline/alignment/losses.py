@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """One batch of targets on the training device; None where a loss does not ask for it."""
+
+    features: Tensor | None
+    """(B, N, D_teacher)."""
+    attention: Tensor | None
+    """(B, L, H, N, N) probabilities, rows summing to 1, float32."""
 
 
 def feature_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:

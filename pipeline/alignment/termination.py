@@ -75,7 +75,7 @@ class Trigger(Protocol):
     def state_dict(self, gather: Gather) -> dict[str, Any]:
         """Plain numbers with which a resumed run decides the same; every rank calls it."""
 
-    def load_state_dict(self, state: Mapping[str, Any], share_of: ShareOf) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ShareOf) -> None:
         """Take up a saved state, on as many ranks or on others."""
 
 
@@ -93,7 +93,7 @@ class _Stateless:
     def state_dict(self, gather: Gather) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], share_of: ShareOf) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ShareOf) -> None:
         """Nothing to take up."""
 
 
@@ -194,8 +194,8 @@ class ResidualPlateauTrigger:
             averages = torch.zeros(2, dtype=torch.float64)
         return {"steps": self.steps, "averages": gather(averages)}
 
-    def load_state_dict(self, state: Mapping[str, Any], share_of: ShareOf) -> None:
-        self._averages = torch.tensor(share_of(state["averages"]), dtype=torch.float64)
+    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ShareOf) -> None:
+        self._averages = torch.tensor(scatter_saved(state["averages"]), dtype=torch.float64)
         self.steps = int(state["steps"])
 
     def _corrected(self, sum_over_ranks: Sum) -> tuple[float, float]:

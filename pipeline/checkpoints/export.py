@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.checkpoints.integrity import DamagedCheckpointError
-from pipeline.checkpoints.reference_format import Parts, put_together, write_file
+from pipeline.checkpoints.reference_format import Parts, join_state, write_file
 from pipeline.checkpoints.state import load_optimizer, read_state
 from pipeline.models import make_student
 from pipeline.models.ema import catch_up
@@ -35,7 +35,7 @@ def export_checkpoint(folder: Path, out: Path) -> None:
         )
         for weights, head in (("model", "projector"), ("ema", "projector_ema"))
     )
-    theirs = list(put_together(model))
+    theirs = list(join_state(model))
     ema = ema._replace(
         projector=catch_up(
             ema.projector, model.projector, state.config.ema_decay, state.projector_ema_lag

@@ -33,7 +33,7 @@ class UnfinishedCheckpointError(DamagedCheckpointError):
         super().__init__(where, f"{STATE}, which is uploaded last, is missing")
 
 
-def seal(folder: Path, state: dict[str, Any]) -> None:
+def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Write ``state.json`` over the files that lie in ``folder``, all safely on disk."""
     files = {}
     for path in sorted(folder.iterdir()):
@@ -48,7 +48,7 @@ def seal(folder: Path, state: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def unseal(data: bytes, where: str | Path) -> dict[str, Any]:
+def parse_state_json(data: bytes, where: str | Path) -> dict[str, Any]:
     """The state in the bytes of a ``state.json``. Raises ``DamagedCheckpointError``."""
     try:
         state = json.loads(data)
@@ -67,7 +67,7 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     """The state of a checkpoint all of whose files are there and, with ``hashes``, unaltered.
     Raises ``DamagedCheckpointError``."""
     try:
-        state = unseal((folder / STATE).read_bytes(), folder)
+        state = parse_state_json((folder / STATE).read_bytes(), folder)
     except FileNotFoundError:
         raise DamagedCheckpointError(folder, f"{STATE} is missing") from None
     except OSError as error:

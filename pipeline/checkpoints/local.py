@@ -12,9 +12,9 @@ from pipeline.checkpoints.selection import (
     PREFIX,
     Write,
     checkpoint_name,
-    newest_whole,
-    outdated,
+    latest_valid,
     steps_of,
+    to_prune,
 )
 from pipeline.storage.files import TEMPORARY
 
@@ -39,7 +39,7 @@ class LocalCheckpoints:
             os.replace(final, self._temporary())
         os.replace(temporary, final)
         _sync(self.folder)
-        for old in outdated(self.steps(), step, self.keep):
+        for old in to_prune(self.steps(), step, self.keep):
             shutil.rmtree(self.folder / checkpoint_name(old))
 
     def steps(self) -> list[int]:
@@ -61,13 +61,13 @@ class LocalCheckpoints:
         return self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run's folder, whoever wrote it; ``folder`` itself if it is
     one. None where there is none; raises ``UserError`` where none is whole."""
     if (folder / STATE).exists() or (folder.is_dir() and steps_of([folder.name])):
         verify(folder)
         return folder
-    found = newest_whole(LocalCheckpoints(folder, keep=1), folder)
+    found = latest_valid(LocalCheckpoints(folder, keep=1), folder)
     return found[1] if found else None
 
 

@@ -65,10 +65,10 @@ def read_file(path: Path, weights: str = "ema") -> Parts:
             f"checkpoint '{path}' is neither a state dict nor a mapping with 'model' and 'ema' "
             f"(found {_keys(content)})"
         )
-    return take_apart(state)
+    return split_state(state)
 
 
-def take_apart(state: Mapping[str, Tensor]) -> Parts:
+def split_state(state: Mapping[str, Tensor]) -> Parts:
     """The student's and the projector's state, each under our names."""
     student: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
@@ -82,8 +82,8 @@ def take_apart(state: Mapping[str, Tensor]) -> Parts:
     return Parts(student, projector)
 
 
-def put_together(parts: Parts) -> dict[str, Tensor]:
-    """The inverse of ``take_apart``, in the order of SiT in the authors' code, whose projector
+def join_state(parts: Parts) -> dict[str, Tensor]:
+    """The inverse of ``split_state``, in the order of SiT in the authors' code, whose projector
     stands before the final layer."""
     projector = {PROJECTOR + name: tensor for name, tensor in parts.projector.items()}
     last = {name: t for name, t in parts.student.items() if name.startswith("final_layer.")}
@@ -162,12 +162,12 @@ def write_file(
 ) -> None:
     """A file that the authors' repositories read: plain data and tensors, no pickled classes.
 
-    ``optimizer`` numbers the parameters in the order of ``put_together(model)``.
+    ``optimizer`` numbers the parameters in the order of ``join_state(model)``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
-        "model": put_together(model),
-        "ema": put_together(ema),
+        "model": join_state(model),
+        "ema": join_state(ema),
         "opt": dict(optimizer),
         "args": dict(args),
         "steps": steps,

@@ -13,10 +13,10 @@ from pipeline.checkpoints.integrity import (
     STATE,
     DamagedCheckpointError,
     UnfinishedCheckpointError,
-    seal,
-    unseal,
+    parse_state_json,
+    write_state,
 )
-from pipeline.checkpoints.selection import Write, checkpoint_name, outdated, steps_of
+from pipeline.checkpoints.selection import Write, checkpoint_name, steps_of, to_prune
 from pipeline.storage.files import list_tree, publish, read_bytes, remove, retrying
 
 
@@ -44,7 +44,7 @@ class RemoteCheckpoints:
             for path in files:
                 publish(self.filesystem, path, f"{self._folder(step)}/{path.name}")
         finished = steps_of({folder for folder, file in self._files() if file == STATE})
-        kept = {step, *finished} - set(outdated(finished, step, self.keep))
+        kept = {step, *finished} - set(to_prune(finished, step, self.keep))
         for other in self.steps():
             if other not in kept:
                 self._remove(other)
@@ -66,7 +66,7 @@ class RemoteCheckpoints:
         data = self.state(step)
         folder, where = self._folder(step), self.where(step)
         target.mkdir(parents=True, exist_ok=True)
-        for name in files_of_size(self.filesystem, folder, unseal(data, where), where):
+        for name in files_of_size(self.filesystem, folder, parse_state_json(data, where), where):
             download(self.filesystem, f"{folder}/{name}", target / name)
         (target / STATE).write_bytes(data)
         return target
@@ -119,8 +119,8 @@ def download(filesystem: fsspec.AbstractFileSystem, path: str, to: Path) -> None
     retrying(get, filesystem, path, doing="read")
 
 
-class Excerpts(RemoteCheckpoints):
-    """Of the same checkpoints some files alone, enough for one purpose: see ``fetch_excerpt``."""
+class PartialCheckpoints(RemoteCheckpoints):
+    """Of the same checkpoints some files alone, enough for one purpose: see ``fetch_partial``."""
 
     def __init__(
         self, filesystem: fsspec.AbstractFileSystem, root: str, url: str, names: Iterable[str]
@@ -130,11 +130,11 @@ class Excerpts(RemoteCheckpoints):
 
     def fetch(self, step: int, scratch: Path) -> Path:
         target = scratch / checkpoint_name(step)
-        fetch_excerpt(self.filesystem, self._folder(step), self.where(step), self.names, target)
+        fetch_partial(self.filesystem, self._folder(step), self.where(step), self.names, target)
         return target
 
 
-def fetch_excerpt(
+def fetch_partial(
     filesystem: fsspec.AbstractFileSystem,
     folder: str,
     where: str,
@@ -148,14 +148,14 @@ def fetch_excerpt(
     ``where`` names the checkpoint for people. Raises ``DamagedCheckpointError`` where a file of it,
     fetched or not, has not its size, or a fetched one is not what was written.
     """
-    state = unseal(read_state_bytes(filesystem, folder, where), where)
+    state = parse_state_json(read_state_bytes(filesystem, folder, where), where)
     expected = files_of_size(filesystem, folder, state, where)
     target.mkdir(parents=True)
     for name in expected if names is None else names:
         if name not in expected:
             raise DamagedCheckpointError(where, f"{name} is missing")
         download(filesystem, f"{folder}/{name}", target / name)
-    seal(target, state)
-    for name, found in unseal((target / STATE).read_bytes(), target)["files"].items():
+    write_state(target, state)
+    for name, found in parse_state_json((target / STATE).read_bytes(), target)["files"].items():
         if found != expected[name]:
             raise DamagedCheckpointError(where, f"{name} was altered: its checksum is wrong")

@@ -10,18 +10,11 @@ from pathlib import Path
 import fsspec
 
 from pipeline.checkpoints.integrity import STATE, UnfinishedCheckpointError
-from pipeline.checkpoints.local import newest_checkpoint
-from pipeline.checkpoints.remote import Excerpts, download, fetch_excerpt
-from pipeline.checkpoints.selection import checkpoint_name, newest_whole
+from pipeline.checkpoints.local import latest_checkpoint
+from pipeline.checkpoints.remote import PartialCheckpoints, download, fetch_partial
+from pipeline.checkpoints.selection import checkpoint_name, latest_valid
 from pipeline.checkpoints.student import is_weights_file
-from pipeline.storage.files import (
-    absolute_url,
-    exists,
-    file_size,
-    is_local,
-    open_url,
-    without_credentials,
-)
+from pipeline.storage.files import absolute_url, exists, file_size, is_local, open_url, redact
 from schemas.errors import UserError
 from schemas.sample import Weights
 
@@ -47,21 +40,21 @@ def find_checkpoint(name: str | None, step: int | None = None) -> str:
         return str(path)
     if step is not None and (path / checkpoint_name(step) / STATE).exists():
         path /= checkpoint_name(step)
-    newest = newest_checkpoint(path)
+    newest = latest_checkpoint(path)
     if newest is None:
         raise UserError(f"--checkpoint '{name}' holds no checkpoint")
     return str(newest)
 
 
 @contextmanager
-def at_hand(place: str, weights: Weights | None) -> Iterator[Path]:
+def local_copy(place: str, weights: Weights | None) -> Iterator[Path]:
     """What ``find_checkpoint`` found as a path of this machine, where need be a copy that goes when
     the context ends: of these weights alone, or of all that there is. Raises ``UserError``."""
     if "://" not in place:
         yield Path(place)
         return
     filesystem, root = open_url(place, what="--checkpoint")
-    shown = without_credentials(place)
+    shown = redact(place)
     with tempfile.TemporaryDirectory(prefix="haste-checkpoint-") as scratch:
         copy = Path(scratch) / root.rpartition("/")[2]
         try:
@@ -69,7 +62,7 @@ def at_hand(place: str, weights: Weights | None) -> Iterator[Path]:
                 download(filesystem, root, copy)
             else:
                 names = None if weights is None else (f"{weights}.safetensors",)
-                fetch_excerpt(filesystem, root, shown, names, copy)
+                fetch_partial(filesystem, root, shown, names, copy)
         except (FileNotFoundError, UnfinishedCheckpointError):
             raise UserError(
                 f"--checkpoint '{shown}' is not there any more, or cannot be seen from here: a run "
@@ -84,7 +77,7 @@ def at_hand(place: str, weights: Weights | None) -> Iterator[Path]:
 def _find_remote(
     filesystem: fsspec.AbstractFileSystem, root: str, url: str, step: int | None
 ) -> str:
-    shown = without_credentials(url)
+    shown = redact(url)
     if is_weights_file(Path(root)):
         try:
             file_size(filesystem, root)
@@ -94,13 +87,13 @@ def _find_remote(
     with tempfile.TemporaryDirectory(prefix="haste-checkpoint-") as scratch:
         copy = Path(scratch) / "state"
         if exists(filesystem, f"{root}/{STATE}"):
-            fetch_excerpt(filesystem, root, shown, (), copy)
+            fetch_partial(filesystem, root, shown, (), copy)
             return url
         if step is not None and exists(filesystem, f"{root}/{checkpoint_name(step)}/{STATE}"):
             name = checkpoint_name(step)
-            fetch_excerpt(filesystem, f"{root}/{name}", f"{shown}/{name}", (), copy)
+            fetch_partial(filesystem, f"{root}/{name}", f"{shown}/{name}", (), copy)
             return f"{url}/{name}"
-        found = newest_whole(Excerpts(filesystem, root, shown, ()), Path(scratch))
+        found = latest_valid(PartialCheckpoints(filesystem, root, shown, ()), Path(scratch))
     if found is None:
         raise UserError(f"--checkpoint '{shown}' holds no checkpoint")
     return f"{url}/{checkpoint_name(found[0])}"

@@ -11,7 +11,7 @@ from typing import Protocol
 from pipeline.checkpoints.integrity import (
     DamagedCheckpointError,
     UnfinishedCheckpointError,
-    unseal,
+    parse_state_json,
     verify,
 )
 from pipeline.checkpoints.state import CheckpointState, parse_state
@@ -51,7 +51,7 @@ def steps_of(names: Iterable[str]) -> list[int]:
     return sorted(int(match[1]) for match in found if match is not None)
 
 
-def outdated(steps: Iterable[int], newest: int, keep: int) -> list[int]:
+def to_prune(steps: Iterable[int], newest: int, keep: int) -> list[int]:
     """Those to remove once ``newest`` is there: all but the last ``keep``. Later ones were passed
     over as damaged, or given up, when the run went on from an earlier one."""
     steps = sorted(steps)
@@ -59,7 +59,7 @@ def outdated(steps: Iterable[int], newest: int, keep: int) -> list[int]:
     return earlier[:-keep] + [step for step in steps if step > newest]
 
 
-def newest_whole(checkpoints: Checkpoints, scratch: Path) -> tuple[int, Path] | None:
+def latest_valid(checkpoints: Checkpoints, scratch: Path) -> tuple[int, Path] | None:
     """Step and local folder of the newest checkpoint whose every byte is as it was written, or
     None where the run has no checkpoint yet, if only one whose upload was cut off.
 
@@ -81,15 +81,15 @@ def newest_whole(checkpoints: Checkpoints, scratch: Path) -> tuple[int, Path] | 
     return None
 
 
-def newest_state(checkpoints: Checkpoints) -> CheckpointState | None:
+def latest_state(checkpoints: Checkpoints) -> CheckpointState | None:
     """The state in the newest checkpoint whose ``state.json`` is whole: a first look, cheap even
-    where checkpoints are large and far away. Raises as ``newest_whole``."""
+    where checkpoints are large and far away. Raises as ``latest_valid``."""
     steps = checkpoints.steps()
     damaged = False
     for step in reversed(steps):
         where = checkpoints.where(step)
         try:
-            return parse_state(unseal(checkpoints.state(step), where), where)
+            return parse_state(parse_state_json(checkpoints.state(step), where), where)
         except UnfinishedCheckpointError:
             continue
         except DamagedCheckpointError:  # whoever loads will say so

@@ -61,7 +61,7 @@ def with_stream(
     )
 
 
-def check_same_store(
+def check_store_identity(
     saved: dict[str, Any], now: dict[str, Any], *, aligned: bool, where: object
 ) -> None:
     """Raises ``UserError`` where a checkpoint was trained on another store than this; once the

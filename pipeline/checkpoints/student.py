@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoints.local import newest_checkpoint
+from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.reference_format import student_from_file
 from pipeline.checkpoints.state import CheckpointState, load_weights, read_state
 from pipeline.models import SiT, make_student
@@ -15,7 +15,7 @@ from schemas.store import AutoencoderInfo
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedStudent:
     """A student, and what is needed to draw from it."""
 
     student: SiT
@@ -26,7 +26,9 @@ class Trained:
     """Of the training; None where a .pt file does not say."""
 
 
-def open_trained(checkpoint: Path, weights: str = "ema", model: str | None = None) -> Trained:
+def load_trained_student(
+    checkpoint: Path, weights: str = "ema", model: str | None = None
+) -> LoadedStudent:
     """A run's folder or one checkpoint's; or a file of the SiT, REPA or HASTE repositories, of
     which only the asker knows that it is a ``model``. Raises ``UserError``."""
     if is_weights_file(checkpoint):
@@ -36,19 +38,19 @@ def open_trained(checkpoint: Path, weights: str = "ema", model: str | None = Non
                 "--model SiT-XL/2"
             )
         student = student_from_file(checkpoint, model, weights)
-        return Trained(student.requires_grad_(False).eval(), "linear", None, None)
+        return LoadedStudent(student.requires_grad_(False).eval(), "linear", None, None)
     if model is not None:
         raise UserError(
             f"--model is for a .pt file; --checkpoint '{checkpoint}' is a folder that says what "
             "it holds"
         )
     student, state = load_student(checkpoint, weights)
-    return Trained(student, state.config.diffusion.path, state.autoencoder, state.step)
+    return LoadedStudent(student, state.config.diffusion.path, state.autoencoder, state.step)
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:
     """The student of a checkpoint, or of a run's newest one, and the checkpoint's state."""
-    newest = newest_checkpoint(folder)
+    newest = latest_checkpoint(folder)
     if newest is None:
         raise UserError(f"--checkpoint '{folder}' holds no checkpoint")
     state = read_state(newest)

@@ -12,7 +12,7 @@ from pipeline.convert.streams import OF_LAYERS, StreamPlan
 from pipeline.store.codecs import column_arrays, decode_column
 from pipeline.targets.cuts import cut_values, encode_values, later_cut_values
 from pipeline.teachers import Teacher
-from pipeline.teachers.attention_tap import attention_logits
+from pipeline.teachers.attention_tap import qk_logits
 from schemas.store import TeacherStream
 
 Arrays = Mapping[str, np.ndarray]
@@ -49,7 +49,7 @@ class Recoded:
                 }
             elif name == "attention" and name not in self.plan.before.columns:
                 query, key = self._decode("query", arrays), self._decode("key", arrays)
-                values[name] = torch.softmax(attention_logits(query, key), dim=-1)
+                values[name] = torch.softmax(qk_logits(query, key), dim=-1)
             else:
                 values[name] = self._decode(name, arrays)
         columns = {name: self.plan.after.columns[name] for name in values}

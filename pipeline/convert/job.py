@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipeline.convert.compatibility import check_places
 from pipeline.convert.converters import open_converter
-from pipeline.convert.provenance import made_here
+from pipeline.convert.provenance import computed_stream
 from pipeline.convert.shard import Group, convert_shard
 from pipeline.convert.streams import StreamPlan, plan_streams
 from pipeline.storage.files import absolute_url, exists
@@ -92,7 +92,7 @@ def _manifest(
     """The target's, but for tails that are cut anew. Skipped images are listed when it is
     complete."""
     format = config.format or before.format
-    streams = {plan.name: made_here(plan, device, format) for plan in plans}
+    streams = {plan.name: computed_stream(plan, device, format) for plan in plans}
     return before.model_copy(update={"format": format, "streams": streams, "skipped": ()})
 
 

@@ -13,7 +13,7 @@ from schemas.store import ComputeInfo, LatentsStream, Origin, TeacherStream
 VERSIONED = ("torch", "timm", "numpy", "numcodecs")
 
 
-def made_here(
+def computed_stream(
     plan: StreamPlan, device: torch.device, format: Format
 ) -> LatentsStream | TeacherStream:
     """The stream after a conversion on this machine, but for its tail.

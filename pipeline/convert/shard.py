@@ -33,7 +33,7 @@ class Group:
         return max(sizes, default=COPIED_AT_ONCE)
 
 
-class StoppedError(Exception):
+class CancelledError(Exception):
     """Another shard has failed, or the user has interrupted."""
 
 
@@ -49,7 +49,7 @@ def convert_shard(
 
     Batches are cut by position in the shard, so that who converts it does not matter. Raises
     ``UserError`` where the source is damaged, a number cannot be stored or storage fails, and
-    ``StoppedError`` soon after ``stop`` is set.
+    ``CancelledError`` soon after ``stop`` is set.
     """
     record = source.record(shard, group.plans[0].source)
     readers = {plan.name: StreamReader(source, plan.source, cache_files=1) for plan in group.plans}
@@ -58,7 +58,7 @@ def convert_shard(
         with ShardWriter(target.url, target.manifest, shard, added=group.added) as writer:
             for start in range(0, record.samples, group.batch_size):
                 if stop.is_set():
-                    raise StoppedError
+                    raise CancelledError
                 keys = record.keys[start : start + group.batch_size]
                 rows = np.arange(start, start + len(keys))
                 shards = np.full_like(rows, shard)

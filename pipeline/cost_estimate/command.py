@@ -96,7 +96,7 @@ def make_plan(
     device, here = _devices(config, run, options, drafts)
     demand = _demand(config, run, options, images, device)
     totals = work(drafts, run)
-    ways = possible_ways(config, drafts.geometry)
+    ways = candidate_layouts(config, drafts.geometry)
     if existing is not None:
         ways.insert(0, existing)
     return Plan(
@@ -111,7 +111,7 @@ def make_plan(
     )
 
 
-def possible_ways(config: ExtractConfig, geometry: Geometry) -> list[Stored]:
+def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[Stored]:
     """Every cut in the chosen codecs, which are the candidates, and in others for comparison."""
     latents = latent_bytes(geometry)
     ways = []

@@ -11,7 +11,7 @@ import re
 from typing import get_args
 
 from pipeline.cost_estimate.meta_models import Geometry
-from pipeline.store.arrays import Part, stream_parts
+from pipeline.store.arrays import StoredArray, stream_parts
 from pipeline.targets.cuts import cut_columns
 from schemas.codecs import CodecName, CodecSet
 from schemas.extract import Cut
@@ -81,7 +81,7 @@ def _stream_bytes(columns: dict[str, Column]) -> int:
     return total
 
 
-def _member(part: Part, size: float) -> int:
+def _member(part: StoredArray, size: float) -> int:
     """A tar member: header, .npy header, data, padding."""
     data = 3 if part.is_class else NPY_HEADER + round(size)
     return TAR_BLOCK * (1 - -data // TAR_BLOCK)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pipeline.datasets.digits import list_digits, read_digit
-from pipeline.datasets.folder import list_folder
+from pipeline.datasets.folder import list_class_folders
 from pipeline.datasets.imagenet import list_imagenet
 from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.listing_check import check_listing
 from pipeline.datasets.reader import FileReader, Reader
 from pipeline.datasets.repa import list_repa
 from pipeline.datasets.tar_shards import list_tars
-from pipeline.storage.files import without_credentials
+from pipeline.storage.files import redact
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 
@@ -26,12 +26,12 @@ def list_images(config: ExtractConfig) -> Listing:
         if config.dataset == "imagenet":
             listing = list_imagenet(source, config.synsets)
         elif config.dataset == "folder":
-            listing = list_folder(source)
+            listing = list_class_folders(source)
         elif config.dataset == "repa":
             listing = list_repa(source)
         else:
             listing = list_tars(source)
-        check_listing(listing, without_credentials(source))
+        check_listing(listing, redact(source))
     return listing.shuffled(config.order_seed)
 
 

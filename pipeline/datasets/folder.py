@@ -7,18 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeline.datasets.listing import ImageItem, Listing
-from pipeline.storage.files import is_local, list_tree, open_url, without_credentials
+from pipeline.storage.files import is_local, list_tree, open_url, redact
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError
 
 
-def list_folder(source: str) -> Listing:
+def list_class_folders(source: str) -> Listing:
     """``source/CLASS/**/FILE``; the label is the rank of CLASS among the sorted class folders."""
     paths = [path for path in list_files(source) if "/" in path]
     if not paths:
-        raise UserError(
-            f"--source '{without_credentials(source)}' holds no images: expected CLASS/FILE"
-        )
+        raise UserError(f"--source '{redact(source)}' holds no images: expected CLASS/FILE")
     classes = sorted({path.split("/", 1)[0] for path in paths})
     rank = {name: i for i, name in enumerate(classes)}
     labels = [rank[path.split("/", 1)[0]] for path in paths]
@@ -38,7 +36,7 @@ def list_files(source: str, below: str = "") -> list[str]:
         found = [folder] if alone else list(list_tree(filesystem, folder))
     except Exception as error:  # fsspec backends raise their own types beside StorageError
         reason = " ".join(without_secrets(str(error), source).split()) or type(error).__name__
-        raise UserError(f"--source '{without_credentials(source)}': {reason}") from None
+        raise UserError(f"--source '{redact(source)}': {reason}") from None
     relative = (str(path)[len(root) :].lstrip("/") for path in found)
     return sorted(
         path for path in relative if not any(part.startswith(".") for part in path.split("/"))

@@ -6,7 +6,7 @@ import re
 
 from pipeline.datasets.folder import list_files, make_items
 from pipeline.datasets.listing import Listing
-from pipeline.storage.files import exists, open_url, read_bytes, without_credentials
+from pipeline.storage.files import exists, open_url, read_bytes, redact
 from schemas.errors import UserError
 
 WNID = re.compile(r"n\d{8}")
@@ -18,7 +18,7 @@ def list_imagenet(source: str, synsets: str | None) -> Listing:
 
     ``synsets`` (a file of WNIDs) fixes the ranks, also of classes that the source lacks.
     """
-    shown, named = without_credentials(source), without_credentials(synsets or "")
+    shown, named = redact(source), redact(synsets or "")
     folder = _train_folder(source)
     paths = [path for path in list_files(source, folder) if WNID.fullmatch(_wnid(path, folder))]
     if not paths:
@@ -44,15 +44,13 @@ def read_synsets(file: str) -> list[str]:
     try:
         text = read_bytes(filesystem, path).decode()
     except FileNotFoundError:
-        raise UserError(f"--synsets '{without_credentials(file)}': there is no such file") from None
+        raise UserError(f"--synsets '{redact(file)}': there is no such file") from None
     except UnicodeDecodeError:
-        raise UserError(f"--synsets '{without_credentials(file)}': is not a text file") from None
+        raise UserError(f"--synsets '{redact(file)}': is not a text file") from None
     words = [line.split()[0] for line in text.splitlines() if line.strip()]
     for number, word in enumerate(words, start=1):
         if not WNID.fullmatch(word):
-            raise UserError(
-                f"--synsets '{without_credentials(file)}', line {number}: '{word}' is not a WNID"
-            )
+            raise UserError(f"--synsets '{redact(file)}', line {number}: '{word}' is not a WNID")
     return sorted(set(words))
 
 

@@ -7,9 +7,9 @@ import unicodedata
 
 from pipeline.datasets.listing import Listing
 from schemas.errors import UserError, plain_text
-from schemas.fields import MOST_CLASSES
+from schemas.fields import MAX_CLASSES
 
-MOST_KEY_BYTES = 1024
+MAX_KEY_BYTES = 1024
 """In UTF-8; object stores have the same bound on a whole name."""
 UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Controls, bytes that were no UTF-8, ends of lines. (``str.isprintable`` also minds the narrow
@@ -22,18 +22,17 @@ def check_listing(listing: Listing, shown: str) -> None:
     seen: set[str] = set()
     for item in listing.items:
         problem = _problem(item.key)
-        if problem is None and item.label >= MOST_CLASSES:
-            problem = f"is of class {item.label}; the largest is {MOST_CLASSES - 1}"
+        if problem is None and item.label >= MAX_CLASSES:
+            problem = f"is of class {item.label}; the largest is {MAX_CLASSES - 1}"
         if problem is None and item.key in seen:
             problem = "has a key that another one has, too"
         if problem is not None:
             where = plain_text(f"{shown}/{item.path}".rstrip("/"))
             raise UserError(f"{where}: sample '{short_name(item.key)}' {problem}")
         seen.add(item.key)
-    if listing.num_classes > MOST_CLASSES:
+    if listing.num_classes > MAX_CLASSES:
         raise UserError(
-            f"--source '{shown}' has {listing.num_classes} classes; a store has up to "
-            f"{MOST_CLASSES}"
+            f"--source '{shown}' has {listing.num_classes} classes; a store has up to {MAX_CLASSES}"
         )
 
 
@@ -46,8 +45,8 @@ def short_name(name: str) -> str:
 def _problem(key: str) -> str | None:
     if not key.isprintable() and any(unicodedata.category(c) in UNPRINTABLE for c in key):
         return "has a name with control characters or one that is not UTF-8"
-    if len(key.encode()) > MOST_KEY_BYTES:
-        return f"has a name of more than {MOST_KEY_BYTES} bytes"
+    if len(key.encode()) > MAX_KEY_BYTES:
+        return f"has a name of more than {MAX_KEY_BYTES} bytes"
     if not key or key.startswith("/") or ".." in key.split("/"):
         return "has a name that leads out of its folder"
     return None

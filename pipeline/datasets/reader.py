@@ -16,7 +16,7 @@ Reader = Callable[[ImageItem], bytes]
 UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
 """What is wrong with one file; any other ``OSError`` is the storage's."""
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 """Of one encoded image: what the most pixels that Pillow decodes take up, uncompressed. Threads
 hold several at a time."""
 
@@ -28,18 +28,18 @@ class FileReader:
         self.filesystem, self.root = open_url(source, what="--source")
 
     def __call__(self, item: ImageItem) -> bytes:
-        """The encoded image. Raises ``BadImageError`` where it has more than ``MOST_BYTES`` or lies
+        """The encoded image. Raises ``BadImageError`` where it has more than ``MAX_BYTES`` or lies
         in what is no file, ``OSError`` where the file cannot be read, ``StorageError`` where
         storage stays away."""
         path = f"{self.root}/{item.path}".rstrip("/")
-        if item.length is not None and item.length > MOST_BYTES:
+        if item.length is not None and item.length > MAX_BYTES:
             raise _too_large(item.length)
         if is_local(self.filesystem):  # where a file's own trouble is told from the disk's
             return _read_local(path, item)
-        length = MOST_BYTES + 1 if item.length is None else item.length
+        length = MAX_BYTES + 1 if item.length is None else item.length
         ranges = [(item.offset, item.offset + length)]
         (part,) = read_ranges(self.filesystem, path, ranges)
-        if len(part) > MOST_BYTES:
+        if len(part) > MAX_BYTES:
             raise _too_large(file_size(self.filesystem, path))
         return part
 
@@ -53,10 +53,10 @@ def _read_local(path: str, item: ImageItem) -> bytes:
         if item.length is not None:
             return read_range(descriptor, item.offset, item.offset + item.length)
         size = os.fstat(descriptor).st_size
-        if size > MOST_BYTES:
+        if size > MAX_BYTES:
             raise _too_large(size)
         return read_range(descriptor, item.offset, size)
 
 
 def _too_large(size: int) -> BadImageError:
-    return BadImageError(f"has {size} bytes; the limit is {MOST_BYTES}")
+    return BadImageError(f"has {size} bytes; the limit is {MAX_BYTES}")

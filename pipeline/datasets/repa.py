@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 
 from pipeline.datasets.listing import ImageItem, Listing
-from pipeline.storage.files import file_size, open_url, read_bytes, read_ranges, without_credentials
+from pipeline.storage.files import file_size, open_url, read_bytes, read_ranges, redact
 from pipeline.text import short_value
 from schemas.errors import UserError
 
@@ -27,7 +27,7 @@ HEAD_BYTES = 1 << 12
 def list_repa(source: str) -> Listing:
     """Every latent of vae-sd/dataset.json with the image of its number; the key is the image's path
     without images/ and suffix. Raises ``UserError``, also where storage stays away."""
-    shown = without_credentials(source)
+    shown = redact(source)
     labels = _read_labels(source, "vae-sd")
     if not labels:
         raise UserError(
@@ -63,7 +63,7 @@ def first_latents(source: str) -> Iterator[ImageItem]:
     try:
         (head,) = read_ranges(filesystem, path, [(0, HEAD_BYTES)])
     except FileNotFoundError:
-        where = f"{without_credentials(source)}/vae-sd/dataset.json"
+        where = f"{redact(source)}/vae-sd/dataset.json"
         raise UserError(f"{where}: there is no such file") from None
     for match in LATENT.finditer(head.decode(errors="replace")):
         key = f"{match[1]}/img{match[2]}"
@@ -72,7 +72,7 @@ def first_latents(source: str) -> Iterator[ImageItem]:
 
 def _read_labels(source: str, folder: str) -> dict[str, int] | None:
     """Name to label; None where the folder has no dataset.json. Raises ``UserError``."""
-    where = f"{without_credentials(source)}/{folder}/dataset.json"
+    where = f"{redact(source)}/{folder}/dataset.json"
     filesystem, root = open_url(source, what="--source")
     path = f"{root}/{folder}/dataset.json"
     try:

@@ -12,7 +12,7 @@ from pipeline.datasets.crop import BadImageError
 MAX_HEADER_BYTES = 16_384
 MAX_BYTES = 1 << 26
 """Of one file: 16 channels at 512 x 512, mean and std in float32, take half of it."""
-LARGEST = float(np.finfo(np.float16).max)  # latents are stored in float16
+MAX_LATENT = float(np.finfo(np.float16).max)  # latents are stored in float16
 
 
 def parse_moments(data: bytes) -> np.ndarray:
@@ -44,8 +44,8 @@ def parse_moments(data: bytes) -> np.ndarray:
         raise BadImageError(f"holds {found} bytes of numbers, its header promises {promised}")
     flat = np.frombuffer(data, dtype, offset=stream.tell())
     moments = flat.reshape(shape, order="F" if fortran else "C").astype(np.float32, order="C")
-    if not (np.abs(moments) <= LARGEST).all():  # false for NaN too
-        raise BadImageError(f"a value is not finite or above {LARGEST:g}, float16's largest")
+    if not (np.abs(moments) <= MAX_LATENT).all():  # false for NaN too
+        raise BadImageError(f"a value is not finite or above {MAX_LATENT:g}, float16's largest")
     if (moments[shape[0] // 2 :] < 0).any():
         raise BadImageError(
             "the second half of its channels is negative: no standard deviations (log variances?)"

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pipeline.datasets.folder import escape_dots, list_files
 from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.listing_check import short_name
-from pipeline.storage.files import is_local, open_url, retrying, without_credentials
+from pipeline.storage.files import is_local, open_url, redact, retrying
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm", "bmp"})
 
-MOST_DIGITS = 32
+MAX_DIGITS = 32
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Member:
 
 def list_tars(source: str) -> Listing:
     """Every sample of every ``*.tar`` below ``source`` (or of the one tar that it names)."""
-    shown = without_credentials(source)
+    shown = redact(source)
     paths = [path for path in list_files(source) if path.endswith(".tar") or path == ""]
     if not paths:
         raise UserError(f"--source '{shown}' holds no .tar files")
@@ -52,7 +52,7 @@ def _scan(source: str, path: str) -> dict[str, _Member]:
     """Offsets and labels of one tar: headers and .cls members are read, images are not."""
     filesystem, root = open_url(source, what="--source")
     whole = f"{root}/{path}".rstrip("/")
-    where = f"{without_credentials(source)}/{path}".rstrip("/")
+    where = f"{redact(source)}/{path}".rstrip("/")
 
     if is_local(filesystem) and not os.path.isfile(whole):  # a pipe would wait for ever
         raise UserError(f"{where}: cannot read this tar (it is no file)")
@@ -97,7 +97,7 @@ def _members(tar: tarfile.TarFile, where: str) -> dict[str, _Member]:
 
 def _label(tar: tarfile.TarFile, info: tarfile.TarInfo, where: str) -> int:
     handle = tar.extractfile(info)
-    text = handle.read(MOST_DIGITS + 1) if handle else b""
-    if not text.strip().isdigit() or len(text) > MOST_DIGITS:
+    text = handle.read(MAX_DIGITS + 1) if handle else b""
+    if not text.strip().isdigit() or len(text) > MAX_DIGITS:
         raise UserError(f"{where}: {short_name(info.name)} is not a class number")
     return int(text)

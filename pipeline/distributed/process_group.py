@@ -18,7 +18,7 @@ BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "b
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ProcessGroup:
     """Rank and device of this worker; the process group is torch's default one."""
 
     rank: int = 0
@@ -26,7 +26,7 @@ class Parallel:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -39,7 +39,7 @@ class Parallel:
             module, device_ids=ids, gradient_as_bucket_view=True, **options
         )
 
-    def averaging(self, wrapped: nn.Module, *, on: bool) -> AbstractContextManager[None]:
+    def no_sync(self, wrapped: nn.Module, *, on: bool) -> AbstractContextManager[None]:
         """Whether a backward pass of the wrapped module averages gradients over the workers, or
         only adds to this worker's own."""
         if on or not isinstance(wrapped, DistributedDataParallel):
@@ -56,23 +56,23 @@ class Parallel:
         return values
 
     def gather(self, values: Tensor) -> list[list[float]]:
-        """The numbers of a vector as each rank has them, exactly; see ``share_of``."""
+        """The numbers of a vector as each rank has them, exactly; see ``scatter_saved``."""
         table = torch.zeros(self.world_size, len(values), dtype=torch.float64, device=self.device)
         table[self.rank] = values.to(self.device, torch.float64)
         rows: list[list[float]] = self.sum(table).tolist()
         return rows
 
-    def share_of(self, rows: list[list[float]]) -> list[float]:
+    def scatter_saved(self, rows: list[list[float]]) -> list[float]:
         """What this rank takes up of ``gather``'s numbers, so that sums over the ranks are what
         they were: its own, or where the ranks are not as many, the first one takes all."""
         if len(rows) == self.world_size:
             return rows[self.rank]
         total = [sum(column) for column in zip(*rows, strict=True)]
-        return total if self.is_first else [0.0] * len(total)
+        return total if self.is_main else [0.0] * len(total)
 
-    def from_first(self, value: int) -> int:
+    def broadcast_int(self, value: int) -> int:
         """The first rank's ``value``, on every rank."""
-        mine = value if self.is_first else 0
+        mine = value if self.is_main else 0
         return self.sum_counts({"value": mine})["value"]
 
     def union(self, numbers: set[int]) -> set[int]:

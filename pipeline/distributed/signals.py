@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 
-class Wish(IntEnum):
+class StopRequest(IntEnum):
     """What somebody outside of the run asks for."""
 
     GO_ON = 0
@@ -21,12 +21,12 @@ class Wish(IntEnum):
     """Write a checkpoint at the next step boundary and end."""
 
 
-Ask = Callable[[], Wish]
+PollRequest = Callable[[], StopRequest]
 """Called at every step boundary, and now and then within long pauses; must not wait."""
 
 
-def nothing_asked() -> Wish:
-    return Wish.GO_ON
+def no_request() -> StopRequest:
+    return StopRequest.GO_ON
 
 
 class StopSignals:
@@ -52,8 +52,8 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __call__(self) -> Wish:
-        return Wish.GO_ON if self.received is None else Wish.STOP
+    def __call__(self) -> StopRequest:
+        return StopRequest.GO_ON if self.received is None else StopRequest.STOP
 
     @property
     def exit_code(self) -> int:

@@ -11,7 +11,7 @@ from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.evaluate.images.sources import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measured, measure
 from pipeline.evaluate.metrics import compare
-from pipeline.evaluate.record import Origin, recorded
+from pipeline.evaluate.record import SampleOrigin, recorded
 from pipeline.evaluate.reference_statistics import (
     INCEPTION,
     has_points,
@@ -20,7 +20,7 @@ from pipeline.evaluate.reference_statistics import (
     save_statistics,
 )
 from pipeline.runs.evaluations import check_run, record_evaluation
-from pipeline.storage.files import without_credentials
+from pipeline.storage.files import redact
 from pipeline.storage.npz import Archive
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
@@ -55,7 +55,7 @@ def evaluate(
     reference = _reference(config, place, network, dinov2, device)
     if config.save_reference is not None:
         save_statistics(config.save_reference, reference, network, dinov2)
-        _say(f"statistics written to {without_credentials(config.save_reference)}")
+        _say(f"statistics written to {redact(config.save_reference)}")
     if samples is None:
         return None
     measured = _measure(config, samples, "--samples", network, dinov2)
@@ -181,7 +181,7 @@ def _reference(
     return found
 
 
-def _origin(config: EvaluateConfig, about: SampleAbout | None) -> Origin:
+def _origin(config: EvaluateConfig, about: SampleAbout | None) -> SampleOrigin:
     """For the row of ``--record``: as samples say, else the options."""
     step, weights = config.step, config.weights
     if about is not None:
@@ -197,7 +197,7 @@ def _origin(config: EvaluateConfig, about: SampleAbout | None) -> Origin:
         raise UserError(
             "--record needs the step that the samples are of, which they do not say: give --step N"
         )
-    return Origin(
+    return SampleOrigin(
         step=step,
         weights=weights or WEIGHTS,
         weights_sha256=None if about is None else about.weights_sha256,

@@ -48,7 +48,7 @@ def measure(
 ) -> Measured:
     """Run the networks over ``images``, ``manifold`` of whose features are kept (on disk). Memory
     does not grow with their number. Raises ``UserError``."""
-    spool = Spool(images.count, manifold)
+    spool = FeatureBuffer(images.count, manifold)
     moments: FeatureStatistics | None = None
     spatial: FeatureStatistics | None = None
     of_dinov2: FeatureStatistics | None = None
@@ -98,7 +98,7 @@ def _add(statistics: FeatureStatistics | None, features: torch.Tensor) -> Featur
     return statistics
 
 
-class Spool:
+class FeatureBuffer:
     """Float32 rows in a temporary file, which is gone with the object."""
 
     def __init__(self, count: int, limit: int) -> None:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pipeline.evaluate.features.base import Network
 from pipeline.evaluate.frechet import Moments
 from pipeline.hashing import sha256_of_arrays
-from pipeline.storage.files import without_credentials
+from pipeline.storage.files import redact
 from schemas.evaluate import Evaluation, NetworkIdentity, RecordedEvaluation
 from schemas.fields import DIGEST, text_or_digest
 from schemas.sample import Sampling, Weights
 
 
 @dataclass(frozen=True)
-class Origin:
+class SampleOrigin:
     """Where samples come from."""
 
     step: int
@@ -29,7 +29,7 @@ class Origin:
 
 
 def recorded(
-    numbers: Evaluation, origin: Origin, network: Network, reference: Moments, place: str
+    numbers: Evaluation, origin: SampleOrigin, network: Network, reference: Moments, place: str
 ) -> RecordedEvaluation:
     """The row of ``numbers``, of samples against the ``reference`` at ``place``."""
     decoder = origin.decoder
@@ -39,10 +39,10 @@ def recorded(
         weights=origin.weights,
         weights_sha256=None if origin.weights_sha256 is None else origin.weights_sha256[:DIGEST],
         network_identity=_identity(network),
-        reference=without_credentials(place),
+        reference=redact(place),
         reference_sha256=digest_of(reference),
         sampling=origin.sampling,
-        decoder=None if decoder is None else without_credentials(decoder),
+        decoder=None if decoder is None else redact(decoder),
     )
 
 

@@ -19,7 +19,7 @@ from pipeline.evaluate.features.base import Network
 from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.evaluate.frechet import Moments
 from pipeline.evaluate.images.sources import IMAGES
-from pipeline.evaluate.measure import Measured, Spool
+from pipeline.evaluate.measure import FeatureBuffer, Measured
 from pipeline.storage.files import open_url, publish
 from pipeline.storage.npz import ABOUT, Archive, read_about
 from schemas.errors import UserError
@@ -29,8 +29,8 @@ INCEPTION = "inception-v3"
 SPATIAL, DINOV2 = "_s", "_dinov2"
 """Ends of the names of other moments than the network's own."""
 FEATURES = "features"
-WIDEST = 1 << 13
-MOST_FEATURES = 1 << 20
+MAX_WIDTH = 1 << 13
+MAX_FEATURES = 1 << 20
 
 
 def has_statistics(archive: Archive) -> bool:
@@ -134,12 +134,12 @@ def _moments(archive: Archive, end: str) -> Moments:
     (width,) = (archive.header(names[0]).shape or (0,))[:1]
     shapes = [archive.header(name).shape for name in names]
     kinds = {archive.header(name).dtype.kind for name in names}
-    if kinds != {"f"} or shapes != [(width,), (width, width)] or not 0 < width <= WIDEST:
+    if kinds != {"f"} or shapes != [(width,), (width, width)] or not 0 < width <= MAX_WIDTH:
         raise UserError(
             f"{archive.where}: '{names[0]}' and '{names[1]}' are no mean (D,) and covariance "
             f"(D, D): they have shapes {shapes[0]} and {shapes[1]}"
         )
-    arrays = [archive.array(name, 8 * WIDEST * WIDEST) for name in names]
+    arrays = [archive.array(name, 8 * MAX_WIDTH * MAX_WIDTH) for name in names]
     mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays)
     if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
         raise UserError(f"{archive.where}: '{names[0]}' or '{names[1]}' is not finite")
@@ -150,11 +150,11 @@ def _features(archive: Archive, width: int, manifold: int) -> np.ndarray | None:
     if FEATURES not in archive:
         return None
     shape, dtype, _ = archive.header(FEATURES)
-    if dtype != np.float32 or len(shape) != 2 or shape[1] != width or shape[0] > MOST_FEATURES:
+    if dtype != np.float32 or len(shape) != 2 or shape[1] != width or shape[0] > MAX_FEATURES:
         raise UserError(
             f"{archive.where}: '{FEATURES}' is {dtype} {shape}; expected float32 (N, {width})"
         )
-    spool = Spool(shape[0], manifold)
+    spool = FeatureBuffer(shape[0], manifold)
     for block in archive.blocks(FEATURES, 1024):
         if not np.isfinite(block).all():
             raise UserError(f"{archive.where}: '{FEATURES}' is not finite")

@@ -97,13 +97,13 @@ class Encoder:
         bad: list[SkippedImage] = []
         with (
             ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer,
-            Behind(BATCHES_BEHIND) as behind,
+            BackgroundWriter(BATCHES_BEHIND) as behind,
         ):
             for items, images, moments in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # only to find the others
                 try:
-                    arrays = self._brought_back(self._encode(manifest, images, moments))
+                    arrays = self._copy_to_host(self._encode(manifest, images, moments))
                 except NotFiniteError as error:
                     item = items[error.rows[0]]
                     raise UserError(
@@ -134,7 +134,7 @@ class Encoder:
         arrays[name] = encode_values(manifest.streams[name].columns, values)
         return arrays
 
-    def _brought_back(self, tensors: dict[str, dict[str, Tensor]]) -> Callable[[], Arrays]:
+    def _copy_to_host(self, tensors: dict[str, dict[str, Tensor]]) -> Callable[[], Arrays]:
         """What waits for copies from the device, which are under way while the networks compute the
         next batch."""
         copied = None
@@ -216,7 +216,7 @@ def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Array
             raise UserError(f"shard {writer.shard}: {error}") from None
 
 
-class Behind:
+class BackgroundWriter:
     """A thread that does calls in the order in which they come, ``limit`` of them waiting at most.
 
     A context; leaving it waits for the call under way and forgets those behind it.
@@ -227,7 +227,7 @@ class Behind:
         self._waiting: deque[Future[Any]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
 
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,7 +18,7 @@ from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.reader import UNREADABLE
 from pipeline.datasets.repa import first_latents
 from pipeline.datasets.stored_latents import MAX_BYTES, MAX_HEADER_BYTES, parse_moments
-from pipeline.storage.files import without_credentials
+from pipeline.storage.files import redact
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import AutoencoderInfo
@@ -103,7 +103,7 @@ class StoredLatents:
     def _first_shape(self, source: str) -> tuple[int, ...]:
         """That of the first latent that can be read: damaged ones are not this function's to
         report."""
-        shown = without_credentials(source)
+        shown = redact(source)
         problem = f"--source '{shown}': vae-sd/dataset.json does not begin with names of latents"
         for item in first_latents(source):
             try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.datasets import ImageItem, Listing
-from pipeline.storage.files import absolute_url, without_credentials
+from pipeline.storage.files import absolute_url, redact
 from pipeline.targets.cuts import cut_columns
 from schemas.extract import ExtractConfig
 from schemas.store import (
@@ -64,7 +64,7 @@ def make_manifest(config: ExtractConfig, listing: Listing, about: Description) -
         columns={"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
         compute=about.compute,
     )
-    source = None if config.source is None else without_credentials(absolute_url(config.source))
+    source = None if config.source is None else redact(absolute_url(config.source))
     return Manifest(
         version=STORE_VERSION,
         format=config.format,

@@ -12,7 +12,7 @@ from schemas.errors import UserError
 from schemas.store import CommitRecord, StoreIndex
 
 
-def misfits(store: Store, record: CommitRecord) -> list[tuple[str | None, str]]:
+def record_problems(store: Store, record: CommitRecord) -> list[tuple[str | None, str]]:
     """(stream, problem) where a valid record does not describe what the manifest promises."""
     manifest, shard = store.manifest, record.shard
     planned = min(manifest.shard_size, manifest.dataset.samples - shard * manifest.shard_size)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import AlignedStudent
+from pipeline.alignment.losses import Targets
 from pipeline.inspect.source_images import Originals
 from pipeline.inspect.summary import StoreSummary
 from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
-from pipeline.targets.sources import Targets, Wanted, open_targets
+from pipeline.targets.sources import Wanted, open_targets
 from pipeline.teachers import Teacher
 from pipeline.teachers.manifest_check import declared_config, draft_declared
 from pipeline.text import describe_bytes

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.datasets import list_images, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
-from pipeline.storage.files import absolute_url, without_credentials
+from pipeline.storage.files import absolute_url, redact
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -43,7 +43,7 @@ class Originals:
         )
         self._items = {item.key: item for item in list_images(config).items}
         self._read = open_reader(config)
-        self._shown = without_credentials(place or "its package")
+        self._shown = redact(place or "its package")
 
     def __call__(self, shards: Sequence[int], rows: Sequence[int]) -> np.ndarray:
         """uint8 (B, R, R, 3). Raises ``UserError`` naming an image that is not there any more."""

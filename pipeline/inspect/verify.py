@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from pipeline.inspect.consistency import check_index, misfits, read_index
+from pipeline.inspect.consistency import check_index, read_index, record_problems
 from pipeline.inspect.file_check import Damage, check_file
 from pipeline.storage.files import read_at_most
 from pipeline.store import Store
@@ -19,7 +19,7 @@ from pipeline.store.layout import INDEX, MANIFEST, commit_path
 from schemas.errors import UserError
 from schemas.store import StreamFile
 
-MOST_METADATA = 1 << 20
+MAX_METADATA = 1 << 20
 """Bytes of a zarr.json; an honest one has 2 kB."""
 SHOWN = 100
 """Lines of damage on the page; the JSON form lists all."""
@@ -98,7 +98,9 @@ class _Walk:
             return Verification(damaged=[Damage(problem, path, added, shard)])
         found = Verification(
             sizes={name: sum(f.bytes for f in files) for name, files in record.streams.items()},
-            damaged=[Damage(p, path, name, shard) for name, p in misfits(self.store, record)],
+            damaged=[
+                Damage(p, path, name, shard) for name, p in record_problems(self.store, record)
+            ],
         )
         if added is None:
             found.samples[shard] = record.samples
@@ -126,7 +128,7 @@ class _Walk:
         for path, expected in self.store.zarr_metadata().items():
             try:
                 held = read_at_most(
-                    self.store.filesystem, f"{self.store.root}/{path}", MOST_METADATA
+                    self.store.filesystem, f"{self.store.root}/{path}", MAX_METADATA
                 )
                 values = json.loads(held)
                 promised = json.loads(expected)

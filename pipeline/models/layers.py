@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.taps import Attended
+from pipeline.models.taps import QueriesKeys
 
 
 class Attention(nn.Module):
@@ -23,7 +23,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, tapped_heads: int = 0) -> tuple[Tensor, Attended | None]:
+    def forward(self, x_BND: Tensor, tapped_heads: int = 0) -> tuple[Tensor, QueriesKeys | None]:
         """Output (B, N, D), and queries and keys of the first ``tapped_heads`` where asked for.
 
         The output never depends on explicit logits: it comes from the fused kernel.
@@ -39,9 +39,9 @@ def split_heads(qkv_BNE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def first_heads(q_BHNd: Tensor, k_BHNd: Tensor, heads: int) -> Attended | None:
+def first_heads(q_BHNd: Tensor, k_BHNd: Tensor, heads: int) -> QueriesKeys | None:
     """The operands of the first ``heads`` heads; None for 0."""
-    return Attended(q_BHNd[:, :heads], k_BHNd[:, :heads]) if heads else None
+    return QueriesKeys(q_BHNd[:, :heads], k_BHNd[:, :heads]) if heads else None
 
 
 class Mlp(nn.Module):

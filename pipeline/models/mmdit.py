@@ -23,7 +23,7 @@ from pipeline.models.layers import (
     split_heads,
     unpatchify,
 )
-from pipeline.models.taps import Attended, StudentOutput, Taps
+from pipeline.models.taps import QueriesKeys, StudentOutput, Taps
 from schemas.mmdit import MMDiTConfig
 
 NO_TAPS = Taps()
@@ -81,12 +81,14 @@ class JointBlock(nn.Module):
         """After the ``last`` block nobody reads the text: it gives keys and values, and ends."""
         super().__init__()
         self.heads = heads
-        self.context_block: Stream | KeyStream = KeyStream(width) if last else Stream(width)
-        self.x_block = Stream(width)
+        self.context_block: ModalityStream | KeyStream = (
+            KeyStream(width) if last else ModalityStream(width)
+        )
+        self.x_block = ModalityStream(width)
 
     def forward(
         self, context_BTD: Tensor, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
-    ) -> tuple[Tensor, Tensor, Attended | None]:
+    ) -> tuple[Tensor, Tensor, QueriesKeys | None]:
         """Text tokens, image tokens, and the image's queries and keys of the first
         ``tapped_heads`` where asked for."""
         text_qkv, text_rest = self.context_block.before(context_BTD, c_BD)
@@ -125,7 +127,7 @@ class KeyStream(nn.Module):
         return x_BND
 
 
-class Stream(KeyStream):
+class ModalityStream(KeyStream):
     """One modality's share of a block with adaLN-Zero conditioning."""
 
     modulations = 6

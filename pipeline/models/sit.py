@@ -19,7 +19,7 @@ from pipeline.models.layers import (
     position_table,
     unpatchify,
 )
-from pipeline.models.taps import Attended, StudentOutput, Taps
+from pipeline.models.taps import QueriesKeys, StudentOutput, Taps
 from schemas.student import StudentConfig
 
 NO_TAPS = Taps()
@@ -82,7 +82,7 @@ class Block(nn.Module):
 
     def forward(
         self, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
-    ) -> tuple[Tensor, Attended | None]:
+    ) -> tuple[Tensor, QueriesKeys | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         out, attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), tapped_heads)
         x = x_BND + gate1.unsqueeze(1) * out

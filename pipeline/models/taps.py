@@ -21,7 +21,7 @@ class Taps:
     """The first so many heads of those blocks."""
 
 
-class Attended(NamedTuple):
+class QueriesKeys(NamedTuple):
     """What a tapped block attends with. No copies: the attention's own operands."""
 
     queries: Tensor
@@ -47,7 +47,7 @@ class StudentOutput(NamedTuple):
     """(B, C, h, w) SiT's velocity; (B, 2 C, h, w) DiT's noise, then variance."""
     features: Tensor | None
     """(B, N, D) tokens that leave the block at the feature depth."""
-    attended: tuple[Attended, ...]
+    attended: tuple[QueriesKeys, ...]
     """Of each tapped block."""
 
     @property

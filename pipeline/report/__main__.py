@@ -8,7 +8,7 @@ import sys
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.report.page import write_report
-from pipeline.storage.files import without_credentials
+from pipeline.storage.files import redact
 from schemas.errors import plain_text
 from schemas.report import ReportConfig
 
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     for warning in report.warnings:
         print(f"warning: {plain_text(warning)}", file=sys.stderr)
     assert config.html is not None
-    where = without_credentials(config.html)
+    where = redact(config.html)
     runs = [
         {
             "name": label,

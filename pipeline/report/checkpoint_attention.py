@@ -12,20 +12,20 @@ from pipeline.checkpoints.integrity import STATE
 from pipeline.checkpoints.selection import checkpoint_name
 from pipeline.checkpoints.state import read_state
 from pipeline.checkpoints.student import load_student
-from pipeline.runs.reader import MOST_STATE_BYTES, Record
-from pipeline.storage.redaction import without_credentials
+from pipeline.runs.reader import MAX_STATE_BYTES, Record
+from pipeline.storage.redaction import redact
 from pipeline.store import Store
 from pipeline.text import shortened
 from pipeline.visualization.attention import draw_attention
 from schemas.errors import UserError, plain_text
 from schemas.student import StudentConfig
 
-MOST_CHECKPOINTS = 3
+MAX_CHECKPOINTS = 3
 SAMPLES = 3
-MOST_WEIGHTS = 2_000_000_000
+MAX_WEIGHTS = 2_000_000_000
 """Of a student that is built for a picture: three times SiT-XL/2's. A config can ask for any."""
-MOST_BLOCKS, MOST_TOKENS = 256, 4096
-MOST_BYTES = 64 << 30
+MAX_BLOCKS, MAX_TOKENS = 256, 4096
+MAX_BYTES = 64 << 30
 """Of a checkpoint's files, all of which are read: of so large a student, with its optimizer."""
 
 
@@ -46,19 +46,19 @@ def attention_of_kept(
     if folder is None:
         return {}, "its checkpoints are not on this machine"
     if not remote_stores and not _is_path(config.store):
-        where = shortened(without_credentials(config.store), 120)
+        where = shortened(redact(config.store), 120)
         return {}, f"its store '{where}' is not on this machine: --attention remote opens it"
     if not record.checkpoints:
         return {}, "it has kept no checkpoint yet"
     kept = record.checkpoints
-    places = np.linspace(0, len(kept) - 1, min(len(kept), MOST_CHECKPOINTS)).round().astype(int)
+    places = np.linspace(0, len(kept) - 1, min(len(kept), MAX_CHECKPOINTS)).round().astype(int)
     pictures: dict[int, bytes] = {}
     print(f"drawing the attention of {plain_text(record.url)} ...", file=sys.stderr)
     try:
         for step in (kept[place] for place in places):
             pictures[step] = _draw(record, folder / checkpoint_name(step))
     except Exception as error:  # torch and diffusers raise whatever a store or weights do to them
-        reason = plain_text(without_credentials(str(error))) or type(error).__name__
+        reason = plain_text(redact(str(error))) or type(error).__name__
         return pictures, f"it cannot be drawn of its checkpoints: {reason[:300]}"
     return pictures, None
 
@@ -86,19 +86,19 @@ def _is_path(store: str) -> bool:
 def _check_size(checkpoint: Path) -> None:
     """Raises ``UserError`` where a student, or its checkpoint, is beyond all bounds."""
     state = checkpoint / STATE
-    if state.exists() and state.stat().st_size > MOST_STATE_BYTES:
-        raise UserError(f"{checkpoint.name}/{STATE} has more than {MOST_STATE_BYTES >> 20} MiB")
+    if state.exists() and state.stat().st_size > MAX_STATE_BYTES:
+        raise UserError(f"{checkpoint.name}/{STATE} has more than {MAX_STATE_BYTES >> 20} MiB")
     student = read_state(checkpoint).config.student
     weights, tokens = _weights(student), student.grid[0] * student.grid[1]
-    if weights > MOST_WEIGHTS or student.size.depth > MOST_BLOCKS or tokens > MOST_TOKENS:
+    if weights > MAX_WEIGHTS or student.size.depth > MAX_BLOCKS or tokens > MAX_TOKENS:
         raise UserError(
             f"the student of {checkpoint.name} is too large: the report builds those of up to "
-            f"{MOST_WEIGHTS // 10**9} billion weights, {MOST_BLOCKS} blocks, {MOST_TOKENS} tokens"
+            f"{MAX_WEIGHTS // 10**9} billion weights, {MAX_BLOCKS} blocks, {MAX_TOKENS} tokens"
         )
     found = sum(path.stat().st_size for path in checkpoint.iterdir())
-    if found > MOST_BYTES:
+    if found > MAX_BYTES:
         raise UserError(
-            f"{checkpoint.name} has {found >> 30} GiB; the report reads {MOST_BYTES >> 30} at most"
+            f"{checkpoint.name} has {found >> 30} GiB; the report reads {MAX_BYTES >> 30} at most"
         )
 
 

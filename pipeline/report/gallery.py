@@ -11,15 +11,15 @@ from PIL import Image
 
 from pipeline.report.markup import Html, breakable, image, tag
 from pipeline.storage.files import read_at_most
-from pipeline.storage.redaction import without_credentials
+from pipeline.storage.redaction import redact
 from schemas.errors import UserError
 
-MOST_STEPS = 6
-MOST_FILE_BYTES = 64 << 20
-MOST_PIXELS = 64 << 20
-LONGEST_SIDE = 1400
+MAX_STEPS = 6
+MAX_FILE_BYTES = 64 << 20
+MAX_PIXELS = 64 << 20
+MAX_SIDE = 1400
 """Pixels of a picture in the page; larger ones are made smaller."""
-MOST_PNG_BYTES = 160_000
+MAX_PNG_BYTES = 160_000
 """Larger ones become JPEG."""
 
 
@@ -60,7 +60,7 @@ def gallery(
 
 
 def choose_steps(
-    steps_of: Mapping[str, Sequence[int]], most: int = MOST_STEPS
+    steps_of: Mapping[str, Sequence[int]], most: int = MAX_STEPS
 ) -> tuple[list[int], str]:
     """Steps to show, evenly chosen, with the last; and a sentence where the runs' steps differ."""
     sets = [set(steps) for steps in steps_of.values()]
@@ -75,9 +75,9 @@ def choose_steps(
 
 def load_file(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
     """A picture's bytes, up to a bound that no picture needs."""
-    data = read_at_most(filesystem, path, MOST_FILE_BYTES + 1)
-    if len(data) > MOST_FILE_BYTES:
-        raise BadPictureError(f"has more than {MOST_FILE_BYTES >> 20} MiB")
+    data = read_at_most(filesystem, path, MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise BadPictureError(f"has more than {MAX_FILE_BYTES >> 20} MiB")
     return data
 
 
@@ -87,17 +87,17 @@ def small_picture(data: bytes) -> tuple[bytes, str]:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
             width, height = opened.size
-            if width * height > MOST_PIXELS:
+            if width * height > MAX_PIXELS:
                 raise BadPictureError(f"has {width} x {height} pixels, which is too many")
             picture = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()).partition(" <_io")[0]
         raise BadPictureError(f"is no whole PNG picture: {reason or 'damaged'}") from None
-    if max(picture.size) > LONGEST_SIDE:
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    if max(picture.size) > MAX_SIDE:
+        picture.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
-    if file.tell() <= MOST_PNG_BYTES:
+    if file.tell() <= MAX_PNG_BYTES:
         return file.getvalue(), "image/png"
     file = io.BytesIO()
     paper = Image.new("RGB", picture.size, "white")
@@ -113,7 +113,7 @@ def _figure(source: Source, step: int, what: str, warn: Callable[[str, str], Non
     try:
         data, kind = small_picture(source.load(step))
     except (BadPictureError, UserError, OSError) as error:
-        reason = without_credentials(str(error))
+        reason = redact(str(error))
         warn(source.label, f"the picture of step {step:,} {reason}")
         return tag("figure", tag("p", "cannot be shown", class_="missing"), caption)
     return tag("figure", image(data, kind, f"{what} of {source.label} at step {step}"), caption)

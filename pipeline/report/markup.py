@@ -7,7 +7,7 @@ import html
 import re
 from collections.abc import Iterable
 
-from pipeline.text import LONGEST, shortened
+from pipeline.text import MAX_TEXT, shortened
 from schemas.errors import escaped
 
 VOID = frozenset({"br", "img", "meta", "wbr"})
@@ -58,7 +58,7 @@ def table(head: Iterable[Child], rows: Iterable[Iterable[Child]], **attributes: 
 def image(data: bytes, kind: str, alt: str) -> Html:
     """A picture inside the page. In an ``img`` an SVG runs no script and fetches nothing."""
     encoded = base64.b64encode(data).decode()
-    return Html(f'<img alt="{_text(alt, 4 * LONGEST)}" src="data:{kind};base64,{encoded}">')
+    return Html(f'<img alt="{_text(alt, 4 * MAX_TEXT)}" src="data:{kind};base64,{encoded}">')
 
 
 def breakable(name: str) -> list[Child]:
@@ -67,5 +67,5 @@ def breakable(name: str) -> list[Child]:
     return [node for part in parts for node in (part, tag("wbr"))][:-1]
 
 
-def _text(text: str, longest: int = 2 * LONGEST) -> str:
+def _text(text: str, longest: int = 2 * MAX_TEXT) -> str:
     return html.escape(escaped(shortened(text, longest)))

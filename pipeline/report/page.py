@@ -24,13 +24,13 @@ from pipeline.report.series import (
     trigger_panel,
 )
 from pipeline.runs.reader import Record, Row, number, read_run
-from pipeline.storage.files import absolute_url, open_url, without_credentials, write_atomic
+from pipeline.storage.files import absolute_url, open_url, redact, write_atomic
 from pipeline.text import describe_bytes, shortened
 from schemas.errors import UserError
 from schemas.report import Attention, ReportConfig
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'"
-LONGEST_LABEL = 64
+MAX_LABEL = 64
 STUDENTS_STREAMS = frozenset({"latents", "text"})
 """What the student itself reads; all others are of teachers."""
 FIRST_ROWS, LAST_ROWS = 10, 20
@@ -252,7 +252,7 @@ def labels_of(records: Sequence[Record]) -> list[str]:
         same = [other for other in paths if other[-1:] == path[-1:] and other is not path]
         while depth < len(path) and any(other[-depth:] == path[-depth:] for other in same):
             depth += 1
-        labels.append(shortened("/".join(path[-depth:]), LONGEST_LABEL))
+        labels.append(shortened("/".join(path[-depth:]), MAX_LABEL))
     counted: dict[str, int] = {}
     for index, label in enumerate(labels):
         counted[label] = counted.get(label, 0) + 1
@@ -290,7 +290,7 @@ def write_report(config: ReportConfig) -> tuple[Report, int]:
     named = Counter(absolute_url(run).rstrip("/") for run in config.runs)
     for run, times in named.items():
         if times > 1:
-            raise UserError(f"RUN '{without_credentials(run)}' is named {times} times")
+            raise UserError(f"RUN '{redact(run)}' is named {times} times")
     filesystem, path = open_url(absolute_url(config.html), what="--html")
     records = [read_run(run) for run in config.runs]
     report = Report(records, attention=config.attention)

@@ -13,7 +13,7 @@ from pipeline.text import describe_bytes, shortened
 from schemas.run import RunConfig
 
 LOSSES = ("denoising", "feature", "attention")
-MOST_STREAMS = 12
+MAX_STREAMS = 12
 
 
 def run_card(record: Record, label: str, swatch: Html) -> Html:
@@ -141,7 +141,7 @@ def _bytes_table(record: Record) -> Child:
     parts = ("before", "after") if ended else ("before",)
     rows: list[list[Child]] = [
         [stream, *(describe_bytes(count[part]) for part in parts)]
-        for stream, count in list(counts.items())[:MOST_STREAMS]
+        for stream, count in list(counts.items())[:MAX_STREAMS]
     ]
     total = {part: sum(count[part] for count in counts.values()) for part in parts}
     rows.append(["all", *(describe_bytes(count) for count in total.values())])

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pipeline.report.evaluation_groups import Kind, comparable, describe_kind
 from pipeline.runs.reader import Record, Row, number
 
-MOST_POINTS = 400
+MAX_POINTS = 400
 """Of one line: more than a phone has pixels for."""
-MOST_PANELS = 48
+MAX_PANELS = 48
 """Of evaluations, which name networks and references as they like."""
 
 Unit = Literal["plain", "bytes", "share"]
@@ -92,7 +92,7 @@ def byte_panels(records: Sequence[Record]) -> list[Panel]:
         for row in record.rows:
             streams.update(dict.fromkeys(key for key in row if key.startswith(BYTES)))
     panels: list[Panel] = []
-    for key in list(streams)[:MOST_PANELS]:
+    for key in list(streams)[:MAX_PANELS]:
         lines: list[Line] = []
         sizes = [1]
         for run, record in enumerate(records):
@@ -120,7 +120,7 @@ def evaluation_panels(records: Sequence[Record]) -> list[Panel]:
                 for line in _evaluation_lines(run, rows, metric)
             ]
             title = ", ".join([name, *describe_kind(kind)])
-            if len(panels) < MOST_PANELS:
+            if len(panels) < MAX_PANELS:
                 _add_panel(panels, records, title, lines, [1], dots=True)
     return panels
 
@@ -206,7 +206,7 @@ def _add_line(
 
 
 def thinned(
-    points: Sequence[tuple[int, float, Any]], most: int = MOST_POINTS
+    points: Sequence[tuple[int, float, Any]], most: int = MAX_POINTS
 ) -> tuple[list[float], list[float], int]:
     """Means of as many neighbours as leave about ``most`` points; steps, values and how many.
     Points (step, value, phase) of different phases are never one: the drop at the termination

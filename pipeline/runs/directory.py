@@ -22,7 +22,7 @@ from pipeline.storage.files import (
     is_local,
     open_url,
     read_bytes,
-    without_credentials,
+    redact,
     write_atomic,
 )
 from schemas.errors import StoppedError, UserError
@@ -48,7 +48,7 @@ class RunFolder:
         if self._local:
             self.checkpoints = LocalCheckpoints(self.path, config.checkpoint.keep)
         else:
-            url = f"{without_credentials(config.output.rstrip('/'))}/{config.name}"
+            url = f"{redact(config.output.rstrip('/'))}/{config.name}"
             self.checkpoints = RemoteCheckpoints(
                 self._filesystem, self._root, url, config.checkpoint.keep
             )

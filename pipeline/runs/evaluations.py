@@ -16,10 +16,10 @@ from pipeline.storage.files import (
     list_folder,
     open_url,
     read_bytes,
-    without_credentials,
+    redact,
     write_atomic,
 )
-from pipeline.storage.locks import turn_in
+from pipeline.storage.locks import wait_lock
 from schemas.errors import UserError
 from schemas.evaluate import RecordedEvaluation
 
@@ -43,9 +43,7 @@ def check_run(run: str) -> None:
     filesystem, root = open_url(absolute_url(run), what="--record")
     there = Path(root).is_dir() if is_local(filesystem) else bool(list_folder(filesystem, root))
     if not there:
-        raise UserError(
-            f"--record '{without_credentials(run)}': no such folder; name that of a training run"
-        )
+        raise UserError(f"--record '{redact(run)}': no such folder; name that of a training run")
     _read_rows(filesystem, root)
 
 
@@ -77,7 +75,7 @@ def add_rows(
     --record`` may do so at once. An object store has no locks: there, what is there is read just
     before it is written, and of two that write at the same moment one row is lost. Raises
     ``UserError``."""
-    with turn_in(Path(root)) if is_local(filesystem) else nullcontext():
+    with wait_lock(Path(root)) if is_local(filesystem) else nullcontext():
         there = _read_rows(filesystem, root)
         rows = [one for one in there if not any(_replaces(row, one) for row in new)]
         rows = sorted([*rows, *new], key=lambda one: int(one["step"]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from pipeline.storage.redaction import written_down
+from pipeline.storage.redaction import redacted_config
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -108,5 +108,5 @@ def _open_wandb(config: RunConfig, folder: Path) -> Any:
         project=config.wandb,
         name=config.name,
         dir=str(folder),
-        config=written_down(config.model_dump()),
+        config=redacted_config(config.model_dump()),
     )

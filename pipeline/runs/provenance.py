@@ -6,11 +6,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoints.resolve import at_hand
+from pipeline.checkpoints.resolve import local_copy
 from pipeline.checkpoints.selection import checkpoint_name
 from pipeline.checkpoints.student import is_weights_file
 from pipeline.hashing import sha256_of_arrays
-from pipeline.storage.files import absolute_url, exists, is_local, open_url, without_credentials
+from pipeline.storage.files import absolute_url, exists, is_local, open_url, redact
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
 
@@ -27,14 +27,14 @@ def check_samples_are_of(run: str, about: SampleAbout, step: int) -> None:
     """
     url = absolute_url(run.rstrip("/"))
     filesystem, root = open_url(url, what="--record")
-    near, shown = is_local(filesystem), without_credentials(run)
+    near, shown = is_local(filesystem), redact(run)
     name = checkpoint_name(step)
     weights = f"{root}/{name}/{about.weights}.safetensors"
     told, _, _ = about.checkpoint.rpartition("/")
-    same_place = told == (root if near else without_credentials(url))
+    same_place = told == (root if near else redact(url))
     if (near or not same_place) and exists(filesystem, weights):
         place = f"{root}/{name}" if near else f"{url}/{name}"
-        with at_hand(place, about.weights) as folder:
+        with local_copy(place, about.weights) as folder:
             if _digest(folder / f"{about.weights}.safetensors") != about.weights_sha256:
                 raise UserError(
                     f"--record '{shown}': the samples were not drawn from the '{about.weights}' "

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import yaml
 
-from pipeline.checkpoints.integrity import STATE, unseal
+from pipeline.checkpoints.integrity import STATE, parse_state_json
 from pipeline.checkpoints.selection import checkpoint_name, steps_of
 from pipeline.runs.evaluations import EVALUATIONS
 from pipeline.runs.metrics import (
@@ -31,22 +31,22 @@ from pipeline.storage.files import (
     list_folder,
     open_url,
     read_at_most,
-    without_credentials,
+    redact,
 )
-from pipeline.storage.redaction import written_down
+from pipeline.storage.redaction import redacted_config
 from schemas.errors import UserError, plain_text
 from schemas.run import RunConfig
 from schemas.validation import validate
 
 ATTENTION = "attention"
 
-MOST_BYTES = {METRICS: 256 << 20, EVALUATIONS: 16 << 20, CONFIG: 1 << 20, SUMMARY: 1 << 20}
-MOST_STATE_BYTES = 16 << 20
-LARGEST_STEP = 1 << 53
-LARGEST_NUMBER = 1e30
+MAX_BYTES = {METRICS: 256 << 20, EVALUATIONS: 16 << 20, CONFIG: 1 << 20, SUMMARY: 1 << 20}
+MAX_STATE_BYTES = 16 << 20
+MAX_STEP = 1 << 53
+MAX_NUMBER = 1e30
 """Beyond, a plot's arithmetic overflows."""
-MOST_PICTURES = 100_000
-MOST_OPTIONS, DEEPEST_OPTION = 500, 6
+MAX_PICTURES = 100_000
+MAX_OPTIONS, DEEPEST_OPTION = 500, 6
 
 Row = dict[str, Any]
 
@@ -114,7 +114,7 @@ class Record:
 def read_run(url: str) -> Record:
     """The record of a run. Raises ``UserError`` where the folder is none of a run."""
     filesystem, root = open_url(absolute_url(url), what="RUN")
-    shown = without_credentials(url.rstrip("/")) or "/"
+    shown = redact(url.rstrip("/")) or "/"
     record = Record(shown, root.rsplit("/", 1)[-1], filesystem, root)
     names = {path.rsplit("/", 1)[-1] for path in list_folder(filesystem, root)}
     if not names:
@@ -145,12 +145,12 @@ def number(value: Any) -> float | None:
         as_float = float(value)
     except OverflowError:
         return None
-    return as_float if abs(as_float) <= LARGEST_NUMBER else None  # which NaN is not, either
+    return as_float if abs(as_float) <= MAX_NUMBER else None  # which NaN is not, either
 
 
 def whole(value: Any) -> int | None:
     """A count or a step; None for anything else."""
-    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_STEP
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_STEP
     return value if fits else None
 
 
@@ -231,7 +231,7 @@ def _read_config(record: Record, names: set[str]) -> None:
         return
     try:
         record.valid = validate(RunConfig, values, where=CONFIG)
-        record.config = written_down(record.valid.model_dump(mode="json"))
+        record.config = redacted_config(record.valid.model_dump(mode="json"))
     except UserError as error:  # of another version, or edited: what it says can still be shown
         record.warnings.append(f"{CONFIG} is not what this software writes: {str(error)[:200]}")
         record.config = _plain(values)
@@ -240,7 +240,7 @@ def _read_config(record: Record, names: set[str]) -> None:
 def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
     """Options of any file, no more and none deeper than a config could have: a few YAML anchors
     make a tree of any size."""
-    left = MOST_OPTIONS
+    left = MAX_OPTIONS
 
     def copied(value: Any, depth: int) -> Any:
         nonlocal left
@@ -250,13 +250,13 @@ def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             return {
                 str(key): copied(inner, depth - 1)
-                for key, inner in itertools.islice(value.items(), MOST_OPTIONS)
+                for key, inner in itertools.islice(value.items(), MAX_OPTIONS)
             }
         if isinstance(value, list):
             return [copied(inner, depth - 1) for inner in value[:50]]
         return value
 
-    return dict(written_down(copied(values, DEEPEST_OPTION)))
+    return dict(redacted_config(copied(values, DEEPEST_OPTION)))
 
 
 def _read_summary(record: Record) -> dict[str, Any]:
@@ -273,18 +273,18 @@ def _read_summary(record: Record) -> dict[str, Any]:
 def _state(record: Record, step: int) -> dict[str, Any]:
     where = f"{record.root}/{checkpoint_name(step)}"
     try:
-        data = read_at_most(record.filesystem, f"{where}/{STATE}", MOST_STATE_BYTES)
-        return unseal(data, where)
+        data = read_at_most(record.filesystem, f"{where}/{STATE}", MAX_STATE_BYTES)
+        return parse_state_json(data, where)
     except FileNotFoundError:
         record.warnings.append(f"{checkpoint_name(step)} has no {STATE}")
     except (UserError, RecursionError) as error:
-        record.warnings.append(without_credentials(str(error)))
+        record.warnings.append(redact(str(error)))
     return {}
 
 
 def _list_pictures(record: Record, folder: str) -> dict[int, str]:
     found = {}
-    for path in list_folder(record.filesystem, f"{record.root}/{folder}")[:MOST_PICTURES]:
+    for path in list_folder(record.filesystem, f"{record.root}/{folder}")[:MAX_PICTURES]:
         match = re.fullmatch(r"step-(\d{9})\.png", path.rsplit("/", 1)[-1], re.ASCII)
         if match is not None:
             found[int(match[1])] = path
@@ -293,11 +293,11 @@ def _list_pictures(record: Record, folder: str) -> dict[int, str]:
 
 def _read(record: Record, name: str) -> bytes:
     """A file of the folder, in which it was seen. Nothing where it cannot be read."""
-    most = MOST_BYTES[name]
+    most = MAX_BYTES[name]
     try:
         data = read_at_most(record.filesystem, f"{record.root}/{name}", most + 1)
     except (UserError, FileNotFoundError) as error:
-        record.warnings.append(f"{name} cannot be read: {without_credentials(str(error))}")
+        record.warnings.append(f"{name} cannot be read: {redact(str(error))}")
         return b""
     if len(data) > most:
         record.warnings.append(f"{name} is read up to its first {most >> 20} MiB only")

@@ -14,7 +14,7 @@ from schemas.sample import Labels
 
 
 @dataclass(frozen=True)
-class Block:
+class ImageBatch:
     """Images ``first`` to ``first + count - 1``, drawn in one batch."""
 
     number: int
@@ -22,10 +22,10 @@ class Block:
     count: int
 
 
-def plan_blocks(num: int, batch_size: int) -> list[Block]:
+def plan_batches(num: int, batch_size: int) -> list[ImageBatch]:
     """``num`` images in blocks of ``batch_size``; the last may have fewer."""
     firsts = range(0, num, batch_size)
-    return [Block(n, first, min(batch_size, num - first)) for n, first in enumerate(firsts)]
+    return [ImageBatch(n, first, min(batch_size, num - first)) for n, first in enumerate(firsts)]
 
 
 def choose_classes(asked: Sequence[int] | None, num_classes: int) -> tuple[int, ...]:

@@ -15,15 +15,15 @@ from tqdm import tqdm
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.ray_cluster import ray_cluster, require, total
 from pipeline.distributed.signals import StopSignals
-from pipeline.sampling.batches import Block, choose_classes, choose_labels, plan_blocks
+from pipeline.sampling.batches import ImageBatch, choose_classes, choose_labels, plan_batches
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
-from pipeline.sampling.resume import all_there, find_checkpoint_again
-from pipeline.sampling.worker import Drawn, Loaded, SampleWorker
-from pipeline.storage.files import absolute_folder, absolute_url, without_credentials
+from pipeline.sampling.resume import already_complete, find_checkpoint_again
+from pipeline.sampling.worker import Loaded, SampledBatch, SampleWorker
+from pipeline.storage.files import absolute_folder, absolute_url, redact
 from schemas.errors import StoppedError, UserError
 from schemas.sample import SampleAbout, SampleConfig
 
-MOST_CPU_WORKERS = 4
+MAX_CPU_WORKERS = 4
 """By default: each has the student and the decoder in memory."""
 
 
@@ -50,13 +50,13 @@ def sample_many(config: SampleConfig) -> Sampled:
     config = _with_absolute_paths(config)
     assert config.num is not None
     outputs = _outputs(config)
-    blocks = plan_blocks(config.num, config.batch_size)
+    blocks = plan_batches(config.num, config.batch_size)
     checkpoint = find_checkpoint_again(config, outputs)  # before any folder is made
     with ExitStack() as stack:
         for output in outputs:
             stack.enter_context(output.alone())
         began = time.perf_counter()
-        about = all_there(config, checkpoint, outputs, blocks)
+        about = already_complete(config, checkpoint, outputs, blocks)
         if about is not None:  # an earlier call may have been ended before it put them together
             return _finish(config, about, outputs, blocks, began, drawn=0)
         # the signals are taken once there is a connection: Ray puts its own handlers in their place
@@ -82,7 +82,7 @@ def _sample(
     config: SampleConfig,
     checkpoint: str,
     outputs: list[Output],
-    blocks: list[Block],
+    blocks: list[ImageBatch],
     check_signals: Callable[[], None],
 ) -> Sampled:
     count, gpus = _resources(config)
@@ -104,7 +104,7 @@ def _sample(
         loaded = workers.describe()
         began = time.perf_counter()
         about = _about(config, checkpoint, loaded)
-        missing: set[Block] = set()
+        missing: set[ImageBatch] = set()
         for output in outputs:
             output.open(about)
         for output in outputs:
@@ -119,7 +119,7 @@ def _finish(
     config: SampleConfig,
     about: SampleAbout,
     outputs: list[Output],
-    blocks: list[Block],
+    blocks: list[ImageBatch],
     began: float,
     drawn: int,
 ) -> Sampled:
@@ -144,7 +144,7 @@ def _draw(
     about: SampleAbout,
     workers: Actors[Loaded],
     outputs: list[Output],
-    missing: list[Block],
+    missing: list[ImageBatch],
 ) -> int:
     """Draw and keep these blocks; how many images that were."""
     images = sum(block.count for block in missing)
@@ -153,13 +153,13 @@ def _draw(
         _log(f"{there} of {about.num} images are there already")
     pngs = config.folder is not None
 
-    def begin(worker: Any, block: Block) -> Any:
+    def begin(worker: Any, block: ImageBatch) -> Any:
         return worker.draw.remote(block, _labels(about, block.first, block.count), pngs=pngs)
 
-    def name(block: Block) -> str:
+    def name(block: ImageBatch) -> str:
         return f"the batch of images {block.first} to {block.first + block.count - 1}"
 
-    results: Iterator[Drawn] = workers.work(missing, begin, name=name)
+    results: Iterator[SampledBatch] = workers.work(missing, begin, name=name)
     with tqdm(total=about.num, initial=there, unit="image", desc="sample", file=sys.stderr) as bar:
         for drawn in results:
             for output in outputs:
@@ -178,7 +178,7 @@ def _about(config: SampleConfig, checkpoint: str, loaded: Loaded) -> SampleAbout
     assert config.num is not None
     return SampleAbout(
         **values,
-        checkpoint=without_credentials(checkpoint),
+        checkpoint=redact(checkpoint),
         weights=config.weights,
         num=config.num,
         labels=config.labels,
@@ -216,7 +216,7 @@ def _resources(config: SampleConfig) -> tuple[int, float]:
         count = workers.count or int(total("GPU") // gpus)
     else:
         fitting = max(1, int(total("CPU") // workers.cpus_per_worker))
-        count = workers.count or min(MOST_CPU_WORKERS, fitting)
+        count = workers.count or min(MAX_CPU_WORKERS, fitting)
     option = "--workers.count" if workers.count else "--workers.cpus-per-worker"
     require("CPU", workers.cpus_per_worker, count, option=option)
     return count, gpus

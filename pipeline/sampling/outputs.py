@@ -17,8 +17,8 @@ import fsspec
 import numpy as np
 from pydantic import ValidationError
 
-from pipeline.sampling.batches import Block
-from pipeline.sampling.worker import Drawn
+from pipeline.sampling.batches import ImageBatch
+from pipeline.sampling.worker import SampledBatch
 from pipeline.storage.files import (
     TEMPORARY,
     exists,
@@ -29,11 +29,11 @@ from pipeline.storage.files import (
     open_url,
     publish,
     read_bytes,
+    redact,
     remove,
-    without_credentials,
     write_atomic,
 )
-from pipeline.storage.locks import LOCK, alone_in
+from pipeline.storage.locks import LOCK, exclusive_lock
 from pipeline.storage.npz import Archive, npy_bytes, npy_header, read_about, write_npz
 from pipeline.text import short_value
 from schemas.errors import UserError
@@ -62,13 +62,13 @@ class Output(Protocol):
     def open(self, about: SampleAbout) -> None:
         """Say what the images are; refuse where images are there that are others."""
 
-    def missing(self, blocks: Sequence[Block]) -> list[Block]:
+    def missing(self, blocks: Sequence[ImageBatch]) -> list[ImageBatch]:
         """Those that are not there in whole."""
 
-    def write(self, drawn: Drawn) -> None:
+    def write(self, drawn: SampledBatch) -> None:
         """Keep one block."""
 
-    def finish(self, blocks: Sequence[Block], labels: Sequence[int]) -> None:
+    def finish(self, blocks: Sequence[ImageBatch], labels: Sequence[int]) -> None:
         """All blocks have been written: leave what was asked for, and nothing else."""
 
 
@@ -76,7 +76,7 @@ class NpzOutput:
     """One .npz file; its blocks wait in a folder beside it."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.shown = url, without_credentials(url)
+        self.url, self.shown = url, redact(url)
         self.filesystem, self.path = open_url(url, what="--npz")
         self.parts = self.path + PARTS
         self.unfinished = self.shown + PARTS
@@ -86,7 +86,7 @@ class NpzOutput:
         if not is_local(self.filesystem) or self.is_finished():
             return nullcontext()
         what = f"--npz '{self.shown}'"
-        return alone_in(Path(self.parts), what=what, remedy="name another --npz")
+        return exclusive_lock(Path(self.parts), what=what, remedy="name another --npz")
 
     def found(self) -> SampleAbout | None:
         if not self.is_finished():
@@ -107,19 +107,19 @@ class NpzOutput:
             remedy = f"give the old options, another --npz, or delete '{self.unfinished}'"
             _claim(self.filesystem, self.parts, about, self.unfinished, remedy)
 
-    def missing(self, blocks: Sequence[Block]) -> list[Block]:
+    def missing(self, blocks: Sequence[ImageBatch]) -> list[ImageBatch]:
         if self.done:
             return []
         there = list_tree(self.filesystem, self.parts)
         sizes = {path.rpartition("/")[2]: size for path, size in there.items()}
         return [block for block in blocks if sizes.get(_part(block)) != self._size(block)]
 
-    def write(self, drawn: Drawn) -> None:
+    def write(self, drawn: SampledBatch) -> None:
         if not self.done:
             path = f"{self.parts}/{_part(drawn.block)}"
             write_atomic(self.filesystem, path, npy_bytes(drawn.images))
 
-    def finish(self, blocks: Sequence[Block], labels: Sequence[int]) -> None:
+    def finish(self, blocks: Sequence[ImageBatch], labels: Sequence[int]) -> None:
         if not self.done:
             with tempfile.TemporaryDirectory(prefix="haste-npz-") as scratch:
                 # where it can be renamed, on the disk that it is for
@@ -156,7 +156,7 @@ class NpzOutput:
         except UserError:
             return {}
 
-    def _pieces(self, blocks: Sequence[Block]) -> Iterator[bytes]:
+    def _pieces(self, blocks: Sequence[ImageBatch]) -> Iterator[bytes]:
         for block in blocks:
             shown = f"'{self.unfinished}/{_part(block)}'"
             try:
@@ -171,10 +171,10 @@ class NpzOutput:
                 raise UserError(f"{shown} is damaged: delete it and run the same command again")
             yield data[len(header) :]
 
-    def _shape(self, block: Block) -> tuple[int, int, int, int]:
+    def _shape(self, block: ImageBatch) -> tuple[int, int, int, int]:
         return (block.count, self.about.image_size, self.about.image_size, 3)
 
-    def _size(self, block: Block) -> int:
+    def _size(self, block: ImageBatch) -> int:
         shape = self._shape(block)
         return len(npy_header(shape)) + int(np.prod(shape, dtype=np.int64))
 
@@ -183,7 +183,7 @@ class FolderOutput:
     """A folder of PNG files."""
 
     def __init__(self, url: str) -> None:
-        self.shown = without_credentials(url)
+        self.shown = redact(url)
         self.unfinished = self.shown
         self.filesystem, self.path = open_url(url, what="--folder")
 
@@ -191,7 +191,7 @@ class FolderOutput:
         if not is_local(self.filesystem):
             return nullcontext()
         what = f"--folder '{self.shown}'"
-        return alone_in(Path(self.path), what=what, remedy="name another --folder")
+        return exclusive_lock(Path(self.path), what=what, remedy="name another --folder")
 
     def found(self) -> SampleAbout | None:
         return _known(_about_in(self.filesystem, self.path))
@@ -204,15 +204,15 @@ class FolderOutput:
         remedy = "give the old options, or another --folder"
         _claim(self.filesystem, self.path, about, self.shown, remedy)
 
-    def missing(self, blocks: Sequence[Block]) -> list[Block]:
+    def missing(self, blocks: Sequence[ImageBatch]) -> list[ImageBatch]:
         there = {path.rpartition("/")[2] for path in list_folder(self.filesystem, self.path)}
         return [block for block in blocks if not there.issuperset(self._names(block))]
 
-    def write(self, drawn: Drawn) -> None:
+    def write(self, drawn: SampledBatch) -> None:
         for name, png in zip(self._names(drawn.block), drawn.pngs, strict=True):
             write_atomic(self.filesystem, f"{self.path}/{name}", png)
 
-    def finish(self, blocks: Sequence[Block], labels: Sequence[int]) -> None:
+    def finish(self, blocks: Sequence[ImageBatch], labels: Sequence[int]) -> None:
         numbers = npy_bytes(np.array(labels, np.int64))
         write_atomic(self.filesystem, f"{self.path}/{LABELS_FILE}", numbers)
         for path in list_folder(self.filesystem, self.path):
@@ -220,12 +220,12 @@ class FolderOutput:
             if name.startswith(TEMPORARY) and name != LOCK:  # something died over it
                 remove(self.filesystem, path)
 
-    def _names(self, block: Block) -> list[str]:
+    def _names(self, block: ImageBatch) -> list[str]:
         digits = max(6, len(str(self.about.num - 1)))
         return [f"{n:0{digits}d}.png" for n in range(block.first, block.first + block.count)]
 
 
-def _part(block: Block) -> str:
+def _part(block: ImageBatch) -> str:
     return f"{block.first:09d}.npy"
 
 
@@ -285,7 +285,7 @@ MAY_DIFFER = {"checkpoint", "version"}
 def check_same_images(found: Any, wanted: SampleAbout, *, where: str, remedy: str) -> None:
     """Raises ``UserError`` that says in which respects images at ``where``, which say ``found`` of
     themselves, differ from those that are ``wanted``."""
-    there = SampleAbout.understood(found)
+    there = SampleAbout.parse_or_none(found)
     if there is None:
         raise UserError(
             f"'{where}' does not say in a way that this version knows what it is; {remedy}"

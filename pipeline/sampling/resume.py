@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from pipeline.autoencoders import open_decoder
-from pipeline.checkpoints.resolve import at_hand, find_checkpoint
-from pipeline.checkpoints.student import open_trained
-from pipeline.hashing import sha256_of_weights
+from pipeline.checkpoints.resolve import find_checkpoint, local_copy
+from pipeline.checkpoints.student import load_trained_student
+from pipeline.hashing import sha256_of_module
 from pipeline.precision import choose_arithmetic
-from pipeline.sampling.batches import Block, choose_classes
+from pipeline.sampling.batches import ImageBatch, choose_classes
 from pipeline.sampling.outputs import Output, are_same_images
-from pipeline.storage.files import absolute_url, without_credentials
+from pipeline.storage.files import absolute_url, redact
 from schemas.errors import UserError
 from schemas.sample import SampleAbout, SampleConfig
 
@@ -25,8 +25,8 @@ def find_checkpoint_again(config: SampleConfig, outputs: Sequence[Output]) -> st
     place = find_checkpoint(config.checkpoint, None if begun is None else begun.step)
     if output is None or begun is None or begun.step is None:
         return place
-    run, _, name = without_credentials(place).rpartition("/")
-    asked = without_credentials(absolute_url(str(config.checkpoint)).rstrip("/"))
+    run, _, name = redact(place).rpartition("/")
+    asked = redact(absolute_url(str(config.checkpoint)).rstrip("/"))
     if asked != run:  # not a run, but one of its checkpoints
         return place
     if begun.checkpoint.rpartition("/")[::2] == (run, name):
@@ -39,8 +39,8 @@ def find_checkpoint_again(config: SampleConfig, outputs: Sequence[Output]) -> st
     return place
 
 
-def all_there(
-    config: SampleConfig, checkpoint: str, outputs: Sequence[Output], blocks: Sequence[Block]
+def already_complete(
+    config: SampleConfig, checkpoint: str, outputs: Sequence[Output], blocks: Sequence[ImageBatch]
 ) -> SampleAbout | None:
     """What the images are, where every one of them has been drawn as ``config`` asks, and
     ``outputs`` are then open; else None.
@@ -57,11 +57,11 @@ def all_there(
         output.open(about)
         if output.missing(blocks):
             return None
-    with at_hand(checkpoint, config.weights) as local:
-        trained = open_trained(local, config.weights, config.model)
+    with local_copy(checkpoint, config.weights) as local:
+        trained = load_trained_student(local, config.weights, config.model)
     student = trained.student
     same = (
-        about.weights_sha256 == sha256_of_weights(student)
+        about.weights_sha256 == sha256_of_module(student)
         and about.model == student.config.model
         and about.path == trained.path
         and about.classes == choose_classes(config.classes, student.config.num_classes)
@@ -84,7 +84,7 @@ def _fits(config: SampleConfig, checkpoint: str, about: SampleAbout) -> bool:
         precision = choose_arithmetic("auto", about.device)
     return (
         same
-        and about.checkpoint == without_credentials(checkpoint)
+        and about.checkpoint == redact(checkpoint)
         and about.precision == precision
         and config.device in ("auto", about.device)
     )

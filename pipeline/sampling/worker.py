@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from pipeline.autoencoders import decode_scaled, open_decoder
-from pipeline.checkpoints.resolve import at_hand
-from pipeline.checkpoints.student import open_trained
-from pipeline.hashing import sha256_of_weights
+from pipeline.checkpoints.resolve import local_copy
+from pipeline.checkpoints.student import load_trained_student
+from pipeline.hashing import sha256_of_module
 from pipeline.precision import arithmetic, choose_arithmetic
-from pipeline.sampling.batches import Block
+from pipeline.sampling.batches import ImageBatch
 from pipeline.sampling.generate import check_sampler, draw_latents
 from schemas.diffusion import Path as DiffusionPath
 from schemas.errors import UserError
@@ -40,10 +40,10 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledBatch:
     """The images of one block."""
 
-    block: Block
+    block: ImageBatch
     images: np.ndarray[Any, Any]
     """uint8 (B, R, R, 3)."""
     pngs: tuple[bytes, ...]
@@ -59,12 +59,12 @@ class SampleWorker:
         """``checkpoint`` is what ``find_checkpoint`` found. Raises ``UserError``."""
         torch.set_num_threads(threads)
         try:
-            with at_hand(checkpoint, config.weights) as local:
+            with local_copy(checkpoint, config.weights) as local:
                 return self._load(config, str(local), device)
         except UserError as error:
             raise UserError(str(error)) from None  # some kinds do not survive pickling
 
-    def draw(self, block: Block, labels: list[int], *, pngs: bool) -> Drawn:
+    def draw(self, block: ImageBatch, labels: list[int], *, pngs: bool) -> SampledBatch:
         """Raises ``UserError`` where the student's numbers are none, or memory is short."""
         try:
             images = self._draw(block, labels)
@@ -73,18 +73,18 @@ class SampleWorker:
                 f"a GPU has no memory for {block.count} images at a time; try a smaller "
                 f"--batch-size than {self.config.batch_size}"
             ) from None
-        return Drawn(block, images, tuple(map(_png, images)) if pngs else ())
+        return SampledBatch(block, images, tuple(map(_png, images)) if pngs else ())
 
     def _load(
         self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"]
     ) -> Loaded:
         self.config = config
         self.precision = choose_arithmetic(config.precision, device)
-        trained = open_trained(Path(checkpoint), config.weights, config.model)
+        trained = load_trained_student(Path(checkpoint), config.weights, config.model)
         self.student, self.path = trained.student, trained.path
         check_sampler(self.student.config, config.sampler)
         self.autoencoder = open_decoder(config.autoencoder, trained.encoder)
-        weights = sha256_of_weights(self.student)
+        weights = sha256_of_module(self.student)
         self.student.to(device)
         self.autoencoder.to(device)
         return Loaded(
@@ -105,7 +105,7 @@ class SampleWorker:
         blank = torch.zeros(1, *shape, device=device)
         return int(decode_scaled(self.autoencoder, blank).shape[-1])
 
-    def _draw(self, block: Block, labels: list[int]) -> np.ndarray[Any, Any]:
+    def _draw(self, block: ImageBatch, labels: list[int]) -> np.ndarray[Any, Any]:
         latents = draw_latents(
             self.student,
             labels,

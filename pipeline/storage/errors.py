@@ -11,7 +11,7 @@ import aiohttp
 from botocore import exceptions as boto  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
-from pipeline.storage.redaction import without_credentials
+from pipeline.storage.redaction import redact
 
 
 class Fault(Enum):
@@ -23,7 +23,7 @@ class Fault(Enum):
     """Trying again may help."""
     PERMANENT = auto()
     """Trying again does not help; a person must do something."""
-    FOREIGN = auto()
+    NOT_STORAGE = auto()
     """Not an error of storage: a mistake in this software."""
 
 
@@ -96,7 +96,7 @@ def fault_of(error: BaseException) -> Fault:
         return Fault.PERMANENT
     if isinstance(error, OSError):
         return Fault.TRANSIENT if error.errno in _TRANSIENT_ERRNOS else Fault.PERMANENT
-    return Fault.PERMANENT if isinstance(error, _STORAGE_TYPES) else Fault.FOREIGN
+    return Fault.PERMANENT if isinstance(error, _STORAGE_TYPES) else Fault.NOT_STORAGE
 
 
 def is_beyond_the_end(error: BaseException) -> bool:
@@ -107,10 +107,10 @@ def is_beyond_the_end(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """The error's own words on one line, without credentials."""
-    return " ".join(without_credentials(str(error)).split())[:300] or type(error).__name__
+    return " ".join(redact(str(error)).split())[:300] or type(error).__name__
 
 
-def remedy_for(error: BaseException) -> str:
+def suggest_fix(error: BaseException) -> str:
     """What a person can do about a permanent fault."""
     code, status = _answer(error)
     if code == "NoSuchBucket":

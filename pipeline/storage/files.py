@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from pipeline.hashing import sha256_of_arrays
 from pipeline.storage.errors import is_beyond_the_end
 from pipeline.storage.filesystem import (
     absolute_folder,
@@ -28,7 +27,7 @@ from pipeline.storage.filesystem import (
     upload_options,
 )
 from pipeline.storage.local import files_below, open_regular, read_range
-from pipeline.storage.redaction import without_credentials
+from pipeline.storage.redaction import redact
 from pipeline.storage.retry import RETRY_SECONDS, RETRY_VARIABLE, StorageError, retrying, shown
 
 T = TypeVar("T")
@@ -51,10 +50,9 @@ __all__ = [
     "read_bytes",
     "read_directly",
     "read_ranges",
+    "redact",
     "remove",
     "retrying",
-    "sha256_of_arrays",
-    "without_credentials",
     "write_atomic",
 ]
 

@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.storage.redaction import without_credentials
+from pipeline.storage.redaction import redact
 from pipeline.storage.retry import retry_limit
 from schemas.errors import UserError
 
@@ -35,15 +35,15 @@ def open_url(url: str, *, what: str) -> tuple[fsspec.AbstractFileSystem, str]:
     protocols = {part.partition("://")[0] for part in url.split("::")} & {"s3", "s3a"}
     if protocols and _S3_WITH_CREDENTIALS.search(url):
         raise UserError(
-            f"{what} '{without_credentials(url)}': credentials do not belong in the URL; set "
+            f"{what} '{redact(url)}': credentials do not belong in the URL; set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
     options = {protocol: _s3_options(protocol) for protocol in protocols}
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError, OSError) as error:
-        shown = without_credentials(url)
-        raise UserError(f"{what} '{shown}': {without_credentials(str(error))}") from None
+        shown = redact(url)
+        raise UserError(f"{what} '{shown}': {redact(str(error))}") from None
     if is_s3(filesystem):
         if not str(path).strip("/"):
             raise UserError(f"{what} '{url}': names no bucket; expected s3://BUCKET/PATH")

@@ -51,7 +51,7 @@ headers cost less than asking twice. (zarr orders the chunks of a shard as it li
 is not that of its rows.)"""
 
 
-MOST_BUFFERS = 512
+MAX_BUFFERS = 512
 """Of one call; the system takes 1024."""
 
 
@@ -69,7 +69,7 @@ def scatter(descriptor: int, pieces: Sequence[tuple[int, Sequence[Buffer]]]) -> 
         offset, wanted = pieces[number]
         size = sum(map(len, wanted))
         gap = offset - end
-        if members and (not 0 <= gap <= GAP or len(buffers) + len(wanted) >= MOST_BUFFERS):
+        if members and (not 0 <= gap <= GAP or len(buffers) + len(wanted) >= MAX_BUFFERS):
             _read(descriptor, begin, buffers, members, counts)
             buffers, members = [], []
         if not members:

@@ -20,7 +20,7 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def alone_in(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
     """Hold the lock of ``folder``, which is made if it is not there and, if empty then, removed
     when the context ends. The system lets go of the lock of a process that dies.
 
@@ -50,7 +50,7 @@ def alone_in(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def turn_in(folder: Path) -> Iterator[None]:
+def wait_lock(folder: Path) -> Iterator[None]:
     """Wait for the lock of ``folder``, which must be there, and hold it for the context: for what
     takes a moment. Where the filesystem has no locks, nothing is held."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -17,16 +17,16 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from pipeline.storage.files import is_local, open_url, without_credentials
+from pipeline.storage.files import is_local, open_url, redact
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError
 
-MOST_HEADER = 1 << 16
+MAX_HEADER = 1 << 16
 """Bytes of an array's header."""
-MOST_BLOCK = 256 << 20
+MAX_BLOCK = 256 << 20
 """Bytes of one block, but for a single row that is longer: how far a few compressed megabytes
 swell is for whoever wrote them to choose."""
-MOST_ABOUT = 1 << 22
+MAX_ABOUT = 1 << 22
 """Bytes of what a file says of itself."""
 ABOUT = "about"
 """JSON text beside the numbers: which run and step samples are of, which network features."""
@@ -35,8 +35,8 @@ PIECE = 1 << 20
 
 
 def fitting_rows(rows: int, bytes_of_one: int) -> int:
-    """How many of ``rows`` a block takes within ``MOST_BLOCK`` bytes; at least one."""
-    return min(rows, max(1, MOST_BLOCK // max(1, bytes_of_one)))
+    """How many of ``rows`` a block takes within ``MAX_BLOCK`` bytes; at least one."""
+    return min(rows, max(1, MAX_BLOCK // max(1, bytes_of_one)))
 
 
 class Header(NamedTuple):
@@ -53,7 +53,7 @@ class Archive:
 
     def __init__(self, place: str, option: str) -> None:
         self.place = place
-        self.where = f"{option} '{without_credentials(place)}'"
+        self.where = f"{option} '{redact(place)}'"
         filesystem, path = open_url(place, what=option)
         self._filesystem, self._path = filesystem, path
         if is_local(filesystem) and not filesystem.isfile(path):
@@ -76,7 +76,7 @@ class Archive:
             return self._read_header(name, member)
 
     def blocks(self, name: str, rows: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        """The array's first ``limit`` rows, at most ``rows`` and ``MOST_BLOCK`` bytes at a time."""
+        """The array's first ``limit`` rows, at most ``rows`` and ``MAX_BLOCK`` bytes at a time."""
         with self._opened() as zipped, self._member(zipped, name) as member:
             header = self._read_header(name, member)
             count = header.shape[0] if limit is None else min(limit, header.shape[0])
@@ -120,7 +120,7 @@ class Archive:
             raise UserError(f"{self.where}: '{name}' is not a numpy array")
         wide = start[6] > 1  # version 1 has two bytes for the header's length
         (length,) = struct.unpack("<I" if wide else "<H", member.read(4 if wide else 2))
-        if length > MOST_HEADER:
+        if length > MAX_HEADER:
             raise self._damaged()
         try:
             about = ast.literal_eval(member.read(length).decode("latin1").strip())
@@ -171,7 +171,7 @@ def read_about(archive: Archive) -> dict[str, Any]:
     try:
         if dtype.kind != "U" or shape != ():
             raise ValueError("not a text")
-        about = json.loads(str(archive.array(ABOUT, MOST_ABOUT)[()]))
+        about = json.loads(str(archive.array(ABOUT, MAX_ABOUT)[()]))
         if not isinstance(about, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:

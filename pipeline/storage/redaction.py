@@ -25,7 +25,7 @@ _AUTHORIZATION = re.compile(r"(authorization[\"']?\s*[=:]\s*)[^\n]*", re.IGNOREC
 _ACCESS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")
 
 
-def without_credentials(text: str) -> str:
+def redact(text: str) -> str:
     """A URL or an error message without what must not be written down.
 
     Taken out: user names and passwords of URLs, queries of URLs, values after names such as
@@ -60,16 +60,16 @@ def without_secrets(text: str, url: str) -> str:
     paths without the scheme, and with all the rest."""
     for secret in _secrets(url):
         text = text.replace(secret, HIDDEN)
-    return without_credentials(text)
+    return redact(text)
 
 
-def written_down(values: Any) -> Any:
+def redacted_config(values: Any) -> Any:
     """A config as plain values, with no credentials in any of its URLs."""
     if isinstance(values, dict):
-        return {key: written_down(value) for key, value in values.items()}
+        return {key: redacted_config(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [written_down(value) for value in values]
-    return without_credentials(values) if isinstance(values, str) else values
+        return [redacted_config(value) for value in values]
+    return redact(values) if isinstance(values, str) else values
 
 
 def _secrets(url: str) -> list[str]:

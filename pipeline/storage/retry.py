@@ -17,8 +17,8 @@ from typing import TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.storage.errors import Fault, fault_of, reason_of, remedy_for
-from pipeline.storage.redaction import without_credentials
+from pipeline.storage.errors import Fault, fault_of, reason_of, suggest_fix
+from pipeline.storage.redaction import redact
 from schemas.errors import UserError
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ RETRY_VARIABLE = "HASTE_STORAGE_RETRY_SECONDS"
 run's config would carry the operator's patience into its record. Changes no number of a run."""
 
 FIRST_DELAY = 0.25
-LONGEST_DELAY = 5.0
+MAX_DELAY = 5.0
 
 _jitter = random.Random()  # its own state: that of `random` belongs to whoever seeds it
 _unwanted: ContextVar[threading.Event | None] = ContextVar("_unwanted", default=None)
@@ -56,7 +56,7 @@ def retry_limit() -> float:
 
 
 @contextmanager
-def wanted_until(event: threading.Event) -> Iterator[None]:
+def cancel_when(event: threading.Event) -> Iterator[None]:
     """What this thread asks of storage inside is not tried, or tried again, once ``event`` is set:
     it raises ``CancelledError`` instead, at once where it waits for its next attempt."""
     token = _unwanted.set(event)
@@ -74,7 +74,7 @@ def retrying(
     ``doing`` is a verb for messages ("read"). ``call`` must be safe to repeat. Raises
     ``FileNotFoundError`` as it comes and ``StorageError`` for whatever else storage refuses: at
     once where trying again is pointless, otherwise when the limit is reached. Raises
-    ``CancelledError`` rather than try again what nobody wants any more (``wanted_until``).
+    ``CancelledError`` rather than try again what nobody wants any more (``cancel_when``).
     """
     limit = retry_limit()
     start = time.monotonic()
@@ -88,10 +88,10 @@ def retrying(
         except Exception as error:
             fault = fault_of(error)
             what = f"cannot {doing} '{shown(filesystem, path)}': {reason_of(error)}"
-            if fault in (Fault.MISSING, Fault.FOREIGN):
+            if fault in (Fault.MISSING, Fault.NOT_STORAGE):
                 raise
             if fault is Fault.PERMANENT:
-                raise StorageError(f"{what}; {remedy_for(error)}") from None
+                raise StorageError(f"{what}; {suggest_fix(error)}") from None
             elapsed = time.monotonic() - start
             if elapsed >= limit:
                 raise StorageError(
@@ -115,12 +115,12 @@ def shown(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
     """The path as a person would write it, without credentials."""
     if isinstance(filesystem, LocalFileSystem):
         return path
-    return without_credentials(str(filesystem.unstrip_protocol(path)))
+    return redact(str(filesystem.unstrip_protocol(path)))
 
 
 def _pause(attempts: int) -> float:
     """Seconds to wait: doubling, and random so that many workers do not come back at once."""
-    return float(min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** (attempts - 1)) * _jitter.uniform(0.5, 1))
+    return float(min(MAX_DELAY, FIRST_DELAY * 2.0 ** (attempts - 1)) * _jitter.uniform(0.5, 1))
 
 
 def _wait(seconds: float) -> None:

@@ -24,7 +24,7 @@ SHUFFLED = {"cname": "zstd", "clevel": 1, "shuffle": Blosc.BITSHUFFLE}
 Buffer = bytearray | memoryview
 
 
-class Part(NamedTuple):
+class StoredArray(NamedTuple):
     """One stored array of every sample of a stream."""
 
     dtype: np.dtype[Any]
@@ -40,7 +40,7 @@ class Part(NamedTuple):
         return element_count(self.shape) * self.dtype.itemsize
 
 
-def stream_parts(columns: Mapping[str, Column]) -> dict[str, Part]:
+def stream_parts(columns: Mapping[str, Column]) -> dict[str, StoredArray]:
     """The stored arrays of a stream by name, in the order of its columns."""
     return {
         part_name(name, array): part
@@ -60,16 +60,16 @@ def check_columns(columns: Mapping[str, Column]) -> None:
             raise ValueError(f"column '{name}', codec {column.codec}: {error}") from None
 
 
-def _column_parts(column: Column) -> dict[str, Part]:
+def _column_parts(column: Column) -> dict[str, StoredArray]:
     is_class = column.codec == "int64" and column.shape == ()
     arrays = find_codec(column.codec).arrays(column.shape)
     return {
-        name: Part(dtype, shape, column.lossless if name == MAIN else "none", is_class)
+        name: StoredArray(dtype, shape, column.lossless if name == MAIN else "none", is_class)
         for name, (dtype, shape) in arrays.items()
     }
 
 
-def check_value(part: Part, value: np.ndarray | int) -> np.ndarray:
+def check_value(part: StoredArray, value: np.ndarray | int) -> np.ndarray:
     """The value as an array of its part. Raises ``ValueError`` on another shape, on a number that
     is not finite in the stored type, and on labels that no reader would take."""
     if part.is_class and not 0 <= value < 10**CLASS_DIGITS:
@@ -82,12 +82,12 @@ def check_value(part: Part, value: np.ndarray | int) -> np.ndarray:
     return array
 
 
-def largest_stored(part: Part) -> int:
+def largest_stored(part: StoredArray) -> int:
     """More bytes than one sample of a part ever takes up: incompressible, with a header."""
     return part.nbytes + part.nbytes // 64 + 4096
 
 
-def compress(part: Part, data: bytes | np.ndarray) -> bytes:
+def compress(part: StoredArray, data: bytes | np.ndarray) -> bytes:
     """Bytes as they are stored."""
     if part.lossless == "zstd":
         return bytes(Zstd(level=ZSTD_LEVEL).encode(data))
@@ -97,7 +97,7 @@ def compress(part: Part, data: bytes | np.ndarray) -> bytes:
 
 
 def decompress(
-    part: Part, data: bytes | memoryview, size: int, out: np.ndarray | None = None
+    part: StoredArray, data: bytes | memoryview, size: int, out: np.ndarray | None = None
 ) -> bytes | memoryview:
     """``size`` bytes back, in ``out`` (uint8) if it is given and there is something to decompress.
     Raises ``ValueError`` where the data are damaged or hold another count; nothing beyond ``size``
@@ -117,14 +117,14 @@ def decompress(
     return out.data
 
 
-def npy_member(part: Part, array: np.ndarray) -> bytes:
+def npy_member(part: StoredArray, array: np.ndarray) -> bytes:
     """A value as a member of a tar: decimal text, or a .npy file, compressed as the part asks."""
     if part.is_class:
         return str(int(array)).encode()
     return compress(part, npy_header(part.shape, part.dtype.str) + array.tobytes())
 
 
-def member_suffix(name: str, part: Part) -> str:
+def member_suffix(name: str, part: StoredArray) -> str:
     """``mean.npy``; a class number is ``cls``; compressed ones tell by what."""
     if part.is_class:
         return "cls"
@@ -137,7 +137,7 @@ CLASS_DIGITS = 18
 """Of a class number at most: so it fits into an int64."""
 
 
-def read_npy_member(part: Part, data: bytes | memoryview) -> np.ndarray | int:
+def read_npy_member(part: StoredArray, data: bytes | memoryview) -> np.ndarray | int:
     """The inverse of ``npy_member``; an array may be a view of ``data``. Raises ``ValueError``
     where the bytes are not what the manifest promises."""
     if part.is_class:
@@ -152,18 +152,18 @@ def read_npy_member(part: Part, data: bytes | memoryview) -> np.ndarray | int:
     return np.frombuffer(plain, part.dtype, offset=len(header)).reshape(part.shape)
 
 
-def read_chunk(part: Part, data: bytes | memoryview) -> np.ndarray:
+def read_chunk(part: StoredArray, data: bytes | memoryview) -> np.ndarray:
     """The inverse of ``compress`` on an array's own bytes, as zarr stores them."""
     plain = decompress(part, data, part.nbytes)
     return np.frombuffer(plain, part.dtype).reshape(part.shape)
 
 
-def fill_from_npy_member(part: Part, data: bytes | memoryview, rows: np.ndarray) -> None:
+def fill_from_npy_member(part: StoredArray, data: bytes | memoryview, rows: np.ndarray) -> None:
     """``read_npy_member`` into the one row of ``rows``, (1, *shape)."""
     rows[0] = read_npy_member(part, data)
 
 
-def fill_from_chunk(part: Part, data: bytes | memoryview, rows: np.ndarray) -> None:
+def fill_from_chunk(part: StoredArray, data: bytes | memoryview, rows: np.ndarray) -> None:
     """``read_chunk`` into the one row of ``rows``, (1, *shape): a tenth faster than a copy."""
     if part.lossless == "none":
         rows[0] = read_chunk(part, data)
@@ -171,10 +171,10 @@ def fill_from_chunk(part: Part, data: bytes | memoryview, rows: np.ndarray) -> N
         decompress(part, data, part.nbytes, rows.reshape(-1).view(np.uint8))
 
 
-class Layout:
+class ArrayReader:
     """How one stored array of a sample lies in its file, and how to read it into its row."""
 
-    def __init__(self, part: Part, *, npy: bool) -> None:
+    def __init__(self, part: StoredArray, *, npy: bool) -> None:
         """``npy``: a member of a tar, else a chunk of zarr."""
         self.part = part
         self.is_text = npy and part.is_class
@@ -235,7 +235,7 @@ def allocate(nbytes: int) -> np.ndarray:
     return np.empty(nbytes, np.uint8)
 
 
-def empty_batch(part: Part, count: int, allocate: Allocate = allocate) -> np.ndarray:
+def empty_batch(part: StoredArray, count: int, allocate: Allocate = allocate) -> np.ndarray:
     """A contiguous array for ``count`` samples, in the stored dtype."""
     return allocate(count * part.nbytes).view(part.dtype).reshape(count, *part.shape)
 

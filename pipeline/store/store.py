@@ -16,7 +16,7 @@ from pipeline.storage.files import (
     list_folder,
     open_url,
     read_at_most,
-    without_credentials,
+    redact,
     write_atomic,
 )
 from pipeline.storage.redaction import without_secrets
@@ -30,7 +30,7 @@ M = TypeVar("M", bound=BaseModel)
 
 RECORDS = 128
 """Commit records that a store keeps; one of 64 samples takes some 60 KB."""
-MOST_BYTES = 1 << 28
+MAX_BYTES = 1 << 28
 """Of a manifest, a commit record or an index; each skipped image takes some 200."""
 
 
@@ -39,7 +39,7 @@ class Store:
 
     def __init__(self, url: str, manifest: Manifest) -> None:
         self.url = absolute_url(url)
-        self.shown_url = without_credentials(self.url)
+        self.shown_url = redact(self.url)
         self.manifest = manifest
         self.filesystem, self.root = open_url(self.url, what="--store")
         self._record = lru_cache(maxsize=RECORDS)(self._read_record)
@@ -59,14 +59,14 @@ class Store:
         """The store at ``url``. Raises ``UserError`` where there is none or it cannot be read."""
         filesystem, root = open_url(absolute_url(url), what="--store")
         try:
-            text = read_at_most(filesystem, f"{root}/{MANIFEST}", MOST_BYTES + 1)
+            text = read_at_most(filesystem, f"{root}/{MANIFEST}", MAX_BYTES + 1)
         except FileNotFoundError:
             raise UserError(
-                f"--store '{without_credentials(url)}' holds no store: {MANIFEST} is missing"
+                f"--store '{redact(url)}' holds no store: {MANIFEST} is missing"
             ) from None
         except Exception as error:  # every fsspec backend raises its own types
             raise _unreachable(url, error) from None
-        where = f"{without_credentials(url)}/{MANIFEST}"
+        where = f"{redact(url)}/{MANIFEST}"
         manifest = _parse(Manifest, text, where)
         for name, stream in manifest.streams.items():
             try:
@@ -126,7 +126,7 @@ class Store:
         """Sample counts of a complete store. Raises ``UserError`` where shards are missing."""
         path = f"{self.root}/{INDEX}"
         try:
-            text = read_at_most(self.filesystem, path, MOST_BYTES + 1)
+            text = read_at_most(self.filesystem, path, MAX_BYTES + 1)
         except FileNotFoundError:
             self.require_complete()
             return self.build_index()
@@ -189,7 +189,7 @@ class Store:
         path = commit_path(shard, added)
         where = f"{self.shown_url}/{path}"
         try:
-            text = read_at_most(self.filesystem, f"{self.root}/{path}", MOST_BYTES + 1)
+            text = read_at_most(self.filesystem, f"{self.root}/{path}", MAX_BYTES + 1)
         except FileNotFoundError:
             raise UncommittedShardError(
                 f"{where} is missing: the shard was never committed; run the extraction or "
@@ -235,8 +235,8 @@ def _check_same_samples(record: CommitRecord, base: CommitRecord, where: str) ->
 
 
 def _parse(model: type[M], text: bytes, where: str) -> M:
-    if len(text) > MOST_BYTES:
-        raise UserError(f"{where} is damaged: it is longer than {MOST_BYTES >> 20} MB")
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{where} is damaged: it is longer than {MAX_BYTES >> 20} MB")
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
@@ -271,9 +271,7 @@ def _version_of(text: bytes) -> int:
 
 
 def _unreachable(url: str, error: Exception) -> UserError:
-    return UserError(
-        f"--store '{without_credentials(url)}' cannot be reached: {_reason(url, error)}"
-    )
+    return UserError(f"--store '{redact(url)}' cannot be reached: {_reason(url, error)}")
 
 
 def _reason(url: str, error: Exception) -> str:

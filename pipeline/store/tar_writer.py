@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.store.arrays import Part, member_suffix, npy_member
+from pipeline.store.arrays import StoredArray, member_suffix, npy_member
 from pipeline.store.layout import tar_path
 from schemas.store import StreamFile
 
@@ -22,7 +22,9 @@ BLOCK = 512
 class TarWriter:
     """One stream of one shard as a local tar, and the index that its commit record will hold."""
 
-    def __init__(self, path: Path, stream: str, shard: int, parts: Mapping[str, Part]) -> None:
+    def __init__(
+        self, path: Path, stream: str, shard: int, parts: Mapping[str, StoredArray]
+    ) -> None:
         self.path = path
         self.final = tar_path(stream, shard)
         self.parts = parts

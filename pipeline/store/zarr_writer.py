@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, Part
+from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, StoredArray
 from pipeline.store.layout import chunk_path
 from schemas.store import StreamFile
 
@@ -27,7 +27,7 @@ ABSENT = (1 << 64) - 1  # in a shard's index: a chunk that was never written
 
 
 def metadata_files(
-    streams: Mapping[str, Mapping[str, Part]], *, shard_size: int, num_shards: int
+    streams: Mapping[str, Mapping[str, StoredArray]], *, shard_size: int, num_shards: int
 ) -> dict[str, bytes]:
     """Every ``zarr.json`` of a store, by path below its root."""
     files: dict[str, Any] = {}
@@ -49,7 +49,7 @@ class ZarrWriter:
         prefix: str,
         stream: str,
         shard: int,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, StoredArray],
         shard_size: int,
     ) -> None:
         """Files are written to ``folder`` under names that begin with ``prefix``."""
@@ -82,7 +82,7 @@ class ZarrWriter:
             path.unlink(missing_ok=True)
         self._values.clear()
 
-    def _write(self, number: int, name: str, part: Part) -> tuple[Path, StreamFile]:
+    def _write(self, number: int, name: str, part: StoredArray) -> tuple[Path, StreamFile]:
         values = self._values.pop(name)
         samples = len(values)
         data = _shard_bytes(part, np.stack(values), self._shard_size)
@@ -104,7 +104,7 @@ class ZarrWriter:
         return path, about
 
 
-def _create(memory: MemoryStore, path: str, part: Part, shard_size: int, shards: int) -> Any:
+def _create(memory: MemoryStore, path: str, part: StoredArray, shard_size: int, shards: int) -> Any:
     compressors: list[Any] = []
     if part.lossless == "zstd":
         compressors = [ZstdCodec(level=ZSTD_LEVEL)]
@@ -132,7 +132,7 @@ def _create(memory: MemoryStore, path: str, part: Part, shard_size: int, shards:
     )
 
 
-def _shard_bytes(part: Part, values: np.ndarray, shard_size: int) -> bytes:
+def _shard_bytes(part: StoredArray, values: np.ndarray, shard_size: int) -> bytes:
     """One whole zarr shard that holds ``values`` and, behind them, rows that were never written."""
     files: dict[str, Any] = {}
     array = _create(MemoryStore(files), "x", part, shard_size, 1)

@@ -10,25 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.alignment.losses import Targets
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import decoder_of, sums_to_one
 from pipeline.targets.tail import load_tail
 from pipeline.teachers import Teacher
-from pipeline.teachers.attention_tap import attention_logits
+from pipeline.teachers.attention_tap import qk_logits
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.fields import element_count
 from schemas.store import Manifest, TeacherInfo, TeacherStream
 from schemas.student import StudentConfig
-
-
-class Targets(NamedTuple):
-    """One batch of targets on the training device; None where a loss does not ask for it."""
-
-    features: Tensor | None
-    """(B, N, D_teacher)."""
-    attention: Tensor | None
-    """(B, L, H, N, N) probabilities, rows summing to 1, float32."""
 
 
 class TargetSource(Protocol):
@@ -98,7 +90,7 @@ class QkTargets(MapsTargets):
 
     def decode_attention(self, columns: Mapping[str, Tensor], layers: Tensor) -> Tensor:
         query, key = (self.decode_layers(name, columns, layers) for name in ("query", "key"))
-        return torch.softmax(attention_logits(query, key), dim=-1)
+        return torch.softmax(qk_logits(query, key), dim=-1)
 
 
 class ReplayedTargets:
@@ -146,7 +138,7 @@ class ReplayedTargets:
 
 def _probabilities(operands: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Queries, scaled, and keys (B, H, N, d) of L layers to (B, L, H, N, N)."""
-    return torch.softmax(torch.stack([attention_logits(*pair) for pair in operands], 1), dim=-1)
+    return torch.softmax(torch.stack([qk_logits(*pair) for pair in operands], 1), dim=-1)
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -19,7 +19,7 @@ from schemas.errors import UserError
 from schemas.extract import Cut
 from schemas.store import TeacherInfo, WeightsFile
 
-MOST_HEADER = 1 << 20
+MAX_HEADER = 1 << 20
 """More bytes than the header of a file of weights takes up."""
 
 
@@ -64,7 +64,7 @@ def check_tail(store: Store, stream: str) -> None:
     where = f"{store.shown_url}/{MANIFEST}: streams.{stream}"
     draft = draft_declared(about, store.manifest.resolution, f"{where}.teacher")
     size = state_bytes(draft, first_block)
-    if not size <= tail.bytes <= size + MOST_HEADER:
+    if not size <= tail.bytes <= size + MAX_HEADER:
         raise UserError(
             f"{where}.tail.bytes is {tail.bytes}; blocks {first_block} to {about.depth - 1} of "
             f"'{about.model}' take {size}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class Attended(NamedTuple):
+class AttentionOperands(NamedTuple):
     """The operands of one call of torch's attention (T tokens, prefix tokens included)."""
 
     q: Tensor
@@ -33,10 +33,10 @@ class Attended(NamedTuple):
     def logits(self, prefix: int, heads: int | None = None) -> Tensor:
         """scale q k^T between the patches, of the first ``heads`` heads: (B, H, N, N), float32."""
         query, key = self.patches(prefix)
-        return attention_logits(query[:, :heads], key[:, :heads])
+        return qk_logits(query[:, :heads], key[:, :heads])
 
 
-def attention_logits(query: Tensor, key: Tensor) -> Tensor:
+def qk_logits(query: Tensor, key: Tensor) -> Tensor:
     """q k^T of (..., N, d) each, in float32 also under autocast: (..., N, N)."""
     with torch.autocast(query.device.type, enabled=False):
         return query @ key.transpose(-2, -1)
@@ -52,7 +52,7 @@ class AttentionTap(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Attended] = []
+        self.calls: list[AttentionOperands] = []
 
     def __torch_function__(
         self,
@@ -76,6 +76,6 @@ def _operands(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Attended:
+) -> AttentionOperands:
     plain = attn_mask is None and not dropout_p and not is_causal and q.shape == k.shape
-    return Attended(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, plain)
+    return AttentionOperands(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, plain)

@@ -15,9 +15,9 @@ from schemas.errors import UserError
 from schemas.extract import TeacherConfig
 from schemas.store import TeacherInfo
 
-MOST_BYTES = 32 << 30
+MAX_BYTES = 32 << 30
 """Of a teacher's weights; 28 GB are the largest that timm knows."""
-MOST_OUTSIDE_BYTES = 2 << 30
+MAX_OUTSIDE_BYTES = 2 << 30
 """Of those that are outside its blocks: 1 GB is the embedding of 256 x 256 tokens of width 4096."""
 
 
@@ -59,8 +59,8 @@ def draft_declared(about: TeacherInfo, resolution: int, where: str) -> Any:
     whole = state_bytes(vit, 0)
     outside = whole - sum(p.nbytes for p in vit.blocks.parameters())
     for size, most, what in (
-        (whole, MOST_BYTES, "weights"),
-        (outside, MOST_OUTSIDE_BYTES, "weights outside its blocks"),
+        (whole, MAX_BYTES, "weights"),
+        (outside, MAX_OUTSIDE_BYTES, "weights outside its blocks"),
     ):
         if size > most:
             raise UserError(

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.hashing import sha256_of_arrays
-from pipeline.storage.files import without_credentials
-from pipeline.teachers.attention_tap import Attended, AttentionTap
+from pipeline.storage.files import redact
+from pipeline.teachers.attention_tap import AttentionOperands, AttentionTap
 from pipeline.teachers.vit import (
     block_arguments,
     create_tail,
@@ -91,7 +91,7 @@ class Teacher(nn.Module):
         about = {
             "model": self.config.model,
             "model_args": self.config.model_args,
-            "weights": without_credentials(self.config.weights),
+            "weights": redact(self.config.weights),
             "seed": self.config.seed,
             "weights_sha256": self.weights_sha256,
             "image_size": self.image_size,
@@ -133,9 +133,9 @@ class Teacher(nn.Module):
 
     def tap_blocks(
         self, tokens: Tensor, start: int = 0, stop: int | None = None
-    ) -> tuple[Tensor, dict[int, Attended]]:
+    ) -> tuple[Tensor, dict[int, AttentionOperands]]:
         """As ``run_blocks``, with the queries and keys of the tapped layers."""
-        attended: dict[int, Attended] = {}
+        attended: dict[int, AttentionOperands] = {}
         arguments = block_arguments(self.vit)
         for number in range(start, self.depth if stop is None else stop):
             here = number - self.first_block

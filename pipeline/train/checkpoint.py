@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.checkpoints.integrity import seal, verify
+from pipeline.checkpoints.integrity import verify, write_state
 from pipeline.checkpoints.state import (
     VERSION,
     CheckpointState,
@@ -18,8 +18,8 @@ from pipeline.checkpoints.state import (
     load_weights,
     parse_state,
 )
-from pipeline.checkpoints.store_identity import check_same_store
-from pipeline.storage.redaction import written_down
+from pipeline.checkpoints.store_identity import check_store_identity
+from pipeline.storage.redaction import redacted_config
 from pipeline.train.trainer import Trainer
 
 
@@ -60,9 +60,9 @@ def write_checkpoint(
         "store": store,
         "data": data,
         "autoencoder": trainer.manifest.autoencoder.model_dump(),
-        "config": written_down(trainer.config.model_dump(mode="json")),
+        "config": redacted_config(trainer.config.model_dump(mode="json")),
     }
-    seal(folder, state)
+    write_state(folder, state)
 
 
 def load_checkpoint(folder: Path, trainer: Trainer, store: dict[str, Any]) -> CheckpointState:
@@ -73,7 +73,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, store: dict[str, Any]) -> Ch
     """
     state = parse_state(verify(folder), folder)
     check_same_run(state, trainer.config, folder)
-    check_same_store(state.store, store, aligned=state.termination is None, where=folder)
+    check_store_identity(state.store, store, aligned=state.termination is None, where=folder)
     load_weights(folder, "model", trainer.module.student)
     load_weights(folder, "ema", trainer.ema.module)
     if trainer.projector is not None and trainer.projector_ema is not None:

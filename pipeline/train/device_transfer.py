@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class DeviceFeed:
+class DevicePrefetcher:
     """Copies to the device, from pinned memory and on a stream of their own.
 
     Python runs ahead of a GPU: it asks for a batch's copies while the step before still computes.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.state import read_state
 from pipeline.checkpoints.store_identity import with_stream
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import StopSignals
 from pipeline.store import Store
 from pipeline.train.loop import train
@@ -16,14 +16,16 @@ from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
 
-def train_here(config: RunConfig, folder: Path, parallel: Parallel | None = None) -> dict[str, Any]:
+def train_here(
+    config: RunConfig, folder: Path, parallel: ProcessGroup | None = None
+) -> dict[str, Any]:
     """Train in this process, from the newest whole checkpoint in ``folder`` on. SIGTERM and Ctrl-C
     end it with a checkpoint and a ``StoppedError``. Returns the summary. ``parallel`` names the
     device; default the CPU."""
     checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
     with StopSignals() as signals:
         try:
-            resume = newest_checkpoint(folder)
+            resume = latest_checkpoint(folder)
             if resume is not None:
                 manifest = Store.open(str(config.store)).manifest
                 config = with_stream(config, manifest, read_state(resume).store)

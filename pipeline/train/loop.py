@@ -14,19 +14,19 @@ import yaml
 from pipeline.alignment.termination import StepLosses, Trigger, make_trigger
 from pipeline.checkpoints.selection import Write
 from pipeline.checkpoints.store_identity import store_identity, with_stream
-from pipeline.distributed.process_group import Parallel
-from pipeline.distributed.signals import Ask, Wish, nothing_asked
+from pipeline.distributed.process_group import ProcessGroup
+from pipeline.distributed.signals import PollRequest, StopRequest, no_request
 from pipeline.runs.compatibility import check_store
 from pipeline.runs.metrics import CONFIG, SUMMARY, MetricsLog
 from pipeline.storage.files import write_atomic
-from pipeline.storage.redaction import written_down
+from pipeline.storage.redaction import redacted_config
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.reading.batch_loader import loader_options
 from pipeline.train.checkpoint import load_checkpoint, write_checkpoint
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.profiler import StepTrace
-from pipeline.train.step_meter import Effort, Meter, PhaseClock
-from pipeline.train.stop_consensus import Agreement
+from pipeline.train.step_meter import PhaseClock, StepMeter, Throughput
+from pipeline.train.stop_consensus import StopConsensus
 from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
@@ -41,9 +41,9 @@ def train(
     folder: Path,
     save_checkpoint: SaveCheckpoint,
     *,
-    parallel: Parallel | None = None,
+    parallel: ProcessGroup | None = None,
     resume: Path | AbstractContextManager[Path | None] | None = None,
-    ask: Ask = nothing_asked,
+    ask: PollRequest = no_request,
 ) -> dict[str, Any]:
     """Train as ``config`` says; metrics and summary go to ``folder``. Every rank calls this.
 
@@ -51,7 +51,7 @@ def train(
     ``ask`` is asked at every step whether to save or to stop; where any rank is told to stop, all
     save and raise ``StoppedError``. Returns the summary.
     """
-    parallel = parallel or Parallel()
+    parallel = parallel or ProcessGroup()
     assert config.store is not None
     store = Store.open(config.store)
     config = with_stream(config, store.manifest, None)
@@ -71,10 +71,10 @@ class _Run:
         config: RunConfig,
         store: Store,
         folder: Path,
-        parallel: Parallel,
+        parallel: ProcessGroup,
         save_checkpoint: SaveCheckpoint,
         resume: AbstractContextManager[Path | None],
-        ask: Ask,
+        ask: PollRequest,
     ) -> None:
         self.config = config
         self.store = store
@@ -85,14 +85,14 @@ class _Run:
         self.trainer = Trainer(config, store, parallel, measure_entropy=self.trigger.needs_entropy)
         self.identity = store_identity(store, config.alignment)
         self.earlier: dict[str, dict[str, int]] = {}  # bytes read before the resume
-        self.meter = Meter(parallel, config.global_batch)
+        self.meter = StepMeter(parallel, config.global_batch)
         rows = 0
         damaged: dict[int, int] = {}
         self.looked_at: int | None = None
         with resume as checkpoint:
             if checkpoint is not None:
                 state = load_checkpoint(checkpoint, self.trainer, self.identity)
-                self.trigger.load_state_dict(state.trigger, parallel.share_of)
+                self.trigger.load_state_dict(state.trigger, parallel.scatter_saved)
                 self.meter.load_state_dict(state.meter)
                 self.earlier, rows = state.bytes_read, state.metrics_rows
                 if state.looked:
@@ -100,12 +100,12 @@ class _Run:
                 left_out = state.data.get("damaged", {})
                 damaged = {int(shard): epoch for shard, epoch in left_out.items()}
         self.saved_step = self.trainer.step
-        self.agreement = Agreement(parallel, ask)
+        self.agreement = StopConsensus(parallel, ask)
         self.log: MetricsLog | None = None
-        if parallel.is_first:
+        if parallel.is_main:
             self.log = MetricsLog(folder, config, start_step=self.trainer.step, rows=rows)
             config_text = yaml.safe_dump(
-                written_down(config.model_dump(mode="json")), sort_keys=False
+                redacted_config(config.model_dump(mode="json")), sort_keys=False
             )
             _write(folder / CONFIG, config_text)
         self.order = SampleOrder(
@@ -117,15 +117,17 @@ class _Run:
         if self.trainer.termination is not None:
             self.bytes_at_termination = dict.fromkeys(self.loader.bytes_read, 0)
         self.bytes_logged: dict[str, int] = {}
-        self.effort = Effort(config.student, parallel)
+        self.effort = Throughput(config.student, parallel)
         self.trace = StepTrace(folder, parallel, config.profile)
         self.clock = PhaseClock()
         self._aside = False
-        self.looks = None
+        self.validator = None
         if config.samples.every is not None or config.samples.evaluate.images is not None:
-            from pipeline.train.validation.runner import Looks  # diffusers takes seconds to import
+            from pipeline.train.validation.runner import (
+                Validator,  # diffusers takes seconds to import
+            )
 
-            self.looks = Looks(config, store.manifest, parallel, folder)
+            self.validator = Validator(config, store.manifest, parallel, folder)
 
     def to_the_end(self) -> dict[str, Any]:
         config, trainer = self.config, self.trainer
@@ -188,9 +190,9 @@ class _Run:
 
     def _save_or_stop_if_asked(self) -> None:
         wish = self.agreement.at_boundary()
-        if wish is not Wish.GO_ON and self.trainer.step > self.saved_step:
+        if wish is not StopRequest.GO_ON and self.trainer.step > self.saved_step:
             self._save()
-        if wish is Wish.STOP:
+        if wish is StopRequest.STOP:
             raise StoppedError(
                 f"run '{self.config.name}' was stopped after step {self.trainer.step} of "
                 f"{self.config.steps}; run the same command again to continue"
@@ -236,11 +238,11 @@ class _Run:
         killed. What is asked of the run meanwhile is done between two batches of samples; a run
         that goes on from a checkpoint looks ``again``."""
         step = self.trainer.step
-        if self.looks is None or not self.looks.due(step):
+        if self.validator is None or not self.validator.due(step):
             return
         with self._beside_training():
             pause = self._save_or_stop_if_asked
-            for said in self.looks.take(self.trainer.ema.module, step, pause, again=again):
+            for said in self.validator.run(self.trainer.ema.module, step, pause, again=again):
                 if self.log is not None:
                     self.log.row({"step": step, **said})
             self.looked_at = step

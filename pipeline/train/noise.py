@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.randomness import Purpose, generator
 
 
-class DrawsAhead:
+class NoisePrefetcher:
     """The draws of a step, made by a thread while the step before computes.
 
     They are a function of the seed and the positions alone: making them early changes nothing.
@@ -23,10 +23,10 @@ class DrawsAhead:
     ) -> None:
         self._what = (seed, latent_shape, label_drop)
         self._pins = device.type == "cuda"
-        self._expected: tuple[np.ndarray, Future[Draws]] | None = None
+        self._expected: tuple[np.ndarray, Future[SampleNoise]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
 
-    def __call__(self, positions: np.ndarray) -> Draws:
+    def __call__(self, positions: np.ndarray) -> SampleNoise:
         """Those of the samples at ``positions``, made now unless they were expected."""
         if self._expected is not None:
             expected, draws = self._expected
@@ -45,15 +45,17 @@ class DrawsAhead:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _draw(self, positions: np.ndarray) -> Draws:
+    def _draw(self, positions: np.ndarray) -> SampleNoise:
         seed, shape, label_drop = self._what
         draws = draw(seed, positions, shape, label_drop)
         return (
-            Draws(*(values.contiguous().pin_memory() for values in draws)) if self._pins else draws
+            SampleNoise(*(values.contiguous().pin_memory() for values in draws))
+            if self._pins
+            else draws
         )
 
 
-class Draws(NamedTuple):
+class SampleNoise(NamedTuple):
     """For B samples."""
 
     t: Tensor
@@ -68,7 +70,7 @@ class Draws(NamedTuple):
 
 def draw(
     seed: int, positions: np.ndarray, latent_shape: tuple[int, ...], label_drop: float
-) -> Draws:
+) -> SampleNoise:
     """All draws of the samples at ``positions``, on the CPU, in float32.
 
     The order of draws within a sample is fixed: timestep, label drop, posterior, noise.
@@ -81,4 +83,4 @@ def draw(
         rng.random(out=uniform[i], dtype=np.float32)
         rng.standard_normal(out=normal[i], dtype=np.float32)
     uniforms, normals = torch.from_numpy(uniform), torch.from_numpy(normal)
-    return Draws(uniforms[:, 0], uniforms[:, 1] < label_drop, normals[:, 0], normals[:, 1])
+    return SampleNoise(uniforms[:, 0], uniforms[:, 1] < label_drop, normals[:, 0], normals[:, 1])

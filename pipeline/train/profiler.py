@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 
 STEPS = 2
 
@@ -16,9 +16,9 @@ STEPS = 2
 class StepTrace:
     """Records steps ``first`` to ``first + STEPS - 1`` of the first worker."""
 
-    def __init__(self, folder: Path, parallel: Parallel, first: int | None) -> None:
+    def __init__(self, folder: Path, parallel: ProcessGroup, first: int | None) -> None:
         self._folder = folder
-        self._first = first if parallel.is_first else None
+        self._first = first if parallel.is_main else None
         self._parallel = parallel
         self._profile: profile | None = None
 

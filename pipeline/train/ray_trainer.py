@@ -31,17 +31,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.checkpoints.selection import Checkpoints, Write, newest_whole
-from pipeline.distributed.process_group import Parallel
+from pipeline.checkpoints.selection import Checkpoints, Write, latest_valid
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.ray_cluster import require, total
-from pipeline.distributed.signals import StopSignals, Wish, nothing_asked
+from pipeline.distributed.signals import StopRequest, StopSignals, no_request
 from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import StorageError, absolute_url, open_url
 from pipeline.train.loop import SaveCheckpoint, train
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """Between two looks of the first worker at what is asked of the run."""
 ALIVE_SECONDS = 10.0
 """A first worker that has not looked for so long is not training."""
@@ -49,7 +49,7 @@ RESIZE_SECONDS = 600.0
 """How long a worker group that is to be replaced by a larger one may take to save."""
 
 
-class Orders:
+class RunControl:
     """What is asked of a run: an actor, where the driver and Ray's controller leave word."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Orders:
         return self._stop, self._asked
 
 
-class SaveBeforeChange(ControllerCallback):
+class CheckpointBeforeResize(ControllerCallback):
     """In Ray's controller: save before an elastic group is replaced by one of another size, which
     Ray does without warning it, and as soon as a node's end is announced."""
 
@@ -109,7 +109,7 @@ class SaveBeforeChange(ControllerCallback):
             return  # the actor is gone, and with it the driver
 
 
-class Lookout:
+class ControlPoller:
     """What is asked of the run, as the first worker knows it: a thread looks now and then."""
 
     def __init__(self, orders: Any) -> None:
@@ -120,10 +120,10 @@ class Lookout:
         self._thread = threading.Thread(target=self._run, name="lookout", daemon=True)
         self._thread.start()
 
-    def __call__(self) -> Wish:
+    def __call__(self) -> StopRequest:
         if self._stop:
-            return Wish.STOP
-        return Wish.SAVE if self._asked > self._saved else Wish.GO_ON
+            return StopRequest.STOP
+        return StopRequest.SAVE if self._asked > self._saved else StopRequest.GO_ON
 
     def saved(self, asked: int) -> None:
         """A checkpoint was written that began when ``asked`` orders had come."""
@@ -137,7 +137,7 @@ class Lookout:
         self._closed.set()
 
     def _run(self) -> None:
-        while not self._closed.wait(LOOK_SECONDS):
+        while not self._closed.wait(POLL_SECONDS):
             try:
                 self._stop, self._asked = ray.get(self.orders.look.remote(self._saved))
             except RayError:
@@ -161,7 +161,7 @@ def fit(config: RunConfig) -> None:
     require("CPU", workers.cpus_per_worker, fewest, option=option)
     storage_path, storage_filesystem = _storage(config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    orders = ray.remote(Orders).options(num_cpus=0, scheduling_strategy=here).remote()
+    orders = ray.remote(RunControl).options(num_cpus=0, scheduling_strategy=here).remote()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "orders": orders},
@@ -172,7 +172,7 @@ def fit(config: RunConfig) -> None:
             storage_path=storage_path,
             storage_filesystem=storage_filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            callbacks=[SaveBeforeChange(orders)],
+            callbacks=[CheckpointBeforeResize(orders)],
         ),
     )
     with StopSignals() as signals:
@@ -220,7 +220,7 @@ def _fit_and_watch(trainer: TorchTrainer, orders: Any, signals: StopSignals) -> 
         except StillRunning:
             if future.done():
                 raise
-        if time.monotonic() - looked > LOOK_SECONDS:
+        if time.monotonic() - looked > POLL_SECONDS:
             looked = time.monotonic()
             failure = ray.get(orders.failure.remote())
             if failure is not None:
@@ -247,10 +247,10 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
-    parallel = Parallel(context.get_world_rank(), context.get_world_size(), device)
-    lookout = Lookout(arguments["orders"]) if parallel.is_first else None
+    parallel = ProcessGroup(context.get_world_rank(), context.get_world_size(), device)
+    lookout = ControlPoller(arguments["orders"]) if parallel.is_main else None
     try:
-        with RunFolder(config, owner=parallel.is_first) as folder:
+        with RunFolder(config, owner=parallel.is_main) as folder:
             folder.require_shared()
             train(
                 config,
@@ -258,7 +258,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
                 _saver(folder, lookout),
                 parallel=parallel,
                 resume=_newest(folder.checkpoints, parallel, context.get_local_rank()),
-                ask=lookout or nothing_asked,
+                ask=lookout or no_request,
             )
     except StoppedError as stop:
         return str(stop)
@@ -273,7 +273,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     return None
 
 
-def _saver(run: RunFolder, lookout: Lookout | None) -> SaveCheckpoint:
+def _saver(run: RunFolder, lookout: ControlPoller | None) -> SaveCheckpoint:
     def save(step: int, write: Write) -> None:
         """The others, who have no lookout, go on at once: their next step waits for the first."""
         if lookout is not None:
@@ -286,22 +286,24 @@ def _saver(run: RunFolder, lookout: Lookout | None) -> SaveCheckpoint:
 
 
 @contextmanager
-def _newest(checkpoints: Checkpoints, parallel: Parallel, local_rank: int) -> Iterator[Path | None]:
+def _newest(
+    checkpoints: Checkpoints, parallel: ProcessGroup, local_rank: int
+) -> Iterator[Path | None]:
     """The newest whole checkpoint, the same for all workers: the first one decides. Where it lies
     far away, one worker of each node fetches it for all of them."""
     scratch = Path(tempfile.gettempdir())
-    scratch /= f"haste-checkpoint-{parallel.from_first(random.getrandbits(48))}"
-    found = newest_whole(checkpoints, scratch) if parallel.is_first else None
-    step = parallel.from_first(-1 if found is None else found[0])
+    scratch /= f"haste-checkpoint-{parallel.broadcast_int(random.getrandbits(48))}"
+    found = latest_valid(checkpoints, scratch) if parallel.is_main else None
+    step = parallel.broadcast_int(-1 if found is None else found[0])
     if step < 0:
         yield None
         return
-    if local_rank == 0 and not parallel.is_first:
+    if local_rank == 0 and not parallel.is_main:
         checkpoints.fetch(step, scratch)
     try:
-        parallel.from_first(0)  # until all have fetched
+        parallel.broadcast_int(0)  # until all have fetched
         yield checkpoints.fetch(step, scratch)
-        parallel.from_first(0)  # until all have read
+        parallel.broadcast_int(0)  # until all have read
     finally:
         if local_rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)

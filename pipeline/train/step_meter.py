@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from pipeline.alignment.aligned_student import LOSSES
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.flops import STEP, peak_tflops, student_flops
 from schemas.student import StudentConfig
 
 
-class Meter:
+class StepMeter:
     """Collects steps without looking at their numbers, which would make the device wait."""
 
-    def __init__(self, parallel: Parallel, global_batch: int) -> None:
+    def __init__(self, parallel: ProcessGroup, global_batch: int) -> None:
         self.parallel = parallel
         self.global_batch = global_batch
         self._sums: Tensor | None = None
@@ -79,7 +79,7 @@ class Meter:
         """Go on with such a row. Its rates will be those of the steps from here on."""
         self.restart()
         if state["sums"] is not None:
-            *sums, _ = self.parallel.share_of(state["sums"])
+            *sums, _ = self.parallel.scatter_saved(state["sums"])
             norms = state["sums"][0][-1]  # no sum over ranks: each of them adds the same
             self._sums = torch.tensor([*sums, norms], device=self.parallel.device)
             self.steps = int(state["steps"])
@@ -111,10 +111,10 @@ class PhaseClock:
 TERA = 1e12
 
 
-class Effort:
+class Throughput:
     """FLOPs of the student alone, whatever else a step computes: what makes runs comparable."""
 
-    def __init__(self, student: StudentConfig, parallel: Parallel) -> None:
+    def __init__(self, student: StudentConfig, parallel: ProcessGroup) -> None:
         self._flops = STEP * student_flops(student)
         self._workers = parallel.world_size
         self._peak = None

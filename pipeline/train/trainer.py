@@ -11,19 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
-from pipeline.distributed.process_group import Parallel
+from pipeline.alignment.losses import Targets
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
 from pipeline.models.projector import Projector
 from pipeline.store import Batch, Store
-from pipeline.targets.sources import (
-    Targets,
-    TargetSource,
-    aligned_heads,
-    open_targets,
-    wanted_targets,
-)
-from pipeline.train.device_transfer import DeviceFeed
-from pipeline.train.noise import Draws, DrawsAhead
+from pipeline.targets.sources import TargetSource, aligned_heads, open_targets, wanted_targets
+from pipeline.train.device_transfer import DevicePrefetcher
+from pipeline.train.noise import NoisePrefetcher, SampleNoise
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -50,7 +45,7 @@ class Trainer:
         self,
         config: RunConfig,
         store: Store,
-        parallel: Parallel,
+        parallel: ProcessGroup,
         *,
         measure_entropy: bool = False,
     ) -> None:
@@ -83,8 +78,8 @@ class Trainer:
         self._store = store
         self._targets: TargetSource | None = None
         self.optimizer = _make_optimizer(self.module, config)
-        self.feed = DeviceFeed(parallel.device)
-        self.draws = DrawsAhead(
+        self.feed = DevicePrefetcher(parallel.device)
+        self.draws = NoisePrefetcher(
             config.seed,
             config.student.latent_shape,
             config.diffusion.label_drop,
@@ -108,7 +103,7 @@ class Trainer:
         losses = torch.zeros(len(LOSSES), device=self.parallel.device)
         for number, part in enumerate(parts, start=1):
             # Ranks with more parts than others add them up alone; each averages exactly once.
-            with self.parallel.averaging(self.wrapped, on=number == len(parts)):
+            with self.parallel.no_sync(self.wrapped, on=number == len(parts)):
                 losses += self._accumulate(*part)
         norm = torch.nn.utils.clip_grad_norm_(
             self.module.parameters(), config.optimizer.max_grad_norm
@@ -121,7 +116,7 @@ class Trainer:
         self.step += 1
         return torch.cat([losses, norm.detach().view(1)])
 
-    def _accumulate(self, batch: Batch, draws: Draws) -> Tensor:
+    def _accumulate(self, batch: Batch, draws: SampleNoise) -> Tensor:
         """Add the gradients of some samples; their sums of ``LOSSES``, (4,)."""
         losses = self.losses(self.wrapped, self.inputs(batch, draws), self.targets_of(batch))
         # DDP divides the sum of gradients by the number of ranks
@@ -201,7 +196,7 @@ class Trainer:
         return None if name == "float32" else getattr(torch, name)
 
     def inputs(
-        self, batch: Batch, draws: Draws | None = None, *, time: float | None = None
+        self, batch: Batch, draws: SampleNoise | None = None, *, time: float | None = None
     ) -> Inputs:
         """What the student sees of a batch, on the device; ``draws`` are made if not given, and
         ``time`` replaces the drawn times."""
@@ -212,7 +207,7 @@ class Trainer:
                 f"the store holds a label outside its {classes} classes: it is damaged"
             )
         columns = self.feed(_tensors(stored))
-        drawn = Draws(**self.feed((draws or self.draws(batch.positions))._asdict()))
+        drawn = SampleNoise(**self.feed((draws or self.draws(batch.positions))._asdict()))
         vae = self.manifest.autoencoder
         latents = columns["mean"].float() + columns["std"].float() * drawn.posterior
         latents = (latents - vae.shift_factor) * vae.scaling_factor
@@ -235,7 +230,9 @@ class Trainer:
         self.draws.close()
 
 
-def split_batch(batch: Batch, draws: Draws, size: int | None) -> Iterator[tuple[Batch, Draws]]:
+def split_batch(
+    batch: Batch, draws: SampleNoise, size: int | None
+) -> Iterator[tuple[Batch, SampleNoise]]:
     """The batch and its draws in parts of ``size`` samples, the last one smaller; None: in one."""
     count = len(batch.positions)
     size = max(1, count) if size is None else size
@@ -247,7 +244,7 @@ def split_batch(batch: Batch, draws: Draws, size: int | None) -> Iterator[tuple[
         }
         yield (
             Batch(batch.step, batch.positions[part], columns),
-            Draws(*(values[part] for values in draws)),
+            SampleNoise(*(values[part] for values in draws)),
         )
 
 

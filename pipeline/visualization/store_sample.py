@@ -8,9 +8,10 @@ import matplotlib
 import numpy as np
 import torch
 
+from pipeline.alignment.losses import Targets
 from pipeline.autoencoders import decode_means, open_decoder
 from pipeline.store import Store, StreamReader
-from pipeline.targets.sources import Targets, Wanted, read_targets
+from pipeline.targets.sources import Wanted, read_targets
 from schemas.errors import UserError
 from schemas.store import TeacherInfo
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.alignment.fused_attention_loss import fused_attention_loss
 from pipeline.alignment.losses import attention_loss
-from pipeline.models.taps import Attended
+from pipeline.models.taps import QueriesKeys
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.timing import Clock
@@ -91,12 +91,12 @@ def run(options: Options) -> Report:
     return Report(about, [Table(title, HEADINGS, rows)], headline)
 
 
-def attended(qkv: Tensor) -> list[Attended]:
+def attended(qkv: Tensor) -> list[QueriesKeys]:
     """As they lie in the student's layers."""
     pairs = []
     for layer in qkv:
         q, k, _ = layer.permute(2, 0, 3, 1, 4).unbind(0)
-        pairs.append(Attended(q, k))
+        pairs.append(QueriesKeys(q, k))
     return pairs
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.alignment.aligned_student import AlignedStudent
-from pipeline.targets.sources import Targets
+from pipeline.alignment.losses import Targets
 from pipeline.teachers import Teacher
 from schemas.alignment import AlignmentConfig
 from schemas.student import StudentConfig

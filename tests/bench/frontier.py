@@ -16,16 +16,10 @@ from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.alignment.losses import Targets
 from pipeline.store.arrays import stream_parts
 from pipeline.targets.cuts import cut_columns, cut_values, encode_values
-from pipeline.targets.sources import (
-    MapsTargets,
-    QkTargets,
-    ReplayedTargets,
-    Targets,
-    TargetSource,
-    Wanted,
-)
+from pipeline.targets.sources import MapsTargets, QkTargets, ReplayedTargets, TargetSource, Wanted
 from pipeline.targets.tail import first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from schemas.errors import UserError

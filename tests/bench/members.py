@@ -8,18 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.store.arrays import Part, empty_batch, npy_member, read_npy_member, stream_parts
+from pipeline.store.arrays import (
+    StoredArray,
+    empty_batch,
+    npy_member,
+    read_npy_member,
+    stream_parts,
+)
 from pipeline.store.codecs import decode_column
 from pipeline.store.tar_writer import BLOCK
 from schemas.store import Column
 
 
-def write_members(parts: Mapping[str, Part], arrays: Mapping[str, Tensor]) -> dict[str, bytes]:
+def write_members(
+    parts: Mapping[str, StoredArray], arrays: Mapping[str, Tensor]
+) -> dict[str, bytes]:
     """One image's arrays (1, ...) as the members of a tar."""
     return {name: npy_member(part, arrays[name][0].numpy()) for name, part in parts.items()}
 
 
-def read_members(parts: Mapping[str, Part], members: Mapping[str, bytes]) -> dict[str, Tensor]:
+def read_members(
+    parts: Mapping[str, StoredArray], members: Mapping[str, bytes]
+) -> dict[str, Tensor]:
     """The inverse, as the reader does it."""
     batch = {}
     for name, part in parts.items():

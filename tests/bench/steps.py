@@ -13,11 +13,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.cli.config_files import merge, read_yaml
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.store import Batch, Store
 from pipeline.targets.tail import first_tail_block, save_tail
 from pipeline.teachers import Teacher
-from pipeline.train.device_transfer import DeviceFeed
+from pipeline.train.device_transfer import DevicePrefetcher
 from pipeline.train.trainer import Trainer
 from schemas.extract import Cut, TeacherConfig
 from schemas.run import RunConfig
@@ -71,7 +71,7 @@ class TrainerSteps:
 
 
 def pinned(
-    columns: Mapping[str, Mapping[str, np.ndarray]], feed: DeviceFeed
+    columns: Mapping[str, Mapping[str, np.ndarray]], feed: DevicePrefetcher
 ) -> dict[str, dict[str, np.ndarray]]:
     """The same in memory of the feed."""
 
@@ -132,7 +132,9 @@ def make_stepper(
 ) -> TrainerSteps:
     """A trainer of its own for a step; that of Phase II has been through Phase I."""
     config = configs[name].model_copy(update={"global_batch": data.batch})
-    stepper = TrainerSteps(name, Trainer(config, data.store, Parallel(device=clock.device)), data)
+    stepper = TrainerSteps(
+        name, Trainer(config, data.store, ProcessGroup(device=clock.device)), data
+    )
     if name == "phase 2":
         stepper.take(1)
         stepper.trainer.terminate({})

@@ -22,7 +22,7 @@ from tests.faults.reference import Reference
 from tests.faults.session import Session
 from tests.faults.table import as_json, page
 
-MOST_EMPTY = 10
+MAX_EMPTY = 10
 """Runs in a row in which no fault hit anything."""
 
 
@@ -64,7 +64,7 @@ def disturb(options: FaultOptions) -> list[Result]:
         _say(number, plan.work.name, plan.habitat, results, time.monotonic() - began)
         number += 1
         empty = 0 if results else empty + 1
-        if empty == MOST_EMPTY:
+        if empty == MAX_EMPTY:
             raise UserError(f"no fault hit anything in {empty} runs; see {root}")
     return ledger.results()
 

@@ -11,7 +11,7 @@ from tests.faults.habitats import ROOT
 from tests.faults.limits import BrokenError, wait_for
 from tests.faults.work import Work
 
-MOST_STARTS = 12
+MAX_STARTS = 12
 
 
 class Driven:
@@ -63,7 +63,7 @@ class Driven:
 
         def over() -> bool:
             if self.process.poll() not in (None, 0):
-                if self.starts >= MOST_STARTS:
+                if self.starts >= MAX_STARTS:
                     raise BrokenError(f"{what}: the command failed {self.starts} times")
                 self.before_again()
                 self.start()

@@ -57,7 +57,7 @@ class Fault:
 
 
 ENCODER, WORKER = "ray::EncoderActor", "RayTrainWorker"
-LONGEST_PAUSE = 6.0
+MAX_PAUSE = 6.0
 
 
 def kill(title: str) -> Callable[[Scene], None]:
@@ -70,7 +70,7 @@ def kill(title: str) -> Callable[[Scene], None]:
 def pause(title: str) -> Callable[[Scene], None]:
     def inject(scene: Scene) -> None:
         with stopped([_one(scene, title)]):
-            time.sleep(scene.rng.uniform(1, LONGEST_PAUSE))
+            time.sleep(scene.rng.uniform(1, MAX_PAUSE))
 
     return inject
 
@@ -84,7 +84,7 @@ def kill_driver(scene: Scene) -> None:
 def pause_driver(scene: Scene) -> None:
     _require_alive(scene)
     with stopped([scene.driver.pid]):
-        time.sleep(scene.rng.uniform(1, LONGEST_PAUSE))
+        time.sleep(scene.rng.uniform(1, MAX_PAUSE))
 
 
 def terminate(scene: Scene) -> None:
@@ -104,13 +104,13 @@ def kill_raylet(scene: Scene) -> None:
 def pause_raylet(scene: Scene) -> None:
     assert isinstance(scene.habitat, Nodes)
     with stopped([scene.habitat.raylet]):
-        time.sleep(scene.rng.uniform(1, LONGEST_PAUSE))
+        time.sleep(scene.rng.uniform(1, MAX_PAUSE))
 
 
 def restart_s3(scene: Scene) -> None:
     assert isinstance(scene.habitat, Bucket)
     scene.habitat.server.kill()
-    time.sleep(scene.rng.uniform(0.5, LONGEST_PAUSE))
+    time.sleep(scene.rng.uniform(0.5, MAX_PAUSE))
     try:
         scene.habitat.server.restart()
     except RuntimeError as error:

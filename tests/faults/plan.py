@@ -10,7 +10,7 @@ from tests.faults.faults import FAULTS, Fault
 from tests.faults.habitats import HABITATS, Habitat
 from tests.faults.work import Extraction, Training, Work
 
-FEWEST_AND_MOST = {Extraction: (2, 4), Training: (3, 6)}
+MIN_AND_MAX = {Extraction: (2, 4), Training: (3, 6)}
 """Faults in one run: to start a training takes longer than to recover."""
 LAST = 0.8
 """Share of the work after which no fault comes: it could be over before."""
@@ -43,7 +43,7 @@ def draw(seed: int, number: int, kinds: Sequence[str]) -> Plan:
     habitat = first.habitat or rng.choice(sorted(_homes(faults, work), key=lambda h: h.name))
     fitting = [f for f in faults if work in f.works and f.habitat in (None, habitat)]
     chosen = [first]
-    for _ in range(rng.randint(*FEWEST_AND_MOST[work]) - 1):
+    for _ in range(rng.randint(*MIN_AND_MAX[work]) - 1):
         others = [f for f in fitting if not (f.once and f in chosen)]
         if others:
             chosen.append(rng.choice(others))

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.experiments.artifacts import Shelf
+from jobs.experiments.artifacts import ArtifactCache
 from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
 from jobs.experiments.results import read_distances
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.cli.options import parse_options
 from pipeline.runs.metrics import read_metrics
-from pipeline.storage.locks import alone_in
+from pipeline.storage.locks import exclusive_lock
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -231,7 +231,7 @@ def test_a_damaged_picture_is_named(source: Path, tmp_path: Path) -> None:
 def test_a_run_that_another_process_trains_is_left_to_it(source: Path, done: Path) -> None:
     busy = done / "running" / "haste-seed0"
     with (
-        alone_in(busy, what="it", remedy="wait"),
+        exclusive_lock(busy, what="it", remedy="wait"),
         pytest.raises(UserError, match=r"the run 'haste-seed0' in --work '.*' is being written by"),
     ):
         run_matrix(config_of(source, done, select=["haste"]))
@@ -239,13 +239,13 @@ def test_a_run_that_another_process_trains_is_left_to_it(source: Path, done: Pat
 
 def test_one_process_at_a_time_makes_things(tmp_path: Path) -> None:
     """And what one left that was killed goes."""
-    shelf = Shelf(tmp_path / "work")
+    shelf = ArtifactCache(tmp_path / "work")
     left = tmp_path / "work" / ".tmp-killed"
     left.mkdir(parents=True)
 
     def make(folder: Path) -> dict[str, Any]:
         with pytest.raises(UserError, match=r"--work '.*' is being written by process \d+"):
-            Shelf(tmp_path / "work").get("other", {}, lambda _: {})
+            ArtifactCache(tmp_path / "work").get("other", {}, lambda _: {})
         return {"made": folder.name}
 
     final, report = shelf.get("thing", {"size": 1}, make)

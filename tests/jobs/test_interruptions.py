@@ -17,12 +17,12 @@ import yaml
 from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState
 
 from jobs.train_haste import train_run
-from pipeline.checkpoints.selection import newest_state
-from pipeline.distributed.signals import Wish
+from pipeline.checkpoints.selection import latest_state
+from pipeline.distributed.signals import StopRequest
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.metrics import read_metrics
 from pipeline.train.local import train_here
-from pipeline.train.ray_trainer import Lookout, Orders, SaveBeforeChange, scaling
+from pipeline.train.ray_trainer import CheckpointBeforeResize, ControlPoller, RunControl, scaling
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -95,7 +95,7 @@ def test_a_signal_to_the_driver_ends_the_job_with_a_checkpoint(
     ours = [line for line in output.splitlines() if " pid=" not in line]
     assert not any("Traceback" in line for line in ours), output
     assert "run the same command again to continue" in output
-    state = newest_state(RunFolder(config).checkpoints)
+    state = latest_state(RunFolder(config).checkpoints)
     assert state is not None
     assert 3 <= state.step < 400
     again = config.model_copy(update={"steps": state.step + 3})
@@ -170,7 +170,7 @@ def test_scaling(run_config: Make) -> None:
 
 
 def test_an_order_to_save_is_open_until_it_is_carried_out() -> None:
-    orders = Orders()
+    orders = RunControl()
     assert orders.save() is None  # nobody trains: nobody to wait for
     assert orders.look(0) == (False, 0)
     order = orders.save()
@@ -185,13 +185,13 @@ def test_an_order_to_save_is_open_until_it_is_carried_out() -> None:
 
 @pytest.mark.usefixtures("two_cpus")
 def test_the_controller_waits_for_a_checkpoint_before_it_resizes() -> None:
-    orders = ray.remote(Orders).options(num_cpus=0).remote()
-    lookout = Lookout(orders)
-    seen: list[Wish] = []
+    orders = ray.remote(RunControl).options(num_cpus=0).remote()
+    lookout = ControlPoller(orders)
+    seen: list[StopRequest] = []
 
     def train_on() -> None:
         while not seen:
-            if lookout() is Wish.SAVE:
+            if lookout() is StopRequest.SAVE:
                 seen.append(lookout())
                 lookout.saved(lookout.asked)
             time.sleep(0.05)
@@ -201,10 +201,10 @@ def test_the_controller_waits_for_a_checkpoint_before_it_resizes() -> None:
         time.sleep(0.1)
     thread = threading.Thread(target=train_on)
     thread.start()
-    callback = SaveBeforeChange(orders)
+    callback = CheckpointBeforeResize(orders)
     callback.after_controller_state_update(RunningState(), RunningState())
     callback.after_controller_state_update(RunningState(), ResizingState(scaling_decision=None))
     thread.join(10)
     lookout.close()
-    assert seen == [Wish.SAVE]
-    assert lookout() is Wish.GO_ON
+    assert seen == [StopRequest.SAVE]
+    assert lookout() is StopRequest.GO_ON

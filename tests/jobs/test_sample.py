@@ -21,10 +21,10 @@ from PIL import Image
 import pipeline.sampling.job as module
 from jobs.sample import main
 from pipeline.checkpoints.local import LocalCheckpoints
-from pipeline.sampling.batches import Block, choose_labels, plan_blocks
+from pipeline.sampling.batches import ImageBatch, choose_labels, plan_batches
 from pipeline.sampling.job import Sampled, sample_many
 from pipeline.sampling.outputs import NpzOutput
-from pipeline.sampling.worker import Drawn, SampleWorker
+from pipeline.sampling.worker import SampledBatch, SampleWorker
 from pipeline.store import Store
 from pipeline.train.loop import train
 from schemas.errors import UserError
@@ -90,7 +90,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     write = NpzOutput.write
 
-    def counted(self: NpzOutput, result: Drawn) -> None:
+    def counted(self: NpzOutput, result: SampledBatch) -> None:
         write(self, result)
         numbers.append(result.block.number)
 
@@ -105,7 +105,7 @@ def expected(run: Path) -> np.ndarray[Any, Any]:
     threads = torch.get_num_threads()
     worker = SampleWorker()
     worker.load(config, str(run), "cpu", 1)
-    blocks = plan_blocks(30, config.batch_size)
+    blocks = plan_batches(30, config.batch_size)
     labels = [choose_labels("balanced", range(5), 0, b.first, b.count) for b in blocks]
     images = [worker.draw(b, of, pngs=False).images for b, of in zip(blocks, labels, strict=True)]
     torch.set_num_threads(threads)
@@ -126,7 +126,7 @@ def test_the_same_images_whatever_the_workers_and_their_fate(
     marker = tmp_path / "died"
 
     class DiesOnce(SampleWorker):
-        def draw(self, block: Block, labels: list[int], *, pngs: bool) -> Drawn:
+        def draw(self, block: ImageBatch, labels: list[int], *, pngs: bool) -> SampledBatch:
             if block.number == 1 and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -338,7 +338,7 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
     with torch.no_grad():
         next(worker.student.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match="images 3 to 4 are not made of finite numbers"):
-        worker.draw(Block(1, 3, 2), [0, 1], pngs=False)
+        worker.draw(ImageBatch(1, 3, 2), [0, 1], pngs=False)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.checkpoints.reference_format import take_apart
+from pipeline.checkpoints.reference_format import split_state
 from pipeline.models import SiT, Taps
 from pipeline.models.projector import Projector
 from schemas.alignment import AlignmentConfig
@@ -40,7 +40,7 @@ def alignment_config(golden: Golden, coefficients: str = "loss") -> AlignmentCon
 
 def make_sit(golden: Golden) -> tuple[SiT, Projector]:
     """Student and projector, their weights imported from the authors' key format."""
-    parts = take_apart(golden.tensors("sit_state"))
+    parts = split_state(golden.tensors("sit_state"))
     student = SiT(student_config(golden))
     student.load_state_dict(parts.student)
     projector = make_projector(parts.projector)

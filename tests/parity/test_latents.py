@@ -8,9 +8,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.store import Batch, Store
-from pipeline.train.noise import Draws, DrawsAhead
+from pipeline.train.noise import NoisePrefetcher, SampleNoise
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
 from tests.parity.reference import Golden
@@ -24,8 +24,10 @@ def posterior_noise(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The recorded draw, in place of the trainer's own."""
     eps = golden.tensors(FILE)["eps"]
     zeros = torch.zeros(len(eps))
-    draws = Draws(t=zeros, drop_label=zeros.bool(), posterior=eps, noise=torch.zeros_like(eps))
-    monkeypatch.setattr(DrawsAhead, "__call__", lambda *_: draws)
+    draws = SampleNoise(
+        t=zeros, drop_label=zeros.bool(), posterior=eps, noise=torch.zeros_like(eps)
+    )
+    monkeypatch.setattr(NoisePrefetcher, "__call__", lambda *_: draws)
     return eps
 
 
@@ -52,7 +54,7 @@ def latents(golden: Golden, mean: Tensor, std: Tensor) -> Tensor:
             "alignment": {"feature_weight": 0, "attention_weight": 0},
         }
     )
-    trainer = Trainer(config, Store("memory://parity", manifest), Parallel())
+    trainer = Trainer(config, Store("memory://parity", manifest), ProcessGroup())
     columns = {
         "mean": mean.numpy(),
         "std": std.numpy(),

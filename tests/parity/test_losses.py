@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
-from pipeline.alignment.losses import attention_loss
-from pipeline.checkpoints.reference_format import Parts, put_together
+from pipeline.alignment.losses import Targets, attention_loss
+from pipeline.checkpoints.reference_format import Parts, join_state
 from pipeline.diffusion.interpolant import denoising_loss, interpolate
-from pipeline.targets.sources import Targets
 from tests.parity.reference import COSINE_FLOOR, Golden, check_number
 from tests.parity.students import alignment_config, make_sit, student_config, teacher_logits
 
@@ -55,7 +54,7 @@ def run(golden: Golden, path: str, module: AlignedStudent, aligned: bool) -> Sim
         total = total + golden.configs["loss"]["proj_coeff"] * losses["feature"]
         total = total + golden.configs["loss"]["attn_coeff"] * losses["attention"]
     total.backward()
-    gradients = put_together(
+    gradients = join_state(
         Parts(
             {name: p.grad for name, p in module.student.named_parameters()},
             {name: p.grad for name, p in module.projector.named_parameters()} if aligned else {},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.alignment.losses import attention_loss, feature_loss
-from pipeline.checkpoints.reference_format import Parts, put_together, take_apart
+from pipeline.checkpoints.reference_format import Parts, join_state, split_state
 from pipeline.diffusion.interpolant import denoising_loss, interpolate
 from pipeline.models import Taps
 from pipeline.models.mmdit import MMDiT
@@ -49,7 +49,7 @@ def taps_of(golden: Golden, heads: int) -> Taps:
 
 @pytest.fixture(scope="module")
 def narrow(golden: Golden) -> tuple[MMDiT, Projector]:
-    parts = take_apart(golden.tensors("mmdit_state"))
+    parts = split_state(golden.tensors("mmdit_state"))
     student = make_mmdit(golden, "narrow")
     student.load_state_dict(parts.student)
     return student, make_projector(parts.projector)
@@ -128,7 +128,7 @@ def test_wide_variant(golden: Golden, narrow: tuple[MMDiT, Projector]) -> None:
     student = make_mmdit(golden, "wide")
     hidden, out = narrow[1][0].out_features, narrow[1][4].out_features
     projector = Projector(student.config.width, hidden, out)
-    blank = put_together(Parts(student.state_dict(), projector.state_dict()))
+    blank = join_state(Parts(student.state_dict(), projector.state_dict()))
     table = blank.pop("pos_embed")
     state = by_rule(list(blank), blank, config["ordinal_offset"])
     for name, values in config["first_four_values"].items():
@@ -136,7 +136,7 @@ def test_wide_variant(golden: Golden, narrow: tuple[MMDiT, Projector]) -> None:
     for name, (_, total, norm) in config["tensor_number_sum_l2"].items():
         assert state[name].double().sum().item() == pytest.approx(total, abs=1e-9)
         assert state[name].double().norm().item() == pytest.approx(norm, rel=1e-12)
-    parts = take_apart(state)
+    parts = split_state(state)
     student.load_state_dict({**parts.student, "pos_embed": table})
     projector.load_state_dict(parts.projector)
 
@@ -176,7 +176,7 @@ def test_losses_and_gradients(golden: Golden, narrow: tuple[MMDiT, Projector], t
     both = torch.nn.ModuleList([student, projector])
     both.zero_grad()
     sum_.backward()
-    gradients = put_together(
+    gradients = join_state(
         Parts(
             {name: p.grad for name, p in student.named_parameters()},
             {name: p.grad for name, p in projector.named_parameters()},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints.reference_format import take_apart
+from pipeline.checkpoints.reference_format import split_state
 from pipeline.diffusion.samplers import sample, sde_times
 from pipeline.models import SiT
 from schemas.diffusion import SamplerConfig
@@ -24,7 +24,7 @@ def student(golden: Golden) -> SiT:
     table = golden.tensors(FILE)["label_table"]
     config = student_config(golden).model_copy(update={"num_classes": len(table) - 1})
     student = SiT(config)
-    state = take_apart(golden.tensors("sit_state")).student
+    state = split_state(golden.tensors("sit_state")).student
     student.load_state_dict(state | {"y_embedder.embedding_table.weight": table})
     return student
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.checkpoints.reference_format import Parts, put_together, take_apart
+from pipeline.checkpoints.reference_format import Parts, join_state, split_state
 from pipeline.models import Taps
 from pipeline.models.layers import position_table
 from tests.parity.reference import Golden, entropy, probes
@@ -95,7 +95,7 @@ def test_exported_names_stand_in_the_reference_s_order(
     golden: Golden, run: SimpleNamespace
 ) -> None:
     # a checkpoint's optimizer state numbers the parameters in this order
-    parts = take_apart(golden.tensors("sit_state"))
+    parts = split_state(golden.tensors("sit_state"))
     ours = Parts(run.student.state_dict(), make_projector(parts.projector).state_dict())
     recorded = golden.readme["files"]["sit_state.safetensors"]["tensors"]
-    assert list(put_together(ours)) == list(recorded)
+    assert list(join_state(ours)) == list(recorded)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.checkpoints.reference_format import Parts, put_together, take_apart
-from pipeline.distributed.process_group import Parallel
+from pipeline.checkpoints.reference_format import Parts, join_state, split_state
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.store import Batch, Store
-from pipeline.train.noise import Draws, DrawsAhead
+from pipeline.train.noise import NoisePrefetcher, SampleNoise
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
 from schemas.store import Manifest
@@ -108,10 +108,10 @@ def state_of(trainer: Trainer, *, average: bool) -> dict[str, Tensor]:
     """Weights or averages under the reference's names, as a checkpoint of ours holds them."""
     if not average:
         parts = Parts(trainer.module.student.state_dict(), trainer.projector.state_dict())
-        return put_together(parts)
+        return join_state(parts)
     lag = 0 if trainer.aligned else trainer.step - trainer.projector_ema_step
     projector = trainer.projector_ema.caught_up(trainer.projector, lag)
-    return put_together(Parts(trainer.ema.module.state_dict(), projector))
+    return join_state(Parts(trainer.ema.module.state_dict(), projector))
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +119,8 @@ def run(golden: Golden) -> SimpleNamespace:
     """All recorded steps; what each returned, and the trainer after the last."""
     io, config = golden.tensors("train_io"), run_config(golden)
     records = golden.values("train_values")["steps"]
-    trainer = Trainer(config, Store("memory://parity", manifest_of(golden)), Parallel())
-    parts = take_apart(golden.tensors("sit_state"))
+    trainer = Trainer(config, Store("memory://parity", manifest_of(golden)), ProcessGroup())
+    parts = split_state(golden.tensors("sit_state"))
     for student in (trainer.module.student, trainer.ema.module):
         student.load_state_dict(parts.student)
     for projector in (trainer.projector, trainer.projector_ema.module):
@@ -131,14 +131,14 @@ def run(golden: Golden) -> SimpleNamespace:
     for step, record in enumerate(records):
         if trainer.aligned and not record["aligned"]:
             trainer.terminate({"trigger": "fixed"})
-        recorded = Draws(
+        recorded = SampleNoise(
             t=io["t"][step],
             drop_label=torch.zeros(config.global_batch, dtype=torch.bool),
             posterior=io["posterior_eps"][step],
             noise=io["noise"][step],
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DrawsAhead, "__call__", lambda *_, draws=recorded: draws)
+            patch.setattr(NoisePrefetcher, "__call__", lambda *_, draws=recorded: draws)
             *sums, norm = trainer.train_step(batch_of(golden, step)).tolist()
         changes = []
         for average in (False, True):
@@ -158,11 +158,13 @@ def run(golden: Golden) -> SimpleNamespace:
 def test_latents_of_the_first_step(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     # at t = 0 a linear path's noisy latents are the latents
     io, config = golden.tensors("train_io"), run_config(golden)
-    trainer = Trainer(config, Store("memory://parity", manifest_of(golden)), Parallel())
+    trainer = Trainer(config, Store("memory://parity", manifest_of(golden)), ProcessGroup())
     zeros = torch.zeros(config.global_batch)
     noise = torch.zeros_like(io["noise"][0])
-    draws = Draws(t=zeros, drop_label=zeros.bool(), posterior=io["posterior_eps"][0], noise=noise)
-    monkeypatch.setattr(DrawsAhead, "__call__", lambda *_: draws)
+    draws = SampleNoise(
+        t=zeros, drop_label=zeros.bool(), posterior=io["posterior_eps"][0], noise=noise
+    )
+    monkeypatch.setattr(NoisePrefetcher, "__call__", lambda *_: draws)
     inputs = trainer.inputs(batch_of(golden, 0))
     golden.check("train_io", "latents_step0", inputs.noisy)
     assert torch.equal(inputs.labels, io["labels"][0])

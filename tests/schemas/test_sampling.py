@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from schemas.fields import MOST_TEXT, format_layers, parse_layers
+from schemas.fields import MAX_TEXT, format_layers, parse_layers
 from tests.pipeline.evaluate.sets import about_samples
 
 
@@ -46,5 +46,5 @@ def test_where_things_lie_does_not_matter() -> None:
 
 def test_very_many_classes_are_a_digest() -> None:
     many = about_samples(classes=tuple(range(0, 1000, 2))).sampling
-    assert len(many.classes) <= MOST_TEXT
+    assert len(many.classes) <= MAX_TEXT
     assert many != about_samples(classes=tuple(range(0, 998, 2))).sampling

@@ -17,8 +17,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 
 from pipeline.evaluate.features.base import Extracted, full_precision
-from pipeline.hashing import weights_digest
-from pipeline.storage.files import without_credentials
+from pipeline.hashing import sha256_of_module
+from pipeline.storage.files import redact
 from pipeline.teachers.weights import read_state_dict
 from schemas.errors import UserError
 
@@ -46,7 +46,7 @@ class InceptionNetwork:
         """``weights``: a file in torch-fidelity's and pytorch-fid's key format, or ``hub``, which
         fetches it to torch's cache unless it is there. Raises ``UserError`` saying how to get
         it."""
-        self.shown_weights = without_credentials(weights)
+        self.shown_weights = redact(weights)
         state = _fetch() if weights == "hub" else _read(weights)
         copy = io.BytesIO()  # torch-fidelity unpickles whatever it is given: only our own tensors
         torch.save(state, copy)
@@ -62,7 +62,7 @@ class InceptionNetwork:
                 f"{OPTION} '{self.shown_weights}' are not of the Inception network of FIDs "
                 f"({lines[min(1, len(lines) - 1)][:160]}); {HOW_TO_GET}"
             ) from None
-        self.weights_sha256 = weights_digest(self._model)
+        self.weights_sha256 = sha256_of_module(self._model)
         self.device = torch.device(device)
         self._model.to(self.device)
         self._spatial: Tensor | None = None

@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from pipeline.evaluate.features.base import Extracted, full_precision
-from pipeline.hashing import weights_digest
-from pipeline.storage.files import without_credentials
+from pipeline.hashing import sha256_of_module
+from pipeline.storage.files import redact
 from pipeline.teachers.vit import normalisation
 from pipeline.teachers.weights import randomise, read_state_dict
 from schemas.errors import UserError
@@ -51,7 +51,7 @@ class FeatureNetwork:
             randomise(model, seed)
         elif weights != "hub":
             _load(model, name, weights, f"{option}-weights")
-        self.weights_sha256 = weights_digest(model)
+        self.weights_sha256 = sha256_of_module(model)
         self._weights, self._arguments = weights, dict(arguments or {})
         self._interpolation = InterpolationMode(about.get("interpolation") or "bicubic")
         self._mean, self._std = normalisation(model)
@@ -73,7 +73,7 @@ class FeatureNetwork:
     @property
     def shown_weights(self) -> str:
         """Where the weights came from, for people."""
-        return without_credentials(self._weights)
+        return redact(self._weights)
 
     def features(self, images_B3RR: Tensor) -> Tensor:
         """uint8 images of any one size, on any device, to float32 (B, D) on the network's. Raises

@@ -18,7 +18,7 @@ from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
 from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.reader import FileReader
 from pipeline.evaluate.images.sample_info import about_folder
-from pipeline.storage.files import list_tree, open_url, without_credentials
+from pipeline.storage.files import list_tree, open_url, redact
 from pipeline.storage.npz import fitting_rows
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError
@@ -39,7 +39,7 @@ class FolderImages:
     ) -> None:
         """``resolution``: cut out centre squares of so many pixels as ADM does; without it the
         pictures must be of one size. Raises ``UserError``."""
-        self._where = f"{option} '{without_credentials(place)}'"
+        self._where = f"{option} '{redact(place)}'"
         self._resolution = resolution
         filesystem, root = open_url(place, what=option)
         try:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluate.images.folder import FolderImages
-from pipeline.evaluate.images.sample_info import understood
+from pipeline.evaluate.images.sample_info import parse_or_none
 from pipeline.evaluate.images.store import StoreImages
-from pipeline.storage.files import is_local, open_url, without_credentials
+from pipeline.storage.files import is_local, open_url, redact
 from pipeline.storage.npz import Archive, read_about
 from pipeline.store import Store
 from schemas.errors import UserError
@@ -20,7 +20,7 @@ from schemas.sample import SampleAbout
 
 IMAGES = "arr_0"
 """ADM's name for the images of an .npz: what numpy calls the first array without one."""
-MOST_PIXELS = 1 << 24
+MAX_PIXELS = 1 << 24
 """Of one image of an .npz, 4096 x 4096: 48 MiB."""
 
 
@@ -60,7 +60,7 @@ def open_images(
     except UserError as error:  # the store is another command's option
         raise UserError(str(error).replace("--store", option, 1)) from None
     filesystem, path = open_url(place, what=option)
-    shown = without_credentials(place)
+    shown = redact(place)
     if is_local(filesystem) and not filesystem.isdir(path):
         found = "is a file" if filesystem.exists(path) else "does not exist"
         raise UserError(
@@ -85,14 +85,14 @@ class ArchiveImages:
             raise UserError(
                 f"{archive.where}: '{IMAGES}' is {dtype} {shape}; images are uint8 (N, H, W, 3)"
             )
-        if not 0 < shape[1] * shape[2] <= MOST_PIXELS:
+        if not 0 < shape[1] * shape[2] <= MAX_PIXELS:
             raise UserError(
                 f"{archive.where}: '{IMAGES}' has images of {shape[2]}x{shape[1]} pixels; there "
-                f"must be some, and {MOST_PIXELS} at most: scale them down"
+                f"must be some, and {MAX_PIXELS} at most: scale them down"
             )
         self.count = shape[0] if limit is None else min(limit, shape[0])
         self.kind = f"{shape[2]}x{shape[1]} images of an .npz"
-        self.about = understood(read_about(archive), archive.where)
+        self.about = parse_or_none(read_about(archive), archive.where)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         for block in self._archive.blocks(IMAGES, size, self.count):

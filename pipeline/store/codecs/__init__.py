@@ -11,7 +11,7 @@ from pipeline.store.codecs.base import MAIN, Array, Codec
 from pipeline.store.codecs.floats import BFloat16, Plain
 from pipeline.store.codecs.int8 import Int8
 from pipeline.store.codecs.probabilities import CubeRoot, SquareRoot
-from pipeline.store.codecs.quantised import HeadSteps, TokenSteps
+from pipeline.store.codecs.quantised import HeadSteps, PerTokenQuantiser
 from schemas.codecs import CodecName
 from schemas.store import Column
 
@@ -59,7 +59,7 @@ def find_codec(name: CodecName) -> Codec:
         return HeadSteps(fineness)
     if match[1] == "sqrt":
         return SquareRoot(fineness)
-    return TokenSteps(fineness, relative=match[1] == "tokens")
+    return PerTokenQuantiser(fineness, relative=match[1] == "tokens")
 
 
 def sums_to_one(name: CodecName) -> bool:

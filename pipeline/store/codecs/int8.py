@@ -13,7 +13,7 @@ from pipeline.store.codecs.base import MAIN, Array, Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST = 127
+MAX_CODE = 127
 TINY = 1e-30  # the scale of a vector of zeros
 
 
@@ -67,7 +67,7 @@ class Int8:
             arrays["outliers"] = x.gather(-1, index).half()
             x = x.scatter(-1, index, 0.0)
         grouped = x.unflatten(-1, (-1, self.group)) if self.group else x
-        scale = grouped.abs().amax(-1).clamp_min(TINY) / LARGEST
+        scale = grouped.abs().amax(-1).clamp_min(TINY) / MAX_CODE
         arrays["scale"] = scale
         arrays[MAIN] = (grouped / scale.unsqueeze(-1)).round().char().view(values.shape)
         return arrays

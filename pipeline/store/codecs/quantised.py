@@ -18,12 +18,12 @@ from pipeline.store.codecs.base import MAIN, Array, Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-LARGEST = 32_000  # of a code: within 16 bits with room for rounding
+MAX_CODE = 32_000  # of a code: within 16 bits with room for rounding
 HALF_MAX = 65_504.0  # the largest float16
 
 
 @dataclass(frozen=True)
-class TokenSteps:
+class PerTokenQuantiser:
     """x = centre + step * code: a step for each token, a centre for each channel.
 
     ``spread``: a token's step is proportional to its root mean square, because the layer norm that
@@ -61,7 +61,7 @@ class TokenSteps:
         if self.relative:
             spread = apart.abs().mean(-1, keepdim=True) / rms.clamp_min(1e-300)
             step = step * 1.25 * spread.median(1, keepdim=True).values  # 1.25: a normal's std
-        step = step.maximum(apart.abs().amax(-1, keepdim=True) / LARGEST).float()
+        step = step.maximum(apart.abs().amax(-1, keepdim=True) / MAX_CODE).float()
         step = step.where(step > 0, 1.0)
         return {
             MAIN: _planes((apart / step).round(), 1),
@@ -94,7 +94,7 @@ class HeadSteps:
     def encode(self, values: Tensor) -> dict[str, Tensor]:
         x = values.double()
         step = x.square().mean((-2, -1), keepdim=True).sqrt() / self.fineness
-        step = step.maximum(x.abs().amax((-2, -1), keepdim=True) / LARGEST).float()
+        step = step.maximum(x.abs().amax((-2, -1), keepdim=True) / MAX_CODE).float()
         step = step.where(step > 0, 1.0)
         return {MAIN: _planes((x / step).round(), -3), "step": step[..., 0, 0]}
 

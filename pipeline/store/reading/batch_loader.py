@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.storage.retry import wanted_until
+from pipeline.storage.retry import cancel_when
 from pipeline.store.arrays import Allocate, allocate
 from pipeline.store.errors import DamagedShardError
 from pipeline.store.reading.disk_cache import DiskCache
 from pipeline.store.reading.file_source import FileSource, for_share
-from pipeline.store.reading.memory_cache import Budget
+from pipeline.store.reading.memory_cache import MemoryBudget
 from pipeline.store.reading.quarantine import CHECK, Agree, Quarantine
 from pipeline.store.reading.sample_order import SampleOrder
 from pipeline.store.reading.stream_reader import Columns, Rows, StreamReader
@@ -81,8 +81,8 @@ class BatchLoader:
     ``prefetch`` batches are read ahead: ``threads`` threads fetch, verify and decompress the rows
     of each stream and shard straight into their places. Whole files are kept while their shuffle
     window lasts, up to ``memory`` bytes of all streams together; where there is no room, or where
-    it costs less, only the wanted rows are read (``file_source.for_share``). None of this changes what a
-    batch holds.
+    it costs less, only the wanted rows are read (``file_source.for_share``). None of this
+    changes what a batch holds.
 
     Streams can be closed at any step; when ``close_streams`` returns, no byte of them is read any
     more; it waits for the reads under way, while storage is away for one attempt of each. Iterate,
@@ -126,7 +126,7 @@ class BatchLoader:
         self._next_step = start_step
         self._needed_until = dict(needed_until or {})
         self._prefetch = prefetch
-        self.budget = Budget(memory)
+        self.budget = MemoryBudget(memory)
         wants_whole = for_share(world_size)
         self._readers: dict[str, StreamReader] = {}
         for name in streams:
@@ -147,7 +147,7 @@ class BatchLoader:
         if on_bad_shard == "quarantine":
             self._quarantine = Quarantine(order, start_step * global_batch, agree)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch-loader")
-        self._planner = Planner(order, self._pool)
+        self._planner = IndexPrefetcher(order, self._pool)
         self._read_ahead()
 
     @property
@@ -228,11 +228,11 @@ class BatchLoader:
             batch.columns[name] = self._readers[name].empty(end - begin)
         for name, columns in batch.columns.items():
             for some in self._readers[name].together(groups):
-                done = self._pool.submit(self._fill_or_tell, name, columns, some)
+                done = self._pool.submit(self._fill_or_report, name, columns, some)
                 batch.tasks.append(_Task(name, done))
         return batch
 
-    def _fill_or_tell(self, name: str, columns: Columns, groups: Sequence[Rows]) -> list[Rows]:
+    def _fill_or_report(self, name: str, columns: Columns, groups: Sequence[Rows]) -> list[Rows]:
         """Those that are damaged, where bad shards are to be left out."""
         if self._quarantine is None:
             self._fill(name, columns, groups)
@@ -247,7 +247,7 @@ class BatchLoader:
 
     def _fill(self, name: str, columns: Columns, groups: Sequence[Rows]) -> None:
         reader = self._readers[name]
-        with wanted_until(reader.source.closed):
+        with cancel_when(reader.source.closed):
             reader.fill(columns, groups)
 
     def _needed(self, step: int) -> list[str]:
@@ -341,7 +341,7 @@ def shards_of(order: SampleOrder, begin: int, end: int) -> list[Rows]:
     ]
 
 
-class Planner:
+class IndexPrefetcher:
     """``shards_of`` an order that stays as it is, by a thread where it is known what comes next.
 
     Little work, but of many small steps, which a training step should not wait for.

@@ -14,7 +14,7 @@ import fsspec
 from pipeline.storage.files import is_local, read_directly, read_ranges
 from pipeline.storage.local import GAP
 from pipeline.store.reading.disk_cache import DiskCache
-from pipeline.store.reading.memory_cache import Budget, Kept
+from pipeline.store.reading.memory_cache import MemoryBudget, SharedCache
 from pipeline.store.reading.shard_index import FileTable
 
 T = TypeVar("T")
@@ -70,12 +70,12 @@ class FileSource:
         root: str,
         *,
         wants_whole: WantsWhole,
-        budget: Budget | None = None,
+        budget: MemoryBudget | None = None,
         disk: DiskCache | None = None,
     ) -> None:
         self.opens = 0
         self.bytes_read = 0
-        self.kept: Kept[tuple[bytes, bool]] = Kept(budget)
+        self.kept: SharedCache[tuple[bytes, bool]] = SharedCache(budget)
         """Whole files by path, and whether they came from the disk."""
         self._filesystem = filesystem
         self._root = root

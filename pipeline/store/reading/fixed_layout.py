@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.storage.local import GAP
-from pipeline.store.arrays import CLASS_DIGITS, Layout
+from pipeline.store.arrays import CLASS_DIGITS, ArrayReader
 from pipeline.store.reading.shard_index import FileTable
 
 TEXT = 32
@@ -34,7 +34,7 @@ class FixedArray(NamedTuple):
     """Behind the header. A class number has neither."""
 
 
-class FixedRows(NamedTuple):
+class FixedLayout(NamedTuple):
     """The rows of one file."""
 
     arrays: tuple[FixedArray, ...]
@@ -43,7 +43,7 @@ class FixedRows(NamedTuple):
     file: FileTable
 
 
-class Landing:
+class RowReader:
     """Where one thread's rows go in the arrays (B, *shape), contiguous, of a batch."""
 
     def __init__(self, out: Mapping[str, np.ndarray]) -> None:
@@ -54,7 +54,7 @@ class Landing:
     def read(
         self,
         descriptor: int,
-        file: FixedRows,
+        file: FixedLayout,
         rows: np.ndarray,
         places: np.ndarray,
         check: np.ndarray | None,
@@ -124,7 +124,7 @@ class Landing:
         return self._columns
 
 
-def fixed_rows(file: FileTable, layouts: Mapping[str, Layout]) -> FixedRows | None:
+def fixed_rows(file: FileTable, layouts: Mapping[str, ArrayReader]) -> FixedLayout | None:
     """None where rows differ or something is compressed, and where they are far apart."""
     if not len(file.offsets):
         return None
@@ -151,4 +151,4 @@ def fixed_rows(file: FileTable, layouts: Mapping[str, Layout]) -> FixedRows | No
             end = begin + TEXT
         else:
             return None
-    return FixedRows(tuple(arrays), end, file)
+    return FixedLayout(tuple(arrays), end, file)

@@ -13,7 +13,7 @@ V = TypeVar("V")
 UNLIMITED = 1 << 62
 
 
-class Budget:
+class MemoryBudget:
     """Bytes that several caches may hold together. Safe to use from several threads."""
 
     def __init__(self, limit: int = UNLIMITED) -> None:
@@ -43,7 +43,7 @@ class _Entry(Generic[V]):
         self.value: Future[V] = Future()
 
 
-class Kept(Generic[V]):
+class SharedCache(Generic[V]):
     """Values by key, each loaded once however many threads ask for it at the same time.
 
     What is kept is not pushed out by what comes later: in a shuffle window files are used in turn,
@@ -51,8 +51,8 @@ class Kept(Generic[V]):
     says so, and the caller does without.
     """
 
-    def __init__(self, budget: Budget | None = None) -> None:
-        self._budget = budget or Budget()
+    def __init__(self, budget: MemoryBudget | None = None) -> None:
+        self._budget = budget or MemoryBudget()
         self._entries: OrderedDict[str | int, _Entry[V]] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -13,7 +13,7 @@ from pipeline.storage.files import StorageError
 from pipeline.storage.local import scatter
 from pipeline.store.arrays import (
     Allocate,
-    Layout,
+    ArrayReader,
     allocate,
     check_stored,
     empty_batch,
@@ -27,8 +27,8 @@ from pipeline.store.errors import (
     UncommittedShardError,
 )
 from pipeline.store.reading.file_source import FileSource, up_to
-from pipeline.store.reading.fixed_layout import FixedRows, Landing, fixed_rows
-from pipeline.store.reading.memory_cache import Kept
+from pipeline.store.reading.fixed_layout import FixedLayout, RowReader, fixed_rows
+from pipeline.store.reading.memory_cache import SharedCache
 from pipeline.store.reading.shard_index import FileTable, ShardTable, shard_table
 from pipeline.store.store import Store
 from schemas.errors import UserError
@@ -58,7 +58,7 @@ class _Shard(NamedTuple):
     """What is known of a shard beforehand."""
 
     table: ShardTable
-    fixed: list[FixedRows | None]
+    fixed: list[FixedLayout | None]
     """Of each file, where it can be read in the quick way."""
 
 
@@ -100,11 +100,11 @@ class StreamReader:
             store.filesystem, store.root, wants_whole=up_to(whole_file_limit)
         )
         npy = manifest.format != "zarr"
-        self._layouts = {name: Layout(part, npy=npy) for name, part in self.parts.items()}
+        self._layouts = {name: ArrayReader(part, npy=npy) for name, part in self.parts.items()}
         self.pace = math.inf
         """Seconds that a sample took lately; more than that rather than less."""
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
-        self._tables: Kept[_Shard] = Kept()
+        self._tables: SharedCache[_Shard] = SharedCache()
         # A bit for each row, in blocks of shards; two threads in one shard may lose each other's,
         # which verifies anew.
         self._verified: dict[int, np.ndarray] = {}
@@ -156,14 +156,14 @@ class StreamReader:
 
     def fill(self, out: Columns, wanted: Sequence[Rows]) -> None:
         """Put rows of shards at their places of ``out``."""
-        landing, start = Landing(out), time.perf_counter()
+        landing, start = RowReader(out), time.perf_counter()
         for some in wanted:
             self._fill_shard(out, landing, some)
         seconds = (time.perf_counter() - start) / max(1, sum(len(some.rows) for some in wanted))
         before = seconds if math.isinf(self.pace) else self.pace
         self.pace = max(seconds, 0.9 * before + 0.1 * seconds)  # what is slow once may be so again
 
-    def _fill_shard(self, out: Columns, landing: Landing, wanted: Rows) -> None:
+    def _fill_shard(self, out: Columns, landing: RowReader, wanted: Rows) -> None:
         shard, rows, places, until = wanted
         table, fixed = self._table(shard, until)
         if rows.max() >= table.samples:
@@ -201,8 +201,8 @@ class StreamReader:
     def _fill_fixed(
         self,
         file: FileTable,
-        fixed: FixedRows,
-        landing: Landing,
+        fixed: FixedLayout,
+        landing: RowReader,
         rows: np.ndarray,
         places: np.ndarray,
         check: np.ndarray | None,

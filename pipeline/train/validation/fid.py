@@ -10,15 +10,15 @@ import torch
 
 from pipeline.evaluate.features.factory import open_network
 from pipeline.evaluate.frechet import Factored, FeatureStatistics, frechet_distance
-from pipeline.evaluate.record import Origin, recorded
+from pipeline.evaluate.record import SampleOrigin, recorded
 from pipeline.evaluate.reference_statistics import load_moments
-from pipeline.hashing import sha256_of_weights
+from pipeline.hashing import sha256_of_module
 from pipeline.models import SiT
 from pipeline.runs.evaluations import check_rows, find_evaluation, record_evaluation
 from pipeline.runs.metrics import EVALUATION, NO_DISTANCE
 from pipeline.sampling.batches import choose_labels
 from pipeline.storage.npz import Archive
-from pipeline.train.validation.sampling import Pause, SharedDrawing, is_due
+from pipeline.train.validation.sampling import DistributedSampler, Pause, is_due
 from schemas.errors import UserError
 from schemas.evaluate import Evaluation, RecordedEvaluation
 from schemas.run import RunConfig
@@ -29,7 +29,7 @@ class RunEvaluation:
     """Draws images of random classes with the averaged weights, all workers together, and compares
     their features with a reference's."""
 
-    def __init__(self, config: RunConfig, drawing: SharedDrawing, folder: Path) -> None:
+    def __init__(self, config: RunConfig, drawing: DistributedSampler, folder: Path) -> None:
         """Raises ``UserError`` where the reference is not of the network, or cannot be read."""
         self.options = options = config.samples.evaluate
         assert options.images is not None
@@ -55,7 +55,7 @@ class RunEvaluation:
                 f"{archive.where}: its mean has {len(self.reference.mean)} numbers, "
                 f"'{self.network.name}' gives {width} features: it is of another network"
             )
-        if drawing.parallel.is_first:
+        if drawing.parallel.is_main:
             check_rows(folder)
         self.classes = range(drawing.num_classes)
         self.sampling = Sampling.of(
@@ -74,9 +74,9 @@ class RunEvaluation:
         first rank still says so. Every rank calls this; the others are told no more than that it
         does."""
         parallel, there = self.drawing.parallel, None
-        if parallel.is_first:
+        if parallel.is_main:
             there = find_evaluation(self.folder, self._row(student, step))
-        if not parallel.from_first(there is not None):
+        if not parallel.broadcast_int(there is not None):
             return None
         return _event(there or {"fid": None, "samples": self.images, "network": self.network.name})
 
@@ -104,7 +104,7 @@ class RunEvaluation:
             reason = f"{broken} of {self.images} samples are not made of finite numbers"
             return {"event": NO_DISTANCE, "reason": reason}
         distance = 0.0
-        if parallel.is_first:
+        if parallel.is_main:
             try:
                 distance = self._distance(found)
             except torch.OutOfMemoryError:
@@ -129,7 +129,7 @@ class RunEvaluation:
             network=self.network.name,
         )
         decoder = self.drawing.autoencoder.name
-        origin = Origin(step, "ema", sha256_of_weights(student), self.sampling, decoder)
+        origin = SampleOrigin(step, "ema", sha256_of_module(student), self.sampling, decoder)
         place = str(self.options.reference)
         return recorded(numbers, origin, self.network, self.reference, place)
 

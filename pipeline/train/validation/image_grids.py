@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.models import SiT
 from pipeline.runs.metrics import BROKEN_SAMPLES, SAMPLES
 from pipeline.storage.files import TEMPORARY
-from pipeline.train.validation.sampling import Pause, SharedDrawing, is_due
+from pipeline.train.validation.sampling import DistributedSampler, Pause, is_due
 from pipeline.visualization.image_grid import save_grid
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -21,7 +21,7 @@ from schemas.run import RunConfig
 class SampleGrids:
     """``samples/step-STEP.png`` of a run, from the same noise and classes at every step."""
 
-    def __init__(self, config: RunConfig, drawing: SharedDrawing, folder: Path) -> None:
+    def __init__(self, config: RunConfig, drawing: DistributedSampler, folder: Path) -> None:
         self.every, self.last = config.samples.every, config.steps
         self.classes = grid_classes(config, drawing.num_classes)
         self.per_class = config.samples.per_class
@@ -43,7 +43,7 @@ class SampleGrids:
             broken += drawn.broken
         parallel.sum(images)  # each image is somebody's, and black elsewhere
         broken = parallel.sum_counts({"broken": broken})["broken"]
-        if parallel.is_first:
+        if parallel.is_main:
             self._write(images.cpu(), step)
         if not broken:
             return []

@@ -5,23 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models import SiT
 from pipeline.train.validation.fid import RunEvaluation
 from pipeline.train.validation.image_grids import SampleGrids
-from pipeline.train.validation.sampling import Pause, SharedDrawing
+from pipeline.train.validation.sampling import DistributedSampler, Pause
 from schemas.run import RunConfig
 from schemas.store import Manifest
 
 
-class Looks:
+class Validator:
     """Both of them, drawn by one decoder."""
 
     def __init__(
-        self, config: RunConfig, manifest: Manifest, parallel: Parallel, folder: Path
+        self, config: RunConfig, manifest: Manifest, parallel: ProcessGroup, folder: Path
     ) -> None:
         """Raises ``UserError`` where something that will be needed is not there."""
-        drawing = SharedDrawing(config, manifest, parallel)
+        drawing = DistributedSampler(config, manifest, parallel)
         self.grids = SampleGrids(config, drawing, folder)
         evaluates = config.samples.evaluate.images is not None
         self.evaluation = RunEvaluation(config, drawing, folder) if evaluates else None
@@ -31,7 +31,7 @@ class Looks:
         evaluation = self.evaluation
         return self.grids.due(step) or (evaluation is not None and evaluation.due(step))
 
-    def take(self, student: SiT, step: int, pause: Pause, *, again: bool) -> list[dict[str, Any]]:
+    def run(self, student: SiT, step: int, pause: Pause, *, again: bool) -> list[dict[str, Any]]:
         """Every rank calls this where it is due; on the first one, what there is to say of it, as
         rows without their step. ``pause`` may end it between two batches. ``again``: an earlier
         look may have come so far that the distance, which takes longest, has been recorded."""

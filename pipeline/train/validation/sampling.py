@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pipeline.autoencoders import open_decoder
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models import SiT
 from pipeline.precision import arithmetic, choose_arithmetic
-from pipeline.sampling.batches import plan_blocks
+from pipeline.sampling.batches import plan_batches
 from pipeline.sampling.generate import check_sampler, draw_latents
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -30,7 +30,7 @@ def is_due(step: int, every: int | None, last: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledBatch:
     """One batch."""
 
     numbers: range
@@ -40,11 +40,11 @@ class Drawn:
     """How many are black as their latents are no finite numbers."""
 
 
-class SharedDrawing:
+class DistributedSampler:
     """The images are the same whatever the number of workers, as each takes whole batches of a
     fixed division."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, parallel: Parallel) -> None:
+    def __init__(self, config: RunConfig, manifest: Manifest, parallel: ProcessGroup) -> None:
         """Raises ``UserError`` where the sampler is not for the student, or the autoencoder cannot
         be loaded."""
         self.options = config.samples
@@ -58,10 +58,10 @@ class SharedDrawing:
         self.resolution = manifest.resolution
         self.num_classes = manifest.dataset.num_classes
 
-    def draw(self, student: SiT, labels: Sequence[int], pause: Pause) -> Iterator[Drawn]:
+    def draw(self, student: SiT, labels: Sequence[int], pause: Pause) -> Iterator[SampledBatch]:
         """The batches of this rank's share of ``labels``, one image each. Every rank calls it, and
         takes all that it yields. Raises ``UserError`` where memory is short."""
-        blocks = plan_blocks(len(labels), self.options.batch_size)
+        blocks = plan_batches(len(labels), self.options.batch_size)
         rank, world_size = self.parallel.rank, self.parallel.world_size
         with self._autoencoder_at_hand():
             for start in range(0, len(blocks), world_size):
@@ -71,7 +71,7 @@ class SharedDrawing:
                     yield self._draw(student, [labels[i] for i in numbers], numbers)
                 pause()
 
-    def _draw(self, student: SiT, labels: Sequence[int], numbers: range) -> Drawn:
+    def _draw(self, student: SiT, labels: Sequence[int], numbers: range) -> SampledBatch:
         with self.enough_memory(len(labels)):
             latents = draw_latents(
                 student,
@@ -85,7 +85,7 @@ class SharedDrawing:
             with arithmetic(self.precision):
                 images = self.autoencoder.decode(torch.nan_to_num(latents)).cpu()
         images[~finite.cpu()] = 0
-        return Drawn(numbers, images, broken=int((~finite).sum()))
+        return SampledBatch(numbers, images, broken=int((~finite).sum()))
 
     @contextmanager
     def enough_memory(self, count: int) -> Iterator[None]:

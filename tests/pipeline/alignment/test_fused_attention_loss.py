@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.alignment.fused_attention_loss import fused_attention_loss
 from pipeline.alignment.losses import attention_loss
-from pipeline.models.taps import Attended
+from pipeline.models.taps import QueriesKeys
 from tests.helpers import needs_compiler
 
 B, L, H, N, D = 3, 2, 4, 16, 8
@@ -21,11 +21,11 @@ def operands(seed: int = 0, dtype: torch.dtype = torch.float32, sharpness: float
     return qkv.to(dtype).requires_grad_()
 
 
-def attended(qkv: Tensor, heads: int = H) -> list[Attended]:
+def attended(qkv: Tensor, heads: int = H) -> list[QueriesKeys]:
     pairs = []
     for layer in qkv:
         q, k, _ = layer.permute(2, 0, 3, 1, 4).unbind(0)
-        pairs.append(Attended(q[:, :heads], k[:, :heads]))
+        pairs.append(QueriesKeys(q[:, :heads], k[:, :heads]))
     return pairs
 
 
@@ -64,7 +64,7 @@ def test_its_gradient_is_that_of_differences() -> None:
     probs = teacher().double()
 
     def loss(q: Tensor, k: Tensor) -> Tensor:
-        return fused_attention_loss([Attended(q, k)], probs[:1, :1, :2])
+        return fused_attention_loss([QueriesKeys(q, k)], probs[:1, :1, :2])
 
     rng = torch.Generator().manual_seed(3)
     q, k = (torch.randn(1, 2, N, D, generator=rng).double().requires_grad_() for _ in range(2))
@@ -121,7 +121,7 @@ def test_under_autocast_both_passes_see_the_same_logits() -> None:
 
 def test_no_samples() -> None:
     q = torch.zeros(0, H, N, D, requires_grad=True)
-    losses = fused_attention_loss([Attended(q, q)], torch.zeros(0, 1, H, N, N))
+    losses = fused_attention_loss([QueriesKeys(q, q)], torch.zeros(0, 1, H, N, N))
     losses.sum().backward()
     assert losses.shape == (0,)
     assert q.grad is not None

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
-from pipeline.alignment.losses import attention_entropy, attention_loss, feature_loss
+from pipeline.alignment.losses import Targets, attention_entropy, attention_loss, feature_loss
 from pipeline.models import SiT, Taps
-from pipeline.targets.sources import MapsTargets, Targets, aligned_heads, wanted_targets
+from pipeline.targets.sources import MapsTargets, aligned_heads, wanted_targets
 from schemas.alignment import AlignmentConfig
 from schemas.store import Manifest
 from schemas.student import StudentConfig

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from pipeline.alignment.aligned_student import AlignedStudent
-from pipeline.alignment.losses import attention_loss, feature_loss
+from pipeline.alignment.losses import Targets, attention_loss, feature_loss
 from pipeline.alignment.resample import Grid, resample_features, resample_logits
-from pipeline.targets.sources import Targets
 from schemas.alignment import AlignmentConfig
 from schemas.student import StudentConfig
 

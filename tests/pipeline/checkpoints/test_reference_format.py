@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from jobs.export import main as export
 from jobs.sample import main as draw
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.reference_format import (
     Parts,
     drop_learned_sigma,
-    put_together,
+    join_state,
     read_file,
+    split_state,
     student_from_file,
-    take_apart,
 )
 from pipeline.models import SiT, make_student
 from pipeline.models.ema import catch_up
@@ -62,7 +62,7 @@ def checkpoint() -> dict[str, Any]:
     states = {}
     for seed, name in enumerate(("model", "ema")):
         parts = Parts(random_student(seed).state_dict(), Projector(24, 16, 12).state_dict())
-        states[name] = put_together(parts)
+        states[name] = join_state(parts)
     states["model"] = {f"module.{name}": tensor for name, tensor in states["model"].items()}
     options = argparse.Namespace(model="SiT-S/2", encoder_depth=8)
     return {**states, "opt": {"state": {}}, "args": options, "steps": 100}
@@ -110,7 +110,7 @@ def test_dit_keeps_its_sigma(tmp_path: Path) -> None:
 
 def test_taking_apart_and_putting_together(checkpoint: dict[str, Any]) -> None:
     state = checkpoint["ema"]
-    again = put_together(take_apart(state))
+    again = join_state(split_state(state))
     assert list(again) == list(state)
     names = list(again)
     assert names[0] == "pos_embed"
@@ -211,7 +211,7 @@ def test_export(run_config: Callable[..., RunConfig], tmp_path: Path, steps: int
     content = torch.load(out, weights_only=True)
     assert list(content) == ["model", "ema", "opt", "args", "steps"]
     assert content["steps"] == steps
-    newest = newest_checkpoint(folder)
+    newest = latest_checkpoint(folder)
     assert newest is not None
     projector_now = load_file(newest / "projector.safetensors")
     for name in ("model", "ema"):

@@ -13,8 +13,8 @@ import torch
 from jobs.export import main as export
 from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError
 from pipeline.checkpoints.local import LocalCheckpoints
-from pipeline.checkpoints.resolve import at_hand, find_checkpoint
-from pipeline.checkpoints.student import load_student, open_trained
+from pipeline.checkpoints.resolve import find_checkpoint, local_copy
+from pipeline.checkpoints.student import load_student, load_trained_student
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
 from pipeline.train.loop import train
@@ -81,15 +81,15 @@ def test_a_damaged_one_is_passed_over(
 def test_a_copy_without_the_optimizer_that_goes(
     memory: fsspec.AbstractFileSystem, run: Path
 ) -> None:
-    with at_hand(NEWEST, "ema") as copy:
+    with local_copy(NEWEST, "ema") as copy:
         assert sorted(path.name for path in copy.iterdir()) == ["ema.safetensors", STATE]
-        trained = open_trained(copy)
+        trained = load_trained_student(copy)
     assert not copy.parent.exists()
     with (
         pytest.raises(UserError, match=f"'{NEWEST}' is a folder that says what"),
-        at_hand(NEWEST, "ema") as copy,
+        local_copy(NEWEST, "ema") as copy,
     ):
-        open_trained(copy, model="SiT-S/2")
+        load_trained_student(copy, model="SiT-S/2")
     assert not copy.parent.exists()
     assert trained.step == 4
     expected, _ = load_student(run)
@@ -113,7 +113,7 @@ def test_weights_that_were_altered_are_not_drawn_from(memory: fsspec.AbstractFil
     data[-1] ^= 1
     memory.pipe_file(path, bytes(data))
     expected = f"'{NEWEST}' is damaged: ema.safetensors was altered"
-    with pytest.raises(DamagedCheckpointError, match=expected), at_hand(NEWEST, "ema"):
+    with pytest.raises(DamagedCheckpointError, match=expected), local_copy(NEWEST, "ema"):
         pass
 
 
@@ -121,7 +121,7 @@ def test_one_that_was_removed_meanwhile(memory: fsspec.AbstractFileSystem) -> No
     memory.rm("/drawn/run/checkpoint-000000004", recursive=True)
     with (
         pytest.raises(UserError, match=f"'{NEWEST}' is not there any more, or cannot be seen"),
-        at_hand(NEWEST, "ema"),
+        local_copy(NEWEST, "ema"),
     ):
         pass
 
@@ -131,13 +131,13 @@ def test_a_file_of_weights(memory: fsspec.AbstractFileSystem, run: Path, tmp_pat
     memory.put_file(str(tmp_path / "a.pt"), "/drawn/a.pt")
     place = find_checkpoint("memory://drawn/a.pt")
     assert place == "memory://drawn/a.pt"
-    with at_hand(place, "ema") as copy:
+    with local_copy(place, "ema") as copy:
         assert copy.read_bytes() == (tmp_path / "a.pt").read_bytes()
     with (
         pytest.raises(UserError, match=f"'{place}' does not say what it is"),
-        at_hand(place, "ema") as copy,
+        local_copy(place, "ema") as copy,
     ):
-        open_trained(copy)
+        load_trained_student(copy)
 
 
 def test_an_export_is_the_same_from_both(

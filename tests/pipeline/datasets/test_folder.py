@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.datasets import ImageItem, Listing, list_images, open_reader, reader
 from pipeline.datasets.crop import BadImageError
-from pipeline.datasets.folder import list_folder, make_items
+from pipeline.datasets.folder import list_class_folders, make_items
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 
@@ -30,21 +30,21 @@ def keys(listing: Listing) -> dict[str, int]:
 
 def test_label_is_the_rank_of_the_class_folder(tmp_path: Path) -> None:
     source = make_tree(tmp_path, "b/1.jpg", "b/deep/er/2.png", "a/3.jpg", "c/4", "no_class.jpg")
-    listing = list_folder(source)
+    listing = list_class_folders(source)
     assert keys(listing) == {"a/3": 0, "b/1": 1, "b/deep/er/2": 1, "c/4": 2}
     assert listing.num_classes == 3
 
 
 def test_files_that_share_a_stem_keep_distinct_keys(tmp_path: Path) -> None:
     source = make_tree(tmp_path, "a/x.jpg", "a/x.png", "a/x.jpg.jpg", "a/x", "b/x.jpg")
-    listing = list_folder(source)
+    listing = list_class_folders(source)
     assert len(keys(listing)) == 5
     assert "b/x" in keys(listing)
 
 
 def test_dots_in_names_are_escaped_so_that_webdataset_keeps_the_key(tmp_path: Path) -> None:
     names = ("a.b/v1.2.jpg", "a.b/v1%2E2.jpg", "a.b/v1%2.jpg", "c/d.e.f")
-    found = keys(list_folder(make_tree(tmp_path, *names)))
+    found = keys(list_class_folders(make_tree(tmp_path, *names)))
     assert len(found) == 4
     assert all("." not in key for key in found)
     assert "a%2Eb/v1%2E2" in found
@@ -52,12 +52,12 @@ def test_dots_in_names_are_escaped_so_that_webdataset_keeps_the_key(tmp_path: Pa
 
 def test_hidden_files_and_folders_are_ignored(tmp_path: Path) -> None:
     source = make_tree(tmp_path, "a/1.jpg", "a/.DS_Store", ".git/x/y.jpg", "a/.cache/z.jpg")
-    assert keys(list_folder(source)) == {"a/1": 0}
+    assert keys(list_class_folders(source)) == {"a/1": 0}
 
 
 def test_a_source_below_a_hidden_folder_is_not_hidden(tmp_path: Path) -> None:
     source = make_tree(tmp_path / ".cache" / "set", "a/1.jpg")
-    assert keys(list_folder(source)) == {"a/1": 0}
+    assert keys(list_class_folders(source)) == {"a/1": 0}
 
 
 @pytest.mark.parametrize("dataset", ["folder", "imagenet", "webdataset"])
@@ -84,7 +84,7 @@ def test_storage_that_cannot_be_reached_is_one_line_without_secrets(
 
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "find", refuse)
     with pytest.raises(UserError, match="no route to") as error:
-        list_folder("memory://me:hunter2@host/x")
+        list_class_folders("memory://me:hunter2@host/x")
     assert "hunter" not in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -98,7 +98,7 @@ def test_order_is_a_permutation_that_depends_on_the_seed_alone(tmp_path: Path) -
 
     assert order(0) == order(0)
     assert order(0) != order(1)
-    assert sorted(order(0)) == sorted(order(1)) == sorted(keys(list_folder(source)))
+    assert sorted(order(0)) == sorted(order(1)) == sorted(keys(list_class_folders(source)))
     assert order(0) != sorted(order(0))
 
 
@@ -139,7 +139,7 @@ def test_a_file_whose_name_no_store_holds_is_named(tmp_path: Path, name: bytes) 
 def test_an_image_that_is_no_file_or_too_large_is_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "MOST_BYTES", 10)
+    monkeypatch.setattr(reader, "MAX_BYTES", 10)
     make_tree(tmp_path, "a/10.bytes", "a/11.bytes!")
     os.mkfifo(tmp_path / "a" / "pipe.png")
     (tmp_path / "a" / "zeros.png").symlink_to("/dev/zero")
@@ -160,7 +160,7 @@ def test_an_image_that_is_no_file_or_too_large_is_bad(
 
 
 def test_no_more_is_fetched_of_an_image_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MOST_BYTES", 10)
+    monkeypatch.setattr(reader, "MAX_BYTES", 10)
     with fsspec.open("memory://test-large/a/1.jpg", "wb") as file:
         file.write(bytes(11))
     config = ExtractConfig(dataset="folder", source="memory://test-large")
@@ -184,7 +184,7 @@ def test_linked_class_folders_are_followed_and_loops_are_not(tmp_path: Path) -> 
         (folder / "x.png").write_bytes(b"")
     (source / "b").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(source)
-    listing = list_folder(str(source))
+    listing = list_class_folders(str(source))
     assert [(item.path, item.label) for item in listing.items] == [
         ("a/x.png", 0),
         ("b/x.png", 1),

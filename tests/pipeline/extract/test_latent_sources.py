@@ -19,7 +19,7 @@ from pipeline.cli.config_files import merge
 from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.digits import list_digits, read_digit
-from pipeline.datasets.folder import list_folder
+from pipeline.datasets.folder import list_class_folders
 from pipeline.datasets.imagenet import list_imagenet
 from pipeline.extract import latent_sources as latents_module
 from pipeline.extract.encoder import Encoder, ShardResult
@@ -118,7 +118,7 @@ def test_the_store_is_that_of_the_same_images_with_the_latents_of_the_files(
     originals = tmp_path / "tree"
     make_tree(originals, request)
     source = originals / "train" if (originals / "train").is_dir() else originals
-    items = list_folder(str(source)).items  # sorted, as `convert` numbers them
+    items = list_class_folders(str(source)).items  # sorted, as `convert` numbers them
     crops = [decode_crop((source / item.path).read_bytes(), SIZE) for item in items]
     pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
     moments = torch.cat(Autoencoder("demo").encode(pixels), 1).numpy()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.checkpoints.integrity import seal
+from pipeline.checkpoints.integrity import write_state
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.report import checkpoint_attention
 from pipeline.report.__main__ import main
@@ -164,7 +164,7 @@ def test_a_student_beyond_all_bounds_is_not_built(
     state |= {"version": 2, "step": 400, "metrics_rows": 0, "autoencoder": autoencoder}
     state["config"] = RunConfig.model_validate({"student": student}).model_dump(mode="json")
     (run / "checkpoint-000000400").mkdir()
-    seal(run / "checkpoint-000000400", state)
+    write_state(run / "checkpoint-000000400", state)
 
     def load(*_: Any) -> None:
         raise AssertionError("it was built")
@@ -181,7 +181,7 @@ def test_a_checkpoint_beyond_all_bounds_is_not_read(
     values = read_yaml(CONFIGS / "demo.yaml") | {"store": digits_store.url, "global_batch": 4}
     config = validate(RunConfig, merge(values, changes), where="test")
     train_here(config, tmp_path / "run")
-    monkeypatch.setattr(checkpoint_attention, "MOST_BYTES", 1000)
+    monkeypatch.setattr(checkpoint_attention, "MAX_BYTES", 1000)
     _, note = checkpoint_attention.attention_of_kept(read_run(str(tmp_path / "run")))
     assert note is not None
     assert "checkpoint-000000001 has 0 GiB; the report reads 0 at most" in note

@@ -6,15 +6,15 @@ from collections import Counter
 
 import pytest
 
-from pipeline.sampling.batches import Block, choose_classes, choose_labels, plan_blocks
+from pipeline.sampling.batches import ImageBatch, choose_classes, choose_labels, plan_batches
 from schemas.errors import UserError
 
 
 def test_every_image_is_in_one_block() -> None:
-    blocks = plan_blocks(10, 4)
-    assert blocks == [Block(0, 0, 4), Block(1, 4, 4), Block(2, 8, 2)]
-    assert plan_blocks(4, 4) == [Block(0, 0, 4)]
-    assert plan_blocks(1, 64) == [Block(0, 0, 1)]
+    blocks = plan_batches(10, 4)
+    assert blocks == [ImageBatch(0, 0, 4), ImageBatch(1, 4, 4), ImageBatch(2, 8, 2)]
+    assert plan_batches(4, 4) == [ImageBatch(0, 0, 4)]
+    assert plan_batches(1, 64) == [ImageBatch(0, 0, 1)]
 
 
 def test_balanced_labels_are_as_many_of_each() -> None:

@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 from pipeline.precision import choose_arithmetic
-from pipeline.sampling.batches import Block, plan_blocks
+from pipeline.sampling.batches import ImageBatch, plan_batches
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
-from pipeline.sampling.worker import Drawn, _png
+from pipeline.sampling.worker import SampledBatch, _png
 from pipeline.storage.npz import npy_header, write_npz
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
 from tests.pipeline.evaluate.sets import about_samples
 
-BLOCKS = plan_blocks(5, 2)
+BLOCKS = plan_batches(5, 2)
 LABELS = [3, 1, 4, 1, 5]
 
 
@@ -34,14 +34,14 @@ def about(**overrides: Any) -> SampleAbout:
     return about_samples(**{**values, **overrides})
 
 
-def images(block: Block) -> np.ndarray[Any, Any]:
+def images(block: ImageBatch) -> np.ndarray[Any, Any]:
     rng = np.random.default_rng(block.number)
     return rng.integers(0, 256, (block.count, 4, 4, 3), np.uint8)
 
 
-def write(output: Output, blocks: Sequence[Block]) -> None:
+def write(output: Output, blocks: Sequence[ImageBatch]) -> None:
     for block in blocks:
-        output.write(Drawn(block, images(block), tuple(map(_png, images(block)))))
+        output.write(SampledBatch(block, images(block), tuple(map(_png, images(block)))))
 
 
 def test_an_npz_is_made_of_its_parts(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.config_files import merge
-from pipeline.sampling.batches import choose_labels, plan_blocks
+from pipeline.sampling.batches import choose_labels, plan_batches
 from pipeline.sampling.job import _about
 from pipeline.sampling.outputs import FolderOutput
-from pipeline.sampling.resume import all_there
+from pipeline.sampling.resume import already_complete
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
 from pipeline.train.local import train_here
@@ -22,7 +22,7 @@ from schemas.run import RunConfig
 from schemas.sample import SampleConfig
 from tests.stores import tiny_run
 
-BLOCKS = plan_blocks(4, 2)
+BLOCKS = plan_batches(4, 2)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_what_is_there_is_only_taken_where_all_of_it_is_what_was_asked_for(
     output.open(about)
 
     def there(config: SampleConfig) -> bool:
-        found = all_there(config, checkpoint, [FolderOutput(place)], BLOCKS)
+        found = already_complete(config, checkpoint, [FolderOutput(place)], BLOCKS)
         assert found in (None, about)
         return found is not None
 

@@ -36,8 +36,8 @@ from pipeline.storage.files import (
     publish,
     read_bytes,
     read_ranges,
+    redact,
     remove,
-    without_credentials,
     write_atomic,
 )
 from pipeline.store import Store
@@ -74,16 +74,16 @@ from tests.helpers import all_files
     ],
 )
 def test_credentials_are_never_shown(url: str, shown: str) -> None:
-    assert without_credentials(url).startswith(shown)
-    assert "hunter2" not in without_credentials(url)
+    assert redact(url).startswith(shown)
+    assert "hunter2" not in redact(url)
     if "list=" not in url:  # a quote with more text behind it goes with the query
-        assert without_credentials(url) == shown
+        assert redact(url) == shown
 
 
 def test_credentials_of_the_environment_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2/and+more")
     monkeypatch.setenv("GITHUB_TOKEN", "hunter2/and+more-of-it")
-    assert without_credentials("a hunter2/and+more-of-it, hunter2/and+more.") == "a ***, ***."
+    assert redact("a hunter2/and+more-of-it, hunter2/and+more.") == "a ***, ***."
 
 
 def test_unknown_protocol_is_one_line_without_secrets() -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.locks import LOCK, alone_in
+from pipeline.storage.locks import LOCK, exclusive_lock
 from schemas.errors import UserError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.storage.locks import alone_in
-with alone_in(Path(sys.argv[1]), what="it", remedy="go"):
+from pipeline.storage.locks import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), what="it", remedy="go"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -44,12 +44,12 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_lock_ends_with_its_process(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     said = f"--npz 'a.npz' is being written by process {holder.pid} on {socket.gethostname()}: wait"
-    with pytest.raises(UserError, match=said), alone_in(folder, **TAKEN):
+    with pytest.raises(UserError, match=said), exclusive_lock(folder, **TAKEN):
         pass
     holder.kill()
     holder.wait()
     assert (folder / LOCK).exists()
-    with alone_in(folder, **TAKEN):
+    with exclusive_lock(folder, **TAKEN):
         assert (folder / LOCK).read_text().startswith(f"process {os.getpid()} on ")
     assert list(folder.iterdir()) == []
 
@@ -57,13 +57,13 @@ def test_a_lock_ends_with_its_process(holder: subprocess.Popen[str], tmp_path: P
 def test_no_folder_is_left_that_was_not_there(tmp_path: Path) -> None:
     folder = tmp_path / "parts"
     with (
-        alone_in(folder, **TAKEN),
+        exclusive_lock(folder, **TAKEN),
         pytest.raises(UserError, match="is being written by process"),
-        alone_in(folder, **TAKEN),
+        exclusive_lock(folder, **TAKEN),
     ):
         pass
     assert not folder.exists()
-    with alone_in(folder, **TAKEN):
+    with exclusive_lock(folder, **TAKEN):
         (folder / "an image").touch()
     assert [path.name for path in folder.iterdir()] == ["an image"]
 
@@ -74,6 +74,6 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         pytest.raises(
             UserError, match=r"--npz 'a.npz' cannot be written \(Not a directory\): name"
         ),
-        alone_in(tmp_path / "file" / "parts", **TAKEN),
+        exclusive_lock(tmp_path / "file" / "parts", **TAKEN),
     ):
         pass

@@ -16,7 +16,7 @@ from schemas.errors import UserError
 def test_a_block_has_no_more_rows_than_memory_is_meant_to_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(npz, "MOST_BLOCK", 1000)
+    monkeypatch.setattr(npz, "MAX_BLOCK", 1000)
     rows = np.random.default_rng(0).integers(0, 256, (11, 20, 7), np.uint8)
     np.savez_compressed(tmp_path / "a.npz", rows=rows)
     blocks = list(Archive(str(tmp_path / "a.npz"), "--samples").blocks("rows", 64))

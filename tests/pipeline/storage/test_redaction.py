@@ -9,14 +9,14 @@ import fsspec
 import pytest
 import yaml
 
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.state import read_state
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.tasks import make_manifest, make_tasks, with_tail
 from pipeline.inspect.__main__ import main as inspect
-from pipeline.storage.redaction import without_secrets, written_down
+from pipeline.storage.redaction import redacted_config, without_secrets
 from pipeline.store import Store
 from pipeline.train.loop import train
 from schemas.extract import ExtractConfig
@@ -68,7 +68,7 @@ def test_a_planted_secret_is_nowhere_after_extraction_and_training(
     run = tmp_path / "run"
     train(digits_run(url, tmp_path), run, LocalCheckpoints(run, keep=3).save)
     again = digits_run(url, tmp_path).model_copy(update={"steps": 6})
-    train(again, run, LocalCheckpoints(run, keep=3).save, resume=newest_checkpoint(run))
+    train(again, run, LocalCheckpoints(run, keep=3).save, resume=latest_checkpoint(run))
     for argv in (["--verify"], ["--gc"], ["--json"], []):
         assert inspect([url, *argv]) == 0
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**tiny_run(), "name": "other"}))
@@ -77,7 +77,7 @@ def test_a_planted_secret_is_nowhere_after_extraction_and_training(
     written = yaml.safe_load((run / "config.yaml").read_text())
     assert written["store"] == f"memory://{name}/store"
     assert written["output"] == f"file://{tmp_path}"
-    newest = newest_checkpoint(run)
+    newest = latest_checkpoint(run)
     assert newest is not None
     assert read_state(newest).config.store == f"memory://{name}/store"
     assert store.manifest.dataset.source == "s3://bucket/images"
@@ -111,4 +111,7 @@ def test_what_filesystems_say_is_cleaned(url: str, text: str, shown: str) -> Non
 
 def test_only_urls_are_changed_in_what_is_written_down() -> None:
     values = {"a": ["s3://k:v@b/x?y", {"b": ("/home/me@x?y", 3, None)}], "c": 1e-4}
-    assert written_down(values) == {"a": ["s3://b/x", {"b": ["/home/me@x?y", 3, None]}], "c": 1e-4}
+    assert redacted_config(values) == {
+        "a": ["s3://b/x", {"b": ["/home/me@x?y", 3, None]}],
+        "c": 1e-4,
+    }

@@ -11,7 +11,7 @@ from numcodecs import Blosc, Zstd
 from pydantic import ValidationError
 
 from pipeline.store.arrays import (
-    Part,
+    StoredArray,
     check_value,
     compress,
     empty_batch,
@@ -27,8 +27,8 @@ from schemas.store import Column
 CLASS = stream_parts({"label": Column(shape=(), codec="int64")})["label"]
 
 
-def part(shape: tuple[int, ...], dtype: str = "<f2", lossless: Any = "none") -> Part:
-    return Part(np.dtype(dtype), shape, lossless, is_class=False)
+def part(shape: tuple[int, ...], dtype: str = "<f2", lossless: Any = "none") -> StoredArray:
+    return StoredArray(np.dtype(dtype), shape, lossless, is_class=False)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3, 4), (2, 3, 5, 7), (0, 3)])

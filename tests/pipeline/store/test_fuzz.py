@@ -29,7 +29,7 @@ TRIED = 9
 """So many of ``VALUES`` are put in each place of a manifest."""
 SURVIVORS = 6
 """So many of the manifests that open are trained from, for each cut: a teacher takes its time."""
-MOST_MEGABYTES = 300
+MAX_MEGABYTES = 300
 """More than whatever is allocated for any of them."""
 
 Keys = tuple[str | int, ...]
@@ -110,7 +110,7 @@ def test_a_manifest_with_one_hostile_value(tmp_path: Path, cut: str) -> None:
     for keys, value in rng.sample(survivors, SURVIVORS):
         manifest.write_text(replaced(text, keys, value))
         works_or_says_why(keys, value, train)
-    assert peak_megabytes() - before < MOST_MEGABYTES
+    assert peak_megabytes() - before < MAX_MEGABYTES
 
 
 def peak_megabytes() -> float:

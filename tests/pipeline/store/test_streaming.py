@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.storage import retry
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.errors import DamagedShardError
-from pipeline.store.reading.batch_loader import Planner
+from pipeline.store.reading.batch_loader import IndexPrefetcher
 from pipeline.store.reading.file_source import for_share
 from tests.helpers import write_known_store
 
@@ -225,7 +225,7 @@ def test_closing_does_not_wait_for_storage_to_come_back(
     store = Store.open(remote.url)
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat)
     monkeypatch.setattr(retry, "FIRST_DELAY", 60.0)
-    monkeypatch.setattr(retry, "LONGEST_DELAY", 60.0)
+    monkeypatch.setattr(retry, "MAX_DELAY", 60.0)
     loader = open_loader(store, memory=memory, prefetch=6)
     assert failed.wait(20)
     begin = time.monotonic()
@@ -278,7 +278,7 @@ def test_a_late_start_is_no_more_work(remote: Store, monkeypatch: pytest.MonkeyP
     """Positions and what is made for them, counted: nothing depends on the position."""
     work = []
     # of the batch after the last, a thread makes what it gets to
-    monkeypatch.setattr(Planner, "expect", lambda *_: None)
+    monkeypatch.setattr(IndexPrefetcher, "expect", lambda *_: None)
     for attribute in ("_make_epoch", "_make_window"):
         made = getattr(SampleOrder, attribute)
 

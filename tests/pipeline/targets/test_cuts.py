@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.alignment.losses import Targets
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store, StreamReader
-from pipeline.targets.sources import Targets, Wanted, open_targets, read_targets
+from pipeline.targets.sources import Wanted, open_targets, read_targets
 from pipeline.targets.tail import load_tail, tail_file
 from pipeline.train.loop import train
 from pipeline.visualization.store_sample import draw_sample
@@ -185,7 +186,7 @@ def test_a_run_resumed_after_the_termination_needs_no_tail(
     tail = Path(stores["image"].root) / tail_file("image")
     tail.rename(tail.with_suffix(".away"))
     try:
-        newest = newest_checkpoint(folder)
+        newest = latest_checkpoint(folder)
         assert train(config, folder, save, resume=newest)["steps"] == 5
         with pytest.raises(UserError, match="is missing"):
             train(config, tmp_path / "fresh", save)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.teachers import Teacher
-from pipeline.teachers.attention_tap import Attended, AttentionTap
+from pipeline.teachers.attention_tap import AttentionOperands, AttentionTap
 from pipeline.teachers.vit import block_arguments
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
@@ -141,13 +141,13 @@ def test_manifest_entry(family: Family) -> None:
 
 def test_only_tapped_layers_compute_logits(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
-    original = Attended.logits
+    original = AttentionOperands.logits
 
-    def counted(self: Attended, prefix: int) -> Tensor:
+    def counted(self: AttentionOperands, prefix: int) -> Tensor:
         made.append(original(self, prefix))
         return made[-1]
 
-    monkeypatch.setattr(Attended, "logits", counted)
+    monkeypatch.setattr(AttentionOperands, "logits", counted)
     teacher = make_teacher(FAMILIES[0], layers=(1,))
     _, logits = teacher.run_blocks(teacher.embed(teacher.preprocess(images)))
     assert list(logits) == [1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.train_haste import train_run
-from pipeline.checkpoints.local import newest_checkpoint
+from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.store import Store
 from pipeline.train.local import train_here
 from schemas.errors import UserError
@@ -35,7 +35,7 @@ def test_a_run_that_has_begun_goes_on_with_its_stream(
         config = run_config(store=own_store.url, alignment={"stream": stream})
         train_here(config, tmp_path / "run")
         assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    newest = newest_checkpoint(tmp_path / "run")
+    newest = latest_checkpoint(tmp_path / "run")
     assert newest is not None
     with pytest.raises(UserError, match=r"maps for alignment.stream, the config says second"):
         train_here(run_config(store=own_store.url, alignment={"stream": "second"}, steps=7), newest)

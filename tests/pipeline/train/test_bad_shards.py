@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoints.local import newest_checkpoint
+from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.state import read_state
 from pipeline.runs.metrics import METRICS, read_metrics
 from pipeline.store import Store
@@ -36,12 +36,12 @@ def test_a_run_goes_on_without_bad_shards_and_a_resumed_one_is_bit_identical(
         run(
             run_config(**{**options, "steps": steps}),
             tmp_path / "pieces",
-            newest_checkpoint(tmp_path / "pieces"),
+            latest_checkpoint(tmp_path / "pieces"),
         )
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
     assert all(one[name].equal(other[name]) for name in one)
-    newest = newest_checkpoint(tmp_path / "whole")
+    newest = latest_checkpoint(tmp_path / "whole")
     assert newest is not None
     assert read_state(newest).data == {"damaged": {"2": 0}}
 
@@ -61,7 +61,7 @@ def test_workers_agree_on_what_is_left_out(
     run(run_config(**options), tmp_path / "alone")
     train_on(3, run_config(**{**options, "steps": 4}), folder)
     train_on(2, run_config(**options), folder)
-    newest = newest_checkpoint(folder)
+    newest = latest_checkpoint(folder)
     assert newest is not None
     assert read_state(newest).data == {"damaged": {"2": 0}}
     for row, expected in zip(losses(folder), losses(tmp_path / "alone"), strict=True):

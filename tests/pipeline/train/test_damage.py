@@ -15,12 +15,12 @@ import pytest
 
 from jobs.export import main as export
 from jobs.train_haste import train_run
-from pipeline.checkpoints.integrity import DamagedCheckpointError, seal, verify
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.integrity import DamagedCheckpointError, verify, write_state
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.remote import RemoteCheckpoints
-from pipeline.checkpoints.selection import Checkpoints, newest_state, newest_whole
+from pipeline.checkpoints.selection import Checkpoints, latest_state, latest_valid
 from pipeline.checkpoints.state import load_optimizer, read_state
-from pipeline.checkpoints.store_identity import check_same_store, store_identity
+from pipeline.checkpoints.store_identity import check_store_identity, store_identity
 from pipeline.cli.config_files import merge
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.metrics import read_metrics
@@ -90,7 +90,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_used(
 ) -> None:
     file, spoil, complaint = damage
     spoil(run_folder / "checkpoint-000000004" / file)
-    assert newest_checkpoint(run_folder) == run_folder / "checkpoint-000000002"
+    assert latest_checkpoint(run_folder) == run_folder / "checkpoint-000000002"
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(complaint, line), line
     assert "checkpoint-000000004" in line
@@ -125,9 +125,9 @@ def test_where_none_is_whole_nothing_begins_anew(run_config: Make, run_folder: P
 def test_one_checkpoint_asked_for_by_name_is_not_replaced_by_another(run_folder: Path) -> None:
     shorten(run_folder / "checkpoint-000000004" / "state.json")
     with pytest.raises(UserError, match=r"checkpoint-000000004' is damaged: state\.json"):
-        newest_checkpoint(run_folder / "checkpoint-000000004")
+        latest_checkpoint(run_folder / "checkpoint-000000004")
     shutil.rmtree(run_folder / "checkpoint-000000004")
-    assert newest_checkpoint(run_folder / "checkpoint-000000004") is None
+    assert latest_checkpoint(run_folder / "checkpoint-000000004") is None
 
 
 @pytest.mark.parametrize("spoil", [shorten, lambda path: path.write_bytes(b"")])
@@ -144,7 +144,7 @@ def test_what_a_dead_process_left_is_cleared_away(run_folder: Path) -> None:
     left = run_folder / ".tmp-left"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    LocalCheckpoints(run_folder, keep=2).save(6, lambda folder: seal(folder, {"step": 6}))
+    LocalCheckpoints(run_folder, keep=2).save(6, lambda folder: write_state(folder, {"step": 6}))
     assert not left.exists()
     names = sorted(path.name for path in run_folder.glob("checkpoint-*"))
     assert names == ["checkpoint-000000004", "checkpoint-000000006"]
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_a_later_version_is_named(run_folder: Path) -> None:
     folder = run_folder / "checkpoint-000000004"
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").unlink()
-    seal(
+    write_state(
         folder, {**{k: v for k, v in state.items() if k not in ("files", "sha256")}, "version": 99}
     )
     with pytest.raises(UserError, match="is of version 99, newer than this software knows"):
@@ -198,11 +198,11 @@ def test_a_store_that_changed_under_the_run_is_refused_by_name(
         for which in (manifest, changed)
     )
     saved = json.loads(json.dumps(saved))
-    check_same_store(saved, saved, aligned=True, where="c")
+    check_store_identity(saved, saved, aligned=True, where="c")
     with pytest.raises(UserError, match=f"checkpoint 'c' was trained on another store: its {name}"):
-        check_same_store(saved, now, aligned=True, where="c")
+        check_store_identity(saved, now, aligned=True, where="c")
     if name.startswith("teacher."):  # nobody reads it any more
-        check_same_store(saved, now, aligned=False, where="c")
+        check_store_identity(saved, now, aligned=False, where="c")
 
 
 def test_a_changed_store_is_refused_when_a_run_resumes(
@@ -238,11 +238,11 @@ def test_remote_checkpoints_are_chosen_alike(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoints: Checkpoints = remote
-    assert newest_whole(checkpoints, tmp_path / "a") == (
+    assert latest_valid(checkpoints, tmp_path / "a") == (
         4,
         tmp_path / "a" / "checkpoint-000000004",
     )
-    state = newest_state(checkpoints)
+    state = latest_state(checkpoints)
     assert state is not None
     assert state.step == 4
     file, spoil, _ = damage
@@ -252,7 +252,7 @@ def test_remote_checkpoints_are_chosen_alike(
     remote.filesystem.rm_file(path)
     if copy.exists():
         remote.filesystem.put_file(str(copy), path)
-    found = newest_whole(checkpoints, tmp_path / "b")
+    found = latest_valid(checkpoints, tmp_path / "b")
     assert found is not None
     assert found[0] == 2
     assert read_state(found[1]).step == 2
@@ -286,7 +286,7 @@ def test_a_remote_upload_that_was_cut_off_is_no_checkpoint(
             remote.save(6, write)
     assert "optimizer.pt" in sent
     assert remote.steps() == [2, 4, 6]
-    found = newest_whole(remote, tmp_path / "c")
+    found = latest_valid(remote, tmp_path / "c")
     assert found is not None
     assert found[0] == 4
     remote.save(6, write)
@@ -301,8 +301,8 @@ def test_a_first_upload_that_was_cut_off_does_not_stand_in_the_way(
     """A worker that is killed over its run's first checkpoint: there is none yet to go back to."""
     remote.filesystem.rm(f"{remote.root}/checkpoint-000000002", recursive=True)
     remote.filesystem.rm_file(f"{remote.root}/checkpoint-000000004/state.json")
-    assert newest_state(remote) is None
-    assert newest_whole(remote, tmp_path / "d") is None
+    assert latest_state(remote) is None
+    assert latest_valid(remote, tmp_path / "d") is None
     (line,) = capsys.readouterr().err.splitlines()
     assert "checkpoint-000000004' is damaged: state.json, which is uploaded last" in line
 
@@ -334,7 +334,7 @@ def test_an_output_that_is_not_shared_is_refused(run_config: Make, run_folder: P
 def test_a_run_folder_knows_its_checkpoints(run_config: Make, run_folder: Path) -> None:
     run = RunFolder(run_config(output=str(run_folder.parent)))
     assert run.checkpoints.steps() == [2, 4]
-    state = newest_state(run.checkpoints)
+    state = latest_state(run.checkpoints)
     assert state is not None
     assert state.step == 4
     with pytest.raises(DamagedCheckpointError):

@@ -9,30 +9,30 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.train.device_transfer import DeviceFeed
-from pipeline.train.noise import Draws, DrawsAhead, draw
+from pipeline.train.device_transfer import DevicePrefetcher
+from pipeline.train.noise import NoisePrefetcher, SampleNoise, draw
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 3)
 
 
 @pytest.fixture
-def ahead() -> Iterator[DrawsAhead]:
-    draws = DrawsAhead(7, SHAPE, 0.5, CPU)
+def ahead() -> Iterator[NoisePrefetcher]:
+    draws = NoisePrefetcher(7, SHAPE, 0.5, CPU)
     yield draws
     draws.close()
 
 
-def same(one: Draws, other: Draws) -> bool:
+def same(one: SampleNoise, other: SampleNoise) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_expected_draws_are_made_once_by_the_thread(
-    ahead: DrawsAhead, monkeypatch: pytest.MonkeyPatch
+    ahead: NoisePrefetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, int]] = []
 
-    def recording(seed: int, positions: np.ndarray, *rest: object) -> Draws:
+    def recording(seed: int, positions: np.ndarray, *rest: object) -> SampleNoise:
         made.append((threading.current_thread().name, int(positions[0])))
         return draw(seed, positions, *rest)  # type: ignore[arg-type]
 
@@ -47,7 +47,7 @@ def test_expected_draws_are_made_once_by_the_thread(
     assert made[1:3] == [("draws_0", 5), ("draws_0", 10)]
 
 
-def test_other_draws_than_expected_are_made_on_time(ahead: DrawsAhead) -> None:
+def test_other_draws_than_expected_are_made_on_time(ahead: NoisePrefetcher) -> None:
     expected, other = np.arange(5, 10), np.array([3, 99])
     ahead.expect(expected)
     assert same(ahead(other), draw(7, other, SHAPE, 0.5))
@@ -55,7 +55,7 @@ def test_other_draws_than_expected_are_made_on_time(ahead: DrawsAhead) -> None:
 
 
 def test_an_error_in_the_thread_is_raised_where_the_draws_are_asked_for(
-    ahead: DrawsAhead, monkeypatch: pytest.MonkeyPatch
+    ahead: NoisePrefetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
         raise MemoryError("no memory for the draws")
@@ -68,14 +68,14 @@ def test_an_error_in_the_thread_is_raised_where_the_draws_are_asked_for(
 
 def test_nothing_is_copied_where_the_device_is_the_processor() -> None:
     tensor = torch.arange(6).reshape(2, 3)
-    assert DeviceFeed(CPU)({"a": tensor})["a"].data_ptr() == tensor.data_ptr()
+    assert DevicePrefetcher(CPU)({"a": tensor})["a"].data_ptr() == tensor.data_ptr()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_copies_beside_a_busy_computation_are_whole() -> None:
     """Many large ones in a row, whose memory is freed and used again at once."""
     device = torch.device("cuda")
-    feed, ahead = DeviceFeed(device), DrawsAhead(7, (4, 32, 32), 0.5, device)
+    feed, ahead = DevicePrefetcher(device), NoisePrefetcher(7, (4, 32, 32), 0.5, device)
     work = torch.randn(4096, 4096, device=device)
     sums, expected = [], []
     for step in range(20):
@@ -94,7 +94,7 @@ def test_copies_beside_a_busy_computation_are_whole() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_parts_of_a_batch_read_into_pinned_memory_arrive_whole() -> None:
     """The memory is given back, and filled anew, while copies wait behind others."""
-    feed = DeviceFeed(torch.device("cuda"))
+    feed = DevicePrefetcher(torch.device("cuda"))
     sums = []
     for step in range(40):
         batch = feed.allocate(64 << 20).reshape(4, -1)
@@ -109,6 +109,6 @@ def test_parts_of_a_batch_read_into_pinned_memory_arrive_whole() -> None:
 
 
 def test_a_batch_of_a_processor_lies_in_ordinary_memory() -> None:
-    memory = DeviceFeed(CPU).allocate(10)
+    memory = DevicePrefetcher(CPU).allocate(10)
     assert (memory.dtype, memory.shape) == (np.uint8, (10,))
     assert not torch.from_numpy(memory).is_pinned()

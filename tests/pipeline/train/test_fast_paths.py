@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.precision import arithmetic
 from pipeline.store import SampleOrder, Store
 from pipeline.train.gradient_probe import GradientProbe
@@ -86,7 +86,7 @@ def test_the_probe_compiles_nothing_and_measures_the_same(
     found = []
     for compute in ({"compile": "off"}, {"compile": "on"}):
         torch._dynamo.reset()
-        trainer = Trainer(run_config(compute=compute), random_store, Parallel())
+        trainer = Trainer(run_config(compute=compute), random_store, ProcessGroup())
         order = SampleOrder(0, random_store.index().samples_per_shard)
         probe = GradientProbe(trainer, random_store, order)
         (batch,) = probe._batches(5)
@@ -104,7 +104,7 @@ def test_ddp_does_not_cut_the_blocks_that_are_compiled(
     run_config: Make, random_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    trainer = Trainer(run_config(compute={"compile": "on"}), random_store, Parallel())
+    trainer = Trainer(run_config(compute={"compile": "on"}), random_store, ProcessGroup())
     order = SampleOrder(0, random_store.index().samples_per_shard)
     (batch,) = GradientProbe(trainer, random_store, order)._batches(5)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -122,7 +122,7 @@ def test_ddp_does_not_cut_the_blocks_that_are_compiled(
 def test_drawing_samples_compiles_nothing_anew(run_config: Make, random_store: Store) -> None:
     """It sets flags of float32 products and puts them back as they were."""
     torch._dynamo.reset()
-    trainer = Trainer(run_config(compute={"compile": "on"}), random_store, Parallel())
+    trainer = Trainer(run_config(compute={"compile": "on"}), random_store, ProcessGroup())
     order = SampleOrder(0, random_store.index().samples_per_shard)
     (batch,) = GradientProbe(trainer, random_store, order)._batches(5)
     trainer.train_step(batch)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store
 from pipeline.train.loop import check_store, train
@@ -35,7 +35,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = newest_checkpoint(folder)
+    newest = latest_checkpoint(folder)
     assert newest is not None
     return {
         f"{name}.{key}": tensor
@@ -116,8 +116,8 @@ def test_resumed_run_is_bit_identical(run_config: Make, tmp_path: Path, killed_a
 
     with pytest.raises(KilledError):
         train(every, parts, save_then_die)
-    assert newest_checkpoint(parts) == parts / f"checkpoint-{killed_at:09d}"
-    summary = run(every, parts, resume=newest_checkpoint(parts))
+    assert latest_checkpoint(parts) == parts / f"checkpoint-{killed_at:09d}"
+    summary = run(every, parts, resume=latest_checkpoint(parts))
     assert losses(parts) == losses(whole)
     assert summary["termination_step"] == 3
     assert_same_weights(weights(parts), weights(whole))
@@ -161,13 +161,13 @@ def test_projectors_stay_in_the_checkpoint_frozen(run_config: Make, tmp_path: Pa
 def test_checkpoint_of_another_model_is_refused(run_config: Make, tmp_path: Path) -> None:
     run(run_config(), tmp_path / "a")
     with pytest.raises(UserError, match=r"another model.*4 for student\.depth.*says 5") as error:
-        run(run_config(student={"depth": 5}), tmp_path / "a", newest_checkpoint(tmp_path / "a"))
+        run(run_config(student={"depth": 5}), tmp_path / "a", latest_checkpoint(tmp_path / "a"))
     assert "\n" not in str(error.value)
 
 
 def test_damaged_checkpoint_is_named(run_config: Make, tmp_path: Path) -> None:
     run(run_config(), tmp_path / "a")
-    newest = newest_checkpoint(tmp_path / "a")
+    newest = latest_checkpoint(tmp_path / "a")
     assert newest is not None
     whole = (newest / "model.safetensors").read_bytes()
     (newest / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -215,7 +215,7 @@ def test_resume_refuses_what_would_change_the_run(
     run_config: Make, tmp_path: Path, overrides: dict[str, Any], key: str
 ) -> None:
     run(run_config(steps=4), tmp_path / "a")
-    newest = newest_checkpoint(tmp_path / "a")
+    newest = latest_checkpoint(tmp_path / "a")
     with pytest.raises(UserError, match=key):
         run(run_config(**overrides), tmp_path / "a", newest)
     run(run_config(data={"prefetch": 5}), tmp_path / "a", newest)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.flops import STEP, peak_tflops, student_flops
 from pipeline.runs.metrics import read_metrics
-from pipeline.train.step_meter import Effort
+from pipeline.train.step_meter import Throughput
 from schemas.run import RunConfig
 from schemas.student import StudentConfig
 from tests.pipeline.train.test_loop import losses, run
@@ -36,7 +36,7 @@ def test_rates_of_a_run(run_config: Make, tmp_path: Path) -> None:
 def test_a_gpu_s_share_of_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     student = StudentConfig(model="SiT-XL/2")
-    rates = Effort(student, Parallel(0, 2, torch.device("cuda"))).rates(1100.0)
+    rates = Throughput(student, ProcessGroup(0, 2, torch.device("cuda"))).rates(1100.0)
     # 237 GFLOP of the forward pass, three times, at 550 images/s of each worker
     assert rates["tflops_per_worker"] == pytest.approx(392, rel=0.01)
     assert rates["mfu"] == pytest.approx(0.396, abs=0.005)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.cli.command import run_command
-from pipeline.distributed.signals import StopSignals, Wish
+from pipeline.distributed.signals import StopRequest, StopSignals
 from pipeline.runs.metrics import read_metrics
 from pipeline.train.local import train_here
 from pipeline.train.loop import train
@@ -126,13 +126,13 @@ def test_nothing_new_is_not_saved_again(run_config: Make, tmp_path: Path) -> Non
         saved.append(step)
 
     with pytest.raises(StoppedError, match="stopped after step 0 of 6"):
-        train(run_config(), tmp_path / "a", save, ask=lambda: Wish.STOP)
+        train(run_config(), tmp_path / "a", save, ask=lambda: StopRequest.STOP)
     assert saved == []
 
 
 def test_a_wish_to_save_is_granted_and_the_run_goes_on(run_config: Make, tmp_path: Path) -> None:
     saved: list[int] = []
-    asked = iter([Wish.GO_ON, Wish.GO_ON, Wish.SAVE, *[Wish.GO_ON] * 9])
+    asked = iter([StopRequest.GO_ON, StopRequest.GO_ON, StopRequest.SAVE, *[StopRequest.GO_ON] * 9])
 
     def save(step: int, write: Callable[[Path], None]) -> None:
         saved.append(step)
@@ -154,10 +154,10 @@ def python_signals() -> Iterator[None]:
 def test_signals_are_as_before_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals() as signals:
-        assert signals() is Wish.GO_ON
+        assert signals() is StopRequest.GO_ON
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # Slurm sends it twice: the checkpoint is not cut off
-        assert signals() is Wish.STOP
+        assert signals() is StopRequest.STOP
         assert signals.exit_code == 143
         with pytest.raises(KeyboardInterrupt):  # but Ctrl-C now means at once
             signal.raise_signal(signal.SIGINT)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.state import read_state
-from pipeline.distributed.process_group import Parallel
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import SampleOrder, Store
 from pipeline.train.gradient_probe import GradientProbe
@@ -36,7 +36,7 @@ def test_gradient_cosine_in_a_run(run_config: Make, tmp_path: Path) -> None:
     summary = run(run_config(alignment={"termination": termination}), tmp_path / "a")
     assert summary["termination_step"] == 2
     assert [row["event"] for row in events(tmp_path / "a")] == ["alignment terminated"]
-    newest = newest_checkpoint(tmp_path / "a")
+    newest = latest_checkpoint(tmp_path / "a")
     assert newest is not None
     decided = read_state(newest).termination
     assert decided is not None
@@ -93,7 +93,7 @@ def test_plateau_killed_between_two_looks_decides_the_same(
     assert whole["termination_step"] > 6
     parts = tmp_path / "parts"
     run(config.model_copy(update={"steps": 6}), parts)
-    resumed = run(config, parts, resume=newest_checkpoint(parts))
+    resumed = run(config, parts, resume=latest_checkpoint(parts))
     assert resumed["termination_step"] == whole["termination_step"]
     assert events(parts) == events(tmp_path / "whole")
 
@@ -101,7 +101,7 @@ def test_plateau_killed_between_two_looks_decides_the_same(
 def test_probe_is_the_cosine_of_the_two_gradients(run_config: Make, random_store: Store) -> None:
     """Against gradients of the whole set taken at once, on 1 rank and on shares of 2."""
     config = run_config()
-    trainer = Trainer(config, random_store, Parallel())
+    trainer = Trainer(config, random_store, ProcessGroup())
     # at initialisation every gate is 0 and gradients vanish in the block
     torch.manual_seed(0)
     for parameter in trainer.module.parameters():

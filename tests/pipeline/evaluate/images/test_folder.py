@@ -25,7 +25,7 @@ def test_batches_of_large_pictures_have_fewer(
 ) -> None:
     save_pictures(tmp_path / "pictures", 9)
     whole = [b.numpy() for b in open_images(str(tmp_path / "pictures"), "--samples").batches(9)]
-    monkeypatch.setattr(npz, "MOST_BLOCK", 4 * 32 * 32 * 3)
+    monkeypatch.setattr(npz, "MAX_BLOCK", 4 * 32 * 32 * 3)
     images = open_images(str(tmp_path / "pictures"), "--samples")
     found = [batch.numpy() for batch in images.batches(9)]
     assert [len(batch) for batch in found] == [4, 4, 1]
@@ -57,5 +57,5 @@ def test_what_a_folder_says_is_read_up_to_a_bound(
 ) -> None:
     save_pictures(tmp_path / "pictures", 4)
     (tmp_path / "pictures" / "about.json").write_text(about_samples(num=4).model_dump_json())
-    monkeypatch.setattr(sample_info, "MOST_ABOUT", 100)
+    monkeypatch.setattr(sample_info, "MAX_ABOUT", 100)
     assert open_images(str(tmp_path / "pictures"), "--samples").about is None

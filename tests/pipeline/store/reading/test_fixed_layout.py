@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from pipeline.store import Store, StreamReader
-from pipeline.store.arrays import Layout, stream_parts
-from pipeline.store.reading.fixed_layout import TEXT, FixedRows, Landing, fixed_rows
+from pipeline.store.arrays import ArrayReader, stream_parts
+from pipeline.store.reading.fixed_layout import TEXT, FixedLayout, RowReader, fixed_rows
 from pipeline.store.reading.shard_index import FileTable, shard_table
 from pipeline.store.reading.stream_reader import DamagedShardError
 from schemas.errors import UserError
@@ -50,13 +50,13 @@ def test_both_ways_give_the_same_bytes_and_count_them_alike(
     store: Store, stream: str, seed: int, verify: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[tuple[bool, int]] = []
-    plain = Landing.read
+    plain = RowReader.read
 
-    def count(self: Landing, *args: Any) -> tuple[bool, int]:
+    def count(self: RowReader, *args: Any) -> tuple[bool, int]:
         used.append(plain(self, *args))
         return used[-1]
 
-    monkeypatch.setattr(Landing, "read", count)
+    monkeypatch.setattr(RowReader, "read", count)
     quick = read(store, stream, seed, verify)
     assert used
     assert all(is_right for is_right, _ in used)
@@ -113,8 +113,8 @@ def table(names: tuple[str, ...], offsets: list[list[int]], sizes: list[list[int
 
 def fixed(
     names: tuple[str, ...], offsets: list[list[int]], sizes: list[list[int]], *, npy: bool = False
-) -> FixedRows | None:
-    layouts = {name: Layout(part, npy=npy) for name, part in PARTS.items()}
+) -> FixedLayout | None:
+    layouts = {name: ArrayReader(part, npy=npy) for name, part in PARTS.items()}
     return fixed_rows(table(names, offsets, sizes), layouts)
 
 
@@ -154,7 +154,7 @@ def test_a_stored_number_is_taken_for_text_only_in_tars(store: Store) -> None:
     shard = shard_table(store.record(0), "latents")
     parts = stream_parts(store.manifest.streams["latents"].columns)
     tars = store.manifest.format == "webdataset"
-    layouts = {name: Layout(part, npy=tars) for name, part in parts.items()}
+    layouts = {name: ArrayReader(part, npy=tars) for name, part in parts.items()}
     for file in shard.files:
         found = fixed_rows(file, layouts)
         assert found is not None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.store import SampleOrder
-from pipeline.store.reading.batch_loader import Planner, shards_of
+from pipeline.store.reading.batch_loader import IndexPrefetcher, shards_of
 from pipeline.store.reading.stream_reader import Rows
 
 SIZES = (7, 3, 0, 5, 9)
@@ -59,7 +59,7 @@ def test_what_is_expected_is_worked_out_by_the_thread(
         return plain(self, positions)
 
     monkeypatch.setattr(SampleOrder, "locate_windows", noting)
-    planner = Planner(order, threads)
+    planner = IndexPrefetcher(order, threads)
     for begin in (0, 6, 12):
         found = planner(begin, begin + 6)
         planner.expect(begin + 6, begin + 12)
@@ -73,7 +73,7 @@ def test_what_is_expected_is_worked_out_by_the_thread(
 def test_something_else_than_expected_and_threads_without_time(
     order: SampleOrder, threads: ThreadPoolExecutor
 ) -> None:
-    planner = Planner(order, threads)
+    planner = IndexPrefetcher(order, threads)
     planner.expect(6, 12)
     threads.submit(lambda: None).result()
     assert same(planner(30, 36), shards_of(order, 30, 36))

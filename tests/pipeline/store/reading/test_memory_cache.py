@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.store.reading.memory_cache import Budget, Kept
+from pipeline.store.reading.memory_cache import MemoryBudget, SharedCache
 
 
 def test_what_is_asked_for_at_the_same_time_is_loaded_once() -> None:
-    kept: Kept[str] = Kept()
+    kept: SharedCache[str] = SharedCache()
     loads, begun, go_on = [], threading.Event(), threading.Event()
 
     def load() -> str:
@@ -31,7 +31,7 @@ def test_what_is_asked_for_at_the_same_time_is_loaded_once() -> None:
 
 
 def test_an_error_is_everybody_s_and_forgotten() -> None:
-    kept: Kept[int] = Kept(budget := Budget(10))
+    kept: SharedCache[int] = SharedCache(budget := MemoryBudget(10))
 
     def fail() -> int:
         raise OSError("away")
@@ -44,8 +44,8 @@ def test_an_error_is_everybody_s_and_forgotten() -> None:
 
 
 def test_what_has_no_room_is_not_loaded_and_pushes_nothing_out() -> None:
-    budget = Budget(10)
-    one, two = Kept[int](budget), Kept[int](budget)
+    budget = MemoryBudget(10)
+    one, two = SharedCache[int](budget), SharedCache[int](budget)
     assert one.get("a", lambda: 1, size=6, until=5) == 1
     assert two.get("b", lambda: 2, size=4, until=9) == 2
     assert one.get("c", lambda: 3, size=1) is None
@@ -60,7 +60,7 @@ def test_what_has_no_room_is_not_loaded_and_pushes_nothing_out() -> None:
 
 
 def test_shrink_keeps_what_was_used_last() -> None:
-    kept: Kept[int] = Kept()
+    kept: SharedCache[int] = SharedCache()
     for key in ("a", "b", "c", "a"):
         kept.get(key, lambda: 0)
     kept.shrink(2)

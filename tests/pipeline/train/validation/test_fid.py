@@ -15,10 +15,10 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.autoencoders import Autoencoder
-from pipeline.checkpoints.local import LocalCheckpoints, newest_checkpoint
+from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.student import load_student
 from pipeline.cli.config_files import merge
-from pipeline.distributed.signals import Wish
+from pipeline.distributed.signals import StopRequest
 from pipeline.evaluate.evaluator import evaluate
 from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.evaluate.frechet import Factored, FeatureStatistics, frechet_distance
@@ -183,10 +183,10 @@ def test_a_run_that_is_stopped_at_a_look_says_the_same(
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train_on(1, config, whole)
     keeper = LocalCheckpoints(folder, keep=9)
-    asked = iter([*[Wish.GO_ON] * wishes, Wish.STOP])
+    asked = iter([*[StopRequest.GO_ON] * wishes, StopRequest.STOP])
     with pytest.raises(StoppedError, match="after step 3 of 4"):
         train(config, folder, keeper.save, ask=lambda: next(asked))
-    assert newest_checkpoint(folder) == folder / "checkpoint-000000003"
+    assert latest_checkpoint(folder) == folder / "checkpoint-000000003"
     assert (folder / "samples" / "step-000000003.png").exists()
     measured = wishes == BEHIND and rate < 1
     assert (folder / "evaluations.jsonl").exists() == measured
@@ -210,7 +210,7 @@ def test_a_run_that_is_killed_over_a_look_takes_it_again(config: RunConfig, tmp_
         pytest.raises(Killed),
     ):
         train(config, folder, keeper.save)
-    assert newest_checkpoint(folder) == folder / "checkpoint-000000003"
+    assert latest_checkpoint(folder) == folder / "checkpoint-000000003"
     for expected in ([3, 4], []):
         with patch.object(RunEvaluation, "measure", autospec=True, side_effect=original) as measure:
             train_on(1, config, folder)
@@ -231,7 +231,9 @@ def test_what_was_measured_of_other_weights_is_not_taken_for_these(
     other = config.model_copy(
         update={"optimizer": config.optimizer.model_copy(update={"learning_rate": 0.05})}
     )
-    asked = iter([*[Wish.GO_ON] * 3, Wish.STOP])  # over the first batch of the evaluation
+    asked = iter(
+        [*[StopRequest.GO_ON] * 3, StopRequest.STOP]
+    )  # over the first batch of the evaluation
     with pytest.raises(StoppedError, match="after step 3 of 4"):
         train(other, folder, LocalCheckpoints(folder, keep=9).save, ask=lambda: next(asked))
     train_on(1, other, folder)
