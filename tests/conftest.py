@@ -19,6 +19,7 @@ import pytest
 import ray
 
 from pipeline.cli.config_files import merge
+from pipeline.cli.log_setup import set_up_logging
 from pipeline.datasets import Listing, list_images
 from pipeline.store import Store
 from schemas.extract import PRESETS, ExtractConfig
@@ -36,6 +37,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(PRIVATE_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logging_as_in_commands() -> None:
+    """Log records go to stderr, as in every command, so that tests read them there."""
+    set_up_logging("info")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.cli.config_files import merge, read_yaml
+from pipeline.cli.log_setup import LEVELS
 from schemas.errors import UserError
 from schemas.validation import (
     M,
@@ -116,6 +117,8 @@ def help_text(
         "",
         "options:",
     ]
+    lines.append(f"  --log-level {{{','.join(LEVELS)}}}  (default info)")
+    lines.append("      Lowest level of the messages on stderr.")
     same_name: dict[str, list[FieldInfo]] = {}  # kinds of one thing share option names
     for name, field in leaf_fields(model):
         same_name.setdefault(name, []).append(field)
@@ -157,7 +160,7 @@ def _split_arguments(
         table, _, entry = name.rpartition(".")
         in_table = table in leaves and _is_mapping(leaves[table].annotation)
         if name != "config" and name not in leaves and name not in tables and not in_table:
-            options = [_dashed(leaf) for leaf in [*leaves, "config"]]
+            options = [_dashed(leaf) for leaf in [*leaves, "config", "log_level"]]
             hint = suggest(_dashed(option), options).replace("'", "'--", 1)
             raise UserError(f"unknown option --{option}{hint}; --help lists them all")
         if not equals:

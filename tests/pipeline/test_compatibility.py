@@ -20,12 +20,12 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.alignment.targets import Wanted, read_targets
+from pipeline.checkpoints.student import load_student
 from pipeline.convert import convert
-from pipeline.report.records import read_run
-from pipeline.sampling.trained import load_student
+from pipeline.runs.reader import read_run
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import column_arrays, decode_column
+from pipeline.targets.sources import Wanted, read_targets
 from pipeline.train.local import train_here
 from schemas.convert import ConvertConfig
 from schemas.run import RunConfig
