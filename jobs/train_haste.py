@@ -16,13 +16,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.checkpoints.selection import latest_state
-from pipeline.checkpoints.state import check_same_run
-from pipeline.checkpoints.store_identity import with_stream
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
 from pipeline.distributed.ray_cluster import ray_cluster
-from pipeline.runs.compatibility import check_store
+from pipeline.runs.compatibility import resolve_run
 from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import absolute_folder, absolute_url
 from pipeline.store import Store
@@ -56,14 +54,13 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     store = Store.open(config.store)
     run = RunFolder(config)
     state = latest_state(run.checkpoints)
-    config = with_stream(config, store.manifest, None if state is None else state.store)
-    check_store(config, store.manifest)
+    where = None if state is None else run.checkpoints.where(state.step)
+    config = resolve_run(config, store.manifest, state, where)
     streams = ["latents"]
     if config.alignment.active and (state is None or state.termination is None):
         streams.append(str(config.alignment.stream))
     store.require_complete(*streams)
     if state is not None:
-        check_same_run(state, config, run.checkpoints.where(state.step))
         done = run.summary() if state.step >= config.steps and run.has_summary else {}
         if done.get("steps", 0) >= config.steps:  # else it is of fewer, from before
             print(f"run '{config.name}' already has its {state.step} steps", file=sys.stderr)

@@ -66,19 +66,19 @@ def _train(
     config: RunConfig,
     folder: Path,
     resume: Path | None,
-    parallel: ProcessGroup,
+    group: ProcessGroup,
     stop_at: int | None,
 ) -> None:
     keeper = LocalCheckpoints(folder, keep=config.checkpoint.keep)
     step = read_state(resume).step if resume else 0
     train_step = Trainer.train_step
 
-    def save(step: int, write: Any) -> None:
-        if parallel.is_main:
-            keeper.save(step, write)
+    def save(step: int, contents: Any) -> None:
+        if group.is_main:
+            keeper.save(step, contents)
 
-    def ask() -> StopRequest:
-        last = parallel.rank == parallel.world_size - 1
+    def poll() -> StopRequest:
+        last = group.rank == group.world_size - 1
         return (
             StopRequest.STOP
             if last and stop_at is not None and step >= stop_at
@@ -95,4 +95,4 @@ def _train(
         patch.object(Trainer, "train_step", counted),
         nullcontext() if stop_at is None else suppress(StoppedError),
     ):
-        train(config, folder, save, parallel=parallel, resume=resume, ask=ask)
+        train(config, folder, save, group=group, resume=resume, poll=poll)

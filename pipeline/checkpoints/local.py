@@ -10,32 +10,32 @@ from pathlib import Path
 from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError, verify
 from pipeline.checkpoints.selection import (
     PREFIX,
-    Write,
     checkpoint_name,
     latest_valid,
     steps_of,
     to_prune,
 )
+from pipeline.checkpoints.state import CheckpointContents
 from pipeline.storage.files import TEMPORARY
 
 
 class LocalCheckpoints:
-    """Folders ``checkpoint-STEP`` below a run's folder; the newest ``keep`` stay."""
+    """Folders ``checkpoint-STEP`` of a run's folder; the latest ``keep`` stay."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
 
-    def save(self, step: int, write: Write) -> None:
-        """Write beside, then rename: a checkpoint is whole or not there."""
+    def save(self, step: int, contents: CheckpointContents) -> None:
+        """Write to a temporary folder, then rename: a checkpoint is complete or absent."""
         for left in self.folder.glob(f"{TEMPORARY}*"):
-            if left.is_dir():  # a process died while it wrote this one
+            if left.is_dir():  # left by a process that was killed
                 shutil.rmtree(left)
         temporary = self._temporary()
         temporary.mkdir(parents=True)
-        write(temporary)
+        contents.write(temporary)
         final = self.folder / checkpoint_name(step)
-        if final.exists():  # a damaged one that the run passed over and has now come to again
+        if final.exists():  # a damaged one that the run has now replaced
             os.replace(final, self._temporary())
         os.replace(temporary, final)
         _sync(self.folder)
@@ -62,8 +62,11 @@ class LocalCheckpoints:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run's folder, whoever wrote it; ``folder`` itself if it is
-    one. None where there is none; raises ``UserError`` where none is whole."""
+    """The latest valid checkpoint of a run's folder, or ``folder`` itself if it is a checkpoint.
+
+    Its checksums are verified here. None where there is none; raises ``UserError`` where none is
+    valid.
+    """
     if (folder / STATE).exists() or (folder.is_dir() and steps_of([folder.name])):
         verify(folder)
         return folder
@@ -72,7 +75,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def _sync(folder: Path) -> None:
-    """So that a rename outlives a power cut."""
+    """Flush a folder's entries to disk, because a rename alone may be lost in a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

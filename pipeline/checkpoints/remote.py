@@ -16,30 +16,31 @@ from pipeline.checkpoints.integrity import (
     parse_state_json,
     write_state,
 )
-from pipeline.checkpoints.selection import Write, checkpoint_name, steps_of, to_prune
+from pipeline.checkpoints.selection import checkpoint_name, steps_of, to_prune
+from pipeline.checkpoints.state import CheckpointContents
 from pipeline.storage.files import list_tree, publish, read_bytes, remove, retrying
 
 
 class RemoteCheckpoints:
-    """Folders ``checkpoint-STEP`` below ``root``; the newest ``keep`` stay.
+    """Folders ``checkpoint-STEP`` below ``root``; the latest ``keep`` stay.
 
-    There is no rename: files are uploaded one by one, each of them whole or not there, and
-    ``state.json``, without which there is no checkpoint yet, comes last and goes first.
+    Object stores have no rename. Files are uploaded one by one, each atomically; ``state.json``,
+    without which a folder is not a checkpoint, is uploaded last and deleted first.
     """
 
     def __init__(
         self, filesystem: fsspec.AbstractFileSystem, root: str, url: str, keep: int
     ) -> None:
-        """``url`` names ``root`` for people."""
+        """``url`` names ``root`` in messages."""
         self.filesystem = filesystem
         self.root = root
         self.url = url
         self.keep = keep
 
-    def save(self, step: int, write: Write) -> None:
+    def save(self, step: int, contents: CheckpointContents) -> None:
         with tempfile.TemporaryDirectory(prefix="haste-checkpoint-") as scratch:
-            write(Path(scratch))
-            self._remove(step)  # what a crash left of it
+            contents.write(Path(scratch))
+            self._remove(step)  # files of an interrupted upload
             files = sorted(Path(scratch).iterdir(), key=lambda path: path.name == STATE)
             for path in files:
                 publish(self.filesystem, path, f"{self._folder(step)}/{path.name}")
@@ -59,9 +60,9 @@ class RemoteCheckpoints:
         return read_state_bytes(self.filesystem, self._folder(step), self.where(step))
 
     def fetch(self, step: int, scratch: Path) -> Path:
-        """Downloads the files that the state lists, if all have their sizes; the state last."""
+        """Download the files that the state lists if all have their sizes; the state comes last."""
         target = scratch / checkpoint_name(step)
-        if (target / STATE).exists():  # fetched already, for another worker of this machine
+        if (target / STATE).exists():  # fetched already by another worker of this node
             return target
         data = self.state(step)
         folder, where = self._folder(step), self.where(step)
@@ -72,7 +73,7 @@ class RemoteCheckpoints:
         return target
 
     def _files(self) -> list[tuple[str, str]]:
-        """Folder and rest of the path of every file: an empty folder is but a name."""
+        """(folder, rest of the path) of every file below the root."""
         paths = list_tree(self.filesystem, self.root)
         below = (path.removeprefix(f"{self.root}/").partition("/") for path in paths)
         return [(folder, file) for folder, _, file in below]
@@ -97,12 +98,12 @@ def read_state_bytes(filesystem: fsspec.AbstractFileSystem, folder: str, where: 
 def files_of_size(
     filesystem: fsspec.AbstractFileSystem, folder: str, state: dict[str, Any], where: str
 ) -> dict[str, Any]:
-    """What the state says of each file, if all are there and of their sizes. Raises
+    """The state's entry (bytes, sha256) of each file, if all exist with their sizes. Raises
     ``DamagedCheckpointError``."""
-    there = list_tree(filesystem, folder)
+    sizes = list_tree(filesystem, folder)
     files: dict[str, Any] = state["files"]
     for name, expected in files.items():
-        size = there.get(f"{folder}/{name}")
+        size = sizes.get(f"{folder}/{name}")
         if size != expected["bytes"]:
             found = f"has {size} of {expected['bytes']} bytes"
             what = f"{name} {'is missing' if size is None else found}"
@@ -120,7 +121,7 @@ def download(filesystem: fsspec.AbstractFileSystem, path: str, to: Path) -> None
 
 
 class PartialCheckpoints(RemoteCheckpoints):
-    """Of the same checkpoints some files alone, enough for one purpose: see ``fetch_partial``."""
+    """Checkpoints of which only the files ``names`` are fetched (``fetch_partial``)."""
 
     def __init__(
         self, filesystem: fsspec.AbstractFileSystem, root: str, url: str, names: Iterable[str]
@@ -141,12 +142,11 @@ def fetch_partial(
     names: Iterable[str] | None,
     target: Path,
 ) -> None:
-    """Make a new folder ``target`` that is a whole checkpoint of the same state and of the files
-    ``names`` alone (None: of all): the optimizer, twice the size of the weights, may stay where it
-    is.
+    """Download the state and the files ``names`` (None: all) into the new folder ``target``, which
+    is then a valid checkpoint; the optimizer, twice the size of the weights, can be left out.
 
-    ``where`` names the checkpoint for people. Raises ``DamagedCheckpointError`` where a file of it,
-    fetched or not, has not its size, or a fetched one is not what was written.
+    ``where`` names the checkpoint in messages. Raises ``DamagedCheckpointError`` where any file of
+    it has a wrong size, or a downloaded one a wrong checksum.
     """
     state = parse_state_json(read_state_bytes(filesystem, folder, where), where)
     expected = files_of_size(filesystem, folder, state, where)

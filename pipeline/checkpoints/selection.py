@@ -1,10 +1,10 @@
-"""Which of a run's checkpoints to go on from: the newest one that is whole."""
+"""Selection of the checkpoint to resume from: the latest valid one."""
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -14,31 +14,31 @@ from pipeline.checkpoints.integrity import (
     parse_state_json,
     verify,
 )
-from pipeline.checkpoints.state import CheckpointState, parse_state
+from pipeline.checkpoints.state import CheckpointContents, CheckpointState, parse_state
 from schemas.errors import UserError, plain_text
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "checkpoint-"
-Write = Callable[[Path], None]
-"""Fills an empty folder with a checkpoint."""
 
 
 class Checkpoints(Protocol):
-    """The checkpoints of one run, wherever they lie. One process at a time saves."""
+    """The checkpoints of one run, on a local disk or an object store. One process saves."""
 
-    def save(self, step: int, write: Write) -> None:
-        """Keep what ``write`` makes as the checkpoint of a step: all of it, or nothing."""
+    def save(self, step: int, contents: CheckpointContents) -> None:
+        """Write the checkpoint of a step, all of it or nothing, and prune older ones."""
 
     def steps(self) -> list[int]:
-        """Of all that are there, whole or not; oldest first."""
+        """Steps of all checkpoints, valid or not; oldest first."""
 
     def where(self, step: int) -> str:
-        """Path or URL, for people."""
+        """Path or URL of a checkpoint, for messages."""
 
     def state(self, step: int) -> bytes:
-        """Its ``state.json``. Raises ``DamagedCheckpointError`` where there is none."""
+        """Bytes of ``state.json``. Raises ``DamagedCheckpointError`` where it is missing."""
 
     def fetch(self, step: int, scratch: Path) -> Path:
-        """A local folder with all its files: its own or, below ``scratch``, a copy."""
+        """A local folder with all files of a checkpoint: its own, or a copy below ``scratch``."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -52,18 +52,18 @@ def steps_of(names: Iterable[str]) -> list[int]:
 
 
 def to_prune(steps: Iterable[int], newest: int, keep: int) -> list[int]:
-    """Those to remove once ``newest`` is there: all but the last ``keep``. Later ones were passed
-    over as damaged, or given up, when the run went on from an earlier one."""
+    """Steps to remove once ``newest`` is written: all but the last ``keep`` up to it, and all later
+    ones, because the run resumed from before them."""
     steps = sorted(steps)
     earlier = [step for step in steps if step <= newest]
     return earlier[:-keep] + [step for step in steps if step > newest]
 
 
 def latest_valid(checkpoints: Checkpoints, scratch: Path) -> tuple[int, Path] | None:
-    """Step and local folder of the newest checkpoint whose every byte is as it was written, or
-    None where the run has no checkpoint yet, if only one whose upload was cut off.
+    """Step and local folder of the latest checkpoint all of whose checksums are right; None where
+    the run has none yet (an interrupted upload is not a checkpoint).
 
-    Damaged ones are named on stderr and passed over. Raises ``UserError`` where all are damaged.
+    Damaged ones are logged and skipped. Raises ``UserError`` where all are damaged.
     """
     steps = checkpoints.steps()
     damaged = False
@@ -72,18 +72,20 @@ def latest_valid(checkpoints: Checkpoints, scratch: Path) -> tuple[int, Path] | 
             folder = checkpoints.fetch(step, scratch)
             verify(folder)
         except DamagedCheckpointError as error:
-            _say(error, step, steps)
+            _log_damage(error, step, steps)
             damaged = damaged or not isinstance(error, UnfinishedCheckpointError)
         else:
             return step, folder
     if damaged:
-        raise _none_is_whole(checkpoints, steps)
+        raise _none_is_valid(checkpoints, steps)
     return None
 
 
 def latest_state(checkpoints: Checkpoints) -> CheckpointState | None:
-    """The state in the newest checkpoint whose ``state.json`` is whole: a first look, cheap even
-    where checkpoints are large and far away. Raises as ``latest_valid``."""
+    """State of the latest checkpoint whose ``state.json`` is valid; no other file is read.
+
+    Raises as ``latest_valid``.
+    """
     steps = checkpoints.steps()
     damaged = False
     for step in reversed(steps):
@@ -92,22 +94,22 @@ def latest_state(checkpoints: Checkpoints) -> CheckpointState | None:
             return parse_state(parse_state_json(checkpoints.state(step), where), where)
         except UnfinishedCheckpointError:
             continue
-        except DamagedCheckpointError:  # whoever loads will say so
+        except DamagedCheckpointError:  # logged by ``latest_valid``
             damaged = True
     if damaged:
-        raise _none_is_whole(checkpoints, steps)
+        raise _none_is_valid(checkpoints, steps)
     return None
 
 
-def _say(error: DamagedCheckpointError, step: int, steps: list[int]) -> None:
+def _log_damage(error: DamagedCheckpointError, step: int, steps: list[int]) -> None:
     earlier = [other for other in steps if other < step]
-    then = f"trying the one of step {earlier[-1]}" if earlier else "there is none before it"
-    print(f"warning: {plain_text(str(error))}; {then}", file=sys.stderr)
+    then = f"trying step {earlier[-1]}" if earlier else "there is no earlier one"
+    logger.warning("%s; %s", plain_text(str(error)), then)
 
 
-def _none_is_whole(checkpoints: Checkpoints, steps: list[int]) -> UserError:
+def _none_is_valid(checkpoints: Checkpoints, steps: list[int]) -> UserError:
     where = checkpoints.where(steps[-1]).rpartition("/")[0]
     return UserError(
-        f"'{where}' holds {len(steps)} checkpoint{'s' if len(steps) > 1 else ''} and no whole one: "
+        f"'{where}' holds {len(steps)} checkpoint{'s' if len(steps) > 1 else ''} and no valid one: "
         "restore one, or delete them (or give the run another --name) to begin again at step 0"
     )

@@ -1,16 +1,18 @@
-"""The plain state of a checkpoint (``state.json``) and its files of weights."""
+"""Contents of a checkpoint: weights as safetensors, AdamW's state, plain values in state.json."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError, verify
+from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError, verify, write_state
 from pipeline.checkpoints.store_identity import STREAM
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -18,9 +20,8 @@ from schemas.store import AutoencoderInfo
 from schemas.validation import validate
 
 VERSION = 2
-
-
-KEPT = (
+OPTIMIZER = "optimizer.pt"
+FIXED = (
     "student",
     "diffusion",
     "alignment",
@@ -34,31 +35,52 @@ KEPT = (
 
 
 @dataclass(frozen=True)
+class CheckpointContents:
+    """Everything that one checkpoint holds, in memory."""
+
+    weights: Mapping[str, Mapping[str, Tensor]]
+    """State of each module, by the name of its file: model, ema, projector, projector_ema."""
+    optimizer: Mapping[str, Any]
+    """AdamW's ``state_dict()``."""
+    state: Mapping[str, Any]
+    """Plain values: the fields of ``CheckpointState`` and what people may want to read."""
+
+    def write(self, folder: Path) -> None:
+        """Fill an empty folder; ``state.json`` is written last, with the checksums of the rest."""
+        for name, tensors in self.weights.items():
+            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(contiguous, folder / f"{name}.safetensors")
+        torch.save(dict(self.optimizer), folder / OPTIMIZER)
+        write_state(folder, {"version": VERSION, **self.state})
+
+
+@dataclass(frozen=True)
 class CheckpointState:
-    """What stands in ``state.json``."""
+    """Contents of ``state.json``."""
 
     step: int
     config: RunConfig
     autoencoder: AutoencoderInfo
     store: dict[str, Any]
-    """What ``store_identity`` said of the store."""
+    """``store_identity`` of the store that the run is trained on."""
     termination: dict[str, Any] | None
+    """Step and evidence of the termination; None in Phase I."""
     trigger: dict[str, Any]
     bytes_read: dict[str, dict[str, int]]
     """Per stream: bytes read before and after the termination, over all workers."""
     meter: dict[str, Any]
-    """What was measured since the last row of the metrics."""
+    """Sums since the last row of the metrics."""
     metrics_rows: int
     """Rows of the metrics file that were written before the checkpoint."""
     looked: bool
-    """Whether what is looked at after this step had been when the checkpoint was written."""
+    """Whether the validation of this step was finished when the checkpoint was written."""
     data: dict[str, Any]
-    """What ``BatchLoader.state`` says: shards that are left out."""
+    """``BatchLoader.state()``: shards that are left out."""
 
     @property
     def projector_ema_lag(self) -> int:
-        """Steps that ``projector_ema.safetensors`` is behind: since the termination it is brought
-        up to date only where it is read."""
+        """Steps by which ``projector_ema.safetensors`` is behind: since the termination it is
+        brought up to date only where it is read."""
         terminated = self.termination
         return 0 if terminated is None else self.step - int(terminated["terminated_at_step"])
 
@@ -69,7 +91,7 @@ def read_state(folder: Path) -> CheckpointState:
 
 
 def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
-    """What ``verify`` found at ``where``, understood. Raises ``UserError``."""
+    """The state that ``verify`` returned for the checkpoint ``where``. Raises ``UserError``."""
     try:
         if state["version"] > VERSION:
             raise UserError(
@@ -86,7 +108,7 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
             bytes_read=state["bytes_read"],
             meter=state["meter"],
             metrics_rows=int(state["metrics_rows"]),
-            looked=bool(state.get("looked", True)),  # earlier versions looked before they saved
+            looked=bool(state.get("looked", True)),  # earlier versions validated first
             data=state.get("data", {}),
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -94,24 +116,24 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
-    """AdamW's state, on the CPU: the optimizer moves what belongs elsewhere, and its plain form
-    reads its step counts at every step, which must not lie on a GPU. Raises ``UserError``."""
-    path = folder / "optimizer.pt"
+    """AdamW's state, on the CPU. The optimizer moves its moments to the weights' device; its step
+    counts stay, because its plain form reads them at every step. Raises ``UserError``."""
+    path = folder / OPTIMIZER
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
-    except Exception as error:  # torch and pickle raise whatever the bytes made them stumble on
+    except Exception as error:  # damaged bytes make torch and pickle raise any kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedCheckpointError(folder, f"{path.name}: {reason}") from None
     return state
 
 
 def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path) -> None:
-    """Raises ``UserError`` where ``config`` would not continue what the checkpoint began."""
-    for key in KEPT:
+    """Raises ``UserError`` where ``config`` changes what a resumed run must not change."""
+    for key in FIXED:
         old, new = getattr(state.config, key), getattr(config, key)
-        if key == "alignment" and None in (old.stream, new.stream):  # the one that it followed
+        if key == "alignment" and None in (old.stream, new.stream):  # the stream it was trained on
             stream = state.store.get(STREAM)
             old, new = (a.model_copy(update={"stream": a.stream or stream}) for a in (old, new))
         if old != new:

@@ -1,4 +1,4 @@
-"""What of a store decides a run's numbers, as names and values that a checkpoint keeps."""
+"""The identity of a store: properties that decide a run's numbers, saved in its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from schemas.run import RunConfig
 from schemas.store import Column, Manifest
 
 TEACHER = "teacher."
-"""Begins the names of what only an aligned step reads."""
+"""Prefix of the properties that only Phase I depends on."""
 STREAM = f"{TEACHER}stream"
 
 
 def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
-    """Dotted names and plain values. What does not change a number (format, lossless compression,
-    other teachers' streams) is left out."""
+    """Properties by dotted name. Those that change no number (format, lossless compression, other
+    teachers' streams) are left out."""
     manifest = store.manifest
     vae = manifest.autoencoder
     counts = json.dumps(store.index().samples_per_shard).encode()
@@ -50,9 +50,9 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
 def with_stream(
     config: RunConfig, manifest: Manifest, saved: Mapping[str, Any] | None
 ) -> RunConfig:
-    """The run with its teacher stream named: that which the checkpoint followed whose
-    ``store_identity`` is ``saved``, else the only one that the store has now. Streams that are
-    added later change nothing for runs that have begun. Raises ``UserError``."""
+    """The config with its teacher stream named: the stream in ``saved``, the ``store_identity`` of
+    the run's checkpoint, else the only one of the store. Streams that are added to a store later
+    do not change runs that have begun. Raises ``UserError``."""
     if not config.alignment.active or config.alignment.stream is not None:
         return config
     name = (saved or {}).get(STREAM) or manifest.teacher_stream()[0]
@@ -64,8 +64,8 @@ def with_stream(
 def check_store_identity(
     saved: dict[str, Any], now: dict[str, Any], *, aligned: bool, where: object
 ) -> None:
-    """Raises ``UserError`` where a checkpoint was trained on another store than this; once the
-    teacher has gone, its stream may be what it likes."""
+    """Raises ``UserError`` where a checkpoint was trained on another store. After the termination
+    (``aligned`` False) the teacher stream is not compared."""
     for name in {**saved, **now}:
         if not aligned and name.startswith(TEACHER):
             continue
@@ -77,7 +77,7 @@ def check_store_identity(
 
 
 def _columns(columns: dict[str, Column]) -> dict[str, str]:
-    """Codec and shape of each."""
+    """Codec and shape of each column."""
     return {
         name: f"{column.codec} {'x'.join(map(str, column.shape))}".strip()
         for name, column in sorted(columns.items())

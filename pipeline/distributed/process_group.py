@@ -39,10 +39,10 @@ class ProcessGroup:
             module, device_ids=ids, gradient_as_bucket_view=True, **options
         )
 
-    def no_sync(self, wrapped: nn.Module, *, on: bool) -> AbstractContextManager[None]:
-        """Whether a backward pass of the wrapped module averages gradients over the workers, or
-        only adds to this worker's own."""
-        if on or not isinstance(wrapped, DistributedDataParallel):
+    def sync_gradients(self, wrapped: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+        """Context in which a backward pass of the wrapped module averages gradients over the
+        workers or, not ``enabled``, only accumulates this worker's own."""
+        if enabled or not isinstance(wrapped, DistributedDataParallel):
             return nullcontext()
         return wrapped.no_sync()
 

@@ -1,4 +1,4 @@
-"""The folder of a run: metrics, summary and config, wherever the output lies."""
+"""The folder of a run on a local disk or an object store: its file names, reading and sending."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import yaml
+from fsspec.implementations.local import LocalFileSystem
+
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.checkpoints.remote import RemoteCheckpoints
 from pipeline.checkpoints.selection import Checkpoints
 from pipeline.runs.evaluations import EVALUATIONS, add_rows
-from pipeline.runs.metrics import CONFIG, METRICS, SUMMARY
 from pipeline.storage.files import (
     absolute_url,
     exists,
@@ -25,24 +27,31 @@ from pipeline.storage.files import (
     redact,
     write_atomic,
 )
+from pipeline.storage.redaction import redacted_config
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
 
-__all__ = ["CONFIG", "METRICS", "SUMMARY", "RunFolder"]
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CONFIG = "config.yaml"
+WANDB_ID = "wandb-id.txt"
+"""Id of the run at Weights & Biases."""
+SAMPLES = "samples"
+"""Folder of sample grids."""
 
 
 class RunFolder:
-    """A local folder to write to; where the output is an object store, a copy of what lies there
-    that ``publish`` sends back."""
+    """Local folder of a run. If the output is an object store, it is a temporary copy, and
+    ``publish`` uploads its changes."""
 
     def __init__(self, config: RunConfig, *, owner: bool = True) -> None:
-        """``owner``: of all workers one sends files back; the others have old copies."""
+        """``owner``: the one worker that uploads files."""
         self._filesystem, root = open_url(absolute_url(config.output), what="--output")
         self._root = f"{root}/{config.name}"
         self._local = is_local(self._filesystem)
         self._owner = owner
         self._sent: dict[Path, tuple[int, int]] = {}
-        """Of every file that lies there as it lies here: bytes and time of its last change."""
+        """Size and modification time of every file as it was last uploaded."""
         self.path = Path(self._root)
         self.checkpoints: Checkpoints
         if self._local:
@@ -56,7 +65,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if not self._local:
             self.path = Path(tempfile.mkdtemp(prefix="haste-run-"))
-            for name in (METRICS, EVALUATIONS):  # they are added to
+            for name in (METRICS, EVALUATIONS, WANDB_ID):  # files that are appended to
                 with suppress(FileNotFoundError):
                     rows = read_bytes(self._filesystem, f"{self._root}/{name}")
                     (self.path / name).write_bytes(rows)
@@ -75,19 +84,18 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def publish(self) -> None:
-        """Send the small files that are new or have changed to the output; a local folder has
-        them already."""
+        """Upload the small files that are new or changed; nothing to do for a local output."""
         if self._local:
             return
         for file in self.path.rglob("*"):
             if file.is_file():
-                stamp = _stamp(file)  # before it is read: what is added meanwhile is sent next time
+                stamp = _stamp(file)  # before reading: later changes are sent next time
                 if self._sent.get(file) != stamp:
                     self._send(file)
                     self._sent[file] = stamp
 
     def _send(self, file: Path) -> None:
-        if file == self.path / EVALUATIONS:  # others may have recorded theirs meanwhile
+        if file == self.path / EVALUATIONS:  # other commands may have added rows meanwhile
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             add_rows(self._filesystem, self._root, rows)
             return
@@ -95,8 +103,8 @@ class RunFolder:
         write_atomic(self._filesystem, path, file.read_bytes())
 
     def require_shared(self) -> None:
-        """Raises ``UserError`` where this machine does not see the folder that the driver made:
-        checkpoints written here would be lost to the others."""
+        """Raises ``UserError`` if this node does not see the folder that the driver made, because
+        checkpoints written here would be lost."""
         if self._local and not self.path.is_dir():
             raise UserError(
                 f"node {socket.gethostname()} does not see '{self.path}': --output must be a "
@@ -105,18 +113,33 @@ class RunFolder:
 
     @property
     def has_summary(self) -> bool:
-        """Whether the run came to an end once."""
+        """True once a run of this name has finished."""
         return exists(self._filesystem, f"{self._root}/{SUMMARY}")
 
     def summary(self) -> dict[str, Any]:
-        """What the run wrote at its end."""
+        """The summary that the run wrote at its end."""
         summary: dict[str, Any] = json.loads(
             read_bytes(self._filesystem, f"{self._root}/{SUMMARY}")
         )
         return summary
 
 
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the resolved config, without credentials, to a local run folder."""
+    values = redacted_config(config.model_dump(mode="json"))
+    _write(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write the summary of a finished run to its local folder."""
+    _write(folder / SUMMARY, json.dumps(summary, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomic(LocalFileSystem(), str(path), text.encode())
+
+
 def _stamp(file: Path) -> tuple[int, int]:
-    """What is another once a file has been written to."""
+    """Size and modification time of a file."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns

@@ -1,48 +1,47 @@
-"""What a run writes down as it goes: a JSONL file, TensorBoard, and a line for the person."""
+"""Metrics of a run: rows of a JSONL file, TensorBoard, Weights & Biases, and a log line."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.runs.directory import METRICS, WANDB_ID
 from pipeline.storage.redaction import redacted_config
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
-CONFIG = "config.yaml"
-SAMPLES = "samples"
-"""The folder of sample grids, below a run's."""
+logger = logging.getLogger(__name__)
+
 EVALUATION = "evaluation"
-"""The event of a row that says how far samples are from real images."""
+"""Event of a row with the distance of samples from real images."""
 NO_DISTANCE = "no evaluation"
-"""The event of a row that says why there is no such distance."""
+"""Event of a row with the reason why there is no such distance."""
 BROKEN_SAMPLES = "broken samples"
-"""The event of a row that says how many pictures of a grid are none."""
+"""Event of a row with the number of pictures of a grid that are not finite."""
 
 
 class MetricsLog:
     """Rows of ``metrics.jsonl`` in a run's folder; the first rank owns it."""
 
     def __init__(self, folder: Path, config: RunConfig, *, start_step: int, rows: int) -> None:
-        """``rows`` of the file were written up to the checkpoint at ``start_step`` from which the
-        run goes on; more come from what will be done again and are dropped."""
+        """``rows`` of the file were written before the checkpoint at ``start_step`` from which the
+        run continues; later rows are dropped, because their steps are repeated."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS
         self.total_steps = config.steps
-        self.rows = _keep_rows(self.path, rows)
+        self.rows = _truncate_rows(self.path, rows)
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._wandb = _open_wandb(config, folder) if config.wandb else None
 
     def row(self, values: dict[str, Any]) -> None:
-        """Write one row; ``values["step"]`` counts finished steps."""
+        """Write one row; ``values["step"]`` is the number of finished steps."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         self.rows += 1
@@ -52,7 +51,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
-        sys.stderr.write(self._line(values) + "\n")  # Ray Train prints what is print()ed twice
+        logger.info("%s", self._line(values))
 
     def close(self) -> None:
         self._file.close()
@@ -62,8 +61,8 @@ class MetricsLog:
 
     def _line(self, row: dict[str, Any]) -> str:
         if "event" in row:
-            said = f"FID {row['fid']:.2f}" if "fid" in row else row.get("reason")
-            return f"step {row['step']}: {row['event']}" + (f", {said}" if said else "")
+            detail = f"FID {row['fid']:.2f}" if "fid" in row else row.get("reason")
+            return f"step {row['step']}: {row['event']}" + (f", {detail}" if detail else "")
         rate = row["steps_per_second"]
         left = (self.total_steps - row["step"]) / rate if rate else 0
         parts = [f"step {row['step']}/{self.total_steps}", f"phase {row['phase']}"]
@@ -79,7 +78,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; a last line that a crash cut short is left out."""
+    """All valid rows; a last line that a crash cut short is left out."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -90,13 +89,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _keep_rows(path: Path, count: int) -> int:
-    """Keep the first ``count`` rows; how many there are then."""
+def _truncate_rows(path: Path, count: int) -> int:
+    """Keep the first ``count`` rows. Returns the number of rows left."""
     rows = read_metrics(path)[:count]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(temporary, path)
     return len(rows)
+
+
+def _wandb_id(path: Path) -> str:
+    """The id of this run at Weights & Biases, kept in the run's folder, so that a restarted run
+    continues there instead of starting another."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:16] + "\n")
+    return path.read_text().strip()
 
 
 def _open_wandb(config: RunConfig, folder: Path) -> Any:
@@ -107,6 +114,8 @@ def _open_wandb(config: RunConfig, folder: Path) -> Any:
     return wandb.init(
         project=config.wandb,
         name=config.name,
+        id=_wandb_id(folder / WANDB_ID),
+        resume="allow",
         dir=str(folder),
         config=redacted_config(config.model_dump()),
     )

@@ -15,16 +15,9 @@ import yaml
 
 from pipeline.checkpoints.integrity import STATE, parse_state_json
 from pipeline.checkpoints.selection import checkpoint_name, steps_of
+from pipeline.runs.directory import CONFIG, METRICS, SAMPLES, SUMMARY
 from pipeline.runs.evaluations import EVALUATIONS
-from pipeline.runs.metrics import (
-    BROKEN_SAMPLES,
-    CONFIG,
-    EVALUATION,
-    METRICS,
-    NO_DISTANCE,
-    SAMPLES,
-    SUMMARY,
-)
+from pipeline.runs.metrics import BROKEN_SAMPLES, EVALUATION, NO_DISTANCE
 from pipeline.storage.files import (
     absolute_url,
     is_local,

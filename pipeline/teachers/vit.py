@@ -118,7 +118,7 @@ def block_arguments(vit: Any) -> list[dict[str, Tensor]]:
 
 
 def final_norm(vit: Any) -> nn.Module:
-    """The norm behind the last block. Models that pool by no_sync have it behind the pooling
+    """The norm behind the last block. Models that pool by averaging have it behind the pooling
     (timm's ``fc_norm``); it then does for tokens what it was trained to do for their mean."""
     for norm in (vit.norm, vit.fc_norm):
         if not isinstance(norm, nn.Identity):

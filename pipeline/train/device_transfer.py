@@ -1,4 +1,4 @@
-"""What a step needs on the device, brought there while the steps before it compute."""
+"""Copies of batches to the device that overlap with computation."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from torch import Tensor
 class DevicePrefetcher:
     """Copies to the device, from pinned memory and on a stream of their own.
 
-    Python runs ahead of a GPU: it asks for a batch's copies while the step before still computes.
-    On the stream of the computation they would wait for that step, and from pageable memory Python
-    would too.
+    Python runs ahead of a GPU and requests the copies of a batch while the previous step computes.
+    On the computation's stream they would wait for that step; from pageable memory Python would
+    wait for them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._under_way: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+        self._pending: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
     def allocate(self, nbytes: int) -> np.ndarray:
-        """Memory to read a batch into, uint8 (nbytes,), from which copies need none between: for a
-        GPU pinned memory, which torch keeps for the next batch, and rounds up to a power of two.
-        Raises ``MemoryError``."""
+        """Host memory for a batch, uint8 (nbytes,): pinned for a GPU, so that copies are direct.
+        Torch reuses pinned blocks and rounds them up to powers of two. Raises ``MemoryError``."""
         if self._stream is None:
             return np.empty(nbytes, np.uint8)
         try:
@@ -35,14 +34,14 @@ class DevicePrefetcher:
             raise MemoryError(f"{nbytes} bytes of pinned memory ({error})") from None
 
     def release(self) -> None:
-        """Give back the memory of batches that will not come again, as where a stream is closed."""
+        """Free pinned memory that is not in use, for example after a stream was closed."""
         if self._stream is not None and hasattr(torch.accelerator, "empty_host_cache"):
             self._stream.synchronize()
-            self._under_way.clear()
+            self._pending.clear()
             torch.accelerator.empty_host_cache()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same on the device; what is computed next waits for them."""
+        """Copies on the device; the computation that follows waits for them."""
         if self._stream is None:
             return {name: tensor.to(self.device) for name, tensor in tensors.items()}
         computation = torch.cuda.current_stream(self.device)
@@ -52,12 +51,12 @@ class DevicePrefetcher:
                 name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()
             }
             done = self._stream.record_event()
-        # Torch sees to it that pinned memory is not used again before it is copied, but not where a
-        # copy by way of numpy begins in its middle, as those of micro-batches do.
-        self._under_way.append((done, list(pinned.values())))
-        while self._under_way and self._under_way[0][0].query():
-            self._under_way.popleft()
+        # Torch does not reuse a pinned block before it is copied, except where a copy begins in the
+        # middle of the block, as those of micro-batches do: hold these until their copy is done.
+        self._pending.append((done, list(pinned.values())))
+        while self._pending and self._pending[0][0].query():
+            self._pending.popleft()
         computation.wait_stream(self._stream)
-        for copy in copies.values():  # else its memory may be another copy's while it is read
+        for copy in copies.values():  # else its memory may be reused while it is read
             copy.record_stream(computation)
         return copies

@@ -1,4 +1,4 @@
-"""Measurements on a run in progress that a termination trigger can ask for."""
+"""Gradient cosines of a run in progress, for the termination trigger."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ CHUNK = 32  # samples of one pass, unless workers.micro_batch is smaller
 
 
 class GradientProbe:
-    """Compares the gradients of the two losses on one block (HASTE section 2.2, appendix A.2).
+    """Cosine between the gradients of the two losses on one block (HASTE section 2.2, appendix
+    A.2), the block at the feature depth.
 
-    The block is the one at the feature depth. Samples, noise and posterior draws are functions of
-    the seed and the step, so that any number of ranks measures the same.
+    Samples, noise and posterior draws are functions of the seed and the step, so that the result
+    does not depend on the number of ranks.
     """
 
     def __init__(self, trainer: Trainer, store: Store, order: SampleOrder) -> None:
@@ -37,10 +38,10 @@ class GradientProbe:
         depth = trainer.config.alignment.feature_depth
         parameters = list(trainer.module.student.blocks[depth - 1].parameters())
         size = sum(parameter.numel() for parameter in parameters)
-        sums = torch.zeros(len(times), 2, size, device=trainer.parallel.device)
+        sums = torch.zeros(len(times), 2, size, device=trainer.group.device)
         for batch in self._batches(samples):
-            # A compiled backward pass gives its buffers away and cannot be kept for a second one,
-            # and the probe's batch size would have the training's graphs compiled anew.
+            # A compiled backward pass frees its buffers and cannot run twice, and the probe's batch
+            # size would recompile the training's graphs.
             with torch.compiler.set_stance("force_eager"):
                 targets = trainer.targets_of(batch)
                 for row, time in zip(sums, times, strict=True):
@@ -48,19 +49,19 @@ class GradientProbe:
                     losses = trainer.losses(trainer.module, inputs, targets)
                     row[0] += _gradient(trainer.alignment_loss(losses), parameters, keep=True)
                     row[1] += _gradient(losses[0], parameters, keep=False)
-        trainer.parallel.sum(sums)
+        trainer.group.sum(sums)
         cosines: list[float] = torch.cosine_similarity(sums[:, 0], sums[:, 1], dim=1).tolist()
         return cosines
 
     def _batches(self, samples: int) -> Iterator[Batch]:
-        """This rank's share of ``samples`` different ones, drawn from the whole data set."""
+        """This rank's share of ``samples`` distinct samples, drawn from the whole data set."""
         trainer = self.trainer
         assert trainer.targets is not None
         rng = generator(Purpose.PROBE, trainer.config.seed, trainer.step)
         total = min(samples, self.order.epoch_size)
         chosen = np.sort(rng.choice(self.order.epoch_size, size=total, replace=False))
-        begin, end = rank_slice(total, trainer.parallel.rank, trainer.parallel.world_size)
-        readers = {  # samples far apart: never a whole file for one of them
+        begin, end = rank_slice(total, trainer.group.rank, trainer.group.world_size)
+        readers = {  # scattered samples: never fetch a whole file for one
             name: StreamReader(self.store, name, whole_file_limit=0)
             for name in ("latents", trainer.targets.stream)
         }
@@ -73,8 +74,8 @@ class GradientProbe:
             reader.close()
 
     def _read(self, readers: Mapping[str, StreamReader], positions: np.ndarray) -> Iterator[Batch]:
-        """One batch. In a run that goes on without bad shards, what can be read of it: whether a
-        sample can is a property of the store, so that all ranks still measure the same."""
+        """One batch; with quarantine, only its readable samples. Readability is a property of the
+        store, so that the result still does not depend on the number of ranks."""
         shards, rows = self.order.locate(positions)
         try:
             columns = {name: reader.read(shards, rows) for name, reader in readers.items()}

@@ -13,21 +13,21 @@ from pipeline.randomness import Purpose, generator
 
 
 class NoisePrefetcher:
-    """The draws of a step, made by a thread while the step before computes.
+    """Draws the noise of the next step in a thread while the present step computes.
 
-    They are a function of the seed and the positions alone: making them early changes nothing.
+    Draws are a function of the seed and the positions only, so that drawing early changes nothing.
     """
 
     def __init__(
         self, seed: int, latent_shape: tuple[int, ...], label_drop: float, device: torch.device
     ) -> None:
-        self._what = (seed, latent_shape, label_drop)
-        self._pins = device.type == "cuda"
+        self._arguments = (seed, latent_shape, label_drop)
+        self._pinned = device.type == "cuda"
         self._expected: tuple[np.ndarray, Future[SampleNoise]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
 
     def __call__(self, positions: np.ndarray) -> SampleNoise:
-        """Those of the samples at ``positions``, made now unless they were expected."""
+        """The draws of the samples at ``positions``, made now unless they were expected."""
         if self._expected is not None:
             expected, draws = self._expected
             if np.array_equal(expected, positions):
@@ -36,7 +36,7 @@ class NoisePrefetcher:
         return self._draw(positions)
 
     def expect(self, positions: np.ndarray) -> None:
-        """Begin with those that will be asked for next."""
+        """Start to draw for the positions that the next step will ask for."""
         if self._expected is not None:
             self._expected[1].cancel()
         self._expected = positions, self._thread.submit(self._draw, positions)
@@ -46,17 +46,17 @@ class NoisePrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def _draw(self, positions: np.ndarray) -> SampleNoise:
-        seed, shape, label_drop = self._what
+        seed, shape, label_drop = self._arguments
         draws = draw(seed, positions, shape, label_drop)
         return (
             SampleNoise(*(values.contiguous().pin_memory() for values in draws))
-            if self._pins
+            if self._pinned
             else draws
         )
 
 
 class SampleNoise(NamedTuple):
-    """For B samples."""
+    """Random numbers of B samples."""
 
     t: Tensor
     """(B,) timesteps, uniform on [0, 1)."""

@@ -1,9 +1,9 @@
-"""The thin adapter between the training core and Ray Train.
+"""Adapter between the training core and Ray Train.
 
-Ray places, connects and restarts the workers. It keeps no checkpoints: a report to its controller
-counts only once that has polled, so that a kill right after one would go on from an older step. A
-worker group takes the newest whole checkpoint that lies in the run's folder instead, which is where
-the first worker itself has put it.
+Ray places, connects and restarts the workers. It manages no checkpoints, because a report to its
+controller counts only once the controller has polled: after a kill in between, a run would resume
+from an older step. The main rank writes checkpoints to the run's folder, and every new worker group
+resumes from the latest valid one there.
 """
 
 from __future__ import annotations
@@ -31,35 +31,37 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.checkpoints.selection import Checkpoints, Write, latest_valid
+from pipeline.checkpoints.integrity import verify
+from pipeline.checkpoints.selection import Checkpoints, latest_valid
+from pipeline.checkpoints.state import CheckpointContents
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.ray_cluster import require, total
 from pipeline.distributed.signals import StopRequest, StopSignals, no_request
 from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import StorageError, absolute_url, open_url
-from pipeline.train.loop import SaveCheckpoint, train
+from pipeline.train.loop import SaveCheckpoint, run_training
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
 
 POLL_SECONDS = 1.0
-"""Between two looks of the first worker at what is asked of the run."""
+"""Seconds between two polls of the main rank for requests."""
 ALIVE_SECONDS = 10.0
-"""A first worker that has not looked for so long is not training."""
+"""Seconds without a heartbeat after which the main rank counts as not training."""
 RESIZE_SECONDS = 600.0
-"""How long a worker group that is to be replaced by a larger one may take to save."""
+"""Seconds that a worker group may take to save before it is resized."""
 
 
 class RunControl:
-    """What is asked of a run: an actor, where the driver and Ray's controller leave word."""
+    """Actor that carries requests from the driver and Ray's controller to the main rank."""
 
     def __init__(self) -> None:
         self._stop = False
-        self._asked = self._saved = 0
-        self._looked = float("-inf")
+        self._requested = self._saved = 0
+        self._heartbeat = float("-inf")
         self._failure: str | None = None
 
     def fail(self, message: str) -> None:
-        """A worker met what no restart will change."""
+        """Report an error of a worker that no restart can mend."""
         self._failure = message
 
     def failure(self) -> str | None:
@@ -69,69 +71,70 @@ class RunControl:
         self._stop = True
 
     def save(self) -> int | None:
-        """Ask for a checkpoint. Returns the order's number, or None where nobody trains."""
-        if time.monotonic() - self._looked > ALIVE_SECONDS:
+        """Request a checkpoint. Returns the request's number, or None if no worker trains."""
+        if time.monotonic() - self._heartbeat > ALIVE_SECONDS:
             return None
-        self._asked += 1
-        return self._asked
+        self._requested += 1
+        return self._requested
 
-    def is_open(self, order: int) -> bool:
-        """Whether an order of ``save`` can still be expected to be carried out."""
-        return self._saved < order and time.monotonic() - self._looked <= ALIVE_SECONDS
+    def is_pending(self, number: int) -> bool:
+        """True while the request ``number`` of ``save`` is pending and the main rank is alive."""
+        return self._saved < number and time.monotonic() - self._heartbeat <= ALIVE_SECONDS
 
-    def look(self, saved: int) -> tuple[bool, int]:
-        """Called by the first worker, which has carried out the orders up to ``saved``: whether to
-        stop, and the newest order to save."""
-        self._looked = time.monotonic()
+    def heartbeat(self, saved: int) -> tuple[bool, int]:
+        """Called by the main rank, which has served save requests up to ``saved``. Returns
+        (stop, number of the latest save request)."""
+        self._heartbeat = time.monotonic()
         self._saved = max(self._saved, saved)
-        return self._stop, self._asked
+        return self._stop, self._requested
 
 
 class CheckpointBeforeResize(ControllerCallback):
-    """In Ray's controller: save before an elastic group is replaced by one of another size, which
-    Ray does without warning it, and as soon as a node's end is announced."""
+    """Callback in Ray's controller that requests a checkpoint before an elastic worker group is
+    resized, because Ray ends its workers without notice, and when a node is about to be lost."""
 
-    def __init__(self, orders: Any) -> None:
-        self.orders = orders
+    def __init__(self, control: Any) -> None:
+        self.control = control
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         before, name = type(previous_state).__name__, type(current_state).__name__
         if name == before or name not in ("ResizingState", "PreemptingState"):
             return
         try:
-            order = ray.get(self.orders.save.remote())
-            if name == "PreemptingState" or order is None:
-                return  # the group goes on training until its node has gone
+            number = ray.get(self.control.save.remote())
+            if name == "PreemptingState" or number is None:
+                return  # the group trains until the node is lost
             deadline = time.monotonic() + RESIZE_SECONDS
-            while time.monotonic() < deadline and ray.get(self.orders.is_open.remote(order)):
+            while time.monotonic() < deadline and ray.get(self.control.is_pending.remote(number)):
                 time.sleep(0.2)
         except RayError:
-            return  # the actor is gone, and with it the driver
+            return  # the driver has ended, and the actor with it
 
 
 class ControlPoller:
-    """What is asked of the run, as the first worker knows it: a thread looks now and then."""
+    """Requests to the run, polled by a thread of the main rank."""
 
-    def __init__(self, orders: Any) -> None:
-        self.orders = orders
-        self._asked = self._saved = 0
+    def __init__(self, control: Any) -> None:
+        self.control = control
+        self._requested = self._saved = 0
         self._stop = False
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lookout", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="control-poller", daemon=True)
         self._thread.start()
 
     def __call__(self) -> StopRequest:
         if self._stop:
             return StopRequest.STOP
-        return StopRequest.SAVE if self._asked > self._saved else StopRequest.GO_ON
+        return StopRequest.SAVE if self._requested > self._saved else StopRequest.GO_ON
 
-    def saved(self, asked: int) -> None:
-        """A checkpoint was written that began when ``asked`` orders had come."""
-        self._saved = asked
+    def saved(self, number: int) -> None:
+        """Note that a checkpoint was written that serves save requests up to ``number``."""
+        self._saved = number
 
     @property
-    def asked(self) -> int:
-        return self._asked
+    def requested(self) -> int:
+        """Number of the latest save request."""
+        return self._requested
 
     def close(self) -> None:
         self._closed.set()
@@ -139,13 +142,14 @@ class ControlPoller:
     def _run(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
             try:
-                self._stop, self._asked = ray.get(self.orders.look.remote(self._saved))
+                self._stop, self._requested = ray.get(self.control.heartbeat.remote(self._saved))
             except RayError:
-                return  # the driver has gone: Ray ends this process too
+                return  # the driver has ended: Ray ends this process too
 
 
 def fit(config: RunConfig) -> None:
-    """Train on a connected Ray cluster; a run of the same name and output continues.
+    """Train a config that ``resolve_run`` has checked on a connected Ray cluster; a run of the same
+    name and output continues.
 
     Raises ``UserError`` where the cluster cannot hold the workers, ``StoppedError`` after SIGTERM
     or Ctrl-C, Ray's own errors where training failed more often than ``workers.max_failures``.
@@ -161,10 +165,10 @@ def fit(config: RunConfig) -> None:
     require("CPU", workers.cpus_per_worker, fewest, option=option)
     storage_path, storage_filesystem = _storage(config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    orders = ray.remote(RunControl).options(num_cpus=0, scheduling_strategy=here).remote()
+    control = ray.remote(RunControl).options(num_cpus=0, scheduling_strategy=here).remote()
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "orders": orders},
+        train_loop_config={"config": config.model_dump(mode="json"), "control": control},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=scaling(config, gpus),
         run_config=RayRunConfig(
@@ -172,12 +176,12 @@ def fit(config: RunConfig) -> None:
             storage_path=storage_path,
             storage_filesystem=storage_filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            callbacks=[CheckpointBeforeResize(orders)],
+            callbacks=[CheckpointBeforeResize(control)],
         ),
     )
     with StopSignals() as signals:
         try:
-            result = _fit_and_watch(trainer, orders, signals)
+            result = _fit_and_watch(trainer, control, signals)
         except WorkerGroupError as error:
             for failure in error.worker_failures.values():
                 cause = getattr(failure, "cause", failure)
@@ -189,7 +193,7 @@ def fit(config: RunConfig) -> None:
 
 
 def scaling(config: RunConfig, gpus: float) -> ScalingConfig:
-    """How many workers Ray starts, and what each of them reserves."""
+    """Number of workers that Ray starts, and the resources that each reserves."""
     workers = config.workers
     elastic = workers.min_count is not None and workers.min_count < workers.count
     return ScalingConfig(
@@ -199,10 +203,12 @@ def scaling(config: RunConfig, gpus: float) -> ScalingConfig:
     )
 
 
-def _fit_and_watch(trainer: TorchTrainer, orders: Any, signals: StopSignals) -> ray.train.Result:
-    """``trainer.fit()`` in a thread (in the main one Ray would take Ctrl-C for itself, and abort),
-    while this one waits for signals, and for errors that Ray would only meet again after each of
-    ``workers.max_failures`` restarts."""
+def _fit_and_watch(trainer: TorchTrainer, control: Any, signals: StopSignals) -> ray.train.Result:
+    """Run ``trainer.fit()`` in a thread (in the main thread, Ray would handle Ctrl-C and abort).
+
+    This thread waits for signals, and for errors that each of ``workers.max_failures`` restarts
+    would only meet again.
+    """
     future: Future[ray.train.Result] = Future()
 
     def run() -> None:
@@ -212,27 +218,29 @@ def _fit_and_watch(trainer: TorchTrainer, orders: Any, signals: StopSignals) -> 
             future.set_exception(error)
 
     threading.Thread(target=run, name="ray-train", daemon=True).start()
-    told = False
-    looked = time.monotonic()
+    stop_sent = False
+    polled = time.monotonic()
     while True:
         try:
             return future.result(timeout=0.2)
         except StillRunning:
             if future.done():
                 raise
-        if time.monotonic() - looked > POLL_SECONDS:
-            looked = time.monotonic()
-            failure = ray.get(orders.failure.remote())
+        if time.monotonic() - polled > POLL_SECONDS:
+            polled = time.monotonic()
+            failure = ray.get(control.failure.remote())
             if failure is not None:
                 raise UserError(failure)
-        if signals.received is not None and not told:
-            orders.stop.remote()
-            told = True
+        if signals.received is not None and not stop_sent:
+            control.stop.remote()
+            stop_sent = True
 
 
 def _storage(config: RunConfig) -> tuple[str, Any]:
-    """Ray's path and pyarrow filesystem of the output folder; remote ones through fsspec, so that
-    they see the credentials and endpoint that the store sees."""
+    """Ray's path and pyarrow filesystem of the output folder.
+
+    Remote ones go through fsspec, so that they use the same credentials and endpoint as the store.
+    """
     output = absolute_url(config.output)
     if "://" not in output:
         return output, None
@@ -241,69 +249,71 @@ def _storage(config: RunConfig) -> tuple[str, Any]:
 
 
 def _worker(arguments: dict[str, Any]) -> str | None:
-    """Returns the message of a run that was asked to stop."""
+    """The training function of each worker. Returns the message of a run that was stopped."""
     config = RunConfig.model_validate(arguments["config"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
-    parallel = ProcessGroup(context.get_world_rank(), context.get_world_size(), device)
-    lookout = ControlPoller(arguments["orders"]) if parallel.is_main else None
+    group = ProcessGroup(context.get_world_rank(), context.get_world_size(), device)
+    poller = ControlPoller(arguments["control"]) if group.is_main else None
     try:
-        with RunFolder(config, owner=parallel.is_main) as folder:
+        with RunFolder(config, owner=group.is_main) as folder:
             folder.require_shared()
-            train(
+            run_training(
                 config,
                 folder.path,
-                _saver(folder, lookout),
-                parallel=parallel,
-                resume=_newest(folder.checkpoints, parallel, context.get_local_rank()),
-                ask=lookout or no_request,
+                _saver(folder, poller),
+                _latest(folder.checkpoints, group, context.get_local_rank()),
+                group=group,
+                poll=poller or no_request,
             )
     except StoppedError as stop:
         return str(stop)
     except StorageError:
-        raise  # it may have come back by the time the workers have
+        raise  # a restart may find the storage available again
     except UserError as error:
-        ray.get(arguments["orders"].fail.remote(str(error)))
+        ray.get(arguments["control"].fail.remote(str(error)))
         raise
     finally:
-        if lookout is not None:
-            lookout.close()
+        if poller is not None:
+            poller.close()
     return None
 
 
-def _saver(run: RunFolder, lookout: ControlPoller | None) -> SaveCheckpoint:
-    def save(step: int, write: Write) -> None:
-        """The others, who have no lookout, go on at once: their next step waits for the first."""
-        if lookout is not None:
-            asked = lookout.asked
+def _saver(run: RunFolder, poller: ControlPoller | None) -> SaveCheckpoint:
+    def save(step: int, contents: CheckpointContents) -> None:
+        """Only the main rank has a poller and saves; the others wait for it in their next step."""
+        if poller is not None:
+            requested = poller.requested
             run.publish()  # before the checkpoint, which counts the rows of the metrics
-            run.checkpoints.save(step, write)
-            lookout.saved(asked)
+            run.checkpoints.save(step, contents)
+            poller.saved(requested)
 
     return save
 
 
 @contextmanager
-def _newest(
-    checkpoints: Checkpoints, parallel: ProcessGroup, local_rank: int
+def _latest(
+    checkpoints: Checkpoints, group: ProcessGroup, local_rank: int
 ) -> Iterator[Path | None]:
-    """The newest whole checkpoint, the same for all workers: the first one decides. Where it lies
-    far away, one worker of each node fetches it for all of them."""
+    """The latest valid checkpoint, chosen and verified by the main rank for all workers. A remote
+    one is fetched, and verified, by one worker of each node."""
     scratch = Path(tempfile.gettempdir())
-    scratch /= f"haste-checkpoint-{parallel.broadcast_int(random.getrandbits(48))}"
-    found = latest_valid(checkpoints, scratch) if parallel.is_main else None
-    step = parallel.broadcast_int(-1 if found is None else found[0])
+    scratch /= f"haste-checkpoint-{group.broadcast_int(random.getrandbits(48))}"
+    found = latest_valid(checkpoints, scratch) if group.is_main else None
+    step = group.broadcast_int(-1 if found is None else found[0])
     if step < 0:
         yield None
         return
-    if local_rank == 0 and not parallel.is_main:
-        checkpoints.fetch(step, scratch)
+    if local_rank == 0 and not group.is_main:
+        copy = checkpoints.fetch(step, scratch)
+        if copy.is_relative_to(scratch):
+            verify(copy)
     try:
-        parallel.broadcast_int(0)  # until all have fetched
+        group.broadcast_int(0)  # until all nodes have fetched
         yield checkpoints.fetch(step, scratch)
-        parallel.broadcast_int(0)  # until all have read
+        group.broadcast_int(0)  # until all ranks have read
     finally:
         if local_rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Means and rates between two rows of the metrics."""
+"""Means of losses and rates of steps between two rows of the metrics."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from schemas.student import StudentConfig
 
 
 class StepMeter:
-    """Collects steps without looking at their numbers, which would make the device wait."""
+    """Sums of losses on the device, because reading them at each step would wait for it."""
 
-    def __init__(self, parallel: ProcessGroup, global_batch: int) -> None:
-        self.parallel = parallel
+    def __init__(self, group: ProcessGroup, global_batch: int) -> None:
+        self.group = group
         self.global_batch = global_batch
         self._sums: Tensor | None = None
         self.steps = 0
-        self._timed_steps = 0  # those of this process
+        self._timed_steps = 0  # steps of this process only
         self._waited = 0.0
         self._began = time.perf_counter()
         self.seconds = 0.0
-        """That the last row took."""
+        """Duration of the last row."""
 
     def add(self, losses_and_norm: Tensor, waited: float) -> None:
-        """One step: what ``Trainer.train_step`` returned, and seconds spent waiting for data."""
+        """Add the result of ``Trainer.train_step``, and the seconds spent waiting for data."""
         self._sums = losses_and_norm if self._sums is None else self._sums + losses_and_norm
         self.steps += 1
         self._timed_steps += 1
         self._waited += waited
 
     def take(self, names: Collection[str]) -> dict[str, float]:
-        """Means over all workers since the last call, in which every worker takes part; of the
-        losses, those in ``names``."""
+        """Means over all workers since the last call, of the losses in ``names``, and rates. Every
+        rank calls it."""
         assert self._sums is not None
         waited = self._sums.new_tensor([self._waited])
-        values = self.parallel.sum(torch.cat([self._sums, waited])).tolist()
+        values = self.group.sum(torch.cat([self._sums, waited])).tolist()
         self.seconds = seconds = time.perf_counter() - self._began
-        world = self.parallel.world_size
+        world = self.group.world_size
         row: dict[str, float] = {}
         *sums, norms, waits = values
         for name, total in zip(LOSSES, sums, strict=True):
@@ -57,36 +57,36 @@ class StepMeter:
         return row
 
     def leave_out(self, seconds: float) -> None:
-        """Do not count time that was spent on something else than training."""
+        """Subtract time that was not spent on training."""
         self._began += seconds
 
     def restart_clock(self) -> None:
-        """Time counts from here."""
+        """Measure time from now on."""
         self._began = time.perf_counter()
 
     def restart(self) -> None:
-        """Forget what was collected; time counts from here."""
+        """Drop all sums; measure time from now on."""
         self._sums, self.steps, self._waited = None, 0, 0.0
         self._timed_steps = 0
         self.restart_clock()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of a row that is not written yet; every rank calls it."""
-        sums = None if self._sums is None else self.parallel.gather(self._sums)
+        """Sums of the row that is not written yet. Every rank calls it."""
+        sums = None if self._sums is None else self.group.gather(self._sums)
         return {"steps": self.steps, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with such a row. Its rates will be those of the steps from here on."""
+        """Continue the row of ``state_dict()``. Its rates are those of the steps from now on."""
         self.restart()
         if state["sums"] is not None:
-            *sums, _ = self.parallel.scatter_saved(state["sums"])
-            norms = state["sums"][0][-1]  # no sum over ranks: each of them adds the same
-            self._sums = torch.tensor([*sums, norms], device=self.parallel.device)
+            *sums, _ = self.group.scatter_saved(state["sums"])
+            norms = state["sums"][0][-1]  # not a sum over ranks: each adds the same norm
+            self._sums = torch.tensor([*sums, norms], device=self.group.device)
             self.steps = int(state["steps"])
 
 
 class PhaseClock:
-    """Steps per second of each phase, less the first step after every pause."""
+    """Steps per second of each phase; the first step after a pause is left out."""
 
     def __init__(self) -> None:
         self._last: float | None = None
@@ -104,7 +104,7 @@ class PhaseClock:
         self._last = None
 
     def rate(self, phase: int) -> float | None:
-        """None where the phase had no step to measure."""
+        """Steps per second; None where no step of the phase was measured."""
         return self._steps[phase] / self._seconds[phase] if self._steps[phase] else None
 
 
@@ -112,17 +112,17 @@ TERA = 1e12
 
 
 class Throughput:
-    """FLOPs of the student alone, whatever else a step computes: what makes runs comparable."""
+    """TFLOP/s and MFU, from the FLOPs of the student alone, so that runs are comparable."""
 
-    def __init__(self, student: StudentConfig, parallel: ProcessGroup) -> None:
+    def __init__(self, student: StudentConfig, group: ProcessGroup) -> None:
         self._flops = STEP * student_flops(student)
-        self._workers = parallel.world_size
+        self._workers = group.world_size
         self._peak = None
-        if parallel.device.type == "cuda":
-            self._peak = peak_tflops(torch.cuda.get_device_name(parallel.device))
+        if group.device.type == "cuda":
+            self._peak = peak_tflops(torch.cuda.get_device_name(group.device))
 
     def rates(self, images_per_second: float) -> dict[str, float]:
-        """``tflops_per_worker`` and, of a GPU whose data sheet is known, ``mfu``: the share of its
+        """``tflops_per_worker`` and, on GPUs with a known data sheet, ``mfu``: the share of the
         dense bfloat16 peak."""
         rate = images_per_second * self._flops / TERA / self._workers
         rates = {"tflops_per_worker": rate}

@@ -1,4 +1,4 @@
-"""Asking a run to save or to stop, and all its workers agreeing on the step at which they do."""
+"""Agreement of all workers on the step at which a run saves or stops."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from pipeline.distributed.signals import PollRequest, StopRequest
 
 
 class StopConsensus:
-    """What all ranks do at a step boundary, whichever of them was asked.
+    """Makes all ranks serve a request at the same step boundary, whichever of them received it.
 
-    They vote at every boundary and act on the vote of the one before: by then it has been counted,
-    so that no device is waited for. One tiny reduction per step is what that costs.
+    Ranks vote at every boundary and act on the vote of the boundary before: its reduction has
+    finished by then, so that no device is waited for. The cost is one small reduction per step.
     """
 
-    def __init__(self, parallel: ProcessGroup, ask: PollRequest) -> None:
-        self.parallel = parallel
-        self.ask = ask
+    def __init__(self, group: ProcessGroup, poll: PollRequest) -> None:
+        self.group = group
+        self.poll = poll
         self._pending: torch.Tensor | None = None
         self._counted: torch.cuda.Event | None = None
 
     def at_boundary(self) -> StopRequest:
-        """Every rank calls it before each step, and equally often between two steps."""
-        if self.parallel.world_size == 1:
-            return self.ask()
-        wish = self._last_vote()
-        self._vote(self.ask())
-        return wish
+        """The request to serve now. Every rank calls it before each step, and equally often within
+        a validation."""
+        if self.group.world_size == 1:
+            return self.poll()
+        request = self._last_vote()
+        self._vote(self.poll())
+        return request
 
     def forget(self) -> None:
-        """Drop the vote that is under way: what it wished for has just been done."""
+        """Drop the pending vote, because its request has just been served."""
         self._last_vote()
 
-    def _vote(self, wish: StopRequest) -> None:
-        votes = torch.zeros(len(StopRequest), device=self.parallel.device)
-        votes[int(wish)].fill_(1)
-        self._pending = self.parallel.sum(votes)
+    def _vote(self, request: StopRequest) -> None:
+        votes = torch.zeros(len(StopRequest), device=self.group.device)
+        votes[int(request)].fill_(1)
+        self._pending = self.group.sum(votes)
         if votes.is_cuda:
             host = torch.empty(len(StopRequest), pin_memory=True)
             self._pending = host.copy_(votes, non_blocking=True)
@@ -49,4 +50,4 @@ class StopConsensus:
         if self._counted is not None:
             self._counted.synchronize()
         votes, self._pending, self._counted = self._pending.tolist(), None, None
-        return max(wish for wish in StopRequest if votes[wish])
+        return max(request for request in StopRequest if votes[request])

@@ -1,4 +1,4 @@
-"""One training step, and the one step boundary at which the teacher is let go."""
+"""One training step, and the termination of the alignment at a step boundary."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ NO_TARGETS = Targets(None, None)
 
 
 class Inputs(NamedTuple):
-    """What a step feeds to the student (B samples), as its objective makes it."""
+    """Inputs and target of the student for B samples, made by its objective."""
 
     noisy: Tensor
     """(B, C, h, w) noisy latents."""
     time: Tensor
-    """(B,) the time that the network is told."""
+    """(B,) time that the network receives."""
     labels: Tensor
     """(B,) classes; ``num_classes`` where the label was dropped."""
     target: Tensor
@@ -39,20 +39,20 @@ class Inputs(NamedTuple):
 
 
 class Trainer:
-    """Owns the weights, their averages and the optimizer."""
+    """Owner of the weights, their averages and the optimizer."""
 
     def __init__(
         self,
         config: RunConfig,
         store: Store,
-        parallel: ProcessGroup,
+        group: ProcessGroup,
         *,
         measure_entropy: bool = False,
     ) -> None:
         """``measure_entropy``: also measure the teacher's attention entropy, for a trigger."""
         self.config = config
         self.manifest = manifest = store.manifest
-        self.parallel = parallel
+        self.group = group
         self.step = 0
         self.aligned = config.alignment.active
         self.termination: dict[str, Any] | None = None
@@ -71,23 +71,23 @@ class Trainer:
             diffusion=config.diffusion,
             measure_entropy=measure_entropy,
             fused=config.compute.attention_loss == "fused",
-        ).to(parallel.device)
+        ).to(group.device)
         self.ema = Ema(self.module.student, config.ema_decay)
         self.projector: Projector | None = self.module.projector
         self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
         self._store = store
         self._targets: TargetSource | None = None
         self.optimizer = _make_optimizer(self.module, config)
-        self.feed = DevicePrefetcher(parallel.device)
+        self.feed = DevicePrefetcher(group.device)
         self.draws = NoisePrefetcher(
             config.seed,
             config.student.latent_shape,
             config.diffusion.label_drop,
-            parallel.device,
+            group.device,
         )
         if self._compiles:
             self.module.compile_parts()
-        self.wrapped: nn.Module = parallel.wrap(self.module)
+        self.wrapped: nn.Module = group.wrap(self.module)
 
     def train_step(self, batch: Batch) -> Tensor:
         """One optimizer step on this rank's slice of a global batch.
@@ -100,10 +100,10 @@ class Trainer:
         draws = self.draws(batch.positions)
         self.draws.expect(batch.positions + config.global_batch)
         parts = list(split_batch(batch, draws, config.workers.micro_batch))
-        losses = torch.zeros(len(LOSSES), device=self.parallel.device)
+        losses = torch.zeros(len(LOSSES), device=self.group.device)
         for number, part in enumerate(parts, start=1):
-            # Ranks with more parts than others add them up alone; each averages exactly once.
-            with self.parallel.no_sync(self.wrapped, on=number == len(parts)):
+            # Ranks may have unequal numbers of parts; each averages once, with its last part.
+            with self.group.sync_gradients(self.wrapped, enabled=number == len(parts)):
                 losses += self._accumulate(*part)
         norm = torch.nn.utils.clip_grad_norm_(
             self.module.parameters(), config.optimizer.max_grad_norm
@@ -120,7 +120,7 @@ class Trainer:
         """Add the gradients of some samples; their sums of ``LOSSES``, (4,)."""
         losses = self.losses(self.wrapped, self.inputs(batch, draws), self.targets_of(batch))
         # DDP divides the sum of gradients by the number of ranks
-        total = self.total(losses) * (self.parallel.world_size / self.config.global_batch)
+        total = self.total(losses) * (self.group.world_size / self.config.global_batch)
         total.backward()
         return losses.detach()
 
@@ -128,7 +128,7 @@ class Trainer:
         """Sums over the samples of what ``LOSSES`` names, (4,), from ``module``: the wrapped one,
         or the bare one where no gradients are to be averaged."""
         dtype = self.autocast_dtype
-        with torch.autocast(self.parallel.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(self.group.device.type, dtype, enabled=dtype is not None):
             losses: Tensor = module(*inputs, targets)
         return losses
 
@@ -138,13 +138,16 @@ class Trainer:
         return alignment.feature_weight * losses[1] + alignment.attention_weight * losses[2]
 
     def total(self, losses: Tensor) -> Tensor:
-        """What is minimised."""
+        """The loss that is minimised."""
         return losses[0] + self.alignment_loss(losses)
 
     def terminate(self, evidence: Mapping[str, Any]) -> None:
-        """Let the teacher go before step ``self.step``: taps off, the projector out of the graph,
-        DDP and the optimizer. The projector stays here for checkpoints. ``evidence`` is why; a
-        resumed run passes what its checkpoint says."""
+        """End the alignment before step ``self.step``.
+
+        Taps are off; the projector leaves the graph, DDP and the optimizer, and stays here for
+        checkpoints; the teacher's tail and pinned memory are freed. ``evidence`` says why; a
+        resumed run passes that of its checkpoint.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         self.module.release_alignment()
         self.aligned, self._targets = False, None
@@ -153,28 +156,54 @@ class Trainer:
             for parameter in group["params"]:
                 self.optimizer.state.pop(parameter, None)
         del self.optimizer.param_groups[1:]
-        if self.parallel.world_size > 1:
+        if self.group.world_size > 1:
             self.wrapped = self.module  # frees the old reducer and its hooks before a new one
             gc.collect()
-            self.wrapped = self.parallel.wrap(self.module)
+            self.wrapped = self.group.wrap(self.module)
+        self.feed.release()
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules that a checkpoint holds, by the name of their file."""
+        modules: dict[str, nn.Module] = {"model": self.module.student, "ema": self.ema.module}
+        if self.projector is not None and self.projector_ema is not None:
+            # The average is saved as of the termination, because closing the gap twice would round
+            # twice and a resumed run would differ.
+            modules["projector"] = self.projector
+            modules["projector_ema"] = self.projector_ema.module
+        return modules
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beside the modules: step, termination and AdamW's state."""
+        return {
+            "step": self.step,
+            "termination": self.termination,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state_dict()``, once the modules have been loaded."""
+        self.step = state["step"]
+        if state["termination"] is not None:
+            self.terminate(state["termination"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     @property
     def _compiles(self) -> bool:
         choice = self.config.compute.compile
-        return choice == "on" or (choice == "auto" and self.parallel.device.type == "cuda")
+        return choice == "on" or (choice == "auto" and self.group.device.type == "cuda")
 
     @property
     def projector_ema_step(self) -> int:
-        """The step up to which the projector's average is up to date: from the termination on, it
-        is brought up to date only where it is read."""
+        """Step up to which the projector's average is up to date: after the termination it is
+        brought up to date only where it is read."""
         if self.termination is None:
             return self.step
         return int(self.termination["terminated_at_step"])
 
     @property
     def targets(self) -> TargetSource | None:
-        """Where the targets come from, opened when first asked for: a run that is resumed after
-        the termination never loads what the cut left of the teacher. None once it has gone."""
+        """Source of the targets, opened on first use, because a run that is resumed after the
+        termination must not load the teacher's tail. None after the termination."""
         if self.aligned and self._targets is None:
             alignment = self.config.alignment
             wanted = wanted_targets(alignment, self._heads)
@@ -182,28 +211,28 @@ class Trainer:
                 self._store,
                 alignment.stream,
                 wanted,
-                self.parallel.device,
+                self.group.device,
                 compiled=self._compiles,
             )
         return self._targets
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """None: plain float32."""
+        """Autocast dtype; None: plain float32."""
         name = self.config.precision
         if name == "auto":
-            name = "bfloat16" if self.parallel.device.type == "cuda" else "float32"
+            name = "bfloat16" if self.group.device.type == "cuda" else "float32"
         return None if name == "float32" else getattr(torch, name)
 
     def inputs(
         self, batch: Batch, draws: SampleNoise | None = None, *, time: float | None = None
     ) -> Inputs:
-        """What the student sees of a batch, on the device; ``draws`` are made if not given, and
+        """Inputs of the student for a batch, on the device. ``draws`` are made if not given;
         ``time`` replaces the drawn times."""
         stored = batch.columns["latents"]
         classes = self.manifest.dataset.num_classes
         if stored["label"].min(initial=0) < 0 or stored["label"].max(initial=0) >= classes:
-            raise UserError(  # on a GPU an index out of range kills the process
+            raise UserError(  # an index out of range ends a process on a GPU
                 f"the store holds a label outside its {classes} classes: it is damaged"
             )
         columns = self.feed(_tensors(stored))
@@ -215,25 +244,25 @@ class Trainer:
         t = drawn.t
         if time is not None:
             t = torch.full_like(t, time)
-        noisy, told, target = self.module.objective.corrupt(latents, drawn.noise, t)
-        return Inputs(noisy, told, labels, target)
+        noisy, network_time, target = self.module.objective.corrupt(latents, drawn.noise, t)
+        return Inputs(noisy, network_time, labels, target)
 
     def targets_of(self, batch: Batch) -> Targets:
-        """What the student is pulled towards, on the device."""
+        """Alignment targets of a batch, on the device."""
         source = self.targets
         if source is None:
             return NO_TARGETS
         return source(self.feed(_tensors(batch.columns[source.stream])))
 
     def close(self) -> None:
-        """End its thread."""
+        """End the thread that draws noise."""
         self.draws.close()
 
 
 def split_batch(
     batch: Batch, draws: SampleNoise, size: int | None
 ) -> Iterator[tuple[Batch, SampleNoise]]:
-    """The batch and its draws in parts of ``size`` samples, the last one smaller; None: in one."""
+    """Split a batch and its draws into parts of at most ``size`` samples; None: one part."""
     count = len(batch.positions)
     size = max(1, count) if size is None else size
     for begin in range(0, max(1, count), size):
@@ -253,7 +282,7 @@ def _tensors(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def _make_optimizer(module: AlignedStudent, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW with the student in the first group and the projector in a second, which goes."""
+    """AdamW; the projector is in a group of its own, which the termination removes."""
     groups = [{"params": list(module.student.parameters())}]
     if module.projector is not None:
         groups.append({"params": list(module.projector.parameters())})
@@ -264,7 +293,7 @@ def _make_optimizer(module: AlignedStudent, config: RunConfig) -> torch.optim.Ad
         betas=options.betas,
         weight_decay=options.weight_decay,
         eps=options.eps,
-        # torch takes one of the two at most; with neither it may choose by itself
+        # torch accepts at most one of the two and chooses by itself where both are unset
         fused=config.compute.optimizer == "fused",
         foreach=False,
     )

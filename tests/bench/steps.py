@@ -56,7 +56,7 @@ class TrainerSteps:
         self.name = name
         self.trainer = trainer
         self.data = data
-        if trainer.parallel.device.type == "cuda":  # the loader reads into memory that is pinned
+        if trainer.group.device.type == "cuda":  # the loader reads into memory that is pinned
             self.data = data._replace(columns=pinned(data.columns, trainer.feed))
 
     def take(self, count: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.runs.metrics import METRICS
+from pipeline.runs.directory import METRICS
 from pipeline.storage.files import TEMPORARY
 from pipeline.store import SampleOrder
 from tests.faults.work import parse_rows

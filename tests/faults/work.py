@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.datasets.digits import digits_images
-from pipeline.runs.metrics import METRICS
+from pipeline.runs.directory import METRICS
 from schemas.extract import PRESETS
 from tests.faults import files
 

@@ -170,41 +170,41 @@ def test_scaling(run_config: Make) -> None:
 
 
 def test_an_order_to_save_is_open_until_it_is_carried_out() -> None:
-    orders = RunControl()
-    assert orders.save() is None  # nobody trains: nobody to wait for
-    assert orders.look(0) == (False, 0)
-    order = orders.save()
+    control = RunControl()
+    assert control.save() is None  # nobody trains: nobody to wait for
+    assert control.heartbeat(0) == (False, 0)
+    order = control.save()
     assert order == 1
-    assert orders.is_open(order)
-    assert orders.look(0) == (False, 1)
-    assert orders.is_open(order)
-    orders.stop()
-    assert orders.look(1) == (True, 1)
-    assert not orders.is_open(order)
+    assert control.is_pending(order)
+    assert control.heartbeat(0) == (False, 1)
+    assert control.is_pending(order)
+    control.stop()
+    assert control.heartbeat(1) == (True, 1)
+    assert not control.is_pending(order)
 
 
 @pytest.mark.usefixtures("two_cpus")
 def test_the_controller_waits_for_a_checkpoint_before_it_resizes() -> None:
-    orders = ray.remote(RunControl).options(num_cpus=0).remote()
-    lookout = ControlPoller(orders)
+    control = ray.remote(RunControl).options(num_cpus=0).remote()
+    poller = ControlPoller(control)
     seen: list[StopRequest] = []
 
     def train_on() -> None:
         while not seen:
-            if lookout() is StopRequest.SAVE:
-                seen.append(lookout())
-                lookout.saved(lookout.asked)
+            if poller() is StopRequest.SAVE:
+                seen.append(poller())
+                poller.saved(poller.requested)
             time.sleep(0.05)
 
     deadline = time.monotonic() + 30
-    while ray.get(orders.save.remote()) is None and time.monotonic() < deadline:
+    while ray.get(control.save.remote()) is None and time.monotonic() < deadline:
         time.sleep(0.1)
     thread = threading.Thread(target=train_on)
     thread.start()
-    callback = CheckpointBeforeResize(orders)
+    callback = CheckpointBeforeResize(control)
     callback.after_controller_state_update(RunningState(), RunningState())
     callback.after_controller_state_update(RunningState(), ResizingState(scaling_decision=None))
     thread.join(10)
-    lookout.close()
+    poller.close()
     assert seen == [StopRequest.SAVE]
-    assert lookout() is StopRequest.GO_ON
+    assert poller() is StopRequest.GO_ON

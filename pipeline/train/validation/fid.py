@@ -1,4 +1,4 @@
-"""A small Fréchet distance while a run trains."""
+"""Fréchet distance of a run's samples while it trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.runs.metrics import EVALUATION, NO_DISTANCE
 from pipeline.sampling.batches import choose_labels
 from pipeline.storage.npz import Archive
 from pipeline.train.validation.sampling import DistributedSampler, Pause, is_due
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.evaluate import Evaluation, RecordedEvaluation
 from schemas.run import RunConfig
 from schemas.sample import Sampling
@@ -29,7 +29,7 @@ class RunEvaluation:
     """Draws images of random classes with the averaged weights, all workers together, and compares
     their features with a reference's."""
 
-    def __init__(self, config: RunConfig, drawing: DistributedSampler, folder: Path) -> None:
+    def __init__(self, config: RunConfig, sampler: DistributedSampler, folder: Path) -> None:
         """Raises ``UserError`` where the reference is not of the network, or cannot be read."""
         self.options = options = config.samples.evaluate
         assert options.images is not None
@@ -37,15 +37,15 @@ class RunEvaluation:
         self.images = options.images
         self.seed = config.samples.sampler.seed
         self.every, self.last = options.every or config.samples.every, config.steps
-        self.drawing = drawing
+        self.sampler = sampler
         self.folder = folder
-        device = drawing.parallel.device
+        device = sampler.group.device
         self.network = open_network(options, device=device, option="--samples.evaluate.network")
         option = "--samples.evaluate.reference"
         archive = Archive(options.reference, option)
         self.reference = load_moments(archive, self.network)
-        try:  # now, rather than after hours
-            self.factored = Factored.of(self.reference)  # once, not at every evaluation
+        try:  # fail now rather than after hours
+            self.factored = Factored.of(self.reference)  # factored once for all evaluations
             frechet_distance(self.factored, self.factored)
         except ValueError as error:
             raise UserError(f"{archive.where}: {error}") from None
@@ -55,69 +55,68 @@ class RunEvaluation:
                 f"{archive.where}: its mean has {len(self.reference.mean)} numbers, "
                 f"'{self.network.name}' gives {width} features: it is of another network"
             )
-        if drawing.parallel.is_main:
+        if sampler.group.is_main:
             check_rows(folder)
-        self.classes = range(drawing.num_classes)
+        self.classes = range(sampler.num_classes)
         self.sampling = Sampling.of(
             config.samples.sampler,
             labels="random",
             classes=self.classes,
-            decoder_sha256=drawing.autoencoder.weights_sha256,
-            precision=drawing.precision,
+            decoder_sha256=sampler.autoencoder.weights_sha256,
+            precision=sampler.precision,
         )
 
     def due(self, step: int) -> bool:
         return is_due(step, self.every, self.last)
 
     def recorded(self, student: SiT, step: int) -> dict[str, Any] | None:
-        """What ``measure`` returned of this student, where a row of ``evaluations.jsonl`` on the
-        first rank still says so. Every rank calls this; the others are told no more than that it
-        does."""
-        parallel, there = self.drawing.parallel, None
-        if parallel.is_main:
-            there = find_evaluation(self.folder, self._row(student, step))
-        if not parallel.broadcast_int(there is not None):
+        """The event that ``measure`` returned for this student, if ``evaluations.jsonl`` has its
+        row, else None. Every rank calls this; only the main rank reads the numbers."""
+        group, row = self.sampler.group, None
+        if group.is_main:
+            row = find_evaluation(self.folder, self._row(student, step))
+        if not group.broadcast_int(row is not None):
             return None
-        return _event(there or {"fid": None, "samples": self.images, "network": self.network.name})
+        return _event(row or {"fid": None, "samples": self.images, "network": self.network.name})
 
     def measure(self, student: SiT, step: int, pause: Pause) -> dict[str, Any]:
-        """Every rank calls this; on the first one the event for the metrics. ``evaluations.jsonl``
-        has a row with the distance then, or none where the samples have no distance: a student that
-        diverged does not end the run."""
-        drawing, parallel = self.drawing, self.drawing.parallel
-        # sums about one point can be added over the workers
+        """Every rank calls this. Returns, on the main rank, the event for the metrics, and adds a
+        row to ``evaluations.jsonl``; no row where the samples have no distance, because a student
+        that diverged must not end the run."""
+        sampler, group = self.sampler, self.sampler.group
+        # with one common shift, sums can be added over the workers
         found = FeatureStatistics(
-            len(self.reference.mean), shift=self.reference.mean, device=parallel.device
+            len(self.reference.mean), shift=self.reference.mean, device=group.device
         )
         labels = choose_labels("random", self.classes, self.seed, 0, self.images)
         broken = 0
-        for drawn in drawing.draw(student, labels, pause):
-            broken += drawn.broken
-            with drawing.enough_memory(len(drawn.images)):
-                features = self.network.extract(drawn.images).features
+        for batch in sampler.sample(student, labels, pause):
+            broken += batch.broken
+            with sampler.enough_memory(len(batch.images)):
+                features = self.network.extract(batch.images).features
             finite = features.isfinite().all(1)
             broken += int((~finite).sum())
             found.add(features[finite])
-        broken = parallel.sum_counts({"broken": broken})["broken"]
-        found.load_state(parallel.sum(found.state()))
+        broken = group.sum_counts({"broken": broken})["broken"]
+        found.load_state(group.sum(found.state()))
         if broken:
             reason = f"{broken} of {self.images} samples are not made of finite numbers"
             return {"event": NO_DISTANCE, "reason": reason}
         distance = 0.0
-        if parallel.is_main:
+        if group.is_main:
             try:
                 distance = self._distance(found)
             except torch.OutOfMemoryError:
                 raise
             except (ValueError, RuntimeError) as error:
-                return {"event": NO_DISTANCE, "reason": " ".join(str(error).split())[:200]}
+                return {"event": NO_DISTANCE, "reason": plain_text(str(error))[:200]}
             row = self._row(student, step).model_copy(update={"fid": distance})
             record_evaluation(self.folder, row)
         return _event({"fid": distance, "samples": self.images, "network": self.network.name})
 
     def _row(self, student: SiT, step: int) -> RecordedEvaluation:
-        """As ``jobs/evaluate.py --record`` would make it of the same images, but for the distance,
-        which is not known yet."""
+        """The row that ``jobs/evaluate.py --record`` would write for the same images, with a
+        distance of 0 in place of the measured one."""
         numbers = Evaluation(
             fid=0,
             sfid=None,
@@ -128,7 +127,7 @@ class RunEvaluation:
             samples=self.images,
             network=self.network.name,
         )
-        decoder = self.drawing.autoencoder.name
+        decoder = self.sampler.autoencoder.name
         origin = SampleOrigin(step, "ema", sha256_of_module(student), self.sampling, decoder)
         place = str(self.options.reference)
         return recorded(numbers, origin, self.network, self.reference, place)

@@ -1,4 +1,4 @@
-"""Grids of samples that are drawn while a run trains."""
+"""Grids of samples of a run while it trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.models import SiT
-from pipeline.runs.metrics import BROKEN_SAMPLES, SAMPLES
+from pipeline.runs.directory import SAMPLES
+from pipeline.runs.metrics import BROKEN_SAMPLES
 from pipeline.storage.files import TEMPORARY
 from pipeline.train.validation.sampling import DistributedSampler, Pause, is_due
 from pipeline.visualization.image_grid import save_grid
@@ -21,29 +22,29 @@ from schemas.run import RunConfig
 class SampleGrids:
     """``samples/step-STEP.png`` of a run, from the same noise and classes at every step."""
 
-    def __init__(self, config: RunConfig, drawing: DistributedSampler, folder: Path) -> None:
+    def __init__(self, config: RunConfig, sampler: DistributedSampler, folder: Path) -> None:
         self.every, self.last = config.samples.every, config.steps
-        self.classes = grid_classes(config, drawing.num_classes)
+        self.classes = grid_classes(config, sampler.num_classes)
         self.per_class = config.samples.per_class
-        self.drawing = drawing
+        self.sampler = sampler
         self.folder = folder / SAMPLES
 
     def due(self, step: int) -> bool:
         return is_due(step, self.every, self.last)
 
     def draw(self, student: SiT, step: int, pause: Pause) -> list[dict[str, Any]]:
-        """Every rank calls this; the first one writes the picture. What there is to say of it."""
-        drawing, parallel = self.drawing, self.drawing.parallel
+        """Draw the grid; every rank calls this, the main rank writes it. Returns metrics events."""
+        sampler, group = self.sampler, self.sampler.group
         labels = [label for label in self.classes for _ in range(self.per_class)]
-        size = drawing.resolution
-        images = torch.zeros(len(labels), 3, size, size, dtype=torch.uint8, device=parallel.device)
+        size = sampler.resolution
+        images = torch.zeros(len(labels), 3, size, size, dtype=torch.uint8, device=group.device)
         broken = 0
-        for drawn in drawing.draw(student, labels, pause):
-            images[drawn.numbers.start : drawn.numbers.stop] = drawn.images.to(parallel.device)
-            broken += drawn.broken
-        parallel.sum(images)  # each image is somebody's, and black elsewhere
-        broken = parallel.sum_counts({"broken": broken})["broken"]
-        if parallel.is_main:
+        for batch in sampler.sample(student, labels, pause):
+            images[batch.numbers.start : batch.numbers.stop] = batch.images.to(group.device)
+            broken += batch.broken
+        group.sum(images)  # each image is nonzero on one rank only
+        broken = group.sum_counts({"broken": broken})["broken"]
+        if group.is_main:
             self._write(images.cpu(), step)
         if not broken:
             return []
@@ -59,7 +60,7 @@ class SampleGrids:
 
 
 def grid_classes(config: RunConfig, num_classes: int) -> tuple[int, ...]:
-    """The rows of the grid. Raises ``UserError`` where one of them is no class of the store."""
+    """Classes, one per row of the grid. Raises ``UserError`` where the store lacks one."""
     classes = config.samples.classes
     if classes is None:
         return tuple(range(min(8, num_classes)))

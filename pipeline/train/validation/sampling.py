@@ -1,4 +1,4 @@
-"""Images that all workers of a run draw together."""
+"""Sampling shared between all workers of a run."""
 
 from __future__ import annotations
 
@@ -20,58 +20,58 @@ from schemas.run import RunConfig
 from schemas.store import Manifest
 
 Pause = Callable[[], None]
-"""Called between two batches, equally often on every rank: what is asked of the run meanwhile is
-heard there, and may end it."""
+"""Called between two batches, equally often on every rank; serves requests to save or stop and may
+raise ``StoppedError``."""
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:
-    """After every so many steps, and after the last; None: never."""
+    """True after every ``every`` steps and after the last; ``every`` None: never."""
     return every is not None and (step % every == 0 or step == last)
 
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """One batch."""
+    """Images of one batch."""
 
     numbers: range
     images: Tensor
     """uint8 (B, 3, R, R) on the CPU."""
     broken: int
-    """How many are black as their latents are no finite numbers."""
+    """Number of black images, whose latents were not finite."""
 
 
 class DistributedSampler:
-    """The images are the same whatever the number of workers, as each takes whole batches of a
-    fixed division."""
+    """Sampler whose images do not depend on the number of workers, because each worker takes whole
+    batches of a fixed division."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, parallel: ProcessGroup) -> None:
-        """Raises ``UserError`` where the sampler is not for the student, or the autoencoder cannot
+    def __init__(self, config: RunConfig, manifest: Manifest, group: ProcessGroup) -> None:
+        """Raises ``UserError`` if the sampler does not suit the student, or the autoencoder cannot
         be loaded."""
         self.options = config.samples
         self.path = config.diffusion.path
-        self.parallel = parallel
+        self.group = group
         check_sampler(config.student, self.options.sampler, option="--samples.sampler.method")
         self.autoencoder = open_decoder(
             self.options.autoencoder, manifest.autoencoder, option="--samples.autoencoder"
         )
-        self.precision = choose_arithmetic("auto", parallel.device.type)
+        self.precision = choose_arithmetic("auto", group.device.type)
         self.resolution = manifest.resolution
         self.num_classes = manifest.dataset.num_classes
 
-    def draw(self, student: SiT, labels: Sequence[int], pause: Pause) -> Iterator[SampledBatch]:
-        """The batches of this rank's share of ``labels``, one image each. Every rank calls it, and
-        takes all that it yields. Raises ``UserError`` where memory is short."""
-        blocks = plan_batches(len(labels), self.options.batch_size)
-        rank, world_size = self.parallel.rank, self.parallel.world_size
-        with self._autoencoder_at_hand():
-            for start in range(0, len(blocks), world_size):
-                if start + rank < len(blocks):
-                    block = blocks[start + rank]
-                    numbers = range(block.first, block.first + block.count)
-                    yield self._draw(student, [labels[i] for i in numbers], numbers)
+    def sample(self, student: SiT, labels: Sequence[int], pause: Pause) -> Iterator[SampledBatch]:
+        """Batches of this rank's share of one image per label. Every rank calls it and consumes it
+        to the end. Raises ``UserError`` where GPU memory is too small."""
+        batches = plan_batches(len(labels), self.options.batch_size)
+        rank, world_size = self.group.rank, self.group.world_size
+        with self._autoencoder_on_device():
+            for start in range(0, len(batches), world_size):
+                if start + rank < len(batches):
+                    batch = batches[start + rank]
+                    numbers = range(batch.first, batch.first + batch.count)
+                    yield self._sample(student, [labels[i] for i in numbers], numbers)
                 pause()
 
-    def _draw(self, student: SiT, labels: Sequence[int], numbers: range) -> SampledBatch:
+    def _sample(self, student: SiT, labels: Sequence[int], numbers: range) -> SampledBatch:
         with self.enough_memory(len(labels)):
             latents = draw_latents(
                 student,
@@ -89,7 +89,7 @@ class DistributedSampler:
 
     @contextmanager
     def enough_memory(self, count: int) -> Iterator[None]:
-        """Raises ``UserError`` where a GPU's is too small for ``count`` samples."""
+        """Raises ``UserError`` where a GPU's memory is too small for ``count`` samples."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -99,9 +99,9 @@ class DistributedSampler:
             ) from None
 
     @contextmanager
-    def _autoencoder_at_hand(self) -> Iterator[None]:
-        """On the device; afterwards its memory is the training's again."""
-        self.autoencoder.to(self.parallel.device)
+    def _autoencoder_on_device(self) -> Iterator[None]:
+        """The autoencoder is on the device inside, and on the CPU afterwards."""
+        self.autoencoder.to(self.group.device)
         try:
             yield
         finally:

@@ -17,8 +17,9 @@ from pipeline.cli.options import parse_options
 from pipeline.extract.compatibility import with_stores_options
 from pipeline.inspect.__main__ import main
 from pipeline.inspect.check import Answer, check_configs
+from pipeline.runs.compatibility import check_store
 from pipeline.store import Store
-from pipeline.train.loop import check_store, train
+from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.run import RunConfig

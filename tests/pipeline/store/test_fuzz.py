@@ -17,9 +17,9 @@ import yaml
 from pipeline.cli.config_files import merge
 from pipeline.inspect.check import check_configs
 from pipeline.inspect.summary import describe, summarise
+from pipeline.runs.compatibility import check_store
 from pipeline.store import Store
 from pipeline.targets.sources import Wanted, read_targets
-from pipeline.train.loop import check_store
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from tests.encoded import encode

@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.state import read_state
-from pipeline.runs.metrics import METRICS, read_metrics
+from pipeline.runs.directory import METRICS
+from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store
 from pipeline.store.errors import DamagedShardError
 from schemas.run import RunConfig

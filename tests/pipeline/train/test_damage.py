@@ -19,7 +19,7 @@ from pipeline.checkpoints.integrity import DamagedCheckpointError, verify, write
 from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.remote import RemoteCheckpoints
 from pipeline.checkpoints.selection import Checkpoints, latest_state, latest_valid
-from pipeline.checkpoints.state import load_optimizer, read_state
+from pipeline.checkpoints.state import CheckpointContents, load_optimizer, read_state
 from pipeline.checkpoints.store_identity import check_store_identity, store_identity
 from pipeline.cli.config_files import merge
 from pipeline.runs.directory import RunFolder
@@ -36,6 +36,17 @@ Make = Callable[..., RunConfig]
 
 def shorten(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
+
+
+class CopiedCheckpoint(CheckpointContents):
+    """The files of another checkpoint, byte for byte."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__({}, {}, {})
+        object.__setattr__(self, "source", source)
+
+    def write(self, folder: Path) -> None:
+        shutil.copytree(self.source, folder, dirs_exist_ok=True)
 
 
 def flip(path: Path) -> None:
@@ -94,7 +105,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_used(
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(complaint, line), line
     assert "checkpoint-000000004" in line
-    assert line.endswith("trying the one of step 2")
+    assert line.endswith("trying step 2")
 
 
 def test_a_run_goes_on_from_the_one_before_and_replaces_the_damaged_one(
@@ -113,7 +124,7 @@ def test_a_run_goes_on_from_the_one_before_and_replaces_the_damaged_one(
 def test_where_none_is_whole_nothing_begins_anew(run_config: Make, run_folder: Path) -> None:
     for checkpoint in run_folder.glob("checkpoint-*"):
         shorten(checkpoint / "state.json")
-    complaint = "holds 2 checkpoints and no whole one: restore one, or delete them"
+    complaint = "holds 2 checkpoints and no valid one: restore one, or delete them"
     with pytest.raises(UserError, match=complaint):
         train_here(run_config(), run_folder)
     with pytest.raises(UserError, match=complaint):
@@ -144,7 +155,7 @@ def test_what_a_dead_process_left_is_cleared_away(run_folder: Path) -> None:
     left = run_folder / ".tmp-left"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
-    LocalCheckpoints(run_folder, keep=2).save(6, lambda folder: write_state(folder, {"step": 6}))
+    LocalCheckpoints(run_folder, keep=2).save(6, CheckpointContents({}, {}, {"step": 6}))
     assert not left.exists()
     names = sorted(path.name for path in run_folder.glob("checkpoint-*"))
     assert names == ["checkpoint-000000004", "checkpoint-000000006"]
@@ -277,21 +288,20 @@ def test_a_remote_upload_that_was_cut_off_is_no_checkpoint(
         sent.append(local.name)
         publish(filesystem, local, path)
 
-    def write(folder: Path) -> None:
-        shutil.copytree(made / "checkpoint-000000004", folder, dirs_exist_ok=True)
+    contents = CopiedCheckpoint(made / "checkpoint-000000004")
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "publish", die_before_the_state)
         with pytest.raises(KilledError):
-            remote.save(6, write)
+            remote.save(6, contents)
     assert "optimizer.pt" in sent
     assert remote.steps() == [2, 4, 6]
     found = latest_valid(remote, tmp_path / "c")
     assert found is not None
     assert found[0] == 4
-    remote.save(6, write)
+    remote.save(6, contents)
     assert remote.steps() == [4, 6]
-    remote.save(4, write)  # the run went on from an earlier one: 6 was given up
+    remote.save(4, contents)  # the run went on from an earlier one: 6 was given up
     assert remote.steps() == [4]
 
 
@@ -306,10 +316,9 @@ def test_a_first_upload_that_was_cut_off_does_not_stand_in_the_way(
     (line,) = capsys.readouterr().err.splitlines()
     assert "checkpoint-000000004' is damaged: state.json, which is uploaded last" in line
 
-    def write(folder: Path) -> None:
-        shutil.copytree(made / "checkpoint-000000002", folder, dirs_exist_ok=True)
+    contents = CopiedCheckpoint(made / "checkpoint-000000002")
 
-    remote.save(2, write)
+    remote.save(2, contents)
     assert remote.steps() == [2]
 
 
@@ -318,10 +327,9 @@ def test_what_is_unfinished_does_not_count_among_those_that_are_kept(
 ) -> None:
     remote.filesystem.rm_file(f"{remote.root}/checkpoint-000000004/state.json")
 
-    def write(folder: Path) -> None:
-        shutil.copytree(made / "checkpoint-000000004", folder, dirs_exist_ok=True)
+    contents = CopiedCheckpoint(made / "checkpoint-000000004")
 
-    remote.save(6, write)
+    remote.save(6, contents)
     assert remote.steps() == [2, 6]
 
 

@@ -36,7 +36,7 @@ def test_expected_draws_are_made_once_by_the_thread(
         made.append((threading.current_thread().name, int(positions[0])))
         return draw(seed, positions, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("pipeline.train.device_transfer.draw", recording)
+    monkeypatch.setattr("pipeline.train.noise.draw", recording)
     here = threading.current_thread().name
     for step in range(3):
         positions = np.arange(5 * step, 5 * step + 5)
@@ -60,7 +60,7 @@ def test_an_error_in_the_thread_is_raised_where_the_draws_are_asked_for(
     def fails(*_: object) -> None:
         raise MemoryError("no memory for the draws")
 
-    monkeypatch.setattr("pipeline.train.device_transfer.draw", fails)
+    monkeypatch.setattr("pipeline.train.noise.draw", fails)
     ahead.expect(np.arange(4))
     with pytest.raises(MemoryError, match="no memory"):
         ahead(np.arange(4))

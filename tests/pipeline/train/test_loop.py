@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
+from pipeline.checkpoints.state import CheckpointContents
+from pipeline.runs.compatibility import check_store
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store
-from pipeline.train.loop import check_store, train
+from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -110,8 +112,8 @@ def test_resumed_run_is_bit_identical(run_config: Make, tmp_path: Path, killed_a
     every = run_config(log_every=4, checkpoint={"every": killed_at})
     checkpoints = LocalCheckpoints(parts, keep=3)
 
-    def save_then_die(step: int, write: Callable[[Path], None]) -> None:
-        checkpoints.save(step, write)
+    def save_then_die(step: int, contents: CheckpointContents) -> None:
+        checkpoints.save(step, contents)
         raise KilledError
 
     with pytest.raises(KilledError):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.checkpoints.state import CheckpointContents
 from pipeline.cli.command import run_command
 from pipeline.distributed.signals import StopRequest, StopSignals
 from pipeline.runs.metrics import read_metrics
@@ -30,7 +31,7 @@ import sys, time
 from pathlib import Path
 from pipeline.train.local import train_here
 from pipeline.train.trainer import Trainer
-from schemas.errors import run_command
+from pipeline.cli.command import run_command
 from schemas.run import RunConfig
 
 step = Trainer.train_step
@@ -122,11 +123,11 @@ def test_a_killed_process_goes_on_from_its_newest_checkpoint(
 def test_nothing_new_is_not_saved_again(run_config: Make, tmp_path: Path) -> None:
     saved: list[int] = []
 
-    def save(step: int, write: Callable[[Path], None]) -> None:
+    def save(step: int, contents: CheckpointContents) -> None:
         saved.append(step)
 
     with pytest.raises(StoppedError, match="stopped after step 0 of 6"):
-        train(run_config(), tmp_path / "a", save, ask=lambda: StopRequest.STOP)
+        train(run_config(), tmp_path / "a", save, poll=lambda: StopRequest.STOP)
     assert saved == []
 
 
@@ -134,10 +135,10 @@ def test_a_wish_to_save_is_granted_and_the_run_goes_on(run_config: Make, tmp_pat
     saved: list[int] = []
     asked = iter([StopRequest.GO_ON, StopRequest.GO_ON, StopRequest.SAVE, *[StopRequest.GO_ON] * 9])
 
-    def save(step: int, write: Callable[[Path], None]) -> None:
+    def save(step: int, contents: CheckpointContents) -> None:
         saved.append(step)
 
-    summary = train(run_config(), tmp_path / "a", save, ask=lambda: next(asked))
+    summary = train(run_config(), tmp_path / "a", save, poll=lambda: next(asked))
     assert saved == [2, 6]
     assert summary["steps"] == 6
 

@@ -27,7 +27,7 @@ from pipeline.runs.directory import RunFolder
 from pipeline.runs.evaluations import record_evaluation
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.provenance import check_samples_are_of
-from pipeline.sampling.batches import choose_labels, plan_blocks
+from pipeline.sampling.batches import choose_labels, plan_batches
 from pipeline.sampling.generate import draw_images
 from pipeline.sampling.job import _about
 from pipeline.sampling.outputs import FolderOutput
@@ -127,7 +127,7 @@ def test_the_same_images_recorded_afterwards_make_the_same_row(
     about = _about(asked, str(run / "checkpoint-000000003"), loaded)
     output = FolderOutput(str(tmp_path / "samples"))
     output.open(about)
-    blocks = plan_blocks(10, 4)
+    blocks = plan_batches(10, 4)
     labels = choose_labels("random", range(10), 3, 0, 10)
     for block in blocks:
         wanted = labels[block.first : block.first + block.count]
@@ -185,7 +185,7 @@ def test_a_run_that_is_stopped_at_a_look_says_the_same(
     keeper = LocalCheckpoints(folder, keep=9)
     asked = iter([*[StopRequest.GO_ON] * wishes, StopRequest.STOP])
     with pytest.raises(StoppedError, match="after step 3 of 4"):
-        train(config, folder, keeper.save, ask=lambda: next(asked))
+        train(config, folder, keeper.save, poll=lambda: next(asked))
     assert latest_checkpoint(folder) == folder / "checkpoint-000000003"
     assert (folder / "samples" / "step-000000003.png").exists()
     measured = wishes == BEHIND and rate < 1
@@ -235,7 +235,7 @@ def test_what_was_measured_of_other_weights_is_not_taken_for_these(
         [*[StopRequest.GO_ON] * 3, StopRequest.STOP]
     )  # over the first batch of the evaluation
     with pytest.raises(StoppedError, match="after step 3 of 4"):
-        train(other, folder, LocalCheckpoints(folder, keep=9).save, ask=lambda: next(asked))
+        train(other, folder, LocalCheckpoints(folder, keep=9).save, poll=lambda: next(asked))
     train_on(1, other, folder)
     train_on(1, other, tmp_path / "whole")
     assert rows_of(folder) == rows_of(tmp_path / "whole")
