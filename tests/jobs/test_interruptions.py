@@ -136,7 +136,7 @@ def test_killed_right_after_a_checkpoint_goes_on_from_it(
         LocalCheckpoints.save, Trainer.train_step = save_and_die, counted  # type: ignore
         return worker(arguments)
 
-    monkeypatch.setattr(adapter, "_worker", dying_worker)
+    monkeypatch.setattr(ray_trainer, "_worker", dying_worker)
     train_run(run_config(checkpoint={"every": 2}, workers=SMALL))
     assert (marks / "steps").read_text().split() == ["0", "1", "2", "3", "4", "5"]
     train_here(run_config(), tmp_path / "whole")
