@@ -113,7 +113,7 @@ def student_from_file(path: Path, model: str, weights: str = "ema") -> SiT:
 
 
 def student_config(state: Mapping[str, Tensor], model: str) -> StudentConfig:
-    """The config of a ``model`` with the shapes in ``state``. Raises ``ValueError`` for the state of
+    """The config of a ``model`` with the shapes in ``state``. Raises ``ValueError`` for a state of
     another model, ``KeyError`` if it is not a diffusion transformer."""
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
