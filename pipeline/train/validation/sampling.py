@@ -61,13 +61,13 @@ class DistributedSampler:
     def draw(self, student: SiT, labels: Sequence[int], pause: Pause) -> Iterator[SampledBatch]:
         """The batches of this rank's share of ``labels``, one image each. Every rank calls it, and
         takes all that it yields. Raises ``UserError`` where memory is short."""
-        blocks = plan_batches(len(labels), self.options.batch_size)
+        batches = plan_batches(len(labels), self.options.batch_size)
         rank, world_size = self.parallel.rank, self.parallel.world_size
         with self._autoencoder_at_hand():
-            for start in range(0, len(blocks), world_size):
-                if start + rank < len(blocks):
-                    block = blocks[start + rank]
-                    numbers = range(block.first, block.first + block.count)
+            for start in range(0, len(batches), world_size):
+                if start + rank < len(batches):
+                    batch = batches[start + rank]
+                    numbers = range(batch.first, batch.first + batch.count)
                     yield self._draw(student, [labels[i] for i in numbers], numbers)
                 pause()
 
