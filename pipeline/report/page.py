@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pipeline.assets import REPORT_STYLE
-from pipeline.report.checkpoint_attention import attention_of_kept
 from pipeline.report.evaluation_groups import comparable, describe_kind
 from pipeline.report.gallery import Source, gallery, load_file
 from pipeline.report.markup import Child, Html, breakable, image, join, table, tag
@@ -134,6 +133,8 @@ class Report:
         for run, (label, record) in enumerate(zip(self.labels, self.records, strict=True)):
             steps, load = sorted(record.attention), _loader(record, "attention")
             if not steps and self._attention_of != "none":
+                from pipeline.report.checkpoint_attention import attention_of_kept  # torch
+
                 remote = self._attention_of == "remote"
                 drawn, note = attention_of_kept(record, remote_stores=remote)
                 steps, load = sorted(drawn), drawn.__getitem__
