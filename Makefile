@@ -22,7 +22,7 @@ types: .venv/.installed
 
 # After a change of the manifest, a commit record or the index.
 schema: .venv/.installed
-	$(BIN)/python -m schemas.published
+	$(BIN)/python -m schemas.json_schema
 
 install: .venv/.installed
 

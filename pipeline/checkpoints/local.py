@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError, verify
 from pipeline.checkpoints.selection import (
@@ -15,8 +16,10 @@ from pipeline.checkpoints.selection import (
     steps_of,
     to_prune,
 )
-from pipeline.checkpoints.state import CheckpointContents
 from pipeline.storage.files import TEMPORARY
+
+if TYPE_CHECKING:
+    from pipeline.checkpoints.state import CheckpointContents
 
 
 class LocalCheckpoints:

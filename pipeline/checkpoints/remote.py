@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 
@@ -17,8 +17,10 @@ from pipeline.checkpoints.integrity import (
     write_state,
 )
 from pipeline.checkpoints.selection import checkpoint_name, steps_of, to_prune
-from pipeline.checkpoints.state import CheckpointContents
 from pipeline.storage.files import list_tree, publish, read_bytes, remove, retrying
+
+if TYPE_CHECKING:
+    from pipeline.checkpoints.state import CheckpointContents
 
 
 class RemoteCheckpoints:

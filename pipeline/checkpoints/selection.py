@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.checkpoints.integrity import (
     DamagedCheckpointError,
@@ -14,8 +14,10 @@ from pipeline.checkpoints.integrity import (
     parse_state_json,
     verify,
 )
-from pipeline.checkpoints.state import CheckpointContents, CheckpointState, parse_state
 from schemas.errors import UserError, plain_text
+
+if TYPE_CHECKING:
+    from pipeline.checkpoints.state import CheckpointContents, CheckpointState
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,8 @@ def latest_state(checkpoints: Checkpoints) -> CheckpointState | None:
 
     Raises as ``latest_valid``.
     """
+    from pipeline.checkpoints.state import parse_state  # loads torch, which names need not
+
     steps = checkpoints.steps()
     damaged = False
     for step in reversed(steps):

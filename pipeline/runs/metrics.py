@@ -9,8 +9,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from pipeline.runs.directory import METRICS, WANDB_ID
 from pipeline.storage.redaction import redacted_config
 from schemas.errors import UserError
@@ -32,6 +30,8 @@ class MetricsLog:
     def __init__(self, folder: Path, config: RunConfig, *, start_step: int, rows: int) -> None:
         """``rows`` of the file were written before the checkpoint at ``start_step`` from which the
         run continues; later rows are dropped, because their steps are repeated."""
+        from torch.utils.tensorboard import SummaryWriter  # loads torch, which rows need not
+
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS
         self.total_steps = config.steps
