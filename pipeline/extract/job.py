@@ -77,9 +77,7 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
     shards = -(-len(listing.items) // config.shard_size)
     if existing is not None and name in existing.manifest.streams:
         shards = len(existing.missing_shards(name))
-    supervisor = Supervisor(
-        config, actors=max(1, min(actors, shards)), cpus=cpus, gpus=gpus, log=_log
-    )
+    supervisor = Supervisor(config, actors=max(1, min(actors, shards)), cpus=cpus, gpus=gpus)
     try:
         store = _open_store(config, listing, existing, supervisor)
         tasks = _missing_tasks(config, listing, store)

@@ -97,7 +97,6 @@ def _sample(
         max_attempts=config.workers.max_attempts,
         kind="sampling",
         check_same=_check_same,
-        log=_log,
         between=check_signals,
     )
     try:
