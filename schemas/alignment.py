@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from schemas.base import Strict
 from schemas.fields import Layers, Name
@@ -63,6 +63,11 @@ class ResidualPlateau(Strict):
 TerminationConfig = FixedStep | GradientCosine | ResidualPlateau
 
 
+def _with_kind(value: Any) -> Any:
+    """The default kind, because a discriminated union ignores the default of its key."""
+    return {"kind": "fixed", **value} if isinstance(value, dict) else value
+
+
 class AlignmentConfig(Strict):
     """The alignment losses (HASTE sections 2.1 and 2.3). Both weights 0 is a vanilla run."""
 
@@ -80,7 +85,10 @@ class AlignmentConfig(Strict):
     """Hidden width of the projector."""
     stream: Name | None = None
     """The store's teacher stream to follow, where it holds several."""
-    termination: Annotated[TerminationConfig, Field(discriminator="kind")] | None = None
+    termination: (
+        Annotated[TerminationConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)]
+        | None
+    ) = None
     """When the alignment ends; none keeps it to the end."""
 
     @property

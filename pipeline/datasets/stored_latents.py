@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from pipeline.datasets.crop import BadImageError
+from pipeline.storage.npz import read_npy_header
 
-MAX_HEADER_BYTES = 16_384
 MAX_BYTES = 1 << 26
 """Of one file: 16 channels at 512 x 512, mean and std in float32, take half of it."""
 MAX_LATENT = float(np.finfo(np.float16).max)  # latents are stored in float16
@@ -23,13 +23,8 @@ def parse_moments(data: bytes) -> np.ndarray:
     """
     stream = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read_header(stream)
-    except Exception:  # the header is Python source; its parser raises a zoo of types
+        shape, dtype, fortran, offset = read_npy_header(stream)
+    except ValueError:
         raise BadImageError("is not a .npy file, or damaged") from None
     if dtype.hasobject:
         raise BadImageError("holds pickled objects, which are not read")
@@ -39,10 +34,10 @@ def parse_moments(data: bytes) -> np.ndarray:
         shape = shape[1:]
     if len(shape) != 3 or shape[0] % 2 or min(shape) < 1:
         raise BadImageError(f"has shape {shape}; expected (2 x channels, rows, columns)")
-    promised, found = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    promised, found = math.prod(shape) * dtype.itemsize, len(data) - offset
     if promised != found:
         raise BadImageError(f"holds {found} bytes of numbers, its header promises {promised}")
-    flat = np.frombuffer(data, dtype, offset=stream.tell())
+    flat = np.frombuffer(data, dtype, offset=offset)
     moments = flat.reshape(shape, order="F" if fortran else "C").astype(np.float32, order="C")
     if not (np.abs(moments) <= MAX_LATENT).all():  # false for NaN too
         raise BadImageError(f"a value is not finite or above {MAX_LATENT:g}, float16's largest")

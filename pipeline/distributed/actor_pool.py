@@ -8,6 +8,7 @@ up: a node on which none can live takes nothing from those that work.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -17,6 +18,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.distributed.ray_cluster import PatienceWarning, SilenceWarning
 from schemas.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 A = TypeVar("A")
 """What an actor says of itself once it has loaded."""
@@ -46,7 +49,6 @@ class Actors(Generic[A]):
         max_attempts: int,
         kind: str,
         check_same: Callable[[A, A], None],
-        log: Callable[[str], None],
         between: Callable[[], None] = _nothing,
     ) -> None:
         """``load`` begins an actor's first call, which answers with what the actor says of itself
@@ -60,7 +62,6 @@ class Actors(Generic[A]):
         self.max_attempts = max_attempts
         self.kind = kind
         self.check_same = check_same
-        self.log = log
         self.between = between
         self.remote = ray.remote(actor_class).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
@@ -102,7 +103,7 @@ class Actors(Generic[A]):
             attempts += 1
             if attempts >= self.max_attempts:
                 raise UserError(f"{failed}, {attempts} times; the last error: {_one_line(outcome)}")
-            self.log(f"{again}: {_one_line(outcome)}")
+            logger.warning("%s: %s", again, _one_line(outcome))
             if _is_dead(outcome):
                 self._idle.remove(actor)
                 self._replace(actor)
@@ -144,7 +145,7 @@ class Actors(Generic[A]):
                         f"{(full_name or name)(task)} failed {attempts[name(task)]} times; the "
                         f"last error: {_one_line(outcome)}"
                     )
-                self.log(f"{name(task)} goes back to the queue: {_one_line(outcome)}")
+                logger.warning("%s goes back to the queue: %s", name(task), _one_line(outcome))
                 pending.appendleft(task)
                 if _is_dead(outcome):
                     self._replace(actor)
@@ -178,7 +179,7 @@ class Actors(Generic[A]):
         if not (ready or self._working or self._idle):
             message = patience.still_waiting()
             if message:
-                self.log(message)
+                logger.info(message)
         finished = []
         for ref in ready:
             outcome = _get(ref)
@@ -196,7 +197,7 @@ class Actors(Generic[A]):
         for name, silence in self._silence.items():
             minutes = silence.minutes()
             if minutes is not None:
-                self.log(f"{name} has been with an actor for {minutes} minutes")
+                logger.warning("%s has been with an actor for %d minutes", name, minutes)
 
     def _loaded(self, actor: Any, deaths: int, outcome: Any) -> None:
         if isinstance(outcome, UserError):
@@ -214,16 +215,21 @@ class Actors(Generic[A]):
         """Have another one in its place, or none. Raises ``UserError`` where nobody has loaded and
         each that still tries follows one that died, too."""
         if deaths < self.max_attempts:
-            self.log(f"an actor for {self.kind} died while loading, another is started: {reason}")
+            logger.warning(
+                "an actor for %s died while loading, another is started: %s", self.kind, reason
+            )
             self._replace(actor, deaths)
             return
         ray.kill(actor, no_restart=True)
         hopeful = any(not before for _, before in self._loading.values())
         if not (self._idle or self._working or hopeful):
             raise UserError(f"{self.kind} actors die while loading: {reason}")
-        self.log(
-            f"warning: an actor for {self.kind} died while loading, {deaths} times in a row, and "
-            f"is given up; the others go on: {reason}"
+        logger.warning(
+            "an actor for %s died while loading, %d times in a row, and is given up; the others go "
+            "on: %s",
+            self.kind,
+            deaths,
+            reason,
         )
 
 

@@ -149,7 +149,7 @@ def _moments(archive: Archive, end: str) -> Moments:
 def _features(archive: Archive, width: int, manifold: int) -> np.ndarray | None:
     if FEATURES not in archive:
         return None
-    shape, dtype, _ = archive.header(FEATURES)
+    shape, dtype, *_ = archive.header(FEATURES)
     if dtype != np.float32 or len(shape) != 2 or shape[1] != width or shape[0] > MAX_FEATURES:
         raise UserError(
             f"{archive.where}: '{FEATURES}' is {dtype} {shape}; expected float32 (N, {width})"

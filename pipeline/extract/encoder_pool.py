@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from pipeline.distributed.actor_pool import Actors
@@ -37,7 +37,6 @@ class Supervisor:
         actors: int,
         cpus: int,
         gpus: float,
-        log: Callable[[str], None],
         actor_class: type[EncoderActor] = EncoderActor,
     ) -> None:
         self.config = config
@@ -51,7 +50,6 @@ class Supervisor:
             max_attempts=config.max_attempts,
             kind="encoder",
             check_same=_check_same,
-            log=log,
         )
 
     def describe(self) -> Description:

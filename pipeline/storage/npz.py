@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import math
@@ -11,7 +10,9 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -21,8 +22,8 @@ from pipeline.storage.files import is_local, open_url, redact
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError
 
-MAX_HEADER = 1 << 16
-"""Bytes of an array's header."""
+MAX_HEADER = 1 << 14
+"""Bytes of an array's header; numpy itself refuses more than 10000."""
 MAX_BLOCK = 256 << 20
 """Bytes of one block, but for a single row that is longer: how far a few compressed megabytes
 swell is for whoever wrote them to choose."""
@@ -30,6 +31,11 @@ MAX_ABOUT = 1 << 22
 """Bytes of what a file says of itself."""
 ABOUT = "about"
 """JSON text beside the numbers: which run and step samples are of, which network features."""
+PARSE_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, OverflowError),
+    *(SyntaxError, TokenError, RecursionError, MemoryError),
+)
+"""Raised for damaged headers, because a .npy header is parsed as Python source."""
 PIECE = 1 << 20
 """Bytes that are uncompressed at a time, on their way into a block."""
 
@@ -40,12 +46,43 @@ def fitting_rows(rows: int, bytes_of_one: int) -> int:
 
 
 class Header(NamedTuple):
-    """What one array of the archive is."""
+    """The header of a .npy file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    fortran_order: bool
     offset: int
     """Bytes before the numbers."""
+
+
+class _LimitedReader:
+    """Reads at most ``MAX_HEADER`` bytes, because numpy reads as many as a header promises."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.count = 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= MAX_HEADER - self.count:
+            raise ValueError("the header is too long")
+        data = self.file.read(size)
+        self.count += len(data)
+        return data
+
+
+def read_npy_header(file: IO[bytes]) -> Header:
+    """Read the header of a .npy file, version 1.0 or 2.0. Raises ``ValueError`` for anything else.
+
+    Only its form is checked: sizes may be negative, or promise more bytes than ``file`` holds.
+    """
+    reader = _LimitedReader(file)
+    try:
+        version = npy.read_magic(reader)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, fortran_order, dtype = read(reader)
+    except PARSE_ERRORS as error:
+        raise ValueError(f"not a .npy header ({type(error).__name__})") from None
+    return Header(shape, dtype, fortran_order, reader.count)
 
 
 class Archive:
@@ -115,32 +152,21 @@ class Archive:
         return zipped.open(info)
 
     def _read_header(self, name: str, member: IO[bytes]) -> Header:
-        start = member.read(8)
-        if start[:6] != b"\x93NUMPY":
-            raise UserError(f"{self.where}: '{name}' is not a numpy array")
-        wide = start[6] > 1  # version 1 has two bytes for the header's length
-        (length,) = struct.unpack("<I" if wide else "<H", member.read(4 if wide else 2))
-        if length > MAX_HEADER:
-            raise self._damaged()
         try:
-            about = ast.literal_eval(member.read(length).decode("latin1").strip())
-            shape, descr = tuple(about["shape"]), about["descr"]
-            dtype = np.dtype(descr)
-            fits = all(type(size) is int and size >= 0 for size in shape)
-        except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-            raise self._damaged() from None
-        if dtype.hasobject:
+            header = read_npy_header(member)
+        except ValueError:
+            raise UserError(f"{self.where}: '{name}' is not a numpy array, or damaged") from None
+        if header.dtype.hasobject:
             raise UserError(
                 f"{self.where}: '{name}' holds Python objects, which run code when read: "
                 "save plain numbers"
             )
-        offset = 8 + (4 if wide else 2) + length
-        info = self._infos[name]
-        if not fits or info.file_size != offset + math.prod(shape) * dtype.itemsize:
+        size = header.offset + math.prod(header.shape) * header.dtype.itemsize
+        if min(header.shape, default=0) < 0 or self._infos[name].file_size != size:
             raise self._damaged()
-        if about.get("fortran_order") and len(shape) > 1:
+        if header.fortran_order and len(header.shape) > 1:
             raise UserError(f"{self.where}: '{name}' is in Fortran's order; save it in C's")
-        return Header(shape, dtype, offset)
+        return header
 
     def _numbers(
         self, name: str, member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -167,9 +193,9 @@ def read_about(archive: Archive) -> dict[str, Any]:
     ``UserError``."""
     if ABOUT not in archive:
         return {}
-    shape, dtype, _ = archive.header(ABOUT)
+    header = archive.header(ABOUT)
     try:
-        if dtype.kind != "U" or shape != ():
+        if header.dtype.kind != "U" or header.shape != ():
             raise ValueError("not a text")
         about = json.loads(str(archive.array(ABOUT, MAX_ABOUT)[()]))
         if not isinstance(about, dict):
@@ -183,10 +209,11 @@ def read_about(archive: Archive) -> dict[str, Any]:
 IMAGES, LABELS = "arr_0", "labels"
 
 
-def npy_header(shape: tuple[int, ...]) -> bytes:
-    """The beginning of a .npy file of uint8 numbers, which then follow in C order."""
+@lru_cache(maxsize=256)
+def npy_header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
+    """The header of a .npy file, version 1.0, whose numbers follow in C order."""
     file = io.BytesIO()
-    npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    npy.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 

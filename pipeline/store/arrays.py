@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numcodecs import Blosc, Zstd
 
+from pipeline.storage.npz import npy_header
 from pipeline.store.codecs import MAIN, find_codec, part_name
 from schemas.codecs import Lossless
 from schemas.fields import element_count
@@ -238,16 +237,6 @@ def allocate(nbytes: int) -> np.ndarray:
 def empty_batch(part: StoredArray, count: int, allocate: Allocate = allocate) -> np.ndarray:
     """A contiguous array for ``count`` samples, in the stored dtype."""
     return allocate(count * part.nbytes).view(part.dtype).reshape(count, *part.shape)
-
-
-@lru_cache(maxsize=256)
-def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
-    """The header of a .npy file (version 1.0) of this shape and dtype."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        buffer, {"descr": dtype, "fortran_order": False, "shape": shape}
-    )
-    return buffer.getvalue()
 
 
 def _stored_size(lossless: Lossless, data: bytes | memoryview) -> int | None:

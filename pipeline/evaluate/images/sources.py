@@ -80,7 +80,7 @@ class ArchiveImages:
                 f"{archive.where} holds no images: expected '{IMAGES}', uint8 (N, H, W, 3), found: "
                 f"{held or 'nothing'}"
             )
-        shape, dtype, _ = archive.header(IMAGES)
+        shape, dtype, *_ = archive.header(IMAGES)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
             raise UserError(
                 f"{archive.where}: '{IMAGES}' is {dtype} {shape}; images are uint8 (N, H, W, 3)"
