@@ -1,4 +1,4 @@
-"""The options of ``python -m pipeline.store convert``."""
+"""The options of ``python -m pipeline.convert``."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class LatentsStream(Strict):
 
 
 class Origin(Strict):
-    """What a stream was before ``python -m pipeline.store convert`` computed others from it."""
+    """The stream that ``python -m pipeline.convert`` computed a stream from."""
 
     cut: Cut
     layers: RisingLayers

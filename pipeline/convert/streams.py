@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.store import Store
-from pipeline.store.codecs.ordering import is_finer
+from pipeline.store.codecs.ordering import coarser_than
 from pipeline.targets.cuts import codec_set_of, cut_columns
 from pipeline.targets.tail import first_tail_block
 from schemas.convert import ConvertConfig
@@ -124,7 +124,7 @@ def _plan_teacher(
         return plan
     for column, now in columns.items():
         was = stream.columns.get(column)
-        if was is not None and is_finer(now.codec, was.codec):
+        if was is not None and coarser_than(was.codec, now.codec):
             option = f"--codec {config.codec}"
             if column in config.column_codecs:
                 option = f"--column-codecs.{column} {now.codec}"

@@ -265,7 +265,7 @@ def _existing(store: Store, samples: int) -> Stored:
     if not samples:
         raise UserError(f"store '{store.shown_url}' holds no samples")
     size = -(-sum(store.index().bytes_per_stream.values()) // samples)
-    codec = codec_set(stream, store.manifest.resolution)
+    codec = codec_set(stream)
     return Stored(stream.cut, codec, size, exists=True)
 
 

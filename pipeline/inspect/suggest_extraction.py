@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline.store import Store
-from pipeline.targets.cuts import CODEC_SETS, cut_columns
+from pipeline.targets.cuts import codec_set_of, cut_columns
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
 from schemas.extract import Cut, ExtractConfig
@@ -80,12 +80,12 @@ def _teacher(stream: TeacherStream) -> Iterator[str]:
 
 def _codecs(stream: TeacherStream, resolution: int) -> Iterator[str]:
     """Options that store the tensors as ``stream`` does."""
+    codec = codec_set_of(stream.columns) or "faithful"
     for compress in (True, False):
-        for codec in CODEC_SETS:
-            made = cut_columns(stream.cut, stream.teacher, resolution, codec, compress=compress)
-            if made == stream.columns:
-                yield from _codec_set(codec, compress)
-                return
+        made = cut_columns(stream.cut, stream.teacher, resolution, codec, compress=compress)
+        if made == stream.columns:
+            yield from _codec_set(codec, compress)
+            return
     compress = any(column.lossless != "none" for column in stream.columns.values())
     yield from _codec_set("faithful", compress)
     for name, column in stream.columns.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.store.codecs import encode_column, find_codec
 from pipeline.teachers import Teacher
-from schemas.codecs import CodecName, CodecSet, Lossless
+from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut
@@ -102,22 +102,9 @@ def codec_set_of(columns: Mapping[str, Column]) -> CodecSet | None:
 
 
 def _column(shape: tuple[int, ...], codec: CodecName, compress: bool) -> Column:
-    find_codec(codec).arrays(shape)  # complains about shapes that it cannot store
-    ways = [way for name, way in LOSSLESS.items() if codec.startswith(name)]
-    return Column(shape=shape, codec=codec, lossless=ways[0] if compress and ways else "none")
-
-
-LOSSLESS: dict[str, Lossless] = {
-    "int8": "zstd",
-    "tokens": "zstd",
-    "rms": "zstd",
-    "heads": "zstd",
-    "cbrt": "zstd",
-    "sqrt": "zstd",
-    "bfloat16": "blosc",
-}
-"""What pays, by the start of a codec's name: quantised numbers are far from uniform, and so are the
-exponents of bfloat16. (Shuffling bits would cost quantised ones a quarter.)"""
+    found = find_codec(codec)
+    found.arrays(shape)  # raises for a shape that the codec does not support
+    return Column(shape=shape, codec=codec, lossless=found.lossless if compress else "none")
 
 
 def cut_values(cut: Cut, teacher: Teacher, images_B3RR: Tensor) -> dict[str, Tensor]:
