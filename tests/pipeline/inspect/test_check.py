@@ -258,5 +258,5 @@ def test_the_projects_own_configs_are_told_what_a_small_store_is_not(store: Stor
 
 
 def test_one_question_at_a_time(store: Store) -> None:
-    with pytest.raises(UserError, match="--verify answers alone"):
+    with pytest.raises(UserError, match="--verify cannot be combined with"):
         main([store.url, "--verify", "--gc"])
