@@ -36,8 +36,7 @@ from pipeline.datasets import Listing, list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluator import evaluate
 from pipeline.evaluate.features.factory import open_network
-from pipeline.evaluate.record import digest_of
-from pipeline.evaluate.reference_statistics import load_moments
+from pipeline.evaluate.reference_statistics import load_moments, moments_digest
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.tasks import make_manifest, make_tasks, stream_name, with_tail
 from pipeline.storage.files import TEMPORARY
@@ -273,4 +272,6 @@ def digest_of_reference(folder: Path, network: Mapping[str, Any]) -> str:
     Raises ``UserError``."""
     path = str(folder / REFERENCE_FILE)
     options = EvaluateConfig.model_validate({"reference": path, **network})
-    return digest_of(load_moments(Archive(path, "reference"), open_network(options, device="cpu")))
+    return moments_digest(
+        load_moments(Archive(path, "reference"), open_network(options, device="cpu"))
+    )

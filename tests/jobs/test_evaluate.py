@@ -187,8 +187,10 @@ def test_record_replaces_its_own_row(run: Callable[..., dict[str, Any]], files: 
     assert rows[1]["sampling"] == about_samples().sampling.model_dump(mode="json")
     with pytest.raises(UserError, match="give --step N"):
         run("--samples", files / "real.npz", *sides)
-    for option, value, said in (("--step", "100", "300"), ("--weights", "ema", "model")):
-        with pytest.raises(UserError, match=f"{option} {value}: the samples say {said}"):
+    for option, value, described in (("--step", "100", "300"), ("--weights", "ema", "model")):
+        with pytest.raises(
+            UserError, match=f"{option} {value}: the samples are described as {described}"
+        ):
             run("--samples", files / "samples.npz", *sides, option, value)
     with pytest.raises(UserError, match="no such folder"):
         run("--samples", files / "samples.npz", *sides[:-1], files / "nowhere")
@@ -275,7 +277,7 @@ def _save(**arrays: Any) -> Callable[[Path], None]:
         (_save(arr_0=np.zeros((4, 8, 8), np.uint8)), "images are uint8"),
         (_save(arr_0=np.array([{}, {}], object)), "Python objects"),
         (_save(arr_0=np.empty((4, 0, 8, 3), np.uint8)), "images of 8x0 pixels"),
-        (_bomb, "images of 8192x8192 pixels.*16777216 at most: scale them down"),
+        (_bomb, "images of 8192x8192 pixels.*at most 16777216: scale the images"),
         (_save(images=np.zeros((4, 8, 8, 3), np.uint8)), "holds no images.*found: images"),
         (_save(arr_0=np.zeros((1, 8, 8, 3), np.uint8)), "has 1 images"),
         (_save(arr_0=np.zeros((3, 8, 8, 3), np.uint8)), "smaller --k"),
@@ -298,7 +300,7 @@ def test_bad_samples_are_named_in_one_line(
 def test_bad_folders_are_named(run: Callable[..., dict[str, Any]], files: Path) -> None:
     sides = ("--samples", files / "samples.npz", *NETWORK, "--reference")
     (files / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--reference .* holds no pictures"):
+    with pytest.raises(UserError, match=r"--reference .* has no images"):
         run(*sides, files / "empty")
     with pytest.raises(UserError, match=r"--reference .* does not exist"):
         run(*sides, files / "nowhere")

@@ -50,7 +50,7 @@ class ArrayImages:
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images
         self.count = len(images)
-        self.about: SampleAbout | None = None
+        self.info: SampleAbout | None = None
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         yield from self.images.split(size)

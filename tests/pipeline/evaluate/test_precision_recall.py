@@ -26,8 +26,8 @@ def _brute_force(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[fl
 def test_blocks_agree_with_brute_force_and_torch_fidelity(
     k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.ROWS", 7)
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.COLUMNS", 11)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_ROWS", 7)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_COLUMNS", 11)
     rng = np.random.default_rng(k)
     samples = rng.standard_normal((50, 4)).astype(np.float32)
     reference = (1.3 * rng.standard_normal((64, 4)) + 0.7).astype(np.float32)

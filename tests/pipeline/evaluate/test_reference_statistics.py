@@ -14,7 +14,7 @@ from schemas.evaluate import EvaluateConfig
 from tests.pipeline.evaluate.sets import blobs
 
 
-def test_statistics_with_fewer_images_beside_them_are_said_to_be(
+def test_statistics_with_fewer_images_in_the_same_file_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ADM's reference batches have it, whose statistics are Inception's."""
@@ -34,5 +34,5 @@ def test_statistics_with_fewer_images_beside_them_are_said_to_be(
     assert found is not None
     assert found.fid > 1e5 * network.width  # of the file's moments
     assert found.recall is not None
-    (said,) = (line for line in capsys.readouterr().err.splitlines() if "beside them" in line)
-    assert "more images than the 5 beside them; precision, recall and fd_dinov2" in said
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "same file" in line)
+    assert "more images than the 5 images in the same file; precision, recall and fd_dinov2" in line

@@ -44,7 +44,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-OPTIONS: dict[str, Any] = {"option": "--samples", "batch_size": 4, "manifold": 100}
+OPTIONS: dict[str, Any] = {"option": "--samples", "batch_size": 4, "max_features": 100}
 
 
 def _theirs(weights: Path, sets: list[torch.Tensor], **wanted: Any) -> dict[str, float]:
@@ -88,7 +88,7 @@ def test_distances_are_torch_fidelitys(weights: Path) -> None:
     network = InceptionNetwork(str(weights))
     sets = [blobs(COUNT, seed=0), blobs(COUNT, seed=1, mean=110)]
     samples, reference = (measure(ArrayImages(s), network, None, **OPTIONS) for s in sets)
-    found = compare(samples, reference, network, say=lambda line: None)
+    found = compare(samples, reference, network)
     theirs = _theirs(weights, sets, fid=True)
     assert found.fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     assert found.sfid is not None
@@ -114,7 +114,7 @@ def test_other_weights_are_refused_with_the_way_to_get_these(tmp_path: Path) -> 
         InceptionNetwork(str(tmp_path / "nowhere.pth"))
     other = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(3)}, other)
-    with pytest.raises(UserError, match=r"other.pth' are not of the Inception network"):
+    with pytest.raises(UserError, match=r"other.pth' are not weights of the Inception network"):
         InceptionNetwork(str(other))
 
 
@@ -123,7 +123,9 @@ def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(UserError, match=r"not at hand .*no route.*--inception-weights FILE"):
+    with pytest.raises(
+        UserError, match=r"not in torch's cache .*no route.*--inception-weights FILE"
+    ):
         InceptionNetwork("hub")
 
 

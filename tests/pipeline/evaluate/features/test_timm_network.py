@@ -87,7 +87,7 @@ def test_bad_networks_and_weights_are_named(tmp_path: Path, classifier: torch.nn
     torch.save(classifier.state_dict(), wrong)
     with pytest.raises(UserError, match=r"--network-weights '.*wrong.pt' do not fit 'resnet34'"):
         FeatureNetwork("resnet34", str(wrong))
-    with pytest.raises(UserError, match=r"--dinov2 .* cannot see images of 32 pixels"):
+    with pytest.raises(UserError, match=r"--dinov2 .* does not accept images of 32 pixels"):
         FeatureNetwork(
             "vit_tiny_patch16_224",
             "random",

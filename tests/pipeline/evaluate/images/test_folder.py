@@ -42,14 +42,14 @@ def test_a_folder_says_what_its_pictures_are(
     (tmp_path / "pictures" / "about.json").write_text(text)
     (tmp_path / "pictures" / "labels.npy").touch()
     images = open_images(str(tmp_path / "pictures"), "--samples")
-    said = capsys.readouterr().err
+    logged = capsys.readouterr().err
     if ours:
-        assert images.about == about_samples(num=4)
-        assert said == ""
+        assert images.info == about_samples(num=4)
+        assert logged == ""
     else:
-        assert images.about is None
-        assert "is not what jobs/sample.py writes" in said
-        assert "2 files that are no pictures left out" in said
+        assert images.info is None
+        assert "is ignored, because it is not one that jobs/sample.py writes" in logged
+        assert "skipped 2 files that are not images" in logged
 
 
 def test_what_a_folder_says_is_read_up_to_a_bound(
@@ -58,4 +58,4 @@ def test_what_a_folder_says_is_read_up_to_a_bound(
     save_pictures(tmp_path / "pictures", 4)
     (tmp_path / "pictures" / "about.json").write_text(about_samples(num=4).model_dump_json())
     monkeypatch.setattr(sample_info, "MAX_ABOUT", 100)
-    assert open_images(str(tmp_path / "pictures"), "--samples").about is None
+    assert open_images(str(tmp_path / "pictures"), "--samples").info is None
