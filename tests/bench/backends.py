@@ -22,10 +22,18 @@ from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import Format
 from schemas.store import Manifest
-from tests.bench.filled import FORMS, TINY, Form, dinov2_b, make_manifest, make_samples, write_store
 from tests.bench.options import BenchOptions
+from tests.bench.read_methods import data_files, read_methods
 from tests.bench.report import Heading, Report, Row, Table
-from tests.bench.ways import data_files, ways_of
+from tests.bench.synthetic_stores import (
+    STORE_SPECS,
+    TINY,
+    StoreSpec,
+    dinov2_b,
+    make_manifest,
+    make_samples,
+    write_store,
+)
 
 FORMATS: tuple[Format, ...] = ("webdataset", "zarr")
 MEGA = 1e6
@@ -50,7 +58,7 @@ class Options(BenchOptions):
 
     places: tuple[Literal["disk", "s3"], ...] = ("disk", "s3")
     """'disk' is a temporary folder of this machine, 's3' SeaweedFS on its loopback."""
-    forms: tuple[Literal["tiny", *tuple(FORMS)], ...] = tuple(FORMS)  # type: ignore[valid-type]
+    forms: tuple[Literal["tiny", *tuple(STORE_SPECS)], ...] = tuple(STORE_SPECS)  # type: ignore[valid-type]
     """Which stores."""
     repeats: int = Field(default=3, ge=1)
     """Rounds in which each way is timed once; the median counts."""
@@ -72,8 +80,8 @@ def run(options: Options) -> Report:
     for place in options.places:
         with open_place(place) as root:
             for name in options.forms:
-                form = TINY if name == "tiny" else FORMS[name]
-                title, rows = measure(root, place, form, options)
+                spec = TINY if name == "tiny" else STORE_SPECS[name]
+                title, rows = measure(root, place, spec, options)
                 tables.append(Table(title, HEADINGS, rows))
     return Report(about, tables)
 
@@ -95,13 +103,13 @@ def open_place(place: str) -> Iterator[str]:
         yield weed.bucket()
 
 
-def measure(root: str, place: str, form: Form, options: Options) -> tuple[str, list[Row]]:
+def measure(root: str, place: str, spec: StoreSpec, options: Options) -> tuple[str, list[Row]]:
     """One table: a row for each way, with the numbers of both formats."""
     rows: dict[str, dict[str, Any]] = {}
     sizes = {}
     for format in FORMATS:
-        manifest = make_manifest(form, format, dinov2_b())
-        url = f"{root}/{format}-{form.name.replace(' ', '-')}"
+        manifest = make_manifest(spec, format, dinov2_b())
+        url = f"{root}/{format}-{spec.name.replace(' ', '-')}"
         timings, store = time_all(url, manifest, options)
         stored = sum(list_tree(store.filesystem, store.root)[p] for p in data_files(store))
         per_sample = stored / (manifest.num_shards * manifest.shard_size)
@@ -122,7 +130,7 @@ def measure(root: str, place: str, form: Form, options: Options) -> tuple[str, l
         store.filesystem.rm(store.root, recursive=True)
     each = ", ".join(f"{format} {size:,.0f}" for format, size in sizes.items())
     title = (
-        f"{place}: {form.name}, {form.shards} shards of {form.shard_size}; bytes a sample: {each}"
+        f"{place}: {spec.name}, {spec.shards} shards of {spec.shard_size}; bytes a sample: {each}"
     )
     return title, list(rows.values())
 
@@ -134,7 +142,7 @@ def time_all(
     samples = make_samples(manifest)
     store = write_store(url, manifest, samples)
     count = manifest.num_shards * manifest.shard_size
-    ways = ways_of(store)
+    ways = read_methods(store)
     timings: dict[str, list[Timing]] = {way.name: [] for way in ways}
     timings["write"] = []
 

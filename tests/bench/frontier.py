@@ -26,13 +26,13 @@ from schemas.errors import UserError
 from schemas.extract import Cut, TeacherConfig
 from schemas.fields import Layers
 from schemas.store import Column, ComputeInfo, TeacherStream
+from tests.bench.codec_variants import CodecVariant, codec_variants
 from tests.bench.errors import Judge
-from tests.bench.forms import Form, forms_of
 from tests.bench.images import load_crops
-from tests.bench.members import decode_all, latent_bytes, read_members, tar_bytes, write_members
 from tests.bench.options import BenchOptions
-from tests.bench.planting import describe, plant
+from tests.bench.outlier_weights import describe, plant_outliers
 from tests.bench.report import Heading, Report, Row, Table
+from tests.bench.tar_members import decode_all, latent_bytes, read_members, tar_bytes, write_members
 
 CUTS: tuple[Cut, ...] = ("activations", "qk", "maps", "image")
 REPEATS = 3  # of what is timed in milliseconds, for each image; the median counts
@@ -103,11 +103,11 @@ def run(options: Options) -> Report:
             bench = Bench(options, teacher, crops, folder)
             for cut in options.cuts:
                 table = Table(f"{cut}, {weights} weights", HEADINGS)
-                for form in forms_of(cut, singles=options.singles):
-                    if not re.search(options.match, form.name):
+                for variant in codec_variants(cut, singles=options.singles):
+                    if not re.search(options.match, variant.name):
                         continue
-                    table.rows.append(bench.measure(cut, form))
-                    print(weights, cut, form.name, file=sys.stderr, flush=True)
+                    table.rows.append(bench.measure(cut, variant))
+                    print(weights, cut, variant.name, file=sys.stderr, flush=True)
                 tables.append(table)
     return Report(about, tables)
 
@@ -119,7 +119,7 @@ def make_teacher(options: Options, weights: str, crops: Tensor) -> Teacher:
     if weights == "planted":
         if not options.layers[0]:
             raise UserError("--weights planted changes the block before the first of --layers")
-        plant(
+        plant_outliers(
             teacher,
             crops,
             block=options.layers[0] - 1,
@@ -166,14 +166,14 @@ class Bench:
         if "maps" not in options.cuts:
             del self.values["maps"]
 
-    def measure(self, cut: Cut, form: Form) -> Row:
+    def measure(self, cut: Cut, variant: CodecVariant) -> Row:
         columns = cut_columns(
             cut,
             self.teachers[cut].info(),
             self.options.resolution,
-            form.codec,
-            form.overrides,
-            compress=form.compress,
+            variant.codec,
+            variant.overrides,
+            compress=variant.compress,
         )
         stored = self._store(cut, columns)
         source = self._source(cut, columns)
@@ -193,7 +193,7 @@ class Bench:
         numbers = self.judge(_joined(targets))
         return {
             "cut": cut,
-            "form": form.name,
+            "form": variant.name,
             "bytes": stored.bytes,
             "bytes_with_latents": stored.bytes + latent_bytes(self.options.resolution),
             **numbers,

@@ -19,10 +19,17 @@ from pydantic import Field
 
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.reading.shard_index import shard_table
-from tests.bench.filled import FORMS, TINY, dinov2_b, make_manifest, make_samples, write_store
 from tests.bench.options import BenchOptions
+from tests.bench.read_methods import data_files, samples_of, stock_webdataset
 from tests.bench.report import Heading, Report, Table
-from tests.bench.ways import data_files, samples_of, stock_webdataset
+from tests.bench.synthetic_stores import (
+    STORE_SPECS,
+    TINY,
+    dinov2_b,
+    make_manifest,
+    make_samples,
+    write_store,
+)
 
 HEADINGS = (
     Heading("way", "way"),
@@ -34,7 +41,7 @@ HEADINGS = (
 )
 ALIVE = 4
 """Batches: two ahead, one that is used, and the one that takes its place."""
-FORM_NAMES = (*FORMS, "tiny")
+SPEC_NAMES = (*STORE_SPECS, "tiny")
 RAW, STOCK = "one readinto per file", "stock webdataset .decode()"
 BARE = "one preadv per sample"
 QUICK, WHOLE = "loader, checksums off", "loader"
@@ -61,8 +68,8 @@ def run(options: Options) -> Report:
     tables = []
     with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
         for name in options.forms:
-            form = TINY if name == "tiny" else FORMS[name]
-            manifest = make_manifest(form, "webdataset", dinov2_b())
+            spec = TINY if name == "tiny" else STORE_SPECS[name]
+            manifest = make_manifest(spec, "webdataset", dinov2_b())
             url = f"{folder}/{name.replace(' ', '-')}"
             store = write_store(url, manifest, make_samples(manifest))
             with one_core():

@@ -22,7 +22,7 @@ from pipeline.train.trainer import Trainer
 from schemas.extract import Cut, TeacherConfig
 from schemas.run import RunConfig
 from schemas.store import TeacherInfo, WeightsFile
-from tests.bench.filled import Form, dinov2_b, make_manifest, make_samples
+from tests.bench.synthetic_stores import StoreSpec, dinov2_b, make_manifest, make_samples
 from tests.bench.timing import Clock
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -148,8 +148,8 @@ def batch_of(options: Any, clock: Clock) -> int:
 def make_data(folder: Path, options: Any, batch: int) -> Data:
     """A store without shards, and a batch of what its shards would hold."""
     teacher, tail = _teacher(folder, options.cut)
-    form = Form(options.cut, options.cut, "faithful", True, 1, batch)
-    manifest = make_manifest(form, "webdataset", teacher, tail)
+    spec = StoreSpec(options.cut, options.cut, "faithful", True, 1, batch)
+    manifest = make_manifest(spec, "webdataset", teacher, tail)
     samples = make_samples(manifest)
     columns: dict[str, dict[str, np.ndarray]] = {}
     for stream in manifest.streams:

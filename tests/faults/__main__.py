@@ -15,15 +15,15 @@ from pipeline.storage.files import absolute_url
 from schemas.errors import UserError
 from schemas.validation import suggest
 from tests.faults.faults import FAULTS
-from tests.faults.ledger import Ledger, Result
 from tests.faults.options import FaultOptions
 from tests.faults.plan import draw
 from tests.faults.reference import Reference
+from tests.faults.results_log import Result, ResultsLog
 from tests.faults.session import Session
 from tests.faults.table import as_json, page
 
 MAX_EMPTY = 10
-"""Runs in a row in which no fault hit anything."""
+"""Consecutive runs without a fault that found a target."""
 
 
 def main(argv: list[str]) -> int:
@@ -31,9 +31,9 @@ def main(argv: list[str]) -> int:
         FaultOptions,
         argv,
         command="python -m tests.faults",
-        about="Break extraction and training in seeded ways, and see whether they come to the same "
-        "end as undisturbed. Results are kept below --store: run it again for more.\n\nfaults: "
-        + ", ".join(FAULTS),
+        about="Inject seeded faults into extraction and training, and compare the results with "
+        "those of undisturbed runs. Results are stored below --store: run it again to add more."
+        "\n\nfaults: " + ", ".join(FAULTS),
     )
     signal.signal(signal.SIGTERM, _interrupt)
     results = disturb(options)
@@ -43,56 +43,62 @@ def main(argv: list[str]) -> int:
 
 
 def disturb(options: FaultOptions) -> list[Result]:
-    """Make faults until the ledger has ``options.count``; all that it has then."""
+    """Inject faults until the results log has ``options.count`` results; returns all of them."""
     if options.store is None:
         raise UserError("--store is missing: the folder to work in")
     url = absolute_url(options.store)
     if "://" in url:
-        raise UserError("--store: give a folder of this machine; S3 is a server of the harness")
+        raise UserError("--store: give a local folder; the harness starts its own S3 server")
     root = Path(url)
     root.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(root, options.seed)
-    number, empty = ledger.next_run(), 0
-    kinds = possible(options.faults)
+    results_log = ResultsLog(root, options.seed)
+    number, empty = results_log.next_run(), 0
+    kinds = available(options.faults)
     reference = Reference(root)
     reference.make()
-    while (left := options.count - len(ledger.results())) > 0:
+    while (left := options.count - len(results_log.results())) > 0:
         plan = draw(options.seed, number, kinds)
         began = time.monotonic()
-        results = Session(plan, options.seed, reference, root).run(most=left, keep=options.keep)
-        ledger.append(results)
-        _say(number, plan.work.name, plan.habitat, results, time.monotonic() - began)
+        results = Session(plan, options.seed, reference, root).run(
+            max_faults=left, keep=options.keep
+        )
+        results_log.append(results)
+        _report_run(number, plan.work.name, plan.environment, results, time.monotonic() - began)
         number += 1
         empty = 0 if results else empty + 1
         if empty == MAX_EMPTY:
-            raise UserError(f"no fault hit anything in {empty} runs; see {root}")
-    return ledger.results()
+            raise UserError(f"no fault found a target in {empty} runs; see {root}")
+    return results_log.results()
 
 
-def possible(asked: Sequence[str]) -> list[str]:
-    """Those of the faults that this machine can make. Raises ``UserError``."""
-    for name in asked:
+def available(requested: Sequence[str]) -> list[str]:
+    """Requested faults (default: all) that this machine can inject. Raises ``UserError``."""
+    for name in requested:
         if name not in FAULTS:
             raise UserError(f"there is no fault '{name}'{suggest(name, list(FAULTS))}; --help")
     kinds = []
-    for name in asked or FAULTS:
-        reason = FAULTS[name].not_here()
+    for name in requested or FAULTS:
+        reason = FAULTS[name].unavailable()
         if reason is None:
             kinds.append(name)
         else:
-            print(f"{name} cannot be made here: {reason}", file=sys.stderr)
+            print(f"{name} is not available: {reason}", file=sys.stderr)
     if not kinds:
-        raise UserError("none of these faults can be made on this machine")
+        raise UserError("none of these faults is available on this machine")
     return kinds
 
 
-def _say(number: int, work: str, habitat: str, results: Sequence[Result], seconds: float) -> None:
+def _report_run(
+    number: int, work: str, environment: str, results: Sequence[Result], seconds: float
+) -> None:
     made = ", ".join(
         f"{r.fault} at {r.at}{'' if r.survived else ' NOT SURVIVED'}"
         + (f" ({r.seconds:.0f} s)" if r.seconds is not None else "")
         for r in results
     )
-    print(f"run {number}: {work}, {habitat}, {seconds:.0f} s: {made or 'none'}", file=sys.stderr)
+    print(
+        f"run {number}: {work}, {environment}, {seconds:.0f} s: {made or 'none'}", file=sys.stderr
+    )
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""What is done to a run: each fault a name, where it can be done, and how."""
+"""The faults: name, workloads, environment and injection of each."""
 
 from __future__ import annotations
 
@@ -14,162 +14,162 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.storage.files import TEMPORARY
-from tests.faults.habitats import Bucket, Habitat, Nodes, SmallDisk, mount, unmount
-from tests.faults.limits import EXIT_SECONDS, AbandonedError, wait_for
-from tests.faults.processes import entitled, send, stopped
-from tests.faults.work import EVERY, Extraction, Training, Work
+from tests.faults.environments import Bucket, Environment, Nodes, SmallDisk, mount, unmount
+from tests.faults.processes import pids_with_title, send, stopped
+from tests.faults.timeouts import EXIT_SECONDS, HarnessError, wait_for
+from tests.faults.workloads import EVERY, Extraction, Training, Workload
 from tests.s3 import has_seaweedfs
 
 
-class MissedError(Exception):
-    """There was nothing to hit: the fault is drawn again and not counted."""
+class NoTargetError(Exception):
+    """The fault found no target; it is not counted."""
 
 
 @dataclass
-class Scene:
-    """What a fault finds."""
+class FaultContext:
+    """The run that a fault is injected into."""
 
     mark: str
-    work: Work
-    habitat: Habitat
+    work: Workload
+    environment: Environment
     driver: subprocess.Popen[bytes]
     rng: random.Random
     damaged: bool = False
-    """Whether files of the store were damaged, which somebody has to mend."""
+    """True after files of the store were damaged, until they are repaired."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to disturb a run."""
+    """One kind of disturbance."""
 
     name: str
-    works: tuple[type[Work], ...]
-    inject: Callable[[Scene], None]
-    """Returns when it is over, which for a pause is afterwards. Raises ``MissedError``."""
-    habitat: type[Habitat] | None = None
-    """Where alone it can be made; default: anywhere."""
-    not_here: Callable[[], str | None] = lambda: None
-    """Why this machine cannot make it."""
+    works: tuple[type[Workload], ...]
+    inject: Callable[[FaultContext], None]
+    """Returns when the fault is over (a pause: after it). Raises ``NoTargetError``."""
+    environment: type[Environment] | None = None
+    """The only environment that it can be injected in; default: any."""
+    unavailable: Callable[[], str | None] = lambda: None
+    """Reason why this machine cannot inject it; None: it can."""
     earliest: int = 1
-    """Progress before which it makes no sense."""
+    """Least progress, in units of the workload, at which it is injected."""
     once: bool = False
-    """Whether a second one in the same run would be more than is promised."""
+    """True where a run need not survive it twice."""
 
 
 ENCODER, WORKER = "ray::EncoderActor", "RayTrainWorker"
 MAX_PAUSE = 6.0
 
 
-def kill(title: str) -> Callable[[Scene], None]:
-    def inject(scene: Scene) -> None:
-        send(_one(scene, title), signal.SIGKILL)
+def kill(title: str) -> Callable[[FaultContext], None]:
+    def inject(context: FaultContext) -> None:
+        send(_one(context, title), signal.SIGKILL)
 
     return inject
 
 
-def pause(title: str) -> Callable[[Scene], None]:
-    def inject(scene: Scene) -> None:
-        with stopped([_one(scene, title)]):
-            time.sleep(scene.rng.uniform(1, MAX_PAUSE))
+def pause(title: str) -> Callable[[FaultContext], None]:
+    def inject(context: FaultContext) -> None:
+        with stopped([_one(context, title)]):
+            time.sleep(context.rng.uniform(1, MAX_PAUSE))
 
     return inject
 
 
-def kill_driver(scene: Scene) -> None:
-    _require_alive(scene)
-    scene.driver.kill()
-    scene.driver.wait()
+def kill_driver(context: FaultContext) -> None:
+    _require_alive(context)
+    context.driver.kill()
+    context.driver.wait()
 
 
-def pause_driver(scene: Scene) -> None:
-    _require_alive(scene)
-    with stopped([scene.driver.pid]):
-        time.sleep(scene.rng.uniform(1, MAX_PAUSE))
+def pause_driver(context: FaultContext) -> None:
+    _require_alive(context)
+    with stopped([context.driver.pid]):
+        time.sleep(context.rng.uniform(1, MAX_PAUSE))
 
 
-def terminate(scene: Scene) -> None:
-    _require_alive(scene)
-    scene.driver.terminate()
-    gone = scene.driver.poll
-    wait_for(lambda: gone() is not None, EXIT_SECONDS, "the command's end after SIGTERM")
+def terminate(context: FaultContext) -> None:
+    _require_alive(context)
+    context.driver.terminate()
+    poll = context.driver.poll
+    wait_for(lambda: poll() is not None, EXIT_SECONDS, "the command's end after SIGTERM")
 
 
-def kill_raylet(scene: Scene) -> None:
-    assert isinstance(scene.habitat, Nodes)
-    send(scene.habitat.raylet, signal.SIGKILL)
-    time.sleep(scene.rng.uniform(0, 3))
-    scene.habitat.replace()
+def kill_raylet(context: FaultContext) -> None:
+    assert isinstance(context.environment, Nodes)
+    send(context.environment.raylet, signal.SIGKILL)
+    time.sleep(context.rng.uniform(0, 3))
+    context.environment.replace()
 
 
-def pause_raylet(scene: Scene) -> None:
-    assert isinstance(scene.habitat, Nodes)
-    with stopped([scene.habitat.raylet]):
-        time.sleep(scene.rng.uniform(1, MAX_PAUSE))
+def pause_raylet(context: FaultContext) -> None:
+    assert isinstance(context.environment, Nodes)
+    with stopped([context.environment.raylet]):
+        time.sleep(context.rng.uniform(1, MAX_PAUSE))
 
 
-def restart_s3(scene: Scene) -> None:
-    assert isinstance(scene.habitat, Bucket)
-    scene.habitat.server.kill()
-    time.sleep(scene.rng.uniform(0.5, MAX_PAUSE))
+def restart_s3(context: FaultContext) -> None:
+    assert isinstance(context.environment, Bucket)
+    context.environment.server.kill()
+    time.sleep(context.rng.uniform(0.5, MAX_PAUSE))
     try:
-        scene.habitat.server.restart()
+        context.environment.server.restart()
     except RuntimeError as error:
-        raise AbandonedError(str(error)) from None
+        raise HarnessError(str(error)) from None
 
 
-def fill_disk(scene: Scene) -> None:
-    """Until the command gives up, or for a while."""
-    assert isinstance(scene.habitat, SmallDisk)
-    scene.habitat.fill(left=scene.rng.choice([0, 20_000, 200_000, 2_000_000]))
-    until = time.monotonic() + scene.rng.uniform(3, 12)
+def fill_disk(context: FaultContext) -> None:
+    """Fill the disk until the command exits, at most 12 seconds."""
+    assert isinstance(context.environment, SmallDisk)
+    context.environment.fill(left=context.rng.choice([0, 20_000, 200_000, 2_000_000]))
+    until = time.monotonic() + context.rng.uniform(3, 12)
     try:
-        while scene.driver.poll() is None and time.monotonic() < until:
+        while context.driver.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
     finally:
-        scene.habitat.make_room()
+        context.environment.free_space()
 
 
-def damage_store(scene: Scene) -> None:
-    """A file of the shard that was written last. Whoever reads it is to notice."""
-    root = Path(scene.work.target)
-    _damage(_newest(p for p in root.glob("*/shard-*") if p.is_file()), scene.rng)
-    scene.damaged = True
+def damage_store(context: FaultContext) -> None:
+    """Damage a file of the shard that was written last; every reader must detect it."""
+    root = Path(context.work.target)
+    _damage(_newest(p for p in root.glob("*/shard-*") if p.is_file()), context.rng)
+    context.damaged = True
 
 
-def damage_checkpoint(scene: Scene) -> None:
-    """A file of the newest checkpoint; then the driver dies, so that the next one reads it."""
-    assert isinstance(scene.work, Training)
-    _require_alive(scene)
-    scene.driver.kill()
-    scene.driver.wait()
-    checkpoints = sorted(Path(scene.work.folder).glob("checkpoint-*"))
+def damage_checkpoint(context: FaultContext) -> None:
+    """Kill the driver and damage a file of the newest checkpoint, which the next driver reads."""
+    assert isinstance(context.work, Training)
+    _require_alive(context)
+    context.driver.kill()
+    context.driver.wait()
+    checkpoints = sorted(Path(context.work.folder).glob("checkpoint-*"))
     if len(checkpoints) < 2:
-        raise MissedError("no earlier checkpoint to go back to")
-    _damage(scene.rng.choice(sorted(checkpoints[-1].iterdir())), scene.rng)
+        raise NoTargetError("no earlier checkpoint to go back to")
+    _damage(context.rng.choice(sorted(checkpoints[-1].iterdir())), context.rng)
 
 
-def _one(scene: Scene, title: str) -> int:
-    found = entitled(scene.mark, title)
+def _one(context: FaultContext, title: str) -> int:
+    found = pids_with_title(context.mark, title)
     if not found:
-        raise MissedError(f"no process {title}")
-    return scene.rng.choice(sorted(found))
+        raise NoTargetError(f"no process {title}")
+    return context.rng.choice(sorted(found))
 
 
-def _require_alive(scene: Scene) -> None:
-    if scene.driver.poll() is not None:
-        raise MissedError("the command has ended")
+def _require_alive(context: FaultContext) -> None:
+    if context.driver.poll() is not None:
+        raise NoTargetError("the command has ended")
 
 
 def _newest(paths: object) -> Path:
     found = [p for p in paths if not p.name.startswith(TEMPORARY)]  # type: ignore[attr-defined]
     if not found:
-        raise MissedError("no file was written yet")
+        raise NoTargetError("no file was written yet")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path))
 
 
 def _damage(path: Path, rng: random.Random) -> None:
     if not path.exists():
-        raise MissedError(f"{path} has gone")
+        raise NoTargetError(f"{path} no longer exists")
     size = path.stat().st_size
     if rng.random() < 0.5:
         os.truncate(path, rng.randrange(size))
@@ -217,12 +217,12 @@ FAULTS = {
         Fault("pause-raylet", BOTH, pause_raylet, Nodes),
         Fault("restart-s3", BOTH, restart_s3, Bucket, _no_seaweedfs),
         Fault("fill-disk", BOTH, fill_disk, SmallDisk, _no_tmpfs),
-        Fault("damage-store", (Extraction,), damage_store, Habitat),
+        Fault("damage-store", (Extraction,), damage_store, Environment),
         Fault(
             "damage-checkpoint",
             (Training,),
             damage_checkpoint,
-            Habitat,
+            Environment,
             earliest=2 * EVERY + 1,
             once=True,
         ),

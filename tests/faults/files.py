@@ -1,4 +1,4 @@
-"""Looking at folders and buckets while they are being written and their server comes and goes."""
+"""Read access to folders and buckets that are being written and whose server may be down."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 import fsspec
 
-IMPATIENT = {
+SHORT_TIMEOUTS = {
     "config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 2, "read_timeout": 5}
 }
 
 
 def open_folder(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    options: dict[str, Any] = IMPATIENT if url.startswith("s3://") else {}
+    options: dict[str, Any] = SHORT_TIMEOUTS if url.startswith("s3://") else {}
     filesystem, path = fsspec.url_to_fs(url, use_listings_cache=False, **options)
     return filesystem, str(path)
 
 
 def names(url: str) -> list[str]:
-    """What lies in a folder; nothing where it is not there or cannot be asked now."""
+    """Sorted names in a folder; empty where it is missing or cannot be listed now."""
     filesystem, path = open_folder(url)
-    with suppress(Exception):  # every backend has its own
+    with suppress(Exception):  # every backend raises its own errors
         return sorted(str(p).rstrip("/").rpartition("/")[2] for p in filesystem.ls(path, False))
     return []
 
 
 def read(url: str) -> bytes:
-    """A file; nothing where it is not there or cannot be read now."""
+    """Bytes of a file; empty where it is missing or cannot be read now."""
     filesystem, path = open_folder(url)
     with suppress(Exception):
         data: bytes = filesystem.cat_file(path)
@@ -36,7 +36,7 @@ def read(url: str) -> bytes:
 
 
 def tree(url: str) -> dict[str, bytes]:
-    """Every file below a folder. Errors are raised."""
+    """Bytes of every file below a folder, by relative path. Errors are raised."""
     filesystem, root = open_folder(url)
     if not filesystem.exists(root):
         return {}

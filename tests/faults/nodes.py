@@ -1,7 +1,7 @@
 """`python -m tests.faults.nodes`: two Ray nodes of one CPU each on this machine, until stdin ends.
 
-Prints a line of JSON for each node that comes up; a line on stdin asks for another one. It is a
-process of its own, so that what it starts carries the mark and the environment of one run.
+Prints a line of JSON for each node that is up; a line on stdin requests another one. It is a
+separate process, so that its children inherit the mark and the environment of one run.
 """
 
 from __future__ import annotations

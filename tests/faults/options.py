@@ -1,4 +1,4 @@
-"""What the harness can be asked."""
+"""Options of the harness."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class FaultOptions(Strict):
     """Options of ``python -m tests.faults``."""
 
     store: str | None = None
-    """Folder of the harness: the undisturbed store and run, the results, what is being broken."""
+    """Folder of the harness: the undisturbed store and run, the results, the disturbed runs."""
     count: Annotated[int, Field(ge=1)] = 12
-    """Faults that the results shall hold in the end; those of earlier calls with this seed and
-    --store count."""
+    """Total number of faults in the results, including those of earlier calls with this seed and
+    --store."""
     seed: int = 0
-    """Decides which faults come, when, and what they hit."""
+    """Determines the faults, their times and their targets."""
     faults: tuple[str, ...] = ()
-    """Only these (--faults kill-worker,fill-disk); default: all that can be made here."""
+    """Only these (--faults kill-worker,fill-disk); default: all that are available here."""
     keep: bool = False
-    """Leave the folders of runs that did not survive, to look at."""
+    """Keep the folders of runs that did not survive, for inspection."""
     as_json: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of the table."""

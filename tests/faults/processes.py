@@ -1,7 +1,7 @@
-"""The processes of one disturbed run, and no others.
+"""Selection and signalling of the processes of one disturbed run.
 
-All are started with a mark in their environment. Ray's workers write their titles over theirs, so
-that they are found as descendants of what carries it.
+All are started with a mark in their environment. Ray's workers overwrite their environment with
+their titles, so they are found as descendants of marked processes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Process(NamedTuple):
 
 
 def processes_of(mark: str) -> list[Process]:
-    """Those alive that were started with ``mark``, and their descendants; not this process."""
+    """Live processes that were started with ``mark``, and their descendants; not this process."""
     table = _table()
-    wanted = f"{MARK}={mark}".encode()
-    found = {pid for pid in table if wanted in _read(pid, "environ").split(b"\0")}
+    variable = f"{MARK}={mark}".encode()
+    found = {pid for pid in table if variable in _read(pid, "environ").split(b"\0")}
     while True:
         more = {p.pid for p in table.values() if p.parent in found} - found
         if not more:
@@ -36,13 +36,13 @@ def processes_of(mark: str) -> list[Process]:
     return [table[pid] for pid in sorted(found - {os.getpid()})]
 
 
-def entitled(mark: str, word: str) -> list[int]:
-    """Process ids of those whose title holds ``word``."""
+def pids_with_title(mark: str, word: str) -> list[int]:
+    """Ids of the processes whose title contains ``word``."""
     return [process.pid for process in processes_of(mark) if word in process.title]
 
 
 def kill_all(mark: str) -> None:
-    """SIGKILL until none is left."""
+    """Send SIGKILL to all until none is left, at most 20 seconds."""
     deadline = time.monotonic() + 20
     while (left := processes_of(mark)) and time.monotonic() < deadline:
         for process in left:
@@ -51,14 +51,14 @@ def kill_all(mark: str) -> None:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """A process that has gone in the meantime is as good as hit."""
+    """Send a signal; a process that has already ended is ignored."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 @contextmanager
 def stopped(pids: Iterable[int]) -> Iterator[None]:
-    """SIGSTOP, and SIGCONT in the end."""
+    """Send SIGSTOP, and SIGCONT at the end."""
     pids = list(pids)
     try:
         for pid in pids:
@@ -85,5 +85,5 @@ def _table() -> dict[int, Process]:
 def _read(pid: int, name: str) -> bytes:
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:  # it has gone, or belongs to somebody else
+    except OSError:  # it has ended, or belongs to another user
         return b""

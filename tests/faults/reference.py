@@ -1,4 +1,4 @@
-"""The undisturbed store and run, made once for each version of the software."""
+"""The undisturbed store and run, created once for each version of the software."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 
 from pipeline.store import Store
 from schemas.errors import UserError
-from tests.faults import work
+from tests.faults import workloads
+from tests.faults.environments import ROOT, process_variables
 from tests.faults.files import open_folder, tree
-from tests.faults.habitats import ROOT, environment_of
-from tests.faults.limits import END_SECONDS, START_SECONDS
 from tests.faults.processes import kill_all
+from tests.faults.timeouts import END_SECONDS, START_SECONDS
 from tests.faults.verdict import judge_order
 
 
 class Reference:
-    """Below ``root``: images, a store, and a run."""
+    """Images, a store and a run below ``root``."""
 
     def __init__(self, root: Path) -> None:
         self.key = source_digest()
@@ -33,43 +33,43 @@ class Reference:
         self.run = str(self.folder / "runs" / "demo")
 
     def make(self) -> None:
-        """Raises ``UserError`` where the software does not even work undisturbed."""
+        """Create what is missing. Raises ``UserError`` where an undisturbed workload fails."""
         done = self.folder / "done"
         if done.exists():
             return
         shutil.rmtree(self.folder, ignore_errors=True)
-        work.write_source(self.source)
-        self._do(work.Extraction(str(self.source), str(self.store)))
-        self._do(work.Training(str(self.store), str(self.folder / "runs")))
+        workloads.write_source(self.source)
+        self._run(workloads.Extraction(str(self.source), str(self.store)))
+        self._run(workloads.Training(str(self.store), str(self.folder / "runs")))
         index = Store.open(str(self.store)).index()
         verdict = judge_order(
             index.samples_per_shard,
-            seed=work.SEED,
-            window=work.WINDOW,
-            steps=work.STEPS,
-            batch=work.BATCH,
+            seed=workloads.SEED,
+            window=workloads.WINDOW,
+            steps=workloads.STEPS,
+            batch=workloads.BATCH,
         )
         if verdict.problems:
             raise UserError(verdict.problems[0])
         done.touch()
 
     def upload(self, url: str) -> None:
-        """A copy of the store."""
+        """Copy the store to ``url``."""
         filesystem, root = open_folder(url)
         for path, data in tree(str(self.store)).items():
             filesystem.pipe_file(f"{root}/{path}", data)
 
-    def _do(self, task: work.Work) -> None:
+    def _run(self, task: workloads.Workload) -> None:
         print(f"undisturbed: {task.name}", file=sys.stderr)
         mark = uuid.uuid4().hex
         ray_folder = Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp"))
-        environment = environment_of(mark, self.folder, ray_folder)
+        variables = process_variables(mark, self.folder, ray_folder)
         limit = START_SECONDS + END_SECONDS
         try:
             done = subprocess.run(
                 task.command(),
                 cwd=ROOT,
-                env=environment,
+                env=variables,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -85,10 +85,10 @@ class Reference:
 
 
 def source_digest() -> str:
-    """Of all that decides what the undisturbed work gives."""
+    """Digest of the source files and versions that determine the undisturbed results."""
     digest = hashlib.sha256(torch.__version__.encode())
     files = [*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("schemas/*.py"), *ROOT.glob("jobs/*.py")]
-    files += [ROOT / "jobs" / "configs" / "demo.yaml", Path(work.__file__)]
+    files += [ROOT / "jobs" / "configs" / "demo.yaml", Path(workloads.__file__)]
     for path in sorted(files):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

@@ -1,11 +1,11 @@
-"""What the results say: a table for people, one object for programs."""
+"""Summary of the results: a table as text, or one JSON object."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
 
-from tests.faults.ledger import Result
+from tests.faults.results_log import Result
 
 HEADINGS = ("fault", "tried", "survived", "lost", "seen twice", "seconds to recover")
 
@@ -22,7 +22,7 @@ def as_json(results: Sequence[Result]) -> dict[str, int]:
 
 
 def page(results: Sequence[Result]) -> str:
-    """A row for each fault and work, and one for all."""
+    """Text table: a row for each fault and workload, one for all, and the problems."""
     groups: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: (r.work, r.fault)):
         groups.setdefault(f"{result.fault} ({result.work})", []).append(result)
@@ -36,7 +36,7 @@ def page(results: Sequence[Result]) -> str:
         ).rstrip()
         for row in rows
     ]
-    lines += [f"run {r.run}, {r.fault} ({r.work}): {r.told}" for r in results if r.told]
+    lines += [f"run {r.run}, {r.fault} ({r.work}): {r.problem}" for r in results if r.problem]
     return "\n".join(lines)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.habitats import ROOT
-from tests.faults.limits import HungError, wait_for
-from tests.faults.processes import MARK, entitled, kill_all, processes_of, stopped
+from tests.faults.environments import ROOT
+from tests.faults.processes import MARK, kill_all, pids_with_title, processes_of, stopped
+from tests.faults.timeouts import WaitTimeoutError, wait_for
 
 
 @pytest.mark.slow
@@ -38,12 +38,12 @@ def test_a_killed_encoder_and_a_killed_worker(tmp_path: Path) -> None:
     assert left == {"undisturbed", "results.jsonl"}
 
 
-def test_only_marked_processes_and_what_they_started_are_found() -> None:
+def test_only_marked_processes_and_their_descendants_are_found() -> None:
     sleeper = "import subprocess, sys, time; subprocess.run(['sleep', '60'], env={})"
     marked = subprocess.Popen([sys.executable, "-c", sleeper], env={**os.environ, MARK: "a"})
     other = subprocess.Popen(["sleep", "61"], env={**os.environ, MARK: "b"})
     try:
-        wait_for(lambda: bool(entitled("a", "sleep 60")), 20, "the child")
+        wait_for(lambda: bool(pids_with_title("a", "sleep 60")), 20, "the child")
         assert {p.parent for p in processes_of("a") if p.title == "sleep 60"} == {marked.pid}
         assert other.pid not in {p.pid for p in processes_of("a")}
         kill_all("a")
@@ -55,7 +55,7 @@ def test_only_marked_processes_and_what_they_started_are_found() -> None:
         other.wait()
 
 
-def test_a_stopped_process_goes_on() -> None:
+def test_a_stopped_process_continues() -> None:
     process = subprocess.Popen(["sleep", "60"])
     stat = Path(f"/proc/{process.pid}/stat")
     try:
@@ -67,8 +67,8 @@ def test_a_stopped_process_goes_on() -> None:
         process.wait()
 
 
-def test_a_wait_has_a_limit_and_says_for_what() -> None:
+def test_a_wait_has_a_limit_and_names_its_event() -> None:
     began = time.monotonic()
-    with pytest.raises(HungError, match="the moon: still not after 0 s"):
+    with pytest.raises(WaitTimeoutError, match="the moon: not after 0 s"):
         wait_for(lambda: False, 0.1, "the moon")
     assert time.monotonic() - began < 5

@@ -1,4 +1,4 @@
-"""A verdict must be able to fail: whatever is wrong with a store or a run is seen and counted."""
+"""A verdict must be able to fail: every fault of a store or a run is found and counted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def torch_bytes(value: object) -> bytes:
 
 
 def run(**clock: float) -> Files:
-    """A run's folder, as fast as ``clock`` says."""
+    """Files of a run whose timing metrics are ``clock``."""
     rows: list[dict[str, object]] = [
         {"step": step, "phase": 1, "denoising": 1 / step, "steps_per_second": 3.0, **clock}
         for step in range(1, STEPS + 1)
@@ -76,13 +76,13 @@ def test_a_step_with_other_numbers_is_lost() -> None:
     rows = rows_of(found)
     rows[0]["denoising"] = 1.0000001
     found["metrics.jsonl"] = lines(rows)
-    assert judged(found) == Verdict(BATCH, 0, ("the metrics of step 1 are other ones",))
+    assert judged(found) == Verdict(BATCH, 0, ("the metrics of step 1 differ",))
 
 
 def test_a_lost_event_is_seen() -> None:
     found = run()
     found["metrics.jsonl"] = lines([row for row in rows_of(found) if "event" not in row])
-    assert judged(found).problems == ("the metrics of step 2 are other ones",)
+    assert judged(found).problems == ("the metrics of step 2 differ",)
 
 
 def flip_a_weight(found: Files) -> None:
@@ -108,7 +108,7 @@ def leave_something(found: Files) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "expected"),
     [
         (flip_a_weight, "model.safetensors differs"),
         (change_the_optimizer, "optimizer.pt differs"),
@@ -117,11 +117,11 @@ def leave_something(found: Files) -> None:
         (leave_something, ".tmp-0123/model.safetensors was left behind"),
     ],
 )
-def test_what_is_wrong_with_a_run_is_told(harm: Callable[[Files], None], told: str) -> None:
+def test_problems_of_a_run_are_named(harm: Callable[[Files], None], expected: str) -> None:
     found = run()
     harm(found)
     (problem,) = judged(found).problems
-    assert problem.endswith(told)
+    assert problem.endswith(expected)
 
 
 def store(*shards: list[str]) -> Files:

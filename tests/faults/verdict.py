@@ -1,4 +1,4 @@
-"""What a disturbed run left, against what an undisturbed one gives."""
+"""Comparison of a disturbed store or run with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from pipeline.runs.directory import METRICS
 from pipeline.storage.files import TEMPORARY
 from pipeline.store import SampleOrder
-from tests.faults.work import parse_rows
+from tests.faults.workloads import parse_rows
 
 Files = Mapping[str, bytes]
 Rows = Sequence[Mapping[str, Any]]
 
-OF_THE_CLOCK = (
+TIMING_METRICS = (
     "steps_per_second",
     "images_per_second",
     "tflops_per_worker",
@@ -27,12 +27,12 @@ OF_THE_CLOCK = (
     "data_wait_share",
     "bytes_",
 )
-"""Metrics, by their beginnings, that say how fast something went, and what was read again."""
-OF_THE_STATE = ("step", "samples_consumed", "phase", "termination", "trigger")
+"""Prefixes of metrics that depend on speed or count repeated reads; they are not compared."""
+STATE_KEYS = ("step", "samples_consumed", "phase", "termination", "trigger")
 
 
 class Verdict(NamedTuple):
-    """Counts are of samples; an empty tuple of problems is what is wanted."""
+    """Numbers of samples, and problems; an undisturbed result has none."""
 
     lost: int = 0
     duplicated: int = 0
@@ -40,27 +40,28 @@ class Verdict(NamedTuple):
 
 
 def judge_store(found: Files, expected: Files) -> Verdict:
-    """Files below the roots of two stores."""
+    """Compare the files of two stores, by path below their roots."""
     problems = [f"{path} is missing" for path in sorted(expected.keys() - found.keys())]
     problems += [f"{path} should not be there" for path in sorted(found.keys() - expected.keys())]
     altered = [path for path in sorted(expected.keys() & found) if found[path] != expected[path]]
     problems += [f"{path} has other bytes" for path in altered]
-    there, wanted = _keys(found), _keys(expected)
-    lost = sum((wanted - there).values())
-    return Verdict(lost, sum((there - wanted).values()), tuple(problems))
+    found_keys, expected_keys = _keys(found), _keys(expected)
+    lost = sum((expected_keys - found_keys).values())
+    duplicated = sum((found_keys - expected_keys).values())
+    return Verdict(lost, duplicated, tuple(problems))
 
 
 def judge_run(found: Files, expected: Files, *, steps: int, batch: int) -> Verdict:
-    """Files below the folders of two runs that took ``steps`` steps."""
+    """Compare the files of two runs of ``steps`` steps, by path below their folders."""
     problems = [f"{path} was left behind" for path in sorted(found) if _is_temporary(path)]
-    rows, wanted = (parse_rows(files.get(METRICS, b"")) for files in (found, expected))
+    rows, expected_rows = (parse_rows(files.get(METRICS, b"")) for files in (found, expected))
     taken = Counter(row["step"] for row in rows if "event" not in row)
     missing = [step for step in range(1, steps + 1) if not taken[step]]
     repeated = {step: times - 1 for step, times in taken.items() if times > 1}
     problems += [f"the metrics have no step {step}" for step in missing]
     problems += [f"the metrics have step {step} twice" for step in repeated]
-    other = _steps_that_differ(rows, wanted) - set(missing)
-    problems += [f"the metrics of step {step} are other ones" for step in sorted(other)]
+    other = _different_steps(rows, expected_rows) - set(missing)
+    problems += [f"the metrics of step {step} differ" for step in sorted(other)]
     problems += _compare_weights(found, expected, f"checkpoint-{steps:09d}/")
     lost = batch * (len(missing) + len(other))
     return Verdict(lost, batch * sum(repeated.values()), tuple(problems))
@@ -69,8 +70,8 @@ def judge_run(found: Files, expected: Files, *, steps: int, batch: int) -> Verdi
 def judge_order(
     samples_per_shard: Sequence[int], *, seed: int, window: int, steps: int, batch: int
 ) -> Verdict:
-    """Whether the undisturbed run, whose every step a disturbed one must equal, sees each sample
-    exactly once per epoch. It has whole epochs."""
+    """Check that the undisturbed run, which every disturbed run must equal step by step, sees each
+    sample exactly once per epoch. ``steps`` must be complete epochs."""
     order = SampleOrder(seed, list(samples_per_shard), window=window)
     size = sum(samples_per_shard)
     shards, rows = order.locate(np.arange(steps * batch))
@@ -86,27 +87,27 @@ def judge_order(
 
 
 def _keys(files: Files) -> Counter[str]:
-    """Of the samples in the commit records."""
+    """Keys of the samples in the commit records."""
     keys: Counter[str] = Counter()
     for path, data in files.items():
         if path.startswith("commits/shard-"):
             try:
                 keys.update(json.loads(data)["keys"])
             except (ValueError, KeyError, TypeError):
-                continue  # the comparison of bytes names it
+                continue  # reported by the comparison of bytes
     return keys
 
 
-def _steps_that_differ(rows: Rows, expected: Rows) -> set[int]:
-    there, wanted = (Counter(map(_numbers, some)) for some in (rows, expected))
-    return {dict(row)["step"] for row in set(there) ^ set(wanted)}
+def _different_steps(rows: Rows, expected: Rows) -> set[int]:
+    found, wanted = (Counter(map(_numbers, some)) for some in (rows, expected))
+    return {dict(row)["step"] for row in set(found) ^ set(wanted)}
 
 
 def _numbers(row: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (name, value if isinstance(value, int | float | str) else json.dumps(value))
         for name, value in sorted(row.items())
-        if not name.startswith(OF_THE_CLOCK)
+        if not name.startswith(TIMING_METRICS)
     )
 
 
@@ -127,7 +128,7 @@ def _compare_weights(found: Files, expected: Files, folder: str) -> list[str]:
 def _same(path: str, found: bytes, expected: bytes) -> bool:
     if path.endswith(".json"):
         one, other = (json.loads(data) for data in (found, expected))
-        return all(one.get(key) == other.get(key) for key in OF_THE_STATE)
+        return all(one.get(key) == other.get(key) for key in STATE_KEYS)
     if path.endswith((".pt", ".pth")):
         one, other = (torch.load(io.BytesIO(d), weights_only=True) for d in (found, expected))
         return _equal(one, other)

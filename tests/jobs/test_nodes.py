@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from schemas.run import RunConfig
-from tests.faults.habitats import ROOT, Nodes, environment_of
+from tests.faults.environments import ROOT, Nodes, process_variables
 from tests.faults.processes import kill_all
 from tests.pipeline.train.test_loop import losses, weights
 from tests.processes import train_on
@@ -31,7 +31,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         stack.callback(kill_all, mark)
         folder = tmp_path / "nodes"
         folder.mkdir()
-        environment = environment_of(mark, folder, ray_folder)
+        environment = process_variables(mark, folder, ray_folder)
         yield stack.enter_context(Nodes(folder, environment))
 
 

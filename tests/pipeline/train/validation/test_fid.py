@@ -371,13 +371,13 @@ def test_options_that_would_mean_nothing_are_refused() -> None:
 def test_workers_are_told_where_local_files_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from jobs.train_haste import _with_absolute_paths
+    from jobs.train_haste import for_workers
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "decoder").mkdir()
     evaluate = {"images": 5, "reference": "r.npz", "network": "n", "network_weights": "w.pt"}
     samples = {"every": 5, "autoencoder": "decoder", "evaluate": evaluate}
-    config = _with_absolute_paths(
+    config = for_workers(
         RunConfig.model_validate({"store": "s3://bucket/store", "samples": samples})
     )
     assert config.store == "s3://bucket/store"

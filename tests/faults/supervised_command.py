@@ -1,4 +1,4 @@
-"""A command that is run again whenever it dies, as a person or a scheduler would."""
+"""A command that is restarted whenever it fails, as a user or a scheduler would."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import IO
 
-from tests.faults.habitats import ROOT
-from tests.faults.limits import BrokenError, wait_for
-from tests.faults.work import Work
+from tests.faults.environments import ROOT
+from tests.faults.timeouts import RunFailedError, wait_for
+from tests.faults.workloads import Workload
 
 MAX_STARTS = 12
 
 
-class Driven:
-    """The command of one piece of work. A context: leaving it kills the command."""
+class SupervisedCommand:
+    """The command of a workload. A context manager: leaving it kills the command."""
 
-    def __init__(self, work: Work, environment: Mapping[str, str], log: IO[bytes]) -> None:
+    def __init__(self, work: Workload, variables: Mapping[str, str], log: IO[bytes]) -> None:
         self.work = work
-        self.environment = environment
+        self.variables = variables
         self.log = log
         self.starts = 0
-        self.before_again: Callable[[], object] = lambda: None
-        """Called before the command is run again."""
+        self.before_restart: Callable[[], object] = lambda: None
+        """Called before the command is restarted."""
 
-    def __enter__(self) -> Driven:
+    def __enter__(self) -> SupervisedCommand:
         return self
 
     def __exit__(
@@ -45,7 +45,7 @@ class Driven:
         self.process = subprocess.Popen(
             self.work.command(),
             cwd=ROOT,
-            env=dict(self.environment),
+            env=dict(self.variables),
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
@@ -54,19 +54,19 @@ class Driven:
 
     @property
     def done(self) -> bool:
-        """Whether the command has ended well."""
+        """True once the command has exited with code 0."""
         return self.process.poll() == 0
 
-    def wait(self, happened: Callable[[], bool], seconds: float, what: str) -> None:
-        """Until ``happened()`` or the work is done. Raises
-        ``BrokenError``."""
+    def wait(self, happened: Callable[[], bool], seconds: float, event: str) -> None:
+        """Wait until ``happened()`` or the work is done, and restart failed commands. Raises
+        ``RunFailedError``."""
 
-        def over() -> bool:
+        def finished() -> bool:
             if self.process.poll() not in (None, 0):
                 if self.starts >= MAX_STARTS:
-                    raise BrokenError(f"{what}: the command failed {self.starts} times")
-                self.before_again()
+                    raise RunFailedError(f"{event}: the command failed {self.starts} times")
+                self.before_restart()
                 self.start()
             return self.done or happened()
 
-        wait_for(over, seconds, what)
+        wait_for(finished, seconds, event)

@@ -32,7 +32,9 @@ QUIET = 0.05
 
 
 @torch.no_grad()
-def plant(teacher: Teacher, images_B3RR: Tensor, *, block: int, sharpness: float, seed: int) -> Any:
+def plant_outliers(
+    teacher: Teacher, images_B3RR: Tensor, *, block: int, sharpness: float, seed: int
+) -> Any:
     """Change the weights of ``block`` and of those behind it, in place, with the tokens of a few
     images as a yardstick. ``sharpness`` scales queries and keys behind the block, since louder
     tokens sharpen attention."""

@@ -1,4 +1,4 @@
-"""Where a disturbed run lives: what is around it that can break."""
+"""Environments of a disturbed run: disk, S3 bucket, small disk, two-node cluster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from tests.faults.limits import AbandonedError
 from tests.faults.processes import MARK
+from tests.faults.timeouts import HarnessError
 from tests.s3 import SeaweedFS
 
 ROOT = Path(__file__).parents[2]
@@ -22,22 +22,22 @@ NODE_SECONDS = 90.0
 DISK_MEGABYTES = 96
 
 
-class Habitat:
-    """A folder of this machine's disk, and a private Ray cluster for each command. A context."""
+class Environment:
+    """A local folder, and a private Ray cluster for each command. A context manager."""
 
     name = "disk"
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, variables: Mapping[str, str]) -> None:
         self.folder = folder
-        self.environment = dict(environment)
-        """Of the commands."""
+        self.variables = dict(variables)
+        """Environment variables of the commands."""
         self.url = str(folder / "work")
-        """Where they write."""
+        """Folder or bucket that the commands write to."""
         self.address: str | None = None
-        """Of a Ray cluster that they join."""
+        """Address of the Ray cluster that the commands join; None: each starts its own."""
         self.stack = ExitStack()
 
-    def __enter__(self) -> Habitat:
+    def __enter__(self) -> Environment:
         Path(self.url).mkdir(parents=True)
         return self
 
@@ -50,31 +50,31 @@ class Habitat:
         self.stack.close()
 
 
-class Bucket(Habitat):
-    """A bucket of a server that can go away."""
+class Bucket(Environment):
+    """A bucket of an S3 server that can be killed and restarted."""
 
     name = "bucket"
 
-    def __enter__(self) -> Habitat:
+    def __enter__(self) -> Environment:
         self.server = self.stack.enter_context(SeaweedFS())
-        self.environment |= self.server.environment
+        self.variables |= self.server.environment
         self.url = self.server.bucket()
         return self
 
 
-class SmallDisk(Habitat):
-    """A disk that can be filled: a tmpfs."""
+class SmallDisk(Environment):
+    """A tmpfs that can be filled."""
 
     name = "small disk"
 
-    def __enter__(self) -> Habitat:
+    def __enter__(self) -> Environment:
         super().__enter__()
         try:
             mount(Path(self.url))
         except OSError as error:
-            raise AbandonedError(f"no tmpfs: {error}") from None
+            raise HarnessError(f"no tmpfs: {error}") from None
         self.stack.callback(unmount, Path(self.url))
-        self.url = f"{self.url}/inside"  # the ballast lies beside it
+        self.url = f"{self.url}/inside"  # the ballast file is in the parent folder
         Path(self.url).mkdir()
         return self
 
@@ -83,7 +83,7 @@ class SmallDisk(Habitat):
         return Path(self.url).parent / "ballast"
 
     def fill(self, left: int) -> None:
-        """Leave so many bytes free, and a page at most more."""
+        """Write ballast until ``left`` bytes are free, plus at most one page."""
         with self.ballast.open("wb", buffering=0) as file:
             block = bytes(1 << 20)
             try:
@@ -92,36 +92,36 @@ class SmallDisk(Habitat):
             except OSError:
                 file.truncate(max(0, file.tell() - left))
 
-    def make_room(self) -> None:
+    def free_space(self) -> None:
         self.ballast.unlink(missing_ok=True)
 
 
-class Nodes(Habitat):
-    """A Ray cluster of two nodes; the second one can be lost, and another one comes."""
+class Nodes(Environment):
+    """A Ray cluster of two nodes; the second one can be killed and replaced."""
 
     name = "two nodes"
 
-    def __enter__(self) -> Habitat:
+    def __enter__(self) -> Environment:
         super().__enter__()
         self._lines: queue.Queue[str] = queue.Queue()
         self._log = self.stack.enter_context((self.folder / "nodes.log").open("w"))
         self._cluster = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.nodes"],
             cwd=ROOT,
-            env=self.environment,
+            env=self.variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
         )
         self.stack.callback(self._cluster.wait)
-        self.stack.callback(self._cluster.kill)  # whoever ends the run ends what it has started
+        self.stack.callback(self._cluster.kill)  # ``kill_all`` of the run's mark ends its children
         threading.Thread(target=self._listen, daemon=True).start()
         self._await_node()
         return self
 
     def replace(self) -> None:
-        """Another second node comes up."""
+        """Start another second node and wait for it."""
         assert self._cluster.stdin is not None
         self._cluster.stdin.write("another\n")
         self._cluster.stdin.flush()
@@ -138,18 +138,20 @@ class Nodes(Habitat):
                 line = self._lines.get(timeout=NODE_SECONDS)
             except queue.Empty:
                 limit = f"{NODE_SECONDS:.0f} s"
-                raise AbandonedError(f"a Ray node: still not up after {limit}") from None
+                raise HarnessError(f"a Ray node did not start within {limit}") from None
             if line.startswith("{"):
-                about = json.loads(line)
-                self.address, self.raylet = about["address"], int(about["raylet"])
+                node = json.loads(line)
+                self.address, self.raylet = node["address"], int(node["raylet"])
                 return
 
 
-HABITATS: dict[str, type[Habitat]] = {h.name: h for h in (Habitat, Bucket, SmallDisk, Nodes)}
+ENVIRONMENTS: dict[str, type[Environment]] = {
+    e.name: e for e in (Environment, Bucket, SmallDisk, Nodes)
+}
 
 
 def mount(folder: Path) -> None:
-    """A tmpfs at an empty folder. Raises ``OSError`` where this machine does not allow that."""
+    """Mount a tmpfs at an empty folder. Raises ``OSError`` where that is not permitted."""
     size = f"size={DISK_MEGABYTES}m"
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", size, "haste-faults", str(folder)],
@@ -161,12 +163,13 @@ def mount(folder: Path) -> None:
 
 
 def unmount(folder: Path) -> None:
-    """Also where a process that is being killed still has files open there."""
+    """Unmount lazily, because a process that is being killed may still have files open."""
     subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
 
 
-def environment_of(mark: str, folder: Path, ray_folder: Path) -> dict[str, str]:
-    """Of every process of a run: the mark, folders of its own, and quick polling."""
+def process_variables(mark: str, folder: Path, ray_folder: Path) -> dict[str, str]:
+    """Environment variables of all processes of a run: the mark, private folders, short polling
+    intervals."""
     inherited = {
         key: value
         for key, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""The forms of a cut that the frontier measures."""
+"""The variants of a cut that the frontier measures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from schemas.codecs import CodecName, CodecSet
 from schemas.extract import Cut
 
 
-class Form(NamedTuple):
+class CodecVariant(NamedTuple):
     """A codec set, with other codecs for single tensors."""
 
     codec: CodecSet
@@ -59,19 +59,19 @@ ATTENTION: tuple[CodecName, ...] = ("sqrt510", "sqrt360", "sqrt255", "sqrt180", 
 FEATURES: tuple[CodecName, ...] = ("rms32", "rms20", "rms16", "rms12", "int8", "tokens20")
 
 
-def forms_of(cut: Cut, *, singles: bool) -> list[Form]:
+def codec_variants(cut: Cut, *, singles: bool) -> list[CodecVariant]:
     """Every codec set, and single codecs on top of 'faithful'."""
     if cut == "image":
-        return [Form("faithful", {})]
-    forms = [Form(codec, {}) for codec in get_args(CodecSet)]
+        return [CodecVariant("faithful", {})]
+    variants = [CodecVariant(codec, {}) for codec in get_args(CodecSet)]
     if not singles:
-        return forms
+        return variants
     if cut == "activations":
-        forms += [Form("faithful", {"tokens": codec}) for codec in TOKENS]
-        forms.append(Form("int8", {}, compress=False))
+        variants += [CodecVariant("faithful", {"tokens": codec}) for codec in TOKENS]
+        variants.append(CodecVariant("int8", {}, compress=False))
     elif cut == "qk":
-        forms += [Form("faithful", {"query": codec, "key": codec}) for codec in FACTORS]
+        variants += [CodecVariant("faithful", {"query": codec, "key": codec}) for codec in FACTORS]
     else:
-        forms += [Form("faithful", {"attention": codec}) for codec in ATTENTION]
-        forms += [Form("faithful", {"features": codec}) for codec in FEATURES]
-    return forms
+        variants += [CodecVariant("faithful", {"attention": codec}) for codec in ATTENTION]
+        variants += [CodecVariant("faithful", {"features": codec}) for codec in FEATURES]
+    return variants

@@ -16,7 +16,7 @@ from numcodecs import Zstd
 
 from pipeline.storage.files import is_local, list_tree
 from pipeline.store import SampleOrder, Store, StreamReader
-from tests.bench.filled import all_rows
+from tests.bench.synthetic_stores import all_rows
 
 BATCH = 32
 WINDOW = 8
@@ -26,31 +26,35 @@ BUFFER = 1 << 20
 WHOLE = 1 << 40
 
 
-class Way(NamedTuple):
+class ReadMethod(NamedTuple):
     name: str
     read: Callable[[Store], int]
     baseline: bool = False
     """Whether the others are compared with it."""
 
 
-def ways_of(store: Store) -> list[Way]:
+def read_methods(store: Store) -> list[ReadMethod]:
     """What can read this store. The first is the baseline."""
     local = is_local(store.filesystem)
-    ways = [Way("cat > /dev/null", cat, True) if local else Way("GET of whole objects", get, True)]
+    methods = [
+        ReadMethod("cat > /dev/null", cat, True)
+        if local
+        else ReadMethod("GET of whole objects", get, True)
+    ]
     if local:
-        ways.append(Way("open and readinto", readinto))
-    ways += [
-        Way("reader, whole files, in order", lambda s: ours(s, WHOLE, shuffled=False)),
-        Way("reader, whole files, shuffled", lambda s: ours(s, WHOLE, shuffled=True)),
-        Way("reader, ranges, in order", lambda s: ours(s, 0, shuffled=False)),
-        Way("reader, ranges, shuffled", lambda s: ours(s, 0, shuffled=True)),
+        methods.append(ReadMethod("open and readinto", readinto))
+    methods += [
+        ReadMethod("reader, whole files, in order", lambda s: ours(s, WHOLE, shuffled=False)),
+        ReadMethod("reader, whole files, shuffled", lambda s: ours(s, WHOLE, shuffled=True)),
+        ReadMethod("reader, ranges, in order", lambda s: ours(s, 0, shuffled=False)),
+        ReadMethod("reader, ranges, shuffled", lambda s: ours(s, 0, shuffled=True)),
     ]
     if store.manifest.format == "zarr":
-        ways.append(Way("stock zarr, whole shards", stock_zarr_shards))
-        ways.append(Way("stock zarr, shuffled rows", stock_zarr_rows))
+        methods.append(ReadMethod("stock zarr, whole shards", stock_zarr_shards))
+        methods.append(ReadMethod("stock zarr, shuffled rows", stock_zarr_rows))
     elif local or shutil.which("curl"):
-        ways.append(Way("stock webdataset .decode()", stock_webdataset))
-    return ways
+        methods.append(ReadMethod("stock webdataset .decode()", stock_webdataset))
+    return methods
 
 
 def data_files(store: Store) -> list[str]:

@@ -21,7 +21,7 @@ DISTINCT = 16  # samples; the others repeat them
 LATENT = (4, 32, 32)
 
 
-class Form(NamedTuple):
+class StoreSpec(NamedTuple):
     """What one kind of store holds of each image."""
 
     name: str
@@ -32,15 +32,15 @@ class Form(NamedTuple):
     shard_size: int
 
 
-FORMS = {
-    form.name: form
-    for form in (
-        Form("activations faithful", "activations", "faithful", True, 12, 64),
-        Form("activations int8 uncompressed", "activations", "int8", False, 12, 64),
-        Form("maps float16", "maps", "float16", False, 6, 8),
+STORE_SPECS = {
+    spec.name: spec
+    for spec in (
+        StoreSpec("activations faithful", "activations", "faithful", True, 12, 64),
+        StoreSpec("activations int8 uncompressed", "activations", "int8", False, 12, 64),
+        StoreSpec("maps float16", "maps", "float16", False, 6, 8),
     )
 }
-TINY = Form("tiny", "activations", "faithful", True, 3, 4)
+TINY = StoreSpec("tiny", "activations", "faithful", True, 3, 4)
 """For the smoke test."""
 
 
@@ -59,12 +59,12 @@ def dinov2_b(layers: Sequence[int] = (8, 9, 10, 11)) -> TeacherInfo:
 
 
 def make_manifest(
-    form: Form, format: Format, teacher: TeacherInfo, tail: WeightsFile | None = None
+    spec: StoreSpec, format: Format, teacher: TeacherInfo, tail: WeightsFile | None = None
 ) -> Manifest:
     """Of a store of 256-pixel images."""
-    columns = cut_columns(form.cut, teacher, 256, form.codec, compress=form.compress)
+    columns = cut_columns(spec.cut, teacher, 256, spec.codec, compress=spec.compress)
     latent = Column(shape=LATENT, codec="float16")
-    base = random_manifest(form.shards * form.shard_size, form.shard_size, format)
+    base = random_manifest(spec.shards * spec.shard_size, spec.shard_size, format)
     values: dict[str, Any] = base.model_dump()
     values["autoencoder"]["latent_shape"] = LATENT
     values["streams"] = {
@@ -73,9 +73,9 @@ def make_manifest(
             "compute": COMPUTE,
             "columns": {"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
         },
-        form.cut: {
+        spec.cut: {
             "kind": "teacher",
-            "cut": form.cut,
+            "cut": spec.cut,
             "compute": COMPUTE,
             "teacher": teacher,
             "columns": columns,

@@ -1,4 +1,4 @@
-"""The results file: one line for each fault that was made, kept over all calls."""
+"""The results file: one line for each injected fault, appended over all calls."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ RESULTS = "results.jsonl"
 
 
 class Result(Strict):
-    """One fault, and what became of the run that it struck."""
+    """One fault and the outcome of its run."""
 
     seed: int
     run: int
-    """Number of the run, which with the seed decides all that was drawn."""
+    """Number of the run; with the seed it determines the plan."""
     work: str
-    habitat: str
+    environment: str
     fault: str
     at: int
-    """Progress at which it came."""
+    """Progress at which it was injected."""
     survived: bool
     lost: int = 0
-    """Samples, of the whole run; counted with its first fault."""
+    """Lost samples of the run; counted in its first fault only."""
     duplicated: int = 0
+    """Samples seen twice, counted likewise."""
     hung: bool = False
     seconds: float | None = None
-    """From the fault to progress beyond what there was."""
-    told: str = ""
-    """What was wrong."""
+    """From the fault to progress beyond that before it."""
+    problem: str = ""
+    """Description of the failure."""
     code: str = ""
-    """Of the software that was tried: a digest of its source."""
+    """Digest of the source of the tested software."""
 
 
-class Ledger:
-    """The results in a folder. A line that a kill cut short is dropped."""
+class ResultsLog:
+    """The results in a folder. An incomplete last line is dropped."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.path = folder / RESULTS
         self.seed = seed
 
     def results(self) -> list[Result]:
-        """Those of this seed."""
+        """Results of this seed."""
         if not self.path.exists():
             return []
         found = []
@@ -56,17 +57,17 @@ class Ledger:
         return max((result.run for result in self.results()), default=-1) + 1
 
     def append(self, results: Iterable[Result]) -> None:
-        """All of a run's at once: a run that was broken off is done again."""
+        """Append all results of a run at once, because an interrupted run is repeated."""
         lines = "".join(result.model_dump_json() + "\n" for result in results)
         with self.path.open("ab") as file:
-            _cut_to_whole_lines(self.path)
+            _drop_incomplete_line(self.path)
             file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
 
 
-def _cut_to_whole_lines(path: Path) -> None:
+def _drop_incomplete_line(path: Path) -> None:
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        os.truncate(path, end)

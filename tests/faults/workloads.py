@@ -1,6 +1,6 @@
-"""The work that is disturbed, as a person would start it: one extraction, one training.
+"""The workloads that are disturbed, started as a user would: one extraction, one training.
 
-The set is small and real: scikit-learn's digits as PNG files, the demo's teacher and autoencoder.
+The data set is scikit-learn's digits as PNG files; teacher and autoencoder are the demo's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WINDOW = 4
 
 
 def write_source(folder: Path) -> None:
-    """The first digits, a folder for each class."""
+    """Write the first digits, one folder per class."""
     images, labels = digits_images(32)
     for number in range(SAMPLES):
         path = folder / f"digit{labels[number]}" / f"{number:03d}.png"
@@ -40,35 +40,35 @@ def write_source(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Work:
-    """A command, and where it leaves what it makes."""
+class Workload:
+    """A command with its source and target."""
 
     source: str
-    """Of an extraction the images, of a training the store."""
+    """Images of an extraction, store of a training."""
     target: str
     """The store, or the folder of runs."""
     address: str | None = None
-    """Ray cluster to join; default: a private one."""
+    """Address of the Ray cluster to join; default: a private one."""
 
     name = ""
     total = 0
     """Units of progress: shards, or steps."""
 
     def command(self) -> list[str]:
-        return [sys.executable, *self._arguments(), *self._joined()]
+        return [sys.executable, *self._arguments(), *self._cluster_arguments()]
 
     def progress(self) -> int:
-        """Units done so far, as far as can be told now."""
+        """Finished units that are visible now."""
         raise NotImplementedError
 
     def _arguments(self) -> list[str]:
         raise NotImplementedError
 
-    def _joined(self) -> list[str]:
+    def _cluster_arguments(self) -> list[str]:
         return ["--ray-address", self.address] if self.address else []
 
 
-class Extraction(Work):
+class Extraction(Workload):
     name = "extraction"
     total = SHARDS
 
@@ -99,7 +99,7 @@ class Extraction(Work):
         return ["-m", "pipeline.extract", *words(options)]
 
 
-class Training(Work):
+class Training(Workload):
     name = "training"
     total = STEPS
 
@@ -107,7 +107,7 @@ class Training(Work):
         return max((row["step"] for row in self.rows()), default=0)
 
     def rows(self) -> list[dict[str, float]]:
-        """Of the metrics, as far as they are written."""
+        """Rows of the metrics that are written so far."""
         return parse_rows(files.read(f"{self.folder}/{METRICS}"))
 
     @property
@@ -124,7 +124,7 @@ class Training(Work):
             "global-batch": BATCH,
             "log-every": 1,
             "workers.count": 2,
-            # on several nodes one worker fills one of them
+            # on several nodes each worker fills a node
             "workers.cpus-per-worker": 1 if self.address else 0.5,
             "checkpoint.every": EVERY,
             "data.window": WINDOW,
@@ -139,7 +139,7 @@ def words(options: Mapping[str, object]) -> list[str]:
 
 
 def parse_rows(data: bytes) -> list[dict[str, float]]:
-    """Whole rows; the last one may be under way."""
+    """Complete rows; a partly written last row is skipped."""
     rows = []
     for line in data.decode(errors="replace").splitlines():
         try:

@@ -1,4 +1,4 @@
-"""Results that are kept, and what is said of them."""
+"""The results log, its table, and the plans of runs."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from pathlib import Path
 import pytest
 
 from schemas.errors import UserError
-from tests.faults.__main__ import possible
+from tests.faults.__main__ import available
 from tests.faults.faults import FAULTS
-from tests.faults.ledger import Ledger, Result
 from tests.faults.plan import draw
+from tests.faults.results_log import Result, ResultsLog
 from tests.faults.table import as_json, page
 
 
 def result(run: int = 0, fault: str = "kill-worker", **values: object) -> Result:
-    about = {"seed": 7, "work": "training", "habitat": "disk", "at": 3, "survived": True}
-    return Result.model_validate({**about, "run": run, "fault": fault, **values})
+    defaults = {"seed": 7, "work": "training", "environment": "disk", "at": 3, "survived": True}
+    return Result.model_validate({**defaults, "run": run, "fault": fault, **values})
 
 
-def test_results_are_kept_and_the_next_run_follows(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, seed=7)
-    assert (ledger.results(), ledger.next_run()) == ([], 0)
-    ledger.append([result(0), result(0)])
-    ledger.append([result(4)])
-    again = Ledger(tmp_path, seed=7)
+def test_results_are_stored_and_the_next_run_is_numbered(tmp_path: Path) -> None:
+    results_log = ResultsLog(tmp_path, seed=7)
+    assert (results_log.results(), results_log.next_run()) == ([], 0)
+    results_log.append([result(0), result(0)])
+    results_log.append([result(4)])
+    again = ResultsLog(tmp_path, seed=7)
     assert [r.run for r in again.results()] == [0, 0, 4]
     assert again.next_run() == 5
-    assert Ledger(tmp_path, seed=8).results() == []
+    assert ResultsLog(tmp_path, seed=8).results() == []
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, seed=7)
-    ledger.append([result(0), result(1)])
-    whole = ledger.path.read_bytes()
-    ledger.path.write_bytes(whole[:-5])
-    assert [r.run for r in ledger.results()] == [0]
-    ledger.append([result(1)])
-    assert ledger.path.read_bytes() == whole
+def test_an_incomplete_line_is_dropped(tmp_path: Path) -> None:
+    results_log = ResultsLog(tmp_path, seed=7)
+    results_log.append([result(0), result(1)])
+    data = results_log.path.read_bytes()
+    results_log.path.write_bytes(data[:-5])
+    assert [r.run for r in results_log.results()] == [0]
+    results_log.append([result(1)])
+    assert results_log.path.read_bytes() == data
 
 
 def test_one_object_of_integers() -> None:
@@ -51,8 +51,8 @@ def test_one_object_of_integers() -> None:
     }
 
 
-def test_the_table_has_a_row_for_each_fault_and_says_what_was_wrong() -> None:
-    failed = result(2, "sigterm", survived=False, lost=10, told="no step 3")
+def test_the_table_has_a_row_for_each_fault_and_names_problems() -> None:
+    failed = result(2, "sigterm", survived=False, lost=10, problem="no step 3")
     lines = page([result(seconds=4.0), result(seconds=8.0), failed]).splitlines()
     assert lines[0].split("  ")[0] == "fault"
     assert lines[1].split() == [
@@ -77,15 +77,15 @@ def test_plans_are_a_function_of_seed_and_number() -> None:
     plans = [draw(3, number, kinds) for number in range(300)]
     assert plans == [draw(3, number, kinds[::-1]) for number in range(300)]
     assert plans != [draw(4, number, kinds) for number in range(300)]
-    assert {m.fault for plan in plans for m in plan.moments} == set(kinds)
+    assert {m.fault for plan in plans for m in plan.injections} == set(kinds)
     for plan in plans:
-        fitting = [FAULTS[moment.fault] for moment in plan.moments]
+        fitting = [FAULTS[injection.fault] for injection in plan.injections]
         assert all(plan.work in fault.works for fault in fitting)
-        assert all(f.habitat is None or f.habitat.name == plan.habitat for f in fitting)
-        ats = [moment.at for moment in plan.moments]
+        assert all(f.environment is None or f.environment.name == plan.environment for f in fitting)
+        ats = [injection.at for injection in plan.injections]
         assert 1 <= min(ats) <= max(ats) < plan.work.total
 
 
 def test_unknown_faults_are_refused() -> None:
     with pytest.raises(UserError, match=r"no fault 'kill-wroker' \(did you mean 'kill-worker'"):
-        possible(["kill-wroker"])
+        available(["kill-wroker"])
