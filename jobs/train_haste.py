@@ -77,7 +77,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
         done = run.summary() if state.step >= config.steps and run.has_summary else {}
         if (
             done.get("steps", 0) >= config.steps
-        ):  # a summary of an earlier, shorter run does not count
+        ):  # else it is of a shorter run
             logger.info("run '%s' already has its %d steps", config.name, state.step)
             return done
     with ray_cluster(config.ray_address):
