@@ -1,4 +1,4 @@
-"""`--gc`: what crashes left is removed; what may be somebody's, or may be at work, is not."""
+"""`--gc` removes orphans of crashes, but no files of other names and none still being written."""
 
 from __future__ import annotations
 

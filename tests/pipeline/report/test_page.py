@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipeline.report import checkpoint_attention
 from pipeline.report.__main__ import main
 from pipeline.runs.reader import read_run
 from pipeline.store import Store
+from pipeline.text import MAX_TEXT
 from pipeline.train.local import train_here
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -217,6 +220,22 @@ def test_no_text_of_a_run_becomes_markup(
     outside = re.sub(r'(?:content|src)="[^"]*"', "", page)
     assert "http" not in outside.replace("http-equiv", "")
     assert "default-src 'none'" in page.replace("&#x27;", "'")
+
+
+def test_long_texts_of_a_run_are_shortened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", store="s3://b/" + "x" * 10_000)
+    write_rows(run / "evaluations.jsonl", [evaluation(100, network="y" * 100_000)])
+    page, _ = report(capsys, run)
+    assert max(len(texts) for texts in re.findall("x+|y+", page)) <= 2 * MAX_TEXT
+
+
+def test_the_command_starts_without_torch_and_matplotlib() -> None:
+    code = "import sys, pipeline.report.__main__; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "diffusers", "ray", "matplotlib"} & set(modules)
 
 
 def test_numbers_of_other_networks_or_sample_counts_get_panels_of_their_own(
