@@ -52,12 +52,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     """Check what can be checked without workers, then train. Returns the run's summary."""
     if config.store is None:
         raise UserError("--store is missing: the folder or URL of the store to train on")
-    config = with_absolute_paths(
-        config,
-        ["store", "samples.evaluate.reference"],
-        folders=["samples.autoencoder"],
-        weights=["samples.evaluate.network_weights", "samples.evaluate.inception_weights"],
-    )
+    config = _with_absolute_paths(config)
     store = Store.open(config.store)
     run = RunFolder(config)
     state = latest_state(run.checkpoints)
@@ -76,6 +71,15 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     with ray_cluster(config.ray_address):
         fit(config)
     return run.summary()
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    return with_absolute_paths(
+        config,
+        ["store", "samples.evaluate.reference"],
+        folders=["samples.autoencoder"],
+        weights=["samples.evaluate.network_weights", "samples.evaluate.inception_weights"],
+    )
 
 
 if __name__ == "__main__":
