@@ -85,5 +85,14 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     return run.summary()
 
 
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    return with_absolute_paths(
+        config,
+        ["store", "samples.evaluate.reference"],
+        folders=["samples.autoencoder"],
+        weights=["samples.evaluate.network_weights", "samples.evaluate.inception_weights"],
+    )
+
+
 if __name__ == "__main__":
     run_command(main)

@@ -36,12 +36,12 @@ MAX_FEATURES = 1 << 20
 
 
 def has_statistics(archive: Archive) -> bool:
-    """Whether the file has moments."""
+    """True where the file has moments."""
     return "mu" in archive and "sigma" in archive
 
 
 def has_points(archive: Archive) -> bool:
-    """Whether the file has images or features, which precision and recall need."""
+    """True where the file has images or features, which precision and recall need."""
     return IMAGES in archive or FEATURES in archive
 
 

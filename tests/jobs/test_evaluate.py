@@ -119,11 +119,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
-def test_what_cannot_be_compared_stands_side_by_side(
+def test_evaluations_that_cannot_be_compared_have_rows_of_their_own(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
-    """Another guidance, other weights of the network, another size of what it sees; but a copy of
-    the reference, or its statistics alone, is the same reference."""
+    """Rows differ by guidance, by the network's weights and by its input size; a copy of the
+    reference, or its statistics alone, is the same reference."""
     folder = files / "x"
     folder.mkdir()
     guided = about_samples(sampler={"steps": 50, "guidance": 1.5}).model_dump_json()
@@ -208,7 +208,7 @@ def test_a_folder_of_samples_is_recorded_at_its_step(
 
 
 def test_record_at_a_url(run: Callable[..., dict[str, Any]], files: Path) -> None:
-    """Rows that were there stay."""
+    """Existing rows stay."""
     memory = fsspec.filesystem("memory")
     place = "/recorded/x/evaluations.jsonl"
     sides = ("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
@@ -229,7 +229,7 @@ def test_record_at_a_url(run: Callable[..., dict[str, Any]], files: Path) -> Non
 def test_moments_alone_leave_precision_null(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
-    """A file of ours without its features; ADM's without a network's name is Inception's."""
+    """Also a file without features; one without a network's name is Inception's, as ADM's are."""
     run("--reference", files / "real.npz", "--save-reference", files / "ref.npz", *NETWORK)
     with np.load(files / "ref.npz") as saved:
         parts = {name: saved[name] for name in ("mu", "sigma", "about")}
@@ -237,7 +237,7 @@ def test_moments_alone_leave_precision_null(
     found = run("--samples", files / "samples.npz", "--reference", files / "moments.npz", *NETWORK)
     assert found["fid"] > 0
     assert found["precision"] is found["recall"] is None
-    np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))  # which have no 3 neighbours
+    np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))  # too few for 3 neighbours
     few = run("--samples", files / "three.npz", "--reference", files / "moments.npz", *NETWORK)
     assert few["fid"] > 0
     with pytest.raises(UserError, match=r"--samples has 3 images, .* a smaller --k"):
@@ -247,7 +247,7 @@ def test_moments_alone_leave_precision_null(
         run("--samples", files / "samples.npz", "--reference", files / "adm.npz", *NETWORK)
 
 
-def test_few_images_make_statistics_where_nothing_is_compared(
+def test_few_images_suffice_for_statistics_without_a_comparison(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
     np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))
@@ -332,7 +332,7 @@ def test_options_that_do_not_go_together(
         run(*options)
 
 
-def test_rows_that_could_not_be_written_again_are_refused_before_the_work(
+def test_rows_that_are_not_json_are_refused_before_the_work(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
     (files / "nan").mkdir()

@@ -19,7 +19,7 @@ def blobs(count: int, *, seed: int, size: int = 32, mean: float = 120) -> torch.
 
 
 def about_samples(**changes: Any) -> SampleAbout:
-    """What 20 images say that ``jobs/sample.py`` drew."""
+    """Description of 20 images that ``jobs/sample.py`` drew."""
     values: dict[str, Any] = {
         "checkpoint": "/runs/x/checkpoint-000000300",
         "step": 300,
