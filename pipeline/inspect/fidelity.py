@@ -19,7 +19,7 @@ from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
 from pipeline.targets.sources import Wanted, open_targets
 from pipeline.teachers import Teacher
-from pipeline.teachers.manifest_check import declared_config, draft_declared
+from pipeline.teachers.manifest_check import create_meta_teacher, teacher_config
 from pipeline.text import describe_bytes
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
@@ -170,8 +170,10 @@ def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
     """The whole teacher of a stream, not only its tail. Raises ``UserError`` where ``weights`` are
     not those that the store was made with."""
     about, resolution = store.manifest.teacher_streams[stream].teacher, store.manifest.resolution
-    draft_declared(about, resolution, f"{store.shown_url}/{MANIFEST}: streams.{stream}.teacher")
-    config = declared_config(about)
+    create_meta_teacher(
+        about, resolution, f"{store.shown_url}/{MANIFEST}: streams.{stream}.teacher"
+    )
+    config = teacher_config(about)
     if weights is not None:
         config = config.model_copy(update={"weights": weights})
     teacher = Teacher(config, resolution=resolution, layers=about.layers)
