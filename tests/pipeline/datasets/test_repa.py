@@ -84,7 +84,7 @@ def test_a_damaged_list_is_one_line(tmp_path: Path, text: str, complaint: str) -
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
-        ([latent_name(1), 1], r"entry 2 lists .*00000001\.npy\" again"),
+        ([latent_name(1), 1], r"entry 2 repeats .*00000001\.npy\""),
         ([latent_name(2), None], rf"entry 2 is \[.*, null\]; {EXPECTED}"),
         ([latent_name(2), -1], EXPECTED),
         ([latent_name(2), True], EXPECTED),
@@ -95,11 +95,11 @@ def test_a_damaged_list_is_one_line(tmp_path: Path, text: str, complaint: str) -
         (None, EXPECTED),
         ("x" * 5000, EXPECTED),
         ([7, 1], EXPECTED),
-        (["../../etc/img-mean-std-00000002.npy", 1], "is no latent's name"),
-        (["00000/../../img-mean-std-00000002.npy", 1], "is no latent's name"),
-        (["/00000/img-mean-std-00000002.npy", 1], "is no latent's name"),
-        (["00000/img-mean-std-00000002.npy\n", 1], "is no latent's name"),
-        ([image_name(2), 1], "is no latent's name"),
+        (["../../etc/img-mean-std-00000002.npy", 1], "is not the name of a latent"),
+        (["00000/../../img-mean-std-00000002.npy", 1], "is not the name of a latent"),
+        (["/00000/img-mean-std-00000002.npy", 1], "is not the name of a latent"),
+        (["00000/img-mean-std-00000002.npy\n", 1], "is not the name of a latent"),
+        ([image_name(2), 1], "is not the name of a latent"),
     ],
 )
 def test_a_bad_entry_is_named(tmp_path: Path, entry: object, complaint: str) -> None:
