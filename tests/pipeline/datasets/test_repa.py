@@ -32,7 +32,7 @@ def test_every_latent_is_listed_with_the_image_of_its_number(tmp_path: Path) -> 
     assert read(first) == (tmp_path / "images" / image_name(0)).read_bytes()
 
 
-def test_order_is_by_number_whatever_the_order_of_the_list(tmp_path: Path) -> None:
+def test_order_is_by_number_for_any_order_of_the_list(tmp_path: Path) -> None:
     numbers = [2001, 3, 999, 1000, 0]
     write_labels(tmp_path, "vae-sd", [[latent_name(n), n % 7] for n in numbers])
     listing = list_repa(str(tmp_path))
@@ -43,7 +43,7 @@ def test_order_is_by_number_whatever_the_order_of_the_list(tmp_path: Path) -> No
 
 
 def test_fewer_latents_than_images_are_fine(tmp_path: Path) -> None:
-    """``encode --max-images`` makes them."""
+    """``encode --max-images`` writes such folders."""
     random_repa(tmp_path)
     write_labels(tmp_path, "vae-sd", [[latent_name(n), n % 2] for n in range(3)])
     assert len(list_repa(str(tmp_path)).items) == 3
