@@ -75,23 +75,12 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     store.require_complete(*streams)
     if state is not None:
         done = run.summary() if state.step >= config.steps and run.has_summary else {}
-        if (
-            done.get("steps", 0) >= config.steps
-        ):  # else it is of a shorter run
+        if done.get("steps", 0) >= config.steps:  # else it is of a shorter run
             logger.info("run '%s' already has its %d steps", config.name, state.step)
             return done
     with ray_cluster(config.ray_address):
         fit(config)
     return run.summary()
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    return with_absolute_paths(
-        config,
-        ["store", "samples.evaluate.reference"],
-        folders=["samples.autoencoder"],
-        weights=["samples.evaluate.network_weights", "samples.evaluate.inception_weights"],
-    )
 
 
 if __name__ == "__main__":

@@ -80,19 +80,19 @@ class ArtifactCache:
         called only if the artifact is missing. Raises ``UserError`` if it was made with other
         options."""
         final = self.folder / name
-        wanted = json.loads(json.dumps(options))
+        requested = json.loads(json.dumps(options))
         if not final.exists():
             with self.exclusive():
                 if not final.exists():  # another process may have made it in the meantime
-                    self._make(name, wanted, make)
+                    self._make(name, requested, make)
         try:
             info = json.loads((final / INFO_FILE).read_text())
             saved, report = info["options"], info["report"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"'{final / INFO_FILE}' cannot be read: remove '{final}'") from None
-        if saved != wanted:
+        if saved != requested:
             differing = sorted(
-                key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key)
+                key for key in {*saved, *requested} if saved.get(key) != requested.get(key)
             )
             raise UserError(
                 f"the {name} in '{final}' was made with another {', '.join(differing)}: remove it "

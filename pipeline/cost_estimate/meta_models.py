@@ -10,7 +10,7 @@ import torch
 
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.autoencoders.autoencoder import KINDS
-from pipeline.teachers.vit import draft_vit
+from pipeline.teachers.vit import create_meta_vit
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 
@@ -38,7 +38,7 @@ class Drafts(NamedTuple):
 
 def draft(config: ExtractConfig) -> Drafts:
     """Teacher and autoencoder of an extraction. Raises ``UserError``."""
-    vit, shape = draft_vit(config.teacher, config.resolution)
+    vit, shape = create_meta_vit(config.teacher, config.resolution)
     if max(config.layers) >= shape.depth:
         raise UserError(
             f"--layers asks for layer {max(config.layers)}; teacher '{config.teacher.model}' has "

@@ -20,7 +20,7 @@ from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
 from pipeline.targets.sources import Wanted, open_targets
 from pipeline.teachers import Teacher
-from pipeline.teachers.manifest_check import declared_config, draft_declared
+from pipeline.teachers.manifest_check import create_meta_teacher, teacher_config
 from pipeline.text import describe_bytes
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
@@ -172,8 +172,8 @@ def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
     """The complete teacher of a stream, not only its tail. Raises ``UserError`` if ``weights`` are
     not those of the store."""
     info, resolution = store.manifest.teacher_streams[stream].teacher, store.manifest.resolution
-    draft_declared(info, resolution, f"{store.shown_url}/{MANIFEST}: streams.{stream}.teacher")
-    config = declared_config(info)
+    create_meta_teacher(info, resolution, f"{store.shown_url}/{MANIFEST}: streams.{stream}.teacher")
+    config = teacher_config(info)
     if weights is not None:
         config = config.model_copy(update={"weights": weights})
     teacher = Teacher(config, resolution=resolution, layers=info.layers)

@@ -13,7 +13,7 @@ from pipeline.storage.files import file_size, open_url, read_bytes, write_atomic
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
 from pipeline.teachers import Teacher
-from pipeline.teachers.manifest_check import declared_config, draft_declared, state_bytes
+from pipeline.teachers.manifest_check import create_meta_teacher, tail_bytes, teacher_config
 from pipeline.teachers.vit import tail_state
 from schemas.errors import UserError
 from schemas.extract import Cut
@@ -62,8 +62,8 @@ def check_tail(store: Store, stream: str) -> None:
     teacher that is what the manifest says, as large as its blocks. Raises ``UserError``."""
     about, tail, first_block = _declared(store, stream)
     where = f"{store.shown_url}/{MANIFEST}: streams.{stream}"
-    draft = draft_declared(about, store.manifest.resolution, f"{where}.teacher")
-    size = state_bytes(draft, first_block)
+    draft = create_meta_teacher(about, store.manifest.resolution, f"{where}.teacher")
+    size = tail_bytes(draft, first_block)
     if not size <= tail.bytes <= size + MAX_HEADER:
         raise UserError(
             f"{where}.tail.bytes is {tail.bytes}; blocks {first_block} to {about.depth - 1} of "
@@ -78,7 +78,7 @@ def load_tail(store: Store, stream: str, layers: Sequence[int]) -> Teacher:
     about, tail, first_block = _declared(store, stream)
     try:
         return Teacher(
-            declared_config(about),
+            teacher_config(about),
             resolution=store.manifest.resolution,
             layers=layers,
             first_block=first_block,

@@ -40,6 +40,13 @@ def read_latents(store: Store, shard: int, row: int) -> dict[str, np.ndarray]:
     return {column: values[0] for column, values in batch.items()}
 
 
+def first_of_each_class(store: Store, count: int) -> list[int]:
+    """Rows of shard 0 with the first sample of each of its first ``count`` classes."""
+    rows = np.arange(store.record(0).samples)
+    labels = StreamReader(store, "latents").read(np.zeros_like(rows), rows)["label"]
+    return sorted(np.unique(labels, return_index=True)[1].tolist())[:count]
+
+
 def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -> None:
     """Draw the decoded latent, a PCA of the teacher's features and the attention of a few query
     tokens in every layer: the targets that training computes from the store's cut. Raises

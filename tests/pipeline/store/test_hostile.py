@@ -467,8 +467,8 @@ def channels(patch: int) -> Change:
         (channels(512), "157286. MB of weights; the limit"),
         (channels(64), "24576 MB of weights outside its blocks; the limit"),
         (replayed(model_args={**SMALL, "no_such": 1}), "teacher: --teacher.model .*no_such"),
-        (replayed(model="mixer_b16_224", model_args={"num_blocks": 1 << 14}), "no vision trans"),
-        (replayed(model="vit_of_tomorrow"), "timm knows no 'vit_of_tomorrow'"),
+        (replayed(model="mixer_b16_224", model_args={"num_blocks": 1 << 14}), "not a vision trans"),
+        (replayed(model="vit_of_tomorrow"), "timm has no model 'vit_of_tomorrow'"),
     ],
 )
 def test_a_teacher_that_is_not_as_declared_is_never_built(
