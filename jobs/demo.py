@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-from jobs.sample import draw_grid
 from jobs.train_haste import train_run
 from pipeline.checkpoints.student import load_student
 from pipeline.cli.command import run_command
@@ -28,6 +27,7 @@ from pipeline.inspect.summary import describe, summarise
 from pipeline.report.page import write_report
 from pipeline.report.plots import draw_curves
 from pipeline.runs.reader import ATTENTION, SAMPLES, read_run
+from pipeline.sampling.grid import draw_grid
 from pipeline.store import Store, StreamReader
 from pipeline.visualization.attention import draw_attention
 from schemas.extract import PRESETS, ExtractConfig

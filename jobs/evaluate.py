@@ -13,14 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.evaluate.evaluator import evaluate
+from pipeline.precision import choose_device
 from pipeline.runs.provenance import check_samples_are_of
 from pipeline.storage.files import redact
-from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
 
 
@@ -32,20 +30,12 @@ def main(argv: list[str]) -> int:
         about="Compare generated images with real ones: FID, sFID, Inception score, precision, "
         "recall, FD-DINOv2.",
     )
-    found = evaluate(config, _device(config), check_origin=check_samples_are_of)
+    found = evaluate(config, choose_device(config.device), check_origin=check_samples_are_of)
     if found is not None:
         print(found.model_dump_json() if config.as_json else _table(found))
     elif config.as_json:
         print(json.dumps({"save_reference": redact(str(config.save_reference))}))
     return 0
-
-
-def _device(config: EvaluateConfig) -> str:
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no GPU that torch can use")
-    return config.device
 
 
 def _table(found: Evaluation) -> str:

@@ -22,7 +22,7 @@ from pipeline.cost_estimate import wants_plan
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.runs.compatibility import resolve_run
 from pipeline.runs.directory import RunFolder
-from pipeline.storage.files import absolute_folder, absolute_url
+from pipeline.storage.filesystem import with_absolute_paths
 from pipeline.store import Store
 from pipeline.train.ray_trainer import fit
 from schemas.errors import UserError
@@ -50,7 +50,12 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     """Check what can be checked without workers, then train. Returns the run's summary."""
     if config.store is None:
         raise UserError("--store is missing: the folder or URL of the store to train on")
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(
+        config,
+        ["store", "samples.evaluate.reference"],
+        folders=["samples.autoencoder"],
+        weights=["samples.evaluate.network_weights", "samples.evaluate.inception_weights"],
+    )
     store = Store.open(config.store)
     run = RunFolder(config)
     state = latest_state(run.checkpoints)
@@ -68,27 +73,6 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     with ray_cluster(config.ray_address):
         fit(config)
     return run.summary()
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Local paths made absolute: workers run in another folder."""
-    samples, evaluation = config.samples, config.samples.evaluate
-    ours: dict[str, Any] = {}
-    if evaluation.reference is not None:
-        ours["reference"] = absolute_url(evaluation.reference)
-    for key in ("network_weights", "inception_weights"):
-        weights = getattr(evaluation, key)
-        if weights is not None and weights not in ("hub", "random"):
-            ours[key] = absolute_url(weights)
-    update: dict[str, Any] = {"evaluate": evaluation.model_copy(update=ours)}
-    if samples.autoencoder is not None:
-        update["autoencoder"] = absolute_folder(samples.autoencoder)
-    return config.model_copy(
-        update={
-            "store": absolute_url(str(config.store)),
-            "samples": samples.model_copy(update=update),
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def choose_device(option: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """Device type for the value of ``--device``; 'auto' is 'cuda' where a GPU is available. Raises
+    ``UserError`` for 'cuda' without a GPU."""
+    available = torch.cuda.is_available()
+    if option == "cuda" and not available:
+        raise UserError("--device cuda: this machine has no GPU that torch can use")
+    return "cuda" if available and option != "cpu" else "cpu"
+
+
 def choose_arithmetic(asked: Literal["auto"] | Arithmetic, device: str) -> Arithmetic:
     """What 'auto' stands for on 'cpu' or 'cuda'. Raises ``UserError`` where a device lacks it."""
     if asked == "auto":

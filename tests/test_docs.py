@@ -49,9 +49,10 @@ def test_named_things_exist(document: Path) -> None:
     assert list(missing(document.read_text(encoding="utf-8"), document.parent)) == []
 
 
-def test_readme_names_tests() -> None:
-    """The table of differences is read as such: a change of its form must not empty the check."""
-    assert len(TESTS.findall((ROOT / "README.md").read_text(encoding="utf-8"))) >= 5
+def test_documents_name_tests() -> None:
+    """The table of differences is found as such: a new form of it must not empty the check."""
+    found = [TESTS.findall(document.read_text(encoding="utf-8")) for document in DOCUMENTS]
+    assert sum(map(len, found)) >= 5
 
 
 @pytest.mark.parametrize(

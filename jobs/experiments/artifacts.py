@@ -1,11 +1,13 @@
-"""What all runs of an experiment share: images, networks trained on them, one store, a reference.
+"""Artifacts that all runs of an experiment share: images, networks trained on them, one store and
+the reference statistics.
 
-Each is made once, written whole or not at all, and remembers the options that made it.
+Each is made once, published atomically, and recorded with the options that made it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -18,14 +20,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from jobs.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
 from jobs.pretrain.classifier import ClassifierConfig, accuracy, train_classifier
-from jobs.pretrain.self_distill import SelfDistillConfig, knn_accuracy, normalise, self_distill
+from jobs.pretrain.self_distill import (
+    SelfDistillConfig,
+    extract_features,
+    knn_accuracy,
+    self_distill,
+)
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluator import evaluate
@@ -44,13 +50,17 @@ from schemas.evaluate import EvaluateConfig
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest
 
-RESOLUTION = 32
-JUDGE_SEED = 0
-ABOUT = "about.json"
+logger = logging.getLogger("jobs.experiments")
+
+RESOLUTION = 32  # of CIFAR-10, pixels per side
+EVALUATION_SEED = 0
+INFO_FILE = "about.json"
+CLASSIFIER_FILE = "judge.safetensors"
+REFERENCE_FILE = "reference.npz"
 
 
 class Images(NamedTuple):
-    """Some images of CIFAR-10."""
+    """Images of CIFAR-10 with their classes."""
 
     pixels: Tensor
     """uint8 (N, 3, 32, 32)."""
@@ -59,7 +69,7 @@ class Images(NamedTuple):
 
 
 class ArtifactCache:
-    """Finished things in one folder, one folder each."""
+    """Finished artifacts below one folder, each in its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,33 +77,34 @@ class ArtifactCache:
     def get(
         self, name: str, options: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
     ) -> tuple[Path, dict[str, Any]]:
-        """The folder of a thing and what ``make`` reported of it, made now where it is missing:
-        ``make`` fills an empty folder. Raises ``UserError`` where other options made it."""
+        """The folder of an artifact and the report of ``make``, which fills an empty folder and is
+        called only if the artifact is missing. Raises ``UserError`` if it was made with other
+        options."""
         final = self.folder / name
         wanted = json.loads(json.dumps(options))
         if not final.exists():
-            with self.alone():
-                if not final.exists():  # another process may just have ended
+            with self.exclusive():
+                if not final.exists():  # another process may have made it in the meantime
                     self._make(name, wanted, make)
         try:
-            about = json.loads((final / ABOUT).read_text())
-            made_with, report = about["options"], about["report"]
+            info = json.loads((final / INFO_FILE).read_text())
+            saved, report = info["options"], info["report"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"'{final / ABOUT}' cannot be read: remove '{final}'") from None
-        if made_with != wanted:
+            raise UserError(f"'{final / INFO_FILE}' cannot be read: remove '{final}'") from None
+        if saved != wanted:
             differing = sorted(
-                key for key in {*made_with, *wanted} if made_with.get(key) != wanted.get(key)
+                key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key)
             )
             raise UserError(
                 f"the {name} in '{final}' was made with another {', '.join(differing)}: remove it "
-                "and what was made with it, or choose another --work"
+                "and the artifacts made from it, or choose another --work"
             )
         return final, report
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While something is made: raises ``UserError`` where another process makes something. What
-        one left that was killed over it goes."""
+    def exclusive(self) -> Iterator[None]:
+        """Lock the cache for making an artifact and remove the temporary folders of killed
+        processes. Raises ``UserError`` if another process has the lock."""
         with exclusive_lock(
             self.folder, what=f"--work '{self.folder}'", remedy="choose another --work"
         ):
@@ -107,22 +118,17 @@ class ArtifactCache:
     ) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=self.folder))
         try:
-            say(f"making the {name}")
-            about = {"options": options, "report": make(temporary)}
-            (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+            logger.info("making artifact '%s'", name)
+            info = {"options": options, "report": make(temporary)}
+            (temporary / INFO_FILE).write_text(json.dumps(info, indent=1) + "\n")
             os.replace(temporary, self.folder / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def say(message: str) -> None:
-    """To the person."""
-    print(f"== {message}", file=sys.stderr, flush=True)
-
-
 def unpack(source: str, held_out: int, folder: Path) -> dict[str, Any]:
-    """The zip's ``train/CLASS/NAME`` to ``train`` and ``held_out``; of each class the last
-    ``held_out`` names are held out. Raises ``UserError``."""
+    """Unpack ``train/CLASS/NAME`` of the zip to ``folder/train`` and ``folder/held_out``; the last
+    ``held_out`` names of each class are held out. Raises ``UserError``."""
     try:
         with zipfile.ZipFile(source) as zipped:
             by_class: dict[str, list[str]] = {}
@@ -136,27 +142,25 @@ def unpack(source: str, held_out: int, folder: Path) -> dict[str, Any]:
                     f"--source '{source}': expected train/CLASS/NAME.jpg with more than {held_out} "
                     f"images of each class; found {len(by_class)} classes, the smallest of {fewest}"
                 )
-            for kind, names in by_class.items():
-                if kind in (".", ".."):
-                    raise UserError(f"--source '{source}' has a class named '{kind}'")
-                for part, chosen in (
-                    ("train", names[: len(names) - held_out]),
-                    ("held_out", names[len(names) - held_out :]),
-                ):
-                    target = folder / part / kind
+            for class_name, names in by_class.items():
+                if class_name in (".", ".."):
+                    raise UserError(f"--source '{source}' has a class named '{class_name}'")
+                splits = {"train": names[:-held_out], "held_out": names[-held_out:]}
+                for split, members in splits.items():
+                    target = folder / split / class_name
                     target.mkdir(parents=True)
-                    for name in chosen:
+                    for name in members:
                         (target / Path(name).name).write_bytes(zipped.read(name))
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"--source '{source}' is no zip that can be read: {error}") from None
+        raise UserError(f"--source '{source}' is not a readable zip: {error}") from None
     return {"classes": len(by_class), "images": sum(map(len, by_class.values()))}
 
 
 def read_images(folder: Path) -> Images:
-    """All pictures of ``folder/CLASS``; raises ``UserError`` where one is damaged."""
+    """All images of ``folder/CLASS``. Raises ``UserError`` if one is damaged."""
     pixels, labels = [], []
-    for label, kind in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
-        for path in sorted(kind.iterdir()):
+    for label, class_folder in enumerate(sorted(p for p in folder.iterdir() if p.is_dir())):
+        for path in sorted(class_folder.iterdir()):
             try:
                 pixels.append(decode_crop(path.read_bytes(), RESOLUTION))
             except (OSError, BadImageError) as error:
@@ -169,23 +173,18 @@ def read_images(folder: Path) -> Images:
 def make_teacher(
     folder: Path, train: Images, held_out: Images, config: SelfDistillConfig, device: str
 ) -> dict[str, Any]:
-    """Self-distilled without labels; labels of held-out images say what it knows."""
+    """Self-distil the teacher; labels are used only for its accuracy on held-out images."""
     backbone = self_distill(train.pixels, config, device)
     save_file(backbone.state_dict(), folder / "teacher.safetensors")
-    return {"knn_held_out": {**knn_accuracies(backbone, held_out)}}
+    return {"knn_held_out": knn_accuracies(backbone, held_out)}
 
 
-@torch.inference_mode()
 def knn_accuracies(backbone: Any, images: Images, k: int = 20) -> dict[str, float]:
-    """Leave-one-out k-NN accuracy among ``images``, by feature; raw pixels beside them."""
-    found = [
-        backbone.forward_features(normalise(batch.float() / 255))
-        for batch in images.pixels.split(256)
-    ]
-    tokens = torch.cat(found)
+    """Leave-one-out k-NN accuracy on ``images`` by feature; raw pixels are the baseline."""
+    classes, patches = extract_features(backbone, images.pixels)
     features = {
-        "class token": tokens[:, 0],
-        "mean patch": tokens[:, backbone.num_prefix_tokens :].mean(1),
+        "class token": classes,
+        "mean patch": patches,
         "raw pixels": images.pixels.float().flatten(1) - images.pixels.float().mean(),
     }
     return {name: knn_accuracy(values, images.labels, k) for name, values in features.items()}
@@ -194,25 +193,25 @@ def knn_accuracies(backbone: Any, images: Images, k: int = 20) -> dict[str, floa
 def make_autoencoder(
     folder: Path, train: Images, config: AutoencoderConfig, device: str
 ) -> dict[str, Any]:
-    """In diffusers' format."""
+    """Train the autoencoder; ``folder`` gets diffusers' format."""
     model, report = train_autoencoder(train.pixels, config, device)
     model.save_pretrained(folder)
     return report.model_dump()
 
 
-def make_judge(
+def make_classifier(
     folder: Path, train: Images, held_out: Images, config: ClassifierConfig, device: str
 ) -> dict[str, Any]:
-    """The network whose features are compared."""
+    """Train the evaluation classifier, whose features the Fréchet distance compares."""
     model = train_classifier(train.pixels, train.labels, config, device)
-    save_file(model.state_dict(), folder / "judge.safetensors")
+    save_file(model.state_dict(), folder / CLASSIFIER_FILE)
     return {"held_out_accuracy": accuracy(model, held_out.pixels, held_out.labels)}
 
 
-def complete_store(shelf: ArtifactCache, config: ExtractConfig, device: str, threads: int) -> Store:
-    """What ``python -m pipeline.extract`` does, in this process and without Ray: shards that are
-    there stay. Raises ``UserError`` where other options or networks made them, or another process
-    makes something on the shelf."""
+def complete_store(cache: ArtifactCache, config: ExtractConfig, device: str, threads: int) -> Store:
+    """Extract the missing shards as ``python -m pipeline.extract`` does, in this process, without
+    Ray. Raises ``UserError`` if the store was made with other options or networks, or if another
+    process makes an artifact."""
     assert config.store is not None
     listing = list_images(config)
     encoder = Encoder(config, device=device, threads=threads)
@@ -222,7 +221,7 @@ def complete_store(shelf: ArtifactCache, config: ExtractConfig, device: str, thr
         check_same_store(store.manifest, manifest, store.shown_url)
         if store.has_index() and not store.missing_shards(stream_name(config)):
             return store
-    with shelf.alone():
+    with cache.exclusive():
         return _make_store(config, listing, encoder, manifest)
 
 
@@ -246,36 +245,32 @@ def _make_store(
     return store
 
 
-def judged_by(judge: Path, config: ClassifierConfig) -> dict[str, Any]:
-    """The options that name the judge's features, for training and evaluation alike."""
+def evaluation_network(classifier: Path, config: ClassifierConfig) -> dict[str, Any]:
+    """Options that select the classifier's features, the same for training and evaluation."""
     return {
         "network": config.name,
-        "network_weights": str(judge / "judge.safetensors"),
+        "network_weights": str(classifier / CLASSIFIER_FILE),
         "network_size": RESOLUTION,
     }
 
 
 def make_reference(
-    folder: Path, train: Path, held_out: Path, judge: Mapping[str, Any], images: int, device: str
+    folder: Path, train: Path, held_out: Path, network: Mapping[str, Any], images: int, device: str
 ) -> dict[str, Any]:
-    """Statistics of the training images, and the distance of as many held-out ones as are drawn:
-    what a perfect model would reach."""
-    place = str(folder / "reference.npz")
-    asked = {"reference": str(train), "resolution": RESOLUTION, "batch_size": 500, **judge}
-    evaluate(EvaluateConfig.model_validate({**asked, "save_reference": place}), device)
-    floor = {**asked, "reference": place, "samples": str(held_out), "max_images": images}
-    found = evaluate(EvaluateConfig.model_validate(floor), device)
-    assert found is not None
-    return {"held_out_fid": found.fid, "samples": found.samples}
+    """Statistics of the training images, and the distance of ``images`` held-out ones to them,
+    which is what a perfect model would reach with as many samples."""
+    path = str(folder / REFERENCE_FILE)
+    common = {"reference": str(train), "resolution": RESOLUTION, "batch_size": 500, **network}
+    evaluate(EvaluateConfig.model_validate({**common, "save_reference": path}), device)
+    floor = {**common, "reference": path, "samples": str(held_out), "max_images": images}
+    result = evaluate(EvaluateConfig.model_validate(floor), device)
+    assert result is not None
+    return {"held_out_fid": result.fid, "samples": result.samples}
 
 
-def digest_of_reference(folder: Path, judge: Mapping[str, Any]) -> str:
-    """What rows of evaluations say of it, wherever it lies. Raises ``UserError``."""
-    place = str(folder / "reference.npz")
-    options = EvaluateConfig.model_validate({"reference": place, **judge})
-    return digest_of(load_moments(Archive(place, "reference"), open_network(options, device="cpu")))
-
-
-def dumped(config: BaseModel) -> dict[str, Any]:
-    """A config as plain data."""
-    return config.model_dump(mode="json")
+def digest_of_reference(folder: Path, network: Mapping[str, Any]) -> str:
+    """The digest by which rows of evaluations identify the reference, independent of its path.
+    Raises ``UserError``."""
+    path = str(folder / REFERENCE_FILE)
+    options = EvaluateConfig.model_validate({"reference": path, **network})
+    return digest_of(load_moments(Archive(path, "reference"), open_network(options, device="cpu")))

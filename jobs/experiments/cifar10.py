@@ -1,46 +1,45 @@
-"""Does the alignment help, and does its end? Six arms, any seeds, one store of CIFAR-10.
+"""Compare HASTE, its parts and its controls on CIFAR-10: six arms, any seeds, one store.
 
     python jobs/experiments/cifar10.py --source cifar10_train.zip --work runs/cifar10
     python jobs/experiments/cifar10.py --source cifar10_train.zip --work runs/cifar10_cpu \
         --config jobs/experiments/cifar10_cpu.yaml
 
-A teacher is self-distilled on the training images without labels, an autoencoder and a judge (a
-classifier, trained apart from the teacher) on the same; then every arm trains on one store, with
-equal steps and seeds, and is judged at several steps by the Fréchet distance on the judge's
-features. Interrupted, the same command goes on. It runs in one plain process and needs no cluster;
-with --select and --seeds several processes share the matrix once the ingredients are there.
+A teacher is self-distilled on the training images without labels; an autoencoder and the evaluation
+classifier are trained on the same images. Then every arm trains on one store, with equal steps and
+seeds, and is evaluated at several steps by the Fréchet distance on the classifier's features. The
+same command resumes an interrupted experiment. It runs in one plain process without a cluster; with
+--select and --seeds several processes share the runs once the artifacts are made.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-ROOT = Path(__file__).resolve().parents[2]
-if not __package__:  # run as a file: Python then looks beside this file, not in the repository root
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: Python then searches this folder, not the repository root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from pydantic import Field
 
 from jobs.experiments.artifacts import (
-    JUDGE_SEED,
+    EVALUATION_SEED,
+    REFERENCE_FILE,
     RESOLUTION,
     ArtifactCache,
     complete_store,
     digest_of_reference,
-    dumped,
-    judged_by,
+    evaluation_network,
     make_autoencoder,
-    make_judge,
+    make_classifier,
     make_reference,
     make_teacher,
     read_images,
-    say,
     unpack,
 )
-from jobs.experiments.results import write_outcome
+from jobs.experiments.results import write_results
 from jobs.pretrain.autoencoder import AutoencoderConfig
 from jobs.pretrain.classifier import ClassifierConfig
 from jobs.pretrain.self_distill import SelfDistillConfig
@@ -56,35 +55,38 @@ from schemas.extract import ExtractConfig
 from schemas.run import RunConfig
 from schemas.validation import validate
 
+logger = logging.getLogger("jobs.cifar10")
+
 DEFAULTS = Path(__file__).parent / "cifar10.yaml"
 
 
 class Cifar10Config(Strict):
-    """The experiment; jobs/experiments/cifar10.yaml has its defaults."""
+    """Options of the experiment; their defaults are in jobs/experiments/cifar10.yaml."""
 
     source: str | None = None
     """The zip of CIFAR-10's training images: train/CLASS/NAME.jpg."""
     work: str = "runs/cifar10"
-    """Folder of all that is made."""
+    """Folder of the artifacts, runs and results."""
     held_out: Annotated[int, Field(ge=1)] = 500
-    """Images of each class that nothing is trained on."""
+    """Images of each class that are not trained on."""
     teacher: SelfDistillConfig = SelfDistillConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     judge: ClassifierConfig = ClassifierConfig()
+    """The evaluation classifier."""
     store: dict[str, Any] = Field(default={})
     """Options of the extraction."""
     run: dict[str, Any] = Field(default={})
     """Options of every training run."""
     arms: dict[str, dict[str, Any]] = Field(default={})
-    """Options of the runs that are compared, by name."""
+    """Names of the compared runs and the options of each."""
     seeds: tuple[int, ...] = (0,)
-    """Each arm is trained once with each."""
+    """Each arm is trained once with each seed."""
     select: tuple[str, ...] = ()
-    """Only these arms are trained by this call; default: all."""
+    """Arms to train in this process (default: all)."""
     threads: Annotated[int, Field(ge=1)] = 4
     """Threads that decode images for the extraction."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device of all training and evaluation; auto is cuda if torch can use a GPU."""
 
 
 def main(argv: list[str]) -> int:
@@ -101,8 +103,8 @@ def main(argv: list[str]) -> int:
 
 
 def run_matrix(config: Cifar10Config) -> Path:
-    """Make what is missing, train what is not trained; returns the outcome's file. Raises
-    ``UserError``."""
+    """Make the missing artifacts and train the missing runs; returns the path of the result table.
+    Raises ``UserError``."""
     if config.source is None:
         raise UserError("--source is missing: the zip of CIFAR-10's training images")
     unknown = [name for name in config.select if name not in config.arms]
@@ -112,8 +114,8 @@ def run_matrix(config: Cifar10Config) -> Path:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     work = Path(config.work).expanduser().absolute()
-    drawn = _check(config, work)
-    shared, facts = _ingredients(config, work, device, drawn)
+    num_samples = _check(config, work)
+    shared, facts = _make_artifacts(config, work, device, num_samples)
     runs = [
         _run_config(config, work, shared, arm, seed) for seed in config.seeds for arm in config.arms
     ]
@@ -121,22 +123,22 @@ def run_matrix(config: Cifar10Config) -> Path:
         arm = run.name.rpartition("-seed")[0]
         if config.select and arm not in config.select:
             continue
-        say(f"run {run.name}")
+        logger.info("run %s", run.name)
         what = f"the run '{run.name}' in --work '{work}'"
         remedy = "share the runs by --select and --seeds"
         with exclusive_lock(work / "running" / run.name, what=what, remedy=remedy):
             train_here(run, work / "runs" / run.name, ProcessGroup(device=torch.device(device)))
     sampler = runs[0].samples.sampler.in_force.model_dump(mode="json")
     facts["evaluation"]["sampling"] = {"sampler": sampler, "labels": "random"}
-    return write_outcome(work, [run.name for run in runs], facts)
+    return write_results(work, [run.name for run in runs], facts)
 
 
 def _check(config: Cifar10Config, work: Path) -> int:
-    """Everything that the options alone can get wrong, before hours of training: how many images
-    every evaluation of a run draws. Raises ``UserError``."""
+    """Validate all options before hours of training; returns the number of samples per evaluation.
+    Raises ``UserError``."""
     _extraction(config, work, work, work, work)
-    somewhere = {"network": config.judge.name, "network_weights": "random", "reference": "-"}
-    shared = {"store": "-", "samples": {"evaluate": somewhere}}
+    placeholder = {"network": config.judge.name, "network_weights": "random", "reference": "-"}
+    shared = {"store": "-", "samples": {"evaluate": placeholder}}
     runs = [_run_config(config, work, shared, arm, 0) for arm in config.arms]
     if not runs:
         raise UserError("there are no arms: name some in the table 'arms' of --config")
@@ -145,70 +147,80 @@ def _check(config: Cifar10Config, work: Path) -> int:
     for arm, run in zip(config.arms, runs, strict=True):
         if run.samples != runs[0].samples:
             raise UserError(
-                f"the arm '{arm}' has options samples.* of its own: arms that are drawn or judged "
-                "in different ways cannot be compared"
+                f"the arm '{arm}' has options samples.* of its own: arms that are sampled or "
+                "evaluated in different ways cannot be compared"
             )
     images = runs[0].samples.evaluate.images
     if images is None:
-        raise UserError("run.samples.evaluate.images is missing: how many samples are judged")
+        raise UserError(
+            "run.samples.evaluate.images is missing: the number of samples per evaluation"
+        )
     return images
 
 
-def _ingredients(
-    config: Cifar10Config, work: Path, device: str, drawn: int
+def _make_artifacts(
+    config: Cifar10Config, work: Path, device: str, num_samples: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options that all runs share, and what was measured of what they are made of."""
-    shelf = ArtifactCache(work)
-    held = {"held_out": config.held_out}
-    pictures, about_images = shelf.get(
-        "images", held, lambda folder: unpack(str(config.source), config.held_out, folder)
+    """Options that all runs share, and the facts of the results: measurements of the artifacts and
+    the settings of the evaluation."""
+    cache = ArtifactCache(work)
+    held_out_option = {"held_out": config.held_out}
+    images, images_report = cache.get(
+        "images",
+        held_out_option,
+        lambda folder: unpack(str(config.source), config.held_out, folder),
     )
-    train, rest = read_images(pictures / "train"), read_images(pictures / "held_out")
-    teacher, about_teacher = shelf.get(
+    train, held_out = read_images(images / "train"), read_images(images / "held_out")
+    teacher, teacher_report = cache.get(
         "teacher",
-        held | dumped(config.teacher),
-        lambda folder: make_teacher(folder, train, rest, config.teacher, device),
+        held_out_option | config.teacher.model_dump(mode="json"),
+        lambda folder: make_teacher(folder, train, held_out, config.teacher, device),
     )
-    autoencoder, about_autoencoder = shelf.get(
+    autoencoder, autoencoder_report = cache.get(
         "autoencoder",
-        held | dumped(config.autoencoder),
+        held_out_option | config.autoencoder.model_dump(mode="json"),
         lambda folder: make_autoencoder(folder, train, config.autoencoder, device),
     )
-    judge, about_judge = shelf.get(
+    classifier_options = held_out_option | config.judge.model_dump(mode="json")
+    classifier, classifier_report = cache.get(
         "judge",
-        held | dumped(config.judge),
-        lambda folder: make_judge(folder, train, rest, config.judge, device),
+        classifier_options,
+        lambda folder: make_classifier(folder, train, held_out, config.judge, device),
     )
-    say("the store")
+    logger.info("extracting the store")
     store = complete_store(
-        shelf,
-        _extraction(config, pictures / "train", work / "store", teacher, autoencoder),
+        cache,
+        _extraction(config, images / "train", work / "store", teacher, autoencoder),
         device,
         config.threads,
     )
-    judged = judged_by(judge, config.judge)
-    reference, about_reference = shelf.get(
+    network = evaluation_network(classifier, config.judge)
+    reference, reference_report = cache.get(
         "reference",
-        held | dumped(config.judge) | {"images": drawn},
+        classifier_options | {"images": num_samples},
         lambda folder: make_reference(
-            folder, pictures / "train", pictures / "held_out", judged, drawn, device
+            folder, images / "train", images / "held_out", network, num_samples, device
         ),
     )
-    evaluation = {**judged, "reference": str(reference / "reference.npz"), "seed": JUDGE_SEED}
+    evaluation = {
+        **network,
+        "reference": str(reference / REFERENCE_FILE),
+        "seed": EVALUATION_SEED,
+    }
     facts = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,
-        "images": about_images,
-        "teacher": about_teacher,
-        "autoencoder": about_autoencoder,
-        "judge": about_judge,
-        "reference": about_reference,
+        "images": images_report,
+        "teacher": teacher_report,
+        "autoencoder": autoencoder_report,
+        "judge": classifier_report,
+        "reference": reference_report,
         "run": config.run,
         "evaluation": {
             "network": config.judge.name,
-            "samples": drawn,
+            "samples": num_samples,
             "weights": "ema",
-            "reference_sha256": digest_of_reference(reference, judged),
+            "reference_sha256": digest_of_reference(reference, network),
         },
     }
     return {"store": store.url, "samples": {"evaluate": evaluation}}, facts

@@ -1,4 +1,4 @@
-"""What an experiment found: a table over seeds, the curves, and the page that compares the runs."""
+"""Results of an experiment: a table over seeds, the curves, and a report that compares the runs."""
 
 from __future__ import annotations
 
@@ -19,67 +19,66 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Distances = dict[str, dict[int, list[float]]]
-"""Of each arm at each step, one for each seed that has come so far."""
-MAX_RUNS = 32
-"""On one page."""
+"""arm -> step -> Fréchet distances, one for each seed evaluated so far"""
+MAX_RUNS = 32  # on one report
 
 
-def write_outcome(work: Path, runs: Sequence[str], facts: Mapping[str, Any]) -> Path:
-    """``outcome.json``, ``.md`` and ``.png`` and ``report.html`` in ``work``, of the runs there
-    are; returns the second's path."""
+def write_results(work: Path, runs: Sequence[str], facts: Mapping[str, Any]) -> Path:
+    """Write ``outcome.json``, ``outcome.md``, ``outcome.png`` and ``report.html`` to ``work``, with
+    the runs that exist; returns the path of ``outcome.md``."""
     distances = read_distances(work / "runs", runs, facts["evaluation"])
     values = {"facts": facts, "frechet_distances": distances}
     _write(work / "outcome.json", json.dumps(values, indent=1) + "\n")
-    text = as_table(distances, facts)
-    _write(work / "outcome.md", text)
-    draw(distances, work / "outcome.png", facts["reference"]["held_out_fid"])
+    _write(work / "outcome.md", as_table(distances, facts))
+    draw_distances(distances, work / "outcome.png", facts["reference"]["held_out_fid"])
     folders = tuple(str(work / "runs" / name) for name in runs if (work / "runs" / name).is_dir())
     write_report(ReportConfig(runs=folders[:MAX_RUNS], html=str(work / "report.html")))
     return work / "outcome.md"
 
 
-def read_distances(folder: Path, runs: Sequence[str], of: Mapping[str, Any]) -> Distances:
-    """From the evaluations of runs named ``ARM-seedN`` that say ``of``: somebody may have recorded
-    others beside them."""
-    found: Distances = {}
+def read_distances(folder: Path, runs: Sequence[str], evaluation: Mapping[str, Any]) -> Distances:
+    """Distances from the evaluations of runs named ``ARM-seedN`` that match ``evaluation``; other
+    evaluations of these runs are ignored."""
+    distances: Distances = {}
     for name in runs:
         path = folder / name / EVALUATIONS
-        arm = name.rpartition("-seed")[0]
-        steps = found.setdefault(arm, {})
+        steps = distances.setdefault(name.rpartition("-seed")[0], {})
         if path.exists():
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            own = [row for row in rows if _says(row, of)]
+            own = [row for row in rows if _matches(row, evaluation)]
             for step, fid in {int(row["step"]): float(row["fid"]) for row in own}.items():
                 steps.setdefault(step, []).append(fid)
-    return found
+    return distances
 
 
 def as_table(distances: Distances, facts: Mapping[str, Any]) -> str:
     """Markdown: one row for each arm, the best of every step in bold; ± is the standard deviation
     over seeds."""
-    steps = sorted({step for found in distances.values() for step in found})
+    steps = sorted({step for by_step in distances.values() for step in by_step})
     best = {
-        step: min(statistics.mean(found[step]) for found in distances.values() if step in found)
+        step: min(
+            statistics.mean(by_step[step]) for by_step in distances.values() if step in by_step
+        )
         for step in steps
     }
     lines = [
         "| arm | seeds | " + " | ".join(f"step {step:,}" for step in steps) + " |",
         "|---|---" + "|---" * len(steps) + "|",
     ]
-    for arm, found in distances.items():
-        cells = [_cell(found.get(step, []), best[step]) for step in steps]
-        seeds = max((len(values) for values in found.values()), default=0)
+    for arm, by_step in distances.items():
+        cells = [_cell(by_step.get(step, []), best[step]) for step in steps]
+        seeds = max((len(values) for values in by_step.values()), default=0)
         lines.append(f"| {arm} | {seeds} | " + " | ".join(cells) + " |")
-    reference, teacher = facts["reference"], facts["teacher"]["knn_held_out"]
-    known = ", ".join(f"{name} {value:.1%}" for name, value in teacher.items())
+    reference, knn = facts["reference"], facts["teacher"]["knn_held_out"]
+    accuracies = ", ".join(f"{name} {value:.1%}" for name, value in knn.items())
     return "\n".join(
         [
             *lines,
             "",
-            f"Fréchet distance on the judge's features, {reference['samples']} samples; so many "
-            f"held-out real images have {reference['held_out_fid']:.2f}.",
-            f"Teacher, k-NN on held-out images: {known}. Judge, accuracy on them: "
-            f"{facts['judge']['held_out_accuracy']:.1%}. Autoencoder: "
+            f"Fréchet distance on the evaluation classifier's features, {reference['samples']} "
+            f"samples; as many held-out real images have {reference['held_out_fid']:.2f}.",
+            f"Teacher, k-NN on held-out images: {accuracies}. Evaluation classifier, accuracy on "
+            f"them: {facts['judge']['held_out_accuracy']:.1%}. Autoencoder: "
             f"{facts['autoencoder']['psnr_db']:.1f} dB. Device: {facts['device']}, torch "
             f"{facts['torch']}.",
             "",
@@ -87,21 +86,21 @@ def as_table(distances: Distances, facts: Mapping[str, Any]) -> str:
     )
 
 
-def draw(distances: Distances, path: Path, floor: float) -> None:
-    """Distance over steps, one line for each arm, the range over seeds behind it."""
+def draw_distances(distances: Distances, path: Path, floor: float) -> None:
+    """Distance over steps: one line for each arm, its range over seeds shaded."""
     figure, axis = plt.subplots(figsize=(7, 4.2))
-    for arm, found in distances.items():
-        if not found:
+    for arm, by_step in distances.items():
+        if not by_step:
             continue
-        steps = sorted(found)
-        means = [statistics.mean(found[step]) for step in steps]
+        steps = sorted(by_step)
+        means = [statistics.mean(by_step[step]) for step in steps]
         (line,) = axis.plot(steps, means, marker="o", label=arm)
-        lows, highs = [min(found[s]) for s in steps], [max(found[s]) for s in steps]
+        lows, highs = [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps]
         axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.15)
-    shown = axis.get_ylim()
+    limits = axis.get_ylim()
     axis.axhline(floor, color="grey", linestyle=":", label=f"held-out real images: {floor:.1f}")
-    axis.set(xlabel="step", ylabel="Fréchet distance (judge's features)")
-    axis.set_ylim(shown)  # it may lie far below, and would press the arms together
+    axis.set(xlabel="step", ylabel="Fréchet distance (classifier's features)")
+    axis.set_ylim(limits)  # a floor far below the arms would compress their differences
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
     figure.tight_layout()
@@ -111,15 +110,16 @@ def draw(distances: Distances, path: Path, floor: float) -> None:
     temporary.replace(path)
 
 
-def _says(row: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
-    """Whether a row has all of ``of``, part by part. Rows of earlier versions do not say how their
-    samples were drawn: the experiment's own were the only ones then."""
-    for key, value in of.items():
-        found = row.get(key)
-        if isinstance(value, Mapping):
-            if found is not None and not (isinstance(found, Mapping) and _says(found, value)):
+def _matches(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
+    """True if a row has all values of ``evaluation``, nested ones included. A nested value that the
+    row lacks matches: rows of earlier versions have no sampling settings and are the experiment's
+    own."""
+    for key, expected in evaluation.items():
+        value = row.get(key)
+        if isinstance(expected, Mapping):
+            if value is not None and not (isinstance(value, Mapping) and _matches(value, expected)):
                 return False
-        elif found != value:
+        elif value != expected:
             return False
     return True
 
@@ -133,5 +133,5 @@ def _cell(values: Sequence[float], best: float) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    filesystem, place = open_url(str(path), what="--work")
-    write_atomic(filesystem, place, text.encode())
+    filesystem, root = open_url(str(path), what="--work")
+    write_atomic(filesystem, root, text.encode())

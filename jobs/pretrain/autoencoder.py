@@ -1,66 +1,90 @@
-"""Train a tiny KL autoencoder, in the format of diffusers, for the demo.
+"""Train the demo's autoencoder: a tiny KL autoencoder in the format of diffusers.
 
     python jobs/pretrain/autoencoder.py [--steps N] [--out DIRECTORY]
 
-It is the autoencoder of latent diffusion (arXiv 2112.10752) made small: an L1 reconstruction loss,
-a slight pull of the posterior towards a standard normal, and no adversary, because digits have no
-texture to invent. 32x32x3 images become 8x8x4 latents.
+The autoencoder of latent diffusion (arXiv 2112.10752), made small: an L1 reconstruction loss and a
+small weight on the divergence of the posterior from a standard normal. There is no adversarial
+loss, because digits have no texture. 32x32x3 images become 8x8x4 latents.
 """
 
 from __future__ import annotations
 
-import argparse
+import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from diffusers import AutoencoderKL
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
-if not __package__:  # run as a file: Python then looks beside this file, not in the repository root
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file: Python then searches this folder, not the repository root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from jobs.pretrain.common import logs_step, set_learning_rate, shuffled_batches, warmup_cosine
+from pipeline.assets import DEMO_AUTOENCODER
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
 from pipeline.datasets.digits import digits_images
+from schemas.base import Strict
+
+logger = logging.getLogger("jobs.autoencoder")
 
 
-class AutoencoderConfig(BaseModel):
-    """What is trained and how. Every width after the first halves the resolution."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class AutoencoderConfig(Strict):
+    """Architecture and training of the autoencoder."""
 
     widths: tuple[int, ...] = (16, 32, 32)
+    """Channels of each level; every level after the first halves the resolution."""
     norm_groups: Annotated[int, Field(gt=0)] = 8
+    """Groups of the group norms."""
     latent_channels: Annotated[int, Field(gt=0)] = 4
     steps: Annotated[int, Field(gt=0)] = 1500
     batch_size: Annotated[int, Field(gt=0)] = 64
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     warmup_steps: Annotated[int, Field(gt=0)] = 50
-    kl_weight: Annotated[float, Field(ge=0, description="per latent value; L1 is per pixel")] = 1e-4
-    held_out: Annotated[float, Field(gt=0, lt=1, description="fraction never trained on")] = 0.1
+    """Steps of the learning rate's linear rise."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight of the divergence per latent value; L1 is per pixel value."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction of the images that are only measured on."""
     seed: int = 0
 
 
+class CommandOptions(AutoencoderConfig):
+    """The configuration and the options of the command."""
+
+    out: str | None = None
+    """Folder of the autoencoder (default: the demo's in pipeline/assets/)."""
+    resolution: Annotated[int, Field(gt=0)] = 32
+    """Pixels per side of the images."""
+    threads: Annotated[int, Field(gt=0)] = 2
+    """CPU threads of torch."""
+
+
 class AutoencoderReport(BaseModel):
-    """What was measured, on held-out images except for the statistics of all latents."""
+    """Measurements: PSNR on held-out images, statistics of the latents of all images."""
 
     psnr_db: float
-    noisy_psnr_db: float = Field(description="after noise of a tenth of the latents' std")
+    noisy_psnr_db: float
+    """With noise of a tenth of the latents' std added to them."""
     scaling_factor: float
-    channel_mean: list[float] = Field(description="of the scaled latents")
-    channel_std: list[float] = Field(description="of the scaled latents")
-    posterior_std: float = Field(description="mean, in scaled units")
-    neighbour_correlation: float = Field(description="of scaled latents one position apart")
+    channel_mean: list[float]
+    """Mean of each channel of the scaled latents."""
+    channel_std: list[float]
+    """Standard deviation of each channel of the scaled latents."""
+    posterior_std: float
+    """Mean std of the posterior, in scaled units."""
+    neighbour_correlation: float
+    """Correlation of scaled latents one position apart."""
     encode_images_per_second: float
 
 
-def build(config: AutoencoderConfig, resolution: int) -> AutoencoderKL:
+def create_autoencoder(config: AutoencoderConfig, resolution: int) -> AutoencoderKL:
     blocks = len(config.widths)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
@@ -76,56 +100,42 @@ def build(config: AutoencoderConfig, resolution: int) -> AutoencoderKL:
 def train_autoencoder(
     images: Tensor, config: AutoencoderConfig, device: torch.device | str = "cpu"
 ) -> tuple[AutoencoderKL, AutoencoderReport]:
-    """Train on uint8 ``images`` (N, 3, R, R); the returned model, on the CPU, knows its scaling
-    factor."""
+    """Train on uint8 ``images`` (N, 3, R, R); returns the model on the CPU, its scaling factor set,
+    and its measurements."""
     torch.manual_seed(config.seed)
     order = torch.randperm(len(images))
     held_out = order[: max(1, round(config.held_out * len(images)))]
     training = order[len(held_out) :]
 
-    model = build(config, images.shape[-1]).to(device, memory_format=torch.channels_last)
+    model = create_autoencoder(config, images.shape[-1]).to(
+        device, memory_format=torch.channels_last
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
-    batches = shuffled_batches(training, config.batch_size)
+    batches = shuffled_batches(len(training), config.batch_size)
     model.train()
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(step, config)
-        pixels = to_pixels(images[next(batches)].to(device))
+        factor = warmup_cosine(step, config.warmup_steps, config.steps)
+        set_learning_rate(optimizer, config.learning_rate * factor)
+        pixels = to_pixels(images[training[next(batches)]].to(device))
         posterior = model.encode(pixels).latent_dist
         decoded = model.decode(posterior.sample()).sample
         reconstruction = F.l1_loss(decoded, pixels)
-        # diffusers sums the divergence over an image; per value it does not depend on the grid.
+        # diffusers sums the divergence over an image; the mean does not depend on the grid size.
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         loss = reconstruction + config.kl_weight * divergence
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0 or step == config.steps - 1:
-            print(
-                f"step {step:5d}  L1 {reconstruction.item():.4f}  KL {divergence.item():.2f}",
-                flush=True,
-            )
+        if logs_step(step, config.steps):
+            losses = reconstruction.item(), divergence.item()
+            logger.info("step %5d  L1 %.4f  KL %.2f", step, *losses)
     model.eval().to(memory_format=torch.contiguous_format)
     equalise_channels(model, images)
     report = measure(model, images, held_out)
     return model.cpu(), report
-
-
-def shuffled_batches(indices: Tensor, size: int) -> Iterator[Tensor]:
-    """Endless index batches: a new permutation each epoch, the ragged end dropped."""
-    size = min(size, len(indices))
-    while True:
-        epoch = indices[torch.randperm(len(indices))]
-        yield from epoch[: len(epoch) // size * size].split(size)
-
-
-def schedule(step: int, config: AutoencoderConfig) -> float:
-    """Linear warm-up, then a half cosine to zero."""
-    warmup = min(1.0, (step + 1) / config.warmup_steps)
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -148,27 +158,27 @@ def encode(model: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
 def equalise_channels(model: AutoencoderKL, images: Tensor) -> None:
     """Give every latent channel mean 0 and the same std, without changing one decoded pixel.
 
-    A store has one scaling factor for all channels, so that channels of unequal std would reach the
-    diffusion model unequal. The affine map that evens them out folds into the 1x1 convolutions on
-    either side of the latent.
+    A store has one scaling factor for all channels, so channels of unequal std would stay unequal
+    in the diffusion model. The affine map that equalises them is folded into the 1x1 convolutions
+    on both sides of the latent.
     """
     mean, std = encode(model, images)
     shift = mean.mean((0, 2, 3))
     spread = (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt()
     gain = spread / spread.log().mean().exp()  # the geometric mean keeps the overall scale
-    into, out_of = model.quant_conv, model.post_quant_conv
+    before, after = model.quant_conv, model.post_quant_conv
     channels = len(shift)
     shift, gain = shift.to(model.device), gain.to(model.device)
-    into.weight[:channels] /= gain[:, None, None, None]
-    into.bias[:channels] = (into.bias[:channels] - shift) / gain
-    into.bias[channels:] -= 2 * gain.log()  # the other half of the outputs are log variances
-    out_of.bias += out_of.weight[:, :, 0, 0] @ shift
-    out_of.weight *= gain[None, :, None, None]
+    before.weight[:channels] /= gain[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - shift) / gain
+    before.bias[channels:] -= 2 * gain.log()  # the second half of the outputs are log variances
+    after.bias += after.weight[:, :, 0, 0] @ shift
+    after.weight *= gain[None, :, None, None]
 
 
 @torch.inference_mode()
 def measure(model: AutoencoderKL, images: Tensor, held_out: Tensor) -> AutoencoderReport:
-    """Measure the model, and set its scaling factor to 1 / std of the sampled latents."""
+    """Measure the model and set its scaling factor to 1 / std of the sampled latents."""
     start = time.perf_counter()
     mean, std = encode(model, images)
     seconds = time.perf_counter() - start
@@ -199,30 +209,23 @@ def measure(model: AutoencoderKL, images: Tensor, held_out: Tensor) -> Autoencod
     )
 
 
-def main() -> None:
-    defaults = AutoencoderConfig()
-    parser = argparse.ArgumentParser(description="Train the demo's autoencoder on the digits.")
-    parser.add_argument("--out", type=Path, default=ROOT / "pipeline/assets/demo/autoencoder")
-    parser.add_argument("--resolution", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--kl-weight", type=float, default=defaults.kl_weight)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    options = vars(parser.parse_args())
-    out, resolution = options.pop("out"), options.pop("resolution")
-    torch.set_num_threads(options.pop("threads"))
-
-    digits, _ = digits_images(resolution)
-    images = torch.from_numpy(digits).permute(0, 3, 1, 2)
-    start = time.perf_counter()
-    model, report = train_autoencoder(images, AutoencoderConfig(**options))
-    model.save_pretrained(out)
+def main(argv: list[str]) -> int:
+    config = parse_options(
+        CommandOptions,
+        argv,
+        command="python jobs/pretrain/autoencoder.py",
+        about="Train the demo's autoencoder on scikit-learn's digits.",
+    )
+    torch.set_num_threads(config.threads)
+    digits, _ = digits_images(config.resolution)
+    model, report = train_autoencoder(torch.from_numpy(digits).permute(0, 3, 1, 2), config)
+    path = Path(config.out or DEMO_AUTOENCODER)
+    model.save_pretrained(path)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {time.perf_counter() - start:.0f} s, saved to {out}")
+    print(f"{parameters:,} parameters, saved to {path}")
     print(report.model_dump_json(indent=2))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

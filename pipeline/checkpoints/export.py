@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a file of the SiT, REPA and HASTE repositories."""
+"""Export of a checkpoint to the file format of the SiT, REPA and HASTE repositories."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from schemas.errors import UserError
 
 
 def export_checkpoint(folder: Path, out: Path) -> None:
-    """Write weights, averages and AdamW's state of one checkpoint's folder to the file ``out``.
+    """Write weights, averages and AdamW's state of a checkpoint's folder to the file ``out``.
 
-    A run without feature loss has no projector, and the file then has none, as SiT's own files.
+    A run without feature loss has no projector; its file has none either, like SiT's own files.
     """
     state = read_state(folder)
-    with torch.device("meta"):  # for the order of names, which safetensors does not keep
+    with torch.device("meta"):  # only for the order of names, which safetensors loses
         student, projector = make_student(state.config.student), Projector(1, 1, 1)
     model, ema = (
         Parts(
@@ -35,38 +35,43 @@ def export_checkpoint(folder: Path, out: Path) -> None:
         )
         for weights, head in (("model", "projector"), ("ema", "projector_ema"))
     )
-    theirs = list(join_state(model))
+    reference_names = list(join_state(model))
     ema = ema._replace(
         projector=catch_up(
             ema.projector, model.projector, state.config.ema_decay, state.projector_ema_lag
         )
     )
-    ours = [name for name, _ in student.named_parameters()]
-    ours += [name for name in theirs if name not in model.student]
+    names = [name for name, _ in student.named_parameters()]
+    names += [name for name in reference_names if name not in model.student]
     optimizer = load_optimizer(folder)
     write_file(
         out,
         model=model,
         ema=ema,
-        optimizer=_renumber(optimizer, ours, theirs),
+        optimizer=_renumber(optimizer, names, reference_names),
         steps=state.step,
         args=state.config.model_dump(mode="json"),
     )
 
 
-def _renumber(optimizer: dict[str, Any], ours: Sequence[str], theirs: Sequence[str]) -> Any:
-    """One group of all parameters in the authors' order, where ours has the student and, until the
-    termination, the projector. Their position table is a frozen parameter: a number, no state."""
+def _renumber(
+    optimizer: dict[str, Any], names: Sequence[str], reference_names: Sequence[str]
+) -> Any:
+    """AdamW's state with one group of all parameters in the authors' order. Ours has one group for
+    the student and, until the termination, one for the projector. The authors' position table is a
+    frozen parameter: it has a number but no state."""
     group = {key: value for key, value in optimizer["param_groups"][0].items() if key != "params"}
-    state = {theirs.index(ours[number]): value for number, value in optimizer["state"].items()}
+    state = {
+        reference_names.index(names[number]): value for number, value in optimizer["state"].items()
+    }
     return {
         "state": dict(sorted(state.items())),
-        "param_groups": [{**group, "params": list(range(len(theirs)))}],
+        "param_groups": [{**group, "params": list(range(len(reference_names)))}],
     }
 
 
 def _read(folder: Path, name: str, like: nn.Module) -> dict[str, Tensor]:
-    """The weights ``NAME.safetensors`` in the order of a module's state."""
+    """Weights of ``NAME.safetensors`` in the order of a module's state."""
     path = folder / f"{name}.safetensors"
     try:
         state = load_file(path)

@@ -1,7 +1,7 @@
-"""The list of a checkpoint's files inside its ``state.json``, which proves that it is whole.
+"""Integrity of a checkpoint: sizes and checksums of its files, listed in ``state.json``.
 
-``state.json`` is written last. It holds the size and SHA-256 of every other file, and a SHA-256 of
-itself, so that a file that is missing, short or altered is found, whichever it is.
+``state.json`` is written last. It holds the size and SHA-256 of every other file and a SHA-256 of
+itself, so that any missing, short or altered file is detected.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ SELF = "sha256"
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint that is not what was written; names the file."""
+    """A checkpoint has a missing, short or altered file, which the message names."""
 
     def __init__(self, where: str | Path, what: str) -> None:
         super().__init__(f"checkpoint '{where}' is damaged: {what}")
 
 
 class UnfinishedCheckpointError(DamagedCheckpointError):
-    """What an upload that was cut off has left: it has never been a checkpoint."""
+    """Files of an interrupted upload, which never were a checkpoint."""
 
     def __init__(self, where: str | Path) -> None:
         super().__init__(where, f"{STATE}, which is uploaded last, is missing")
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``state.json`` over the files that lie in ``folder``, all safely on disk."""
+    """Flush all files in ``folder`` to disk and write ``state.json`` with their checksums."""
     files = {}
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
@@ -49,23 +49,23 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def parse_state_json(data: bytes, where: str | Path) -> dict[str, Any]:
-    """The state in the bytes of a ``state.json``. Raises ``DamagedCheckpointError``."""
+    """Parse and verify the bytes of a ``state.json``. Raises ``DamagedCheckpointError``."""
     try:
         state = json.loads(data)
-        told = state.pop(SELF)
+        checksum = state.pop(SELF)
         files = state["files"].items()
-        whole = all(name == Path(name).name and file["bytes"] >= 0 for name, file in files)
+        valid = all(name == Path(name).name and file["bytes"] >= 0 for name, file in files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is not a checkpoint's state"
         raise DamagedCheckpointError(where, f"{STATE}: {reason}") from None
-    if told != _checksum(state) or not whole:
+    if checksum != _checksum(state) or not valid:
         raise DamagedCheckpointError(where, f"{STATE}: its checksum is wrong")
     return dict(state)
 
 
 def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
-    """The state of a checkpoint all of whose files are there and, with ``hashes``, unaltered.
-    Raises ``DamagedCheckpointError``."""
+    """Verify the size and, with ``hashes``, the checksum of every file. Returns the state; raises
+    ``DamagedCheckpointError``."""
     try:
         state = parse_state_json((folder / STATE).read_bytes(), folder)
     except FileNotFoundError:
@@ -96,6 +96,6 @@ def _fault(path: Path, expected: dict[str, Any], hashes: bool) -> str | None:
 
 
 def _checksum(state: dict[str, Any]) -> str:
-    # Numbers and strings come back from JSON as they went in, so that this is the same then.
+    # Numbers and strings survive a round trip through JSON, so that the text is the same when read.
     text = json.dumps(state, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

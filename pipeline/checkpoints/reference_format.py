@@ -1,8 +1,8 @@
 """Checkpoints in the file format of the SiT, REPA and HASTE repositories.
 
 A ``.pt`` or ``.pth`` file with ``model``, ``ema``, ``opt``, and ``steps`` or ``args``, or one bare
-state dict. A state dict holds the student under the names that our students use, and the projector
-as ``projectors.0.{0,2,4}``; ``module.`` may stand before every name (a DDP-wrapped model).
+state dict. A state dict holds the student under the names of this project's students, and the
+projector as ``projectors.0.{0,2,4}``; all names may have the prefix ``module.`` (DDP).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.models.factory import make_student
 from pipeline.models.sit import SiT
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.student import SIZES, StudentConfig
 
 PROJECTOR = "projectors.0."
@@ -29,27 +29,27 @@ SETS = ("model", "ema")
 
 
 class Parts(NamedTuple):
-    """One state dict, taken apart."""
+    """A state dict, split into student and projector."""
 
     student: dict[str, Tensor]
     projector: dict[str, Tensor]
-    """Empty where there is none (SiT's own checkpoints)."""
+    """Empty if the file has none (SiT's own checkpoints)."""
 
 
 def read_file(path: Path, weights: str = "ema") -> Parts:
-    """``weights`` ('model' or 'ema') of a checkpoint file; a bare state dict is either.
+    """Read ``weights`` ('model' or 'ema') of a checkpoint file, or a bare state dict.
 
-    Loaded without unpickling code. Raises ``UserError``.
+    No pickled code is run. Raises ``UserError``.
     """
     try:
-        # HASTE and REPA keep the command line under 'args'
+        # HASTE and REPA store the command line under 'args'
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # mapped, not read: the optimizer's state is two thirds of such a file
+            # memory-mapped, because two thirds of such a file are optimizer state
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except Exception as error:  # torch raises whatever it trips over in a damaged file
-        reason = "no such file" if not path.exists() else " ".join(str(error).split())[:200]
+    except Exception as error:  # a damaged file makes torch raise any kind
+        reason = "no such file" if not path.exists() else plain_text(str(error))[:200]
         raise UserError(f"checkpoint '{path}': cannot read it ({reason})") from None
     state = content
     if isinstance(content, dict) and any(name in content for name in SETS):
@@ -69,7 +69,7 @@ def read_file(path: Path, weights: str = "ema") -> Parts:
 
 
 def split_state(state: Mapping[str, Tensor]) -> Parts:
-    """The student's and the projector's state, each under our names."""
+    """Split into student and projector, under this project's names."""
     student: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -83,8 +83,8 @@ def split_state(state: Mapping[str, Tensor]) -> Parts:
 
 
 def join_state(parts: Parts) -> dict[str, Tensor]:
-    """The inverse of ``split_state``, in the order of SiT in the authors' code, whose projector
-    stands before the final layer."""
+    """The inverse of ``split_state``, in the order of SiT in the authors' code, where the
+    projector precedes the final layer."""
     projector = {PROJECTOR + name: tensor for name, tensor in parts.projector.items()}
     last = {name: t for name, t in parts.student.items() if name.startswith("final_layer.")}
     first = {name: t for name, t in parts.student.items() if name not in last}
@@ -92,35 +92,35 @@ def join_state(parts: Parts) -> dict[str, Tensor]:
 
 
 def student_from_file(path: Path, model: str, weights: str = "ema") -> SiT:
-    """The student that a checkpoint file holds. ``model`` is its published name, such as SiT-XL/2:
-    its number of heads stands nowhere else. Raises ``UserError``."""
+    """Load a student from a checkpoint file. ``model`` is its published name, such as SiT-XL/2,
+    because the file does not record the number of heads. Raises ``UserError``."""
     state = read_file(path, weights).student
     try:
         config = student_config(state, model)
     except KeyError as error:
-        raise UserError(f"checkpoint '{path}' is no {model}: it lacks {error}") from None
+        raise UserError(f"checkpoint '{path}' is not a {model}: it lacks {error}") from None
     except (ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint '{path}' is no {model}: {reason}") from None
+        reason = plain_text(str(error))[:200]
+        raise UserError(f"checkpoint '{path}' is not a {model}: {reason}") from None
     student = make_student(config)
     try:
         student.load_state_dict(drop_learned_sigma(state, config))
     except RuntimeError as error:
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
         reason = lines[min(1, len(lines) - 1)][:200]
-        raise UserError(f"checkpoint '{path}' is no {model}: {reason}") from None
+        raise UserError(f"checkpoint '{path}' is not a {model}: {reason}") from None
     return student
 
 
 def student_config(state: Mapping[str, Tensor], model: str) -> StudentConfig:
-    """What the shapes in ``state`` say of a ``model``. Raises ``ValueError`` where it is another,
-    ``KeyError`` where it is none at all."""
+    """The config of a ``model`` with the shapes in ``state``. Raises ``ValueError`` for a state of
+    another model, ``KeyError`` if it is not a diffusion transformer."""
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
     tokens = state["pos_embed"].shape[1]
-    family, size, wanted_patch = re.split("[-/]", model)
-    if (depth, width) != SIZES[size][:2] or patch != int(wanted_patch):
+    family, size, named_patch = re.split("[-/]", model)
+    if (depth, width) != SIZES[size][:2] or patch != int(named_patch):
         fitting = [name for name, sizes in SIZES.items() if sizes[:2] == (depth, width)]
         raise ValueError(
             f"it has {depth} blocks of width {width} and patch {patch}"
@@ -135,11 +135,11 @@ def student_config(state: Mapping[str, Tensor], model: str) -> StudentConfig:
 
 
 def drop_learned_sigma(state: Mapping[str, Tensor], config: StudentConfig) -> dict[str, Tensor]:
-    """For a SiT, keep the velocity's half of a final layer with twice the channels.
+    """Keep the velocity half of a SiT's final layer that has twice the channels.
 
     SiT's own repository builds its models with ``learn_sigma``: 2 C output channels, of which its
     forward pass returns the first C, the velocity. A patch's outputs are ordered row, column,
-    channel. REPA and HASTE never made the second half; a DiT needs it.
+    channel. REPA and HASTE have no second half; a DiT needs it.
     """
     state = dict(state)
     if config.family == "SiT":
@@ -160,7 +160,7 @@ def write_file(
     steps: int,
     args: Mapping[str, Any],
 ) -> None:
-    """A file that the authors' repositories read: plain data and tensors, no pickled classes.
+    """Write a file that the authors' repositories read: plain data and tensors, no pickled classes.
 
     ``optimizer`` numbers the parameters in the order of ``join_state(model)``.
     """

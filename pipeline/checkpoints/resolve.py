@@ -1,4 +1,4 @@
-"""Which checkpoint is drawn from, wherever it lies, and a copy of it for the time of loading."""
+"""Resolution of ``--checkpoint`` to one checkpoint, and a local copy of it while it is loaded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from schemas.sample import Weights
 
 
 def find_checkpoint(name: str | None, step: int | None = None) -> str:
-    """What ``--checkpoint`` names, as an absolute path or a URL: a .pt file, one checkpoint, or of
-    a run the checkpoint of ``step``, if it is there, else the newest whole one.
+    """Absolute path or URL of the .pt file or checkpoint that ``--checkpoint`` names. For a run, it
+    is the checkpoint of ``step`` if it exists, else the latest valid one.
 
-    Of one that is far away nothing is fetched but its state. Raises ``UserError``.
+    Only the state of a remote checkpoint is fetched. Raises ``UserError``.
     """
     if name is None:
         raise UserError(
@@ -40,16 +40,16 @@ def find_checkpoint(name: str | None, step: int | None = None) -> str:
         return str(path)
     if step is not None and (path / checkpoint_name(step) / STATE).exists():
         path /= checkpoint_name(step)
-    newest = latest_checkpoint(path)
-    if newest is None:
+    latest = latest_checkpoint(path)
+    if latest is None:
         raise UserError(f"--checkpoint '{name}' holds no checkpoint")
-    return str(newest)
+    return str(latest)
 
 
 @contextmanager
 def local_copy(place: str, weights: Weights | None) -> Iterator[Path]:
-    """What ``find_checkpoint`` found as a path of this machine, where need be a copy that goes when
-    the context ends: of these weights alone, or of all that there is. Raises ``UserError``."""
+    """Local path of a result of ``find_checkpoint``. A remote one is copied for the time of the
+    context: the file of ``weights`` only, or all files (None). Raises ``UserError``."""
     if "://" not in place:
         yield Path(place)
         return
@@ -65,8 +65,8 @@ def local_copy(place: str, weights: Weights | None) -> Iterator[Path]:
                 fetch_partial(filesystem, root, shown, names, copy)
         except (FileNotFoundError, UnfinishedCheckpointError):
             raise UserError(
-                f"--checkpoint '{shown}' is not there any more, or cannot be seen from here: a run "
-                "that trains removes its older checkpoints; name one that stays"
+                f"--checkpoint '{shown}' does not exist any more, or is not visible from this "
+                "machine: a run removes its older checkpoints while it trains; name one that stays"
             ) from None
         try:
             yield copy

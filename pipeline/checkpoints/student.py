@@ -1,4 +1,4 @@
-"""A student from a checkpoint, and what is needed to draw from it."""
+"""Loading a student from a checkpoint, for sampling."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from schemas.store import AutoencoderInfo
 
 @dataclass(frozen=True)
 class LoadedStudent:
-    """A student, and what is needed to draw from it."""
+    """A student and the facts that sampling needs."""
 
     student: SiT
     path: DiffusionPath
     encoder: AutoencoderInfo | None
-    """What made the latents that it was trained on; None where a .pt file does not say."""
+    """Autoencoder of the training latents; None for a .pt file, which does not record it."""
     step: int | None
-    """Of the training; None where a .pt file does not say."""
+    """Training step; None for a .pt file, which does not record it."""
 
 
 def load_trained_student(
     checkpoint: Path, weights: str = "ema", model: str | None = None
 ) -> LoadedStudent:
-    """A run's folder or one checkpoint's; or a file of the SiT, REPA or HASTE repositories, of
-    which only the asker knows that it is a ``model``. Raises ``UserError``."""
+    """Load from the folder of a run or of one checkpoint, or from a .pt file of the SiT, REPA or
+    HASTE repositories, whose architecture ``model`` names. Raises ``UserError``."""
     if is_weights_file(checkpoint):
         if model is None:
             raise UserError(
-                f"--checkpoint '{checkpoint}' does not say what it is: add --model, for example "
-                "--model SiT-XL/2"
+                f"--checkpoint '{checkpoint}' does not record its architecture: add --model, for "
+                "example --model SiT-XL/2"
             )
         student = student_from_file(checkpoint, model, weights)
         return LoadedStudent(student.requires_grad_(False).eval(), "linear", None, None)
@@ -49,16 +49,16 @@ def load_trained_student(
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:
-    """The student of a checkpoint, or of a run's newest one, and the checkpoint's state."""
-    newest = latest_checkpoint(folder)
-    if newest is None:
+    """Student and state of a checkpoint, or of the latest valid checkpoint of a run."""
+    latest = latest_checkpoint(folder)
+    if latest is None:
         raise UserError(f"--checkpoint '{folder}' holds no checkpoint")
-    state = read_state(newest)
+    state = read_state(latest)
     student = make_student(state.config.student)
-    load_weights(newest, weights, student)
+    load_weights(latest, weights, student)
     return student.requires_grad_(False).eval(), state
 
 
 def is_weights_file(checkpoint: Path) -> bool:
-    """Whether that is a .pt file, not the folder of a checkpoint or of a run."""
+    """True for a .pt file, False for the folder of a checkpoint or a run."""
     return checkpoint.is_file() or checkpoint.suffix in (".pt", ".pth")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from pipeline.datasets import Listing, list_images
-from pipeline.distributed.ray_cluster import ray_cluster, require, total
+from pipeline.distributed.ray_cluster import ray_cluster
+from pipeline.distributed.resources import OptionNames, choose_resources
 from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.encoder_pool import Supervisor
 from pipeline.extract.tasks import (
@@ -20,13 +21,16 @@ from pipeline.extract.tasks import (
     stream_name,
     with_tail,
 )
-from pipeline.storage.files import absolute_folder, absolute_url, exists
+from pipeline.storage.files import absolute_url, exists
+from pipeline.storage.filesystem import with_absolute_paths
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest, SkippedImage, TeacherStream
+
+RESOURCE_OPTIONS = OptionNames("--actors", "--cpus-per-actor", "--gpus-per-actor")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,11 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
             raise UserError(f"--add-stream needs a store; '{config.store}' holds none")
         existing.require_complete()
         config = with_stores_options(config, existing)
-    config = _with_absolute_paths(config)
+    if config.dataset != "demo" and config.source is None:
+        raise UserError("--source is missing: the folder or URL of the images")
+    config = with_absolute_paths(
+        config, ["store", "source"], folders=["autoencoder"], weights=["teacher.weights"]
+    )
     listing = list_images(config)
     name = stream_name(config)
     if existing is not None:
@@ -73,12 +81,18 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
 
 def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> ExtractionSummary:
     name = stream_name(config)
-    actors, cpus, gpus = _resources(config)
+    workers = choose_resources(
+        config.actors, config.cpus_per_actor, config.gpus_per_actor, options=RESOURCE_OPTIONS
+    )
     shards = -(-len(listing.items) // config.shard_size)
     if existing is not None and name in existing.manifest.streams:
         shards = len(existing.missing_shards(name))
     supervisor = Supervisor(
-        config, actors=max(1, min(actors, shards)), cpus=cpus, gpus=gpus, log=_log
+        config,
+        actors=max(1, min(workers.count, shards)),
+        cpus=workers.threads,
+        gpus=workers.gpus,
+        log=_log,
     )
     try:
         store = _open_store(config, listing, existing, supervisor)
@@ -150,40 +164,6 @@ def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:
     assert isinstance(stream, TeacherStream)
     same = config.teacher.weights == stream.teacher.weights
     return same and (stream.added or config.autoencoder == manifest.autoencoder.name)
-
-
-def _resources(config: ExtractConfig) -> tuple[int, int, float]:
-    """Actors, CPUs and GPUs of each, fitted to the cluster."""
-    cpus, gpus = total("CPU"), total("GPU")
-    each_gpu = config.gpus_per_actor
-    if each_gpu is None:
-        each_gpu = 1.0 if gpus else 0.0
-    if each_gpu:
-        require("GPU", each_gpu, config.actors or 1, option="--gpus-per-actor")
-        actors = config.actors or int(gpus // each_gpu)
-        share = max(1, int(cpus // actors))
-        each_cpu = config.cpus_per_actor or min(8, share)
-    else:
-        each_cpu = config.cpus_per_actor or 1
-        actors = config.actors or max(1, int(cpus // each_cpu))
-    option = "--actors" if config.actors else "--cpus-per-actor"
-    require("CPU", each_cpu, actors, option=option)
-    return actors, each_cpu, each_gpu
-
-
-def _with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
-    """Local paths made absolute, since actors run in another folder."""
-    assert config.store is not None
-    if config.dataset != "demo" and config.source is None:
-        raise UserError("--source is missing: the folder or URL of the images")
-    update: dict[str, object] = {"store": absolute_url(config.store)}
-    if config.source is not None:
-        update["source"] = absolute_url(config.source)
-    update["autoencoder"] = absolute_folder(config.autoencoder)
-    weights = config.teacher.weights
-    if weights not in {"hub", "random", "demo"}:
-        update["teacher"] = config.teacher.model_copy(update={"weights": absolute_url(weights)})
-    return config.model_copy(update=update)
 
 
 def _report_bad(bad: list[SkippedImage], config: ExtractConfig) -> None:

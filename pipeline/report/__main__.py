@@ -1,9 +1,9 @@
-"""`python -m pipeline.report RUN [RUN ...] --html FILE`: runs side by side on one page."""
+"""`python -m pipeline.report RUN [RUN ...] --html FILE`: a page that compares runs."""
 
 from __future__ import annotations
 
 import json
-import sys
+import logging
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
@@ -11,6 +11,8 @@ from pipeline.report.page import write_report
 from pipeline.storage.files import redact
 from schemas.errors import plain_text
 from schemas.report import ReportConfig
+
+logger = logging.getLogger("pipeline.report")
 
 
 def main(argv: list[str]) -> int:
@@ -23,9 +25,9 @@ def main(argv: list[str]) -> int:
     )
     report, size = write_report(config)
     for warning in report.warnings:
-        print(f"warning: {plain_text(warning)}", file=sys.stderr)
+        logger.warning("%s", plain_text(warning))
     assert config.html is not None
-    where = redact(config.html)
+    html = redact(config.html)
     runs = [
         {
             "name": label,
@@ -36,8 +38,8 @@ def main(argv: list[str]) -> int:
         }
         for label, record in zip(report.labels, report.records, strict=True)
     ]
-    found = {"runs": runs, "html": where, "bytes": size, "warnings": report.warnings}
-    print(json.dumps(found) if config.as_json else plain_text(where))
+    result = {"runs": runs, "html": html, "bytes": size, "warnings": report.warnings}
+    print(json.dumps(result) if config.as_json else plain_text(html))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Which evaluations can stand on one line, and what to call them."""
+"""Groups of evaluations whose numbers can be compared, and their names."""
 
 from __future__ import annotations
 
@@ -14,59 +14,58 @@ from schemas.evaluate import NetworkIdentity
 from schemas.fields import text_or_digest
 from schemas.sample import Sampling
 
-SHORT = 8
-"""Digits of a digest that a person sees."""
+DIGEST_DIGITS = 8
+"""Digits of a digest that are shown."""
 
 Model = TypeVar("Model", bound=Strict)
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What evaluations have in common whose numbers can be compared. What a row of an earlier
-    version does not say is None, and goes with its like."""
+class EvaluationGroup:
+    """Common properties of evaluations whose numbers can be compared. A property that a row of an
+    earlier version does not have is None: such rows form groups of their own."""
 
     network: str
     identity: NetworkIdentity | str | None
-    """A text where it is nothing that this version knows."""
+    """A text where this version cannot parse it."""
     samples: int | None
     reference: str
-    """A digest of its statistics; of an earlier row its path."""
+    """Digest of the reference's statistics; its path for a row of an earlier version."""
     sampling: Sampling | str | None
-    place: str = field(compare=False)
-    """Where the reference lay: equal statistics may lie anywhere."""
+    path: str = field(compare=False)
+    """Path of the reference, not compared because equal statistics may be stored anywhere."""
     decoder: str = field(compare=False)
-    """What the autoencoder was called."""
+    """Name of the autoencoder."""
 
 
-def comparable(row: Row) -> Kind:
-    """The kind of an evaluation's row, whatever somebody wrote into it."""
+def group_of(row: Row) -> EvaluationGroup:
+    """The group of an evaluation's row, which may hold any JSON values."""
     samples = row.get("samples")
-    place = str(row.get("reference") or "")
+    path = str(row.get("reference") or "")
     digest = row.get("reference_sha256")
-    return Kind(
+    return EvaluationGroup(
         network=str(row.get("network") or ""),
         identity=_parsed(NetworkIdentity, row.get("network_identity")),
         samples=samples if isinstance(samples, int) and abs(samples) < 1 << 53 else None,
-        reference=place if digest is None else str(digest),
+        reference=path if digest is None else str(digest),
         sampling=_parsed(Sampling, row.get("sampling")),
-        place=place,
+        path=path,
         decoder=str(row.get("decoder") or ""),
     )
 
 
-def describe_kind(kind: Kind) -> list[str]:
-    """The same in words."""
-    count = "unknown number of samples" if kind.samples is None else f"{kind.samples:,} samples"
-    parts = [_describe_network(kind), count]
-    if kind.place or kind.reference:
-        same = kind.reference == kind.place
-        digest = "" if same else f" ({kind.reference[:SHORT]})"
-        parts.append(f"against {kind.place}{digest}")
-    if isinstance(kind.sampling, Sampling):
-        parts += _describe_sampling(kind.sampling, kind.decoder)
-    elif kind.sampling is not None:
-        parts.append(f"drawn by {kind.sampling}")
-    return parts
+def describe_group(group: EvaluationGroup) -> str:
+    """Its properties in words, separated by commas."""
+    samples = "unknown number of" if group.samples is None else f"{group.samples:,}"
+    parts = [_describe_network(group), f"{samples} samples"]
+    if group.path or group.reference:
+        digest = f" ({group.reference[:DIGEST_DIGITS]})" if group.reference != group.path else ""
+        parts.append(f"against {group.path}{digest}")
+    if isinstance(group.sampling, Sampling):
+        parts += _describe_sampling(group.sampling, group.decoder)
+    elif group.sampling is not None:
+        parts.append(f"drawn by {group.sampling}")
+    return ", ".join(parts)
 
 
 def _parsed(model: type[Model], value: Any) -> Model | str | None:
@@ -79,28 +78,31 @@ def _parsed(model: type[Model], value: Any) -> Model | str | None:
     try:
         return text_or_digest(json.dumps(value, sort_keys=True))
     except RecursionError:
-        return "what cannot be read"
+        return "unreadable settings"
 
 
-def _describe_network(kind: Kind) -> str:
-    name, identity = kind.network or "unknown network", kind.identity
+def _describe_network(group: EvaluationGroup) -> str:
+    name, identity = group.network or "unknown network", group.identity
     if identity is None:
         return name
     if isinstance(identity, str):
         return f"{name} ({identity})"
     arguments = f", {identity.arguments}" if identity.arguments else ""
-    return f"{name} ({identity.size} px, weights {identity.weights_sha256[:SHORT]}{arguments})"
+    digest = identity.weights_sha256[:DIGEST_DIGITS]
+    return f"{name} ({identity.size} px, weights {digest}{arguments})"
 
 
 def _describe_sampling(sampling: Sampling, decoder: str) -> list[str]:
     sampler = sampling.sampler
-    parts = [f"{sampler.method} of {sampler.steps} steps"]
-    if sampler.guidance == 1:
-        parts.append("no guidance")
-    else:
-        interval = f"[{sampler.guidance_low:g}, {sampler.guidance_high:g}]"
-        parts.append(f"guidance {sampler.guidance:g} at t in {interval}")
-    parts += [f"seed {sampler.seed}", f"{sampling.labels} labels of classes {sampling.classes}"]
-    digest = f"({sampling.decoder_sha256[:SHORT]})"
-    parts.append(f"decoder {decoder} {digest}" if decoder else f"decoder {digest}")
-    return [*parts, sampling.precision]
+    interval = f"[{sampler.guidance_low:g}, {sampler.guidance_high:g}]"
+    digest = f"({sampling.decoder_sha256[:DIGEST_DIGITS]})"
+    return [
+        f"{sampler.method} of {sampler.steps} steps",
+        "no guidance"
+        if sampler.guidance == 1
+        else f"guidance {sampler.guidance:g} at t in {interval}",
+        f"seed {sampler.seed}",
+        f"{sampling.labels} labels of classes {sampling.classes}",
+        f"decoder {decoder} {digest}" if decoder else f"decoder {digest}",
+        sampling.precision,
+    ]

@@ -1,18 +1,20 @@
-"""What the page's plots show: lines of numbers over steps, made of the records of runs."""
+"""Lines of numbers over steps, from the records of runs: the contents of the page's plots."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.report.evaluation_groups import Kind, comparable, describe_kind
+from pipeline.report.evaluation_groups import EvaluationGroup, describe_group, group_of
 from pipeline.runs.reader import Record, Row, number
 
 MAX_POINTS = 400
-"""Of one line: more than a phone has pixels for."""
+"""Points of one line: more than a phone has pixels."""
 MAX_PANELS = 48
-"""Of evaluations, which name networks and references as they like."""
+"""Panels of evaluations or of streams, because the files of a run may name any number."""
+MAX_OBSERVATIONS = 6
 
 Unit = Literal["plain", "bytes", "share"]
 
@@ -36,6 +38,8 @@ METRICS = {
     "recall": "Recall",
     "fd_dinov2": "FD-DINOv2",
 }
+WEIGHTS = {"ema": None, "model": "weights as trained"}
+"""Names of the lines by kind of weights; the averaged ones need no name."""
 BYTES = "bytes_per_second_"
 
 
@@ -44,13 +48,15 @@ class Line:
     """Numbers of one run over steps."""
 
     run: int
-    """Which decides its colour."""
+    """Index of the run, which decides the colour."""
     steps: Sequence[float]
     values: Sequence[float]
     name: str | None = None
-    """Of a line that is not its run's only one in the panel."""
+    """Set where its run has several lines in the panel."""
     style: int = 0
-    """Its dashes: 0 is solid."""
+    """Dash pattern: 0 is solid."""
+    rows_per_point: int = 1
+    """Rows of the metrics whose mean is one point, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,178 +64,143 @@ class Panel:
     """One plot."""
 
     title: str
-    lines: tuple[Line, ...]
+    lines: Sequence[Line]
     ends: Mapping[int, int]
-    """Run to the step at which its alignment ended, of runs that have a line here."""
+    """Step at which the alignment ended by run, of the runs that have a line here."""
     unit: Unit = "plain"
     from_zero: bool = False
     dots: bool = False
-    """Whether each number stands for itself, as an evaluation's does."""
+    """Mark each number, for measurements that are far apart, such as evaluations."""
     settles: bool = False
-    """Whether the first few numbers may be far above all others, which they must not flatten."""
+    """The first few numbers may be far above all others and are then cut off."""
     level: float | None = None
-    """A horizontal line: what the numbers are compared with."""
-    rows_per_point: int = 1
-    """Rows of the metrics whose mean is one point, at most."""
+    """A horizontal line: the threshold of the numbers."""
+
+    @property
+    def rows_per_point(self) -> int:
+        return max(line.rows_per_point for line in self.lines)
+
+    @property
+    def values(self) -> list[float]:
+        return [value for line in self.lines for value in line.values]
 
 
 def loss_panels(records: Sequence[Record]) -> list[Panel]:
     """Denoising, feature and attention loss, and the gradient's norm."""
-    return _panels(records, ((key, title, "plain") for key, title in LOSSES.items()), settles=True)
+    return [
+        panel
+        for key, title in LOSSES.items()
+        for panel in _panel(records, title, _metric_lines(records, key), settles=True)
+    ]
 
 
 def speed_panels(records: Sequence[Record]) -> list[Panel]:
-    """Images/s, waits for data and what the devices do."""
-    kinds = ((key, title, unit) for key, (title, unit) in SPEEDS.items())
-    return _panels(records, kinds, from_zero=True)
+    """Images per second, share of time spent waiting for data, and use of the devices."""
+    return [
+        panel
+        for key, (title, unit) in SPEEDS.items()
+        for panel in _panel(records, title, _metric_lines(records, key), unit=unit, from_zero=True)
+    ]
 
 
 def byte_panels(records: Sequence[Record]) -> list[Panel]:
-    """Bytes per second of every stream that a run read. A run that was resumed without its
-    teacher no longer opens that stream: nothing was read of it then."""
-    streams: dict[str, None] = {}
-    for record in records:
-        for row in record.rows:
-            streams.update(dict.fromkeys(key for key in row if key.startswith(BYTES)))
+    """Bytes per second of every stream that a run read. Rows without a stream count as 0 bytes,
+    because a run that is resumed after the termination does not open its teacher's stream."""
+    streams = {key: None for r in records for row in r.rows for key in row if key.startswith(BYTES)}
     panels: list[Panel] = []
     for key in list(streams)[:MAX_PANELS]:
         lines: list[Line] = []
-        sizes = [1]
         for run, record in enumerate(records):
             if any(key in row for row in record.rows):
-                rows = [row if key in row else {**row, key: 0} for row in record.rows]
-                _add_line(lines, sizes, run, rows, key)
+                lines += _line(run, [{key: 0, **row} for row in record.rows], key)
         title = f"Read of stream {key.removeprefix(BYTES)}, per second"
-        _add_panel(panels, records, title, lines, sizes, unit="bytes", from_zero=True)
+        panels += _panel(records, title, lines, unit="bytes", from_zero=True)
     return panels
 
 
 def evaluation_panels(records: Sequence[Record]) -> list[Panel]:
-    """A panel for each metric and what makes its numbers comparable: network, number of samples,
-    reference, how they were drawn; a line for each run and kind of weights."""
-    panels: list[Panel] = []
-    kinds: dict[Kind, list[list[Row]]] = {}
+    """A panel for each metric and group of comparable evaluations, with a line for each run and
+    kind of weights (averaged ones solid)."""
+    groups: dict[EvaluationGroup, list[tuple[int, Row]]] = {}
     for run, record in enumerate(records):
         for row in record.evaluations:
-            kinds.setdefault(comparable(row), [[] for _ in records])[run].append(row)
-    for metric, name in METRICS.items():
-        for kind, of_runs in kinds.items():
-            lines = [
-                line
-                for run, rows in enumerate(of_runs)
-                for line in _evaluation_lines(run, rows, metric)
-            ]
-            title = ", ".join([name, *describe_kind(kind)])
+            groups.setdefault(group_of(row), []).append((run, row))
+    panels: list[Panel] = []
+    for metric, metric_name in METRICS.items():
+        for group, members in groups.items():
+            lines: list[Line] = []
+            for run in range(len(records)):
+                for style, (weights, name) in enumerate(WEIGHTS.items()):
+                    rows = [
+                        r for n, r in members if n == run and r.get("weights", "ema") == weights
+                    ]
+                    lines += _line(run, rows, metric, name=name, style=style)
             if len(panels) < MAX_PANELS:
-                _add_panel(panels, records, title, lines, [1], dots=True)
+                title = f"{metric_name}, {describe_group(group)}"
+                panels += _panel(records, title, lines, dots=True)
     return panels
 
 
 def trigger_panel(records: Sequence[Record], run: int) -> Panel | None:
-    """What one run's trigger saw, where it looked more than once."""
+    """Observations of one run's trigger, None if there are fewer than two."""
     record = records[run]
-    keys: dict[str, None] = {}
-    for row in record.events:
-        keys.update(dict.fromkeys(observed(row)))
+    keys = list(dict.fromkeys(key for row in record.events for key in observations(row)))
     lines: list[Line] = []
-    sizes = [1]
-    for style, key in enumerate(list(keys)[:6]):
-        _add_line(lines, sizes, run, record.events, key, name=key, style=style)
+    for style, key in enumerate(keys[:MAX_OBSERVATIONS]):
+        lines += _line(run, record.events, key, name=key, style=style)
     if not any(len(line.steps) > 1 for line in lines):
         return None
-    panels: list[Panel] = []
-    level = None
     trigger = record.valid.alignment.termination if record.valid else None
-    if trigger is not None and trigger.kind == "gradient_cosine":
-        level = trigger.threshold
-    _add_panel(panels, records, record.name, lines, sizes, dots=True, level=level)
-    return panels[0]
+    level = trigger.threshold if trigger is not None and trigger.kind == "gradient_cosine" else None
+    return _panel(records, "Observations of the trigger", lines, dots=True, level=level)[0]
 
 
-def observed(row: Row) -> dict[str, float]:
+def observations(row: Row) -> dict[str, float]:
     """The numbers of a trigger's observation by name."""
     values = {key: number(value) for key, value in row.items() if key not in {"step", "event"}}
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _panels(
-    records: Sequence[Record],
-    kinds: Iterable[tuple[str, str, Unit]],
-    *,
-    from_zero: bool = False,
-    settles: bool = False,
+def _panel(
+    records: Sequence[Record], title: str, lines: Sequence[Line], **options: Any
 ) -> list[Panel]:
-    panels: list[Panel] = []
-    for key, title, unit in kinds:
-        lines: list[Line] = []
-        sizes = [1]
-        for run, record in enumerate(records):
-            _add_line(lines, sizes, run, record.rows, key)
-        _add_panel(
-            panels, records, title, lines, sizes, unit=unit, from_zero=from_zero, settles=settles
-        )
-    return panels
-
-
-def _add_panel(
-    panels: list[Panel],
-    records: Sequence[Record],
-    title: str,
-    lines: Sequence[Line],
-    sizes: Sequence[int],
-    **options: Any,
-) -> None:
-    """A panel where there is anything to show."""
-    if not lines:
-        return
+    """One panel, none if there are no lines."""
     ends = {line.run: records[line.run].termination for line in lines}
     marked = {run: step for run, step in ends.items() if step is not None}
-    panels.append(Panel(title, tuple(lines), marked, rows_per_point=max(sizes), **options))
+    return [Panel(title, lines, marked, **options)] if lines else []
 
 
-def _add_line(
-    lines: list[Line],
-    sizes: list[int],
-    run: int,
-    rows: Sequence[Row],
-    key: str,
-    *,
-    name: str | None = None,
-    style: int = 0,
-) -> None:
-    points = [(row, number(row.get(key))) for row in rows]
-    found = [(row["step"], value, row.get("phase")) for row, value in points if value is not None]
-    if found:
-        steps, values, size = thinned(found)
-        lines.append(Line(run, steps, values, name, style))
-        sizes.append(size)
+def _metric_lines(records: Sequence[Record], key: str) -> list[Line]:
+    return [line for run, record in enumerate(records) for line in _line(run, record.rows, key)]
+
+
+def _line(
+    run: int, rows: Sequence[Row], key: str, *, name: str | None = None, style: int = 0
+) -> list[Line]:
+    """The numbers under ``key``, no line if there are none."""
+    points = [
+        (row["step"], value, row.get("phase"))
+        for row in rows
+        if (value := number(row.get(key))) is not None
+    ]
+    if not points:
+        return []
+    steps, values, size = thinned(points)
+    return [Line(run, steps, values, name, style, size)]
 
 
 def thinned(
-    points: Sequence[tuple[int, float, Any]], most: int = MAX_POINTS
+    points: Sequence[tuple[int, float, Any]], count: int = MAX_POINTS
 ) -> tuple[list[float], list[float], int]:
-    """Means of as many neighbours as leave about ``most`` points; steps, values and how many.
-    Points (step, value, phase) of different phases are never one: the drop at the termination
-    stays as steep as it was."""
-    size = -(-len(points) // most)
+    """Means of neighbouring (step, value, phase) points, about ``count`` of them: steps, values and
+    the largest number of points in a mean. Points of different phases are never averaged, so the
+    drop at the termination remains visible."""
+    size = -(-len(points) // count)
     steps, values = [], []
-    begin = 0
-    while begin < len(points):
-        end = begin + 1
-        while end < min(begin + size, len(points)) and points[end][2] == points[begin][2]:
-            end += 1
-        some = points[begin:end]
-        steps.append(sum(step for step, _, _ in some) / len(some))
-        values.append(sum(value / len(some) for _, value, _ in some))
-        begin = end
+    for _, phase in itertools.groupby(points, key=lambda point: point[2]):
+        same = list(phase)
+        for begin in range(0, len(same), size):
+            some = same[begin : begin + size]
+            steps.append(sum(step for step, _, _ in some) / len(some))
+            values.append(sum(value / len(some) for _, value, _ in some))
     return steps, values, size
-
-
-def _evaluation_lines(run: int, rows: Sequence[Row], metric: str) -> list[Line]:
-    """One for each kind of weights, averaged ones solid."""
-    lines: list[Line] = []
-    for style, weights in enumerate(("ema", "model")):
-        name = None if weights == "ema" else "weights as trained"
-        of_these = [row for row in rows if row.get("weights", "ema") == weights]
-        _add_line(lines, [], run, of_these, metric, name=name, style=style)
-    return lines

@@ -25,8 +25,7 @@ from schemas.evaluate import RecordedEvaluation
 
 EVALUATIONS = "evaluations.jsonl"
 
-
-SAME = (
+IDENTITY = (
     "step",
     "weights",
     "network",
@@ -35,25 +34,29 @@ SAME = (
     "reference_sha256",
     "sampling",
 )
-"""What two rows have in common where the later replaces the earlier."""
+"""Keys that are equal in two rows if the later replaces the earlier."""
 
 
 def check_run(run: str) -> None:
-    """Raises ``UserError`` where there is no such run, or its rows cannot be read."""
+    """Raises ``UserError`` if the run does not exist or its rows cannot be read."""
     filesystem, root = open_url(absolute_url(run), what="--record")
-    there = Path(root).is_dir() if is_local(filesystem) else bool(list_folder(filesystem, root))
-    if not there:
-        raise UserError(f"--record '{redact(run)}': no such folder; name that of a training run")
+    local = is_local(filesystem)
+    exists = Path(root).is_dir() if local else bool(list_folder(filesystem, root))
+    if not exists:
+        raise UserError(
+            f"--record '{redact(run)}': no such folder; name the folder of a training run"
+        )
     _read_rows(filesystem, root)
 
 
 def check_rows(folder: Path) -> None:
-    """Raises ``UserError`` where there are rows that cannot be read."""
+    """Raises ``UserError`` if existing rows cannot be read."""
     _read_rows(*open_url(absolute_url(str(folder)), what="--record"))
 
 
 def find_evaluation(folder: Path, evaluation: RecordedEvaluation) -> dict[str, Any] | None:
-    """The row of the same kind of evaluation, step and weights. Raises ``UserError``."""
+    """The row that ``evaluation`` would replace and that has the same weights, or None. Raises
+    ``UserError``."""
     row = evaluation.model_dump(mode="json")
     rows = _read_rows(*open_url(absolute_url(str(folder)), what="--record"))
     of_weights = [one for one in rows if one.get("weights_sha256") == row["weights_sha256"]]
@@ -71,27 +74,29 @@ def record_evaluation(run: str | Path, evaluation: RecordedEvaluation) -> dict[s
 def add_rows(
     filesystem: fsspec.AbstractFileSystem, root: str, new: Sequence[dict[str, Any]]
 ) -> None:
-    """Add rows to a run's evaluations, ordered by step. A run and any number of ``jobs/evaluate.py
-    --record`` may do so at once. An object store has no locks: there, what is there is read just
-    before it is written, and of two that write at the same moment one row is lost. Raises
-    ``UserError``."""
+    """Add rows to a run's evaluations, ordered by step.
+
+    On a local disk, a run and any number of ``jobs/evaluate.py --record`` may add rows at once. An
+    object store has no locks: of two writers at the same moment, one row is lost. Raises
+    ``UserError``.
+    """
     with wait_lock(Path(root)) if is_local(filesystem) else nullcontext():
-        there = _read_rows(filesystem, root)
-        rows = [one for one in there if not any(_replaces(row, one) for row in new)]
+        present = _read_rows(filesystem, root)
+        rows = [one for one in present if not any(_replaces(row, one) for row in new)]
         rows = sorted([*rows, *new], key=lambda one: int(one["step"]))
         text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in rows)
         write_atomic(filesystem, f"{root}/{EVALUATIONS}", text.encode())
 
 
 def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
-    """Whether both are of the same kind of evaluation at the same step. Rows of earlier versions,
-    which do not say what kind they are, stay."""
+    """True if both rows are the same kind of evaluation at the same step. Rows of earlier versions
+    lack the keys of ``IDENTITY`` and are not replaced."""
     known = new.get("reference_sha256") is not None
-    return new == old or (known and all(new.get(key) == old.get(key) for key in SAME))
+    return new == old or (known and all(new.get(key) == old.get(key) for key in IDENTITY))
 
 
-def _no_number(name: str) -> None:
-    """NaN and infinity, which are not JSON and could not be written again."""
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinity, which are not JSON."""
     raise ValueError(name)
 
 
@@ -111,12 +116,12 @@ def _read_rows(filesystem: fsspec.AbstractFileSystem, root: str) -> list[dict[st
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line, parse_constant=_no_number)
+            row = json.loads(line, parse_constant=_refuse_constant)
             if type(row["step"]) is not int:
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(
-                f"line {number} of '{where}' is no evaluation; repair or remove it"
+                f"line {number} of '{where}' is not an evaluation; repair or remove it"
             ) from None
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Whether samples are of a run: an evaluation of others must not stand among its own."""
+"""Provenance of samples: only a run's own samples may be recorded among its evaluations."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from pipeline.checkpoints.selection import checkpoint_name
 from pipeline.checkpoints.student import is_weights_file
 from pipeline.hashing import sha256_of_arrays
 from pipeline.storage.files import absolute_url, exists, is_local, open_url, redact
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.sample import SampleAbout
 
 
-def check_samples_are_of(run: str, about: SampleAbout, step: int) -> None:
-    """Raises ``UserError`` where samples that say ``about`` are not of the run in this folder or at
-    this URL, at ``step``.
+def check_samples_are_of(run: str, info: SampleAbout, step: int) -> None:
+    """Raises ``UserError`` if samples described by ``info`` are not of ``run`` (a folder or URL) at
+    ``step``.
 
-    While the run has its checkpoint of that step, the weights' checksum decides, so that a folder
-    may be moved or copied; far away, where that is a download, only if the samples do not say that
-    their checkpoint lay there. Where it is gone names are left: the samples' checkpoint must have
-    lain in this folder, or in one of the same name that is not there any more. A .pt file names no
-    run: it is taken at the word of whoever gave ``step``.
+    If the run has its checkpoint of that step, the checksum of its weights decides, so that a run
+    may be moved or copied. For a remote run, where this is a download, the checksum is compared
+    only if the recorded place of the checkpoint is not this run. Without the checkpoint, names
+    decide: the recorded place must be this folder, or one of the same name that does not exist any
+    more. A .pt file does not name its run and is accepted.
     """
     url = absolute_url(run.rstrip("/"))
     filesystem, root = open_url(url, what="--record")
-    near, shown = is_local(filesystem), redact(run)
+    local, shown = is_local(filesystem), redact(run)
     name = checkpoint_name(step)
-    weights = f"{root}/{name}/{about.weights}.safetensors"
-    told, _, _ = about.checkpoint.rpartition("/")
-    same_place = told == (root if near else redact(url))
-    if (near or not same_place) and exists(filesystem, weights):
-        place = f"{root}/{name}" if near else f"{url}/{name}"
-        with local_copy(place, about.weights) as folder:
-            if _digest(folder / f"{about.weights}.safetensors") != about.weights_sha256:
+    weights = f"{root}/{name}/{info.weights}.safetensors"
+    recorded, _, _ = info.checkpoint.rpartition("/")
+    same_place = recorded == (root if local else redact(url))
+    if (local or not same_place) and exists(filesystem, weights):
+        place = f"{root}/{name}" if local else f"{url}/{name}"
+        with local_copy(place, info.weights) as folder:
+            if _digest(folder / f"{info.weights}.safetensors") != info.weights_sha256:
                 raise UserError(
-                    f"--record '{shown}': the samples were not drawn from the '{about.weights}' "
-                    f"weights of its {name} but from other ones ('{about.checkpoint}'); name the "
-                    "run that they are of, or draw them anew"
+                    f"--record '{shown}': the samples were not drawn from the '{info.weights}' "
+                    f"weights of its {name} but from other ones ('{info.checkpoint}'); name the "
+                    "run that they belong to, or draw them again"
                 )
         return
-    if same_place or is_weights_file(Path(about.checkpoint)):
+    if same_place or is_weights_file(Path(info.checkpoint)):
         return
-    theirs = Path(told)
-    moved = theirs.name == Path(root).resolve().name and not theirs.exists()
-    if not moved and not (near and theirs.resolve() == Path(root).resolve()):
+    source = Path(recorded)
+    moved = source.name == Path(root).resolve().name and not source.exists()
+    if not moved and not (local and source.resolve() == Path(root).resolve()):
         raise UserError(
-            f"--record '{shown}': the samples say that they are of '{about.checkpoint}', and this "
-            f"run has no {name} whose weights could show otherwise; name the run that they are of"
+            f"--record '{shown}': the samples are recorded as those of '{info.checkpoint}', and "
+            f"this run has no {name} to compare with; name the run that they belong to"
         )
 
 
 def _digest(weights: Path) -> str:
-    """As ``SampleAbout`` has it of the same weights; one tensor in memory at a time."""
+    """SHA-256 of a file of weights, as in ``SampleAbout``; one tensor in memory at a time."""
     try:
         with safe_open(weights, "pt") as file:
             return sha256_of_arrays(
                 (name, file.get_tensor(name).numpy()) for name in sorted(file.keys())
             )
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = plain_text(str(error))[:200]
         raise UserError(f"--record: '{weights}' cannot be read: {reason}") from None

@@ -1,4 +1,4 @@
-"""Images from a student: what image i is depends on its number, its label and the seed alone."""
+"""Images from a student; image i is a function of its number, its label and the seed only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from schemas.student import StudentConfig
 def check_sampler(
     student: StudentConfig, sampler: SamplerConfig, *, option: str = "--sampler.method"
 ) -> None:
-    """Raises ``UserError`` where this method does not draw from this student."""
+    """Raises ``UserError`` where the sampling method does not suit the student's model family."""
     if (sampler.method == "ddpm") != (student.family == "DiT"):
         needed = "ddpm" if student.family == "DiT" else "sde, ode or ode_heun"
         raise UserError(
@@ -41,8 +41,8 @@ def draw_images(
     first_index: int = 0,
     precision: Arithmetic = "float32",
 ) -> Tensor:
-    """uint8 (B, 3, R, R) on the CPU. Image i depends on the seed, ``first_index + i`` and its
-    label alone, so that any split into batches or workers draws the same images."""
+    """uint8 (B, 3, R, R) on the CPU. Image i depends only on the seed, ``first_index + i`` and its
+    label, so that any split into batches or workers draws the same images."""
     latents = draw_latents(
         student, labels, config, path=path, first_index=first_index, precision=precision
     )
@@ -59,14 +59,14 @@ def draw_latents(
     first_index: int = 0,
     precision: Arithmetic = "float32",
 ) -> Tensor:
-    """The scaled latents of such images, float32 (B, C, h, w) on the student's device."""
+    """Scaled latents of the same images, float32 (B, C, h, w) on the student's device."""
     check_sampler(student.config, config)
     device = next(student.parameters()).device
     shape = student.config.latent_shape
     dtype = autocast_dtype(precision)
 
     def normals(draw: int) -> Tensor:
-        """Standard normal numbers of one draw, (B, C, h, w)."""
+        """Standard normal noise number ``draw`` of each image, (B, C, h, w)."""
         numbers = [
             generator(Purpose.SAMPLING, config.seed, first_index + i, draw).standard_normal(
                 shape, dtype=np.float32

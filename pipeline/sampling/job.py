@@ -1,65 +1,75 @@
-"""Many images from a trained checkpoint, drawn by Ray workers: `jobs/sample.py --num`."""
+"""Many single images from a trained checkpoint, drawn by Ray workers: `jobs/sample.py --num`."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from pipeline.distributed.actor_pool import Actors
-from pipeline.distributed.ray_cluster import ray_cluster, require, total
+from pipeline.distributed.ray_cluster import ray_cluster
+from pipeline.distributed.resources import OptionNames, WorkerResources, choose_resources
 from pipeline.distributed.signals import StopSignals
 from pipeline.sampling.batches import ImageBatch, choose_classes, choose_labels, plan_batches
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
-from pipeline.sampling.resume import already_complete, find_checkpoint_again
-from pipeline.sampling.worker import Loaded, SampledBatch, SampleWorker
-from pipeline.storage.files import absolute_folder, absolute_url, redact
+from pipeline.sampling.resume import find_checkpoint_to_resume, info_of_complete_images
+from pipeline.sampling.worker import SampledBatch, SampleWorker, WorkerInfo
+from pipeline.storage.files import redact
+from pipeline.storage.filesystem import with_absolute_paths
 from schemas.errors import StoppedError, UserError
 from schemas.sample import SampleAbout, SampleConfig
 
+logger = logging.getLogger(__name__)
+
 MAX_CPU_WORKERS = 4
-"""By default: each has the student and the decoder in memory."""
+"""Default limit, because each worker holds the student and the decoder in memory."""
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """What there is now, and what this call did for it."""
+class SampleSummary:
+    """Result of ``sample_many``."""
 
     images: int
     npz: str | None
     folder: str | None
     seconds: float
-    """From the moment that the first worker was ready, or none was needed, to the finished
-    files."""
+    """From the first worker being ready, or from the start where no worker is needed, to the
+    finished files."""
     images_per_second: float
-    """Of the images that this call drew."""
+    """Rate of the images that this call drew."""
     labels: str
     resumed: int
     """Images that an earlier call had drawn."""
 
+    @property
+    def files(self) -> list[str]:
+        return [place for place in (self.npz, self.folder) if place is not None]
 
-def sample_many(config: SampleConfig) -> Sampled:
-    """Draw the images that ``config`` asks for, as far as they are not there. Raises ``UserError``,
-    and ``StoppedError`` after SIGTERM or Ctrl-C."""
-    config = _with_absolute_paths(config)
+
+def sample_many(config: SampleConfig) -> SampleSummary:
+    """Draw those of the requested images that do not exist yet. Raises ``UserError``, and
+    ``StoppedError`` after SIGTERM or Ctrl-C."""
+    _check_options(config)
+    config = with_absolute_paths(config, ["npz", "folder"], folders=["autoencoder"])
     assert config.num is not None
-    outputs = _outputs(config)
-    blocks = plan_batches(config.num, config.batch_size)
-    checkpoint = find_checkpoint_again(config, outputs)  # before any folder is made
+    outputs = _open_outputs(config)
+    batches = plan_batches(config.num, config.batch_size)
+    checkpoint = find_checkpoint_to_resume(config, outputs)  # before any folder is created
     with ExitStack() as stack:
         for output in outputs:
-            stack.enter_context(output.alone())
-        began = time.perf_counter()
-        about = already_complete(config, checkpoint, outputs, blocks)
-        if about is not None:  # an earlier call may have been ended before it put them together
-            return _finish(config, about, outputs, blocks, began, drawn=0)
-        # the signals are taken once there is a connection: Ray puts its own handlers in their place
+            stack.enter_context(output.lock())
+        started = time.perf_counter()
+        info = info_of_complete_images(config, checkpoint, outputs, batches)
+        if info is not None:  # an earlier call may have been stopped before it finished the files
+            return _finish(config, info, outputs, batches, started, drawn=0)
+        # signal handlers come after the connection, because Ray installs its own ones
         stack.enter_context(ray_cluster(config.ray_address))
         signals = stack.enter_context(StopSignals(promise=None))
 
@@ -72,108 +82,15 @@ def sample_many(config: SampleConfig) -> Sampled:
                 )
 
         try:
-            return _sample(config, checkpoint, outputs, blocks, check_signals)
+            return _sample(config, checkpoint, outputs, batches, check_signals)
         except Exception:
-            check_signals()  # a terminal's Ctrl-C reaches Ray's processes as well: no fault of ours
+            check_signals()  # Ctrl-C in a terminal also stops Ray's processes, which is not a fault
             raise
 
 
-def _sample(
-    config: SampleConfig,
-    checkpoint: str,
-    outputs: list[Output],
-    blocks: list[ImageBatch],
-    check_signals: Callable[[], None],
-) -> Sampled:
-    count, gpus = _resources(config)
-    device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
-    cpus = config.workers.cpus_per_worker
-    workers: Actors[Loaded] = Actors(
-        SampleWorker,
-        lambda actor: actor.load.remote(config, checkpoint, device, max(1, int(cpus))),
-        count=min(count, len(blocks)),
-        cpus=cpus,
-        gpus=gpus,
-        max_attempts=config.workers.max_attempts,
-        kind="sampling",
-        check_same=_check_same,
-        log=_log,
-        between=check_signals,
-    )
-    try:
-        loaded = workers.describe()
-        began = time.perf_counter()
-        about = _about(config, checkpoint, loaded)
-        missing: set[ImageBatch] = set()
-        for output in outputs:
-            output.open(about)
-        for output in outputs:
-            missing.update(output.missing(blocks))
-        drawn = _draw(config, about, workers, outputs, sorted(missing, key=lambda b: b.number))
-    finally:
-        workers.close()
-    return _finish(config, about, outputs, blocks, began, drawn)
-
-
-def _finish(
-    config: SampleConfig,
-    about: SampleAbout,
-    outputs: list[Output],
-    blocks: list[ImageBatch],
-    began: float,
-    drawn: int,
-) -> Sampled:
-    """Leave what was asked for of images that are all there; this call drew ``drawn``."""
-    labels = _labels(about, 0, about.num)
-    for output in outputs:
-        output.finish(blocks, labels)
-    seconds = time.perf_counter() - began
-    return Sampled(
-        images=about.num,
-        npz=config.npz,
-        folder=config.folder,
-        seconds=seconds,
-        images_per_second=drawn / seconds,
-        labels=config.labels,
-        resumed=about.num - drawn,
-    )
-
-
-def _draw(
-    config: SampleConfig,
-    about: SampleAbout,
-    workers: Actors[Loaded],
-    outputs: list[Output],
-    missing: list[ImageBatch],
-) -> int:
-    """Draw and keep these blocks; how many images that were."""
-    images = sum(block.count for block in missing)
-    there = about.num - images
-    if there:
-        _log(f"{there} of {about.num} images are there already")
-    pngs = config.folder is not None
-
-    def begin(worker: Any, block: ImageBatch) -> Any:
-        return worker.draw.remote(block, _labels(about, block.first, block.count), pngs=pngs)
-
-    def name(block: ImageBatch) -> str:
-        return f"the batch of images {block.first} to {block.first + block.count - 1}"
-
-    results: Iterator[SampledBatch] = workers.work(missing, begin, name=name)
-    with tqdm(total=about.num, initial=there, unit="image", desc="sample", file=sys.stderr) as bar:
-        for drawn in results:
-            for output in outputs:
-                output.write(drawn)
-            bar.update(drawn.block.count)
-    return images
-
-
-def _labels(about: SampleAbout, first: int, count: int) -> list[int]:
-    return choose_labels(about.labels, about.classes, about.sampler.seed, first, count)
-
-
-def _about(config: SampleConfig, checkpoint: str, loaded: Loaded) -> SampleAbout:
-    values = asdict(loaded)
+def describe_images(config: SampleConfig, checkpoint: str, worker: WorkerInfo) -> SampleAbout:
+    """Contents of ``about.json`` for the images that such workers draw."""
+    values = asdict(worker)
     classes = choose_classes(config.classes, values.pop("num_classes"))
     assert config.num is not None
     return SampleAbout(
@@ -189,7 +106,16 @@ def _about(config: SampleConfig, checkpoint: str, loaded: Loaded) -> SampleAbout
     )
 
 
-def _outputs(config: SampleConfig) -> list[Output]:
+def _check_options(config: SampleConfig) -> None:
+    if config.npz is None and config.folder is None:
+        raise UserError("--num needs --npz FILE or --folder DIR for its images")
+    if config.npz is not None and config.npz.endswith("/"):
+        raise UserError(f"--npz '{config.npz}' is the name of a folder: name a file")
+    if "per_class" in config.model_fields_set:
+        raise UserError("--per-class is for --png; with --num, use --labels balanced")
+
+
+def _open_outputs(config: SampleConfig) -> list[Output]:
     outputs: list[Output] = []
     if config.npz is not None:
         outputs.append(NpzOutput(config.npz))
@@ -198,51 +124,131 @@ def _outputs(config: SampleConfig) -> list[Output]:
     return outputs
 
 
-def _resources(config: SampleConfig) -> tuple[int, float]:
-    """Workers, and GPUs of each, fitted to the cluster."""
+def _sample(
+    config: SampleConfig,
+    checkpoint: str,
+    outputs: Sequence[Output],
+    batches: Sequence[ImageBatch],
+    check_signals: Callable[[], None],
+) -> SampleSummary:
+    resources = _choose_resources(config)
+    workers: Actors[WorkerInfo] = Actors(
+        SampleWorker,
+        lambda actor: actor.load.remote(config, checkpoint, resources.device, resources.threads),
+        count=min(resources.count, len(batches)),
+        cpus=resources.cpus,
+        gpus=resources.gpus,
+        max_attempts=config.workers.max_attempts,
+        kind="sampling",
+        check_same=_check_same,
+        log=logger.warning,
+        between=check_signals,
+    )
+    try:
+        worker = workers.describe()
+        started = time.perf_counter()
+        info = describe_images(config, checkpoint, worker)
+        for output in outputs:
+            output.open(info)
+        missing = {batch for output in outputs for batch in output.missing(batches)}
+        drawn = _draw(config, info, workers, outputs, sorted(missing, key=lambda b: b.number))
+    finally:
+        workers.close()
+    return _finish(config, info, outputs, batches, started, drawn)
+
+
+def _choose_resources(config: SampleConfig) -> WorkerResources:
     workers = config.workers
     gpus = workers.gpus_per_worker
     if config.device == "cpu":
         if gpus:
             raise UserError("--device cpu and --workers.gpus-per-worker exclude each other")
         gpus = 0.0
-    elif gpus is None:
-        gpus = 1.0 if config.device == "cuda" or total("GPU") else 0.0
-    elif not gpus and config.device == "cuda":
-        raise UserError("--device cuda needs --workers.gpus-per-worker above 0")
-    if gpus:
-        option = "--workers.count" if workers.count else "--workers.gpus-per-worker"
-        require("GPU", gpus, workers.count or 1, option=option)
-        count = workers.count or int(total("GPU") // gpus)
-    else:
-        fitting = max(1, int(total("CPU") // workers.cpus_per_worker))
-        count = workers.count or min(MAX_CPU_WORKERS, fitting)
-    option = "--workers.count" if workers.count else "--workers.cpus-per-worker"
-    require("CPU", workers.cpus_per_worker, count, option=option)
-    return count, gpus
+    elif config.device == "cuda":
+        if gpus == 0:
+            raise UserError("--device cuda needs --workers.gpus-per-worker above 0")
+        gpus = gpus or 1.0
+    return choose_resources(
+        workers.count,
+        workers.cpus_per_worker,
+        gpus,
+        options=OptionNames(
+            "--workers.count", "--workers.cpus-per-worker", "--workers.gpus-per-worker"
+        ),
+        max_cpu_workers=MAX_CPU_WORKERS,
+    )
 
 
-def _with_absolute_paths(config: SampleConfig) -> SampleConfig:
-    """Local paths made absolute: workers run in another folder."""
-    update: dict[str, Any] = {}
-    for key in ("npz", "folder"):
-        value = getattr(config, key)
-        if value is not None:
-            update[key] = absolute_url(value)
-    if config.autoencoder is not None:
-        update["autoencoder"] = absolute_folder(config.autoencoder)
-    return config.model_copy(update=update)
-
-
-def _check_same(one: Loaded, other: Loaded) -> None:
+def _check_same(one: WorkerInfo, other: WorkerInfo) -> None:
     a, b = asdict(one), asdict(other)
     for key in a:
         if a[key] != b[key]:
             raise UserError(
                 f"workers draw with different {key}: {a[key]} and {b[key]}; give every node the "
-                "same checkpoint, decoder and kind of device"
+                "same checkpoint, decoder and type of device"
             )
 
 
-def _log(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
+def _draw(
+    config: SampleConfig,
+    info: SampleAbout,
+    workers: Actors[WorkerInfo],
+    outputs: Sequence[Output],
+    missing: Sequence[ImageBatch],
+) -> int:
+    """Draw and write these batches. Returns the number of images drawn."""
+    images = sum(batch.count for batch in missing)
+    existing = info.num - images
+    if existing:
+        logger.info("%d of %d images exist already", existing, info.num)
+    pngs = config.folder is not None
+
+    def begin(worker: Any, batch: ImageBatch) -> Any:
+        return worker.draw.remote(batch, _labels(info, batch.first, batch.count), pngs=pngs)
+
+    def name(batch: ImageBatch) -> str:
+        return f"the batch of images {batch.first} to {batch.last}"
+
+    results: Iterator[SampledBatch] = workers.work(missing, begin, name=name)
+    progress = tqdm(total=info.num, initial=existing, unit="image", desc="sample", file=sys.stderr)
+    with progress:
+        for sampled in results:
+            for output in outputs:
+                output.write(sampled)
+            progress.update(sampled.batch.count)
+    return images
+
+
+def _finish(
+    config: SampleConfig,
+    info: SampleAbout,
+    outputs: Sequence[Output],
+    batches: Sequence[ImageBatch],
+    started: float,
+    drawn: int,
+) -> SampleSummary:
+    """Complete the files once all images exist; this call drew ``drawn`` of them."""
+    labels = _labels(info, 0, info.num)
+    for output in outputs:
+        output.finish(batches, labels)
+    seconds = time.perf_counter() - started
+    summary = SampleSummary(
+        images=info.num,
+        npz=config.npz,
+        folder=config.folder,
+        seconds=seconds,
+        images_per_second=drawn / seconds,
+        labels=config.labels,
+        resumed=info.num - drawn,
+    )
+    logger.info(
+        "%d images, %d of them from an earlier run; %.2f images/s",
+        summary.images,
+        summary.resumed,
+        summary.images_per_second,
+    )
+    return summary
+
+
+def _labels(info: SampleAbout, first: int, count: int) -> list[int]:
+    return choose_labels(info.labels, info.classes, info.sampler.seed, first, count)

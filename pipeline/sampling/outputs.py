@@ -1,7 +1,7 @@
-"""Where finished images go: each block on its own, so that an interruption loses none.
+"""Files that finished images are written to, batch by batch, so that an interruption loses none.
 
-A folder says in ``about.json`` what its images are. It is written first: a folder with images and
-without it belongs to somebody else.
+``about.json`` in a folder describes its images. It is written first, because a folder that has
+images and no ``about.json`` must be left alone: this command did not write it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import fsspec
 import numpy as np
-from pydantic import ValidationError
 
 from pipeline.sampling.batches import ImageBatch
 from pipeline.sampling.worker import SampledBatch
@@ -43,37 +42,37 @@ PARTS = ".parts"
 
 
 class Output(Protocol):
-    """Images that are to be complete one day. Methods raise ``UserError``."""
+    """Destination of the images of one command. Methods raise ``UserError``."""
 
     @property
     def unfinished(self) -> str:
-        """Where images wait until all of them are there, for people."""
+        """Folder of the images until all of them exist, for messages."""
 
-    def alone(self) -> AbstractContextManager[None]:
-        """Keep other processes of this machine, or of a disk that knows locks, away. Object stores
-        know none."""
+    def lock(self) -> AbstractContextManager[None]:
+        """Exclude other processes on this machine, or on any machine where the file system has
+        locks. Object stores have none."""
 
-    def found(self) -> SampleAbout | None:
-        """What images that are there say of themselves, if that is something."""
+    def read_info(self) -> SampleAbout | None:
+        """Description of the existing images; None where it is absent or not readable."""
 
     def is_finished(self) -> bool:
-        """Whether a command has come to its end here."""
+        """Whether an earlier command has completed the files."""
 
-    def open(self, about: SampleAbout) -> None:
-        """Say what the images are; refuse where images are there that are others."""
+    def open(self, info: SampleAbout) -> None:
+        """Write the description of the images to come; raises where other images exist."""
 
-    def missing(self, blocks: Sequence[ImageBatch]) -> list[ImageBatch]:
-        """Those that are not there in whole."""
+    def missing(self, batches: Sequence[ImageBatch]) -> list[ImageBatch]:
+        """Batches of which an image is missing."""
 
-    def write(self, drawn: SampledBatch) -> None:
-        """Keep one block."""
+    def write(self, sampled: SampledBatch) -> None:
+        """Write the images of one batch."""
 
-    def finish(self, blocks: Sequence[ImageBatch], labels: Sequence[int]) -> None:
-        """All blocks have been written: leave what was asked for, and nothing else."""
+    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int]) -> None:
+        """Complete the files, after all batches have been written, and remove temporary ones."""
 
 
 class NpzOutput:
-    """One .npz file; its blocks wait in a folder beside it."""
+    """One .npz file; until it is complete, its batches are files in the folder NPZ.parts."""
 
     def __init__(self, url: str) -> None:
         self.url, self.shown = url, redact(url)
@@ -82,16 +81,16 @@ class NpzOutput:
         self.unfinished = self.shown + PARTS
         self.done = False
 
-    def alone(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[None]:
         if not is_local(self.filesystem) or self.is_finished():
             return nullcontext()
         what = f"--npz '{self.shown}'"
         return exclusive_lock(Path(self.parts), what=what, remedy="name another --npz")
 
-    def found(self) -> SampleAbout | None:
+    def read_info(self) -> SampleAbout | None:
         if not self.is_finished():
-            return _known(_about_in(self.filesystem, self.parts))
-        return _known(self._about_of_file())
+            return SampleAbout.parse_or_none(_read_info(self.filesystem, self.parts))
+        return SampleAbout.parse_or_none(self._info_of_file())
 
     def is_finished(self) -> bool:
         try:
@@ -100,82 +99,83 @@ class NpzOutput:
             return False
         return True
 
-    def open(self, about: SampleAbout) -> None:
-        self.about = about
-        self.done = self._is_there()
+    def open(self, info: SampleAbout) -> None:
+        self.info = info
+        self.done = self._check_file()
         if not self.done:
             remedy = f"give the old options, another --npz, or delete '{self.unfinished}'"
-            _claim(self.filesystem, self.parts, about, self.unfinished, remedy)
+            _write_info(self.filesystem, self.parts, info, self.unfinished, remedy)
 
-    def missing(self, blocks: Sequence[ImageBatch]) -> list[ImageBatch]:
+    def missing(self, batches: Sequence[ImageBatch]) -> list[ImageBatch]:
         if self.done:
             return []
-        there = list_tree(self.filesystem, self.parts)
-        sizes = {path.rpartition("/")[2]: size for path, size in there.items()}
-        return [block for block in blocks if sizes.get(_part(block)) != self._size(block)]
+        files = list_tree(self.filesystem, self.parts)
+        sizes = {path.rpartition("/")[2]: size for path, size in files.items()}
+        return [batch for batch in batches if sizes.get(_part(batch)) != self._size(batch)]
 
-    def write(self, drawn: SampledBatch) -> None:
+    def write(self, sampled: SampledBatch) -> None:
         if not self.done:
-            path = f"{self.parts}/{_part(drawn.block)}"
-            write_atomic(self.filesystem, path, npy_bytes(drawn.images))
+            path = f"{self.parts}/{_part(sampled.batch)}"
+            write_atomic(self.filesystem, path, npy_bytes(sampled.images))
 
-    def finish(self, blocks: Sequence[ImageBatch], labels: Sequence[int]) -> None:
+    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int]) -> None:
         if not self.done:
             with tempfile.TemporaryDirectory(prefix="haste-npz-") as scratch:
-                # where it can be renamed, on the disk that it is for
+                # on the disk of the final file, so that publishing it is a rename
                 folder = Path(self.parts if is_local(self.filesystem) else scratch)
                 local = folder / f"{TEMPORARY}whole"
-                size = self.about.image_size
+                size = self.info.image_size
                 write_npz(
                     local,
-                    (self.about.num, size, size, 3),
-                    self._pieces(blocks),
+                    (self.info.num, size, size, 3),
+                    self._pieces(batches),
                     np.array(labels, np.int64),
-                    self.about.model_dump(mode="json"),
+                    self.info.model_dump(mode="json"),
                 )
                 publish(self.filesystem, local, self.path)
             self.done = True
         _remove_folder(self)
 
-    def _is_there(self) -> bool:
+    def _check_file(self) -> bool:
+        """Whether the .npz file exists. Raises ``UserError`` where it has other images."""
         if not self.is_finished():
             return False
         remedy = "name another --npz, or delete it"
-        found = self._about_of_file()
-        if not found:
+        values = self._info_of_file()
+        if not values:
             raise UserError(
-                f"--npz '{self.shown}' is there already, and no file of this command; {remedy}"
+                f"--npz '{self.shown}' exists and was not written by this command; {remedy}"
             )
-        check_same_images(found, self.about, where=self.shown, remedy=remedy)
+        check_same_images(values, self.info, where=self.shown, remedy=remedy)
         return True
 
-    def _about_of_file(self) -> dict[str, Any]:
-        """Empty where it is nobody's or damaged."""
+    def _info_of_file(self) -> dict[str, Any]:
+        """Empty where the file is damaged or not this command's."""
         try:
             return read_about(Archive(self.url, "--npz"))
         except UserError:
             return {}
 
-    def _pieces(self, blocks: Sequence[ImageBatch]) -> Iterator[bytes]:
-        for block in blocks:
-            shown = f"'{self.unfinished}/{_part(block)}'"
+    def _pieces(self, batches: Sequence[ImageBatch]) -> Iterator[bytes]:
+        for batch in batches:
+            shown = f"'{self.unfinished}/{_part(batch)}'"
             try:
-                data = read_bytes(self.filesystem, f"{self.parts}/{_part(block)}")
+                data = read_bytes(self.filesystem, f"{self.parts}/{_part(batch)}")
             except FileNotFoundError:
                 raise UserError(
-                    f"{shown} has gone, maybe with another command that writes --npz "
-                    f"'{self.shown}': once that has ended, run the same command again"
+                    f"{shown} is missing, perhaps deleted by another command that writes --npz "
+                    f"'{self.shown}': after that has ended, run the same command again"
                 ) from None
-            header = npy_header(self._shape(block))
-            if len(data) != self._size(block) or not data.startswith(header):
+            header = npy_header(self._shape(batch))
+            if len(data) != self._size(batch) or not data.startswith(header):
                 raise UserError(f"{shown} is damaged: delete it and run the same command again")
             yield data[len(header) :]
 
-    def _shape(self, block: ImageBatch) -> tuple[int, int, int, int]:
-        return (block.count, self.about.image_size, self.about.image_size, 3)
+    def _shape(self, batch: ImageBatch) -> tuple[int, int, int, int]:
+        return (batch.count, self.info.image_size, self.info.image_size, 3)
 
-    def _size(self, block: ImageBatch) -> int:
-        shape = self._shape(block)
+    def _size(self, batch: ImageBatch) -> int:
+        shape = self._shape(batch)
         return len(npy_header(shape)) + int(np.prod(shape, dtype=np.int64))
 
 
@@ -187,72 +187,73 @@ class FolderOutput:
         self.unfinished = self.shown
         self.filesystem, self.path = open_url(url, what="--folder")
 
-    def alone(self) -> AbstractContextManager[None]:
+    def lock(self) -> AbstractContextManager[None]:
         if not is_local(self.filesystem):
             return nullcontext()
         what = f"--folder '{self.shown}'"
         return exclusive_lock(Path(self.path), what=what, remedy="name another --folder")
 
-    def found(self) -> SampleAbout | None:
-        return _known(_about_in(self.filesystem, self.path))
+    def read_info(self) -> SampleAbout | None:
+        return SampleAbout.parse_or_none(_read_info(self.filesystem, self.path))
 
     def is_finished(self) -> bool:
         return exists(self.filesystem, f"{self.path}/{LABELS_FILE}")
 
-    def open(self, about: SampleAbout) -> None:
-        self.about = about
+    def open(self, info: SampleAbout) -> None:
+        self.info = info
         remedy = "give the old options, or another --folder"
-        _claim(self.filesystem, self.path, about, self.shown, remedy)
+        _write_info(self.filesystem, self.path, info, self.shown, remedy)
 
-    def missing(self, blocks: Sequence[ImageBatch]) -> list[ImageBatch]:
-        there = {path.rpartition("/")[2] for path in list_folder(self.filesystem, self.path)}
-        return [block for block in blocks if not there.issuperset(self._names(block))]
+    def missing(self, batches: Sequence[ImageBatch]) -> list[ImageBatch]:
+        files = {path.rpartition("/")[2] for path in list_folder(self.filesystem, self.path)}
+        return [batch for batch in batches if not files.issuperset(self._names(batch))]
 
-    def write(self, drawn: SampledBatch) -> None:
-        for name, png in zip(self._names(drawn.block), drawn.pngs, strict=True):
+    def write(self, sampled: SampledBatch) -> None:
+        for name, png in zip(self._names(sampled.batch), sampled.pngs, strict=True):
             write_atomic(self.filesystem, f"{self.path}/{name}", png)
 
-    def finish(self, blocks: Sequence[ImageBatch], labels: Sequence[int]) -> None:
+    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int]) -> None:
         numbers = npy_bytes(np.array(labels, np.int64))
         write_atomic(self.filesystem, f"{self.path}/{LABELS_FILE}", numbers)
         for path in list_folder(self.filesystem, self.path):
             name = path.rpartition("/")[2]
-            if name.startswith(TEMPORARY) and name != LOCK:  # something died over it
+            if name.startswith(TEMPORARY) and name != LOCK:  # left by a process that died
                 remove(self.filesystem, path)
 
-    def _names(self, block: ImageBatch) -> list[str]:
-        digits = max(6, len(str(self.about.num - 1)))
-        return [f"{n:0{digits}d}.png" for n in range(block.first, block.first + block.count)]
+    def _names(self, batch: ImageBatch) -> list[str]:
+        digits = max(6, len(str(self.info.num - 1)))
+        return [f"{n:0{digits}d}.png" for n in range(batch.first, batch.last + 1)]
 
 
-def _part(block: ImageBatch) -> str:
-    return f"{block.first:09d}.npy"
+def _part(batch: ImageBatch) -> str:
+    return f"{batch.first:09d}.npy"
 
 
-def _claim(
+def _write_info(
     filesystem: fsspec.AbstractFileSystem,
     folder: str,
-    about: SampleAbout,
+    info: SampleAbout,
     shown: str,
     remedy: str,
 ) -> None:
-    """Have ``about.json`` in a folder. Raises ``UserError`` where it is used for something else."""
-    found = _about_in(filesystem, folder)
-    if found is None:
+    """Write ``about.json`` unless it exists. Raises ``UserError`` where the folder has other
+    files or images."""
+    values = _read_info(filesystem, folder)
+    if values is None:
         names = (path.rpartition("/")[2] for path in list_folder(filesystem, folder))
         if any(not name.startswith(TEMPORARY) for name in names):
             raise UserError(
-                f"'{shown}' has files and no {ABOUT_FILE}, so that it is not this command's: "
+                f"'{shown}' has files and no {ABOUT_FILE}, so this command did not write it: "
                 "name an empty or a new folder"
             )
-        text = about.model_dump_json(indent=1) + "\n"
+        text = info.model_dump_json(indent=1) + "\n"
         write_atomic(filesystem, f"{folder}/{ABOUT_FILE}", text.encode())
         return
-    check_same_images(found, about, where=shown, remedy=remedy)
+    check_same_images(values, info, where=shown, remedy=remedy)
 
 
-def _about_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> Any:
-    """What ``about.json`` says, {} where that is no JSON, None where there is no such file."""
+def _read_info(filesystem: fsspec.AbstractFileSystem, folder: str) -> Any:
+    """Values in ``about.json``; {} where it is not JSON, None where there is no such file."""
     try:
         return json.loads(read_bytes(filesystem, f"{folder}/{ABOUT_FILE}")) or {}
     except FileNotFoundError:
@@ -261,52 +262,43 @@ def _about_in(filesystem: fsspec.AbstractFileSystem, folder: str) -> Any:
         return {}
 
 
-def _known(found: Any) -> SampleAbout | None:
-    try:
-        return SampleAbout.model_validate(found)
-    except ValidationError:
-        return None
-
-
 def _remove_folder(output: NpzOutput) -> None:
-    """The blocks, ``about.json`` last: without it the rest would be a stranger's."""
+    """Delete the batches, then ``about.json``: without it the rest would not be recognised."""
     paths = list_folder(output.filesystem, output.parts)
     for path in sorted(paths, key=lambda path: path.endswith(f"/{ABOUT_FILE}")):
         remove(output.filesystem, path)
     if paths and is_local(output.filesystem):
-        with suppress(OSError):  # another command may do the same, or have begun anew
+        with suppress(OSError):  # another command may have deleted it, or started again
             Path(output.parts).rmdir()
 
 
-MAY_DIFFER = {"checkpoint", "version"}
-"""Where the weights lay, and what drew: the weights' checksum tells whether they are the same."""
+IGNORED = {"checkpoint", "version"}
+"""Place of the weights, and software version: the checksum of the weights decides instead."""
 
 
-def check_same_images(found: Any, wanted: SampleAbout, *, where: str, remedy: str) -> None:
-    """Raises ``UserError`` that says in which respects images at ``where``, which say ``found`` of
-    themselves, differ from those that are ``wanted``."""
-    there = SampleAbout.parse_or_none(found)
-    if there is None:
-        raise UserError(
-            f"'{where}' does not say in a way that this version knows what it is; {remedy}"
-        )
-    one, other = _leaves(there), _leaves(wanted)
+def check_same_images(values: Any, requested: SampleAbout, *, where: str, remedy: str) -> None:
+    """Raises ``UserError`` naming the differences between the images at ``where``, which ``values``
+    describe, and the requested ones."""
+    existing = SampleAbout.parse_or_none(values)
+    if existing is None:
+        raise UserError(f"'{where}' has a description that this version cannot read; {remedy}")
+    one, other = _leaves(existing), _leaves(requested)
     differing = [key for key in other if one[key] != other[key]]
     if differing:
-        said = [
+        differences = [
             f"{key} {short_value(one[key], 40)} (now {short_value(other[key], 40)})"
             for key in differing
         ]
         if "weights_sha256" in differing:
-            said.append(f"they are from --checkpoint {there.checkpoint}")
-        raise UserError(f"'{where}' is of other images: {', '.join(said)}; {remedy}")
+            differences.append(f"they are from --checkpoint {existing.checkpoint}")
+        raise UserError(f"'{where}' has other images: {', '.join(differences)}; {remedy}")
 
 
 def are_same_images(one: SampleAbout, other: SampleAbout) -> bool:
     return _leaves(one) == _leaves(other)
 
 
-def _leaves(about: SampleAbout) -> dict[str, Any]:
-    values = about.model_dump(mode="json", exclude=MAY_DIFFER)
+def _leaves(info: SampleAbout) -> dict[str, Any]:
+    values = info.model_dump(mode="json", exclude=IGNORED)
     sampler = values.pop("sampler")
     return values | {f"sampler.{key}": value for key, value in sampler.items()}

@@ -1,8 +1,8 @@
-"""What an earlier command has left, and whether anybody has to draw for this one."""
+"""Images of an earlier command: their checkpoint, and whether all of them exist."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 
 from pipeline.autoencoders import open_decoder
@@ -16,75 +16,83 @@ from pipeline.storage.files import absolute_url, redact
 from schemas.errors import UserError
 from schemas.sample import SampleAbout, SampleConfig
 
+logger = logging.getLogger(__name__)
 
-def find_checkpoint_again(config: SampleConfig, outputs: Sequence[Output]) -> str:
-    """What ``find_checkpoint`` finds; of a run the checkpoint that unfinished images are of, for
-    the run may have trained on since. Raises ``UserError``, also where it has removed that one."""
-    unfinished = ((output, output.found()) for output in outputs if not output.is_finished())
-    output, begun = next(((o, about) for o, about in unfinished if about), (None, None))
-    place = find_checkpoint(config.checkpoint, None if begun is None else begun.step)
-    if output is None or begun is None or begun.step is None:
-        return place
-    run, _, name = redact(place).rpartition("/")
-    asked = redact(absolute_url(str(config.checkpoint)).rstrip("/"))
-    if asked != run:  # not a run, but one of its checkpoints
-        return place
-    if begun.checkpoint.rpartition("/")[::2] == (run, name):
-        print(f"going on with '{begun.checkpoint}' of '{output.unfinished}'", file=sys.stderr)
-    elif begun.checkpoint.rpartition("/")[0] == run:
+
+def find_checkpoint_to_resume(config: SampleConfig, outputs: Sequence[Output]) -> str:
+    """The result of ``find_checkpoint``, but for a run with unfinished images the checkpoint of
+    those images, because the run may have continued since. Raises ``UserError``, also where the
+    run has deleted that checkpoint."""
+    infos = ((output, output.read_info()) for output in outputs if not output.is_finished())
+    output, info = next(((output, info) for output, info in infos if info), (None, None))
+    checkpoint = find_checkpoint(config.checkpoint, None if info is None else info.step)
+    if output is None or info is None or info.step is None:
+        return checkpoint
+    run, _, name = redact(checkpoint).rpartition("/")
+    requested = redact(absolute_url(str(config.checkpoint)).rstrip("/"))
+    if requested != run:  # one checkpoint of a run, not the run
+        return checkpoint
+    old_run, _, old_name = info.checkpoint.rpartition("/")
+    if (old_run, old_name) == (run, name):
+        logger.info("resuming '%s' with '%s'", output.unfinished, info.checkpoint)
+    elif old_run == run:
         raise UserError(
-            f"'{output.unfinished}' is of '{begun.checkpoint}', which the run has removed since "
-            f"(checkpoint.keep): delete '{output.unfinished}' to begin again with '{name}'"
+            f"'{output.unfinished}' has images of '{info.checkpoint}', which the run has deleted "
+            f"since (checkpoint.keep): delete '{output.unfinished}' to start again with '{name}'"
         )
-    return place
+    return checkpoint
 
 
-def already_complete(
-    config: SampleConfig, checkpoint: str, outputs: Sequence[Output], blocks: Sequence[ImageBatch]
+def info_of_complete_images(
+    config: SampleConfig, checkpoint: str, outputs: Sequence[Output], batches: Sequence[ImageBatch]
 ) -> SampleAbout | None:
-    """What the images are, where every one of them has been drawn as ``config`` asks, and
-    ``outputs`` are then open; else None.
+    """The description of the images where all of them have been drawn as ``config`` requests;
+    ``outputs`` are then open. Else None.
 
-    This process reads the checkpoint to know that, and no worker is needed.
+    The checkpoint is read in this process, so that complete images need no worker.
     """
-    abouts = [about for output in outputs if (about := output.found()) is not None]
-    if len(abouts) < len(outputs) or not _fits(config, checkpoint, abouts[0]):
+    infos = [info for output in outputs if (info := output.read_info()) is not None]
+    if len(infos) < len(outputs) or not _has_options(infos[0], config, checkpoint):
         return None
-    about = abouts[0]
-    if not all(are_same_images(about, other) for other in abouts[1:]):
+    info = infos[0]
+    if not all(are_same_images(info, other) for other in infos[1:]):
         return None
     for output in outputs:
-        output.open(about)
-        if output.missing(blocks):
+        output.open(info)
+        if output.missing(batches):
             return None
-    with local_copy(checkpoint, config.weights) as local:
-        trained = load_trained_student(local, config.weights, config.model)
-    student = trained.student
-    same = (
-        about.weights_sha256 == sha256_of_module(student)
-        and about.model == student.config.model
-        and about.path == trained.path
-        and about.classes == choose_classes(config.classes, student.config.num_classes)
-    )
-    if not same:
-        return None
-    decoder = open_decoder(config.autoencoder, trained.encoder)
-    ours = (decoder.name, decoder.weights_sha256)
-    return about if ours == (about.autoencoder, about.autoencoder_sha256) else None
+    return info if _has_weights(info, config, checkpoint) else None
 
 
-def _fits(config: SampleConfig, checkpoint: str, about: SampleAbout) -> bool:
-    """As far as that can be told without the checkpoint's weights."""
+def _has_options(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bool:
+    """Whether the options and the checkpoint's name are those of the images."""
     same = all(
-        getattr(config, key) == getattr(about, key)
+        getattr(config, key) == getattr(info, key)
         for key in ("num", "labels", "batch_size", "weights", "sampler")
     )
     precision = config.precision
     if precision == "auto":
-        precision = choose_arithmetic("auto", about.device)
+        precision = choose_arithmetic("auto", info.device)
     return (
         same
-        and about.checkpoint == redact(checkpoint)
-        and about.precision == precision
-        and config.device in ("auto", about.device)
+        and info.checkpoint == redact(checkpoint)
+        and info.precision == precision
+        and config.device in ("auto", info.device)
     )
+
+
+def _has_weights(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bool:
+    """Whether student and decoder are those of the images."""
+    with local_copy(checkpoint, config.weights) as folder:
+        trained = load_trained_student(folder, config.weights, config.model)
+    student = trained.student
+    same_student = (
+        info.weights_sha256 == sha256_of_module(student)
+        and info.model == student.config.model
+        and info.path == trained.path
+        and info.classes == choose_classes(config.classes, student.config.num_classes)
+    )
+    if not same_student:
+        return False
+    decoder = open_decoder(config.autoencoder, trained.encoder)
+    return (decoder.name, decoder.weights_sha256) == (info.autoencoder, info.autoencoder_sha256)

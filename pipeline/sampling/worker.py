@@ -1,4 +1,4 @@
-"""What one worker holds and does when many draw together."""
+"""One of several workers that draw images: a student and a decoder in their own process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from schemas.sample import Arithmetic, SampleConfig
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a worker draws with. Workers that agree in it draw the same images."""
+class WorkerInfo:
+    """Properties of a worker that determine the images: equal workers draw equal images."""
 
     step: int | None
     model: str
@@ -41,43 +41,45 @@ class Loaded:
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """The images of one block."""
+    """The images of one batch."""
 
-    block: ImageBatch
+    batch: ImageBatch
     images: np.ndarray[Any, Any]
     """uint8 (B, R, R, 3)."""
     pngs: tuple[bytes, ...]
-    """The same as PNG files, where they were asked for."""
+    """The images as PNG files; empty where the caller does not need them."""
 
 
 class SampleWorker:
-    """A student and a decoder in a process of its own."""
+    """Draws batches of images; runs as a Ray actor."""
 
     def load(
         self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"], threads: int
-    ) -> Loaded:
-        """``checkpoint`` is what ``find_checkpoint`` found. Raises ``UserError``."""
+    ) -> WorkerInfo:
+        """Load the checkpoint at a path or URL that ``find_checkpoint`` returned. Raises
+        ``UserError``."""
         torch.set_num_threads(threads)
         try:
             with local_copy(checkpoint, config.weights) as local:
                 return self._load(config, str(local), device)
         except UserError as error:
-            raise UserError(str(error)) from None  # some kinds do not survive pickling
+            raise UserError(str(error)) from None  # subclasses may not survive pickling
 
-    def draw(self, block: ImageBatch, labels: list[int], *, pngs: bool) -> SampledBatch:
-        """Raises ``UserError`` where the student's numbers are none, or memory is short."""
+    def draw(self, batch: ImageBatch, labels: list[int], *, pngs: bool) -> SampledBatch:
+        """Draw the images of ``batch`` with one label each. Raises ``UserError`` where the latents
+        are not finite, or where the GPU's memory does not suffice."""
         try:
-            images = self._draw(block, labels)
+            images = self._draw(batch, labels)
         except torch.OutOfMemoryError:
             raise UserError(
-                f"a GPU has no memory for {block.count} images at a time; try a smaller "
+                f"a GPU has no memory for {batch.count} images at a time; use a smaller "
                 f"--batch-size than {self.config.batch_size}"
             ) from None
-        return SampledBatch(block, images, tuple(map(_png, images)) if pngs else ())
+        return SampledBatch(batch, images, tuple(map(_png, images)) if pngs else ())
 
     def _load(
         self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"]
-    ) -> Loaded:
+    ) -> WorkerInfo:
         self.config = config
         self.precision = choose_arithmetic(config.precision, device)
         trained = load_trained_student(Path(checkpoint), config.weights, config.model)
@@ -87,7 +89,7 @@ class SampleWorker:
         weights = sha256_of_module(self.student)
         self.student.to(device)
         self.autoencoder.to(device)
-        return Loaded(
+        return WorkerInfo(
             step=trained.step,
             model=self.student.config.model,
             num_classes=self.student.config.num_classes,
@@ -101,24 +103,24 @@ class SampleWorker:
         )
 
     def _image_size(self, device: str) -> int:
+        """Pixels per side of a decoded image."""
         shape = self.student.config.latent_shape
         blank = torch.zeros(1, *shape, device=device)
         return int(decode_scaled(self.autoencoder, blank).shape[-1])
 
-    def _draw(self, block: ImageBatch, labels: list[int]) -> np.ndarray[Any, Any]:
+    def _draw(self, batch: ImageBatch, labels: list[int]) -> np.ndarray[Any, Any]:
         latents = draw_latents(
             self.student,
             labels,
             self.config.sampler,
             path=self.path,
-            first_index=block.first,
+            first_index=batch.first,
             precision=self.precision,
         )
         if not latents.isfinite().all():
             raise UserError(
-                f"images {block.first} to {block.first + block.count - 1} are not made of finite "
-                f"numbers: has the training diverged? (weights '{self.config.weights}', precision "
-                f"{self.precision})"
+                f"latents of images {batch.first} to {batch.last} are not finite: has the training "
+                f"diverged? (weights '{self.config.weights}', precision {self.precision})"
             )
         with arithmetic(self.precision):
             images = self.autoencoder.decode(latents).cpu()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import socket
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel
 
 from pipeline.storage.redaction import redact
 from pipeline.storage.retry import retry_limit
@@ -24,6 +26,11 @@ UPLOAD_BYTES_PER_SECOND = 512 << 10
 CONNECTIONS = 32
 PARTS_AT_ONCE = 4
 """Parts of 50 MB that one upload holds in memory at a time."""
+
+WEIGHTS_WORDS = ("hub", "random", "demo")
+"""Values of options for weights that are not a path."""
+
+M = TypeVar("M", bound=BaseModel)
 
 # Buckets have neither sign in their names; their ARNs have colons.
 _S3_WITH_CREDENTIALS = re.compile(r"\bs3a?://(?!arn:)[^/]*[:@]")
@@ -79,6 +86,37 @@ def absolute_folder(name: str) -> str:
     """What may be a folder, a hub's id or the project's own ``demo``: a folder made absolute."""
     is_folder = name != "demo" and os.path.isdir(os.path.expanduser(name))
     return absolute_url(name) if is_folder else name
+
+
+def with_absolute_paths(
+    config: M, urls: Sequence[str], *, folders: Sequence[str] = (), weights: Sequence[str] = ()
+) -> M:
+    """A copy of ``config`` whose local paths are absolute, because Ray workers run in another
+    folder. The fields have dotted names; None stays None.
+
+    ``urls`` are paths or URLs, ``folders`` as ``absolute_folder`` takes them, ``weights`` are files
+    or one of ``WEIGHTS_WORDS``.
+    """
+    for name in urls:
+        config = _with_changed(config, name, absolute_url)
+    for name in folders:
+        config = _with_changed(config, name, absolute_folder)
+    for name in weights:
+        config = _with_changed(config, name, _absolute_weights)
+    return config
+
+
+def _absolute_weights(value: str) -> str:
+    return value if value in WEIGHTS_WORDS else absolute_url(value)
+
+
+def _with_changed(config: Any, name: str, change: Callable[[str], str]) -> Any:
+    key, _, rest = name.partition(".")
+    value = getattr(config, key)
+    if value is None:
+        return config
+    changed = _with_changed(value, rest, change) if rest else change(value)
+    return config.model_copy(update={key: changed})
 
 
 def _s3_options(protocol: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _column_parts(column: Column) -> dict[str, StoredArray]:
 def check_value(part: StoredArray, value: np.ndarray | int) -> np.ndarray:
     """The value as an array of its part. Raises ``ValueError`` on another shape, on a number that
     is not finite in the stored type, and on labels that no reader would take."""
-    if part.is_class and not 0 <= value < 10**CLASS_DIGITS:
+    if part.is_class and not 0 <= value < 10**MAX_CLASS_DIGITS:
         raise ValueError(f"{value} is not a class number")
     array = np.ascontiguousarray(value, dtype=part.dtype).reshape(np.shape(value))
     if array.shape != part.shape:
@@ -82,7 +82,7 @@ def check_value(part: StoredArray, value: np.ndarray | int) -> np.ndarray:
     return array
 
 
-def largest_stored(part: StoredArray) -> int:
+def max_stored_size(part: StoredArray) -> int:
     """More bytes than one sample of a part ever takes up: incompressible, with a header."""
     return part.nbytes + part.nbytes // 64 + 4096
 
@@ -133,7 +133,7 @@ def member_suffix(name: str, part: StoredArray) -> str:
 
 SUFFIXES: dict[Lossless, str] = {"zstd": "zst", "blosc": "blosc"}
 
-CLASS_DIGITS = 18
+MAX_CLASS_DIGITS = 18
 """Of a class number at most: so it fits into an int64."""
 
 
@@ -142,7 +142,7 @@ def read_npy_member(part: StoredArray, data: bytes | memoryview) -> np.ndarray |
     where the bytes are not what the manifest promises."""
     if part.is_class:
         text = bytes(data)
-        if not text.isdigit() or len(text) > CLASS_DIGITS:
+        if not text.isdigit() or len(text) > MAX_CLASS_DIGITS:
             raise ValueError(f"{text[:20]!r} is not a class number")
         return int(text)
     header = npy_header(part.shape, part.dtype.str)
@@ -185,7 +185,7 @@ class ArrayReader:
             self.stored_size = len(self.header) + part.nbytes
         self._fill = fill_from_npy_member if npy else fill_from_chunk
 
-    def places(self, out: np.ndarray) -> Callable[[int, int], list[Buffer]]:
+    def targets(self, out: np.ndarray) -> Callable[[int, int], list[Buffer]]:
         """For a batch's array (B, *shape), contiguous: where ``size`` bytes go for the row at a
         place, as ``(place, size) -> buffers``. What is stored as it is goes straight into it."""
         header, nbytes = len(self.header), self.part.nbytes
@@ -204,7 +204,7 @@ class ArrayReader:
         self._fill(self.part, data, row)
 
     def finish(self, buffers: Sequence[Buffer], out: np.ndarray, place: int) -> None:
-        """The same, for ``buffers`` of ``places`` that are full."""
+        """The same, for full ``buffers`` of ``targets``."""
         first = buffers[0]
         if len(buffers) == 1 and isinstance(first, bytearray):
             self.fill(memoryview(first), out[place : place + 1])

@@ -17,15 +17,15 @@ ROOT = Path(__file__).parents[2]
 COUNTED = """
 import os, sys
 sys.path.insert(0, "jobs")
-from pipeline.train import ray as adapter
+from pipeline.train import ray_trainer
 import train_haste
 
-worker = adapter._worker
+worker = ray_trainer._worker
 def counted_worker(arguments):
     with open(os.environ["HASTE_TEST_STARTS"], "a") as file:
         file.write("x")
     return worker(arguments)
-adapter._worker = counted_worker
+ray_trainer._worker = counted_worker
 train_haste.run_command(train_haste.main)
 """
 

@@ -166,7 +166,7 @@ def test_samples_of_another_run_are_not_recorded(
     (files / "y").mkdir()
     sides = ("--reference", files / "real.npz", *NETWORK, "--record", files / "y")
     with pytest.raises(
-        UserError, match=r"--record '.*/y': the samples say that they are of '/runs/x"
+        UserError, match=r"--record '.*/y': the samples are recorded as those of '/runs/x"
     ):
         run("--samples", files / "samples.npz", *sides)
     assert not (files / "y" / "evaluations.jsonl").exists()

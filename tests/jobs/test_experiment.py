@@ -57,7 +57,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten classes of twelve pictures of noise, as the zip of CIFAR-10 has them."""
+    """Ten classes of twelve noise images, as the zip of CIFAR-10 has them."""
     path = tmp_path_factory.mktemp("cifar") / "images.zip"
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as zipped:
@@ -84,7 +84,7 @@ def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def test_arms_differ_in_what_they_are_called_after() -> None:
+def test_arms_differ_in_the_options_that_their_names_state() -> None:
     for file in (DEFAULTS, CPU):
         config = Cifar10Config.model_validate(read_yaml(file))
         runs = {
@@ -133,8 +133,7 @@ def test_outcome_has_every_arm_at_every_step(done: Path) -> None:
     assert (done / "report.html").read_text().count("haste-seed0") > 1
 
 
-def test_runs_are_judged_on_images_that_nothing_was_trained_on_apart(done: Path) -> None:
-    """Held-out pictures are in no store, and the runs see one store."""
+def test_held_out_images_are_not_in_the_store_and_all_runs_share_it(done: Path) -> None:
     assert len(list((done / "images" / "train").rglob("*.png"))) == 60
     assert len(list((done / "images" / "held_out").rglob("*.png"))) == 60
     manifest = json.loads((done / "store" / "manifest.json").read_text())
@@ -150,7 +149,7 @@ def test_runs_are_judged_on_images_that_nothing_was_trained_on_apart(done: Path)
     assert phases == {"vanilla": [2, 2, 2, 2], "haste": [1, 1, 2, 2]}
 
 
-def test_what_others_recorded_is_not_mixed_in(tmp_path: Path) -> None:
+def test_other_evaluations_of_a_run_are_ignored(tmp_path: Path) -> None:
     own: dict[str, Any] = {"network": "judge", "samples": 10, "weights": "ema"}
     own |= {"sampling": {"sampler": {"steps": 50, "guidance": 1.0}, "labels": "random"}}
     drawn = {**own["sampling"], "precision": "float32"}
@@ -168,18 +167,18 @@ def test_what_others_recorded_is_not_mixed_in(tmp_path: Path) -> None:
     assert read_distances(tmp_path, ["haste-seed0"], own) == {"haste": {2: [9.0], 4: [10.0]}}
 
 
-def test_again_makes_nothing_again(source: Path, done: Path) -> None:
+def test_a_second_call_makes_nothing(source: Path, done: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")}
     run_matrix(config_of(source, done, select=["vanilla", "haste"]))
     assert before == {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")}
 
 
-def test_other_options_are_not_mixed_with_what_is_there(source: Path, done: Path) -> None:
+def test_an_artifact_of_other_options_is_refused(source: Path, done: Path) -> None:
     with pytest.raises(UserError, match=r"the teacher in '.*' was made with another steps"):
         run_matrix(config_of(source, done, teacher={**TINY["teacher"], "steps": 3}))
 
 
-def test_a_store_of_other_layers_is_not_taken(source: Path, done: Path) -> None:
+def test_a_store_of_other_layers_is_refused(source: Path, done: Path) -> None:
     with pytest.raises(UserError, match=r"store '.*/store' was made with"):
         run_matrix(config_of(source, done, store={**TINY["store"], "layers": [2, 3, 4, 5]}))
 
@@ -189,7 +188,7 @@ def test_a_store_of_other_layers_is_not_taken(source: Path, done: Path) -> None:
     [
         ({"select": ["hast"]}, r"--select hast: the arms are vanilla, repa"),
         ({"source": None}, r"--source is missing"),
-        ({"source": "/nowhere.zip"}, r"--source '/nowhere.zip' is no zip"),
+        ({"source": "/nowhere.zip"}, r"--source '/nowhere.zip' is not a readable zip"),
         ({"arms": {"haste": {"alignment": {"student_layer": [1]}}}}, r"the arm 'haste'"),
         (
             {"arms": {"haste": {"samples": {"evaluate": {"images": 20}}}}},
@@ -218,7 +217,7 @@ def test_a_config_without_evaluations_is_refused(source: Path, tmp_path: Path) -
     assert not (tmp_path / "work").exists()
 
 
-def test_a_damaged_picture_is_named(source: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_is_named(source: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.zip"
     with zipfile.ZipFile(source) as whole, zipfile.ZipFile(damaged, "w") as zipped:
         for name in whole.namelist():
@@ -228,7 +227,7 @@ def test_a_damaged_picture_is_named(source: Path, tmp_path: Path) -> None:
         run_matrix(config_of(damaged, tmp_path / "work"))
 
 
-def test_a_run_that_another_process_trains_is_left_to_it(source: Path, done: Path) -> None:
+def test_a_run_that_another_process_trains_is_refused(source: Path, done: Path) -> None:
     busy = done / "running" / "haste-seed0"
     with (
         exclusive_lock(busy, what="it", remedy="wait"),
@@ -237,18 +236,17 @@ def test_a_run_that_another_process_trains_is_left_to_it(source: Path, done: Pat
         run_matrix(config_of(source, done, select=["haste"]))
 
 
-def test_one_process_at_a_time_makes_things(tmp_path: Path) -> None:
-    """And what one left that was killed goes."""
-    shelf = ArtifactCache(tmp_path / "work")
-    left = tmp_path / "work" / ".tmp-killed"
-    left.mkdir(parents=True)
+def test_one_process_at_a_time_makes_artifacts(tmp_path: Path) -> None:
+    """And temporary folders of killed processes are removed."""
+    cache = ArtifactCache(tmp_path / "work")
+    (tmp_path / "work" / ".tmp-killed").mkdir(parents=True)
 
     def make(folder: Path) -> dict[str, Any]:
         with pytest.raises(UserError, match=r"--work '.*' is being written by process \d+"):
             ArtifactCache(tmp_path / "work").get("other", {}, lambda _: {})
         return {"made": folder.name}
 
-    final, report = shelf.get("thing", {"size": 1}, make)
+    final, report = cache.get("thing", {"size": 1}, make)
     assert report["made"].startswith(".tmp-")
     assert sorted(path.name for path in final.parent.iterdir()) == ["thing"]
 

@@ -32,10 +32,10 @@ SMALL = {"cpus_per_worker": 0.5}
 SLOWED = """
 import sys, time
 sys.path.insert(0, "jobs")
-from pipeline.train import ray as adapter
+from pipeline.train import ray_trainer
 import train_haste
 
-worker = adapter._worker
+worker = ray_trainer._worker
 def slow_worker(arguments):
     from pipeline.train.trainer import Trainer
     step = Trainer.train_step
@@ -44,7 +44,7 @@ def slow_worker(arguments):
         return step(self, batch)
     Trainer.train_step = slowly
     return worker(arguments)
-adapter._worker = slow_worker
+ray_trainer._worker = slow_worker
 train_haste.run_command(train_haste.main)
 """
 
@@ -110,11 +110,11 @@ def test_killed_right_after_a_checkpoint_goes_on_from_it(
 ) -> None:
     """The worker dies in the same instant as the checkpoint is in place, before anybody has heard
     of it, and a second time later. Ray alone would begin again at step 0."""
-    from pipeline.train import ray_trainer as adapter
+    from pipeline.train import ray_trainer
 
     marks = tmp_path / "marks"
     marks.mkdir()
-    worker = adapter._worker
+    worker = ray_trainer._worker
 
     def dying_worker(arguments: dict[str, object]) -> str | None:
         from pipeline.checkpoints.local import LocalCheckpoints
@@ -136,7 +136,7 @@ def test_killed_right_after_a_checkpoint_goes_on_from_it(
         LocalCheckpoints.save, Trainer.train_step = save_and_die, counted  # type: ignore
         return worker(arguments)
 
-    monkeypatch.setattr(adapter, "_worker", dying_worker)
+    monkeypatch.setattr(ray_trainer, "_worker", dying_worker)
     train_run(run_config(checkpoint={"every": 2}, workers=SMALL))
     assert (marks / "steps").read_text().split() == ["0", "1", "2", "3", "4", "5"]
     train_here(run_config(), tmp_path / "whole")

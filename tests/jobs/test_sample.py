@@ -22,7 +22,7 @@ import pipeline.sampling.job as module
 from jobs.sample import main
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.sampling.batches import ImageBatch, choose_labels, plan_batches
-from pipeline.sampling.job import Sampled, sample_many
+from pipeline.sampling.job import SampleSummary, sample_many
 from pipeline.sampling.outputs import NpzOutput
 from pipeline.sampling.worker import SampledBatch, SampleWorker
 from pipeline.store import Store
@@ -60,7 +60,7 @@ def run(random_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Sample = Callable[..., Sampled]
+Sample = Callable[..., SampleSummary]
 
 
 def options(run: Path, **overrides: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def options(run: Path, **overrides: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def draw(run: Path) -> Sample:
-    def sample(**overrides: Any) -> Sampled:
+    def sample(**overrides: Any) -> SampleSummary:
         return sample_many(SampleConfig.model_validate(options(run, **overrides)))
 
     return sample
@@ -86,13 +86,13 @@ def draw(run: Path) -> Sample:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the blocks that were drawn and kept."""
+    """Numbers of the batches that were drawn and kept."""
     numbers: list[int] = []
     write = NpzOutput.write
 
     def counted(self: NpzOutput, result: SampledBatch) -> None:
         write(self, result)
-        numbers.append(result.block.number)
+        numbers.append(result.batch.number)
 
     monkeypatch.setattr(NpzOutput, "write", counted)
     return numbers
@@ -105,9 +105,9 @@ def expected(run: Path) -> np.ndarray[Any, Any]:
     threads = torch.get_num_threads()
     worker = SampleWorker()
     worker.load(config, str(run), "cpu", 1)
-    blocks = plan_batches(30, config.batch_size)
-    labels = [choose_labels("balanced", range(5), 0, b.first, b.count) for b in blocks]
-    images = [worker.draw(b, of, pngs=False).images for b, of in zip(blocks, labels, strict=True)]
+    batches = plan_batches(30, config.batch_size)
+    labels = [choose_labels("balanced", range(5), 0, b.first, b.count) for b in batches]
+    images = [worker.draw(b, of, pngs=False).images for b, of in zip(batches, labels, strict=True)]
     torch.set_num_threads(threads)
     return np.concatenate(images)
 
@@ -122,15 +122,15 @@ def test_the_same_images_whatever_the_workers_and_their_fate(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """One worker; two, of which one is killed over its block; none needed."""
+    """One worker; two, of which one is killed over its batch; none needed."""
     marker = tmp_path / "died"
 
     class DiesOnce(SampleWorker):
-        def draw(self, block: ImageBatch, labels: list[int], *, pngs: bool) -> SampledBatch:
-            if block.number == 1 and not marker.exists():
+        def draw(self, batch: ImageBatch, labels: list[int], *, pngs: bool) -> SampledBatch:
+            if batch.number == 1 and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().draw(block, labels, pngs=pngs)
+            return super().draw(batch, labels, pngs=pngs)
 
     one = draw(npz=str(tmp_path / "one.npz"), folder=str(tmp_path / "pictures"))
     assert (one.images, one.resumed, one.labels) == (12, 0, "balanced")
@@ -206,7 +206,7 @@ def test_ended_by_a_signal_and_resumed(
     assert 2 <= len(finished) < 10
     assert not out.exists()
 
-    with pytest.raises(UserError, match=r"a.npz.parts' is of other images: labels balanced \(now"):
+    with pytest.raises(UserError, match=r"a.npz.parts' has other images: labels balanced \(now"):
         draw(num=30, npz=str(out), labels="random")
     assert drawn == []
     assert main(["--config", str(config), "--json"]) == 0
@@ -262,15 +262,15 @@ def test_a_run_that_trains_on_meanwhile(
     with pytest.raises(UserError, match="the end"):
         draw(**again)
     assert drawn == [1]
-    said = f"going on with '{growing}/checkpoint-000000002' of '{parts}'"
-    assert said in capsys.readouterr().err
+    message = f"resuming '{parts}' with '{growing}/checkpoint-000000002'"
+    assert message in capsys.readouterr().err
 
     earlier = growing / "checkpoint-000000002"
     shutil.move(earlier, tmp_path / earlier.name)
-    with pytest.raises(UserError, match="000002', which the run has removed since") as error:
+    with pytest.raises(UserError, match="000002', which the run has deleted since") as error:
         draw(**again)
-    assert f"delete '{parts}' to begin again with '{NEWEST}'" in str(error.value)
-    with pytest.raises(UserError, match=r"is of other images: step 2 \(now 4\)"):
+    assert f"delete '{parts}' to start again with '{NEWEST}'" in str(error.value)
+    with pytest.raises(UserError, match=r"has other images: step 2 \(now 4\)"):
         draw(**{**again, "checkpoint": str(growing / NEWEST)})
     shutil.move(tmp_path / earlier.name, earlier)
 
@@ -337,14 +337,14 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
     worker.load(SampleConfig.model_validate(options(run)), str(run), "cpu", torch.get_num_threads())
     with torch.no_grad():
         next(worker.student.parameters()).fill_(torch.nan)
-    with pytest.raises(UserError, match="images 3 to 4 are not made of finite numbers"):
+    with pytest.raises(UserError, match="latents of images 3 to 4 are not finite"):
         worker.draw(ImageBatch(1, 3, 2), [0, 1], pngs=False)
 
 
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        ([], "what is to be drawn"),
+        ([], "give --png FILE for a grid, or --num N with --npz FILE or --folder DIR"),
         (["--num", "9"], "--num needs --npz FILE or --folder DIR"),
         (["--num", "9", "--png", "a.png"], "give one of them"),
         (["--num", "9", "--npz", "a/"], "name a file"),
@@ -354,7 +354,7 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
         (["--png", "a.png"], "--checkpoint is missing"),
         (["--png", "/proc/none/a.png"], r"--png '/proc/none/a.png' cannot be written \(No such"),
         (["--png", "a.png", "--classes", "1,2,0-1"], "classes: class 1 is named 2 times"),
-        (["--png", "a.jpgg"], "no kind of picture has this ending; use .png"),
+        (["--png", "a.jpgg"], "'.jpgg' is not an image format; use .png"),
         (["--png", "a.png", "--checkpoint", "memory://a/b"], "'memory://a/b' holds no checkpoint"),
     ],
 )

@@ -1,4 +1,4 @@
-"""From a position in the run to a rank's slice of the global batch, read ahead by threads."""
+"""Batches of a run: each rank's slice of the global batch, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pipeline.storage.retry import cancel_when
 from pipeline.store.arrays import Allocate, allocate
 from pipeline.store.errors import DamagedShardError
 from pipeline.store.reading.disk_cache import DiskCache
-from pipeline.store.reading.file_source import FileSource, for_share
+from pipeline.store.reading.file_source import FileSource, whole_if_cheaper
 from pipeline.store.reading.memory_cache import MemoryBudget
-from pipeline.store.reading.quarantine import CHECK, Agree, Quarantine
+from pipeline.store.reading.quarantine import VERIFY_HINT, Agree, Quarantine
+from pipeline.store.reading.row_request import Columns, ShardRows
 from pipeline.store.reading.sample_order import SampleOrder
-from pipeline.store.reading.stream_reader import Columns, Rows, StreamReader
+from pipeline.store.reading.stream_reader import StreamReader
 from pipeline.store.store import Store
 from schemas.errors import UserError
 from schemas.run import DataConfig, OnBadShard
@@ -32,17 +33,17 @@ class Batch:
 
     step: int
     positions: np.ndarray
-    """int64 (B,): place of each sample in the run's endless order, which seeds its randomness."""
+    """int64 (B,): each sample's position in the endless order of the run, which seeds its noise."""
     columns: Mapping[str, Mapping[str, np.ndarray]]
-    """stream -> column -> array (B, ...)."""
+    """stream -> stored array -> (B, ...)."""
 
 
 class _Task(NamedTuple):
-    """Rows of one stream that a thread puts into a batch."""
+    """Rows of one stream that a thread reads into a batch."""
 
     stream: str
-    done: Future[list[Rows]]
-    """What of it is damaged, where bad shards are left out."""
+    damaged: Future[list[ShardRows]]
+    """Groups that could not be read; always empty without quarantine, where the error is raised."""
 
 
 @dataclass
@@ -56,12 +57,12 @@ class _Pending:
 
 
 def rank_slice(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Begin and end of a rank's samples in a global batch; unequal where it does not divide."""
+    """Begin and end of a rank's samples in a global batch; slices differ by at most one sample."""
     return global_batch * rank // world_size, global_batch * (rank + 1) // world_size
 
 
 def loader_options(config: DataConfig) -> dict[str, Any]:
-    """Keywords of ``BatchLoader`` from a run's options. Raises ``UserError``."""
+    """Keyword arguments of ``BatchLoader`` from a run's options. Raises ``UserError``."""
     disk = None
     if config.cache_dir is not None:
         disk = DiskCache(config.cache_dir, round(config.cache_gb * GIGA))
@@ -79,22 +80,21 @@ class BatchLoader:
     """Iterates over the batches of steps ``start_step``, ``start_step + 1``, ... without end.
 
     ``prefetch`` batches are read ahead: ``threads`` threads fetch, verify and decompress the rows
-    of each stream and shard straight into their places. Whole files are kept while their shuffle
-    window lasts, up to ``memory`` bytes of all streams together; where there is no room, or where
-    it costs less, only the wanted rows are read (``file_source.for_share``). None of this
-    changes what a batch holds.
+    of each stream and shard straight into their places. Whole files are cached until their shuffle
+    window ends, up to ``memory`` bytes of all streams together; when there is no room, or when it
+    costs less, only the requested rows are read (``file_source.whole_if_cheaper``). None of this
+    changes the contents of a batch.
 
-    Streams can be closed at any step; when ``close_streams`` returns, no byte of them is read any
-    more; it waits for the reads under way, while storage is away for one attempt of each. Iterate,
-    and close, from one thread.
+    Streams can be closed at any step. ``close_streams`` waits for running reads (at most one
+    attempt each when storage does not answer); after it returns no byte of them is read. Iterate
+    and close from one thread.
 
-    With ``on_bad_shard`` "quarantine" a sample that cannot be read in one of its streams is
-    replaced, in all of them, by the next one of the epoch that can, and its shard is left out from
-    the next epoch on. Which samples cannot be read is a property of the store, so that any number
-    of ranks trains on the same ones; that all know of all such shards when an epoch ends is what
-    ``agree`` is for. Where more shards are bad than quarantine is meant for, iteration, ``state``
-    and the constructor raise ``UserError``, and so they do under either setting where a shard was
-    never committed.
+    With ``on_bad_shard`` "quarantine", a sample that cannot be read in one of its streams is
+    replaced, in all streams, by the next readable sample of the epoch, and its shard is left out
+    from the next epoch on. Whether a sample can be read is a property of the store, so that any
+    number of ranks trains on the same samples; ``agree`` makes all ranks know all such shards at
+    the end of an epoch. With too many bad shards, iteration, ``state`` and the constructor raise
+    ``UserError``. A shard that was never committed raises ``UserError`` under either setting.
     """
 
     def __init__(
@@ -117,9 +117,9 @@ class BatchLoader:
         agree: Agree = set,
         allocate: Allocate = allocate,
     ) -> None:
-        """``needed_until[stream]`` is a step, known beforehand, from which on it is not read.
-        ``order`` must know of the shards that the run has quarantined so far. ``allocate`` gives
-        the memory that batches are read into."""
+        """``needed_until[stream]`` is the step, known in advance, from which on it is not read.
+        ``order`` must already leave out the shards that the run has quarantined. ``allocate``
+        provides the memory of batches."""
         self._order = order
         self._global_batch = global_batch
         self._slice = rank_slice(global_batch, rank, world_size)
@@ -127,13 +127,13 @@ class BatchLoader:
         self._needed_until = dict(needed_until or {})
         self._prefetch = prefetch
         self.budget = MemoryBudget(memory)
-        wants_whole = for_share(world_size)
+        fetch_whole = whole_if_cheaper(world_size)
         self._readers: dict[str, StreamReader] = {}
         for name in streams:
             source = FileSource(
                 store.filesystem,
                 store.root,
-                wants_whole=wants_whole,
+                fetch_whole=fetch_whole,
                 budget=self.budget,
                 disk=disk,
             )
@@ -147,12 +147,12 @@ class BatchLoader:
         if on_bad_shard == "quarantine":
             self._quarantine = Quarantine(order, start_step * global_batch, agree)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch-loader")
-        self._planner = IndexPrefetcher(order, self._pool)
+        self._index = IndexPrefetcher(order, self._pool)
         self._read_ahead()
 
     @property
     def bytes_read(self) -> dict[str, int]:
-        """Bytes that storage sent so far, per stream, closed ones included."""
+        """Bytes received from storage so far, per stream, closed ones included."""
         return {name: reader.bytes_read for name, reader in self._readers.items()}
 
     @property
@@ -165,8 +165,8 @@ class BatchLoader:
             yield self._next()
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run must know beside its step; every rank calls it, between two steps.
-        ``SampleOrder`` takes it up as ``damaged``."""
+        """State that a resumed run needs in addition to its step; every rank calls it between two
+        steps. ``SampleOrder`` takes it as ``damaged``."""
         damaged = self._order.damaged if self._quarantine is None else self._quarantine.damaged()
         return {"damaged": {str(shard): epoch for shard, epoch in sorted(damaged.items())}}
 
@@ -175,11 +175,11 @@ class BatchLoader:
         self._open -= set(names)
         running = []
         for batch in self._pending:
-            running += [task.done for task in batch.tasks if task.stream in names]
+            running += [task.damaged for task in batch.tasks if task.stream in names]
             batch.tasks = [task for task in batch.tasks if task.stream not in names]
             for name in names:
                 batch.columns.pop(name, None)
-        for name in names:  # what waits for storage to come back does not wait any longer
+        for name in names:  # reads that wait for storage to answer again stop waiting
             self._readers[name].source.closed.set()
         self._cancel(running)
         for name in names:
@@ -197,7 +197,7 @@ class BatchLoader:
             if self._pending:
                 batch = self._finish(self._pending.popleft())
             else:
-                batch = self._across_epochs()
+                batch = self._read_across_epochs()
         except BaseException as error:
             self._error = error
             raise
@@ -207,33 +207,35 @@ class BatchLoader:
         return batch
 
     def _read_ahead(self) -> None:
-        """Begin to read batches until enough are under way. Where shards may be left out, an epoch
-        is not begun before the last one has been read to its end."""
+        """Submit batches until ``prefetch`` of them are being read. With quarantine, no batch that
+        reaches into the next epoch: which shards it leaves out is known only at the epoch's end."""
         while self._open and len(self._pending) < self._prefetch:
             step = self._next_step
-            quarantine, behind = self._quarantine, (step + 1) * self._global_batch
-            if quarantine is not None and behind > quarantine.epoch_end:
+            quarantine, next_batch = self._quarantine, (step + 1) * self._global_batch
+            if quarantine is not None and next_batch > quarantine.epoch_end:
                 return
             begin, end = (step * self._global_batch + place for place in self._slice)
-            self._pending.append(self._begin(step, begin, end))
+            self._pending.append(self._submit(step, begin, end))
             self._next_step += 1
-            if quarantine is None:  # else the order may change in between
-                self._planner.expect(begin + self._global_batch, end + self._global_batch)
+            if quarantine is None:  # with one, the order may change before the next batch
+                self._index.prefetch(begin + self._global_batch, end + self._global_batch)
 
-    def _begin(self, step: int, begin: int, end: int) -> _Pending:
+    def _submit(self, step: int, begin: int, end: int) -> _Pending:
         """Let the threads read the samples at positions ``begin`` to ``end``."""
-        groups = self._planner(begin, end)
+        groups = self._index(begin, end)
         batch = _Pending(step, np.arange(begin, end, dtype=np.int64), {}, [])
-        for name in self._needed(step):
+        for name in self._streams_at(step):
             batch.columns[name] = self._readers[name].empty(end - begin)
         for name, columns in batch.columns.items():
-            for some in self._readers[name].together(groups):
-                done = self._pool.submit(self._fill_or_report, name, columns, some)
-                batch.tasks.append(_Task(name, done))
+            for task_groups in self._readers[name].split_into_tasks(groups):
+                damaged = self._pool.submit(self._fill_collecting, name, columns, task_groups)
+                batch.tasks.append(_Task(name, damaged))
         return batch
 
-    def _fill_or_report(self, name: str, columns: Columns, groups: Sequence[Rows]) -> list[Rows]:
-        """Those that are damaged, where bad shards are to be left out."""
+    def _fill_collecting(
+        self, name: str, columns: Columns, groups: Sequence[ShardRows]
+    ) -> list[ShardRows]:
+        """Read the groups. With quarantine, return the damaged ones instead of raising."""
         if self._quarantine is None:
             self._fill(name, columns, groups)
             return []
@@ -245,12 +247,12 @@ class BatchLoader:
                 damaged.append(group)
         return damaged
 
-    def _fill(self, name: str, columns: Columns, groups: Sequence[Rows]) -> None:
+    def _fill(self, name: str, columns: Columns, groups: Sequence[ShardRows]) -> None:
         reader = self._readers[name]
         with cancel_when(reader.source.closed):
             reader.fill(columns, groups)
 
-    def _needed(self, step: int) -> list[str]:
+    def _streams_at(self, step: int) -> list[str]:
         return [
             name
             for name in self._readers
@@ -259,65 +261,65 @@ class BatchLoader:
 
     def _finish(self, batch: _Pending) -> Batch:
         """Wait for a batch. Raises the error of the first stream's first shard that has one,
-        whoever was first in time."""
+        whichever thread failed first."""
         bad: set[int] = set()
-        # waiting for each by itself would wake this thread as often, beside those that read
-        wait([task.done for task in batch.tasks], return_when=FIRST_EXCEPTION)
+        # Waiting for each task alone would wake this thread once per task.
+        wait([task.damaged for task in batch.tasks], return_when=FIRST_EXCEPTION)
         try:
             for task in batch.tasks:
-                for group in task.done.result():
+                for group in task.damaged.result():
                     bad |= set(group.places.tolist())
         except BaseException:
-            self._cancel([task.done for task in batch.tasks])
+            self._cancel([task.damaged for task in batch.tasks])
             raise
         for place in sorted(bad):
             assert self._quarantine is not None
-            self._substitute(self._quarantine, batch, place)
+            self._read_or_replace(self._quarantine, batch, place)
         return Batch(batch.step, batch.positions, batch.columns)
 
-    def _substitute(self, quarantine: Quarantine, batch: _Pending, place: int) -> None:
-        """Read the sample at ``place`` by itself or, if it cannot be, the next one of its epoch
-        that can. Only what is read here counts as found: it is the same however far ahead the
-        threads are."""
-        for shard, row, until in quarantine.following(int(batch.positions[place]), batch.columns):
-            alone = [Rows(shard, np.array([row]), np.array([place]), until)]
+    def _read_or_replace(self, quarantine: Quarantine, batch: _Pending, place: int) -> None:
+        """Read the sample at ``place`` alone, or the next readable one of its epoch. Only damage
+        found here is recorded, because it does not depend on how far ahead the threads are."""
+        position = int(batch.positions[place])
+        for shard, row, expires_at in quarantine.candidates(position, batch.columns):
+            sample = [ShardRows(shard, np.array([row]), np.array([place]), expires_at)]
             for name, columns in batch.columns.items():
                 try:
-                    self._fill(name, columns, alone)
+                    self._fill(name, columns, sample)
                 except DamagedShardError as error:
                     quarantine.add(name, shard, row, error)
                     break
             else:
                 return
-        raise UserError(f"no sample of an epoch can be read: {CHECK}")
+        raise UserError(f"no sample of an epoch can be read: {VERIFY_HINT}")
 
-    def _across_epochs(self) -> Batch:
-        """The batch of the next step, in which an epoch ends or before which one has ended, once
-        its last part is read and all ranks know of all that is to be left out of the next."""
+    def _read_across_epochs(self) -> Batch:
+        """The next batch when an epoch ends at its begin or inside it. Its part of the old epoch is
+        read first; then all ranks agree on the shards that the new epoch leaves out."""
         quarantine = self._quarantine
-        assert quarantine is not None  # without it nothing keeps from reading ahead
+        assert quarantine is not None  # without it every batch is read ahead
         step = self._next_step
         self._next_step += 1
-        at, last = step * self._global_batch, (step + 1) * self._global_batch
-        begin, end = at + self._slice[0], at + self._slice[1]
+        position, last = step * self._global_batch, (step + 1) * self._global_batch
+        begin, end = position + self._slice[0], position + self._slice[1]
         parts = []
-        while at < last:
-            if at == quarantine.epoch_end:
-                quarantine.turn_epoch()
+        while position < last:
+            if position == quarantine.epoch_end:
+                quarantine.finish_epoch()
                 continue
-            until = min(quarantine.epoch_end, last)
-            first, behind = max(at, begin), min(until, end)
-            parts.append(self._finish(self._begin(step, min(first, behind), behind)))
-            at = until
-        return _joined(parts)
+            part_end = min(quarantine.epoch_end, last)
+            first, stop = max(position, begin), min(part_end, end)
+            parts.append(self._finish(self._submit(step, min(first, stop), stop)))
+            position = part_end
+        return _concatenate(parts)
 
     @staticmethod
-    def _cancel(tasks: Sequence[Future[list[Rows]]]) -> None:
-        """Those that have not begun never will; wait for the others."""
+    def _cancel(tasks: Sequence[Future[list[ShardRows]]]) -> None:
+        """Cancel tasks that have not begun and wait for the others."""
         wait([task for task in tasks if not task.cancel()])
 
 
-def _joined(parts: Sequence[Batch]) -> Batch:
+def _concatenate(parts: Sequence[Batch]) -> Batch:
     columns = {
         stream: {
             name: np.concatenate([part.columns[stream][name] for part in parts])
@@ -329,38 +331,39 @@ def _joined(parts: Sequence[Batch]) -> Batch:
     return Batch(parts[0].step, positions, columns)
 
 
-def shards_of(order: SampleOrder, begin: int, end: int) -> list[Rows]:
-    """The samples at positions ``begin`` to ``end`` of the run, by shard, rows ascending. Their
-    places count from ``begin``."""
-    shards, rows, until = order.locate_windows(np.arange(begin, end, dtype=np.int64))
-    places = np.lexsort((rows, shards))  # neighbours in a file become one request
+def group_by_shard(order: SampleOrder, begin: int, end: int) -> list[ShardRows]:
+    """The samples at positions ``begin`` to ``end`` of the run, by shard, rows ascending. Places
+    count from ``begin``."""
+    shards, rows, ends = order.locate_windows(np.arange(begin, end, dtype=np.int64))
+    places = np.lexsort((rows, shards))  # neighbouring rows of a file become one request
     numbers, starts = np.unique(shards[places], return_index=True)
     return [
-        Rows(shard, rows[some], some, int(until[some].max()))
-        for shard, some in zip(numbers.tolist(), np.split(places, starts)[1:], strict=True)
+        ShardRows(shard, rows[group], group, int(ends[group].max()))
+        for shard, group in zip(numbers.tolist(), np.split(places, starts)[1:], strict=True)
     ]
 
 
 class IndexPrefetcher:
-    """``shards_of`` an order that stays as it is, by a thread where it is known what comes next.
+    """``group_by_shard`` of an order that does not change, computed in advance by a thread.
 
-    Little work, but of many small steps, which a training step should not wait for.
+    It is little work in many small steps, for which a training step should not wait.
     """
 
     def __init__(self, order: SampleOrder, threads: Executor) -> None:
         self._order = order
         self._threads = threads
-        self._expected: tuple[tuple[int, int], Future[list[Rows]]] | None = None
+        self._next: tuple[tuple[int, int], Future[list[ShardRows]]] | None = None
 
-    def __call__(self, begin: int, end: int) -> list[Rows]:
-        """Worked out now, unless it was expected and a thread has found the time to begin."""
-        expected, self._expected = self._expected, None
-        if expected is not None:
-            span, rows = expected
-            if not rows.cancel() and span == (begin, end):
-                return rows.result()
-        return shards_of(self._order, begin, end)
+    def __call__(self, begin: int, end: int) -> list[ShardRows]:
+        """The prefetched result if a thread has begun with it; else computed here."""
+        prefetched, self._next = self._next, None
+        if prefetched is not None:
+            span, groups = prefetched
+            if not groups.cancel() and span == (begin, end):
+                return groups.result()
+        return group_by_shard(self._order, begin, end)
 
-    def expect(self, begin: int, end: int) -> None:
-        """Let a thread begin with what will be asked for next."""
-        self._expected = (begin, end), self._threads.submit(shards_of, self._order, begin, end)
+    def prefetch(self, begin: int, end: int) -> None:
+        """Let a thread compute the next result."""
+        future = self._threads.submit(group_by_shard, self._order, begin, end)
+        self._next = (begin, end), future

@@ -1,4 +1,4 @@
-"""From ranges of a stream's files to their bytes: out of memory, a local disk, or storage."""
+"""Bytes of a stream's files, from memory, a local disk cache or storage."""
 
 from __future__ import annotations
 
@@ -19,49 +19,52 @@ from pipeline.store.reading.shard_index import FileTable
 
 T = TypeVar("T")
 
-REQUEST_BYTES = 256 << 10
-"""What one more request costs, in bytes that could have been read instead: 3 ms at 80 MB/s, as
-several are under way at a time."""
+REQUEST_COST_BYTES = 256 << 10
+"""Cost of one more request, in bytes that could have been read instead: 3 ms at 80 MB/s, because
+several requests run at a time."""
 
-REMEMBERED = 1 << 14
-"""Files of which a source knows what became of them on the disk: those of the windows under way."""
+MAX_TRACKED_FILES = 1 << 14
+"""Files whose read-ahead or disk cache attempt is remembered; current windows hold fewer."""
 
-WantsWhole = Callable[[int, int], bool]
-"""(bytes of a file, its samples) -> whether to fetch it whole, and keep it while its window lasts,
-rather than the ranges of the wanted rows."""
+FetchWhole = Callable[[int, int], bool]
+"""(bytes of a file, its samples) -> whether to fetch it whole and cache it until its window ends,
+instead of reading the ranges of the requested rows."""
 
 
-def up_to(limit: int) -> WantsWhole:
-    """Whole where the file has no more bytes than that."""
+def whole_up_to(limit: int) -> FetchWhole:
+    """Fetch files of at most ``limit`` bytes whole."""
     return lambda size, samples: size <= limit
 
 
-def for_share(world_size: int) -> WantsWhole:
-    """Whole where that costs less than this rank's share of a file, row by row.
+def whole_if_cheaper(world_size: int) -> FetchWhole:
+    """Fetch a file whole if that costs less than reading this rank's share of it row by row.
 
-    Every rank takes about one in ``world_size`` samples of each shard, each with one request:
-    a rank that needs all of a file, or most, or small ones, takes it whole, once per window.
+    Every rank needs about one in ``world_size`` samples of each shard, one request each. A rank
+    that needs all or most of a file, or small samples, fetches the file whole, once per window.
     """
 
-    def wants_whole(size: int, samples: int) -> bool:
+    def fetch_whole(size: int, samples: int) -> bool:
         rows = -(-samples // world_size)
-        return size + REQUEST_BYTES <= rows * (size / max(1, samples) + REQUEST_BYTES)
+        return size + REQUEST_COST_BYTES <= rows * (size / max(1, samples) + REQUEST_COST_BYTES)
 
-    return wants_whole
+    return fetch_whole
 
 
-class Pieces(NamedTuple):
-    """Bytes of the ranges that were asked for; fewer where the file ends earlier."""
+class RangeData(NamedTuple):
+    """Bytes of the requested ranges; shorter where the file ends earlier."""
 
-    data: list[memoryview]
-    cached: bool
-    """Whether they lay on a local disk meanwhile, where anything may have happened to them."""
+    pieces: list[memoryview]
+    from_disk: bool
+    """Read from the local disk cache, whose files may have been damaged since."""
 
 
 class FileSource:
     """The files of one stream. Safe to use from several threads.
 
-    ``opens`` and ``bytes_read`` count what storage was asked for. Raises ``FileNotFoundError``.
+    ``opens`` and ``bytes_read`` count requests to storage and bytes received. Methods raise
+    ``FileNotFoundError`` when storage lacks a file, and ``CancelledError`` once the source is
+    closed. Their ``expires_at`` is the sample position of the run from which on the file is not
+    needed any more.
     """
 
     def __init__(
@@ -69,160 +72,179 @@ class FileSource:
         filesystem: fsspec.AbstractFileSystem,
         root: str,
         *,
-        wants_whole: WantsWhole,
+        fetch_whole: FetchWhole,
         budget: MemoryBudget | None = None,
         disk: DiskCache | None = None,
     ) -> None:
         self.opens = 0
         self.bytes_read = 0
-        self.kept: SharedCache[tuple[bytes, bool]] = SharedCache(budget)
+        self.cache: SharedCache[tuple[bytes, bool]] = SharedCache(budget)
         """Whole files by path, and whether they came from the disk."""
         self._filesystem = filesystem
         self._root = root
-        self._wants_whole = wants_whole
+        self._fetch_whole = fetch_whole
         self._disk = disk
-        self._tried: OrderedDict[str, tuple[int, bool]] = OrderedDict()
-        """Files that were to lie on the disk, by hash: where their window ends, and if they did."""
-        self._begun: OrderedDict[str, int] = OrderedDict()
-        """Files of which something was read directly, and where their window ends."""
+        self._disk_attempts: OrderedDict[str, tuple[int, bool]] = OrderedDict()
+        """Files to cache on disk, by hash: expiry of the last attempt, and whether it succeeded."""
+        self._read_ahead: OrderedDict[str, int] = OrderedDict()
+        """Expiry of the files that the system was asked to read ahead, by path."""
         self.closed = threading.Event()
-        """Set by ``close``, or before it, so that reads under way give up at their next attempt."""
+        """Set by ``close``, or before it so that running reads give up at their next attempt."""
         self._lock = threading.Lock()
         self._filling = threading.Lock()
 
     def read(
-        self, file: FileTable, ranges: Sequence[tuple[int, int]], until: int, *, anew: bool = False
-    ) -> Pieces:
-        """The bytes of each (offset, size). ``until`` is the position up to which more of the file
-        will be wanted. ``anew``: what lies on the disk is wrong; forget it."""
-        if anew:
-            self.kept.discard(file.file)
+        self,
+        file: FileTable,
+        ranges: Sequence[tuple[int, int]],
+        expires_at: int,
+        *,
+        refetch: bool = False,
+    ) -> RangeData:
+        """The bytes of each (offset, size). ``refetch`` deletes the file from the caches first,
+        because its cached bytes are damaged."""
+        if refetch:
+            self.cache.discard(file.file)
             if self._disk is not None:
                 self._disk.discard(file.sha256)
-                self._tried.pop(file.sha256, None)
-        if self._wants_whole(file.bytes, len(file.offsets)) or file.file in self.kept:
-            whole = self.kept.get(
-                file.file, lambda: self._whole(file, until, anew), size=file.bytes, until=until
+                self._disk_attempts.pop(file.sha256, None)
+        if self._fetch_whole(file.bytes, len(file.offsets)) or file.file in self.cache:
+            loaded = self.cache.get(
+                file.file,
+                lambda: self._load_file(file, expires_at, refetch),
+                size=file.bytes,
+                expires_at=expires_at,
             )
-            if whole is not None:
-                view = memoryview(whole[0])
-                return Pieces([view[start : start + size] for start, size in ranges], whole[1])
-        return self._ranges(file, ranges, until, anew)
+            if loaded is not None:
+                data, from_disk = loaded
+                view = memoryview(data)
+                return RangeData([view[start : start + size] for start, size in ranges], from_disk)
+        return self._read_ranges(file, ranges, expires_at, refetch)
 
     @property
     def is_direct(self) -> bool:
-        """Whether ``read_directly`` can be used: the system's own cache of a local file serves
-        better than a copy in memory."""
+        """Whether files are local and read by ``read_directly``: the system's page cache of a
+        local file is better than a copy in memory."""
         return self._disk is None and is_local(self._filesystem)
 
     def read_directly(
-        self, file: FileTable, read: Callable[[int], tuple[T, int]], until: int
+        self, file: FileTable, read: Callable[[int], tuple[T, int]], expires_at: int
     ) -> T | None:
-        """What ``read`` makes of the file's descriptor, without a copy between, beside the number
-        of bytes that it took; None where it is no regular file. ``until`` as in the method
-        ``read``. Local files only."""
+        """Call ``read`` with the descriptor of a local file; it returns a result and the bytes it
+        read. Returns the result, or None when the file is not a regular file."""
         self._count(requests=1)
-        ahead = self._begun.get(file.file) != until  # else the system was asked for all of it
-        if ahead:
-            self._begun[file.file] = until
-            if len(self._begun) > REMEMBERED:
-                self._begun.popitem(last=False)
-            ahead = self._wants_whole(file.bytes, len(file.offsets))
+        read_ahead = self._read_ahead.get(file.file) != expires_at  # once per window
+        if read_ahead:
+            self._read_ahead[file.file] = expires_at
+            if len(self._read_ahead) > MAX_TRACKED_FILES:
+                self._read_ahead.popitem(last=False)
+            read_ahead = self._fetch_whole(file.bytes, len(file.offsets))
         path = f"{self._root}/{file.file}"
-        made = read_directly(self._filesystem, path, read, ahead=ahead)
-        if made is None:
+        result = read_directly(self._filesystem, path, read, ahead=read_ahead)
+        if result is None:
             return None
-        self._count(read=made[1])
-        return made[0]
+        self._count(read=result[1])
+        return result[0]
 
     def close(self) -> None:
-        """Let go of what is kept, and ask storage for nothing more."""
+        """Free cached files and send no more requests to storage."""
         self.closed.set()
-        self.kept.clear()
+        self.cache.clear()
 
-    def _whole(self, file: FileTable, until: int, anew: bool) -> tuple[bytes, bool]:
-        local = None if anew else self._local(file)
+    def _load_file(self, file: FileTable, expires_at: int, refetch: bool) -> tuple[bytes, bool]:
+        """A whole file, and whether it came from the disk cache."""
+        local = None if refetch else self._local_path(file)
         if local is not None:
             try:
                 return local.read_bytes(), True
-            except OSError:  # another worker made room
+            except OSError:  # evicted by another worker
                 pass
         if self._disk is None:
             return self._fetch(file), False
-        data = self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file), until)
-        return self._whole(file, until, anew=False) if data is None else (data, False)
+        data = self._disk.fill(file.sha256, file.bytes, lambda: self._fetch(file), expires_at)
+        if data is None:  # another worker has just cached it
+            return self._load_file(file, expires_at, refetch=False)
+        return data, False
 
-    def _ranges(
-        self, file: FileTable, ranges: Sequence[tuple[int, int]], until: int, anew: bool
-    ) -> Pieces:
+    def _read_ranges(
+        self, file: FileTable, ranges: Sequence[tuple[int, int]], expires_at: int, refetch: bool
+    ) -> RangeData:
+        """Ranges, read as spans: neighbouring ranges are merged into one span."""
         spans: list[list[int]] = []
-        homes = [0] * len(ranges)
+        span_of = [0] * len(ranges)
         for number in sorted(range(len(ranges)), key=ranges.__getitem__):
             start, size = ranges[number]
             if spans and 0 <= start - spans[-1][1] <= GAP:
                 spans[-1][1] = start + size
             else:
                 spans.append([start, start + size])
-            homes[number] = len(spans) - 1
-        blocks, cached = self._spans(file, [(begin, end) for begin, end in spans], until, anew)
+            span_of[number] = len(spans) - 1
+        blocks, from_disk = self._read_spans(
+            file, [(begin, end) for begin, end in spans], expires_at, refetch
+        )
         views = [memoryview(block) for block in blocks]
         pieces = [
-            views[home][start - spans[home][0] :][:size]
-            for home, (start, size) in zip(homes, ranges, strict=True)
+            views[span][start - spans[span][0] :][:size]
+            for span, (start, size) in zip(span_of, ranges, strict=True)
         ]
-        return Pieces(pieces, cached)
+        return RangeData(pieces, from_disk)
 
-    def _spans(
-        self, file: FileTable, spans: list[tuple[int, int]], until: int, anew: bool
+    def _read_spans(
+        self, file: FileTable, spans: list[tuple[int, int]], expires_at: int, refetch: bool
     ) -> tuple[list[bytes], bool]:
-        if self._disk is not None and not anew:
-            data = self._fill_disk(file, until)
+        """Bytes of each (begin, end), and whether they came from the disk cache."""
+        if self._disk is not None and not refetch:
+            data = self._cache_on_disk(file, expires_at)
             if data is not None:
                 return [data[begin:end] for begin, end in spans], False
-            local = self._local(file)
+            local = self._local_path(file)
             if local is not None:
                 try:
                     return _read_local(local, spans), True
-                except OSError:  # another worker made room
+                except OSError:  # evicted by another worker
                     pass
         self._count(requests=1)
         blocks = read_ranges(self._filesystem, f"{self._root}/{file.file}", spans)
         self._count(read=sum(len(block) for block in blocks))
         return blocks, False
 
-    def _fill_disk(self, file: FileTable, until: int) -> bytes | None:
-        """Fetch a file whole for later epochs and the other workers of this node, though only parts
-        are wanted now; one at a time, as they pass through memory beyond its budget. Its bytes,
-        where it was fetched: once per window at most, as what is gone by then would be again."""
+    def _cache_on_disk(self, file: FileTable, expires_at: int) -> bytes | None:
+        """Fetch a file whole into the disk cache, for later epochs and for other workers of this
+        node, though only ranges are needed now. Returns its bytes if it was fetched.
+
+        One file at a time, because it passes through memory outside the budget; at most once per
+        window, because a file that was evicted by then would be evicted again.
+        """
         disk = self._disk
         if disk is None:
             return None
         if file.bytes > disk.limit:
-            disk.overflows(-1)  # others may fit
+            disk.report_overflow(-1)  # smaller files may fit
             return None
-        if self._local(file) is not None:
-            self._remember(file, until, True)
+        if self._local_path(file) is not None:
+            self._record_attempt(file, expires_at, True)
             return None
         with self._filling:
-            if self._local(file) is not None or not disk.pays(until):
+            if self._local_path(file) is not None or not disk.is_useful(expires_at):
                 return None
-            last, was_there = self._tried.get(file.sha256, (-1, False))
-            if until <= last:
-                if was_there:
-                    disk.overflows(until)
+            last_expiry, succeeded = self._disk_attempts.get(file.sha256, (-1, False))
+            if expires_at <= last_expiry:
+                if succeeded:
+                    disk.report_overflow(expires_at)
                 return None
-            data = disk.fill(file.sha256, file.bytes, lambda: self._fetch(file), until)
-            self._remember(file, until, self._local(file) is not None)
+            data = disk.fill(file.sha256, file.bytes, lambda: self._fetch(file), expires_at)
+            self._record_attempt(file, expires_at, self._local_path(file) is not None)
             return data
 
-    def _remember(self, file: FileTable, until: int, is_there: bool) -> None:
+    def _record_attempt(self, file: FileTable, expires_at: int, succeeded: bool) -> None:
         with self._lock:
-            last, _ = self._tried.pop(file.sha256, (-1, False))
-            self._tried[file.sha256] = max(until, last), is_there
-            if len(self._tried) > REMEMBERED:
-                self._tried.popitem(last=False)
+            last_expiry, _ = self._disk_attempts.pop(file.sha256, (-1, False))
+            self._disk_attempts[file.sha256] = max(expires_at, last_expiry), succeeded
+            if len(self._disk_attempts) > MAX_TRACKED_FILES:
+                self._disk_attempts.popitem(last=False)
 
-    def _local(self, file: FileTable) -> Path | None:
+    def _local_path(self, file: FileTable) -> Path | None:
+        """Path of the file in the disk cache; None if it is not there."""
         if self.closed.is_set():
             raise CancelledError
         return None if self._disk is None else self._disk.path(file.sha256)
@@ -230,7 +252,8 @@ class FileSource:
     def _fetch(self, file: FileTable) -> bytes:
         self._count(requests=1)
         path = f"{self._root}/{file.file}"
-        # no more than that, as it may have grown; a folder in its place is empty, so: damaged
+        # At most the committed bytes, because the file may have grown. A folder in its place reads
+        # as empty, which is reported as damage.
         (data,) = read_ranges(self._filesystem, path, [(0, file.bytes)])
         self._count(read=len(data))
         return data

@@ -1,8 +1,8 @@
-"""Uncompressed samples, whose arrays lie at the same distances in every row of a file.
+"""Fast path for uncompressed local files whose rows all have the same layout.
 
-Such a row is read with one call of the system, header bytes and gaps included, and looked at with
-a few more of Python's, where the general way treats each array by itself. Whatever is not as it
-should be is left to that, which names it.
+Each row is read with one system call, headers and gaps included, and checked with a few Python
+calls, where the general path handles every array by itself. A row that fails a check is left to
+the general path, which names the damaged array.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.storage.local import GAP
-from pipeline.store.arrays import CLASS_DIGITS, ArrayReader
+from pipeline.store.arrays import MAX_CLASS_DIGITS, ArrayReader
+from pipeline.store.reading.row_request import Columns, RowRequest
 from pipeline.store.reading.shard_index import FileTable
 
-TEXT = 32
-"""Bytes taken of a class number: tars pad their members to more, whatever its digits are."""
+TEXT_BYTES = 32
+"""Bytes read for a class number: tars pad members to more, whatever the number of digits."""
 
 
 class FixedArray(NamedTuple):
@@ -27,78 +28,72 @@ class FixedArray(NamedTuple):
 
     name: str
     gap: int
-    """Bytes between the end of the one before it and its own: its header's, or its text's."""
+    """Bytes between the end of the previous array and the header (or text) of this one."""
     header: bytes
     header_crc32: int
     nbytes: int
-    """Behind the header. A class number has neither."""
+    """Payload bytes after the header (0 for class labels, which have no header either)."""
 
 
 class FixedLayout(NamedTuple):
-    """The rows of one file."""
+    """Layout shared by all rows of one file."""
 
     arrays: tuple[FixedArray, ...]
-    span: int
-    """Bytes to be read for a row."""
-    file: FileTable
+    row_bytes: int
+    """Bytes to read for one row."""
+
+
+_Target = tuple[FixedArray, bytearray, memoryview]
+"""An array, the buffer for its gap and header (reused for every row), the batch's bytes."""
 
 
 class RowReader:
-    """Where one thread's rows go in the arrays (B, *shape), contiguous, of a batch."""
+    """Reads rows into the arrays (B, *shape), contiguous, of a batch; for one thread."""
 
-    def __init__(self, out: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, out: Columns) -> None:
         self._out = out
         self._arrays: tuple[FixedArray, ...] = ()
-        self._columns: list[tuple[FixedArray, bytearray, memoryview]] = []
+        self._targets: list[_Target] = []
 
-    def read(
-        self,
-        descriptor: int,
-        file: FixedLayout,
-        rows: np.ndarray,
-        places: np.ndarray,
-        check: np.ndarray | None,
-    ) -> tuple[bool, int]:
-        """Rows of a file into their places: whether all are what the manifest and, where ``check``
-        (bool, by row) says so, their checksums promise, and the bytes of their arrays. What is in
-        the places of the others is worthless."""
-        columns = self._prepared(file.arrays)
-        sizes = file.file.sizes[rows].tolist()
-        begins = file.file.offsets[rows, 0].tolist()
+    def read(self, descriptor: int, layout: FixedLayout, request: RowRequest) -> tuple[bool, int]:
+        """Read the request's rows from an open file. Returns whether all of them are what the
+        manifest and the checksums to verify promise, and the payload bytes read. On failure the
+        contents of ``out`` at the request's places are undefined."""
+        file, rows, check = request.file, request.rows, request.check
+        targets = self._prepare(layout.arrays)
+        sizes = file.sizes[rows].tolist()
+        begins = file.offsets[rows, 0].tolist()
         checked = [False] * len(rows) if check is None else check.tolist()
-        crc32 = file.file.crc32[rows].tolist() if any(checked) else []
+        crc32 = file.crc32[rows].tolist() if any(checked) else []
         total = 0
-        for number, place in enumerate(places.tolist()):
+        for number, place in enumerate(request.places.tolist()):
             buffers: list[bytearray | memoryview] = []
-            for array, before, numbers in columns:
-                buffers.append(before)
+            for array, prefix, payload in targets:
+                buffers.append(prefix)
                 if size := array.nbytes:
-                    buffers.append(numbers[place * size : (place + 1) * size])
-            if os.preadv(descriptor, buffers, begins[number]) != file.span:
+                    buffers.append(payload[place * size : (place + 1) * size])
+            if os.preadv(descriptor, buffers, begins[number]) != layout.row_bytes:
                 return False, total
             total += sum(sizes[number])
-            sums = crc32[number] if checked[number] else None
-            if not self._is_right(columns, place, sizes[number], sums):
+            expected_crc32 = crc32[number] if checked[number] else None
+            if not self._is_valid(targets, place, sizes[number], expected_crc32):
                 return False, total
         return True, total
 
-    def _is_right(
-        self,
-        columns: list[tuple[FixedArray, bytearray, memoryview]],
-        place: int,
-        sizes: list[int],
-        crc32: list[int] | None,
+    def _is_valid(
+        self, targets: list[_Target], place: int, sizes: list[int], crc32: list[int] | None
     ) -> bool:
-        for number, (array, before, numbers) in enumerate(columns):
+        """Check headers, labels and checksums of the row just read; labels are parsed here."""
+        for number, (array, prefix, payload) in enumerate(targets):
             if size := array.nbytes:
-                if not before.endswith(array.header):
+                if not prefix.endswith(array.header):
                     return False
                 if crc32 is not None:
-                    data = numbers[place * size : (place + 1) * size]
+                    data = payload[place * size : (place + 1) * size]
                     if zlib.crc32(data, array.header_crc32) != crc32[number]:
                         return False
             else:
-                text = before[array.gap : array.gap + sizes[number]]
+                text = prefix[array.gap : array.gap + sizes[number]]
                 if not text.isdigit():
                     return False
                 if crc32 is not None and zlib.crc32(text) != crc32[number]:
@@ -106,26 +101,24 @@ class RowReader:
                 self._out[array.name][place] = int(text)
         return True
 
-    def _prepared(
-        self, arrays: tuple[FixedArray, ...]
-    ) -> list[tuple[FixedArray, bytearray, memoryview]]:
-        """Each array, what is before its numbers (read into the same bytes for every row), and the
-        batch's bytes; once for all files that are alike."""
+    def _prepare(self, arrays: tuple[FixedArray, ...]) -> list[_Target]:
+        """Buffers for these arrays; made once for consecutive files of the same layout."""
         if arrays != self._arrays:
             self._arrays = arrays
-            self._columns = [
+            self._targets = [
                 (
                     array,
-                    bytearray(array.gap + (len(array.header) if array.nbytes else TEXT)),
+                    bytearray(array.gap + (len(array.header) if array.nbytes else TEXT_BYTES)),
                     self._out[array.name].reshape(-1).view(np.uint8).data,
                 )
                 for array in arrays
             ]
-        return self._columns
+        return self._targets
 
 
-def fixed_rows(file: FileTable, layouts: Mapping[str, ArrayReader]) -> FixedLayout | None:
-    """None where rows differ or something is compressed, and where they are far apart."""
+def find_fixed_layout(file: FileTable, readers: Mapping[str, ArrayReader]) -> FixedLayout | None:
+    """The layout of a file's rows; None where rows differ, an array is compressed or empty, or the
+    arrays of a row lie far apart."""
     if not len(file.offsets):
         return None
     distances = file.offsets - file.offsets[:, :1]
@@ -134,21 +127,21 @@ def fixed_rows(file: FileTable, layouts: Mapping[str, ArrayReader]) -> FixedLayo
     arrays = []
     end = 0
     for column, (name, begin) in enumerate(zip(file.names, distances[0].tolist(), strict=True)):
-        layout, sizes = layouts[name], file.sizes[:, column]
+        reader, sizes = readers[name], file.sizes[:, column]
         gap = begin - end
         if not 0 <= gap <= GAP:
             return None
-        if layout.stored_size is not None:
-            nbytes = layout.part.nbytes
-            if not nbytes or (sizes != layout.stored_size).any():
+        if reader.stored_size is not None:
+            nbytes = reader.part.nbytes
+            if not nbytes or (sizes != reader.stored_size).any():
                 return None
-            arrays.append(FixedArray(name, gap, layout.header, zlib.crc32(layout.header), nbytes))
-            end = begin + layout.stored_size
-        elif layout.is_text:
-            if sizes.min() < 1 or sizes.max() > CLASS_DIGITS:
+            arrays.append(FixedArray(name, gap, reader.header, zlib.crc32(reader.header), nbytes))
+            end = begin + reader.stored_size
+        elif reader.is_text:
+            if sizes.min() < 1 or sizes.max() > MAX_CLASS_DIGITS:
                 return None
             arrays.append(FixedArray(name, gap, b"", 0, 0))
-            end = begin + TEXT
+            end = begin + TEXT_BYTES
         else:
             return None
-    return FixedLayout(tuple(arrays), end, file)
+    return FixedLayout(tuple(arrays), end)

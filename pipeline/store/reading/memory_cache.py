@@ -1,4 +1,4 @@
-"""What readers keep in memory for as long as it is needed, within a number of bytes."""
+"""In-memory cache of readers: values expire at a position of the run, within a byte budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNLIMITED = 1 << 62
 
 
 class MemoryBudget:
-    """Bytes that several caches may hold together. Safe to use from several threads."""
+    """Bytes that several caches may use together. Safe to use from several threads."""
 
     def __init__(self, limit: int = UNLIMITED) -> None:
         self.limit = limit
@@ -22,8 +22,8 @@ class MemoryBudget:
         self.peak = 0
         self._lock = threading.Lock()
 
-    def take(self, size: int) -> bool:
-        """Whether there is room for ``size`` more bytes, which then count as used."""
+    def reserve(self, size: int) -> bool:
+        """Count ``size`` more bytes as used; False, and nothing changes, above the limit."""
         with self._lock:
             if self.used + size > self.limit:
                 return False
@@ -31,24 +31,23 @@ class MemoryBudget:
             self.peak = max(self.peak, self.used)
             return True
 
-    def give(self, size: int) -> None:
+    def release(self, size: int) -> None:
         with self._lock:
             self.used -= size
 
 
 class _Entry(Generic[V]):
-    def __init__(self, size: int, until: int) -> None:
+    def __init__(self, size: int, expires_at: int) -> None:
         self.size = size
-        self.until = until
+        self.expires_at = expires_at
         self.value: Future[V] = Future()
 
 
 class SharedCache(Generic[V]):
     """Values by key, each loaded once however many threads ask for it at the same time.
 
-    What is kept is not pushed out by what comes later: in a shuffle window files are used in turn,
-    so that the one used longest ago would be the next to be needed. Where there is no room, ``get``
-    says so, and the caller does without.
+    New values never evict old ones: a shuffle window uses its files in turn, so that the least
+    recently used file would be needed next. ``get`` returns None when there is no room.
     """
 
     def __init__(self, budget: MemoryBudget | None = None) -> None:
@@ -57,20 +56,22 @@ class SharedCache(Generic[V]):
         self._lock = threading.Lock()
 
     def get(
-        self, key: str | int, load: Callable[[], V], *, size: int = 0, until: int = 0
+        self, key: str | int, load: Callable[[], V], *, size: int = 0, expires_at: int = 0
     ) -> V | None:
-        """The value of ``key``, from ``load`` where it is not there; None where its ``size`` bytes
-        find no room. What ``load`` raises is raised for all who wait for it, and forgotten."""
+        """The value of ``key``, from ``load`` if it is not cached; None when the budget has no room
+        for its ``size`` bytes. An error of ``load`` is raised for all threads that wait for the
+        value, and not cached. ``expires_at`` is the position of the run from which on the value is
+        not needed any more."""
         with self._lock:
             entry = self._entries.get(key)
-            mine = entry is None
+            is_new = entry is None
             if entry is None:
-                if not self._budget.take(size):
+                if not self._budget.reserve(size):
                     return None
-                entry = self._entries[key] = _Entry(size, until)
-            entry.until = max(entry.until, until)
+                entry = self._entries[key] = _Entry(size, expires_at)
+            entry.expires_at = max(entry.expires_at, expires_at)
             self._entries.move_to_end(key)
-        if mine:
+        if is_new:
             try:
                 entry.value.set_result(load())
             except BaseException as error:
@@ -83,21 +84,22 @@ class SharedCache(Generic[V]):
 
     def discard(self, key: str | int) -> None:
         with self._lock:
-            self._drop([key] if key in self._entries else [])
+            self._remove([key] if key in self._entries else [])
 
     def expire(self, position: int) -> None:
-        """Let go of what is needed only before ``position``."""
+        """Remove values that are needed only before ``position``."""
         with self._lock:
-            self._drop([key for key, entry in self._entries.items() if entry.until <= position])
+            expired = [key for key, entry in self._entries.items() if entry.expires_at <= position]
+            self._remove(expired)
 
     def shrink(self, count: int) -> None:
-        """Let go of all but the ``count`` that were used last."""
+        """Remove all values but the ``count`` most recently used ones."""
         with self._lock:
-            self._drop(list(self._entries)[: max(0, len(self._entries) - count)])
+            self._remove(list(self._entries)[: max(0, len(self._entries) - count)])
 
     def clear(self) -> None:
         self.shrink(0)
 
-    def _drop(self, keys: list[str | int]) -> None:
+    def _remove(self, keys: list[str | int]) -> None:
         for key in keys:
-            self._budget.give(self._entries.pop(key).size)
+            self._budget.release(self._entries.pop(key).size)

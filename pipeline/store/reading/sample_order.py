@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of (seed, position) and the shard sizes."""
+"""Order of samples: a pure function of (seed, position) and the shard sizes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from schemas.errors import UserError
 
 
 class _Section(NamedTuple):
-    """Epochs that leave out the same shards, up to the next section."""
+    """Epochs that leave out the same shards, up to the first epoch of the next section."""
 
     epoch: int
+    """Its first epoch."""
     position: int
-    """Where that epoch begins."""
+    """Position of the first sample of that epoch."""
     size: int
-    """Samples of one of its epochs."""
+    """Samples of each of its epochs."""
     left_out: np.ndarray
-    """Shards, int64."""
+    """int64: shards."""
 
 
 class _Epoch(NamedTuple):
@@ -29,20 +30,20 @@ class _Epoch(NamedTuple):
     """Position of its first sample."""
     size: int
     shards: np.ndarray
-    """int32, in the order in which they come."""
+    """int32, in reading order."""
     windows: np.ndarray
-    """int64: where each window begins, counted from ``start``, and behind them ``size``."""
+    """int64: begin of each window relative to ``start``, followed by ``size``."""
 
 
 class SampleOrder:
     """The endless sequence of samples of a run.
 
     Each epoch permutes the shards, then shuffles samples inside windows of ``window`` consecutive
-    shards, so that a reader needs only that many shards at hand. ``position`` counts samples since
-    the start of the run and is the whole state of the data; epochs follow without a gap. Work and
-    memory depend on the number of shards once per epoch, never on the position.
+    shards, so that a reader needs only that many shards at a time. ``position`` counts samples
+    since the start of the run and is the whole state of the data; epochs follow without a gap.
+    Work and memory depend on the number of shards, once per epoch, and never on the position.
 
-    Safe to call from several threads, ``leave_out`` excepted.
+    Safe to call from several threads, except ``leave_out``.
     """
 
     def __init__(
@@ -52,16 +53,16 @@ class SampleOrder:
         window: int = 8,
         damaged: Mapping[int, int] | None = None,
     ) -> None:
-        """``damaged[shard]`` is the epoch in which a shard was found damaged: later ones do without
-        it."""
+        """``damaged[shard]`` is the epoch in which a shard was found damaged; later epochs leave it
+        out. Raises ``ValueError`` when the store holds no samples."""
         self.seed = seed
         self.sizes = np.asarray(samples_per_shard, dtype=np.int32)
         self.window = window
         self.epoch_size = int(self.sizes.sum(dtype=np.int64))
-        """Samples of an epoch that leaves out nothing."""
+        """Samples of an epoch without left-out shards."""
         if self.epoch_size == 0:
             raise ValueError("the store holds no samples")
-        # A batch meets two epochs at most where they are longer than it, and two windows of each.
+        # A batch spans at most two epochs longer than itself, and two windows of each.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
         self.damaged: dict[int, int] = {}
@@ -69,10 +70,10 @@ class SampleOrder:
         self.leave_out(damaged or {})
 
     def leave_out(self, damaged: Mapping[int, int]) -> None:
-        """Do without more shards, each from the epoch after the one in which it was found damaged.
+        """Leave out more shards, each from the epoch after the one in which it was found damaged.
 
         Positions up to the end of the earliest of these epochs keep their samples. Raises
-        ``UserError`` where no sample would be left.
+        ``UserError`` when no sample would be left.
         """
         for shard, epoch in damaged.items():
             if not 0 <= shard < len(self.sizes):
@@ -96,7 +97,7 @@ class SampleOrder:
         return section.epoch + (position - section.position) // section.size
 
     def epoch_span(self, epoch: int) -> tuple[int, int]:
-        """Positions of its first sample and of the next epoch's first one."""
+        """Positions of the first sample of an epoch and of the first one of the next epoch."""
         section = next(s for s in reversed(self._sections) if s.epoch <= epoch)
         start = section.position + (epoch - section.epoch) * section.size
         return start, start + section.size
@@ -107,8 +108,8 @@ class SampleOrder:
         return shards, rows
 
     def locate_windows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shard, row, and the position where the window ends to which each position belongs: from
-        there on its shard is not needed before the next epoch."""
+        """Shard, row and end of the window (a position) of each position. From that end on, the
+        shard is not needed before the next epoch."""
         shards = np.empty_like(positions)
         rows = np.empty_like(positions)
         ends = np.empty_like(positions)

@@ -1,4 +1,4 @@
-"""What a reader needs of a commit record: a tenth of its size, as arrays."""
+"""The part of a commit record that a reader needs, as arrays: a tenth of the record's size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from schemas.store import CommitRecord, StreamFile
 
 
 class FileTable(NamedTuple):
-    """A file of one stream and shard (P stored arrays, n samples)."""
+    """One file of a stream's shard (P stored arrays, n samples)."""
 
     file: str
     """Path below the store's root."""
     bytes: int
     sha256: str
     names: tuple[str, ...]
-    """Of the arrays."""
+    """Names of the P arrays."""
     offsets: np.ndarray
     """int64 (n, P)"""
     sizes: np.ndarray

@@ -1,4 +1,4 @@
-"""Reading one stream of a store by shard and row, verified."""
+"""Random access to one stream of a store, with verified checksums."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.store.arrays import (
     allocate,
     check_stored,
     empty_batch,
-    largest_stored,
+    max_stored_size,
     stream_parts,
 )
 from pipeline.store.errors import (
@@ -26,49 +26,36 @@ from pipeline.store.errors import (
     LostShardError,
     UncommittedShardError,
 )
-from pipeline.store.reading.file_source import FileSource, up_to
-from pipeline.store.reading.fixed_layout import FixedLayout, RowReader, fixed_rows
+from pipeline.store.reading.file_source import FileSource, whole_up_to
+from pipeline.store.reading.fixed_layout import FixedLayout, RowReader, find_fixed_layout
 from pipeline.store.reading.memory_cache import SharedCache
-from pipeline.store.reading.shard_index import FileTable, ShardTable, shard_table
+from pipeline.store.reading.row_request import Columns, RowRequest, ShardRows
+from pipeline.store.reading.shard_index import ShardTable, shard_table
 from pipeline.store.store import Store
 from schemas.errors import UserError
 
 __all__ = ["DamagedShardError", "StreamReader"]
 
-SHARDS_OF_A_BLOCK = 256
-TASK_SECONDS = 2e-3
-"""Of one thread's work; waking it takes a fiftieth of that."""
-
-Columns = dict[str, np.ndarray]
-"""Per stored array (B, *shape), contiguous."""
-
-
-class Rows(NamedTuple):
-    """Rows of one shard, and where in a batch they go."""
-
-    shard: int
-    rows: np.ndarray
-    """Best ascending, as neighbours are one request then."""
-    places: np.ndarray
-    until: int = 0
-    """Position of the run up to which more of the shard will be wanted; see ``expire``."""
+SHARDS_PER_BLOCK = 256
+MIN_TASK_SECONDS = 2e-3
+"""Work given to a thread at once; waking a thread takes a fiftieth of it."""
+MIN_CACHED_TABLES = 64
 
 
 class _Shard(NamedTuple):
-    """What is known of a shard beforehand."""
+    """Index of one shard, and the fixed layout of each of its files (None without one)."""
 
     table: ShardTable
-    fixed: list[FixedLayout | None]
-    """Of each file, where it can be read in the quick way."""
+    layouts: list[FixedLayout | None]
 
 
 class StreamReader:
     """Random access to one stream.
 
-    By itself it fetches files up to ``whole_file_limit`` bytes whole, and keeps those of the last
-    ``cache_files`` shards; of larger ones it reads the wanted rows. A loader gives it a ``source``
-    that decides otherwise. Each row's checksum is verified the first time that this reader meets
-    it, and whenever it comes from a local disk cache.
+    Without a ``source`` it fetches files up to ``whole_file_limit`` bytes whole, caches those of
+    the last ``cache_files`` shards, and reads only the requested rows of larger files. The loader
+    passes a ``source`` with another policy. A row's checksum is verified the first time that this
+    reader reads it, and every time that it comes from a local disk cache.
 
     ``fill`` is safe to call from several threads, ``read`` is not.
     """
@@ -97,16 +84,16 @@ class StreamReader:
         self.cache_files = cache_files
         self._allocate = allocate
         self.source = source or FileSource(
-            store.filesystem, store.root, wants_whole=up_to(whole_file_limit)
+            store.filesystem, store.root, fetch_whole=whole_up_to(whole_file_limit)
         )
         npy = manifest.format != "zarr"
-        self._layouts = {name: ArrayReader(part, npy=npy) for name, part in self.parts.items()}
-        self.pace = math.inf
-        """Seconds that a sample took lately; more than that rather than less."""
+        self._arrays = {name: ArrayReader(part, npy=npy) for name, part in self.parts.items()}
+        self.seconds_per_sample = math.inf
+        """Recent reading time of one sample: rises at once, falls slowly."""
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
-        self._tables: SharedCache[_Shard] = SharedCache()
-        # A bit for each row, in blocks of shards; two threads in one shard may lose each other's,
-        # which verifies anew.
+        self._shards: SharedCache[_Shard] = SharedCache()
+        # One bit per row, in blocks of shards. Two threads in one shard may overwrite each other's
+        # bits; the rows are then verified again.
         self._verified: dict[int, np.ndarray] = {}
 
     @property
@@ -116,11 +103,12 @@ class StreamReader:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that storage sent so far."""
+        """Bytes received from storage so far."""
         return self.source.bytes_read
 
     def empty(self, count: int) -> Columns:
-        """Arrays for ``count`` samples, for ``fill``."""
+        """Uninitialised arrays for ``count`` samples, for ``fill``. Raises ``UserError`` when
+        memory cannot hold them."""
         try:
             return {
                 name: empty_batch(part, count, self._allocate) for name, part in self.parts.items()
@@ -138,34 +126,36 @@ class StreamReader:
         for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard)
             places = places[np.argsort(rows[places])]  # neighbours become one request
-            self.fill(out, [Rows(shard, rows[places], places)])
-            self.source.kept.shrink(self.cache_files * self._files_per_shard)
-            self._tables.shrink(max(self.cache_files, 64))
+            self.fill(out, [ShardRows(shard, rows[places], places)])
+            self.source.cache.shrink(self.cache_files * self._files_per_shard)
+            self._shards.shrink(max(self.cache_files, MIN_CACHED_TABLES))
         return out
 
-    def together(self, wanted: Sequence[Rows]) -> Iterator[Sequence[Rows]]:
-        """What one thread had better read in one go: of local files enough to be worth its waking,
-        going by how long samples took lately; a shard each where they are waited for."""
-        pace = self.pace if self.source.is_direct else math.inf
+    def split_into_tasks(self, groups: Sequence[ShardRows]) -> Iterator[Sequence[ShardRows]]:
+        """Groups for one thread each: for local files ``MIN_TASK_SECONDS`` of work or more, by the
+        recent reading time; for other storage one shard, because its latency dominates."""
+        seconds = self.seconds_per_sample if self.source.is_direct else math.inf
         begin = count = 0
-        for number, (_, rows, _, _) in enumerate(wanted, start=1):
-            count += len(rows)
-            if count * pace >= TASK_SECONDS or number == len(wanted):
-                yield wanted[begin:number]
+        for number, group in enumerate(groups, start=1):
+            count += len(group.rows)
+            if count * seconds >= MIN_TASK_SECONDS or number == len(groups):
+                yield groups[begin:number]
                 begin, count = number, 0
 
-    def fill(self, out: Columns, wanted: Sequence[Rows]) -> None:
-        """Put rows of shards at their places of ``out``."""
-        landing, start = RowReader(out), time.perf_counter()
-        for some in wanted:
-            self._fill_shard(out, landing, some)
-        seconds = (time.perf_counter() - start) / max(1, sum(len(some.rows) for some in wanted))
-        before = seconds if math.isinf(self.pace) else self.pace
-        self.pace = max(seconds, 0.9 * before + 0.1 * seconds)  # what is slow once may be so again
+    def fill(self, out: Columns, groups: Sequence[ShardRows]) -> None:
+        """Read rows of shards into their places of ``out``. Raises ``DamagedShardError``,
+        ``UncommittedShardError`` and ``StorageError``."""
+        row_reader, start = RowReader(out), time.perf_counter()
+        for group in groups:
+            self._fill_shard(out, row_reader, group)
+        seconds = (time.perf_counter() - start) / max(1, sum(len(group.rows) for group in groups))
+        before = seconds if math.isinf(self.seconds_per_sample) else self.seconds_per_sample
+        # The average falls slowly because a slow read may be followed by another one.
+        self.seconds_per_sample = max(seconds, 0.9 * before + 0.1 * seconds)
 
-    def _fill_shard(self, out: Columns, landing: RowReader, wanted: Rows) -> None:
-        shard, rows, places, until = wanted
-        table, fixed = self._table(shard, until)
+    def _fill_shard(self, out: Columns, row_reader: RowReader, group: ShardRows) -> None:
+        shard, rows, places, expires_at = group
+        table, layouts = self._load_shard(shard, expires_at)
         if rows.max() >= table.samples:
             raise DamagedShardError(
                 f"{self._where(shard)} has {table.samples} samples, not {rows.max() + 1}: the "
@@ -173,133 +163,111 @@ class StreamReader:
             )
         check = None
         if self.verify:
-            bits = self._bits(shard)
+            bits = self._verified_bits(shard)
             check = np.unpackbits(bits, bitorder="little")[rows] == 0
-        for file, same in zip(table.files, fixed, strict=True):
+        for file, layout in zip(table.files, layouts, strict=True):
+            request = RowRequest(file, out, shard, rows, places, check, expires_at)
             try:
-                if not self.source.is_direct:
-                    self._fill_from(file, out, shard, rows, places, check, until)
-                elif same is None or not self._fill_fixed(
-                    file, same, landing, rows, places, check, until
-                ):
-                    self._fill_directly(file, out, shard, rows, places, check, until)
+                self._read_rows(request, layout, row_reader)
             except FileNotFoundError:
                 raise LostShardError(f"{self._where(shard)} is missing") from None
         if check is not None and check.any():
             np.bitwise_or.at(bits, rows // 8, (1 << rows % 8).astype(np.uint8))
 
     def expire(self, position: int) -> None:
-        """Let go of what is needed only before ``position``."""
-        self.source.kept.expire(position)
-        self._tables.expire(position)
+        """Free cached bytes that are needed only before ``position`` of the run."""
+        self.source.cache.expire(position)
+        self._shards.expire(position)
 
     def close(self) -> None:
-        """Let go of cached bytes. The reader must not be used afterwards."""
+        """Free cached bytes. The reader must not be used afterwards."""
         self.source.close()
-        self._tables.clear()
+        self._shards.clear()
 
-    def _fill_fixed(
-        self,
-        file: FileTable,
-        fixed: FixedLayout,
-        landing: RowReader,
-        rows: np.ndarray,
-        places: np.ndarray,
-        check: np.ndarray | None,
-        until: int,
-    ) -> bool:
-        """Whether all is as it should be."""
+    def _read_rows(
+        self, request: RowRequest, layout: FixedLayout | None, row_reader: RowReader
+    ) -> None:
+        """Fill the request's places by the fastest path that its file allows. A fixed layout whose
+        rows are not as expected is read again array by array, which names the damaged one."""
+        if not self.source.is_direct:
+            self._read_from_source(request)
+        elif layout is None or not self._read_fixed(request, layout, row_reader):
+            self._read_arrays(request)
+
+    def _read_fixed(self, request: RowRequest, layout: FixedLayout, row_reader: RowReader) -> bool:
+        """One system call per row of a local file; False where a row is not as expected."""
 
         def read(descriptor: int) -> tuple[bool, int]:
-            return landing.read(descriptor, fixed, rows, places, check)
+            return row_reader.read(descriptor, layout, request)
 
-        return bool(self.source.read_directly(file, read, until))
+        return bool(self.source.read_directly(request.file, read, request.expires_at))
 
-    def _fill_directly(
-        self,
-        file: FileTable,
-        out: Columns,
-        shard: int,
-        rows: np.ndarray,
-        places: np.ndarray,
-        check: np.ndarray | None,
-        until: int,
-    ) -> None:
-        """As ``_fill_from``, from a local file: what is stored as it is goes where it belongs."""
+    def _read_arrays(self, request: RowRequest) -> None:
+        """Each array of a local file: uncompressed ones are read straight into the batch."""
+        file, rows, out = request.file, request.rows, request.out
         offsets, sizes = file.offsets[rows].tolist(), file.sizes[rows].tolist()
         crc32 = file.crc32[rows].tolist()
-        layouts = [self._layouts[name] for name in file.names]
-        landings = [layout.places(out[n]) for layout, n in zip(layouts, file.names, strict=True)]
-        targets = places.tolist()
+        arrays = [self._arrays[name] for name in file.names]
+        targets = [array.targets(out[n]) for array, n in zip(arrays, file.names, strict=True)]
+        places = request.places.tolist()
         pieces = [
-            (offsets[number][column], landing(place, sizes[number][column]))
-            for number, place in enumerate(targets)
-            for column, landing in enumerate(landings)
+            (offsets[number][column], target(place, sizes[number][column]))
+            for number, place in enumerate(places)
+            for column, target in enumerate(targets)
         ]
 
         def read(descriptor: int) -> tuple[list[int], int]:
             counts = scatter(descriptor, pieces)
             return counts, sum(counts)
 
-        counts = self.source.read_directly(file, read, until)
-        checked = np.zeros(len(rows), bool) if check is None else check
+        counts = self.source.read_directly(file, read, request.expires_at)
+        check = np.zeros(len(rows), bool) if request.check is None else request.check
         for piece, count in enumerate(counts or [0] * len(pieces)):
-            number, column = divmod(piece, len(layouts))
+            number, column = divmod(piece, len(arrays))
             buffers, name = pieces[piece][1], file.names[column]
             try:
-                crc = crc32[number][column] if checked[number] else None
+                crc = crc32[number][column] if check[number] else None
                 check_stored(buffers, count, sizes[number][column], crc)
-                layouts[column].finish(buffers, out[name], targets[number])
+                arrays[column].finish(buffers, out[name], places[number])
             except ValueError as error:
-                raise self._damaged(shard, int(rows[number]), name, str(error)) from None
+                raise self._damaged(request.shard, int(rows[number]), name, str(error)) from None
 
-    def _fill_from(
-        self,
-        file: FileTable,
-        out: Columns,
-        shard: int,
-        rows: np.ndarray,
-        places: np.ndarray,
-        check: np.ndarray | None,
-        until: int,
-    ) -> None:
-        offsets, sizes, crc32 = file.offsets[rows], file.sizes[rows], file.crc32[rows]
+    def _read_from_source(self, request: RowRequest) -> None:
+        """Byte ranges from memory, the disk cache or storage. Damage in the disk cache is not
+        reported before storage has sent the same bytes."""
+        file, rows = request.file, request.rows
+        offsets, sizes = file.offsets[rows], file.sizes[rows]
         ranges = list(zip(offsets.ravel().tolist(), sizes.ravel().tolist(), strict=True))
-        anew = False
+        refetch = False
         while True:
-            pieces, cached = self.source.read(file, ranges, until, anew=anew)
-            if cached:
-                checked = np.ones(len(rows), bool)
+            data, from_disk = self.source.read(file, ranges, request.expires_at, refetch=refetch)
+            if from_disk:
+                check = np.ones(len(rows), bool)
             else:
-                checked = np.zeros(len(rows), bool) if check is None else check
+                check = np.zeros(len(rows), bool) if request.check is None else request.check
             try:
-                self._decode(file, out, places, pieces, sizes, crc32, checked)
+                self._decode(request, data, check)
                 return
             except DamagedArrayError as error:
-                if cached and not anew:
-                    anew = True  # the disk cache is to blame until storage says the same
+                if from_disk and not refetch:
+                    refetch = True
                     continue
                 row = int(rows[error.number])
-                raise self._damaged(shard, row, error.name, error.reason) from None
+                raise self._damaged(request.shard, row, error.name, error.reason) from None
 
-    def _decode(
-        self,
-        file: FileTable,
-        out: Columns,
-        places: np.ndarray,
-        pieces: list[memoryview],
-        sizes: np.ndarray,
-        crc32: np.ndarray,
-        check: np.ndarray,
-    ) -> None:
+    def _decode(self, request: RowRequest, pieces: list[memoryview], check: np.ndarray) -> None:
+        """Decompress pieces, row by row and array by array, into the batch. Raises
+        ``DamagedArrayError``."""
+        file, rows = request.file, request.rows
+        sizes, crc32 = file.sizes[rows], file.crc32[rows]
         remaining = iter(pieces)
-        for number, place in enumerate(places.tolist()):
+        for number, place in enumerate(request.places.tolist()):
             for column, name in enumerate(file.names):
                 data = next(remaining)
                 try:
                     crc = int(crc32[number, column]) if check[number] else None
                     check_stored([data], len(data), int(sizes[number, column]), crc)
-                    self._layouts[name].fill(data, out[name][place : place + 1])
+                    self._arrays[name].fill(data, request.out[name][place : place + 1])
                 except ValueError as error:
                     raise DamagedArrayError(number, name, str(error)) from None
 
@@ -310,7 +278,7 @@ class StreamReader:
             "its commit record and run the extraction again"
         )
 
-    def _table(self, shard: int, until: int) -> _Shard:
+    def _load_shard(self, shard: int, expires_at: int) -> _Shard:
         def load() -> _Shard:
             try:
                 record = self.store.record(shard, self.stream)
@@ -319,39 +287,40 @@ class StreamReader:
             except UserError as error:
                 raise LostShardError(f"{self._where(shard)}: {error}") from None
             table = self._checked(shard, shard_table(record, self.stream))
-            direct = self.source.is_direct
-            fixed = [fixed_rows(file, self._layouts) if direct else None for file in table.files]
-            return _Shard(table, fixed)
+            if not self.source.is_direct:
+                return _Shard(table, [None] * len(table.files))
+            return _Shard(table, [find_fixed_layout(file, self._arrays) for file in table.files])
 
-        table = self._tables.get(shard, load, until=until)
-        assert table is not None  # it counts no bytes
-        return table
+        loaded = self._shards.get(shard, load, expires_at=expires_at)
+        assert loaded is not None  # this cache has no byte limit
+        return loaded
 
     def _checked(self, shard: int, table: ShardTable) -> ShardTable:
-        """Raises ``DamagedShardError`` where a record promises other arrays, more samples or larger
-        ones than the manifest does; nothing of the shard has been read by then."""
+        """The table. Raises ``DamagedShardError`` when the record lists other arrays, more samples
+        or larger ones than the manifest allows, before anything of the shard is read."""
         where = f"{self._where(shard)}: its record"
         if table.samples > self.store.manifest.shard_size:
             raise DamagedShardError(f"{where} lists {table.samples} samples")
         if table.samples and table.names != self.parts.keys():
             raise DamagedShardError(f"{where} lists other columns")
         for file in table.files:
-            for name, largest in zip(file.names, file.sizes.max(0, initial=0), strict=True):
-                if largest > largest_stored(self.parts[name]):
+            for name, size in zip(file.names, file.sizes.max(0, initial=0), strict=True):
+                limit = max_stored_size(self.parts[name])
+                if size > limit:
                     raise DamagedShardError(
-                        f"{where} gives a sample of column '{name}' {largest} bytes, more than it "
-                        "can take up"
+                        f"{where} gives a sample of column '{name}' {size} bytes, more than the "
+                        f"{limit} that it can take"
                     )
         return table
 
-    def _bits(self, shard: int) -> np.ndarray:
-        """uint8: a bit for each row of a shard that has been verified, to be changed in place."""
+    def _verified_bits(self, shard: int) -> np.ndarray:
+        """uint8, one bit per row of the shard: set once the row is verified. Changed in place."""
         size = -(-self.store.manifest.shard_size // 8)
-        block = self._verified.get(shard // SHARDS_OF_A_BLOCK)
+        block = self._verified.get(shard // SHARDS_PER_BLOCK)
         if block is None:
-            block = np.zeros((SHARDS_OF_A_BLOCK, size), np.uint8)
-            block = self._verified.setdefault(shard // SHARDS_OF_A_BLOCK, block)
-        return block[shard % SHARDS_OF_A_BLOCK]
+            block = np.zeros((SHARDS_PER_BLOCK, size), np.uint8)
+            block = self._verified.setdefault(shard // SHARDS_PER_BLOCK, block)
+        return block[shard % SHARDS_PER_BLOCK]
 
     def _where(self, shard: int) -> str:
         return f"stream '{self.stream}', shard {shard} of {self.store.shown_url}"

@@ -129,11 +129,11 @@ def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "another size": (
         lambda: random_student(0, CONFIG.model_copy(update={"model": "SiT-B/4"})).state_dict(),
-        "is no SiT-S/2: it has 3 blocks of width 24 and patch 4, which is SiT-B/4",
+        "is not a SiT-S/2: it has 3 blocks of width 24 and patch 4, which is SiT-B/4",
     ),
     "no size": (
         lambda: random_student(0, CONFIG.model_copy(update={"depth": 1})).state_dict(),
-        "is no SiT-S/2: it has 1 blocks of width 24 and patch 2",
+        "is not a SiT-S/2: it has 1 blocks of width 24 and patch 2",
     ),
     "a missing weight": (
         lambda: without(random_student(0).state_dict(), "blocks.1.mlp.fc1.bias"),
@@ -147,7 +147,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no ema": (lambda: {"model": random_student(0).state_dict()}, "has no 'ema' weights"),
     "a flat table": (
         lambda: {**random_student(0).state_dict(), "pos_embed": torch.ones(3)},
-        "is no SiT-S/2",
+        "is not a SiT-S/2",
     ),
     "no names": (lambda: {1: torch.ones(3)}, "neither a state dict nor"),
     "no state dict": (lambda: [1, 2], "neither a state dict nor"),

@@ -120,7 +120,7 @@ def test_weights_that_were_altered_are_not_drawn_from(memory: fsspec.AbstractFil
 def test_one_that_was_removed_meanwhile(memory: fsspec.AbstractFileSystem) -> None:
     memory.rm("/drawn/run/checkpoint-000000004", recursive=True)
     with (
-        pytest.raises(UserError, match=f"'{NEWEST}' is not there any more, or cannot be seen"),
+        pytest.raises(UserError, match=f"'{NEWEST}' does not exist any more, or is not visible"),
         local_copy(NEWEST, "ema"),
     ):
         pass
@@ -134,7 +134,7 @@ def test_a_file_of_weights(memory: fsspec.AbstractFileSystem, run: Path, tmp_pat
     with local_copy(place, "ema") as copy:
         assert copy.read_bytes() == (tmp_path / "a.pt").read_bytes()
     with (
-        pytest.raises(UserError, match=f"'{place}' does not say what it is"),
+        pytest.raises(UserError, match=f"'{place}' does not record its architecture"),
         local_copy(place, "ema") as copy,
     ):
         load_trained_student(copy)

@@ -120,7 +120,7 @@ def test_attention_is_drawn_of_kept_checkpoints_unless_switched_off(
     assert found["runs"][0]["termination_step"] == 1
     assert found["warnings"] == []
     assert "2: alignment ended at step 1" in page
-    assert "streams, 0 B were read after the alignment had ended" in page
+    assert "0 B of the teachers' streams were read after the alignment had ended" in page
     for step in (1, 2):
         assert f'alt="Attention of teacher and student of run at step {step}"' in page
     page, _ = report(capsys, tmp_path / "run", "--attention", "none")
@@ -137,7 +137,7 @@ def test_no_store_far_away_is_opened_unless_asked_for(
     assert "is not on this machine: --attention remote opens it." in page
     assert "s3cret" not in page
     page, _ = report(capsys, run, "--attention", "remote")
-    assert "run: it cannot be drawn of its checkpoints: checkpoint" in page
+    assert "run: attention cannot be drawn from its checkpoints: checkpoint" in page
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,10 @@ def test_a_student_beyond_all_bounds_is_not_built(
 
     monkeypatch.setattr(checkpoint_attention, "load_student", load)
     page, _ = report(capsys, run)
-    assert "the student of checkpoint-000000400 is too large: the report builds those of up" in page
+    assert (
+        "the student of checkpoint-000000400 is too large: the report builds students of at most 2"
+        in page
+    )
 
 
 def test_a_checkpoint_beyond_all_bounds_is_not_read(
@@ -182,9 +185,9 @@ def test_a_checkpoint_beyond_all_bounds_is_not_read(
     config = validate(RunConfig, merge(values, changes), where="test")
     train_here(config, tmp_path / "run")
     monkeypatch.setattr(checkpoint_attention, "MAX_BYTES", 1000)
-    _, note = checkpoint_attention.attention_of_kept(read_run(str(tmp_path / "run")))
+    _, note = checkpoint_attention.draw_checkpoint_attention(read_run(str(tmp_path / "run")))
     assert note is not None
-    assert "checkpoint-000000001 has 0 GiB; the report reads 0 at most" in note
+    assert "checkpoint-000000001 has 0 GiB; the report reads at most 0" in note
 
 
 def test_attention_that_cannot_be_drawn_is_one_sentence(
@@ -192,10 +195,10 @@ def test_attention_that_cannot_be_drawn_is_one_sentence(
 ) -> None:
     run = make_run(tmp_path / "run", store=str(tmp_path / "gone"))
     page, _ = report(capsys, run)
-    assert "run: it has kept no checkpoint yet." in page
+    assert "run: it has no checkpoint yet." in page
     (run / "checkpoint-000000400").mkdir()
     page, found = report(capsys, run)
-    assert "run: it cannot be drawn of its checkpoints: checkpoint" in page
+    assert "run: attention cannot be drawn from its checkpoints: checkpoint" in page
     assert found["warnings"] == ["run: checkpoint-000000400 has no state.json"]
 
 
@@ -274,8 +277,8 @@ def test_a_line_is_of_one_network_one_reference_and_one_way_to_draw(
         f"{inception} cccccccc), {against} (dddddddd), sde of 250 steps, no guidance, {drawn}",
         f"{inception} eeeeeeee), {against} (dddddddd), {guided}",
         f"{inception} cccccccc), {against} (ffffffff), {guided}",
-        f"{inception} cccccccc), {against} (dddddddd), drawn by {{&quot;by&quot;: "
-        "&quot;somebody else&quot;}",
+        f"{inception} cccccccc), {against} (dddddddd), drawn by {{&#34;by&#34;: "
+        "&#34;somebody else&#34;}",
     ]
 
 
@@ -313,8 +316,8 @@ def test_damage_is_named_and_the_rest_is_shown(
         "evaluations.jsonl is damaged and read without line 1",
         "metrics.jsonl is damaged and read without line 103",
         "'denoising' is no finite number in 1 rows, first at step 1,010",
-        "the picture of step 200 is no whole PNG",
-        "the picture of step 300 is no whole PNG",
+        "the picture of step 200 is not a complete PNG file",
+        "the picture of step 300 is not a complete PNG file",
     ):
         assert part in said
     assert len(found["warnings"]) == 7

@@ -46,7 +46,7 @@ def test_without_the_checkpoint_its_folder_counts(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(run)
     check_samples_are_of(str(tmp_path / "link"), about_of(run), 300)
     for other in (tmp_path / "other", copy):
-        with pytest.raises(UserError, match=r"say that they are of '.*/run/checkpoint-000000300'"):
+        with pytest.raises(UserError, match=r"recorded as those of .*/run/checkpoint-000000300"):
             check_samples_are_of(str(other), about_of(run), 300)
     run.rmdir()  # it was moved
     check_samples_are_of(str(copy), about_of(run), 300)

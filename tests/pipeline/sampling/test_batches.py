@@ -10,9 +10,9 @@ from pipeline.sampling.batches import ImageBatch, choose_classes, choose_labels,
 from schemas.errors import UserError
 
 
-def test_every_image_is_in_one_block() -> None:
-    blocks = plan_batches(10, 4)
-    assert blocks == [ImageBatch(0, 0, 4), ImageBatch(1, 4, 4), ImageBatch(2, 8, 2)]
+def test_every_image_is_in_one_batch() -> None:
+    batches = plan_batches(10, 4)
+    assert batches == [ImageBatch(0, 0, 4), ImageBatch(1, 4, 4), ImageBatch(2, 8, 2)]
     assert plan_batches(4, 4) == [ImageBatch(0, 0, 4)]
     assert plan_batches(1, 64) == [ImageBatch(0, 0, 1)]
 

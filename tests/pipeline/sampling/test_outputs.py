@@ -1,4 +1,4 @@
-"""Blocks on disk, and the files that become of them."""
+"""Batches on disk, and the files that become of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from schemas.errors import UserError
 from schemas.sample import SampleAbout
 from tests.pipeline.evaluate.sets import about_samples
 
-BLOCKS = plan_batches(5, 2)
+BATCHES = plan_batches(5, 2)
 LABELS = [3, 1, 4, 1, 5]
 
 
@@ -34,41 +34,41 @@ def about(**overrides: Any) -> SampleAbout:
     return about_samples(**{**values, **overrides})
 
 
-def images(block: ImageBatch) -> np.ndarray[Any, Any]:
-    rng = np.random.default_rng(block.number)
-    return rng.integers(0, 256, (block.count, 4, 4, 3), np.uint8)
+def images(batch: ImageBatch) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(batch.number)
+    return rng.integers(0, 256, (batch.count, 4, 4, 3), np.uint8)
 
 
-def write(output: Output, blocks: Sequence[ImageBatch]) -> None:
-    for block in blocks:
-        output.write(SampledBatch(block, images(block), tuple(map(_png, images(block)))))
+def write(output: Output, batches: Sequence[ImageBatch]) -> None:
+    for batch in batches:
+        output.write(SampledBatch(batch, images(batch), tuple(map(_png, images(batch)))))
 
 
 def test_an_npz_is_made_of_its_parts(tmp_path: Path) -> None:
     out = tmp_path / "a.npz"
     first = NpzOutput(str(out))
     first.open(about())
-    write(first, BLOCKS[:1] + BLOCKS[2:])
+    write(first, BATCHES[:1] + BATCHES[2:])
     assert not out.exists()
     (tmp_path / "a.npz.parts" / ".tmp-whole").write_bytes(b"what a kill left behind")
     os.truncate(tmp_path / "a.npz.parts" / "000000004.npy", 100)
 
     again = NpzOutput(str(out))
     again.open(about(checkpoint="/moved/a", version="1"))
-    assert again.missing(BLOCKS) == BLOCKS[1:]
-    write(again, BLOCKS[1:])
-    assert again.missing(BLOCKS) == []
-    again.finish(BLOCKS, LABELS)
+    assert again.missing(BATCHES) == BATCHES[1:]
+    write(again, BATCHES[1:])
+    assert again.missing(BATCHES) == []
+    again.finish(BATCHES, LABELS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     with np.load(out) as file:
         assert sorted(file) == ["about", "arr_0", "labels"]
-        np.testing.assert_array_equal(file["arr_0"], np.concatenate([*map(images, BLOCKS)]))
+        np.testing.assert_array_equal(file["arr_0"], np.concatenate([*map(images, BATCHES)]))
         assert (file["labels"].dtype, file["labels"].tolist()) == (np.int64, LABELS)
         assert file["about"].shape == ()
         assert json.loads(str(file["about"]))["step"] == 6
     whole = NpzOutput(str(out))
     whole.open(about())
-    assert whole.missing(BLOCKS) == []
+    assert whole.missing(BATCHES) == []
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,16 @@ def test_parts_of_other_images_are_refused(
     output.open(about())
     with pytest.raises(UserError, match=complaint):
         NpzOutput(str(tmp_path / "a.npz")).open(about(**change))
-    write(output, BLOCKS)
-    output.finish(BLOCKS, LABELS)
-    with pytest.raises(UserError, match=r"a.npz' is of other images: .*; name another --npz"):
+    write(output, BATCHES)
+    output.finish(BATCHES, LABELS)
+    with pytest.raises(UserError, match=r"a.npz' has other images: .*; name another --npz"):
         NpzOutput(str(tmp_path / "a.npz")).open(about(**change))
 
 
 @pytest.mark.parametrize("data", [b"", b"PK no zip", b"\x93NUMPY"])
 def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.npz").write_bytes(data)
-    with pytest.raises(UserError, match="is there already, and no file of this command"):
+    with pytest.raises(UserError, match="exists and was not written by this command"):
         NpzOutput(str(tmp_path / "a.npz")).open(about())
     assert (tmp_path / "a.npz").read_bytes() == data
 
@@ -103,11 +103,11 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, data: bytes) -> N
 def test_a_part_that_is_something_else_is_named(tmp_path: Path) -> None:
     output = NpzOutput(str(tmp_path / "a.npz"))
     output.open(about())
-    write(output, BLOCKS)
+    write(output, BATCHES)
     part = tmp_path / "a.npz.parts" / "000000002.npy"
     part.write_bytes(b"x" * part.stat().st_size)
     with pytest.raises(UserError, match=r"parts/000000002.npy' is damaged: delete it"):
-        output.finish(BLOCKS, LABELS)
+        output.finish(BATCHES, LABELS)
     assert not (tmp_path / "a.npz").exists()
 
 
@@ -115,65 +115,67 @@ def test_parts_that_another_command_took_away_are_named(tmp_path: Path) -> None:
     """Where there is no lock, as on object stores."""
     output = NpzOutput(str(tmp_path / "a.npz"))
     output.open(about())
-    write(output, BLOCKS)
+    write(output, BATCHES)
     (tmp_path / "a.npz.parts" / "000000002.npy").unlink()
-    with pytest.raises(UserError, match=r"000000002.npy' has gone, maybe with another command"):
-        output.finish(BLOCKS, LABELS)
+    with pytest.raises(
+        UserError, match=r"000000002.npy' is missing, perhaps deleted by another command"
+    ):
+        output.finish(BATCHES, LABELS)
 
 
 @pytest.mark.parametrize("kind", [NpzOutput, FolderOutput])
 def test_one_command_at_a_time(tmp_path: Path, kind: type[NpzOutput | FolderOutput]) -> None:
     output, other = kind(str(tmp_path / "a")), kind(str(tmp_path / "a"))
-    with output.alone():
+    with output.lock():
         output.open(about())
-        write(output, BLOCKS)
-        with pytest.raises(UserError, match=r"/a' is being written by process"), other.alone():
+        write(output, BATCHES)
+        with pytest.raises(UserError, match=r"/a' is being written by process"), other.lock():
             pass
-        output.finish(BLOCKS, LABELS)
+        output.finish(BATCHES, LABELS)
         if kind is FolderOutput:
-            with pytest.raises(UserError, match="is being written"), other.alone():
+            with pytest.raises(UserError, match="is being written"), other.lock():
                 pass
-    found = other.found()
+    found = other.read_info()
     assert found == about()
     assert other.is_finished()
     assert list(tmp_path.rglob(".tmp-*")) == []
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    with other.alone():
+    with other.lock():
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_is_begun_says_what_it_is(tmp_path: Path) -> None:
     for output in (NpzOutput(str(tmp_path / "a")), FolderOutput(str(tmp_path / "b"))):
-        assert output.found() is None
+        assert output.read_info() is None
         output.open(about())
-        assert output.found() == about()
+        assert output.read_info() == about()
         assert not output.is_finished()
     for path in (tmp_path / "a.parts", tmp_path / "b"):
         (path / "about.json").write_text("[")
-    assert NpzOutput(str(tmp_path / "a")).found() is None
-    assert FolderOutput(str(tmp_path / "b")).found() is None
+    assert NpzOutput(str(tmp_path / "a")).read_info() is None
+    assert FolderOutput(str(tmp_path / "b")).read_info() is None
 
 
 def test_pictures_in_a_folder(tmp_path: Path) -> None:
     output = FolderOutput(str(tmp_path / "out"))
     output.open(about())
-    write(output, BLOCKS[:2])
+    write(output, BATCHES[:2])
     (tmp_path / "out" / "000001.png").unlink()
     (tmp_path / "out" / ".tmp-1").touch()
-    assert output.missing(BLOCKS) == [BLOCKS[0], BLOCKS[2]]
-    write(output, output.missing(BLOCKS))
-    output.finish(BLOCKS, LABELS)
+    assert output.missing(BATCHES) == [BATCHES[0], BATCHES[2]]
+    write(output, output.missing(BATCHES))
+    output.finish(BATCHES, LABELS)
     names = [f"00000{n}.png" for n in range(5)]
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == [*names, "about.json", "labels.npy"]
     picture = np.asarray(Image.open(tmp_path / "out" / "000003.png"))
-    np.testing.assert_array_equal(picture, images(BLOCKS[1])[1])
+    np.testing.assert_array_equal(picture, images(BATCHES[1])[1])
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == LABELS
     with pytest.raises(UserError, match=r"batch_size 2 \(now 3\); .*another --folder"):
         FolderOutput(str(tmp_path / "out")).open(about(batch_size=3))
     (tmp_path / "out" / "about.json").write_text("{")
-    with pytest.raises(UserError, match="does not say in a way that this version knows"):
+    with pytest.raises(UserError, match="has a description that this version cannot read"):
         FolderOutput(str(tmp_path / "out")).open(about())
     (tmp_path / "out" / "about.json").unlink()
     with pytest.raises(UserError, match=r"has files and no about\.json"):

@@ -1,4 +1,4 @@
-"""Whether anybody has to draw for a command whose images may all be there."""
+"""Commands whose images may all exist already."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.config_files import merge
 from pipeline.sampling.batches import choose_labels, plan_batches
-from pipeline.sampling.job import _about
+from pipeline.sampling.job import describe_images
 from pipeline.sampling.outputs import FolderOutput
-from pipeline.sampling.resume import already_complete
+from pipeline.sampling.resume import info_of_complete_images
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
 from pipeline.train.local import train_here
@@ -22,7 +22,7 @@ from schemas.run import RunConfig
 from schemas.sample import SampleConfig
 from tests.stores import tiny_run
 
-BLOCKS = plan_batches(4, 2)
+BATCHES = plan_batches(4, 2)
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +46,19 @@ def test_what_is_there_is_only_taken_where_all_of_it_is_what_was_asked_for(
     )
     place = str(tmp_path / "samples")
     worker, output = SampleWorker(), FolderOutput(place)
-    about = _about(config, checkpoint, worker.load(config, checkpoint, "cpu", 1))
+    about = describe_images(config, checkpoint, worker.load(config, checkpoint, "cpu", 1))
     output.open(about)
 
     def there(config: SampleConfig) -> bool:
-        found = already_complete(config, checkpoint, [FolderOutput(place)], BLOCKS)
+        found = info_of_complete_images(config, checkpoint, [FolderOutput(place)], BATCHES)
         assert found in (None, about)
         return found is not None
 
-    for block in BLOCKS:
+    for batch in BATCHES:
         assert not there(config)
-        labels = choose_labels("random", about.classes, 0, block.first, block.count)
-        output.write(worker.draw(block, labels, pngs=True))
-    output.finish(BLOCKS, choose_labels("random", about.classes, 0, 0, 4))
+        labels = choose_labels("random", about.classes, 0, batch.first, batch.count)
+        output.write(worker.draw(batch, labels, pngs=True))
+    output.finish(BATCHES, choose_labels("random", about.classes, 0, 0, 4))
     assert there(config)
     assert not there(config.model_copy(update={"labels": "balanced"}))
     assert not there(config.model_copy(update={"autoencoder": "demo"}))

@@ -22,7 +22,7 @@ from pipeline.inspect.fidelity import measure_fidelity
 from pipeline.store import Store, StreamReader
 from pipeline.store.arrays import check_columns
 from pipeline.store.reading.disk_cache import DiskCache
-from pipeline.store.reading.file_source import FileSource, up_to
+from pipeline.store.reading.file_source import FileSource, whole_up_to
 from pipeline.store.reading.stream_reader import DamagedShardError
 from pipeline.targets.sources import Wanted, open_targets
 from pipeline.targets.tail import load_tail
@@ -378,7 +378,7 @@ def test_what_is_no_file_is_damage_with_and_without_a_disk_cache(
     place(path)
     for disk in (None, DiskCache(str(tmp_path / "cache"), 1 << 20)):
         source = FileSource(
-            known_store.filesystem, known_store.root, wants_whole=up_to(limit), disk=disk
+            known_store.filesystem, known_store.root, fetch_whole=whole_up_to(limit), disk=disk
         )
         reader = StreamReader(known_store, "maps", source=source)
         with pytest.raises(DamagedShardError, match="is damaged"):

@@ -19,7 +19,7 @@ from pipeline.storage import retry
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.errors import DamagedShardError
 from pipeline.store.reading.batch_loader import IndexPrefetcher
-from pipeline.store.reading.file_source import for_share
+from pipeline.store.reading.file_source import whole_if_cheaper
 from tests.helpers import write_known_store
 
 SIZES = (9, 5, 0, 8, 7, 9, 1, 9, 6, 9)
@@ -161,7 +161,7 @@ def test_each_file_is_read_once_per_window_where_memory_holds_it(remote: Store) 
 def test_a_file_is_read_whole_where_that_costs_less(
     sample_bytes: int, world_size: int, whole: bool
 ) -> None:
-    assert for_share(world_size)(64 * sample_bytes, 64) == whole
+    assert whole_if_cheaper(world_size)(64 * sample_bytes, 64) == whole
 
 
 class Gate:
@@ -278,7 +278,7 @@ def test_a_late_start_is_no_more_work(remote: Store, monkeypatch: pytest.MonkeyP
     """Positions and what is made for them, counted: nothing depends on the position."""
     work = []
     # of the batch after the last, a thread makes what it gets to
-    monkeypatch.setattr(IndexPrefetcher, "expect", lambda *_: None)
+    monkeypatch.setattr(IndexPrefetcher, "prefetch", lambda *_: None)
     for attribute in ("_make_epoch", "_make_window"):
         made = getattr(SampleOrder, attribute)
 

@@ -15,7 +15,8 @@ import pytest
 
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.reading.batch_loader import rank_slice
-from pipeline.store.reading.stream_reader import DamagedShardError, Rows, StreamReader
+from pipeline.store.reading.row_request import ShardRows
+from pipeline.store.reading.stream_reader import DamagedShardError, StreamReader
 from tests.helpers import SIZES, known_values, recorded_opens
 
 STREAMS = ("latents", "maps")
@@ -198,10 +199,10 @@ def test_the_error_a_run_stops_with_is_nobodys_luck(
     messages = set()
     for size in (1, 2, 4):
 
-        def together(_: object, wanted: list[Rows], size: int = size) -> list[list[Rows]]:
+        def split(_: object, wanted: list[ShardRows], size: int = size) -> list[list[ShardRows]]:
             return [wanted[begin : begin + size] for begin in range(0, len(wanted), size)]
 
-        monkeypatch.setattr(StreamReader, "together", together)
+        monkeypatch.setattr(StreamReader, "split_into_tasks", split)
         for count in (1, 8):
             with (
                 loading(known_store, threads=count, window=4, global_batch=sum(SIZES)) as loader,

@@ -13,7 +13,12 @@ import pytest
 
 from pipeline.store import Store, StreamReader
 from pipeline.store.arrays import ArrayReader, stream_parts
-from pipeline.store.reading.fixed_layout import TEXT, FixedLayout, RowReader, fixed_rows
+from pipeline.store.reading.fixed_layout import (
+    TEXT_BYTES,
+    FixedLayout,
+    RowReader,
+    find_fixed_layout,
+)
 from pipeline.store.reading.shard_index import FileTable, shard_table
 from pipeline.store.reading.stream_reader import DamagedShardError
 from schemas.errors import UserError
@@ -60,7 +65,7 @@ def test_both_ways_give_the_same_bytes_and_count_them_alike(
     quick = read(store, stream, seed, verify)
     assert used
     assert all(is_right for is_right, _ in used)
-    monkeypatch.setattr("pipeline.store.reading.stream_reader.fixed_rows", lambda *_: None)
+    monkeypatch.setattr("pipeline.store.reading.stream_reader.find_fixed_layout", lambda *_: None)
     used.clear()
     general = read(store, stream, seed, verify)
     assert not used
@@ -115,17 +120,17 @@ def fixed(
     names: tuple[str, ...], offsets: list[list[int]], sizes: list[list[int]], *, npy: bool = False
 ) -> FixedLayout | None:
     layouts = {name: ArrayReader(part, npy=npy) for name, part in PARTS.items()}
-    return fixed_rows(table(names, offsets, sizes), layouts)
+    return find_fixed_layout(table(names, offsets, sizes), layouts)
 
 
 def test_rows_that_are_alike_are_known() -> None:
     # zarr orders a shard's rows as it likes
     found = fixed(("x",), [[40], [12], [80]], [[12]] * 3)
     assert found is not None
-    assert found.span == 12
+    assert found.row_bytes == 12
     found = fixed(("x", "label"), [[0, 512], [1024, 1536]], [[140, 1], [140, 18]], npy=True)
     assert found is not None
-    assert found.span == 512 + TEXT
+    assert found.row_bytes == 512 + TEXT_BYTES
     assert [array.gap for array in found.arrays] == [0, 512 - 140]
 
 
@@ -156,7 +161,7 @@ def test_a_stored_number_is_taken_for_text_only_in_tars(store: Store) -> None:
     tars = store.manifest.format == "webdataset"
     layouts = {name: ArrayReader(part, npy=tars) for name, part in parts.items()}
     for file in shard.files:
-        found = fixed_rows(file, layouts)
+        found = find_fixed_layout(file, layouts)
         assert found is not None
         for array in found.arrays:
             assert (array.nbytes == 0) == (tars and array.name == "label")
@@ -241,5 +246,5 @@ def test_both_ways_find_the_same_wrong(
         ]
 
     quick = outcomes()
-    monkeypatch.setattr("pipeline.store.reading.stream_reader.fixed_rows", lambda *_: None)
+    monkeypatch.setattr("pipeline.store.reading.stream_reader.find_fixed_layout", lambda *_: None)
     assert outcomes() == quick

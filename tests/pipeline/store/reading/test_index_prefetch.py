@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline.store import SampleOrder
-from pipeline.store.reading.batch_loader import IndexPrefetcher, shards_of
-from pipeline.store.reading.stream_reader import Rows
+from pipeline.store.reading.batch_loader import IndexPrefetcher, group_by_shard
+from pipeline.store.reading.row_request import ShardRows
 
 SIZES = (7, 3, 0, 5, 9)
 
@@ -27,23 +27,23 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def same(one: list[Rows], other: list[Rows]) -> bool:
+def same(one: list[ShardRows], other: list[ShardRows]) -> bool:
     return len(one) == len(other) and all(
-        (a.shard, a.until, a.rows.tolist(), a.places.tolist())
-        == (b.shard, b.until, b.rows.tolist(), b.places.tolist())
+        (a.shard, a.expires_at, a.rows.tolist(), a.places.tolist())
+        == (b.shard, b.expires_at, b.rows.tolist(), b.places.tolist())
         for a, b in zip(one, other, strict=True)
     )
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 5), (5, 10), (20, 31), (11, 90), (4, 4)])
 def test_every_position_has_its_row_once(order: SampleOrder, begin: int, end: int) -> None:
-    shards, rows, until = order.locate_windows(np.arange(begin, end))
-    found = shards_of(order, begin, end)
+    shards, rows, ends = order.locate_windows(np.arange(begin, end))
+    found = group_by_shard(order, begin, end)
     assert [some.shard for some in found] == sorted(set(shards.tolist()))
     for some in found:
         assert some.rows.tolist() == sorted(some.rows.tolist()) == rows[some.places].tolist()
         assert set(shards[some.places].tolist()) == {some.shard}
-        assert some.until == until[some.places].max()
+        assert some.expires_at == ends[some.places].max()
     places = np.concatenate([np.empty(0, int), *(some.places for some in found)])
     assert sorted(places.tolist()) == list(range(end - begin))
 
@@ -62,9 +62,9 @@ def test_what_is_expected_is_worked_out_by_the_thread(
     planner = IndexPrefetcher(order, threads)
     for begin in (0, 6, 12):
         found = planner(begin, begin + 6)
-        planner.expect(begin + 6, begin + 12)
+        planner.prefetch(begin + 6, begin + 12)
         threads.submit(lambda: None).result()  # it has had its time
-        assert same(found, shards_of(order, begin, begin + 6))
+        assert same(found, group_by_shard(order, begin, begin + 6))
     here = threading.current_thread().name
     assert [name for name in by if name != here] == ["planner_0"] * 3
     assert by[0] == here
@@ -74,13 +74,13 @@ def test_something_else_than_expected_and_threads_without_time(
     order: SampleOrder, threads: ThreadPoolExecutor
 ) -> None:
     planner = IndexPrefetcher(order, threads)
-    planner.expect(6, 12)
+    planner.prefetch(6, 12)
     threads.submit(lambda: None).result()
-    assert same(planner(30, 36), shards_of(order, 30, 36))
-    assert same(planner(6, 12), shards_of(order, 6, 12))  # it is forgotten, and right
+    assert same(planner(30, 36), group_by_shard(order, 30, 36))
+    assert same(planner(6, 12), group_by_shard(order, 6, 12))  # it is forgotten, and right
     free = threading.Event()
     busy = threads.submit(free.wait)
-    planner.expect(6, 12)
-    assert same(planner(6, 12), shards_of(order, 6, 12))  # does not wait for the thread
+    planner.prefetch(6, 12)
+    assert same(planner(6, 12), group_by_shard(order, 6, 12))  # does not wait for the thread
     free.set()
     busy.result()

@@ -17,7 +17,7 @@ from pipeline.storage.files import RETRY_VARIABLE, StorageError
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.errors import DamagedShardError
 from pipeline.store.layout import commit_path
-from pipeline.store.reading.quarantine import most_bad_shards
+from pipeline.store.reading.quarantine import max_bad_shards
 from schemas.errors import UserError
 from tests.helpers import known_values, recorded_opens, write_known_store
 
@@ -207,7 +207,7 @@ def test_a_large_bad_shard_is_asked_for_a_few_times_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     """However many samples in a row are lost with it."""
-    monkeypatch.setattr("pipeline.store.reading.quarantine.LOOK_AHEAD", 4)
+    monkeypatch.setattr("pipeline.store.reading.quarantine.CANDIDATES_AT_ONCE", 4)
     sizes = (3, 40, 3, 3)
     store = write_known_store(str(tmp_path / "store"), sizes)
     lost = store.record(1).streams["maps"][0].file
@@ -233,8 +233,8 @@ def lose(store: Store, shards: Iterable[int]) -> None:
 
 def test_more_than_a_few_bad_shards_end_the_run(tmp_path: Path) -> None:
     store = write_known_store(str(tmp_path / "store"), SIZES)
-    assert most_bad_shards(9) == 4
-    assert [most_bad_shards(count) for count in (1, 2, 20, 100, 1000)] == [0, 1, 10, 10, 100]
+    assert max_bad_shards(9) == 4
+    assert [max_bad_shards(count) for count in (1, 2, 20, 100, 1000)] == [0, 1, 10, 10, 100]
     lose(store, (0, 1, 3, 4))
     run(store, STEPS)
     lose(store, [5])

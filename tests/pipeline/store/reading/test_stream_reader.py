@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.store import Store, StreamReader
-from pipeline.store.reading.stream_reader import TASK_SECONDS, DamagedShardError, Rows
+from pipeline.store.reading.row_request import ShardRows
+from pipeline.store.reading.stream_reader import MIN_TASK_SECONDS, DamagedShardError
 from schemas.errors import UserError
 from tests.helpers import (
     SIZES,
@@ -192,26 +193,28 @@ def test_a_record_of_other_columns_is_refused(known_store: Store) -> None:
 
 def test_quick_reads_go_together(known_store: Store) -> None:
     """Where samples are waited for, each shard keeps a thread of its own."""
-    wanted = [Rows(shard, np.arange(n), np.arange(n)) for shard, n in enumerate([2, 1, 1, 3, 1])]
+    wanted = [
+        ShardRows(shard, np.arange(n), np.arange(n)) for shard, n in enumerate([2, 1, 1, 3, 1])
+    ]
     reader = StreamReader(known_store, "maps")
 
     def lengths() -> list[int]:
-        parts = list(reader.together(wanted))
+        parts = list(reader.split_into_tasks(wanted))
         assert [some for part in parts for some in part] == wanted
         return [len(part) for part in parts]
 
     assert lengths() == [1] * 5  # nothing is known yet
     for pace, expected in [
-        (TASK_SECONDS, [1, 1, 1, 1, 1]),
-        (TASK_SECONDS / 2, [1, 2, 1, 1]),
-        (TASK_SECONDS / 3, [2, 2, 1]),
-        (TASK_SECONDS / 100, [5]),
+        (MIN_TASK_SECONDS, [1, 1, 1, 1, 1]),
+        (MIN_TASK_SECONDS / 2, [1, 2, 1, 1]),
+        (MIN_TASK_SECONDS / 3, [2, 2, 1]),
+        (MIN_TASK_SECONDS / 100, [5]),
     ]:
-        reader.pace = pace
+        reader.seconds_per_sample = pace
         assert lengths() == expected
-    assert not list(reader.together([]))
+    assert not list(reader.split_into_tasks([]))
     reader = StreamReader(write_known_store("memory://together"), "maps")
-    reader.pace = TASK_SECONDS / 100
+    reader.seconds_per_sample = MIN_TASK_SECONDS / 100
     assert lengths() == [1] * 5  # what was quick lay in memory
 
 
@@ -221,5 +224,7 @@ def test_how_long_samples_take_is_noted(
     reader = StreamReader(known_store, "maps")
     for wait, least, most in [(0, 0, 0.05), (0.1, 0.05, 1), (0, 0.04, 0.9), (0, 0.03, 0.8)]:
         monkeypatch.setattr(reader, "_fill_shard", lambda *_, wait=wait: time.sleep(wait))
-        reader.fill({}, [Rows(0, np.arange(1), np.arange(1)), Rows(1, np.arange(1), np.arange(1))])
-        assert least < reader.pace < most
+        reader.fill(
+            {}, [ShardRows(0, np.arange(1), np.arange(1)), ShardRows(1, np.arange(1), np.arange(1))]
+        )
+        assert least < reader.seconds_per_sample < most

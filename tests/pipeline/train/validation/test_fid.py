@@ -29,7 +29,7 @@ from pipeline.runs.metrics import read_metrics
 from pipeline.runs.provenance import check_samples_are_of
 from pipeline.sampling.batches import choose_labels, plan_batches
 from pipeline.sampling.generate import draw_images
-from pipeline.sampling.job import _about
+from pipeline.sampling.job import describe_images
 from pipeline.sampling.outputs import FolderOutput
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
@@ -124,15 +124,15 @@ def test_the_same_images_recorded_afterwards_make_the_same_row(
     before = rows_of(run)
     worker, asked = SampleWorker(), SampleConfig(num=10, sampler=config.samples.sampler)
     loaded = worker.load(asked, str(run / "checkpoint-000000003"), "cpu", 1)
-    about = _about(asked, str(run / "checkpoint-000000003"), loaded)
+    about = describe_images(asked, str(run / "checkpoint-000000003"), loaded)
     output = FolderOutput(str(tmp_path / "samples"))
     output.open(about)
-    blocks = plan_batches(10, 4)
+    batches = plan_batches(10, 4)
     labels = choose_labels("random", range(10), 3, 0, 10)
-    for block in blocks:
-        wanted = labels[block.first : block.first + block.count]
-        output.write(worker.draw(block, wanted, pngs=True))
-    output.finish(blocks, labels)
+    for batch in batches:
+        wanted = labels[batch.first : batch.first + batch.count]
+        output.write(worker.draw(batch, wanted, pngs=True))
+    output.finish(batches, labels)
     asked_of = {"samples": str(tmp_path / "samples"), "record": str(run), **NETWORK}
     asked_of["reference"] = str(config.samples.evaluate.reference)
     evaluate(EvaluateConfig.model_validate(asked_of), "cpu", check_origin=check_samples_are_of)

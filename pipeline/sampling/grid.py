@@ -1,0 +1,98 @@
+"""A grid of images from a trained checkpoint, drawn by this process: `jobs/sample.py --png`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline.autoencoders import open_decoder
+from pipeline.checkpoints.resolve import find_checkpoint, local_copy
+from pipeline.checkpoints.student import load_trained_student
+from pipeline.precision import choose_arithmetic, choose_device
+from pipeline.sampling.batches import choose_classes, plan_batches
+from pipeline.sampling.generate import draw_images
+from pipeline.visualization.image_grid import save_grid
+from schemas.errors import UserError
+from schemas.sample import SampleConfig
+
+NOT_FOR_A_GRID = ("npz", "folder", "labels", "workers", "ray_address")
+"""Options of single images only."""
+
+
+@dataclass(frozen=True)
+class GridSummary:
+    """Result of ``draw_grid``."""
+
+    images: int
+    png: str
+    seconds: float
+
+    @property
+    def files(self) -> list[str]:
+        return [self.png]
+
+
+def draw_grid(config: SampleConfig) -> GridSummary:
+    """Draw ``config.per_class`` images of each class and write them to ``config.png``, one row for
+    each class. Raises ``UserError``."""
+    _check_options(config)
+    started = time.perf_counter()
+    png = _make_folder_of(config)  # a path that cannot be written fails before the sampling
+    with local_copy(find_checkpoint(config.checkpoint), config.weights) as checkpoint:
+        trained = load_trained_student(checkpoint, config.weights, config.model)
+    student = trained.student
+    requested = (0,) if config.classes is None else config.classes
+    classes = choose_classes(requested, student.config.num_classes)
+    device = choose_device(config.device)
+    precision = choose_arithmetic(config.precision, device)
+    autoencoder = open_decoder(config.autoencoder, trained.encoder)
+    student.to(device)
+    autoencoder.to(device)
+    labels = [label for label in classes for _ in range(config.per_class)]
+    images = [
+        draw_images(
+            student,
+            autoencoder,
+            labels[batch.first : batch.first + batch.count],
+            config.sampler,
+            path=trained.path,
+            first_index=batch.first,
+            precision=precision,
+        )
+        for batch in tqdm(plan_batches(len(labels), config.batch_size), unit="batch", desc="sample")
+    ]
+    try:
+        names = [str(label) for label in classes]
+        save_grid(torch.cat(images), png, columns=config.per_class, row_names=names)
+    except OSError as error:
+        raise _unwritable(png, error) from None
+    return GridSummary(len(labels), str(png), time.perf_counter() - started)
+
+
+def _check_options(config: SampleConfig) -> None:
+    for key in NOT_FOR_A_GRID:
+        if key in config.model_fields_set:
+            raise UserError(f"--{key.replace('_', '-')} is for --num, not for the grid of --png")
+
+
+def _make_folder_of(config: SampleConfig) -> Path:
+    """Path of the grid; its folder exists afterwards."""
+    assert config.png is not None
+    path = Path(config.png).expanduser()
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--png '{path}': '{path.suffix}' is not an image format; use .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    return path
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or type(error).__name__
+    return UserError(f"--png '{path}' cannot be written ({reason}): choose another file")
