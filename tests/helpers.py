@@ -1,4 +1,4 @@
-"""Stores whose every number is known, ways to damage them, and eyes on what is read."""
+"""Stores of known values, edits that damage them, and a recorder of opened files."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ needs_compiler = pytest.mark.skipif(
 Values = dict[str, dict[str, np.ndarray | int]]
 
 SIZES = (5, 3, 0, 4)
-"""Samples of each shard of `known_store`: uneven, one without any."""
+"""Samples of each shard of `known_store`: uneven, one of them empty."""
 
 
 def known_manifest(sizes: Sequence[int] = SIZES) -> Manifest:
-    """The manifest of a store with shards of these sizes, where some images were skipped."""
+    """Manifest of a store with shards of these sizes; smaller ones have skipped images."""
     largest = max(sizes)
     return random_manifest(len(sizes) * largest, largest)
 
 
 def known_values(shard: int, row: int) -> Values:
-    """The one sample at (shard, row): a pure function, exact in float16."""
+    """Values of the sample at (shard, row): a pure function, exact in float16."""
     manifest = known_manifest((1,))
     rng = np.random.default_rng([shard, row])
 
@@ -61,7 +61,7 @@ def write_known_shard(url: str, manifest: Manifest, shard: int, samples: int) ->
 
 
 def write_known_store(url: str, sizes: Sequence[int] = SIZES) -> Store:
-    """A complete store of `known_values`."""
+    """Write a complete store of `known_values`."""
     store = Store.create(url, known_manifest(sizes))
     for shard, samples in enumerate(sizes):
         write_known_shard(store.url, store.manifest, shard, samples)
@@ -83,20 +83,20 @@ def all_files(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def recorded_opens() -> Iterator[list[str]]:
-    """Every path that a local fsspec filesystem opens, or ``os.open`` (which is how rows are read
-    straight into arrays), from any thread, whoever asks."""
+    """Yield a list of all paths that any thread opens with a local fsspec filesystem or with
+    ``os.open``, which reads rows directly into arrays."""
     paths: list[str] = []
-    original, plain = LocalFileSystem._open, os.open
+    original, os_open = LocalFileSystem._open, os.open
 
     def open_and_record(self: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
         paths.append(str(path))
         return original(self, path, *args, **kwargs)
 
-    def open_plainly(path: Any, *args: Any, **kwargs: Any) -> int:
+    def os_open_and_record(path: Any, *args: Any, **kwargs: Any) -> int:
         paths.append(str(path))
-        return plain(path, *args, **kwargs)
+        return os_open(path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalFileSystem, "_open", open_and_record)
-        patch.setattr(os, "open", open_plainly)
+        patch.setattr(os, "open", os_open_and_record)
         yield paths

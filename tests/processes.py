@@ -1,4 +1,4 @@
-"""Training in several plain processes, as Ray Train would place them, but started in seconds."""
+"""Training in several processes without Ray, which start within seconds."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from schemas.run import RunConfig
 
 
 def train_on(world_size: int, config: RunConfig, folder: Path, stop_at: int | None = None) -> None:
-    """Train on ``world_size`` processes that talk gloo, from the newest checkpoint on. ``stop_at``:
-    the last of them asks to stop before this step."""
+    """Train on ``world_size`` processes with gloo, from the latest checkpoint on. The last process
+    requests a stop before step ``stop_at``."""
     resume = latest_checkpoint(folder)
     if world_size == 1:
         _train(config, folder, resume, ProcessGroup(), stop_at)
@@ -35,7 +35,7 @@ def train_on(world_size: int, config: RunConfig, folder: Path, stop_at: int | No
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     arguments = (world_size, address, config.model_dump(mode="json"), folder, resume, stop_at)
-    # the server imports torch once, and each process is a fork of it
+    # the fork server imports torch once for all processes
     multiprocessing.set_forkserver_preload(["tests.processes"])
     mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
 
@@ -69,21 +69,18 @@ def _train(
     group: ProcessGroup,
     stop_at: int | None,
 ) -> None:
-    keeper = LocalCheckpoints(folder, keep=config.checkpoint.keep)
+    checkpoints = LocalCheckpoints(folder, keep=config.checkpoint.keep)
     step = read_state(resume).step if resume else 0
     train_step = Trainer.train_step
 
     def save(step: int, contents: Any) -> None:
         if group.is_main:
-            keeper.save(step, contents)
+            checkpoints.save(step, contents)
 
     def poll() -> StopRequest:
         last = group.rank == group.world_size - 1
-        return (
-            StopRequest.STOP
-            if last and stop_at is not None and step >= stop_at
-            else StopRequest.GO_ON
-        )
+        stop = last and stop_at is not None and step >= stop_at
+        return StopRequest.STOP if stop else StopRequest.GO_ON
 
     def counted(trainer: Trainer, batch: Any) -> Any:
         nonlocal step

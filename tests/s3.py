@@ -1,4 +1,4 @@
-"""An S3 server on this machine that can be killed and brought back: SeaweedFS."""
+"""A local S3 server that can be killed and restarted: SeaweedFS."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from s3fs import S3FileSystem
 WEED = Path(sys.executable).parent / "weed"
 KEY = "haste-test-key"
 SECRET = "hunter2/never+print=this"
-"""Shaped like a secret key of AWS. Tests search for it in whatever a person may see."""
+"""Has the form of an AWS secret key. Tests search for it in all visible output."""
 
 START_SECONDS = 60
 _PORTS = (
@@ -44,10 +44,10 @@ def has_seaweedfs() -> bool:
 
 
 class SeaweedFS:
-    """One ``weed server``: S3 on free ports of the loopback, its data in a temporary folder.
+    """One ``weed server``: S3 on free ports of the loopback, with its data in a temporary folder.
 
-    Use as a context; inside it, plain ``s3://`` URLs work in this process and in those that it
-    starts afterwards. A Ray cluster that is older needs ``runtime_env={"env_vars": environment}``.
+    A context manager; inside it, ``s3://`` URLs work in this process and in later children. A Ray
+    cluster that was started earlier needs ``runtime_env={"env_vars": environment}``.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class SeaweedFS:
         self._folder = Path(tempfile.mkdtemp(prefix="weed-"))
         self._stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
         self._stack.callback(self._remove_sockets)
-        self._stack.callback(self.kill)  # a polite end takes it 17 seconds
+        self._stack.callback(self.kill)  # SIGTERM takes 17 seconds
         identity = {
             "name": "tests",
             "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
@@ -94,21 +94,21 @@ class SeaweedFS:
         self._stack.close()
 
     def bucket(self) -> str:
-        """A new, empty bucket; its URL."""
+        """Create an empty bucket; returns its URL."""
         self._buckets += 1
         name = f"bucket-{self._buckets}"
         self._client().create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def kill(self) -> None:
-        """SIGKILL: what is under way breaks off, then connections are refused."""
+        """Send SIGKILL: transfers are interrupted, then connections are refused."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def restart(self) -> None:
-        """Start on the same ports and data; returns when it takes writes, after some 3 seconds."""
+        """Start with the same ports and data; returns once it accepts writes (about 3 seconds)."""
         if self._process is not None:
             return
         with (self._folder / "log").open("ab") as log:
@@ -117,14 +117,14 @@ class SeaweedFS:
                 stdout=log,
                 stderr=log,
                 cwd=self._folder,
-                # a bucket otherwise begins with seven volumes
+                # the default is seven volumes per bucket
                 env={**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
             )
         self._wait()
 
     def _arguments(self) -> list[str]:
         return [
-            "-logtostderr=true",  # or its logs stay in /tmp
+            "-logtostderr=true",  # otherwise its logs stay in /tmp
             "server",
             "-s3",
             "-ip=127.0.0.1",
@@ -138,7 +138,7 @@ class SeaweedFS:
             "-s3.port.lance=0",
             "-s3.iam=false",
             "-s3.autoCreateBucket=false",  # as on AWS
-            "-master.electionTimeout=1s",  # or a restarted master waits 17 s for itself
+            "-master.electionTimeout=1s",  # otherwise a restarted master waits 17 s
             "-master.volumeSizeLimitMB=64",
             "-master.telemetry=false",
             "-volume.max=100",
@@ -146,7 +146,7 @@ class SeaweedFS:
         ]
 
     def _client(self):  # type: ignore[no-untyped-def]
-        """Botocore itself, so that a fault of the code under test is not one of the fixture."""
+        """A botocore client, so that the fixture does not depend on the code under test."""
         config = Config(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
         session = botocore.session.Session()
         return session.create_client(
@@ -177,7 +177,7 @@ class SeaweedFS:
             time.sleep(0.1)
 
     def _remove_sockets(self) -> None:
-        """Killed, it leaves them; where they lie is not configurable."""
+        """Remove sockets that SIGKILL leaves behind; their folder is not configurable."""
         for port in self._ports.values():
             for path in glob.glob(f"/tmp/seaweedfs-*-{port}.sock"):
                 Path(path).unlink(missing_ok=True)
@@ -185,10 +185,10 @@ class SeaweedFS:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets variables, hides whatever else AWS's libraries would follow, and restores all."""
+    """Replace all ``AWS_`` variables by ``values``, and restore them afterwards."""
     before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("AWS_")}
     os.environ.update(values)
-    S3FileSystem.clear_instance_cache()  # instances keep the credentials they began with
+    S3FileSystem.clear_instance_cache()  # instances keep their first credentials
     try:
         yield
     finally:
@@ -200,7 +200,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Held all at once, so that they differ."""
+    """Free ports, all bound at the same time so that they differ."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -14,23 +14,23 @@ from tests.bench.report import as_json, page
 BENCHES = {
     "frontier": "cut x codec: bytes, errors of targets and gradients, decoding time",
     "backends": "tars and zarr, on disk and on S3: MB/s of writing and reading",
-    "step": "a training step in Phase I and II against the student's without alignment",
+    "step": "a training step in Phase I and II against a step without alignment",
     "loader": "the loader on one core against readinto and against stock webdataset",
     "extract": "an encoder, from JPEG files to shards, against its two networks alone",
     "optimizer": "AdamW and the weights' average, fused against plain",
     "attention": "the attention loss, forward and backward, fused against plain",
-    "table": "all of the five above in one run, within ten minutes: for a GPU at hand",
-    "growth": "1.3 and 100 million samples: time to open, order and have a batch; memory, leaks",
-    "shuffle": "how close an order comes to a full shuffle, by window: label entropy of batches",
+    "table": "step, loader, extract, optimizer and attention in one run of ten minutes at most",
+    "growth": "1.3 and 100 million samples: time to open, order and read a first batch; memory",
+    "shuffle": "label entropy of batches by shuffle window, against a full shuffle",
 }
-"""Each is a module of this package with ``Options``, a pydantic model that derives from
-``BenchOptions``, and ``run(options) -> Report``."""
+"""Modules of this package, each with ``Options``, a subclass of ``BenchOptions``, and
+``run(options) -> Report``."""
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in {"-h", "--help"}:
         print("usage: python -m tests.bench NAME [--json] [--option VALUE ...]\n")
-        print("\n".join(f"  {name:10} {about}" for name, about in BENCHES.items()))
+        print("\n".join(f"  {name:10} {description}" for name, description in BENCHES.items()))
         return 0 if argv else 2
     name, *rest = argv
     if name not in BENCHES:

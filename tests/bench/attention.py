@@ -28,24 +28,24 @@ MEBI = 1 << 20
 
 
 class Options(BenchOptions):
-    """Which shapes, where, how often."""
+    """Shapes, device and repetitions."""
 
     batch: int | None = Field(default=None, ge=1)
     """Samples. Default: 4 on a CPU, 32 on a GPU."""
     layers: int = Field(default=4, ge=1)
     """Tapped layers."""
     heads: int = Field(default=12, ge=1)
-    """Heads of each that the loss reads."""
+    """Heads per layer that the loss reads."""
     tokens: int = Field(default=256, ge=1)
     """Patches of the student and of the teacher."""
     head_width: int = Field(default=72, ge=1)
-    """Of the student: 72 in SiT-XL, 64 in SiT-B."""
+    """Head width of the student: 72 in SiT-XL, 64 in SiT-B."""
     rounds: int = Field(default=7, ge=1)
-    """Each way is timed once per round; the median counts."""
+    """Rounds in which each variant is timed once; medians are reported."""
     compiled: bool = True
-    """Also compiled."""
+    """Also time the compiled loss."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Default: a GPU where there is one; there the operands are bfloat16."""
+    """Default: the GPU where one is available; operands are bfloat16 there."""
 
 
 def run(options: Options) -> Report:
@@ -60,17 +60,19 @@ def run(options: Options) -> Report:
     qkv.requires_grad_()
     maps = (batch, options.layers, options.heads, options.tokens, options.tokens)
     probs = torch.softmax(torch.randn(maps, generator=rng), -1).to(clock.device)
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
+    variants: dict[str, Callable[[Tensor], Tensor]] = {
         "plain": lambda x: plain(x, probs),
-        "fused": lambda x: fused_attention_loss(attended(x), probs),
+        "fused": lambda x: fused_attention_loss(queries_keys(x), probs),
     }
     if options.compiled:
-        ways["fused, compiled"] = lambda x: fused_attention_loss(attended(x), probs, compiled=True)
-    truth = gradient(ways["plain"], exact.requires_grad_())
-    times: dict[str, list[float]] = {name: [] for name in ways}
+        variants["fused, compiled"] = lambda x: fused_attention_loss(
+            queries_keys(x), probs, compiled=True
+        )
+    truth = gradient(variants["plain"], exact.requires_grad_())
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(options.rounds + 2):
-        for name, way in ways.items():
-            seconds = clock.time(lambda w=way: gradient(w, qkv))
+        for name, loss in variants.items():
+            seconds = clock.time(lambda f=loss: gradient(f, qkv))
             if number > 1:  # the first rounds warm up
                 times[name].append(seconds / batch)
     rows: list[Row] = [
@@ -80,10 +82,10 @@ def run(options: Options) -> Report:
             "ratio": statistics.median(
                 a / b for a, b in zip(times[name], times["plain"], strict=True)
             ),
-            "kept_mib": kept(way, qkv, probs) / batch / MEBI,
-            "gradient_error": float((gradient(way, qkv).float() - truth).norm() / truth.norm()),
+            "kept_mib": saved_bytes(loss, qkv, probs) / batch / MEBI,
+            "gradient_error": float((gradient(loss, qkv).float() - truth).norm() / truth.norm()),
         }
-        for name, way in ways.items()
+        for name, loss in variants.items()
     ]
     about = {"device": clock.name, "clock": clock.about, "batch": batch}
     headline = {"fused_over_plain": rows[-1]["ratio"]}
@@ -91,8 +93,8 @@ def run(options: Options) -> Report:
     return Report(about, [Table(title, HEADINGS, rows)], headline)
 
 
-def attended(qkv: Tensor) -> list[QueriesKeys]:
-    """As they lie in the student's layers."""
+def queries_keys(qkv: Tensor) -> list[QueriesKeys]:
+    """Queries and keys of each layer, with the memory layout of the student's layers."""
     pairs = []
     for layer in qkv:
         q, k, _ = layer.permute(2, 0, 3, 1, 4).unbind(0)
@@ -101,25 +103,25 @@ def attended(qkv: Tensor) -> list[QueriesKeys]:
 
 
 def plain(qkv: Tensor, probs: Tensor) -> Tensor:
-    return attention_loss(torch.stack([one.logits for one in attended(qkv)], dim=1), probs)
+    return attention_loss(torch.stack([one.logits for one in queries_keys(qkv)], dim=1), probs)
 
 
-def gradient(way: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor:
-    (grad,) = torch.autograd.grad(way(qkv).sum(), qkv)
+def gradient(loss: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(loss(qkv).sum(), qkv)
     return grad
 
 
-def kept(way: Callable[[Tensor], Tensor], qkv: Tensor, probs: Tensor) -> int:
-    """Bytes that the backward pass keeps beside operands and targets."""
-    theirs = {tensor.untyped_storage().data_ptr() for tensor in (qkv, probs)}
+def saved_bytes(loss: Callable[[Tensor], Tensor], qkv: Tensor, probs: Tensor) -> int:
+    """Bytes saved for the backward pass, without operands and targets."""
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in (qkv, probs)}
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in theirs:
+        if storage.data_ptr() not in inputs:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        way(qkv)
+        loss(qkv)
     return sum(found.values())

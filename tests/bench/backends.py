@@ -54,23 +54,23 @@ HEADINGS = (
 
 
 class Options(BenchOptions):
-    """Where, what, how often."""
+    """Places, stores and repetitions."""
 
     places: tuple[Literal["disk", "s3"], ...] = ("disk", "s3")
     """'disk' is a temporary folder of this machine, 's3' SeaweedFS on its loopback."""
     forms: tuple[Literal["tiny", *tuple(STORE_SPECS)], ...] = tuple(STORE_SPECS)  # type: ignore[valid-type]
-    """Which stores."""
+    """Stores to measure."""
     repeats: int = Field(default=3, ge=1)
-    """Rounds in which each way is timed once; the median counts."""
+    """Rounds in which each method is timed once; medians are reported."""
     cache: Literal["warm", "cold"] = "warm"
-    """On disk: 'cold' asks the kernel to forget the files before each timing."""
+    """On disk: 'cold' drops the files from the page cache before each timing."""
 
 
 class Timing(NamedTuple):
     samples: int
     seconds: float
     cpu_seconds: float
-    """Of this process and of those that it started and that have ended."""
+    """CPU seconds of this process and of its finished children."""
 
 
 def run(options: Options) -> Report:
@@ -88,7 +88,7 @@ def run(options: Options) -> Report:
 
 @contextmanager
 def open_place(place: str) -> Iterator[str]:
-    """A URL under which stores can be written."""
+    """Yield a URL below which stores can be written."""
     if place == "disk":
         with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
             yield folder
@@ -104,7 +104,7 @@ def open_place(place: str) -> Iterator[str]:
 
 
 def measure(root: str, place: str, spec: StoreSpec, options: Options) -> tuple[str, list[Row]]:
-    """One table: a row for each way, with the numbers of both formats."""
+    """Title and rows of one table: a row for each method, with the numbers of both formats."""
     rows: dict[str, dict[str, Any]] = {}
     sizes = {}
     for format in FORMATS:
@@ -115,10 +115,10 @@ def measure(root: str, place: str, spec: StoreSpec, options: Options) -> tuple[s
         per_sample = stored / (manifest.num_shards * manifest.shard_size)
         sizes[format] = per_sample
         baseline = next(iter(timings))
-        for way, rounds in timings.items():
+        for method, rounds in timings.items():
             speeds = [t.samples * per_sample / t.seconds / MEGA for t in rounds]
             base = [t.samples * per_sample / t.seconds / MEGA for t in timings[baseline]]
-            row = rows.setdefault(way, {"way": way})
+            row = rows.setdefault(method, {"way": method})
             row[f"{format}_mb_s"] = statistics.median(speeds)
             row[f"{format}_ratio"] = statistics.median(
                 speed / one for speed, one in zip(speeds, base, strict=True)
@@ -138,12 +138,12 @@ def measure(root: str, place: str, spec: StoreSpec, options: Options) -> tuple[s
 def time_all(
     url: str, manifest: Manifest, options: Options
 ) -> tuple[dict[str, list[Timing]], Store]:
-    """Every way in every round, so that a slow spell of the machine meets all of them."""
+    """Time every method in every round, so that a slow phase of the machine affects all of them."""
     samples = make_samples(manifest)
     store = write_store(url, manifest, samples)
     count = manifest.num_shards * manifest.shard_size
-    ways = read_methods(store)
-    timings: dict[str, list[Timing]] = {way.name: [] for way in ways}
+    methods = read_methods(store)
+    timings: dict[str, list[Timing]] = {method.name: [] for method in methods}
     timings["write"] = []
 
     def write() -> int:
@@ -151,10 +151,10 @@ def time_all(
         return count
 
     for number in range(options.repeats):
-        for way in ways:
+        for method in methods:
             if options.cache == "cold" and is_local(store.filesystem):
-                forget(data_files(store))
-            timings[way.name].append(timed(lambda w=way: w.read(store)))
+                drop_from_page_cache(data_files(store))
+            timings[method.name].append(timed(lambda m=method: m.read(store)))
         timings["write"].append(timed(write))
         again = f"{store.root}-again"
         if is_local(store.filesystem):
@@ -171,8 +171,8 @@ def timed(function: Callable[[], int]) -> Timing:
     return Timing(samples, time.perf_counter() - start, _cpu_seconds() - cpu)
 
 
-def forget(paths: list[str]) -> None:
-    """Drop clean pages of these files from the kernel's cache."""
+def drop_from_page_cache(paths: list[str]) -> None:
+    """Drop the clean pages of these files."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

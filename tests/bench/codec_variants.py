@@ -1,4 +1,4 @@
-"""The variants of a cut that the frontier measures."""
+"""Codec variants of each cut that the frontier measures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from schemas.extract import Cut
 
 
 class CodecVariant(NamedTuple):
-    """A codec set, with other codecs for single tensors."""
+    """A codec set, with overrides for single tensors."""
 
     codec: CodecSet
     overrides: dict[str, CodecName]
@@ -60,7 +60,7 @@ FEATURES: tuple[CodecName, ...] = ("rms32", "rms20", "rms16", "rms12", "int8", "
 
 
 def codec_variants(cut: Cut, *, singles: bool) -> list[CodecVariant]:
-    """Every codec set, and single codecs on top of 'faithful'."""
+    """Every codec set, and with ``singles`` also 'faithful' with single codecs replaced."""
     if cut == "image":
         return [CodecVariant("faithful", {})]
     variants = [CodecVariant(codec, {}) for codec in get_args(CodecSet)]

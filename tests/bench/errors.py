@@ -1,4 +1,4 @@
-"""What an error in a target does: to the target, to the losses and to their gradients."""
+"""Effects of errors in targets: on the targets, on the losses and on their gradients."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from schemas.alignment import AlignmentConfig
 from schemas.student import StudentConfig
 
 NEAR = 0.3
-"""How far a student that has almost learnt its targets is off: standard deviation of its logits'
-errors, and of its features' relative to theirs."""
-SPREAD = 0.04  # of the noise on a fresh student's weights, whose blocks are no-ops otherwise
+"""Errors of a student that has almost learnt its targets: the standard deviation of its logits'
+errors, and that of its features' errors relative to the features'."""
+SPREAD = 0.04  # of the noise added to a new student's weights, whose blocks are no-ops otherwise
 
 
 class Judge:
     """Compares targets with exact ones on a small student of random weights."""
 
     def __init__(self, teacher: Teacher, layers: tuple[int, ...], exact: Targets) -> None:
-        """``exact``: those of every image, B of them."""
+        """``exact``: exact targets of all B images."""
         depth = len(layers) + 2
         rows, columns = teacher.grid
         assert rows == columns
@@ -102,8 +102,8 @@ class Judge:
         return torch.stack(losses), torch.stack(gradients)
 
     def _near(self, targets: Targets) -> float:
-        """Cosine of the gradients at the logits and at the projected features of a student that
-        is almost there, over all images; the worse of the two."""
+        """The smaller of two cosines between exact and coded gradients over all images, at the
+        logits and at the projected features of a student that is ``NEAR`` its targets."""
         rng = torch.Generator().manual_seed(1)
         exact_p, coded_p = self.exact.attention, targets.attention
         exact_f, coded_f = self.exact.features, targets.features
@@ -129,12 +129,14 @@ class Judge:
 
 
 def row_divergence(exact: Targets, coded: Targets) -> Tensor:
-    """KL in nats of every attention row, (B, L, H, N), in float64."""
+    """KL divergence of every attention row in nats, float64 (B, L, H, N)."""
     assert exact.attention is not None
     assert coded.attention is not None
     floor = torch.finfo(torch.float32).tiny
     rows = []
-    for p, q in zip(exact.attention, coded.attention, strict=True):  # memory of one image
+    for p, q in zip(
+        exact.attention, coded.attention, strict=True
+    ):  # one image at a time saves memory
         p, q = (x.double().clamp_min(floor) for x in (p, q))
         p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
         rows.append((p * (p / q).log()).sum(-1))
@@ -142,6 +144,6 @@ def row_divergence(exact: Targets, coded: Targets) -> Tensor:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """a.b, a.a and b.b."""
+    """Dot products a.b, a.a and b.b, float64 (3,)."""
     a, b = a.flatten().double(), b.flatten().double()
     return torch.stack([a @ b, a @ a, b @ b])

@@ -1,4 +1,4 @@
-"""Extraction of a few shards by one encoder against what its two networks alone would take."""
+"""Extraction of a few shards by one encoder against the forward passes of its two networks."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ HEADINGS = (
 
 
 class Options(BenchOptions):
-    """Which networks, where, how many images."""
+    """Networks, device and number of images."""
 
     networks: Literal["imagenet", "demo"] = "imagenet"
     """'imagenet': DINOv2-B and Stable Diffusion's autoencoder at 256 px, with random weights;
     'demo': the demo's small ones at 32 px."""
     cut: Cut = "activations"
-    """What is stored of the teacher."""
+    """Cut of the teacher that is stored."""
     images: int | None = Field(default=None, ge=1)
     """Images of a round. Default: 4 on a CPU, 1024 on a GPU."""
     batch: int | None = Field(default=None, ge=1)
     """Images of a forward pass. Default: 2 on a CPU, 64 on a GPU."""
     rounds: int = Field(default=3, ge=1)
-    """Each is timed once per round; shares are of one round, the median counts."""
+    """Rounds in which both are timed once; shares are of one round, medians are reported."""
     decoders: int = Field(default=8, ge=1)
-    """Decoding threads beside a GPU; on a CPU they are those of --threads."""
+    """Decoding threads on a GPU; on a CPU --threads is used."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Default: a GPU where there is one."""
+    """Default: the GPU where one is available."""
 
 
 def run(options: Options) -> Report:
@@ -68,13 +68,13 @@ def run(options: Options) -> Report:
         threads = options.decoders if on_gpu else options.threads
         encoder = Encoder(config, device=clock.device.type, threads=threads)
         extraction = Extraction(Path(folder), config, encoder)
-        alone = Networks(config, encoder, count)
+        networks = Networks(config, encoder, count)
         times: dict[str, list[float]] = {"networks alone": [], "extraction": []}
         for number in range(options.rounds + 1):
-            for name, call in (("networks alone", alone.run), ("extraction", extraction.run)):
+            for name, call in (("networks alone", networks.run), ("extraction", extraction.run)):
                 start = time.perf_counter()
                 computed = clock.time(call)
-                # a GPU waits for decoding and writing: there the wall's time counts
+                # a GPU waits for decoding and writing, so wall time counts there
                 seconds = time.perf_counter() - start if on_gpu else computed
                 if number:  # the first round warms up
                     times[name].append(seconds)
@@ -100,7 +100,7 @@ def run(options: Options) -> Report:
 
 
 class Extraction:
-    """Everything from JPEG files to committed shards, anew at each run."""
+    """Extraction from JPEG files to committed shards, into a new store at each run."""
 
     def __init__(self, folder: Path, config: ExtractConfig, encoder: Encoder) -> None:
         self.folder = folder
@@ -116,7 +116,7 @@ class Extraction:
         folder = str(self.folder / f"store-{self.number}")
         Path(folder).mkdir()
         manifest = self.manifest
-        if self.number == 1:  # the tail is written once for a store of a million images
+        if self.number == 1:  # a real store writes its tail once for a million images
             manifest = with_tail(manifest, self.cut, self.encoder.save_tail(folder))
         store = Store.create(folder, manifest)
         for task in self.tasks:
@@ -124,7 +124,7 @@ class Extraction:
 
 
 class Networks:
-    """Forward passes of the same networks on crops that lie on the device."""
+    """Forward passes of the same networks on crops in device memory."""
 
     def __init__(self, config: ExtractConfig, encoder: Encoder, count: int) -> None:
         assert isinstance(encoder.latents, AutoencoderLatents)
@@ -164,7 +164,7 @@ def _config(folder: Path, options: Options, count: int, batch: int) -> ExtractCo
 
 
 def _write_images(folder: Path, count: int) -> None:
-    """JPEGs of ImageNet's usual size, from the photographs that are at hand."""
+    """Write JPEGs of ImageNet's usual size, from the available photographs."""
     crops, _ = load_crops(None, min(count, 16), 400)
     for number in range(count):
         path = folder / f"class{number % 4}" / f"{number:05d}.jpg"

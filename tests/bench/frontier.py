@@ -1,4 +1,4 @@
-"""Cut x codec: what a form costs in bytes and time, and how far its targets are off."""
+"""Cut x codec: bytes, time and target errors of each codec variant."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.tar_members import decode_all, latent_bytes, read_members, tar_bytes, write_members
 
 CUTS: tuple[Cut, ...] = ("activations", "qk", "maps", "image")
-REPEATS = 3  # of what is timed in milliseconds, for each image; the median counts
+REPEATS = 3  # of short timings, for each image; medians are reported
 
 HEADINGS = (
     Heading("form", "form"),
@@ -56,45 +56,46 @@ HEADINGS = (
 
 
 class Options(BenchOptions):
-    """Which images, teachers and forms."""
+    """Images, teachers and codec variants."""
 
     images: str | None = None
     """Folder of photographs. Default: shared/data/imagenet_sample beside the project where it is,
     else cut-outs of scikit-learn's photographs."""
     count: int = Field(default=8, ge=1)
-    """How many of them."""
+    """Number of images."""
     weights: tuple[str, ...] = ("plain", "planted")
-    """'plain' (the project's random weights, whose attention is that of a trained model), 'planted'
-    (the same with massive channels and loud tokens), 'hub' or a file: see --teacher.weights of
-    pipeline.extract."""
+    """'plain' (the project's random weights, whose attention is as spread as a trained model's),
+    'planted' (the same with massive channels and loud tokens), 'hub' or a file: see
+    --teacher.weights of pipeline.extract."""
     sharpness: float = 0.8
-    """Of 'planted': factor on queries and keys, so that attention is not sharper than trained."""
+    """Factor on queries and keys of 'planted', which keeps attention no sharper than a trained
+    model's."""
     teacher: TeacherConfig = TeacherConfig()
-    """Its shape. Its weights are those of --weights."""
+    """Shape of the teacher. Its weights are those of --weights."""
     resolution: int = 256
     """Pixels per side of the crops."""
     layers: Layers = (7, 8, 9, 10, 11)
-    """What a store of activations serves: its tokens enter the first of them."""
+    """Layers that a store of activations serves: its tokens enter the first of them."""
     measured: Layers = (8, 9, 10, 11)
-    """Those that a run wants; stores of maps and factors hold just them here."""
+    """Layers that a run reads; stores of maps and factors hold only these."""
     cuts: tuple[Literal["activations", "qk", "maps", "image"], ...] = CUTS
-    """Which cuts."""
+    """Cuts to measure."""
     singles: bool = True
-    """Also single codecs, not only the sets of --codec."""
+    """Also measure single codecs, not only the sets of --codec."""
     match: str = ""
-    """A regular expression: only the forms in whose name it is found."""
+    """Regular expression: only variants whose name matches it are measured."""
 
     @model_validator(mode="after")
-    def _layers_are_there(self) -> Options:
+    def _check_layers(self) -> Options:
         if not set(self.measured) <= set(self.layers):
-            raise ValueError("measured layers are among the stored layers")
+            raise ValueError("measured layers must be among the stored layers")
         return self
 
 
 def run(options: Options) -> Report:
     torch.set_num_threads(options.threads)
-    crops, about_images = load_crops(options.images, options.count, options.resolution)
-    about: dict[str, Any] = {"images": about_images, "teacher": options.teacher.model}
+    crops, images_info = load_crops(options.images, options.count, options.resolution)
+    about: dict[str, Any] = {"images": images_info, "teacher": options.teacher.model}
     tables = []
     for weights in options.weights:
         teacher = make_teacher(options, weights, crops)
@@ -133,9 +134,9 @@ class Stored(NamedTuple):
     """A cut's images as a store holds them."""
 
     members: list[dict[str, bytes]]
-    """Per image and stored array: the member of its tar."""
+    """Tar members of each image, by stored array."""
     bytes: int
-    """Of an image: members with their headers and padding, the mean."""
+    """Mean bytes of an image: its members with their headers and padding."""
     encode_ms: float
 
 
@@ -148,11 +149,11 @@ class Bench:
         self.teachers: dict[Cut, Teacher] = {}
         self.values: dict[Cut, dict[str, Tensor]] = {}
         self.tails: dict[Cut, Teacher] = {}
-        few = copy.copy(teacher)  # the same modules
-        few.layers = options.measured
+        measured = copy.copy(teacher)  # shares its modules
+        measured.layers = options.measured
         needed: set[Cut] = {"maps", *options.cuts}
         for cut in sorted(needed):
-            self.teachers[cut] = few if cut in {"qk", "maps"} else teacher
+            self.teachers[cut] = measured if cut in {"qk", "maps"} else teacher
             with torch.no_grad():
                 parts = [cut_values(cut, self.teachers[cut], one) for one in crops.split(1)]
             self.values[cut] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -190,7 +191,7 @@ class Bench:
                 _, codec_ms = timed(lambda b=batch: decode_all(columns, b))
                 replay.append(source_ms - codec_ms)
             decode.append(read_ms + codec_ms)
-        numbers = self.judge(_joined(targets))
+        numbers = self.judge(_concatenated(targets))
         return {
             "cut": cut,
             "form": variant.name,
@@ -235,8 +236,9 @@ class Bench:
 
 
 def verdict(stored: int, numbers: Mapping[str, float]) -> str:
-    """Which of the two goals a form meets: 'faithful' is at most 0.20 MB with mean KL 2e-4 and all
-    cosines 0.9999 on average, '(faithful)' the same but for its bytes; 'small' is mean KL 1e-3."""
+    """Goal that a variant meets: 'faithful' is at most 0.20 MB, mean KL at most 2e-4 and both
+    cosines at least 0.9999; '(faithful)' has the same errors but more bytes; 'small' is mean KL at
+    most 1e-3; "" is none."""
     cosines = min(numbers["feature_cosine"], numbers["gradient_cosine"])
     if numbers["kl"] <= 2e-4 and cosines >= 0.9999:
         return "faithful" if stored <= 200_000 else "(faithful)"
@@ -244,7 +246,8 @@ def verdict(stored: int, numbers: Mapping[str, float]) -> str:
 
 
 def timed(function: Callable[[], Any], repeats: int = REPEATS) -> tuple[Any, float]:
-    """What it returns, and its median milliseconds of CPU time: other processes do not count."""
+    """Result of ``function`` and its median milliseconds of CPU time, which excludes other
+    processes."""
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -254,7 +257,7 @@ def timed(function: Callable[[], Any], repeats: int = REPEATS) -> tuple[Any, flo
 
 
 def _load_tail(cut: Cut, teacher: Teacher, folder: str, resolution: int) -> Teacher:
-    """The part of the teacher that training runs, by way of its file."""
+    """The part of the teacher that training runs, saved and loaded again."""
     first = first_tail_block(cut, teacher.layers)
     assert first is not None
     file = save_tail(teacher, folder, cut, first)
@@ -267,7 +270,7 @@ def _load_tail(cut: Cut, teacher: Teacher, folder: str, resolution: int) -> Teac
     )
 
 
-def _joined(targets: list[Targets]) -> Targets:
+def _concatenated(targets: list[Targets]) -> Targets:
     features = [one.features for one in targets if one.features is not None]
     attention = [one.attention for one in targets if one.attention is not None]
     return Targets(torch.cat(features), torch.cat(attention))

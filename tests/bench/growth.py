@@ -1,7 +1,7 @@
-"""What a data set's size costs a worker: to open, to order, to the first batch; and over time.
+"""Costs of a data set's size for a worker: opening, ordering, first batch, memory over time.
 
-The store's data are made up: the manifest and the index of any number of shards, and a filesystem
-that answers for each of them with the one shard that was really written.
+The store is simulated: manifest and index name any number of shards, and a patched filesystem
+returns the one shard that was really written for each of them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pipeline.store.layout import INDEX, MANIFEST
 from schemas.store import STORE_VERSION, StoreIndex
 from tests.bench.options import BenchOptions
 from tests.bench.report import Heading, Report, Row, Table
-from tests.bench.timing import highest
+from tests.bench.timing import peak_memory
 from tests.helpers import write_known_store
 from tests.stores import random_manifest
 
 MEBI = 1 << 20
 SHARD = 64
 LATE = 3
-"""Epochs into a run from which it is also begun."""
+"""Epoch at which a run is started as well."""
 
 SIZES = (
     Heading("samples", "samples", ","),
@@ -55,30 +55,33 @@ STEADY = (
 
 
 class Options(BenchOptions):
-    """Sizes of data sets, and how long to look for leaks."""
+    """Sizes of data sets, and length of the memory measurement."""
 
     samples: tuple[int, ...] = (1_281_167, 100_000_000)
-    """Samples of the made-up data sets."""
+    """Samples of the simulated data sets."""
     batch: int = Field(default=256, ge=1)
-    """Samples of a step, of one worker."""
+    """Samples of a step of one worker."""
     steps: int = Field(default=10_000, ge=5)
-    """Steps over which memory is watched, on a small store of many epochs."""
+    """Steps over which memory is measured, over many epochs of a small store."""
 
 
 def run(options: Options) -> Report:
     table = Table("Growth", SIZES)
-    for samples in options.samples:  # each in a process of its own: memory is the process's
+    for samples in options.samples:  # each in a new process, whose memory is measured
         command = [sys.executable, "-m", __spec__.name, str(samples), str(options.batch)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         table.rows.append(json.loads(done.stdout))
-    leaks = Table("Memory over a run", STEADY, list(watch(options)))
+    leaks = Table("Memory over a run", STEADY, list(measure_memory(options)))
     about = {"samples per shard": SHARD, "batch": options.batch, "begun late at": f"epoch {LATE}"}
     return Report(about, [table, leaks])
 
 
 def measure(samples: int, batch: int) -> Row:
-    """One row of the first table."""
-    with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder, made_up(folder, samples):
+    """Row of the first table."""
+    with (
+        tempfile.TemporaryDirectory(prefix="haste-bench-") as folder,
+        simulated_store(folder, samples),
+    ):
         before = resident()
         start = time.perf_counter()
         store = Store.open(folder)
@@ -104,7 +107,7 @@ def measure(samples: int, batch: int) -> Row:
             "first_s": first,
             "late_s": late,
             "memory_mib": (resident() - before) / MEBI,
-            "peak_mib": (highest() - before) / MEBI,
+            "peak_mib": (peak_memory() - before) / MEBI,
         }
 
 
@@ -118,12 +121,12 @@ def first_batch(store: Store, order: SampleOrder, batch: int, step: int) -> floa
     return seconds
 
 
-def watch(options: Options) -> Iterator[Row]:
+def measure_memory(options: Options) -> Iterator[Row]:
     """Memory after each fifth of a long run."""
     with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
         store = write_known_store(folder, (SHARD,) * 40)
         order = SampleOrder(0, store.index().samples_per_shard)
-        batch = min(options.batch, 32)  # so that it is no run of hours
+        batch = min(options.batch, 32)  # limits the run time
         loader = BatchLoader(store, ("latents", "maps"), order, global_batch=batch)
         for number, _ in enumerate(loader, start=1):
             if number % (options.steps // 5) == 0:
@@ -138,10 +141,10 @@ def watch(options: Options) -> Iterator[Row]:
 
 
 @contextmanager
-def made_up(folder: str, samples: int) -> Iterator[None]:
-    """A store of so many samples in ``folder``, one shard of which is really there."""
+def simulated_store(folder: str, samples: int) -> Iterator[None]:
+    """Simulate a store of ``samples`` samples in ``folder``; only one of its shards exists."""
     shards = -(-samples // SHARD)
-    real = write_known_store(folder, (SHARD,))
+    written = write_known_store(folder, (SHARD,))
     manifest = random_manifest(samples, SHARD)
     sizes = [SHARD] * (shards - 1) + [samples - (shards - 1) * SHARD]
     index = StoreIndex(
@@ -151,10 +154,10 @@ def made_up(folder: str, samples: int) -> Iterator[None]:
     )
     Path(folder, MANIFEST).write_text(manifest.model_dump_json())
     Path(folder, INDEX).write_text(index.model_dump_json())
-    del index, sizes, real
-    info, plain = LocalFileSystem.info, os.open
+    del index, sizes, written
+    info, open_file = LocalFileSystem.info, os.open
 
-    def stand_in(path: str) -> str:
+    def existing(path: str) -> str:
         head, _, tail = str(path).rpartition("/shard-")
         return f"{head}/shard-000000{Path(tail).suffix}" if head else str(path)
 
@@ -167,14 +170,14 @@ def made_up(folder: str, samples: int) -> Iterator[None]:
 
     with (
         patch("pipeline.store.store.read_at_most", read),
-        patch.object(LocalFileSystem, "info", lambda self, path: info(self, stand_in(path))),
-        patch("os.open", lambda path, *args, **kw: plain(stand_in(path), *args, **kw)),
+        patch.object(LocalFileSystem, "info", lambda self, path: info(self, existing(path))),
+        patch("os.open", lambda path, *args, **kw: open_file(existing(path), *args, **kw)),
     ):
         yield
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident bytes of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

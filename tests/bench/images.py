@@ -1,4 +1,4 @@
-"""Crops to measure on: photographs where there are any, else cut-outs of scikit-learn's two."""
+"""Image crops to measure on: photographs of a folder, else cut-outs of scikit-learn's two."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ SUFFIXES = {".jpeg", ".jpg", ".png"}
 
 
 def load_crops(folder: str | None, count: int, resolution: int) -> tuple[Tensor, str]:
-    """``count`` uint8 crops (B, 3, R, R), spread over the images of ``folder`` (default: the
-    sample of ImageNet beside the project, where it is), and what they are."""
+    """``count`` uint8 crops (B, 3, R, R), spread evenly over the images of ``folder``, and their
+    description. Default: the sample of ImageNet beside the project where it exists, else cut-outs
+    of scikit-learn's photographs. Raises ``UserError`` where ``folder`` has too few images."""
     root = SAMPLE if folder is None else Path(folder).expanduser()
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     if files:
@@ -28,7 +29,7 @@ def load_crops(folder: str | None, count: int, resolution: int) -> tuple[Tensor,
         crops = [decode_crop(path.read_bytes(), resolution) for path in chosen]
         return _stack(crops), f"{count} of {len(files)} images of {root.name}"
     if folder is not None:
-        raise UserError(f"--images {folder}: no images there")
+        raise UserError(f"--images {folder}: the folder has no images")
     return _stack(_cutouts(count, resolution)), "cut-outs of scikit-learn's two photographs"
 
 
@@ -39,10 +40,10 @@ def _cutouts(count: int, resolution: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     crops = []
     for number in range(count):
-        whole = photographs[number % 2]
+        photograph = photographs[number % 2]
         size = int(rng.integers(128, 401))
-        top, left = (int(rng.integers(0, extent - size + 1)) for extent in whole.shape[:2])
-        part = Image.fromarray(whole[top : top + size, left : left + size])
+        top, left = (int(rng.integers(0, extent - size + 1)) for extent in photograph.shape[:2])
+        part = Image.fromarray(photograph[top : top + size, left : left + size])
         crops.append(np.asarray(part.resize((resolution, resolution), Image.Resampling.BICUBIC)))
     return crops
 

@@ -40,7 +40,7 @@ HEADINGS = (
     Heading("waits", "waiting", ".2%"),
 )
 ALIVE = 4
-"""Batches: two ahead, one that is used, and the one that takes its place."""
+"""Batches in memory at once: two prefetched, the current one and its successor."""
 SPEC_NAMES = (*STORE_SPECS, "tiny")
 RAW, STOCK = "one readinto per file", "stock webdataset .decode()"
 BARE = "one preadv per sample"
@@ -48,20 +48,21 @@ QUICK, WHOLE = "loader, checksums off", "loader"
 
 
 class Options(BenchOptions):
-    """Which stores, how often."""
+    """Stores and repetitions."""
 
     forms: tuple[str, ...] = ("activations int8 uncompressed", "activations faithful")
-    """What the stores hold; the first one's ratios are the headline."""
+    """Stores to measure; ratios of the first one are the headline."""
     rounds: int = Field(default=5, ge=1)
-    """Each way reads the store once per round; ratios are of one round, the median counts."""
+    """Rounds in which each method reads the store once; ratios are of one round, medians are
+    reported."""
     batch: int = Field(default=32, ge=1)
     """Samples of a batch of the loader."""
     workers: int = Field(default=1, ge=1)
-    """Threads of the loader. The process has one core, whatever they are, but for the waiting."""
+    """Threads of the loader. All share one core, except where waiting is measured."""
     rate: float = Field(default=600.0, gt=0)
-    """Samples a second of the steps that wait for the loader."""
+    """Samples per second of the consumer whose waiting is measured."""
     seconds: float = Field(default=3.0, gt=0)
-    """Of such steps."""
+    """Duration of that measurement."""
 
 
 def run(options: Options) -> Report:
@@ -89,19 +90,19 @@ def run(options: Options) -> Report:
 
 
 def measure(store: Store, options: Options) -> list[dict[str, Any]]:
-    ways: dict[str, Callable[[Store], int]] = {
-        RAW: read_whole,
+    methods: dict[str, Callable[[Store], int]] = {
+        RAW: read_files,
         BARE: lambda s: read_rows(s, options),
         QUICK: lambda s: load(s, options, verify=False),
         WHOLE: lambda s: load(s, options, verify=True),
         STOCK: stock_webdataset,
     }
     stored = sum(store.index().bytes_per_stream.values())
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for number in range(options.rounds + 1):
-        for name, way in ways.items():
+        for name, method in methods.items():
             start = time.process_time()
-            assert way(store) == samples_of(store)
+            assert method(store) == samples_of(store)
             if number:  # the first round warms up
                 seconds[name].append(time.process_time() - start)
         print(f"{store.url}: round {number}", file=sys.stderr, flush=True)
@@ -122,8 +123,8 @@ def measure(store: Store, options: Options) -> list[dict[str, Any]]:
     ]
 
 
-def read_whole(store: Store) -> int:
-    """Every file with one ``readinto``, into memory of its own, as the loader's batches are."""
+def read_files(store: Store) -> int:
+    """Read every file with one ``readinto`` into new memory, as the loader's batches are."""
     for path in data_files(store):
         with open(path, "rb", buffering=0) as file:
             buffer = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
@@ -132,8 +133,8 @@ def read_whole(store: Store) -> int:
 
 
 def read_rows(store: Store, options: Options) -> int:
-    """The bytes of each sample in the loader's order, and nothing else: no table is read, no
-    descriptor opened, nothing looked at; as many batches are alive as the loader has."""
+    """Read only the bytes of each sample, in the loader's order: without reading tables, opening
+    files or parsing. As many batches are held in memory as by the loader."""
     rows, order = _bare_rows(store.url)
     total = samples_of(store)
     batch = min(options.batch, total)
@@ -158,7 +159,7 @@ def read_rows(store: Store, options: Options) -> int:
 def _bare_rows(
     url: str,
 ) -> tuple[list[dict[int, tuple[int, list[int], list[int]]]], SampleOrder]:
-    """Of each file of each stream, by shard: a descriptor, and its samples' bytes and offsets."""
+    """Per stream and shard: the file's descriptor, its samples' sizes and their offsets."""
     store = Store.open(url)
     order = SampleOrder(0, store.index().samples_per_shard)
     streams = []
@@ -175,18 +176,17 @@ def _bare_rows(
 
 
 def load(store: Store, options: Options, *, verify: bool) -> int:
-    """One epoch, shuffled, of both streams, as a run reads it. Threads for what blocks count."""
+    """Read one shuffled epoch of both streams as a run does; CPU time of all threads counts."""
     total = samples_of(store)
     loader, batch = open_loader(store, options, verify=verify)
     read = sum(len(one.positions) for one in islice(loader, total // batch))
     loader.close()
-    return read + total % batch  # whole batches only; the forms divide by 32
+    return read + total % batch  # complete batches only; store sizes are multiples of 32
 
 
 def waiting_share(store: Store, options: Options) -> float:
-    """The share of its time that a consumer waits which works for as long as a batch takes at
-    ``options.rate``, as a GPU's steps do, once it has had its first batch; checksums on. Seconds
-    of the wall, as it sleeps."""
+    """Share of wall time that a consumer waits for batches after the first one, with checksums.
+    Between batches it sleeps for the time of a batch at ``options.rate``, like a GPU's step."""
     loader, batch = open_loader(store, options, verify=True)
     batches = iter(loader)
     next(batches)
@@ -202,7 +202,7 @@ def waiting_share(store: Store, options: Options) -> float:
 
 
 def open_loader(store: Store, options: Options, *, verify: bool) -> tuple[BatchLoader, int]:
-    """One, and the size of its batches."""
+    """A loader and its batch size."""
     fresh = Store.open(store.url)
     order = SampleOrder(0, fresh.index().samples_per_shard)
     batch = min(options.batch, samples_of(fresh))
@@ -215,7 +215,7 @@ def open_loader(store: Store, options: Options, *, verify: bool) -> tuple[BatchL
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """This process on one of its cores."""
+    """Bind this process to one of its cores."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(allowed)})
     try:

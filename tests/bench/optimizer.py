@@ -1,4 +1,4 @@
-"""What updating weights and their averages costs, against the plain loop and against a step."""
+"""Costs of updating weights and their averages, fused against plain loops."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ HEADINGS = (
 
 
 class Options(BenchOptions):
-    """Which student, where, how often."""
+    """Student, device and repetitions."""
 
     student: ModelName = "SiT-B/2"
-    """Whose weights are updated."""
+    """Model whose weights are updated."""
     depth: int | None = Field(default=None, ge=1)
-    """Blocks of the student, for a quick look."""
+    """Blocks of the student, for a quick measurement."""
     rounds: int = Field(default=7, ge=1)
-    """Each is timed once per round; the median counts."""
+    """Rounds in which each variant is timed once; medians are reported."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Default: a GPU where there is one."""
+    """Default: the GPU where one is available."""
 
 
 def run(options: Options) -> Report:
@@ -51,10 +51,10 @@ def run(options: Options) -> Report:
     }
     rows: list[Row] = []
     headline: dict[str, float | None] = {}
-    for what, ways in pairs.items():
-        times: dict[str, list[float]] = {name: [] for name in ways}
+    for kind, variants in pairs.items():
+        times: dict[str, list[float]] = {name: [] for name in variants}
         for number in range(options.rounds + 1):
-            for name, call in ways.items():
+            for name, call in variants.items():
                 seconds = clock.time(call)
                 if number:  # the first round warms up
                     times[name].append(seconds)
@@ -62,9 +62,9 @@ def run(options: Options) -> Report:
         for name, seconds_of in times.items():
             ratio = statistics.median(a / b for a, b in zip(seconds_of, plain, strict=True))
             middle = statistics.median(seconds_of)
-            row = {"what": f"{what}, {name}", "ms": middle * 1e3, "ratio": ratio}
+            row = {"what": f"{kind}, {name}", "ms": middle * 1e3, "ratio": ratio}
             rows.append({**row, "ns_per_weight": middle / weights * 1e9})
-        headline[f"{what.lower()}_over_plain"] = rows[-1]["ratio"]
+        headline[f"{kind.lower()}_over_plain"] = rows[-1]["ratio"]
     about = {"device": clock.name, "clock": clock.about, "weights": weights}
     return Report(about, [Table(options.student, HEADINGS, rows)], headline)
 
@@ -83,7 +83,7 @@ def _ema(student: nn.Module) -> Callable[[], Any]:
 
 @torch.no_grad()
 def _plain_ema(student: nn.Module) -> Callable[[], Any]:
-    """Weight by weight, as the authors' code does it."""
+    """Update of one weight tensor at a time, as in the authors' code."""
     average = copy.deepcopy(student)
     pairs = list(zip(average.parameters(), student.parameters(), strict=True))
 

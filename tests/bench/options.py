@@ -1,4 +1,4 @@
-"""What all benchmarks can be asked."""
+"""Options of all benchmarks."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class BenchOptions(Strict):
     as_json: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of tables."""
     threads: Annotated[int, Field(ge=1)] = 1
-    """Arithmetic threads of torch: one, so that times are those of a core."""
+    """Arithmetic threads of torch; one gives the times of a single core."""

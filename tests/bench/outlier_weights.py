@@ -1,9 +1,10 @@
-"""Weights with what makes real teachers hard to quantise: massive channels and loud tokens.
+"""Weights with the outliers that make real teachers hard to quantise: massive channels and loud
+tokens.
 
-Trained vision transformers hold a few channels that are large in every token, and a few tokens of
+Trained vision transformers have a few channels that are large in every token, and a few tokens of
 many times the usual norm (arXiv 2309.16588, 2402.17762). Both are planted in the MLP of one block,
-so that everything downstream sees them through the project's own code; the norms behind get small
-weights at the massive channels, as trained ones have.
+so that all later blocks receive them through the project's own code; later norms get small weights
+at the massive channels, as trained ones have.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ from torch import Tensor, nn
 from pipeline.teachers import Teacher
 
 OFFSETS = (10.0, -16.0, 25.0, -40.0, 63.0, 100.0)
-"""Of the massive channels, in standard deviations of an ordinary one."""
+"""Offsets of the massive channels, in standard deviations of an ordinary channel."""
 JITTER = 0.15
-"""Their standard deviation over tokens, relative to the offset."""
+"""Standard deviation of massive channels over tokens, relative to the offset."""
 LOUD_UNITS = 6
 LOUD_SHARE = 0.004
-"""Of the tokens, for each unit."""
-LOUDEST = 100.0
+"""Share of the tokens that each unit makes loud."""
+MAX_NORM = 100.0
 """Norm of the loudest token, in norms of an ordinary one."""
-QUIET = 0.05
-"""A norm's weights at massive channels, relative to its others."""
+MASSIVE_WEIGHT = 0.05
+"""Weights of a norm at massive channels, relative to its other weights."""
 
 
 @torch.no_grad()
 def plant_outliers(
     teacher: Teacher, images_B3RR: Tensor, *, block: int, sharpness: float, seed: int
 ) -> Any:
-    """Change the weights of ``block`` and of those behind it, in place, with the tokens of a few
-    images as a yardstick. ``sharpness`` scales queries and keys behind the block, since louder
-    tokens sharpen attention."""
+    """Change the weights of ``block`` and of later blocks in place, calibrated on the tokens of a
+    few images. ``sharpness`` scales later queries and keys, because loud tokens sharpen
+    attention."""
     rng = torch.Generator().manual_seed(seed)
     vit = teacher.vit
     target = vit.blocks[block]
     tokens = teacher.embed(teacher.preprocess(images_B3RR))
-    with _inputs_of(target.mlp.fc1) as seen:
+    with _inputs_of(target.mlp.fc1) as inputs:
         tokens, _ = teacher.run_blocks(tokens, 0, block + 1)
-    hidden_in = seen[0].flatten(0, 1)
+    hidden_in = inputs[0].flatten(0, 1)
     hidden = target.mlp.act(target.mlp.fc1(hidden_in))
     fc1, fc2, gamma = target.mlp.fc1, target.mlp.fc2, target.ls2.gamma
 
@@ -58,12 +59,12 @@ def plant_outliers(
     units = torch.randperm(hidden.shape[-1], generator=rng)[:LOUD_UNITS]
     before = hidden_in @ fc1.weight[units].T
     threshold = torch.quantile(before, 1 - LOUD_SHARE, dim=0)
-    # So steep that what GELU lets through below zero stays small beside the loudest.
-    steepness = LOUDEST / (before.amax(0) - threshold)
+    # Steep enough that GELU's output below zero is small relative to the loudest.
+    steepness = MAX_NORM / (before.amax(0) - threshold)
     fc1.weight[units] *= steepness.unsqueeze(1)
     fc1.bias[units] = -threshold * steepness
     directions = torch.randn(LOUD_UNITS, tokens.shape[-1], generator=rng)
-    directions[:, channels] *= 10  # loud tokens are loud in massive channels first
+    directions[:, channels] *= 10  # the norm of loud tokens is mostly in massive channels
     directions /= directions.norm(dim=-1, keepdim=True)
     norm = (tokens.square().sum(-1).median() + offsets.square().sum()).sqrt()
     fc2.weight[:, units] = (directions * norm).T / gamma.unsqueeze(1)
@@ -71,11 +72,11 @@ def plant_outliers(
     for later in vit.blocks[block + 1 :]:
         later.attn.qkv.weight[: 2 * tokens.shape[-1]] *= sharpness
         later.attn.qkv.bias[: 2 * tokens.shape[-1]] *= sharpness
-    _quieten(teacher, images_B3RR, block + 1, channels)
+    _rescale_norms(teacher, images_B3RR, block + 1, channels)
 
 
 def describe(teacher: Teacher, images_B3RR: Tensor, block: int) -> dict[str, float]:
-    """Statistics of the tokens that enter ``block``, and of the attention behind it."""
+    """Statistics of the tokens that enter ``block``, and of the attention of later layers."""
     with torch.no_grad():
         entering, _ = teacher.run_blocks(teacher.embed(teacher.preprocess(images_B3RR)), stop=block)
         _, attended = teacher.run_blocks(entering, block)
@@ -100,9 +101,9 @@ def describe(teacher: Teacher, images_B3RR: Tensor, block: int) -> dict[str, flo
     }
 
 
-def _quieten(teacher: Teacher, images_B3RR: Tensor, first: int, channels: Tensor) -> None:
-    """One pass through the blocks from ``first`` on, in which every norm gets weights that send
-    ordinary channels on with the spread that they have without massive ones."""
+def _rescale_norms(teacher: Teacher, images_B3RR: Tensor, first: int, channels: Tensor) -> None:
+    """Rescale the weights of every norm from block ``first`` on during one forward pass, so that
+    ordinary channels have the spread that they would have without massive ones."""
     ordinary = torch.ones(teacher.vit.embed_dim, dtype=torch.bool)
     ordinary[channels] = False
 
@@ -110,7 +111,7 @@ def _quieten(teacher: Teacher, images_B3RR: Tensor, first: int, channels: Tensor
         (x,) = inputs
         ratio = (x.std(-1) / x[..., ordinary].std(-1)).median()
         norm.weight[ordinary] *= ratio
-        norm.weight[~ordinary] *= ratio * QUIET
+        norm.weight[~ordinary] *= ratio * MASSIVE_WEIGHT
 
     norms = [norm for block in teacher.vit.blocks[first:] for norm in (block.norm1, block.norm2)]
     hooks = [norm.register_forward_pre_hook(adapt) for norm in [*norms, teacher.vit.norm]]
@@ -123,10 +124,10 @@ def _quieten(teacher: Teacher, images_B3RR: Tensor, first: int, channels: Tensor
 
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a module is given."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    """Yield a list that collects the inputs of a module."""
+    collected: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: collected.append(inputs[0]))
     try:
-        yield seen
+        yield collected
     finally:
         hook.remove()

@@ -1,8 +1,8 @@
 """The training step of the HASTE or REPA repository, from a checkout of it: teacher online.
 
-Their model and loss are imported from the checkout. What lies around them in their script (which
-needs packages and weights of its own) is done here in the same order: teacher under autocast, loss,
-clipping, AdamW, an average of the weights parameter by parameter.
+Model and loss are imported from the checkout. The rest of their training script (which needs other
+packages and weights) is repeated here in the same order: teacher under autocast, loss, clipping,
+AdamW, and an average of the weights parameter by parameter.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ MODULES = ("models", "models.sit", "loss")
 
 @contextmanager
 def peer_step(folder: Path, options: Any, data: Data, clock: Clock) -> Iterator[PeerSteps]:
-    """Raises ``UserError`` where ``folder`` is no such checkout."""
+    """Yield steps of the checkout ``folder``. Raises ``UserError`` where it is not one."""
     if not ((folder / "models" / "sit.py").is_file() and (folder / "loss.py").is_file()):
-        raise UserError(f"--peer {folder}: no checkout of HASTE or REPA (models/sit.py, loss.py)")
+        raise UserError(
+            f"--peer {folder}: not a checkout of HASTE or REPA (models/sit.py, loss.py)"
+        )
     hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
     sys.path.insert(0, str(folder))
     try:
@@ -46,7 +48,7 @@ def peer_step(folder: Path, options: Any, data: Data, clock: Clock) -> Iterator[
 
 
 class PeerSteps:
-    """Their step on our batch: moments of latents, labels, and crops of 256 pixels."""
+    """Steps of the authors' code on our batch: moments of latents, labels, 256-pixel crops."""
 
     def __init__(self, options: Any, data: Data, clock: Clock) -> None:
         models = importlib.import_module("models.sit").SiT_models
@@ -79,7 +81,7 @@ class PeerSteps:
 
     def take(self, count: int) -> None:
         for _ in range(count):
-            with redirect_stdout(io.StringIO()):  # it prints an empty line at every step
+            with redirect_stdout(io.StringIO()):  # their step prints an empty line
                 self._step()
 
     def trace(self, folder: Path) -> None:
@@ -94,11 +96,14 @@ class PeerSteps:
             latents = (mean + std * torch.randn_like(mean)) * 0.18215
             with self._autocasting():
                 targets = self.teacher(crops)
-        given: dict[str, Any] = {"zs": [targets.features]}
+        aligned: dict[str, Any] = {"zs": [targets.features]}
         if self.aligns_attention:
-            given = {"zs": [list(targets.attention_logits.unbind(1))], "proj_s": [targets.features]}
+            aligned = {
+                "zs": [list(targets.attention_logits.unbind(1))],
+                "proj_s": [targets.features],
+            }
         with self._autocasting():
-            parts = self.loss(self.model, latents, {"y": labels}, **given)
+            parts = self.loss(self.model, latents, {"y": labels}, **aligned)
             total = parts[0].mean() + 0.5 * sum(part.mean() for part in parts[1:])
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -108,7 +113,7 @@ class PeerSteps:
             averages = dict(self.average.named_parameters())
             for name, weight in self.model.named_parameters():
                 averages[name].mul_(0.9999).add_(weight, alpha=1e-4)
-        for part in parts:  # their logs of every step
+        for part in parts:  # their script logs every step
             float(part.detach().mean())
 
     def _autocasting(self) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""Ways of reading a whole store, ours and stock ones. Each returns how many samples it read."""
+"""Methods of reading a complete store, ours and stock ones. Each returns the samples read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.bench.synthetic_stores import all_rows
 
 BATCH = 32
 WINDOW = 8
-FEW = 64
-"""Samples of what reads one at a time through stock zarr."""
+ZARR_ROWS = 64
+"""Samples that are read one at a time through stock zarr."""
 BUFFER = 1 << 20
 WHOLE = 1 << 40
 
@@ -30,11 +30,11 @@ class ReadMethod(NamedTuple):
     name: str
     read: Callable[[Store], int]
     baseline: bool = False
-    """Whether the others are compared with it."""
+    """True for the method that the others are compared with."""
 
 
 def read_methods(store: Store) -> list[ReadMethod]:
-    """What can read this store. The first is the baseline."""
+    """Methods that can read this store. The first one is the baseline."""
     local = is_local(store.filesystem)
     methods = [
         ReadMethod("cat > /dev/null", cat, True)
@@ -58,7 +58,7 @@ def read_methods(store: Store) -> list[ReadMethod]:
 
 
 def data_files(store: Store) -> list[str]:
-    """Paths of what holds samples, in order."""
+    """Sorted paths of the files that hold samples."""
     paths = []
     for name in store.manifest.streams:
         paths += list_tree(store.filesystem, f"{store.root}/{name}")
@@ -87,7 +87,7 @@ def get(store: Store) -> int:
 
 
 def ours(store: Store, whole_file_limit: int, *, shuffled: bool) -> int:
-    """Both streams, as a run before the termination reads them, verified."""
+    """Read both streams with checksums, as a run before the termination does."""
     fresh = Store.open(store.url)
     readers = [
         StreamReader(fresh, name, whole_file_limit=whole_file_limit, cache_files=WINDOW)
@@ -104,7 +104,7 @@ def ours(store: Store, whole_file_limit: int, *, shuffled: bool) -> int:
 
 
 def stock_webdataset(store: Store) -> int:
-    """Every stream's tars, decoded; ``.npy.zst`` needs three lines that are not stock."""
+    """Read and decode the tars of every stream; ``.npy.zst`` needs a handler that is not stock."""
     urls = data_files(store)
     if not is_local(store.filesystem):  # webdataset fetches http URLs with curl
         urls = [store.filesystem.sign(path, expiration=600) for path in urls]
@@ -116,7 +116,7 @@ def stock_webdataset(store: Store) -> int:
 
 
 def unpack_zst(key: str, data: bytes) -> Any:
-    """A handler for ``WebDataset.decode``; None leaves a member to the next one."""
+    """Handler for ``WebDataset.decode``; None leaves a member to the next handler."""
     if not key.endswith(".npy.zst"):
         return None
     return np.load(io.BytesIO(Zstd().decode(data)))
@@ -131,7 +131,7 @@ def stock_zarr_shards(store: Store) -> int:
 
 
 def stock_zarr_rows(store: Store) -> int:
-    rows = np.random.default_rng(0).permutation(samples_of(store))[:FEW]
+    rows = np.random.default_rng(0).permutation(samples_of(store))[:ZARR_ROWS]
     arrays = list(_arrays(store))
     for row in rows:
         for array in arrays:

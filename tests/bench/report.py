@@ -1,4 +1,4 @@
-"""Tables of numbers as markdown or JSON, with the machine and the versions that gave them."""
+"""Tables of numbers as markdown or JSON, with the machine and versions they were measured on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Heading(NamedTuple):
     """A column of a table."""
 
     key: str
-    """Of its numbers in the rows."""
+    """Key of its values in the rows."""
     title: str
     format: str = ""
-    """How numbers are written, as ``format`` takes it."""
+    """Format specification of its numbers."""
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Table:
 @dataclass
 class Report:
     about: dict[str, Any]
-    """What was measured on what: option values, image counts, ..."""
+    """Conditions of the measurement: option values, image counts, ..."""
     tables: list[Table]
     headline: dict[str, float | None] = field(default_factory=dict)
-    """The few numbers that the bench is for; keys of the JSON object."""
+    """Main results; they become keys of the JSON object."""
 
 
 def machine() -> dict[str, Any]:
@@ -62,7 +62,7 @@ def as_json(name: str, report: Report) -> dict[str, Any]:
 
 
 def page(report: Report) -> str:
-    """The same as markdown."""
+    """The report as markdown."""
     lines = [", ".join(f"{key} {value}" for key, value in machine().items()), ""]
     lines += [f"{key}: {value}" for key, value in report.about.items()]
     lines += [
@@ -75,7 +75,7 @@ def page(report: Report) -> str:
 
 
 def markdown(table: Table) -> list[str]:
-    """Lines of a table: text to the left, numbers to the right."""
+    """Lines of a table, text aligned left, numbers right."""
     cells = [[_cell(row.get(h.key), h.format) for h in table.headings] for row in table.rows]
     titles = [heading.title for heading in table.headings]
     widths = [
@@ -101,10 +101,10 @@ def markdown(table: Table) -> list[str]:
     return [line(titles), line(rule), *(line(row) for row in cells)]
 
 
-def _cell(value: Any, form: str) -> str:
+def _cell(value: Any, spec: str) -> str:
     if value is None:
         return ""
-    return value if isinstance(value, str) else format(value, form)
+    return value if isinstance(value, str) else format(value, spec)
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""How close the order comes to a full shuffle: entropy of the labels of a batch, by window."""
+"""Entropy of a batch's labels by shuffle window, against that of a full shuffle."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ HEADINGS = (
 
 
 class Options(BenchOptions):
-    """A data set's labels and what is drawn of them."""
+    """Labels of a data set, and the batches drawn from it."""
 
     samples: int = Field(default=1_281_167, ge=1)
     """Samples of the store."""
     classes: int = Field(default=1000, ge=1)
-    """Classes of (about) equal size."""
+    """Classes, of about equal size."""
     shard_size: int = Field(default=64, ge=1)
     """Samples of a shard."""
     batch: int = Field(default=256, ge=1)
     """Samples of a step, over all workers."""
     batches: int = Field(default=200, ge=1)
-    """How many steps are looked at, spread over an epoch."""
+    """Number of measured steps, spread over an epoch."""
     windows: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024)
     """Shards whose samples are shuffled together."""
 
@@ -56,7 +56,7 @@ def run(options: Options) -> Report:
     for window in options.windows:
         row: dict[str, Any] = {"window": str(window)}
         for name, labels in layouts.items():
-            row[name] = of_batches(labels, window, options)
+            row[name] = mean_entropy(labels, window, options)
             row[f"{name}_of_full"] = row[name] / full if full else 1.0
         rows.append(row)
     about = {
@@ -69,8 +69,8 @@ def run(options: Options) -> Report:
     return Report(about, [Table("Mean entropy of a batch's labels, in nats", HEADINGS, rows)])
 
 
-def of_batches(labels: np.ndarray, window: int, options: Options) -> float:
-    """Mean entropy of the labels of batches of the first epoch. ``labels`` is (samples,), in the
+def mean_entropy(labels: np.ndarray, window: int, options: Options) -> float:
+    """Mean label entropy in nats of batches of the first epoch. ``labels`` (samples,) is in the
     order of the shards."""
     size = options.shard_size
     shards = -(-options.samples // size)
@@ -86,7 +86,7 @@ def of_batches(labels: np.ndarray, window: int, options: Options) -> float:
 
 
 def entropy(labels: np.ndarray) -> float:
-    """Of the distribution of labels, in nats."""
+    """Entropy of the distribution of labels, in nats."""
     _, counts = np.unique(labels, return_counts=True)
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum())

@@ -1,4 +1,4 @@
-"""A training step in both phases against the same student's without alignment, side by side."""
+"""A training step in both phases against a step of the same student without alignment."""
 
 from __future__ import annotations
 
@@ -31,36 +31,37 @@ HEADINGS = (
 
 
 class Options(BenchOptions):
-    """Which step, where, how often."""
+    """Step, device and repetitions."""
 
     student: ModelName = "SiT-B/2"
     """The student, at its published size and with its published alignment."""
     cut: Literal["maps", "qk", "activations", "image"] = "maps"
-    """What the store holds of the teacher (DINOv2-B, 256 px)."""
+    """Cut of the teacher in the store (DINOv2-B, 256 px)."""
     batch: int | None = Field(default=None, ge=1)
     """Samples of a step. Default: 4 on a CPU, 128 on a GPU."""
     rounds: int = Field(default=7, ge=1)
-    """Each step is timed once per round; ratios are of one round, the median counts."""
+    """Rounds in which each step is timed once; ratios are of one round, medians are reported."""
     steps: int | None = Field(default=None, ge=1)
     """Steps of one timing. Default: 1 on a CPU, 10 on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Default: a GPU where there is one."""
+    """Default: the GPU where one is available."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype, as in training."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """As compute.compile in training."""
+    """Same as compute.compile in training."""
     plain: bool = True
-    """Also Phase I with the plain attention loss and optimizer, which is what is saved."""
+    """Also measure Phase I with the plain attention loss and optimizer."""
     memory: bool = True
-    """Also peak memory; on a CPU each step runs in a process of its own for it."""
+    """Also measure peak memory; on a CPU that takes a new process for each step."""
     depth: int | None = Field(default=None, ge=2)
-    """Blocks of the student, for a quick look."""
+    """Blocks of the student, for a quick measurement."""
     width: int | None = Field(default=None, ge=4)
-    """Width of the student, for a quick look."""
+    """Width of the student, for a quick measurement."""
     peer: Path | None = None
-    """A checkout of the HASTE or REPA repository: its step, teacher online, on the same shapes."""
+    """Checkout of the HASTE or REPA repository: also measure its step, with an online teacher, on
+    the same shapes."""
     profile: Path | None = None
-    """Also a trace of two steps of each phase for chrome://tracing, into this folder."""
+    """Folder for traces of two steps of each phase, for chrome://tracing."""
 
 
 def run(options: Options) -> Report:
@@ -87,7 +88,7 @@ def run(options: Options) -> Report:
 
 
 def measure(steppers: list[Stepper], options: Options, clock: Clock) -> dict[str, list[float]]:
-    """Seconds of a step, per round, of each; all are warmed up first."""
+    """Seconds per step of each stepper, by round; all are warmed up first."""
     steps = options.steps or (10 if clock.device.type == "cuda" else 1)
     for stepper in steppers:
         print(f"warming up: {stepper.name}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The training steps that are timed: the real trainer, on one batch that lies in memory."""
+"""Timed training steps: the real trainer on one batch in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN = {"attention_loss": "plain", "optimizer": "plain"}
 
 
 class Data(NamedTuple):
-    """What the steps read."""
+    """Input of the steps."""
 
     store: Store
     columns: dict[str, dict[str, np.ndarray]]
@@ -38,12 +38,12 @@ class Data(NamedTuple):
 
 
 class Stepper(Protocol):
-    """Something that takes training steps."""
+    """Takes training steps."""
 
     name: str
 
     def take(self, count: int) -> None:
-        """So many steps; on a GPU they may still be under way on return."""
+        """Take ``count`` steps; on a GPU they may still be running on return."""
 
     def trace(self, folder: Path) -> None:
         """Write a trace of two steps."""
@@ -100,7 +100,7 @@ def trace(stepper: Stepper, folder: Path) -> None:
 
 
 def run_configs(options: Any, store: Store | None) -> dict[str, RunConfig]:
-    """The run behind each step that is timed, by the step's name."""
+    """Run config of each timed step, by the step's name."""
     size = options.student.partition("-")[2].partition("/")[0].lower()
     published = CONFIGS / f"sit_{'b' if size == 's' else size}2_haste.yaml"
     student = {"model": options.student, "depth": options.depth, "width": options.width}
@@ -113,7 +113,7 @@ def run_configs(options: Any, store: Store | None) -> dict[str, RunConfig]:
             "compute": {"compile": options.compile},
         },
     )
-    if options.depth is not None:  # the published pairs need not be there
+    if options.depth is not None:  # the published pairs need more blocks
         pairs = {"feature_depth": 2, "student_layers": [0, 1], "teacher_layers": [10, 11]}
         values = merge(values, {"alignment": pairs})
     vanilla = {"feature_weight": 0, "attention_weight": 0, "termination": None}
@@ -130,7 +130,7 @@ def run_configs(options: Any, store: Store | None) -> dict[str, RunConfig]:
 def make_stepper(
     name: str, configs: Mapping[str, RunConfig], data: Data, clock: Clock
 ) -> TrainerSteps:
-    """A trainer of its own for a step; that of Phase II has been through Phase I."""
+    """Stepper with a new trainer; that of Phase II has taken a step of Phase I."""
     config = configs[name].model_copy(update={"global_batch": data.batch})
     stepper = TrainerSteps(
         name, Trainer(config, data.store, ProcessGroup(device=clock.device)), data
@@ -146,7 +146,7 @@ def batch_of(options: Any, clock: Clock) -> int:
 
 
 def make_data(folder: Path, options: Any, batch: int) -> Data:
-    """A store without shards, and a batch of what its shards would hold."""
+    """A store without shards, and a batch with the contents of its shards."""
     teacher, tail = _teacher(folder, options.cut)
     spec = StoreSpec(options.cut, options.cut, "faithful", True, 1, batch)
     manifest = make_manifest(spec, "webdataset", teacher, tail)
@@ -162,7 +162,7 @@ def make_data(folder: Path, options: Any, batch: int) -> Data:
 
 
 def _teacher(folder: Path, cut: Cut) -> tuple[TeacherInfo, WeightsFile | None]:
-    """DINOv2-B with random weights, where the cut leaves training something of it to run."""
+    """DINOv2-B with random weights where the cut has a tail; else its description only."""
     layers = (7, 8, 9, 10, 11)
     first = first_tail_block(cut, layers)
     if first is None:
@@ -173,7 +173,7 @@ def _teacher(folder: Path, cut: Cut) -> tuple[TeacherInfo, WeightsFile | None]:
 
 @contextmanager
 def in_temporary_folder(options: Any, name: str) -> Iterator[Callable[[], TrainerSteps]]:
-    """For a process of its own: what makes the steps of one kind, once the data are there."""
+    """Yield a function that makes the stepper ``name``, after its data were created."""
     clock = Clock.of(options.device)
     with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
         data = make_data(Path(folder), options, batch_of(options, clock))

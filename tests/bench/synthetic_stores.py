@@ -1,4 +1,4 @@
-"""Stores of numbers that compress as real ones do, for benchmarks of storage."""
+"""Stores of random numbers that compress like real ones, for benchmarks of storage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LATENT = (4, 32, 32)
 
 
 class StoreSpec(NamedTuple):
-    """What one kind of store holds of each image."""
+    """Contents and size of a store."""
 
     name: str
     cut: Cut
@@ -41,12 +41,12 @@ STORE_SPECS = {
     )
 }
 TINY = StoreSpec("tiny", "activations", "faithful", True, 3, 4)
-"""For the smoke test."""
+"""Store of the smoke test."""
 
 
 def dinov2_b(layers: Sequence[int] = (8, 9, 10, 11)) -> TeacherInfo:
-    """A teacher that is never made, of DINOv2-B's shape."""
-    about = {
+    """Description of a teacher of DINOv2-B's shape; no such model is created."""
+    values = {
         **TEACHER,
         "width": 768,
         "heads": 12,
@@ -55,13 +55,13 @@ def dinov2_b(layers: Sequence[int] = (8, 9, 10, 11)) -> TeacherInfo:
         "layers": tuple(layers),
         "depth": 12,
     }
-    return TeacherInfo.model_validate(about)
+    return TeacherInfo.model_validate(values)
 
 
 def make_manifest(
     spec: StoreSpec, format: Format, teacher: TeacherInfo, tail: WeightsFile | None = None
 ) -> Manifest:
-    """Of a store of 256-pixel images."""
+    """Manifest of a store of 256-pixel images."""
     columns = cut_columns(spec.cut, teacher, 256, spec.codec, compress=spec.compress)
     latent = Column(shape=LATENT, codec="float16")
     base = random_manifest(spec.shards * spec.shard_size, spec.shard_size, format)
@@ -86,7 +86,7 @@ def make_manifest(
 
 
 def make_samples(manifest: Manifest) -> list[Values]:
-    """Seeded samples, encoded."""
+    """``DISTINCT`` seeded samples, encoded."""
     rng = torch.Generator().manual_seed(0)
     name, stream = manifest.teacher_stream()
     samples: list[Values] = []
@@ -104,7 +104,7 @@ def make_samples(manifest: Manifest) -> list[Values]:
 
 
 def write_store(url: str, manifest: Manifest, samples: list[Values]) -> Store:
-    """A complete store at ``url``."""
+    """Write a complete store at ``url``."""
     store = Store.create(url, manifest)
     size = manifest.shard_size
     for shard in range(manifest.num_shards):
@@ -117,7 +117,7 @@ def write_store(url: str, manifest: Manifest, samples: list[Values]) -> Store:
 
 
 def _tensor(name: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """One sample (1, *shape): tokens around a common centre, or rows of attention."""
+    """One sample (1, *shape): tokens with a common mean, or rows of attention."""
     x = torch.randn(1, *shape, generator=rng)
     if name == "attention":
         return torch.softmax(x, -1)
@@ -126,5 +126,5 @@ def _tensor(name: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
 
 def all_rows(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
     """Shard and row of every sample in order."""
-    every = np.arange(manifest.num_shards * manifest.shard_size)
-    return every // manifest.shard_size, every % manifest.shard_size
+    positions = np.arange(manifest.num_shards * manifest.shard_size)
+    return positions // manifest.shard_size, positions % manifest.shard_size

@@ -1,4 +1,4 @@
-"""The whole table of speeds in one run: each bench in a process of its own, within a budget."""
+"""All benches of speed in one run: each in a separate process, within a time budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADINGS = (
     Heading("seconds", "took s", ".0f"),
 )
 GPU = (
-    # three trainers of 11 GB each, and the activations of the one that steps, fit into 80 GB
+    # three trainers of 11 GB each, and the activations of one of them, fit into 80 GB
     "step --student SiT-XL/2 --cut maps --batch 32 --plain false",
     "step --student SiT-XL/2 --cut activations --batch 32 --plain false",
     "step --student SiT-B/2 --cut maps --batch 128",
@@ -41,19 +41,19 @@ CPU = (
     "loader",
 )
 TINY = ("optimizer --student SiT-S/2 --depth 1 --rounds 1",)
-LEAST = 20.0
-"""Seconds for which it is not worth beginning another one."""
+MIN_SECONDS = 20.0
+"""Remaining time below which no further bench is started."""
 
 
 class Options(BenchOptions):
-    """Which benches, and for how long."""
+    """Benches and time budget."""
 
     budget: float = Field(default=570.0, gt=0)
-    """Seconds for all of them; what finds no time left is named."""
+    """Seconds for all of them; benches without time left are named."""
     only: str = ""
-    """Only the benches in whose command this is found; 'tiny' is a smoke test."""
+    """Only benches whose command contains this text; 'tiny' is a smoke test."""
     peer: Path | None = None
-    """A checkout of the HASTE or REPA repository, for the steps with cut 'maps'."""
+    """Checkout of the HASTE or REPA repository, for the steps with cut 'maps'."""
 
 
 def run(options: Options) -> Report:
@@ -66,7 +66,7 @@ def run(options: Options) -> Report:
     rows: list[Row] = []
     for command in commands:
         left = options.budget - (time.monotonic() - began)
-        if left < LEAST:
+        if left < MIN_SECONDS:
             rows.append({"bench": command, "number": "no time was left"})
             continue
         words = command.split()
@@ -80,7 +80,7 @@ def run(options: Options) -> Report:
 
 
 def _run(words: list[str], seconds: float, threads: int) -> list[Row]:
-    """The headline of one bench, and the ratios of its rows."""
+    """Headline of one bench and ratios of its rows, or the reason why there are none."""
     name = " ".join(words)
     command = [sys.executable, "-m", "tests.bench", *words, "--threads", str(threads), "--json"]
     start = time.monotonic()

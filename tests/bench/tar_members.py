@@ -1,4 +1,4 @@
-"""One image of a stream as the members of a tar, and back, without a store around them."""
+"""Conversion of one image of a stream to tar members and back, without a store."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from schemas.store import Column
 def write_members(
     parts: Mapping[str, StoredArray], arrays: Mapping[str, Tensor]
 ) -> dict[str, bytes]:
-    """One image's arrays (1, ...) as the members of a tar."""
+    """Tar members of one image's arrays (1, ...)."""
     return {name: npy_member(part, arrays[name][0].numpy()) for name, part in parts.items()}
 
 
 def read_members(
     parts: Mapping[str, StoredArray], members: Mapping[str, bytes]
 ) -> dict[str, Tensor]:
-    """The inverse, as the reader does it."""
+    """Arrays (1, ...) of one image, decoded as by the reader."""
     batch = {}
     for name, part in parts.items():
         out = empty_batch(part, 1)
@@ -48,7 +48,7 @@ def tar_bytes(member: bytes) -> int:
 
 
 def latent_bytes(resolution: int) -> int:
-    """Mean, std and label of an image's latent in a tar."""
+    """Bytes in a tar of the mean, std and label of an image's latent."""
     shape = (4, resolution // 8, resolution // 8)
     latent = Column(shape=shape, codec="float16")
     parts = stream_parts({"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")})

@@ -1,4 +1,4 @@
-"""What time and memory mean on a device."""
+"""Measurement of time and memory on a device."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from schemas.errors import UserError
 
 @dataclass(frozen=True)
 class Clock:
-    """On a GPU the seconds until its work is done; on a CPU those that this process computed, so
-    that other processes do not count."""
+    """Measures wall seconds until the work is done on a GPU, and CPU seconds of this process on a
+    CPU, because those exclude other processes."""
 
     device: torch.device
 
@@ -48,12 +48,12 @@ class Clock:
             return time.perf_counter() - start
         start = time.process_time()
         call()
-        # threads add up; of each thread's share only one went by
+        # CPU seconds of all threads are summed; the mean is the time that passed
         return (time.process_time() - start) / torch.get_num_threads()
 
 
 def peak_of(make: Callable[[], Any]) -> float:
-    """Bytes of the GPU at most while what ``make`` gives takes a few steps, all by itself."""
+    """Peak bytes of GPU memory while the stepper that ``make`` returns takes a few steps alone."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -67,8 +67,7 @@ def peak_of(make: Callable[[], Any]) -> float:
 
 
 def peak_in_child(options: Any, name: str) -> float:
-    """Bytes of memory that a new process had at most while it took a few steps, less what it had
-    before."""
+    """Peak bytes of memory of a new process while it takes a few steps, less those before."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(options, name, send))
@@ -86,15 +85,13 @@ def _child(options: Any, name: str, send: Any) -> None:
     torch.set_num_threads(options.threads)
     with in_temporary_folder(options, name) as make:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # the peak so far, of making the data, is over
-        before = highest()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which was the data's
+        before = peak_memory()
         make().take(3)
-        send.send(highest() - before)
+        send.send(peak_memory() - before)
 
 
-def highest() -> int:
-    """The most bytes of this process that ever were in memory, or since that was reset."""
+def peak_memory() -> int:
+    """Peak resident bytes of this process since its start or the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

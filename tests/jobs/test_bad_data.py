@@ -1,4 +1,4 @@
-"""Errors that no restart will change end a job at once."""
+"""Errors that a restart cannot fix end a job at once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ train_haste.run_command(train_haste.main)
 """
 
 
-def test_a_damaged_shard_is_told_without_a_restart(
+def test_a_damaged_shard_is_reported_without_a_restart(
     run_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     store = make_random_store(tmp_path / "bad-store")

@@ -65,8 +65,7 @@ def write_config(config: RunConfig, path: Path) -> Path:
 def test_a_signal_to_the_driver_ends_the_job_with_a_checkpoint(
     run_config: Make, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """Ctrl-C as a terminal sends it: to all processes of the job, those of its private cluster
-    too."""
+    """A terminal sends Ctrl-C to all processes of the job, including its private cluster."""
     config = run_config(steps=400, workers=SMALL)
     path = write_config(config, tmp_path / "config.yaml")
     process = subprocess.Popen(
@@ -91,9 +90,9 @@ def test_a_signal_to_the_driver_ends_the_job_with_a_checkpoint(
     finally:
         process.kill()
     assert process.returncode == code, output
-    # Ray's own actors (their lines begin with a pid) may stumble while the cluster goes down
-    ours = [line for line in output.splitlines() if " pid=" not in line]
-    assert not any("Traceback" in line for line in ours), output
+    # Ray's own actors (their lines begin with a pid) may fail while the cluster shuts down
+    job_lines = [line for line in output.splitlines() if " pid=" not in line]
+    assert not any("Traceback" in line for line in job_lines), output
     assert "run the same command again to continue" in output
     state = latest_state(RunFolder(config).checkpoints)
     assert state is not None
@@ -105,11 +104,11 @@ def test_a_signal_to_the_driver_ends_the_job_with_a_checkpoint(
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_killed_right_after_a_checkpoint_goes_on_from_it(
+def test_killed_right_after_a_checkpoint_resumes_from_it(
     run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker dies in the same instant as the checkpoint is in place, before anybody has heard
-    of it, and a second time later. Ray alone would begin again at step 0."""
+    """The worker dies as soon as a checkpoint is complete, before it is reported, and again after
+    a later one. Ray alone would restart at step 0."""
     from pipeline.train import ray_trainer
 
     marks = tmp_path / "marks"
@@ -144,8 +143,8 @@ def test_killed_right_after_a_checkpoint_goes_on_from_it(
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_elastic_trains_on_what_there_is(run_config: Make, tmp_path: Path) -> None:
-    """Room for one of two workers, then for two."""
+def test_elastic_trains_on_the_available_workers(run_config: Make, tmp_path: Path) -> None:
+    """Resources for one of two workers, then for two."""
     tight = {"count": 2, "min_count": 1, "cpus_per_worker": 1.5}
     train_run(run_config(steps=3, workers=tight))
     train_run(run_config(steps=6, workers={**tight, "cpus_per_worker": 1}))
@@ -154,7 +153,7 @@ def test_elastic_trains_on_what_there_is(run_config: Make, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_elastic_needs_room_for_the_fewest(run_config: Make) -> None:
+def test_elastic_needs_resources_for_the_minimum(run_config: Make) -> None:
     workers = {"count": 4, "min_count": 3, "cpus_per_worker": 1}
     with pytest.raises(UserError, match=r"--workers\.min-count asks for 3 x 1 CPU; the Ray"):
         train_run(run_config(workers=workers))
@@ -169,18 +168,18 @@ def test_scaling(run_config: Make) -> None:
     assert elastic.resources_per_worker == {"CPU": 1, "GPU": 1}
 
 
-def test_an_order_to_save_is_open_until_it_is_carried_out() -> None:
+def test_a_request_to_save_is_pending_until_it_is_done() -> None:
     control = RunControl()
-    assert control.save() is None  # nobody trains: nobody to wait for
+    assert control.save() is None  # no worker trains: none to wait for
     assert control.heartbeat(0) == (False, 0)
-    order = control.save()
-    assert order == 1
-    assert control.is_pending(order)
+    request = control.save()
+    assert request == 1
+    assert control.is_pending(request)
     assert control.heartbeat(0) == (False, 1)
-    assert control.is_pending(order)
+    assert control.is_pending(request)
     control.stop()
     assert control.heartbeat(1) == (True, 1)
-    assert not control.is_pending(order)
+    assert not control.is_pending(request)
 
 
 @pytest.mark.usefixtures("two_cpus")

@@ -23,22 +23,22 @@ from tests.processes import train_on
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    """Two of one CPU each, away from the cluster of other tests."""
+    """Two nodes of one CPU each, separate from the cluster of other tests."""
     with ExitStack() as stack:
-        ray_folder = Path(tempfile.mkdtemp(prefix="hn-", dir="/tmp"))  # paths of sockets: short
+        ray_folder = Path(tempfile.mkdtemp(prefix="hn-", dir="/tmp"))  # short socket paths
         stack.callback(shutil.rmtree, ray_folder, ignore_errors=True)
         mark = uuid.uuid4().hex
         stack.callback(kill_all, mark)
         folder = tmp_path / "nodes"
         folder.mkdir()
-        environment = process_variables(mark, folder, ray_folder)
-        yield stack.enter_context(Nodes(folder, environment))
+        variables = process_variables(mark, folder, ray_folder)
+        yield stack.enter_context(Nodes(folder, variables))
 
 
 def test_two_nodes_train_what_two_processes_train(
     run_config: Callable[..., RunConfig], nodes: Nodes, tmp_path: Path
 ) -> None:
-    """A worker fills a node. Through the termination, and through a resume in its middle."""
+    """Each worker fills a node; the run is resumed once and passes the termination."""
     config = run_config(workers={"count": 2, "cpus_per_worker": 1})
     train_on(2, config, tmp_path / "processes")
     file = tmp_path / "run.yaml"
@@ -49,7 +49,7 @@ def test_two_nodes_train_what_two_processes_train(
         done = subprocess.run(
             [*command, "--steps", str(steps)],
             cwd=ROOT,
-            env=nodes.environment,
+            env=nodes.variables,
             capture_output=True,
             text=True,
             timeout=180,

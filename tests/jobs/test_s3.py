@@ -1,4 +1,4 @@
-"""The whole job on an object store: extract, train, resume, inspect; with an outage in between."""
+"""Extraction, training, resume and inspection on an object store, with an outage."""
 
 from __future__ import annotations
 
@@ -112,16 +112,16 @@ def test_extract_through_an_outage_then_train_resume_and_inspect(
     assert "trying again for up to" in output
     assert store.missing_shards() == []
 
-    quiet = extract(source, str(tmp_path / "local"))
-    assert quiet.wait(240) == 0, finish(quiet)
+    undisturbed = extract(source, str(tmp_path / "local"))
+    assert undisturbed.wait(240) == 0, finish(undisturbed)
     local = all_files(tmp_path / "local")
     remote = {
         path.removeprefix(f"{store.root}/"): store.filesystem.cat_file(path)
         for path in store.filesystem.find(store.root)
     }
-    assert remote == local  # no temporary file either
+    assert remote == local  # includes the absence of temporary files
 
-    for steps in (4, 8):  # the second continues what the first has left in the bucket
+    for steps in (4, 8):  # the second continues the run in the bucket
         process = train(store_url, runs, steps)
         output = finish(process)
         assert process.returncode == 0, output
@@ -140,8 +140,8 @@ def test_extract_through_an_outage_then_train_resume_and_inspect(
     assert (found["samples"], found["complete"]) == (3 * SHARDS, True)
 
 
-def test_a_server_that_stays_away_is_one_clear_line(
-    s3: SeaweedFS, source: Path, revived: None
+def test_a_server_that_stays_down_is_one_clear_line(
+    s3: SeaweedFS, source: Path, restarted: None
 ) -> None:
     store_url = f"{s3.bucket()}/store"
     process = extract(source, store_url, HASTE_STORAGE_RETRY_SECONDS="3")
@@ -164,7 +164,7 @@ def test_a_server_that_stays_away_is_one_clear_line(
 
 
 @pytest.fixture
-def revived(s3: SeaweedFS) -> Iterator[None]:
+def restarted(s3: SeaweedFS) -> Iterator[None]:
     yield
     s3.restart()
 

@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of the dashboard of a fresh one-node cluster."""
+    """Address of the dashboard of a new one-node cluster."""
     port, dashboard_port = free_port(), free_port()
     folder = tmp_path_factory.mktemp("ray")
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -38,7 +38,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         *("start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
         f"--port={port}",
         f"--dashboard-port={dashboard_port}",
-        f"--temp-dir={Path('/tmp') / f'haste-{port}'}",  # socket paths are short or fail
+        f"--temp-dir={Path('/tmp') / f'haste-{port}'}",  # long socket paths fail
     ]
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
@@ -85,7 +85,7 @@ def test_extract_and_train_as_submitted_jobs(dashboard: str, tmp_path: Path) -> 
     assert summary["bytes_read"]["maps"]["after"] == 0
 
 
-def test_a_bad_job_says_why_in_one_line(dashboard: str, tmp_path: Path) -> None:
+def test_a_bad_job_prints_one_line(dashboard: str, tmp_path: Path) -> None:
     done = submit(dashboard, "python", "jobs/train_haste.py", "--store", str(tmp_path))
     assert done.returncode != 0
     assert f"error: --store '{tmp_path}' holds no store: manifest.json is missing" in done.stdout

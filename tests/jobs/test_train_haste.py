@@ -40,7 +40,7 @@ def test_two_workers_train_what_one_process_trains(
     for expected, got in zip(*rows, strict=True):
         assert got == pytest.approx(expected, rel=2e-5)
 
-    # the same name again: nothing is left to do; more steps: it goes on where it stopped
+    # the same name again: nothing is left to do; with more steps it resumes
     assert train_run(run_config(workers={"count": 2, "cpus_per_worker": 0.5})) == two
     assert len(read_metrics(folder / "metrics.jsonl")) == 7
     train_run(run_config(steps=8))
@@ -52,17 +52,17 @@ def test_two_workers_train_what_one_process_trains(
 def test_a_summary_of_fewer_steps_is_not_the_end(
     run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that got more steps and was stopped over what comes behind its last checkpoint."""
+    """The run got more steps and was stopped before a later checkpoint."""
     folder = tmp_path / "tiny"
     config = run_config()
     summary = train(config, folder, LocalCheckpoints(folder, keep=1).save)
-    asked: list[int] = []
-    monkeypatch.setattr("jobs.train_haste.fit", lambda config: asked.append(config.steps))
+    started: list[int] = []
+    monkeypatch.setattr("jobs.train_haste.fit", lambda config: started.append(config.steps))
     assert train_run(config) == summary
-    assert asked == []
+    assert started == []
     (folder / "summary.json").write_text(json.dumps({**summary, "steps": 3}))
     train_run(config)
-    assert asked == [config.steps]
+    assert started == [config.steps]
 
 
 @pytest.mark.parametrize(
