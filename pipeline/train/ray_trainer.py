@@ -32,6 +32,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.checkpoints.selection import Checkpoints, Write, latest_valid
+from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.ray_cluster import require, total
 from pipeline.distributed.signals import StopRequest, StopSignals, no_request
@@ -242,6 +243,7 @@ def _storage(config: RunConfig) -> tuple[str, Any]:
 
 def _worker(arguments: dict[str, Any]) -> str | None:
     """Returns the message of a run that was asked to stop."""
+    set_up_worker_logging()
     config = RunConfig.model_validate(arguments["config"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
