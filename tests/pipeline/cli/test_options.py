@@ -339,8 +339,8 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_codec_that_does_not_exist_is_told_which_ones_do() -> None:
     for name in ("tokens0", "int4", "sqrt", "tokens20\n"):
         message = complaint(extraction, f"--column-codecs.tokens={name!r}")
-        assert "column_codecs.tokens: 'tokens" in message or f"'{name}' is no codec" in message
-        assert "is no codec: there are float32, " in message
+        assert "column_codecs.tokens: 'tokens" in message or f"'{name}' is not a codec" in message
+        assert "is not a codec: there are float32, " in message
         assert "[1-9]" not in message
 
 
