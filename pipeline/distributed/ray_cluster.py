@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import ray
 
-from schemas.errors import UserError
+from pipeline.cli.log_setup import LEVEL_VARIABLE
+from pipeline.distributed.log_relay import relayed_logs
+from schemas.errors import UserError, plain_text
 
 
 @contextmanager
@@ -18,20 +20,27 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     """The cluster at ``address``, at RAY_ADDRESS, or a private local one for the time of the
     context. A connection that the caller already has is used and left open."""
     if ray.is_initialized():
-        yield
+        with relayed_logs():
+            yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
     # Later versions of Ray will leave CUDA_VISIBLE_DEVICES alone where no GPU is asked for, and
     # warn about it today; this code does not depend on either.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
+    debug = os.environ.get(LEVEL_VARIABLE) == "debug"
+    level = logging.INFO if debug else logging.WARNING
     try:
-        ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True)
+        ray.init(address=address or "local", logging_level=level, log_to_driver=debug)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"'{address}'" if address else "on this machine"
-        reason = " ".join(str(error).split())[:200]
+        reason = plain_text(str(error))[:200]
         raise UserError(f"no Ray cluster {where}: {reason}") from None
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(level)
     try:
-        yield
+        with relayed_logs():
+            yield
     finally:
         ray.shutdown()
 

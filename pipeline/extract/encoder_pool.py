@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline.distributed.actor_pool import Actors
+from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.tasks import Description, ShardTask
 from schemas.errors import UserError
@@ -17,6 +18,7 @@ class EncoderActor:
     """An encoder in a process of its own."""
 
     def load(self, config: ExtractConfig, device: str, threads: int) -> Description:
+        set_up_worker_logging()
         self.encoder = Encoder(config, device=device, threads=threads)
         return self.encoder.describe()
 
