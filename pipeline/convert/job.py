@@ -101,7 +101,7 @@ def _groups(plans: Sequence[StreamPlan]) -> list[Group]:
 
 
 def _lacks(target: Store, groups: Sequence[Group]) -> bool:
-    """Whether a shard or a teacher's tail is missing."""
+    """True if a shard or a teacher's tail is missing."""
     tails = [stream.tail for stream in target.manifest.teacher_streams.values()]
     return any(target.missing_shards(group.added or "latents") for group in groups) or any(
         tail is not None and not _tail_exists(target, tail) for tail in tails

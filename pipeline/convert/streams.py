@@ -43,7 +43,7 @@ class StreamPlan:
 
     @property
     def tail_moves(self) -> bool:
-        """Whether the tail that training runs begins at another block or is not needed."""
+        """True if the tail that training runs begins at another block or is not needed."""
         a, b = self.before, self.after
         if not (isinstance(a, TeacherStream) and isinstance(b, TeacherStream)):
             return False
@@ -52,7 +52,7 @@ class StreamPlan:
 
     @property
     def replays(self) -> bool:
-        """Whether the conversion runs blocks of the teacher."""
+        """True if the conversion runs blocks of the teacher."""
         before = self.before
         stored_early = isinstance(before, TeacherStream) and before.cut in {"activations", "image"}
         return stored_early and self.tail_moves
@@ -68,14 +68,14 @@ class StreamPlan:
         return [a.teacher.layers.index(layer) for layer in b.teacher.layers]
 
     def copies(self, column: str) -> bool:
-        """Whether a column's stored arrays, or some of their layers, are copied bit for bit."""
+        """True if a column's stored arrays, or some of their layers, are copied bit for bit."""
         was = self.before.columns.get(column)
         same = was is not None and was.codec == self.after.columns[column].codec
         return same and not self.replays
 
     @property
     def computes(self) -> bool:
-        """Whether any column is computed rather than copied."""
+        """True if any column is computed rather than copied."""
         return not all(self.copies(column) for column in self.after.columns)
 
 
@@ -198,7 +198,7 @@ def _columns(
 
 
 def _compresses(columns: Mapping[str, Column], manifest: Manifest, stream: TeacherStream) -> bool:
-    """Whether a stream was stored with lossless compression where it pays."""
+    """True if a stream was stored with lossless compression where it pays."""
     codecs = {name: column.codec for name, column in columns.items()}
     best = cut_columns(stream.cut, stream.teacher, manifest.resolution, "float32", codecs)
     could = [name for name, column in best.items() if column.lossless != "none"]

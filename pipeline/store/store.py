@@ -47,7 +47,7 @@ class Store:
 
     @staticmethod
     def exists(url: str) -> bool:
-        """Whether there is a manifest. Raises ``UserError`` when the URL cannot be reached."""
+        """True if there is a manifest. Raises ``UserError`` when the URL cannot be reached."""
         filesystem, root = open_url(absolute_url(url), what="--store")
         try:
             return exists(filesystem, f"{root}/{MANIFEST}")
@@ -115,7 +115,7 @@ class Store:
                 )
 
     def has_index(self) -> bool:
-        """Whether ``finish`` was called at least once."""
+        """True if ``finish`` was called at least once."""
         return exists(self.filesystem, f"{self.root}/{INDEX}")
 
     def reason(self, error: Exception) -> str:
