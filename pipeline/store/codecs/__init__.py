@@ -66,7 +66,7 @@ def find_codec(name: CodecName) -> Codec:
 
 
 def sums_to_one(name: CodecName) -> bool:
-    """Whether decoded rows of probabilities sum to 1 within rounding. Rows whose numbers were
+    """True if decoded rows of probabilities sum to 1 within rounding. Rows whose numbers were
     rounded one by one do not."""
     return isinstance(find_codec(name), CubeRoot | SquareRoot) or name == "float32"
 

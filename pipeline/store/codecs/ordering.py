@@ -13,7 +13,7 @@ RMS; whether int8 or the 'faithful' set (20 to 26 levels) is finer depends on th
 
 
 def coarser_than(stored: CodecName, other: CodecName) -> bool:
-    """Whether ``stored`` has certainly dropped digits that ``other`` would keep.
+    """True if ``stored`` has certainly dropped digits that ``other`` would keep.
 
     Floats may become any other floats: float32 holds all shorter ones exactly (and makes bfloat16,
     which numpy lacks, readable by any software); the two 16-bit ones are of equal size.

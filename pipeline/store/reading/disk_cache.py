@@ -72,7 +72,7 @@ class DiskCache:
             return data
 
     def is_useful(self, expires_at: int) -> bool:
-        """Whether to fetch whole files only for this cache in the window that ends at
+        """True if it pays to fetch whole files only for this cache in the window that ends at
         ``expires_at``: False once a file of that window could not be cached."""
         return expires_at > self._bypassed_until
 

@@ -1,4 +1,4 @@
-"""What cannot be had of a store is refused in one line."""
+"""Conversions that the source does not allow are refused in one line."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def round_trip(codec: str, values: torch.Tensor) -> torch.Tensor:
 
 
 def error(codec: str, values: torch.Tensor) -> torch.Tensor:
-    """Of each token, relative to its own length: (B, ..., T)."""
+    """Error of each token relative to its own norm: (B, ..., T)."""
     apart = (round_trip(codec, values).double() - values.double()).norm(dim=-1)
     return apart / values.double().norm(dim=-1).clamp_min(1e-30)
 
