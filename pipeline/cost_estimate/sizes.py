@@ -1,7 +1,6 @@
-"""Stored bytes of an image, per cut and codec: the very arrays that an extraction would write,
-times how far lossless compression brings the numbers of each codec.
+"""Stored bytes per image for each cut and codec.
 
-Everything else here takes bytes from this file only.
+Counted on the arrays that an extraction would write, with an estimate of lossless compression.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from schemas.extract import Cut
 from schemas.fields import element_count
 from schemas.store import Column, TeacherStream
 
-SHOWN: tuple[CodecSet, ...] = ("faithful", "small", "float16")
-"""Codec sets that a plan compares, whichever was chosen."""
-CROP_CODEC = "uint8"  # the cut 'image' has no choice
+COMPARED_CODECS: tuple[CodecSet, ...] = ("faithful", "small", "float16")
+"""Codec sets shown in every estimate."""
+CROP_CODEC = "uint8"  # the only codec of the cut 'image'
 
 TAR_BLOCK = 512
 NPY_HEADER = 128
 
 
 def stored_bytes(cut: Cut, codec: CodecSet, geometry: Geometry, *, compress: bool = True) -> int:
-    """Bytes of the teacher's stream for one image; latents are apart (``latent_bytes``)."""
+    """Bytes per image of the teacher stream, without the latents (``latent_bytes``)."""
     return _stream_bytes(cut_columns(cut, geometry, geometry.resolution, codec, compress=compress))
 
 
@@ -37,7 +36,7 @@ def codec_set(stream: TeacherStream) -> str:
 
 
 def latent_bytes(geometry: Geometry) -> int:
-    """Bytes of mean and std in float16, and the label."""
+    """Bytes per image of mean and std in float16, and of the label."""
     latent = Column(shape=geometry.latent_shape, codec="float16")
     label = Column(shape=(), codec="int64")
     return _stream_bytes({"mean": latent, "std": latent, "label": label})
