@@ -1,4 +1,4 @@
-"""Reading .npz files of others: by blocks, without pickle, no size believed unchecked."""
+"""Reading untrusted .npz files in blocks, without pickle, and writing .npz files of images."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from numpy.lib import format as npy
 
 from pipeline.storage.files import is_local, open_url, redact
 from pipeline.storage.redaction import without_secrets
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 
 MAX_HEADER = 1 << 14
 """Bytes of an array's header; numpy itself refuses more than 10000."""
 MAX_BLOCK = 256 << 20
-"""Bytes of one block, but for a single row that is longer: how far a few compressed megabytes
-swell is for whoever wrote them to choose."""
+"""Bytes of one block, or of a single longer row. The limit is needed because the writer of a file
+decides how far its compressed data expand."""
 MAX_ABOUT = 1 << 22
-"""Bytes of what a file says of itself."""
+"""Bytes of a file's metadata."""
 ABOUT = "about"
-"""JSON text beside the numbers: which run and step samples are of, which network features."""
+"""Member with the metadata as JSON: run and step of samples, network of features."""
 PARSE_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, OverflowError),
     *(SyntaxError, TokenError, RecursionError, MemoryError),
 )
 """Raised for damaged headers, because a .npy header is parsed as Python source."""
 PIECE = 1 << 20
-"""Bytes that are uncompressed at a time, on their way into a block."""
+"""Bytes that are decompressed at a time into a block."""
 
 
 def fitting_rows(rows: int, bytes_of_one: int) -> int:
-    """How many of ``rows`` a block takes within ``MAX_BLOCK`` bytes; at least one."""
+    """Number of rows, at most ``rows``, that fit into ``MAX_BLOCK`` bytes; at least one."""
     return min(rows, max(1, MAX_BLOCK // max(1, bytes_of_one)))
 
 
@@ -86,7 +86,7 @@ def read_npy_header(file: IO[bytes]) -> Header:
 
 
 class Archive:
-    """An .npz at a path or fsspec URL. Everything raises ``UserError`` naming the option."""
+    """An .npz at a path or fsspec URL. All methods raise ``UserError`` naming the option."""
 
     def __init__(self, place: str, option: str) -> None:
         self.place = place
@@ -104,11 +104,11 @@ class Archive:
 
     @property
     def names(self) -> list[str]:
-        """Of the arrays in it."""
+        """Names of the arrays."""
         return list(self._infos)
 
     def header(self, name: str) -> Header:
-        """Shape and type; the member is long enough to hold them."""
+        """Header of an array, whose member has the right number of bytes."""
         with self._opened() as zipped, self._member(zipped, name) as member:
             return self._read_header(name, member)
 
@@ -122,11 +122,11 @@ class Archive:
                 shape = (min(rows, count - start), *header.shape[1:])
                 yield self._numbers(name, member, shape, header.dtype)
 
-    def array(self, name: str, most_bytes: int) -> np.ndarray:
-        """The whole array, where it is no longer than ``most_bytes``."""
+    def array(self, name: str, max_bytes: int) -> np.ndarray:
+        """The whole array. Raises ``UserError`` if it has more than ``max_bytes``."""
         with self._opened() as zipped, self._member(zipped, name) as member:
             header = self._read_header(name, member)
-            if math.prod(header.shape) * header.dtype.itemsize > most_bytes:
+            if math.prod(header.shape) * header.dtype.itemsize > max_bytes:
                 raise UserError(f"{self.where}: '{name}' has shape {header.shape}: too large")
             return self._numbers(name, member, header.shape, header.dtype)
 
@@ -140,7 +140,7 @@ class Archive:
         except (zipfile.BadZipFile, zlib.error, EOFError, struct.error):
             raise self._damaged() from None
         except Exception as error:  # every fsspec backend raises its own types
-            reason = " ".join(without_secrets(str(error), self.place).split())[:200]
+            reason = plain_text(without_secrets(str(error), self.place))[:200]
             raise UserError(f"{self.where} cannot be read: {reason}") from None
 
     def _member(self, zipped: zipfile.ZipFile, name: str) -> IO[bytes]:
@@ -171,11 +171,10 @@ class Archive:
     def _numbers(
         self, name: str, member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> np.ndarray:
-        wanted = math.prod(shape) * dtype.itemsize
-        data = bytearray(wanted)  # which the array is made of: writable, and not copied again
+        data = bytearray(math.prod(shape) * dtype.itemsize)  # the array's memory: writable, no copy
         rest = memoryview(data)
         while rest:
-            # zipfile reads into a copy, which is why it is asked for little at a time
+            # in small pieces, because zipfile makes a copy of each
             found = member.readinto(rest[:PIECE])  # type: ignore[attr-defined]
             if not found:
                 raise self._damaged()
@@ -189,7 +188,7 @@ class Archive:
 
 
 def read_about(archive: Archive) -> dict[str, Any]:
-    """The JSON object that an .npz of ours says of itself; empty in others'. Raises
+    """The metadata that this project writes to an .npz; empty for other files. Raises
     ``UserError``."""
     if ABOUT not in archive:
         return {}
@@ -201,8 +200,10 @@ def read_about(archive: Archive) -> dict[str, Any]:
         if not isinstance(about, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{archive.where}: '{ABOUT}' is not JSON of ours: {reason}") from None
+        reason = plain_text(str(error))[:100]
+        raise UserError(
+            f"{archive.where}: '{ABOUT}' is not JSON of this project: {reason}"
+        ) from None
     return about
 
 
@@ -218,7 +219,7 @@ def npy_header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
 
 
 def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:
-    """A whole .npy file."""
+    """An array as a .npy file."""
     file = io.BytesIO()
     npy.write_array(file, array, allow_pickle=False)
     return file.getvalue()
@@ -231,11 +232,11 @@ def write_npz(
     labels: np.ndarray[Any, Any],
     about: dict[str, Any],
 ) -> None:
-    """Write images (N, R, R, 3) whose bytes come in ``pieces``, int64 labels (N,) and a JSON text.
+    """Write images (N, R, R, 3) as uint8 from their bytes, int64 labels (N,) and a JSON text.
 
-    Equal images make equal files. Raises ``ValueError`` where the pieces are more or less.
+    Equal images make equal files. Raises ``ValueError`` if ``pieces`` have another size.
     """
-    # stored, not compressed: pictures do not shrink, and the evaluator reads the bytes in place
+    # stored, because images do not compress and ADM's evaluator reads the bytes in place
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         left = int(np.prod(shape, dtype=np.int64))
         with archive.open(_entry(IMAGES), "w", force_zip64=True) as member:
@@ -250,5 +251,5 @@ def write_npz(
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """Without the time of day, which would make every file another one."""
+    """An entry without time stamp, so that equal images make equal files."""
     return zipfile.ZipInfo(f"{name}.npy")

@@ -127,7 +127,7 @@ def test_a_write_that_dies_leaves_the_old_file(
 def test_a_folder_that_cannot_be_made_is_no_missing_file(tmp_path: Path) -> None:
     filesystem = fsspec.filesystem("file")
     (tmp_path / "local").write_bytes(b"data")
-    expected = r"^cannot write '/proc/none/file': .*the folder that it is to lie in cannot be made"
+    expected = r"^cannot write '/proc/none/file': .*its folder cannot be made"
     with pytest.raises(StorageError, match=expected):
         write_atomic(filesystem, "/proc/none/file", b"data")
     with pytest.raises(StorageError, match=expected):
