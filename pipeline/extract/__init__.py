@@ -1,1 +1,1 @@
-"""`python -m pipeline.extract`: run the teacher and the autoencoder once over a data set."""
+"""`python -m pipeline.extract`: store the outputs of teacher and autoencoder for a data set."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
@@ -11,16 +9,15 @@ from pipeline.extract.job import extract
 from schemas.extract import PRESETS, ExtractConfig
 
 ABOUT = """\
-Run the teacher and the autoencoder once over a data set and write what training needs to sharded
-storage. Run it again after an interruption: it does only what is missing. With --plan, say first
-what every cut would cost; --plan --help lists its options."""
+Run the teacher and the autoencoder once over a data set and write their outputs to a sharded store.
+The same command resumes an interrupted extraction: only missing shards are made. --plan prints the
+cost of every cut instead; --plan --help lists its options."""
 
 
 def main(argv: list[str]) -> int:
     if wants_plan(argv):
-        from pipeline.cost_estimate.command import (
-            plan_extraction,  # it imports what a plan alone needs
-        )
+        # Imported here because only a plan needs its dependencies.
+        from pipeline.cost_estimate.command import plan_extraction
 
         return plan_extraction(argv)
     config = parse_options(
@@ -36,7 +33,7 @@ def main(argv: list[str]) -> int:
     index = store.index()
     samples = sum(index.samples_per_shard)
     if summary.images == 0:
-        print(f"nothing is missing: {store.shown_url} holds all {samples} samples")
+        print(f"nothing to do: {store.shown_url} has all {samples} samples")
     else:
         print(
             f"{store.shown_url} is complete: {samples} samples in {store.manifest.num_shards} "
@@ -44,7 +41,6 @@ def main(argv: list[str]) -> int:
         )
     if store.manifest.skipped:
         print(f"{len(store.manifest.skipped)} bad images were skipped; the manifest lists them")
-    sys.stdout.flush()
     return 0
 
 

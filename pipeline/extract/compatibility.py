@@ -1,4 +1,4 @@
-"""Whether what is asked of an extraction agrees with a store that is there."""
+"""Checks that the options of an extraction agree with an existing store."""
 
 from __future__ import annotations
 
@@ -16,59 +16,62 @@ from schemas.validation import validate
 
 
 def with_stores_options(config: ExtractConfig, store: Store) -> ExtractConfig:
-    """For a stream that is added: what the store's images, shards and teacher are, and what its
-    data set's preset says, where the options do not. Raises ``UserError`` where they say otherwise.
+    """Options of --add-stream, completed from the store: its images, shards and teacher, and the
+    preset of its data set, are defaults.
 
-    Options that count as said are those in ``model_fields_set``."""
+    Only options in ``model_fields_set`` count as given. Raises ``UserError`` if one of these
+    contradicts the store.
+    """
     manifest, dataset = store.manifest, store.manifest.dataset
-    said = config.model_dump(exclude_unset=True)
+    given = config.model_dump(exclude_unset=True)
     if config.add_stream in manifest.base_streams:
         raise UserError(
             f"--add-stream {config.add_stream}: store '{store.shown_url}' was made with a stream "
             "of this name; choose another"
         )
-    of_store: dict[str, object] = {
+    store_values: dict[str, object] = {
         "dataset": dataset.name,
         "resolution": manifest.resolution,
         "format": manifest.format,
         "shard_size": manifest.shard_size,
         "order_seed": dataset.order_seed,
     }
-    for option, value in of_store.items():
-        if option in said and said[option] != value:
+    for option, value in store_values.items():
+        if option in given and given[option] != value:
             raise UserError(
                 f"store '{store.shown_url}' was made with {option} {value}, not "
-                f"{said[option]}: a stream that is added has its shards"
+                f"{given[option]}: an added stream has the store's shards"
             )
     defaults = {
         **PRESETS.get(dataset.name, {}),
-        **_stores_teacher(said.get("teacher", {}), config.add_stream, manifest),
-        **of_store,
+        **_teacher_defaults(given.get("teacher", {}), config.add_stream, manifest),
+        **store_values,
         "source": dataset.source,
     }
-    whole = merge(defaults, {name: value for name, value in said.items() if value is not None})
-    return validate(ExtractConfig, whole, where=f"--add-stream to store '{store.shown_url}'")
+    values = merge(defaults, {name: value for name, value in given.items() if value is not None})
+    return validate(ExtractConfig, values, where=f"--add-stream to store '{store.shown_url}'")
 
 
-def _stores_teacher(
-    said: Mapping[str, object], stream: str | None, manifest: Manifest
+def _teacher_defaults(
+    given: Mapping[str, object], stream: str | None, manifest: Manifest
 ) -> dict[str, object]:
-    """The teacher of ``stream`` where that was begun, else of the store's first, and its layers;
-    nothing of it where another model is asked for."""
-    held = manifest.teacher_streams
-    if not held:
+    """Teacher and layers of ``stream`` if it exists, else of the store's first teacher stream;
+    empty if another model is given."""
+    streams = manifest.teacher_streams
+    if not streams:
         return {}
-    teacher = held.get(stream or "", next(iter(held.values()))).teacher
-    if said.get("model", teacher.model) != teacher.model:
+    teacher = streams.get(stream or "", next(iter(streams.values()))).teacher
+    if given.get("model", teacher.model) != teacher.model:
         return {"teacher": {}}
     options = {"model", "weights", "seed", "image_size", "model_args"}
     return {"teacher": teacher.model_dump(include=options), "layers": teacher.layers}
 
 
 def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None:
-    """What can be told without loading weights. Raises ``UserError``."""
+    """Compare the options with the manifest, as far as possible without loading weights. Raises
+    ``UserError`` that names the first difference."""
     manifest = store.manifest
-    asked: dict[str, tuple[object, object]] = {
+    values: dict[str, tuple[object, object]] = {
         "resolution": (manifest.resolution, config.resolution),
         "format": (manifest.format, config.format),
         "shard_size": (manifest.shard_size, config.shard_size),
@@ -79,10 +82,10 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
     stream = manifest.streams.get(name)
     if config.add_stream is None and name not in manifest.base_streams:
         first = [n for n in manifest.base_streams if n in manifest.teacher_streams]
-        asked["cut"] = (", ".join(first), config.cut)
+        values["cut"] = (", ".join(first), config.cut)
     elif isinstance(stream, TeacherStream):
         teacher = stream.teacher
-        asked |= {
+        values |= {
             "cut": (stream.cut, config.cut),
             "layers": (teacher.layers, config.layers),
             "batch_size": (stream.compute.batch_size, config.batch_size),
@@ -90,9 +93,9 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
             "teacher.seed": (teacher.seed, config.teacher.seed),
             "teacher.model_args": (teacher.model_args, config.teacher.model_args),
         }
-    for key, (was, now) in asked.items():
-        if was != now:
-            raise _other(store, key, was, now)
+    for key, (stored, requested) in values.items():
+        if stored != requested:
+            raise _mismatch(store, key, stored, requested)
     if isinstance(stream, TeacherStream):
         columns = cut_columns(
             config.cut,
@@ -102,20 +105,22 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
             config.column_codecs,
             compress=config.compress,
         )
-        for column, now in columns.items():
-            was = stream.columns[column]
-            if was.codec != now.codec:
-                raise _other(store, f"codec of {column}", was.codec, now.codec)
-            if was != now:  # their shapes follow from what is equal by now
-                raise _other(store, f"compression of {column}", was.lossless, now.lossless)
+        for name, requested_column in columns.items():
+            column = stream.columns[name]
+            if column.codec != requested_column.codec:
+                key = f"codec of {name}"
+                raise _mismatch(store, key, column.codec, requested_column.codec)
+            if column != requested_column:  # only compression is left: shapes are equal by now
+                key = f"compression of {name}"
+                raise _mismatch(store, key, column.lossless, requested_column.lossless)
 
 
-def _other(store: Store, key: str, was: object, now: object) -> UserError:
+def _mismatch(store: Store, key: str, stored: object, requested: object) -> UserError:
     return UserError(
-        f"store '{store.shown_url}' was made with {key} {_plain(was)}, this extraction has "
-        f"{_plain(now)}: use another --store or the same options"
+        f"store '{store.shown_url}' was made with {key} {_as_text(stored)}, this extraction has "
+        f"{_as_text(requested)}: use another --store or the same options"
     )
 
 
-def _plain(value: object) -> str:
+def _as_text(value: object) -> str:
     return ",".join(str(v) for v in value) if isinstance(value, tuple) else str(value)

@@ -1,4 +1,4 @@
-"""Teacher and autoencoder on one device: images of a shard in, a committed shard out."""
+"""Encode a shard with teacher and autoencoder on one device: images in, a committed shard out."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ from schemas.extract import ExtractConfig, Precision
 from schemas.store import ComputeInfo, Manifest, SkippedImage, WeightsFile
 
 VERSIONED = ("torch", "timm", "diffusers", "numpy", "numcodecs", "pillow")
-BATCHES_AHEAD = 2  # decoded while the networks work on the one before
-BATCHES_BEHIND = 2  # computed, and waiting to be compressed and written
-
+BATCHES_AHEAD = 2  # decoded while the networks compute an earlier batch
+MAX_QUEUED_BATCHES = 2  # computed, not yet compressed and written
 
 Arrays = dict[str, dict[str, np.ndarray]]
 """stream -> stored array -> (B, ...)"""
@@ -38,7 +37,7 @@ Arrays = dict[str, dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What became of a shard."""
+    """Outcome of encoding one shard."""
 
     shard: int
     samples: int
@@ -47,11 +46,11 @@ class ShardResult:
 
 
 class Encoder:
-    """Encodes shards of one extraction. Plain Python: the Ray actor only wraps it."""
+    """Encodes shards of one extraction, without Ray: the actor only wraps it."""
 
     def __init__(self, config: ExtractConfig, *, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)  # thread counts decide the last bits of CPU arithmetic
-        torch.backends.cudnn.benchmark = False  # as autotuned kernels would
+        torch.set_num_threads(threads)  # the thread count affects the last bits of CPU results
+        torch.backends.cudnn.benchmark = False  # autotuned kernels affect them, too
         self.config = config
         self.device = torch.device(device)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -60,14 +59,15 @@ class Encoder:
         self.teacher = Teacher(config.teacher, resolution=config.resolution, layers=config.layers)
         self.teacher.to(self.device)
         self.latents: LatentSource | None = None
-        if config.add_stream is None:  # otherwise the latents are there already
+        if config.add_stream is None:  # otherwise the store has latents already
             self.latents = open_latents(config, self.device)
         self.read = open_reader(config)
 
     def describe(self) -> Description:
-        """Also a first forward pass of the autoencoder, so that what cannot work fails here."""
+        """Models and arithmetic of this encoder. Runs a first forward pass of the autoencoder, so
+        that an unusable one is reported before any shard. Raises ``UserError``."""
         versions = {name: importlib.metadata.version(name) for name in VERSIONED}
-        versions["torch"] = torch.__version__  # with the build: CUDA versions differ in last bits
+        versions["torch"] = torch.__version__  # with its build: CUDA versions differ in last bits
         if self.config.format == "zarr":
             versions["zarr"] = importlib.metadata.version("zarr")
         return Description(
@@ -83,25 +83,26 @@ class Encoder:
         )
 
     def save_tail(self, url: str) -> WeightsFile | None:
-        """Put the weights that training will need into the store, where the cut leaves any."""
+        """Write the blocks after the cut, which training needs, to the store; None if there are
+        none."""
         first = first_tail_block(self.config.cut, self.config.layers)
         if first is None:
             return None
         return save_tail(self.teacher, url, stream_name(self.config), first)
 
     def encode_shard(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
-        """Write and commit one shard; with bad images and ``on_bad_image: stop``, commit nothing.
+        """Write one shard and commit it, except with bad images and ``on_bad_image: stop``.
 
-        Raises ``UserError`` where a number cannot be stored, ``OSError`` where storage fails.
+        Raises ``UserError`` if a value cannot be stored, ``OSError`` if storage fails.
         """
         bad: list[SkippedImage] = []
         with (
             ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer,
-            BackgroundWriter(BATCHES_BEHIND) as behind,
+            BackgroundWriter(MAX_QUEUED_BATCHES) as background,
         ):
             for items, images, moments in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
-                    continue  # only to find the others
+                    continue  # decode the other batches only to list their bad images
                 try:
                     arrays = self._copy_to_host(self._encode(manifest, images, moments))
                 except NotFiniteError as error:
@@ -110,8 +111,8 @@ class Encoder:
                         f"shard {task.shard}, sample '{item.key}' ({item.path}): the teacher's "
                         f"{error}; try --precision float32, or check its weights"
                     ) from None
-                behind.submit(_write, writer, items, arrays)
-            behind.finish()
+                background.submit(_write, writer, items, arrays)
+            background.finish()
             if bad and self.config.on_bad_image == "stop":
                 return ShardResult(task.shard, 0, tuple(bad), committed=False)
             record = writer.commit(skipped=bad)
@@ -121,11 +122,14 @@ class Encoder:
     def _encode(
         self, manifest: Manifest, images: np.ndarray, moments: list[np.ndarray]
     ) -> dict[str, dict[str, Tensor]]:
-        """uint8 (B, R, R, 3), and what was read of their latents, to what is stored of them."""
+        """Arrays to store, stream -> array -> (B, ...), on the device.
+
+        ``images`` is uint8 (B, R, R, 3); ``moments`` is what the latent source read for each.
+        """
         pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
         name = stream_name(self.config)
         arrays = {}
-        if self.latents is not None:  # first, as what follows waits until the teacher is done
+        if self.latents is not None:  # first: encoding the targets waits for the device
             mean, std = self.latents.latents(moments, pixels)
             arrays["latents"] = {"mean": mean, "std": std}
         dtype = getattr(torch, self.precision)
@@ -135,8 +139,8 @@ class Encoder:
         return arrays
 
     def _copy_to_host(self, tensors: dict[str, dict[str, Tensor]]) -> Callable[[], Arrays]:
-        """What waits for copies from the device, which are under way while the networks compute the
-        next batch."""
+        """Start copies from the device, which overlap with the next batch; returns a function that
+        waits for them and gives the arrays."""
         copied = None
         if self.copies is not None:
             self.copies.wait_stream(torch.cuda.current_stream(self.device))
@@ -160,7 +164,10 @@ class Encoder:
     def _decoded_batches(
         self, task: ShardTask, bad: list[SkippedImage]
     ) -> Iterator[tuple[list[ImageItem], np.ndarray, list[np.ndarray]]]:
-        """Batches cut by position in the shard, less the bad images, which ``bad`` collects."""
+        """Batches of items, images uint8 (B, R, R, 3) and stored latents.
+
+        Batches are cut by position in the shard; bad images are left out and added to ``bad``.
+        """
         size = self.config.batch_size
         waiting: deque[list[tuple[ImageItem, Future[tuple[np.ndarray, np.ndarray]]]]] = deque()
         starts = iter(range(0, len(task.items), size))
@@ -184,7 +191,8 @@ class Encoder:
                     yield items, np.stack(images), stored
 
     def _decode(self, item: ImageItem) -> tuple[np.ndarray, np.ndarray]:
-        """The crop, and what is read of its latent."""
+        """The crop, uint8 (R, R, 3), and its stored latent, empty if there is none. Raises
+        ``BadImageError``."""
         try:
             data = self.read(item)
         except UNREADABLE as error:
@@ -194,14 +202,15 @@ class Encoder:
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
-    """On the CPU, once the device's current stream has got to it."""
-    tensor.record_stream(torch.cuda.current_stream(tensor.device))  # it may be another's
+    """Copy in pinned memory, valid after the device's current stream has done the copy."""
+    # Another stream may own the tensor: its memory must not be reused before the copy.
+    tensor.record_stream(torch.cuda.current_stream(tensor.device))
     memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return memory.copy_(tensor, non_blocking=True)
 
 
 def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Arrays]) -> None:
-    """Raises ``UserError`` where a number cannot be stored."""
+    """Add a batch to the shard. Raises ``UserError`` if a value cannot be stored."""
     arrays = wait()
     for row, item in enumerate(items):
         sample: dict[str, dict[str, np.ndarray | int]] = {
@@ -217,15 +226,15 @@ def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Array
 
 
 class BackgroundWriter:
-    """A thread that does calls in the order in which they come, ``limit`` of them waiting at most.
+    """A single background thread with a queue of at most ``limit`` calls, run in order.
 
-    A context; leaving it waits for the call under way and forgets those behind it.
+    A context manager; leaving it waits for the running call and cancels the queued ones.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._waiting: deque[Future[Any]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
+        self._queue: deque[Future[Any]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
 
     def __enter__(self) -> BackgroundWriter:
         return self
@@ -234,12 +243,12 @@ class BackgroundWriter:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Waits while too many are waiting. Raises what an earlier call raised."""
-        while len(self._waiting) >= self._limit or (self._waiting and self._waiting[0].done()):
-            self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(call, *arguments))
+        """Queue a call; blocks while the queue is full. Raises the error of an earlier call."""
+        while len(self._queue) >= self._limit or (self._queue and self._queue[0].done()):
+            self._queue.popleft().result()
+        self._queue.append(self._pool.submit(call, *arguments))
 
     def finish(self) -> None:
-        """Wait for all. Raises what one of them raised."""
-        while self._waiting:
-            self._waiting.popleft().result()
+        """Wait for all calls. Raises the first error of one of them."""
+        while self._queue:
+            self._queue.popleft().result()

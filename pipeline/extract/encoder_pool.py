@@ -1,9 +1,8 @@
-"""Encoder actors, and what they are kept at work on."""
+"""A pool of encoder actors and its tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.log_relay import set_up_worker_logging
@@ -15,7 +14,7 @@ from schemas.store import Manifest, WeightsFile
 
 
 class EncoderActor:
-    """An encoder in a process of its own."""
+    """An encoder in its own process."""
 
     def load(self, config: ExtractConfig, device: str, threads: int) -> Description:
         set_up_worker_logging()
@@ -29,8 +28,8 @@ class EncoderActor:
         return self.encoder.encode_shard(url, manifest, task)
 
 
-class Supervisor:
-    """Encoder actors, and the shards that they still have to make."""
+class EncoderPool(Actors[Description]):
+    """Encoder actors that write the shards and the teacher's tail of one store."""
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class Supervisor:
     ) -> None:
         self.config = config
         device = "cuda" if gpus else "cpu"
-        self.actors: Actors[Description] = Actors(
+        super().__init__(
             actor_class,
             lambda actor: actor.load.remote(config, device, cpus),
             count=actors,
@@ -54,14 +53,11 @@ class Supervisor:
             check_same=_check_same,
         )
 
-    def describe(self) -> Description:
-        """Wait for the first actor to load. Raises its ``UserError``."""
-        return self.actors.describe()
-
     def save_tail(self, url: str) -> WeightsFile | None:
-        """Have a loaded actor write what training needs of the teacher; after ``describe``. Raises
-        its ``UserError``, and one where it failed ``max_attempts`` times."""
-        tail: WeightsFile | None = self.actors.call_one(
+        """Let one actor write the teacher's tail to the store, if the cut has one; call
+        ``describe`` first. Raises the actor's ``UserError``, or one after ``max_attempts``
+        failures."""
+        tail: WeightsFile | None = self.call_one(
             lambda actor: actor.save_tail.remote(url),
             failed="the teacher's weights for training could not be written",
             again="the teacher's weights are written once more",
@@ -71,17 +67,16 @@ class Supervisor:
     def encode(
         self, url: str, manifest: Manifest, tasks: Iterable[ShardTask]
     ) -> Iterable[ShardResult]:
-        """Results as shards are finished. Stops handing out shards after a bad image where the
-        config says so, and finishes those at work. Raises ``UserError`` naming a shard that failed
-        ``max_attempts`` times, with its last error."""
+        """Results in the order in which shards are finished.
+
+        After a bad image and with ``on_bad_image: stop``, no further shard is started and running
+        ones are finished. Raises ``UserError`` that names a shard which failed ``max_attempts``
+        times, with its last error.
+        """
         bad = False
-
-        def begin(actor: Any, task: ShardTask) -> Any:
-            return actor.encode.remote(url, manifest, task)
-
-        results: Iterable[ShardResult] = self.actors.work(
+        results: Iterable[ShardResult] = self.work(
             tasks,
-            begin,
+            lambda actor, task: actor.encode.remote(url, manifest, task),
             name=lambda task: f"shard {task.shard}",
             full_name=lambda task: f"shard {task.shard} (first image '{task.items[0].path}')",
             enough=lambda: bad and self.config.on_bad_image == "stop",
@@ -90,12 +85,9 @@ class Supervisor:
             bad |= bool(result.bad_images)
             yield result
 
-    def close(self) -> None:
-        """End every actor."""
-        self.actors.close()
-
 
 def _check_same(one: Description, other: Description) -> None:
+    """Raises ``UserError`` that names the first difference."""
     if one != other:
         raise UserError(
             "encoder actors differ in weights, device or library versions: "

@@ -1,4 +1,4 @@
-"""Where latents come from: an autoencoder, or files that a data set brings with it."""
+"""Sources of latents: an autoencoder, or latent files of the data set."""
 
 from __future__ import annotations
 
@@ -29,45 +29,48 @@ SD_AUTOENCODERS = ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema")
 
 
 class LatentSource(Protocol):
-    """Gives the latents of the images of a batch."""
+    """Provides the latents of a batch of images."""
 
     def info(self, resolution: int) -> AutoencoderInfo:
-        """What the manifest says. Raises ``UserError``."""
+        """Autoencoder entry of the manifest. Raises ``UserError``."""
 
     def read(self, item: ImageItem) -> np.ndarray:
-        """What is read of one image's latent, in the threads that decode; empty where nothing is.
-        Raises ``BadImageError``."""
+        """Stored latent of one image, empty if the source computes latents; called in the decoding
+        threads. Raises ``BadImageError``."""
 
     def latents(self, stored: Sequence[np.ndarray], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, float32 (B, C, h, w), from what was read and uint8 (B, 3, R, R)."""
+        """Mean and std, float32 (B, C, h, w), from the results of ``read`` and uint8 pixels
+        (B, 3, R, R)."""
 
 
 def open_latents(config: ExtractConfig, device: torch.device) -> LatentSource:
-    """The latents of ``config.dataset``. Raises ``UserError``."""
+    """The latent source of ``config.dataset``. Raises ``UserError``."""
     if config.dataset == "repa":
         return StoredLatents(config)
     return AutoencoderLatents(config, device)
 
 
 class AutoencoderLatents:
-    """Encodes pixels."""
+    """Encodes pixels with an autoencoder."""
 
     def __init__(self, config: ExtractConfig, device: torch.device) -> None:
         self.autoencoder = Autoencoder(config.autoencoder).to(device)
 
     def info(self, resolution: int) -> AutoencoderInfo:
-        """Also a first forward pass, so that what cannot work fails here."""
+        """Runs a first forward pass, so that an unusable autoencoder is reported early."""
         return self.autoencoder.info(resolution)
 
     def read(self, item: ImageItem) -> np.ndarray:
         return np.empty(0, np.float32)
 
     def latents(self, stored: Sequence[np.ndarray], pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.autoencoder.encode(pixels)  # in float32: every run inherits its rounding
+        return self.autoencoder.encode(
+            pixels
+        )  # in float32, because its rounding error is in every run
 
 
 class StoredLatents:
-    """Takes over the latents of `--dataset repa`; ``config.autoencoder`` says what made them, and
+    """Reads the latents of `--dataset repa`; ``config.autoencoder`` names their autoencoder, which
     is not loaded."""
 
     def __init__(self, config: ExtractConfig) -> None:
@@ -89,7 +92,7 @@ class StoredLatents:
         )
 
     def read(self, item: ImageItem) -> np.ndarray:
-        """float32 (2C, h, w), of the same shape for all images."""
+        """float32 (2C, h, w), the same shape for all images. Raises ``BadImageError``."""
         moments = self._parse(item)
         if moments.shape != self.shape:
             raise BadImageError(
@@ -102,8 +105,8 @@ class StoredLatents:
         return mean, std
 
     def _first_shape(self, source: str) -> tuple[int, ...]:
-        """That of the first latent that can be read: damaged ones are not this function's to
-        report."""
+        """Shape of the first readable latent; damaged ones are reported later, as bad images.
+        Raises ``UserError`` if there is none."""
         shown = redact(source)
         problem = f"--source '{shown}': vae-sd/dataset.json does not begin with names of latents"
         for item in first_latents(source):
@@ -127,22 +130,22 @@ class StoredLatents:
         except BadImageError as error:
             raise BadImageError(f"{item.latent}: {error}") from None
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what s3fs makes of a range in an empty object
+            if error.errno != errno.EINVAL:  # s3fs raises it for a range of an empty object
                 raise
             raise BadImageError(f"{item.latent}: is empty") from None
 
 
 def _scaling(name: str) -> tuple[float, float]:
-    """Scaling and shift factor of an autoencoder, from a config on this machine. Nothing is
-    downloaded: a run that needs no network should not fail for want of it."""
+    """Scaling and shift factor of an autoencoder, from a config on this machine: nothing is
+    downloaded, because the extraction does not need the weights. Raises ``UserError``."""
     if name in SD_AUTOENCODERS:
         return SD_SCALING, 0.0
-    place = str(DEMO_AUTOENCODER) if name == "demo" else name
+    folder = str(DEMO_AUTOENCODER) if name == "demo" else name
     try:
-        config = diffusers.AutoencoderKL.load_config(place, local_files_only=True)
+        config = diffusers.AutoencoderKL.load_config(folder, local_files_only=True)
     except (OSError, ValueError):
         raise UserError(
-            f"--autoencoder '{name}': is no folder with a diffusers config.json, which would tell "
+            f"--autoencoder '{name}': is not a folder with a diffusers config.json, which has "
             "the scaling factor of the latents in --source; name the autoencoder that made them"
         ) from None
     if config.get("_class_name") != "AutoencoderKL":

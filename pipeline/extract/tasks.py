@@ -1,4 +1,4 @@
-"""An extraction as a list of shards, each a task of its own."""
+"""An extraction as a list of tasks, one for each shard, and the manifest of its store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from schemas.store import (
 
 
 class ShardTask(NamedTuple):
-    """One shard: a run of consecutive images."""
+    """One shard: consecutive images of the listing."""
 
     shard: int
     items: tuple[ImageItem, ...]
@@ -32,16 +32,16 @@ class ShardTask(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What an encoder is; encoders that work on one store must agree in all of it."""
+    """Models and arithmetic of an encoder; all encoders of one store must have equal ones."""
 
     teacher: TeacherInfo
     autoencoder: AutoencoderInfo | None
-    """None where only a teacher stream is added."""
+    """None if only a teacher stream is added."""
     compute: ComputeInfo
 
 
 def make_tasks(listing: Listing, shard_size: int) -> list[ShardTask]:
-    """Images cut into shards by position."""
+    """Shards of ``shard_size`` consecutive images; the last may have fewer."""
     items = listing.items
     return [
         ShardTask(number, tuple(items[start : start + shard_size]))
@@ -50,19 +50,19 @@ def make_tasks(listing: Listing, shard_size: int) -> list[ShardTask]:
 
 
 def stream_name(config: ExtractConfig) -> str:
-    """The teacher stream that an extraction writes: the first one is called after its cut."""
+    """Name of the teacher stream of an extraction: that of --add-stream, else the cut."""
     return config.add_stream or config.cut
 
 
-def make_manifest(config: ExtractConfig, listing: Listing, about: Description) -> Manifest:
-    """What the store of this extraction will be, but for the teacher's tail."""
+def make_manifest(config: ExtractConfig, listing: Listing, description: Description) -> Manifest:
+    """Manifest of this extraction's store, without the teacher's tail."""
     samples = len(listing.items)
-    assert about.autoencoder is not None
-    latent = Column(shape=about.autoencoder.latent_shape, codec="float16")
+    assert description.autoencoder is not None
+    latent = Column(shape=description.autoencoder.latent_shape, codec="float16")
     latents = LatentsStream(
         kind="latents",
         columns={"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
-        compute=about.compute,
+        compute=description.compute,
     )
     source = None if config.source is None else redact(absolute_url(config.source))
     return Manifest(
@@ -77,18 +77,18 @@ def make_manifest(config: ExtractConfig, listing: Listing, about: Description) -
             order_seed=config.order_seed,
         ),
         resolution=config.resolution,
-        autoencoder=about.autoencoder,
-        streams={"latents": latents, stream_name(config): make_stream(config, about)},
+        autoencoder=description.autoencoder,
+        streams={"latents": latents, stream_name(config): make_stream(config, description)},
         shard_size=config.shard_size,
         num_shards=-(-samples // config.shard_size),
     )
 
 
-def make_stream(config: ExtractConfig, about: Description) -> TeacherStream:
-    """The teacher stream of this extraction, but for its tail."""
+def make_stream(config: ExtractConfig, description: Description) -> TeacherStream:
+    """Teacher stream of this extraction, without its tail."""
     columns = cut_columns(
         config.cut,
-        about.teacher,
+        description.teacher,
         config.resolution,
         config.codec,
         config.column_codecs,
@@ -98,13 +98,13 @@ def make_stream(config: ExtractConfig, about: Description) -> TeacherStream:
         kind="teacher",
         cut=config.cut,
         columns=columns,
-        teacher=about.teacher,
-        compute=about.compute,
+        teacher=description.teacher,
+        compute=description.compute,
         added=config.add_stream is not None,
     )
 
 
 def with_tail(manifest: Manifest, name: str, tail: WeightsFile | None) -> Manifest:
-    """The manifest once the weights of a stream's tail lie in the store."""
+    """The manifest with the weights file of a stream's tail."""
     stream = manifest.streams[name].model_copy(update={"tail": tail})
     return manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})

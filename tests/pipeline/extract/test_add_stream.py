@@ -1,4 +1,4 @@
-"""A teacher stream that comes to a store which has others."""
+"""Adding a teacher stream to a store that has others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("two_cpus")
 
 
 def added(base: ExtractConfig, **options: Any) -> ExtractConfig:
-    """Only what is new is said: the rest is the store's."""
+    """Only new options are given; the others come from the store."""
     teacher = {**base.teacher.model_dump(), **options.pop("teacher", {})}
     values = {"store": base.store, "add_stream": "second", "cut": "activations", **options}
     return ExtractConfig.model_validate(
@@ -139,7 +139,7 @@ def test_skipped_images_are_skipped_in_every_stream(images: Path, tmp_path: Path
     whole = victim.read_bytes()
     victim.write_bytes(b"no picture")
     extract(base)
-    victim.write_bytes(whole)  # mended too late for the latents
+    victim.write_bytes(whole)  # repaired too late for the latents
     extract(added(base))
     store = Store.open(str(tmp_path / "store"))
     assert sum(store.record(s, "second").samples for s in range(4)) == 11

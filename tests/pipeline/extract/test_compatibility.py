@@ -1,4 +1,4 @@
-"""What an extraction is told when its options are not those of the store that is there."""
+"""Errors of an extraction whose options differ from those of the existing store."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_the_setting_that_differs_is_named(
     reason: str,
 ) -> None:
     store = encode(tmp_path_factory.mktemp("request"), samples=2, codec="faithful")
-    asked = {**digits_config.model_dump(), "codec": "faithful", "shard_size": 8, "batch_size": 8}
-    config = ExtractConfig.model_validate(merge(asked, options))
+    values = {**digits_config.model_dump(), "codec": "faithful", "shard_size": 8, "batch_size": 8}
+    config = ExtractConfig.model_validate(merge(values, options))
     listing = Listing(digits_listing.items[:2], digits_listing.num_classes)
     with pytest.raises(UserError, match=f"was made with {reason}: use another --store"):
         check_request(config, listing, Store.open(store.url))
-    check_request(ExtractConfig.model_validate(asked), listing, Store.open(store.url))
+    check_request(ExtractConfig.model_validate(values), listing, Store.open(store.url))

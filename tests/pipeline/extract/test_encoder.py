@@ -24,7 +24,7 @@ from tests.helpers import all_files
 Encode = Callable[..., tuple[Store, ShardResult]]
 
 BAD = {3: b"no image", 7: b"\x89PNG\r\n\x1a\n" + bytes(40)}
-"""Rows of the first shard, in two of its batches of 4, and what is found there."""
+"""Rows of the first shard, in two of its batches of 4, and their damaged bytes."""
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def encode(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Encode:
-    """Encodes the first shard anew, with some images replaced."""
+    """Encodes the first shard again, with some images replaced."""
 
     def run(
         replaced: dict[int, bytes | OSError], on_bad_image: str, name: str = "store"

@@ -16,7 +16,7 @@ from pipeline.cli.options import parse_options
 from pipeline.datasets import list_images
 from pipeline.distributed import actor_pool as actors_module
 from pipeline.distributed.ray_cluster import SilenceWarning
-from pipeline.extract.encoder_pool import EncoderActor, ShardResult, Supervisor
+from pipeline.extract.encoder_pool import EncoderActor, EncoderPool, ShardResult
 from pipeline.extract.job import extract
 from pipeline.extract.tasks import ShardTask, make_manifest, make_tasks
 from pipeline.inspect.check import check_configs
@@ -109,27 +109,27 @@ class AlwaysDiesOverWeights(EncoderActor):
         os._exit(1)
 
 
-def supervise(config: ExtractConfig, actor_class: type[EncoderActor]) -> list[ShardResult]:
-    supervisor = Supervisor(config, actors=2, cpus=1, gpus=0, actor_class=actor_class)
+def encode_with(config: ExtractConfig, actor_class: type[EncoderActor]) -> list[ShardResult]:
+    pool = EncoderPool(config, actors=2, cpus=1, gpus=0, actor_class=actor_class)
     try:
-        description = supervisor.describe()
+        description = pool.describe()
         listing = list_images(config)
         manifest = make_manifest(config, listing, description)
         assert config.store is not None
         store = Store.create(config.store, manifest)
         tasks = make_tasks(listing, config.shard_size)
-        results = list(supervisor.encode(store.url, manifest, tasks))
+        results = list(pool.encode(store.url, manifest, tasks))
         store.finish()
         return results
     finally:
-        supervisor.close()
+        pool.close()
 
 
 def test_a_dead_actors_shard_is_made_by_another(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a").mkdir()
-    results = supervise(demo_like(images, tmp_path / "a" / "store"), DiesOnce)
+    results = encode_with(demo_like(images, tmp_path / "a" / "store"), DiesOnce)
     assert sorted(result.shard for result in results) == [0, 1, 2, 3]
     assert any("shard 1 goes back to the queue" in line for line in caplog.messages)
     extract(demo_like(images, tmp_path / "undisturbed"))
@@ -139,7 +139,7 @@ def test_a_dead_actors_shard_is_made_by_another(
 def test_a_shard_that_kills_every_actor_is_named(images: Path, tmp_path: Path) -> None:
     config = demo_like(images, tmp_path / "store", max_attempts=2)
     with pytest.raises(UserError, match=r"shard 1 \(first image 'class\d/\d+\.png'\) failed 2"):
-        supervise(config, AlwaysDies)
+        encode_with(config, AlwaysDies)
 
 
 def test_a_shard_that_takes_long_is_told_of(
@@ -149,7 +149,7 @@ def test_a_shard_that_takes_long_is_told_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(actors_module, "SilenceWarning", lambda: SilenceWarning(seconds=0.01))
-    supervise(demo_like(images, tmp_path / "store"), Slow)
+    encode_with(demo_like(images, tmp_path / "store"), Slow)
     assert "shard 1 has been with an actor for 0 minutes" in caplog.messages
 
 
@@ -164,13 +164,13 @@ def test_silence_is_told_of_whenever_it_has_doubled(monkeypatch: pytest.MonkeyPa
 
 
 def save_tail(config: ExtractConfig, actor_class: type[EncoderActor]) -> WeightsFile | None:
-    supervisor = Supervisor(config, actors=1, cpus=1, gpus=0, actor_class=actor_class)
+    pool = EncoderPool(config, actors=1, cpus=1, gpus=0, actor_class=actor_class)
     try:
-        supervisor.describe()
+        pool.describe()
         assert config.store is not None
-        return supervisor.save_tail(config.store)
+        return pool.save_tail(config.store)
     finally:
-        supervisor.close()
+        pool.close()
 
 
 def test_an_actor_that_dies_while_it_writes_weights_is_replaced(

@@ -1,4 +1,4 @@
-"""Latents that a data set brings with it, through an encoder without an autoencoder."""
+"""Latent files of a data set, encoded without an autoencoder."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ DAMAGE: dict[str, bytes] = {
     "its header promises": npy(np.zeros((8, 8, 8), np.float32)).replace(b"8, 8, 8", b"8,8888,8"),
     "is larger than": bytes(1 << 20),
     "not finite": npy(np.full((8, 8, 8), np.nan, np.float32)),
-    "no standard deviations": npy(np.full((8, 8, 8), -1, np.float32)),
+    "not standard deviations": npy(np.full((8, 8, 8), -1, np.float32)),
     r"has shape \(8, 4, 4\); the first latent has \(8, 8, 8\)": npy(np.zeros((8, 4, 4), "f4")),
 }
 
 
 def config_of(dataset: str, source: Path, store: Path, **overrides: object) -> ExtractConfig:
-    """The demo's small networks, batches that do not divide a shard."""
+    """The demo's small networks, with a batch size that does not divide the shard size."""
     values = {
         "dataset": dataset,
         "source": str(source),
@@ -118,7 +118,7 @@ def test_the_store_is_that_of_the_same_images_with_the_latents_of_the_files(
     originals = tmp_path / "tree"
     make_tree(originals, request)
     source = originals / "train" if (originals / "train").is_dir() else originals
-    items = list_class_folders(str(source)).items  # sorted, as `convert` numbers them
+    items = list_class_folders(str(source)).items  # sorted, in the order of `convert`'s numbers
     crops = [decode_crop((source / item.path).read_bytes(), SIZE) for item in items]
     pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
     moments = torch.cat(Autoencoder("demo").encode(pixels), 1).numpy()
@@ -164,7 +164,7 @@ def test_a_damaged_latent_is_a_bad_image(tmp_path: Path, complaint: str) -> None
 @pytest.mark.usefixtures("no_autoencoder")
 def test_missing_files_and_other_sizes_are_bad_images(tmp_path: Path) -> None:
     source = random_repa(tmp_path / "data")
-    (source / "vae-sd" / latent_name(0)).unlink()  # also the first that is looked at
+    (source / "vae-sd" / latent_name(0)).unlink()  # also the first one read
     (source / "images" / image_name(2)).unlink()
     Image.new("RGB", (64, 64)).save(source / "images" / image_name(4))
     store, (result,) = run(config_of("repa", source, tmp_path / "store", on_bad_image="skip"))
@@ -172,8 +172,8 @@ def test_missing_files_and_other_sizes_are_bad_images(tmp_path: Path) -> None:
     assert errors == {
         f"images/{image_name(0)}": f"vae-sd/{latent_name(0)}: No such file or directory",
         f"images/{image_name(2)}": "No such file or directory",
-        f"images/{image_name(4)}": "64x64 pixels; its latent is of these pixels, so it must be "
-        "32x32 or --resolution another",
+        f"images/{image_name(4)}": "64x64 pixels; its latent is of these pixels: expected "
+        "32x32, or another --resolution",
     }
     assert len(contents(store)[0]) == 3
 
@@ -245,7 +245,7 @@ def test_scaling_is_known_without_the_network(
     text = '{"_class_name": "AutoencoderKL", "scaling_factor": 0.5, "shift_factor": 0.25}'
     (folder / "config.json").write_text(text)
     assert (stored(str(folder)).scaling_factor, stored(str(folder)).shift_factor) == (0.5, 0.25)
-    with pytest.raises(UserError, match="--autoencoder 'some/vae' is neither a folder with"):
+    with pytest.raises(UserError, match="--autoencoder 'some/vae': is not a folder with"):
         stored("some/vae")
     (folder / "config.json").write_text(text.replace("KL", "Tiny"))
     with pytest.raises(UserError, match="is of class AutoencoderTiny; latents with mean and std"):

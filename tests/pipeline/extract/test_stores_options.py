@@ -1,4 +1,4 @@
-"""What a stream that is added takes from the store, and what from the command line."""
+"""Options of an added stream: from the store and from the command line."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ OWN = TeacherConfig(
     image_size=64,
     model_args=ARGUMENTS,
 )
-"""The store's teacher: not the demo's."""
+"""The store's teacher, which is not the demo's."""
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Digits, in shards of another size than the demo's preset has."""
+    """Digits, with another shard size than the demo's preset."""
     store = make_random_store(tmp_path / "store", samples=6, shard_size=3)
 
     def change(values: dict[str, Any]) -> None:
@@ -39,8 +39,8 @@ def store(tmp_path: Path) -> Store:
     return Store.open(store.url)
 
 
-def asked(store: Store, *argv: str) -> ExtractConfig:
-    """What `python -m pipeline.extract` makes of these options."""
+def options_of(store: Store, *argv: str) -> ExtractConfig:
+    """Options of `python -m pipeline.extract --add-stream second` with ``argv``."""
     config = parse_options(
         ExtractConfig,
         ["--store", store.url, "--add-stream", "second", *argv],
@@ -53,8 +53,10 @@ def asked(store: Store, *argv: str) -> ExtractConfig:
 
 
 @pytest.mark.parametrize("argv", [(), ("--dataset", "demo")])
-def test_what_is_not_said_is_the_stores(store: Store, argv: tuple[str, ...]) -> None:
-    config = asked(store, *argv)
+def test_options_that_are_not_given_come_from_the_store(
+    store: Store, argv: tuple[str, ...]
+) -> None:
+    config = options_of(store, *argv)
     assert (config.dataset, config.resolution, config.shard_size) == ("demo", 64, 3)
     assert (config.teacher, config.cut) == (OWN, "maps")
     assert config.layers == store.manifest.teacher_stream()[1].teacher.layers
@@ -62,29 +64,31 @@ def test_what_is_not_said_is_the_stores(store: Store, argv: tuple[str, ...]) -> 
 
 def test_an_imagenet_store_has_imagenets_cut_and_its_own_teacher(store: Store) -> None:
     edit_json(Path(store.root, "manifest.json"), lambda v: v["dataset"].update(name="imagenet"))
-    config = asked(Store.open(store.url))
+    config = options_of(Store.open(store.url))
     assert (config.dataset, config.cut, config.teacher) == ("imagenet", "activations", OWN)
 
 
 def test_single_options_change_the_stores_teacher(store: Store) -> None:
-    config = asked(store, "--teacher.weights", "random", "--teacher.seed", "5", "--layers", "0")
+    config = options_of(
+        store, "--teacher.weights", "random", "--teacher.seed", "5", "--layers", "0"
+    )
     assert config.teacher == OWN.model_copy(update={"weights": "random", "seed": 5})
     assert config.layers == (0,)
 
 
-def test_another_model_has_nothing_of_the_stores_teacher(store: Store) -> None:
+def test_another_model_takes_no_option_of_the_stores_teacher(store: Store) -> None:
     model = "vit_base_patch16_clip_quickgelu_224.openai"
-    assert asked(store, "--teacher.model", model).teacher == TeacherConfig(model=model)
+    assert options_of(store, "--teacher.model", model).teacher == TeacherConfig(model=model)
 
 
-def test_a_stream_that_was_begun_is_completed_with_its_own_teacher(store: Store) -> None:
+def test_an_incomplete_stream_is_completed_with_its_own_teacher(store: Store) -> None:
     store = add_random_stream(store, "second", layers=(0, 3))
 
     def change(values: dict[str, Any]) -> None:
         values["streams"]["second"]["teacher"]["seed"] = 9
 
     edit_json(Path(store.root, "manifest.json"), change)
-    config = asked(Store.open(store.url))
+    config = options_of(Store.open(store.url))
     assert (config.teacher.seed, config.layers) == (9, (0, 3))
 
 
@@ -96,14 +100,14 @@ def test_a_stream_that_was_begun_is_completed_with_its_own_teacher(store: Store)
         (("--resolution", "32"), "was made with resolution 64, not 32"),
     ],
 )
-def test_what_is_said_must_be_the_stores(
+def test_given_options_must_agree_with_the_store(
     store: Store, argv: tuple[str, ...], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
-        asked(store, *argv)
+        options_of(store, *argv)
 
 
 def test_a_store_of_an_unknown_data_set_is_one_line(store: Store) -> None:
     edit_json(Path(store.root, "manifest.json"), lambda v: v["dataset"].update(name="x"))
     with pytest.raises(UserError, match=r"dataset.*: Input should be"):
-        asked(Store.open(store.url))
+        options_of(Store.open(store.url))
