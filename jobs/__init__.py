@@ -1,1 +1,1 @@
-"""What is submitted to a Ray cluster."""
+"""Entry points of the pipeline's commands and Ray jobs."""

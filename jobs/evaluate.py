@@ -17,7 +17,6 @@ from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.evaluate.evaluator import evaluate
 from pipeline.precision import choose_device
-from pipeline.runs.provenance import check_samples_are_of
 from pipeline.storage.files import redact
 from schemas.evaluate import EvaluateConfig, Evaluation
 
@@ -30,19 +29,19 @@ def main(argv: list[str]) -> int:
         about="Compare generated images with real ones: FID, sFID, Inception score, precision, "
         "recall, FD-DINOv2.",
     )
-    found = evaluate(config, choose_device(config.device), check_origin=check_samples_are_of)
-    if found is not None:
-        print(found.model_dump_json() if config.as_json else _table(found))
+    evaluation = evaluate(config, choose_device(config.device))
+    if evaluation is not None:
+        print(evaluation.model_dump_json() if config.as_json else _table(evaluation))
     elif config.as_json:
         print(json.dumps({"save_reference": redact(str(config.save_reference))}))
     return 0
 
 
-def _table(found: Evaluation) -> str:
+def _table(evaluation: Evaluation) -> str:
     lines = []
-    for name, value in found.model_dump().items():
-        shown = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
-        lines.append(f"{name:<16} {shown}")
+    for name, value in evaluation.model_dump().items():
+        text = "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+        lines.append(f"{name:<16} {text}")
     return "\n".join(lines)
 
 

@@ -29,12 +29,15 @@ def main(argv: list[str]) -> int:
     if config.out is None:
         raise UserError("--out is missing: the .pt file to write")
     if "://" in config.out:
-        raise UserError(f"--out '{config.out}': name a file of this machine, not a URL")
-    place = find_checkpoint(config.checkpoint)
-    if is_weights_file(Path(place)):
-        raise UserError(f"--checkpoint '{config.checkpoint}' is such a file already")
+        raise UserError(f"--out '{config.out}': name a local file, not a URL")
+    checkpoint = find_checkpoint(config.checkpoint)
+    if is_weights_file(Path(checkpoint)):
+        raise UserError(
+            f"--checkpoint '{config.checkpoint}' is already a .pt file: name a run or one of its "
+            "checkpoints"
+        )
     out = Path(config.out).expanduser()
-    with local_copy(place, weights=None) as folder:
+    with local_copy(checkpoint, weights=None) as folder:
         export_checkpoint(folder, out)
     print(out)
     return 0

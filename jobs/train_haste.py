@@ -9,6 +9,7 @@ With --plan, it only says what every cut of the teacher would cost this run (--p
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from pipeline.train.ray_trainer import fit
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
+logger = logging.getLogger("jobs.train_haste")
+
 
 def main(argv: list[str]) -> int:
     if wants_plan(argv):
@@ -46,16 +49,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def train_run(config: RunConfig) -> dict[str, Any]:
-    """Check what can be checked without workers, then train. Returns the run's summary."""
-    if config.store is None:
-        raise UserError("--store is missing: the folder or URL of the store to train on")
-    config = with_absolute_paths(
+def for_workers(config: RunConfig) -> RunConfig:
+    """The config with absolute local paths, because Ray workers run in another folder."""
+    return with_absolute_paths(
         config,
         ["store", "samples.evaluate.reference"],
         folders=["samples.autoencoder"],
         weights=["samples.evaluate.network_weights", "samples.evaluate.inception_weights"],
     )
+
+
+def train_run(config: RunConfig) -> dict[str, Any]:
+    """Check what can be checked without workers, then train. Returns the run's summary."""
+    if config.store is None:
+        raise UserError("--store is missing: the folder or URL of the store to train on")
+    config = for_workers(config)
     store = Store.open(config.store)
     run = RunFolder(config)
     state = latest_state(run.checkpoints)
@@ -67,8 +75,8 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     store.require_complete(*streams)
     if state is not None:
         done = run.summary() if state.step >= config.steps and run.has_summary else {}
-        if done.get("steps", 0) >= config.steps:  # else it is of fewer, from before
-            print(f"run '{config.name}' already has its {state.step} steps", file=sys.stderr)
+        if done.get("steps", 0) >= config.steps:  # else it is of a shorter run
+            logger.info("run '%s' already has its %d steps", config.name, state.step)
             return done
     with ray_cluster(config.ray_address):
         fit(config)

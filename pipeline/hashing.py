@@ -19,6 +19,6 @@ def sha256_of_arrays(items: Any) -> str:
 
 
 def sha256_of_module(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers, on whichever device they are."""
+    """SHA-256 of a module's parameters and buffers, on any device."""
     tensors = sorted(module.state_dict().items())
     return sha256_of_arrays((name, tensor.cpu().numpy()) for name, tensor in tensors)

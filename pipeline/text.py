@@ -1,10 +1,10 @@
-"""Numbers and long texts made short for people."""
+"""Short forms of numbers and long texts for display."""
 
 from __future__ import annotations
 
 
 def describe_bytes(count: float) -> str:
-    """Three digits and a unit."""
+    """A number of bytes with three digits and a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -13,11 +13,11 @@ def describe_bytes(count: float) -> str:
 
 
 MAX_TEXT = 300
-"""Characters of one text: whoever wrote a run's files does not decide how long the page gets."""
+"""Characters of a displayed text, because files of a run may contain longer ones."""
 
 
 def shortened(text: str, length: int = MAX_TEXT) -> str:
-    """Both ends of a long text, as names tell themselves apart by either."""
+    """Both ends of a long text, because names may differ at either end."""
     if len(text) <= length:
         return text
     end = (length - 1) // 2
@@ -25,7 +25,7 @@ def shortened(text: str, length: int = MAX_TEXT) -> str:
 
 
 def short_number(value: float) -> str:
-    """120000 as 120k; small numbers with as many digits as they need."""
+    """A number with up to four digits and a unit: 120000 as 120k."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
@@ -33,7 +33,7 @@ def short_number(value: float) -> str:
 
 
 def short_value(value: object, length: int = 80) -> str:
-    """A value of a manifest or of options in an error: at most ``length`` characters of it."""
+    """A value of a manifest or an option for error messages, at most ``length`` characters."""
     if value is None or value == ():
         return "none"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

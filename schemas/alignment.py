@@ -1,10 +1,10 @@
-"""How the student is aligned, and when that ends."""
+"""Options of the alignment and of its termination."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from schemas.base import Strict
 from schemas.fields import Layers, Name
@@ -29,29 +29,29 @@ class GradientCosine(Strict):
     dry: bool = False
     """Only log when the trigger would have terminated."""
     start: Annotated[int, Field(ge=0)] = 50_000
-    """First step at which the trigger looks."""
+    """First step at which the trigger is evaluated."""
     every: Annotated[int, Field(ge=1)] = 10_000
-    """Steps between two looks."""
+    """Steps between two evaluations of the trigger."""
     samples: Annotated[int, Field(ge=1)] = 2048
-    """gradient_cosine: samples of one look."""
+    """gradient_cosine: samples of one evaluation."""
     times: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.02, 0.1, 0.5, 0.8)
-    """gradient_cosine: noise times; the mean of their cosines decides."""
+    """gradient_cosine: diffusion times; the mean of their cosines is compared."""
     threshold: Annotated[float, Field(ge=-1, le=1)] = -0.05
     """gradient_cosine: terminate when the mean cosine is below this."""
 
 
 class ResidualPlateau(Strict):
-    """Terminate when the alignment residual has stopped falling: its fast and slow moving averages,
-    which take in every step, agree."""
+    """Terminate when the fast and slow moving averages of the alignment residual, updated at every
+    step, agree: it has stopped falling."""
 
     kind: Literal["residual_plateau"]
     """The trigger: 'fixed', 'gradient_cosine' or 'residual_plateau'."""
     dry: bool = False
     """Only log when the trigger would have terminated."""
     start: Annotated[int, Field(ge=0)] = 50_000
-    """First step at which the trigger looks."""
+    """First step at which the trigger is evaluated."""
     every: Annotated[int, Field(ge=1)] = 100
-    """Steps between two looks."""
+    """Steps between two evaluations of the trigger."""
     fast: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """residual_plateau: decay of the fast average."""
     slow: Annotated[float, Field(gt=0, lt=1)] = 0.99995
@@ -63,8 +63,13 @@ class ResidualPlateau(Strict):
 TerminationConfig = FixedStep | GradientCosine | ResidualPlateau
 
 
+def _with_kind(value: Any) -> Any:
+    """The default kind, because a discriminated union ignores the default of its key."""
+    return {"kind": "fixed", **value} if isinstance(value, dict) else value
+
+
 class AlignmentConfig(Strict):
-    """The alignment losses (HASTE sections 2.1 and 2.3). Both weights 0 is a vanilla run."""
+    """The alignment losses (HASTE sections 2.1 and 2.3). Both weights 0: a vanilla run."""
 
     feature_weight: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the feature loss; 0 switches it off."""
@@ -75,17 +80,20 @@ class AlignmentConfig(Strict):
     student_layers: Layers = (4, 5, 6, 7)
     """Student blocks whose attention is aligned, 0-based."""
     teacher_layers: Layers = (8, 9, 10, 11)
-    """The teacher layer that each of them follows, 0-based."""
+    """The teacher layer that each student layer is aligned to, 0-based."""
     projector_width: Annotated[int, Field(ge=1)] = 2048
-    """Hidden width of the projector."""
+    """Hidden width of the projector MLP."""
     stream: Name | None = None
-    """The store's teacher stream to follow, where it holds several."""
-    termination: Annotated[TerminationConfig, Field(discriminator="kind")] | None = None
-    """When the alignment ends; none keeps it to the end."""
+    """Teacher stream to align to, where the store holds several."""
+    termination: (
+        Annotated[TerminationConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)]
+        | None
+    ) = None
+    """When the alignment ends; none: it lasts for the whole run."""
 
     @property
     def active(self) -> bool:
-        """Whether a teacher is needed at all."""
+        """True if the run needs a teacher."""
         return bool(self.feature_weight or self.attention_weight)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The base of every model here: unknown keys are errors, values cannot change under one's feet."""
+"""The base class of all schemas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """Immutable, no extra keys; the docstring below a field is its help text."""
+    """Immutable, unknown keys are errors; the docstring below a field is its help text."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True

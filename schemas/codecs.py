@@ -1,4 +1,4 @@
-"""Names of the ways in which a tensor's numbers can be stored."""
+"""Names of codecs, of sets of codecs and of lossless compression."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def _codec_name(name: str) -> str:
     if re.fullmatch(_CODEC[1:-1], name) is None:
         raise PydanticCustomError(
             "codec_name",
-            "'{name}' is no codec: there are float32, float16, bfloat16, int64, uint8, int8, "
-            "int8_group64, int8_outliers16, int8_centred and cbrt8, and with a fineness of 1 to "
-            "999 behind the name tokens, rms and heads (tokens28), of 1 to 9999 sqrt (sqrt510)",
+            "'{name}' is not a codec: there are float32, float16, bfloat16, int64, uint8, int8, "
+            "int8_group64, int8_outliers16, int8_centred and cbrt8; tokens, rms and heads followed "
+            "by 1 to 999 levels per RMS (tokens28); sqrt followed by 1 to 9999 levels (sqrt510)",
             {"name": name[:60]},
         )
     return name
@@ -29,10 +29,11 @@ def _codec_name(name: str) -> str:
 CodecName = Annotated[
     str, AfterValidator(_codec_name), WithJsonSchema({"type": "string", "pattern": _CODEC})
 ]
-"""See ``pipeline.store.codecs`` for what each one keeps. A number behind a name is its fineness."""
+"""Name of a codec of ``pipeline.store.codecs``. A number after tokens, rms or heads is its levels
+per RMS, after sqrt its levels per unit."""
 
 Lossless = Literal["none", "zstd", "blosc"]
-"""'zstd' entropy-codes integers; 'blosc' shuffles bits before that, for floats."""
+"""'zstd' entropy-codes integers; 'blosc' shuffles bits first, for floats."""
 
 CodecSet = Literal["faithful", "small", "int8", "bfloat16", "float16", "float32"]
-"""A codec for each tensor of a cut; ``pipeline.targets.cuts`` says which."""
+"""A codec for each tensor of a cut, listed in ``pipeline.targets.cuts.CODEC_SETS``."""

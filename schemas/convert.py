@@ -1,4 +1,4 @@
-"""The options of ``python -m pipeline.store convert``."""
+"""Options of ``python -m pipeline.convert``."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from schemas.fields import Name, RisingLayers
 
 
 class ConvertConfig(Strict):
-    """What to make of a store. What is not said stays as it is there."""
+    """The conversion of a store. Properties without an option stay as they are in the source."""
 
     source: str | None = None
-    """Folder or URL of the store that is there. It must be complete."""
+    """Folder or URL of the store to convert. It must be complete."""
     target: str | None = None
     """Folder or URL of the store to make or complete."""
     format: Format | None = None
-    """How a shard is written: a tar for each stream, or a zarr v3 shard for each array. The arrays
-    stay the same bit for bit."""
+    """Format of a shard: a tar per stream, or a zarr v3 shard per array. The arrays stay
+    bit-identical."""
     codec: CodecSet | None = None
-    """How the teacher's tensors are stored, as for extract: no finer than they are there, except
-    that floats may become other floats. Crops, latents and labels are always copied. Default: as
-    the source has them; tensors that it lacks, as its others, and 'faithful' where they come from
+    """Codecs of the teacher's tensors, as for extract. They cannot be finer than the source's,
+    except that a float type may become another one. Crops, latents and labels are always copied.
+    Default: the source's codecs, also for new tensors; 'faithful' for tensors computed from
     crops."""
     column_codecs: dict[Name, CodecName] = Field(default={})
-    """Another codec for single tensors, for instance --column-codecs.features rms12."""
+    """Codecs of single tensors, for instance --column-codecs.features rms12."""
     compress: bool | None = None
-    """Compress losslessly where it pays."""
+    """Compress losslessly where that saves space. Default: as the source."""
     cut: Cut | None = None
-    """A later cut of the teacher: 'maps' can be made of 'qk', both of 'activations', and all of
-    'image'. The teacher's tail that the source carries is run where that is needed. A stream that
-    is called after its cut is called after the new one."""
+    """A later cut of the teacher: 'maps' can be computed from 'qk', both from 'activations', and
+    all from 'image'. The teacher's tail in the source is run where that is needed. A stream named
+    after its cut is named after the new one."""
     layers: RisingLayers | None = None
-    """Teacher layers whose attention is kept, 0-based: some of the source's, or any that its tail
-    holds. With the cut 'activations' a later first layer moves the cut."""
+    """Teacher layers whose attention is stored, 0-based: a subset of the source's, or any in its
+    tail. With the cut 'activations' a later first layer moves the cut."""
     stream: Name | None = None
-    """The one teacher stream to convert; the target has the latents and this stream, not the
-    others. Default: all of them, with the same options."""
+    """The only teacher stream to convert; the target then holds the latents and this stream.
+    Default: all of them, with the same options."""
     workers: Annotated[int, Field(ge=1, le=256)] | None = None
-    """Shards at work at a time, each in a thread that holds a batch in memory (with zarr a shard);
-    numbers do not depend on it. Default: one per CPU, 8 at most."""
+    """Shards converted at the same time, each in a thread that holds a batch in memory (with zarr a
+    shard). It does not change the result. Default: one per CPU, at most 8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where numbers are computed anew; 'auto' is the GPU where there is one. The manifest tells,
-    and a conversion is completed on the same."""
+    """Device for tensors that are computed anew; 'auto' is the GPU if there is one. It is written
+    to the manifest, and a conversion must be completed on the same type of device."""

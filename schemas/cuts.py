@@ -1,4 +1,4 @@
-"""The tensors that each cut keeps of one image: their shapes follow from the teacher's."""
+"""Tensors that each cut stores for one image, and their shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from schemas.extract import Cut
 
 
 class TeacherShape(Protocol):
-    """What the sizes of a cut follow from; a manifest's ``TeacherInfo`` has it."""
+    """Sizes of the teacher that determine those of a cut, as in a manifest's ``TeacherInfo``."""
 
     @property
     def grid(self) -> tuple[int, int]: ...
@@ -25,7 +25,7 @@ class TeacherShape(Protocol):
 
 
 def cut_shapes(cut: Cut, teacher: TeacherShape, resolution: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor that a cut keeps of one image, in the order of its columns."""
+    """The shape of each tensor that a cut stores for one image, in the order of its columns."""
     if cut == "image":
         return {"crop": (resolution, resolution, 3)}
     tokens = teacher.grid[0] * teacher.grid[1]

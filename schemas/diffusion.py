@@ -1,4 +1,4 @@
-"""How noise and data are mixed in training, and how samples are drawn."""
+"""Options of the denoising objective and of the samplers."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from schemas.base import Strict
 Path = Literal["linear", "cosine"]
 
 DDPM_STEPS = 1000
-"""Steps of the chain that DiT is trained on."""
+"""Timesteps of the diffusion that DiT is trained on."""
 
 
 class DiffusionConfig(Strict):
     """The denoising objective."""
 
     path: Path = "linear"
-    """SiT: the interpolant between data and noise. DiT has its own schedule."""
+    """SiT: the interpolant between data and noise. DiT has its own noise schedule."""
     label_drop: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of samples trained without their class, for classifier-free guidance."""
+    """Probability of training a sample without its class, for classifier-free guidance."""
 
 
 class SamplerConfig(Strict):
-    """How images are drawn from a trained student."""
+    """Sampling of images from a trained student."""
 
     method: Literal["sde", "ode", "ode_heun", "ddpm"] = "sde"
     """SiT: Euler-Maruyama on the reverse SDE, or Euler or Heun on the probability-flow ODE. DiT:
     'ddpm', ancestral sampling with the learned variance."""
     steps: Annotated[int, Field(ge=1)] = 250
-    """Network evaluations (twice as many with Heun); 'ddpm' takes so many of its 1000 steps."""
+    """Sampling steps: one network evaluation each, two with Heun; for 'ddpm' at most 1000."""
     guidance: Annotated[float, Field(ge=1)] = 1.0
-    """Classifier-free guidance scale; 1 is none."""
+    """Classifier-free guidance scale; 1: no guidance."""
     guidance_low: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Guidance is applied at times t in [low, high] only."""
+    """Lowest time t at which guidance is applied."""
     guidance_high: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """See guidance_low."""
+    """Highest time t at which guidance is applied."""
     seed: int = 0
-    """Seed of the starting noise and of the steps'."""
+    """Seed of the initial noise and of the noise of the steps."""
 
     @property
     def in_force(self) -> SamplerConfig:
-        """Without an interval where there is no guidance: samplers that draw alike are equal."""
+        """A copy with the default interval if there is no guidance, so that samplers that give the
+        same images are equal."""
         if self.guidance != 1:
             return self
         return self.model_copy(update={"guidance_low": 0.0, "guidance_high": 1.0})

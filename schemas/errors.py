@@ -1,4 +1,4 @@
-"""The error that is meant for the person at the terminal, and how a command ends with it."""
+"""Errors that end a command with one line, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class StoppedError(Exception):
-    """The command was asked to stop and did so in good order: the message says how to go on."""
+    """The command was asked to stop and has saved its state: the message says how to continue."""
 
     def __init__(self, message: str, code: int = 143) -> None:
         """``code`` is the exit code: 128 and the number of the signal that asked."""
@@ -17,10 +17,10 @@ class StoppedError(Exception):
 
 
 def plain_text(text: str) -> str:
-    """``text`` in one line; what a terminal would obey, or not know, shown as its escape."""
+    """``text`` on one line, with escapes for characters that are not printable."""
     return escaped(" ".join(text.split()))
 
 
 def escaped(text: str) -> str:
-    """The same with spaces as they are."""
+    """``text`` with escapes for characters that are not printable; spaces are unchanged."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

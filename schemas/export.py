@@ -1,4 +1,4 @@
-"""The options of ``jobs/export.py``."""
+"""Options of ``jobs/export.py``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from schemas.base import Strict
 
 
 class ExportConfig(Strict):
-    """Which checkpoint is exported, and where to."""
+    """The checkpoint to export, and its destination."""
 
     checkpoint: str | None = None
-    """A run's folder or URL (its newest checkpoint is taken), or one checkpoint's."""
+    """Folder or URL of a run (its newest checkpoint is exported) or of one checkpoint."""
     out: str | None = None
     """The .pt file to write."""

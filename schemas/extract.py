@@ -1,4 +1,4 @@
-"""What an extraction is asked to do: the options of ``python -m pipeline.extract``."""
+"""Options of ``python -m pipeline.extract``."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Dataset = Literal["imagenet", "folder", "webdataset", "repa", "demo"]
 Resolution = Annotated[int, Field(ge=16, le=4096)]
 """Pixels per side of a crop."""
 TeacherSize = Annotated[int, Field(ge=1, le=1 << 13)]
-"""Pixels per side that a teacher sees."""
+"""Pixels per side of the teacher's input."""
 
 
 class TeacherConfig(Strict):
     """The frozen vision transformer."""
 
     model: ModelId = "vit_base_patch14_dinov2.lvd142m"
-    """Any timm id of a vision transformer: DINOv2, DINOv3, CLIP, MAE, SigLIP, ... (OpenAI's CLIP
-    was trained with another activation: take its quickgelu variants.)"""
+    """Any timm id of a vision transformer: DINOv2, DINOv3, CLIP, MAE, SigLIP, ... (Use
+    the quickgelu variants of OpenAI's CLIP, which was trained with that activation.)"""
     weights: str = "hub"
     """'hub' (timm's own download), a path to a .pth, .pt or .safetensors file in the authors' key
-    format or timm's, 'demo' (ships with the project), or 'random' (seeded, with layer scales and
-    logits of a trained model's size; for tests)."""
+    format or timm's, 'demo' (included in the project), or 'random' (seeded, with layer scales and
+    logits as large as a trained model's; for tests)."""
     seed: Seed = 0
     """Seed of weights 'random'."""
     image_size: TeacherSize | None = None
-    """Pixels per side that the teacher sees. Default: the size that gives one token per 16 pixels
-    of the crop, as the student has (224 for patch 14 at resolution 256)."""
+    """Pixels per side of the teacher's input. Default: the size that gives one token per 16 pixels
+    of the crop, the student's grid (224 for patch 14 at resolution 256)."""
     model_args: ModelArguments = Field(default={})
     """Extra arguments of timm.create_model, for instance --teacher.model-args.depth 6."""
 
@@ -43,48 +43,49 @@ class ExtractConfig(Strict):
     """Options of one extraction."""
 
     dataset: Dataset = "imagenet"
-    """Where the images come from: 'imagenet' (train/WNID/*.JPEG or Kaggle's
+    """Kind of image source: 'imagenet' (train/WNID/*.JPEG or Kaggle's
     ILSVRC/Data/CLS-LOC/train), 'folder' (any tree with one folder per class), 'webdataset' (tars of
     jpg + cls), 'repa' (ImageNet as REPA's and HASTE's dataset_tools.py prepares it: images/ and
-    vae-sd/ with dataset.json; the latents are taken over and no autoencoder is run; their MS-COCO
-    folders are not read), 'demo' (scikit-learn's digits, ships with the packages)."""
+    vae-sd/ with dataset.json; their latents are used and no autoencoder is run; their MS-COCO
+    folders are not supported), 'demo' (scikit-learn's digits, included in its package)."""
     source: str | None = None
     """Folder or URL of the images."""
     store: str | None = None
     """Folder or fsspec URL of the store to make or complete."""
     synsets: str | None = None
-    """ImageNet only: a file of WNIDs, one per line (LOC_synset_mapping.txt will do). The class
-    index is then the rank in this list even where the source lacks some of its classes."""
+    """ImageNet only: a file of WNIDs, one per line, such as LOC_synset_mapping.txt. The class
+    index is the position in this list, even if the source lacks some of its classes."""
     resolution: Resolution = 256
     """Pixels per side of the centre crop."""
     teacher: TeacherConfig = TeacherConfig()
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
-    """Hub id or folder of a diffusers AutoencoderKL or AutoencoderTiny, or 'demo' (ships with the
-    project). With --dataset repa: the one that made the latents."""
+    """Hub id or folder of a diffusers AutoencoderKL or AutoencoderTiny, or 'demo' (included in
+    the project). With --dataset repa: the one that made the latents."""
     cut: Cut = "maps"
-    """Where the teacher's forward pass is frozen: 'maps' keeps attention probabilities and
-    features; 'qk' the queries and keys that they come from, and features; 'activations' the tokens
-    that enter the first of --layers, and training runs the blocks from there on; 'image' keeps the
-    crop, and training runs the whole teacher (the online baseline)."""
+    """Point at which the teacher's forward pass is cut: 'maps' stores attention probabilities and
+    features; 'qk' the queries and keys, and features; 'activations' the tokens that enter the first
+    of --layers, and training runs the following blocks; 'image' stores the crop, and training runs
+    the whole teacher (the online baseline)."""
     layers: RisingLayers = (7, 8, 9, 10, 11)
-    """Teacher layers whose attention is kept, 0-based. 7-11 serves every layer map of the paper."""
+    """Teacher layers whose attention is stored, 0-based. 7-11 covers the layer maps of the
+    paper."""
     codec: CodecSet = "faithful"
-    """How the teacher's tensors are stored: 'faithful' (quantised so finely that gradients keep
-    their direction to 1e-4, then entropy-coded), 'small' (coarser, for the tightest budget), 'int8'
-    (scaled by each token's largest number), 'bfloat16', 'float16', 'float32'.
-    tests/bench/RESULTS.md has the bytes and errors of each."""
+    """Codecs of the teacher's tensors: 'faithful' (quantised with an error of 1e-4 in the direction
+    of gradients, then entropy-coded), 'small' (coarser, fewest bytes), 'int8' (scaled by the
+    largest number of each token), 'bfloat16', 'float16', 'float32'. tests/bench/RESULTS.md lists
+    bytes and errors."""
     column_codecs: dict[Name, CodecName] = Field(default={})
-    """Another codec for single tensors, for instance --column-codecs.features float16 or
+    """Codecs of single tensors, for instance --column-codecs.features float16 or
     --column-codecs.tokens tokens28."""
     compress: bool = True
-    """Compress losslessly where it pays; 'false' reads faster and stores more."""
+    """Compress losslessly where that saves space; 'false' is faster to read and larger."""
     format: Format = "webdataset"
-    """How a shard is written: a tar for each stream, which stock webdataset opens, or a zarr v3
-    shard for each array."""
+    """Format of a shard: a tar per stream, which stock webdataset opens, or a zarr v3 shard per
+    array."""
     add_stream: StreamName | None = None
-    """Name of a teacher stream to add to a store that is there: another teacher, cut, codec or
-    other layers. Latents, keys and shards stay as they are; data set, source, teacher and layers
-    are the store's where no option says otherwise, and the rest is its data set's default."""
+    """Name of a teacher stream to add to an existing store: another teacher, cut, codec or other
+    layers. Latents, keys and shards do not change. Data set, source, teacher and layers default to
+    the store's, all other options to the defaults of its data set."""
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Samples per shard."""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -95,16 +96,16 @@ class ExtractConfig(Strict):
     """Encoder actors. Default: one per GPU of the cluster, or one per CPU where it has no GPU."""
     cpus_per_actor: Annotated[int, Field(ge=1)] | None = None
     """CPUs of one actor: its decoding threads, and on CPU its arithmetic threads. Default: 1 on
-    CPU; beside a GPU the node's CPUs divided by its GPUs, 8 at most."""
+    CPU; with GPUs an equal share of the CPUs, at most 8."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """GPUs of one actor. Default: 1 where the cluster has GPUs, else 0."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """What to do with files that are not images: 'stop' commits nothing of their shard and names
-    them; 'skip' leaves them out and lists them in the manifest."""
+    """Handling of files that are not images: 'stop' reports them and does not commit their shard;
+    'skip' leaves them out and lists them in the manifest."""
     order_seed: int = 0
-    """Seed of the one permutation that spreads the classes over the shards."""
+    """Seed of the permutation that spreads the classes over the shards."""
     max_attempts: Annotated[int, Field(ge=1)] = 3
-    """How often a shard is tried when the actor that works on it dies."""
+    """Maximum number of attempts at a shard whose actor dies."""
     ray_address: str | None = None
     """Ray cluster to join ('auto' for the one on this node). Default: RAY_ADDRESS, else a private
     local one."""
@@ -130,4 +131,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shard_size": 128,
     },
 }
-"""Defaults that a data set brings with it."""
+"""Defaults of options by data set."""

@@ -40,11 +40,11 @@ def _rise(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 RisingLayers = Annotated[Layers, AfterValidator(_rise)]
-"""The layers of a teacher that are kept: at least one, each once, lowest first."""
+"""Teacher layers of a store: at least one, each once, lowest first."""
 
 
 def format_layers(numbers: Sequence[int]) -> str:
-    """The inverse of ``parse_layers``, as short as it can be: ``"0-2,7"``."""
+    """The inverse of ``parse_layers``, with ranges: ``"0-2,7"``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -55,10 +55,10 @@ def format_layers(numbers: Sequence[int]) -> str:
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-"""Of a stream or a column: also a folder's, so without anything that could lead elsewhere."""
+"""Name of a stream or a column; also a folder name, so it contains no dots or slashes."""
 
 COMMITS = "commits"
-"""The folder of a store that holds its commit records, beside those of its streams."""
+"""Folder of a store that holds its commit records, next to the folders of its streams."""
 
 
 def _is_free(name: str) -> str:
@@ -68,19 +68,19 @@ def _is_free(name: str) -> str:
 
 
 StreamName = Annotated[Name, AfterValidator(_is_free)]
-"""Of a stream, whose folder lies below the store's root."""
+"""Name of a stream, which is also its folder below the store's root."""
 
 ModelId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]
-"""A model that timm itself defines; its 'hf-hub:' and 'local-dir:' would load what they name."""
+"""A model that timm defines. 'hf-hub:' and 'local-dir:' names are excluded: they load files."""
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-"""Of torch's generators."""
+"""Seed of a torch generator."""
 
 Shape = Annotated[tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...], Field(max_length=8)]
-"""Sizes of one sample's array; bounded, so that a hostile manifest cannot ask for the moon."""
+"""Sizes of one sample's array. The bounds limit the memory that an untrusted manifest requests."""
 
 MAX_CLASSES = 1 << 24
-"""Of a data set; labels are below it."""
+"""Classes of a data set; labels are smaller."""
 
 LOADING_ARGUMENTS = frozenset(
     {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
@@ -88,49 +88,51 @@ LOADING_ARGUMENTS = frozenset(
 
 
 MAX_ARGUMENT = 1 << 14
-"""Of the numbers among a model's arguments, and the longest text."""
+"""Largest number, and most characters of a text, among a model's arguments."""
 MAX_ARGUMENTS = 64
 
 
 def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(LOADING_ARGUMENTS & arguments.keys()):
-        raise ValueError(f"{name} is not taken: teacher.weights says which weights are loaded")
+        raise ValueError(f"{name} is refused: teacher.weights says which weights are loaded")
     values: list[Any] = [arguments]
     for count, value in enumerate(values):  # grows as it is walked through
         if count > MAX_ARGUMENTS:
-            raise ValueError(f"there are more than {MAX_ARGUMENTS} of them")
+            raise ValueError(f"there are more than {MAX_ARGUMENTS} arguments")
         if isinstance(value, dict):
             values.extend([*value.keys(), *value.values()])
         elif isinstance(value, list | tuple):
             values.extend(value)
         elif isinstance(value, str):
             if len(value) > MAX_ARGUMENT:
-                raise ValueError(f"a text of {len(value)} characters is beyond all bounds")
+                raise ValueError(
+                    f"text is {len(value)} characters; at most {MAX_ARGUMENT} are allowed"
+                )
         elif isinstance(value, int | float) and not abs(value) <= MAX_ARGUMENT:  # NaN, too
-            raise ValueError(f"{_short(value)} is beyond all bounds")
+            raise ValueError(f"{_short(value)} is out of range; at most {MAX_ARGUMENT} is allowed")
     return arguments
 
 
 def _short(number: float) -> str:
-    """Some integers have more digits than Python would print."""
+    """The number, unless it has more digits than Python prints."""
     whole = isinstance(number, int) and number.bit_length() > 64
     return "an enormous number" if whole else str(number)
 
 
 ModelArguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
-"""Of timm.create_model, but for those that load files: a manifest's come from whoever made the
-store, and what they name is not his to choose. Bounded, as sizes are."""
+"""Arguments of timm.create_model, except those that load files, because the manifest of a store is
+untrusted. Their number and values are bounded."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DIGEST = 16
-"""Hexadecimal digits of a SHA-256 that tell what a person has at hand apart."""
+"""Hexadecimal digits of a SHA-256 that identify a file or an array in records."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-"""The first of a SHA-256."""
+"""The first digits of a SHA-256."""
 MAX_TEXT = 200
 
 
 def text_or_digest(text: str) -> str:
-    """A text where it is short, else the beginning of its SHA-256: to tell it from others."""
+    """A short text unchanged, a long one as the beginning of its SHA-256."""
     if len(text) <= MAX_TEXT:
         return text
     return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:DIGEST]}"
@@ -142,6 +144,6 @@ MAX_COLUMN_ELEMENTS = 1 << 30
 def element_count(shape: tuple[int, ...]) -> int:
     """Number of elements of ``shape``; raises ``ValueError`` beyond ``MAX_COLUMN_ELEMENTS``."""
     count = math.prod(shape)
-    if math.prod(max(size, 1) for size in shape) > MAX_COLUMN_ELEMENTS:  # numpy minds, too
+    if math.prod(max(size, 1) for size in shape) > MAX_COLUMN_ELEMENTS:  # numpy has the same limit
         raise ValueError(f"shape {shape} has {count} elements; the limit is {MAX_COLUMN_ELEMENTS}")
     return count

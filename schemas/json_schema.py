@@ -1,5 +1,5 @@
-"""`python -m schemas.json_schema`: the JSON Schema of what stands in a store, for readers in other
-languages and against changes by accident."""
+"""`python -m schemas.json_schema`: writes the JSON Schema of a store's files, for readers in other
+languages and to detect accidental changes of the format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMA_FILE = Path(__file__).with_name("store.schema.json")
 
 
 def store_schema() -> dict[str, Any]:
-    """The version, and a JSON Schema for each kind of file."""
+    """The version of the format, and a JSON Schema for each kind of file."""
     models: dict[str, type[BaseModel]] = {
         "manifest": Manifest,
         "commit_record": CommitRecord,

@@ -1,4 +1,4 @@
-"""Which text-to-image diffusion transformer is trained."""
+"""Options of the text-to-image diffusion transformer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MMDiTConfig(Strict):
     latent_channels: Positive = 4
     """Channels of the latent."""
     patch_size: Positive = 2
-    """Rows and columns of the latent in one token."""
+    """Rows and columns of the latent per token."""
     depth: Positive = 24
     """Joint blocks."""
     width: Positive = 768
@@ -28,7 +28,7 @@ class MMDiTConfig(Strict):
 
     @property
     def size(self) -> StudentSize:
-        """The sizes in force."""
+        """The sizes in use."""
         return StudentSize(self.depth, self.width, self.heads, self.patch_size)
 
     @property

@@ -1,4 +1,4 @@
-"""The options of ``python -m pipeline.report``."""
+"""Options of ``python -m pipeline.report``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Attention = Literal["auto", "remote", "none"]
 
 
 class ReportConfig(Strict):
-    """Which runs to compare, and where the page goes."""
+    """The runs to compare, and the page to write."""
 
     runs: Annotated[tuple[str, ...], Field(max_length=32)] = ()
-    """Folders or URLs of the runs, those with metrics.jsonl in them; in the order of the page."""
+    """Folders or URLs of runs, which contain metrics.jsonl, in the order of the page."""
     html: str | None = None
-    """The page to write: one file that needs no other, and no network."""
+    """The HTML file to write; it needs no other files and no network."""
     attention: Attention = "auto"
-    """'auto': of a local run that has drawn no attention itself, draw that of its kept checkpoints
-    beside the teacher's, where its store is a folder of this machine and its student has at most
-    two billion weights. 'remote': also where its config names a store at a URL, which is then
-    opened. 'none': show only what the runs drew."""
+    """'auto': for a local run without attention images, draw the attention of its checkpoints next
+    to the teacher's, if its store is a folder of this machine and its student has at most two
+    billion weights. 'remote': also open a store at a URL that the run's config names. 'none': show
+    only the images of the runs."""
     as_json: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of the page's path."""

@@ -1,4 +1,4 @@
-"""What a training run is: the options of ``jobs/train_haste.py``."""
+"""Options of ``jobs/train_haste.py``: the config of a training run."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ OnBadShard = Literal["stop", "quarantine"]
 
 
 class OptimizerConfig(Strict):
-    """AdamW, as SiT, REPA and HASTE set it."""
+    """AdamW, with the settings of SiT, REPA and HASTE."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Constant learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's moment decays."""
+    """Decay rates of the moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's epsilon."""
+    """Epsilon of the denominator."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this global L2 norm."""
+    """Global L2 norm to which gradients are clipped."""
 
 
 class DataConfig(Strict):
-    """How the store is streamed."""
+    """Options of the data loader."""
 
     window: Positive = 8
-    """Shards whose samples are shuffled together."""
+    """Shards whose samples are shuffled together: the shuffle window."""
     prefetch: Positive = 2
-    """Batches read ahead."""
+    """Batches that are read in advance."""
     verify: bool = True
     """Check each sample's checksum the first time a worker reads it."""
     on_bad_shard: OnBadShard = "stop"
-    """What to do with a damaged shard: 'stop' names it; 'quarantine' replaces what cannot be read
-    by the next sample that can, and leaves the shard out from the next epoch on, as long as these
-    are few: at most 10 shards or a tenth of them (half of a store of less than 20)."""
+    """Handling of a damaged shard: 'stop' reports it; 'quarantine' replaces each unreadable sample
+    by the next readable one and leaves the shard out from the next epoch on. The run stops when
+    damaged shards exceed both 10 and a tenth of all (half, if the store has less than 20)."""
     threads: Positive = 8
-    """Threads of each worker that fetch and decompress."""
+    """Threads of each worker that read and decompress."""
     memory_gb: Annotated[float, Field(ge=0)] = 1.0
-    """Files of a remote store that a worker holds whole while it draws from them, in GB; beyond, it
-    reads rows. Local files are read row by row: the system keeps them in memory."""
+    """Memory of each worker, in GB, for whole files of a remote store; without room for a file,
+    only the needed rows are read. Local files are always read by rows: the system caches them."""
     cache_dir: str | None = None
-    """Local folder that keeps shards of remote stores over epochs and runs. Workers of a node share
-    it; it pays where cache_gb holds all that they read, as files are fetched whole for it."""
+    """Local folder that caches shards of remote stores over epochs and runs, shared by the workers
+    of a node. Whole files are fetched for it, so cache_gb should hold all files that they read."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
-    """Size of that folder at most, in GB; what was used longest ago makes room."""
+    """Maximum size of cache_dir, in GB; the least recently used files are deleted."""
 
 
 class WorkersConfig(Strict):
-    """The processes that train together."""
+    """The worker processes of a run."""
 
     count: Positive = 1
-    """Workers; the global batch is shared out between them."""
+    """Workers, among which the global batch is divided."""
     min_count: Positive | None = None
-    """Elastic: train on as few workers as this while the cluster has no room for more; the global
-    batch stays. Default: always 'count'."""
+    """Elastic training: minimum number of workers while the cluster has no room for 'count'. The
+    global batch does not change. Default: 'count'."""
     micro_batch: Positive | None = None
-    """Samples of one forward pass on a worker; gradients accumulate over its share of the global
-    batch. Default: the whole share at once."""
+    """Samples per forward pass of a worker; gradients accumulate over its share of the global
+    batch. Default: the whole share."""
     gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
     """GPUs of each worker. Default: 1 where the cluster has GPUs, else 0."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that Ray reserves for each worker; on CPU also its arithmetic threads."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often a run restarts from its newest checkpoint when a worker dies; -1: without limit."""
+    """Maximum number of restarts from the newest checkpoint when a worker dies; -1: no limit."""
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> WorkersConfig:
@@ -82,51 +82,51 @@ class WorkersConfig(Strict):
 
 
 class ComputeConfig(Strict):
-    """How a step is computed. None of it changes what is computed, beyond rounding."""
+    """Implementations of a training step. They change results by rounding only."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the student's blocks and the losses (torch.compile); 'auto': on GPUs. It takes
-    minutes once, and a C++ compiler on CPUs."""
+    minutes at the start, and needs a C++ compiler on CPUs."""
     attention_loss: Literal["fused", "plain"] = "fused"
-    """'fused' computes the maps twice rather than keep them for the backward pass; 'plain' is the
-    formula as it stands, and what other token grids than the teacher's take."""
+    """'fused' recomputes the attention maps in the backward pass to save memory; 'plain' follows
+    the formula, and is used anyway if the student's token grid differs from the teacher's."""
     optimizer: Literal["fused", "plain"] = "fused"
-    """'fused' updates all weights in one kernel; 'plain' is a loop over them. A resumed run goes on
-    as its checkpoint was written."""
+    """'fused' updates all weights in one kernel; 'plain' loops over them. A resumed run continues
+    with the choice in its checkpoint."""
 
 
 class CheckpointConfig(Strict):
-    """What is kept of a run."""
+    """Checkpoints of a run."""
 
     every: Positive = 10_000
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step always writes one."""
     keep: Positive = 3
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
 
 
 class RunEvaluationConfig(Strict):
-    """A small Fréchet distance while a run trains, of images of random classes."""
+    """Fréchet distance of a few images of random classes during training."""
 
     images: Annotated[int, Field(ge=2)] | None = None
-    """Images to draw each time; none: no evaluation. Few images bias the distance upwards: compare
-    it between runs of as many."""
+    """Images per evaluation; none: no evaluation. Few images bias the distance upwards: compare
+    runs with the same number only."""
     every: Positive | None = None
-    """Steps between evaluations; the last step makes one too. Default: those of the grids."""
+    """Steps between evaluations; the last step is evaluated too. Default: samples.every."""
     reference: str | None = None
-    """Statistics of real images that jobs/evaluate.py --save-reference wrote with the same
-    network, or ADM's."""
+    """Statistics of real images: a file of jobs/evaluate.py --save-reference for the same network,
+    or ADM's."""
     network: ModelId | None = None
-    """A timm network in place of Inception."""
+    """A timm network instead of Inception."""
     network_weights: str | None = None
-    """Its weights: FILE (a classifier's, too), 'hub' or 'random' (of the seed)."""
+    """Weights of the network: FILE (a classifier is accepted), 'hub' or 'random' (from seed)."""
     network_size: Annotated[int, Field(ge=8, le=2048)] | None = None
-    """Pixels per side of what it sees. Default: its own."""
+    """Pixels per side of the network's input. Default: its own."""
     network_args: ModelArguments = Field(default={})
     """Arguments of timm.create_model, such as num_heads."""
     inception_weights: str | None = None
-    """The Inception network's weights: a file, or 'hub' (default)."""
+    """Weights of the Inception network: a file, or 'hub' (default)."""
     seed: int = 0
-    """Of random weights."""
+    """Seed of random weights."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> RunEvaluationConfig:
@@ -146,18 +146,18 @@ class RunEvaluationConfig(Strict):
 
 
 class SamplesConfig(Strict):
-    """Pictures that the averaged weights draw while they are trained: of the same noise and classes
-    every time, shared out between the workers."""
+    """Images sampled from the averaged weights during training, with the same noise and classes
+    every time, by all workers."""
 
     every: Positive | None = None
     """Steps between grids of samples (samples/step-STEP.png in the run's folder); the last step
-    makes one too. Default: none."""
+    writes one too. Default: no grids."""
     classes: Layers | None = None
-    """Class numbers, one row of the grid each: 1,2,3 or 0-9. Default: the first eight."""
+    """Class numbers, one per row of the grid: 1,2,3 or 0-9. Default: the first eight."""
     per_class: Annotated[int, Field(ge=1, le=100)] = 4
-    """Pictures of each class."""
+    """Images per class."""
     batch_size: Positive = 16
-    """Pictures that a worker draws at a time."""
+    """Images per batch of a worker."""
     autoencoder: str | None = None
     """Decoder: hub id or folder. Default: the one that encoded the store."""
     sampler: SamplerConfig = SamplerConfig(steps=50)
@@ -174,7 +174,7 @@ class RunConfig(Strict):
     """Options of one training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    """Name of the run. A run of the same name in the same output continues where it stopped."""
+    """Name of the run. A run with the same name and output is continued."""
     output: str = "runs"
     """Folder that holds the runs."""
     store: str | None = None
@@ -182,21 +182,21 @@ class RunConfig(Strict):
     steps: Positive = 400_000
     """Optimizer steps."""
     global_batch: Positive = 256
-    """Samples of one step, over all workers."""
+    """Samples per step, over all workers."""
     seed: int = 0
     """Seed of initialisation, sample order, noise, timesteps and label drops."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """Decay of the averaged weights, from the first step on."""
+    """Decay of the averaged weights (EMA), from the first step on."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast dtype; 'auto' is bfloat16 on GPUs, float32 on CPUs. float16 is none: gradients of
-    means over a batch lie below its smallest numbers."""
+    """Autocast dtype; 'auto' is bfloat16 on GPUs, float32 on CPUs. float16 is not
+    offered, because gradients would underflow without loss scaling."""
     log_every: Positive = 100
-    """Steps between rows of the metrics file; each row is the mean since the last."""
+    """Steps between rows of the metrics file; each row holds means since the previous one."""
     profile: Annotated[int, Field(ge=1)] | None = None
-    """Step at which the first worker records a trace of two steps (torch profiler), for
-    chrome://tracing or ui.perfetto.dev: trace-STEP.json in the run's folder."""
+    """Step at which the first worker profiles two steps (torch profiler). The trace is
+    trace-STEP.json in the run's folder, for chrome://tracing or ui.perfetto.dev."""
     wandb: str | None = None
-    """Weights & Biases project to log to as well (needs the extra 'wandb')."""
+    """Weights & Biases project for the metrics (needs the extra 'wandb')."""
     ray_address: str | None = None
     """Ray cluster to join ('auto' for the one on this node). Default: RAY_ADDRESS, else a private
     local one."""

@@ -1,4 +1,4 @@
-"""The store on paper: its manifest and the commit record of a shard."""
+"""Schemas of a store's files: manifest, commit record of a shard, index."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from schemas.fields import (
 STORE_VERSION = 2
 
 PartName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}(\.[a-z][a-z0-9_]{0,31})?$")]
-"""A column's name, or ``column.part`` where its codec keeps several arrays."""
+"""Name of a column, or ``column.part`` if its codec stores several arrays."""
 Version = Annotated[int, Field(ge=STORE_VERSION, le=STORE_VERSION)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
 Place = Annotated[str, Field(max_length=4096)]
-"""A path, a URL or the name of something on the hub."""
+"""A path, a URL or an id on the hub."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -42,18 +42,18 @@ Depth = Annotated[int, Field(ge=1, le=128)]
 Width = Annotated[int, Field(ge=1, le=1 << 13)]
 Heads = Annotated[int, Field(ge=1, le=128)]
 GridSide = Annotated[int, Field(ge=1, le=256)]
-"""Patch tokens in a row or column; 256 come of the largest crop, at 16 pixels each."""
+"""Patch tokens per row or column; the largest crop has 256, of 16 pixels each."""
 
 
 class Column(Strict):
     """One tensor of every sample."""
 
     shape: Shape
-    """Shape of one sample's tensor, as it was before the codec and is again after it."""
+    """Shape of one sample's tensor before encoding and after decoding."""
     codec: CodecName
-    """How its numbers are stored: as one array or several."""
+    """Codec of its numbers, which are stored as one or several arrays."""
     lossless: Lossless = "none"
-    """How the bytes of its arrays are compressed."""
+    """Lossless compression of the bytes of its arrays."""
 
     @field_validator("shape")
     @classmethod
@@ -65,7 +65,7 @@ class Column(Strict):
 class DatasetInfo(Strict):
     name: Dataset
     source: Place | None
-    """Where the images were read, without credentials."""
+    """Path or URL of the images, without credentials."""
     samples: Count
     """Planned samples, skipped ones included."""
     num_classes: Annotated[int, Field(ge=1, le=MAX_CLASSES)]
@@ -75,13 +75,13 @@ class DatasetInfo(Strict):
 
 
 class WeightsFile(Strict):
-    """A safetensors file of weights beside the shards."""
+    """A safetensors file of weights in the store's root."""
 
     file: Annotated[str, Field(pattern=r"^[a-z0-9_]+\.safetensors$")]
     """Name below the store's root."""
     bytes: Count
     sha256: Sha256
-    """Of the file."""
+    """SHA-256 of the file."""
 
 
 class TeacherInfo(Strict):
@@ -99,17 +99,17 @@ class TeacherInfo(Strict):
     width: Width
     heads: Heads
     head_width: Width
-    """Numbers of one head's query or key."""
+    """Width of one head's query or key."""
     grid: tuple[GridSide, GridSide]
     """Patch tokens, rows x columns."""
     prefix: Annotated[int, Field(ge=0, le=1 << 10)]
-    """Class and register tokens, which come before those of the patches."""
+    """Class and register tokens, which precede the patch tokens."""
     layers: RisingLayers
-    """Layers whose attention can be had, 0-based."""
+    """Layers whose attention the store provides, 0-based."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> TeacherInfo:
-        """Before anything is built: a depth of 100,000 would take an hour even without weights."""
+        """Checked before a model is built, because a depth of 100,000 takes an hour to build."""
         if self.heads * self.head_width != self.width:
             raise ValueError(
                 f"{self.heads} heads of {self.head_width} numbers are not a width of {self.width}"
@@ -127,7 +127,7 @@ class AutoencoderInfo(Strict):
     name: Place
     kind: Literal["AutoencoderKL", "AutoencoderTiny"]
     weights_sha256: Sha256 | None
-    """None: it was not run here; the latents were taken over from the data set's source."""
+    """None: it was not run; the latents are those of the data set's source."""
     scaling_factor: Scale
     shift_factor: Finite
     latent_shape: tuple[Size, Size, Size]
@@ -135,7 +135,7 @@ class AutoencoderInfo(Strict):
 
 
 class ComputeInfo(Strict):
-    """What decides the last bits of the stored numbers."""
+    """Properties that determine the last bits of the stored numbers."""
 
     device: Literal["cpu", "cuda"]
     precision: Precision
@@ -149,7 +149,7 @@ LATENT_CODECS: dict[str, tuple[CodecName, ...]] = {
     "std": ("float16", "float32"),
     "label": ("int64",),
 }
-"""Of the columns of latents, which are read as they are stored."""
+"""Codecs of the columns of latents, which are read without decoding."""
 
 
 class LatentsStream(Strict):
@@ -161,34 +161,34 @@ class LatentsStream(Strict):
 
 
 class Origin(Strict):
-    """What a stream was before ``python -m pipeline.store convert`` computed others from it."""
+    """The stream that ``python -m pipeline.convert`` computed a stream from."""
 
     cut: Cut
     layers: RisingLayers
     codecs: dict[Name, CodecName]
-    """Of its columns: what their rounding took away is missing ever since."""
+    """Codecs of its columns, whose rounding errors remain in the present stream."""
     compute: ComputeInfo
 
 
 class TeacherStream(Strict):
-    """What one cut keeps of one teacher."""
+    """Tensors of one cut of one teacher."""
 
     kind: Literal["teacher"]
     cut: Cut
     columns: dict[Name, Column]
     teacher: TeacherInfo
     tail: WeightsFile | None = None
-    """Weights of the part of the teacher that training runs, where the cut leaves one."""
+    """Weights of the part of the teacher that training runs, if the cut has one."""
     compute: ComputeInfo
     added: bool = False
-    """Whether it came to the store later than the latents, with commit records of its own."""
+    """True if it was added after the latents, with its own commit records."""
     converted_from: tuple[Origin, ...] = ()
-    """What it was before, first to last; none where it is as the teacher's extraction stored it.
-    ``compute`` is that of the last step."""
+    """Streams from which it was converted, first to last; empty if it was extracted directly.
+    ``compute`` is that of the last conversion."""
 
 
 Stream = Annotated[LatentsStream | TeacherStream, Field(discriminator="kind")]
-"""The smallest thing a reader may skip."""
+"""The smallest unit that a reader can skip."""
 
 
 class SkippedImage(Strict):
@@ -198,7 +198,7 @@ class SkippedImage(Strict):
 
 
 class Manifest(Strict):
-    """What a store is."""
+    """Description of a store: manifest.json."""
 
     version: Version
     format: Format
@@ -243,7 +243,7 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _streams_hold_their_cuts(self) -> Manifest:
-        """So that whoever reads a tensor can count on its shape."""
+        """Checked here, so that readers can rely on the shapes of tensors."""
         for name, stream in self.teacher_streams.items():
             expected = cut_shapes(stream.cut, stream.teacher, self.resolution)
             if {column: spec.shape for column, spec in stream.columns.items()} != expected:
@@ -257,13 +257,13 @@ class Manifest(Strict):
 
     @property
     def teacher_streams(self) -> dict[str, TeacherStream]:
-        """The streams that only the alignment reads."""
+        """The streams that only the alignment uses."""
         streams = self.streams.items()
         return {name: stream for name, stream in streams if isinstance(stream, TeacherStream)}
 
     @property
     def base_streams(self) -> dict[str, LatentsStream | TeacherStream]:
-        """The streams that were extracted together with the latents, under one commit record."""
+        """The streams that share commit records with the latents."""
         added = {name for name, stream in self.teacher_streams.items() if stream.added}
         return {name: stream for name, stream in self.streams.items() if name not in added}
 
@@ -282,16 +282,16 @@ class Manifest(Strict):
 
 
 class StreamFile(Strict):
-    """A file of one stream and shard, with what random access and verification need."""
+    """A file of one stream and shard, with offsets and checksums of its samples."""
 
     file: str
     """Path below the store's root."""
     bytes: Count
     sha256: Sha256
     offsets: dict[PartName, list[Count]]
-    """Per array: where each sample's stored bytes begin in the file."""
+    """Per array: offset of each sample's stored bytes in the file."""
     sizes: dict[PartName, list[Count]]
-    """Per array: how many they are, after lossless compression, with a .npy header in tars."""
+    """Per array: number of these bytes, after lossless compression, with a .npy header in tars."""
     crc32: dict[PartName, list[Annotated[int, Field(ge=0, lt=1 << 32)]]]
     """Per array: CRC-32 of those bytes."""
 
@@ -321,11 +321,11 @@ class CommitRecord(Strict):
     version: Version
     shard: Count
     samples: Count
-    """True count: planned samples less skipped ones."""
+    """Number of stored samples: planned samples minus skipped ones."""
     keys: list[str]
     skipped: tuple[SkippedImage, ...] = ()
     streams: dict[StreamName, tuple[StreamFile, ...]]
-    """A tar of each stream, or a zarr shard of each of its arrays."""
+    """One tar per stream, or one zarr shard per array."""
 
     @model_validator(mode="after")
     def _counts_agree(self) -> CommitRecord:
@@ -347,7 +347,8 @@ class CommitRecord(Strict):
 
 
 class StoreIndex(Strict):
-    """Sample counts of all shards of a complete store, so that opening it reads one small file."""
+    """Sample counts of all shards of a complete store, so that one small file is read to open
+    it."""
 
     version: Version
     samples_per_shard: list[Count]

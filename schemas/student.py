@@ -1,4 +1,4 @@
-"""Which diffusion transformer is trained."""
+"""Options of the class-conditional diffusion transformer."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class StudentConfig(Strict):
     num_classes: Positive = 1000
     """Classes of the data set."""
     depth: Positive | None = None
-    """Blocks, where not those of the published size."""
+    """Blocks. Default: those of the published size."""
     width: Positive | None = None
-    """Width, where not that of the published size."""
+    """Width. Default: that of the published size."""
     heads: Positive | None = None
-    """Attention heads, where not those of the published size."""
+    """Attention heads. Default: those of the published size."""
 
     @property
     def family(self) -> Literal["SiT", "DiT"]:
@@ -47,7 +47,7 @@ class StudentConfig(Strict):
 
     @property
     def size(self) -> StudentSize:
-        """The sizes in force."""
+        """The sizes in use."""
         name, patch = self.model.removeprefix(f"{self.family}-").split("/")
         depth, width, heads = SIZES[name]
         return StudentSize(

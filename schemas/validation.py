@@ -1,7 +1,7 @@
 """Validation of nested mappings against pydantic models.
 
-A key that the model does not have is an error that suggests the nearest one that it has; all
-complaints are folded into one line that names the keys.
+An unknown key is an error that suggests the nearest known one; all problems are reported in one
+line that names the keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
-    """``model(**values)``, with pydantic's complaints folded into one line that names the keys."""
+    """``model(**values)``. Raises ``UserError`` with all problems in one line that names the
+    keys."""
     check_keys(model, values, where=where)
     try:
         return model.model_validate(values)
@@ -35,7 +36,7 @@ def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)`` or nothing."""
+    """`` (did you mean 'x'?)`` for a known name that is close to ``name``, else an empty text."""
     short = {k.rsplit(".", 1)[-1]: k for k in known}
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:

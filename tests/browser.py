@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe: what a page logs, measures and looks like."""
+"""Headless Chromium, controlled over a pipe: messages, measurements and screenshots of a page."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-SECONDS = 60
+TIMEOUT_SECONDS = 60
 
 
 def find_chromium() -> str | None:
-    """The browser, where one is installed."""
+    """Path of an installed browser, None without one."""
     return next((found for found in map(shutil.which, NAMES) if found), None)
 
 
 class Page:
-    """A tab: ``messages`` has what its console and its browser complained of."""
+    """A tab; ``messages`` holds console output, exceptions and requests to the network."""
 
     def __init__(self, send: int, receive: int) -> None:
         self._send, self._receive = send, receive
@@ -39,7 +39,7 @@ class Page:
             self._call(f"{domain}.enable")
 
     def open(self, file: Path, *, width: int, dark: bool = False, height: int = 844) -> None:
-        """Load a file as a device of this width shows it."""
+        """Load a file on a screen of ``width`` x ``height`` pixels, a phone's below 600."""
         self._call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -52,10 +52,10 @@ class Page:
         self._events.clear()
         self._call("Page.navigate", url=file.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
-            self._take()
+            self._receive_message()
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression; promises are awaited."""
+        """Value of a JavaScript expression; promises are awaited."""
         answer = self._call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -64,33 +64,33 @@ class Page:
         return answer["result"].get("value")
 
     def screenshot(self, file: Path) -> None:
-        """The whole page, however long."""
+        """Write a PNG file of the complete page, including what is below the screen."""
         answer = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(answer["data"]))
 
     def _call(self, method: str, **params: Any) -> dict[str, Any]:
         self._count += 1
-        asked = self._count
-        message: dict[str, Any] = {"id": asked, "method": method, "params": params}
+        call = self._count
+        message: dict[str, Any] = {"id": call, "method": method, "params": params}
         if self._session is not None:
             message["sessionId"] = self._session
         data = json.dumps(message).encode() + b"\0"
         while data:
             data = data[os.write(self._send, data) :]
         while True:
-            answer = self._take()
-            if answer.get("id") == asked:
+            answer = self._receive_message()
+            if answer.get("id") == call:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']}")
                 result: dict[str, Any] = answer["result"]
                 return result
 
-    def _take(self) -> dict[str, Any]:
-        """The browser's next message."""
+    def _receive_message(self) -> dict[str, Any]:
+        """Read the browser's next message; record its events."""
         while b"\0" not in self._buffer:
             data = os.read(self._receive, 1 << 16)
             if not data:
-                raise RuntimeError("the browser has gone")
+                raise RuntimeError("the browser has exited")
             self._buffer += data
         text, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(text)
@@ -101,16 +101,16 @@ class Page:
         if method == "Network.requestWillBeSent":
             url = params["request"]["url"]
             if not url.startswith(("data:", "file:")):
-                self.messages.append(f"asked for {url}")
+                self.messages.append(f"requested {url}")
         return message
 
 
 @contextmanager
 def browser_page(executable: str) -> Iterator[Page]:
-    """A tab of a browser of its own, which ends with it."""
+    """A tab of a new browser process, which is stopped at the end."""
     to_browser, send = os.pipe()
     receive, from_browser = os.pipe()
-    # the wrapper is in its own group: Debian's `chromium` is a script that starts the browser
+    # bash and the browser share a process group: Debian's `chromium` is a script
     with tempfile.TemporaryDirectory(prefix="haste-browser-", ignore_cleanup_errors=True) as home:
         script = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
@@ -127,9 +127,9 @@ def browser_page(executable: str) -> Iterator[Page]:
         try:
             yield Page(send, receive)
         finally:
-            os.close(send)  # which asks it to leave
+            os.close(send)  # the browser exits when the pipe is closed
             try:
-                process.wait(SECONDS)
+                process.wait(TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, 9)
                 process.wait()

@@ -106,7 +106,7 @@ def divergence(exact: Targets, other: Targets) -> torch.Tensor:
 
 
 def refusal(source: Store, folder: Path, **given: Any) -> str:
-    """What the user is told: one line."""
+    """The error message of a refused conversion: one line."""
     with pytest.raises(UserError) as error:
         run(source, folder, **given)
     assert "\n" not in str(error.value)

@@ -20,11 +20,11 @@ def encode(folder: Path, samples: int = SAMPLES, **options: Any) -> Store:
     values = {"dataset": "demo", "store": str(folder), "shard_size": SAMPLES, "batch_size": SAMPLES}
     config = ExtractConfig.model_validate(merge({**PRESETS["demo"], **values}, options))
     encoder = Encoder(config, device="cpu", threads=1)
-    about = encoder.describe()
+    info = encoder.describe()
     everything = list_images(config)
     listing = Listing(everything.items[:samples], everything.num_classes)
     manifest = with_tail(
-        make_manifest(config, listing, about), config.cut, encoder.save_tail(str(folder))
+        make_manifest(config, listing, info), config.cut, encoder.save_tail(str(folder))
     )
     store = Store.create(str(folder), manifest)
     for task in make_tasks(listing, SAMPLES):

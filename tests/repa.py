@@ -1,4 +1,4 @@
-"""Folders as the dataset_tools.py of REPA and HASTE writes them."""
+"""Folders in the format of REPA's and HASTE's dataset_tools.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def npy(array: np.ndarray) -> bytes:
 def write_repa(
     root: Path, crops: Sequence[np.ndarray], moments: Sequence[np.ndarray], labels: Sequence[int]
 ) -> Path:
-    """uint8 (R, R, 3) crops, float32 (2C, h, w) means and stds."""
+    """Write uint8 (R, R, 3) crops and float32 (2C, h, w) means and stds; returns ``root``."""
     for folder, name in (("images", image_name), ("vae-sd", latent_name)):
         for number, (crop, array) in enumerate(zip(crops, moments, strict=True)):
             path = root / folder / name(number)
@@ -49,7 +49,7 @@ def write_labels(root: Path, folder: str, entries: object) -> None:
 
 
 def random_repa(root: Path, count: int = 6) -> Path:
-    """Noise at 32 px with latents of 4 x 8 x 8; two classes."""
+    """Noise images of 32 px with latents of 4 x 8 x 8, in two classes."""
     rng = np.random.default_rng(0)
     crops = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     mean = rng.standard_normal((count, 4, 8, 8))

@@ -36,8 +36,7 @@ from pipeline.datasets import Listing, list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluator import evaluate
 from pipeline.evaluate.features.factory import open_network
-from pipeline.evaluate.record import digest_of
-from pipeline.evaluate.reference_statistics import load_moments
+from pipeline.evaluate.reference_statistics import load_moments, moments_digest
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.tasks import make_manifest, make_tasks, stream_name, with_tail
 from pipeline.storage.files import TEMPORARY
@@ -81,19 +80,19 @@ class ArtifactCache:
         called only if the artifact is missing. Raises ``UserError`` if it was made with other
         options."""
         final = self.folder / name
-        wanted = json.loads(json.dumps(options))
+        requested = json.loads(json.dumps(options))
         if not final.exists():
             with self.exclusive():
                 if not final.exists():  # another process may have made it in the meantime
-                    self._make(name, wanted, make)
+                    self._make(name, requested, make)
         try:
             info = json.loads((final / INFO_FILE).read_text())
             saved, report = info["options"], info["report"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"'{final / INFO_FILE}' cannot be read: remove '{final}'") from None
-        if saved != wanted:
+        if saved != requested:
             differing = sorted(
-                key for key in {*saved, *wanted} if saved.get(key) != wanted.get(key)
+                key for key in {*saved, *requested} if saved.get(key) != requested.get(key)
             )
             raise UserError(
                 f"the {name} in '{final}' was made with another {', '.join(differing)}: remove it "
@@ -273,4 +272,6 @@ def digest_of_reference(folder: Path, network: Mapping[str, Any]) -> str:
     Raises ``UserError``."""
     path = str(folder / REFERENCE_FILE)
     options = EvaluateConfig.model_validate({"reference": path, **network})
-    return digest_of(load_moments(Archive(path, "reference"), open_network(options, device="cpu")))
+    return moments_digest(
+        load_moments(Archive(path, "reference"), open_network(options, device="cpu"))
+    )

@@ -1,1 +1,1 @@
-"""Pulling the student towards the teacher, and when to stop."""
+"""Alignment losses and the triggers that terminate them."""

@@ -1,4 +1,4 @@
-"""The module that is trained: a student, and a projector for as long as it is aligned."""
+"""The trained module: a student and, until the termination, its projector."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from schemas.diffusion import DiffusionConfig
 from schemas.student import StudentConfig
 
 LOSSES = ("denoising", "feature", "attention", "teacher_entropy")
-"""What ``AlignedStudent`` returns; the last is no loss but the least that the attention loss can
-reach, measured where a trigger asks for it."""
+"""Outputs of ``AlignedStudent``. The last is not a loss but the lower bound of the attention loss,
+measured if a trigger needs it."""
 
 DEFAULT_DIFFUSION = DiffusionConfig()
 
 
 class AlignedStudent(nn.Module):
-    """Computes the losses inside ``forward``, so that DDP sees one graph that uses every
-    parameter it holds."""
+    """Computes the losses inside ``forward``, because DDP expects one graph that uses every
+    parameter."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class AlignedStudent(nn.Module):
         measure_entropy: bool = False,
         fused: bool = True,
     ) -> None:
-        """``teacher_grid``: rows and columns of the teacher's tokens, where not the student's.
-        ``fused``: without keeping attention maps, where the grids are the same."""
+        """``teacher_grid``: rows and columns of the teacher's tokens; None: the student's grid.
+        ``fused``: use ``fused_attention_loss``, which needs equal grids; ignored otherwise."""
         super().__init__()
         self.student = make_student(student)
         self.objective = make_objective(student, diffusion)
@@ -60,31 +60,34 @@ class AlignedStudent(nn.Module):
             )
 
     def compile_parts(self) -> None:
-        """Compile what takes the time, each block by itself: equal blocks share their code, and the
-        termination only switches to that of blocks without taps."""
+        """Compile each block, the final layer and the projector separately.
+
+        Equal blocks share their code, and after the termination only the variant without taps is
+        needed.
+        """
         self.compiled = True
-        # Said again, what is only a default counts as set. Else sampling, which sets this flag and
-        # puts it back, would leave it another than it was, and all would be compiled anew.
+        # Assigning the flag its own value marks it as set. Otherwise sampling, which sets and
+        # restores it, would leave a different state and force a recompilation of everything.
         matmul = torch.backends.cuda.matmul
         matmul.allow_tf32 = matmul.allow_tf32
-        # DDP would have every block cut where one of its buckets of gradients ends, to average them
-        # before the block is done; blocks are small enough for that to wait until then.
+        # DDP would split each block's graph at gradient bucket boundaries to overlap communication;
+        # blocks are small enough to reduce their gradients after the whole block.
         torch._dynamo.config.optimize_ddp = False
         for part in (*self.student.blocks, self.student.final_layer, self.projector):
             if part is not None:
                 part.compile()
 
     def release_alignment(self) -> Projector | None:
-        """Taps off; gives up the projector."""
+        """Disable the taps and remove the projector, which is returned."""
         projector, self.projector, self.taps = self.projector, None, Taps()
         return projector
 
     def forward(
         self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, target_BChw: Tensor, targets: Targets
     ) -> Tensor:
-        """Sums over the batch of what ``LOSSES`` names: (4,), float32, 0 where one is off.
+        """Sums over the batch of the quantities in ``LOSSES``: (4,), float32; disabled ones are 0.
 
-        ``x``, ``t`` and ``target`` are what ``objective.corrupt`` gives.
+        ``x``, ``t`` and ``target`` are the outputs of ``objective.corrupt``.
         """
         out = self.student(x_BChw, t_B, y_B, self.taps)
         denoising = self.objective.loss(out.prediction, x_BChw, t_B, target_BChw).sum()
@@ -101,7 +104,7 @@ class AlignedStudent(nn.Module):
         return torch.stack([denoising, feature, attention, entropy])
 
     def _attention_losses(self, out: StudentOutput, teacher_probs_BLHNN: Tensor) -> Tensor:
-        """(B,)"""
+        """Attention loss per sample: (B,)."""
         if self.fused:
             return fused_attention_loss(out.attended, teacher_probs_BLHNN, compiled=self.compiled)
         logits = out.attention_logits

@@ -1,4 +1,4 @@
-"""The two alignment losses of HASTE (arXiv 2505.16792, sections 2.1 and 2.3)."""
+"""Alignment losses of HASTE (arXiv 2505.16792, sections 2.1 and 2.3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Targets(NamedTuple):
-    """One batch of targets on the training device; None where a loss does not ask for it."""
+    """Targets of one batch on the training device; None if the loss is disabled."""
 
     features: Tensor | None
     """(B, N, D_teacher)."""
@@ -21,7 +21,7 @@ class Targets(NamedTuple):
 def feature_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:
     """Negative cosine between projected student tokens and teacher tokens, mean over tokens: (B,).
 
-    In float32 whatever the input: half-precision norms overflow.
+    Computed in float32, because half-precision norms overflow.
     """
     cosine = F.cosine_similarity(projected_BND.float(), teacher_BND.float(), dim=-1, eps=1e-12)
     return -cosine.mean(1)
@@ -29,7 +29,8 @@ def feature_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:
 
 def attention_loss(student_logits_BLHNN: Tensor, teacher_probs_BLHNN: Tensor) -> Tensor:
     """Cross-entropy from the teacher's attention rows to the student's, mean over layers, heads
-    and queries: (B,). Logits are softmaxed here, over keys; probabilities come normalised."""
+    and queries: (B,). The softmax over keys is applied to the logits here; the teacher's rows are
+    already normalised."""
     log_probs = torch.log_softmax(student_logits_BLHNN.float(), dim=-1)
     return -(teacher_probs_BLHNN * log_probs).sum(-1).flatten(1).mean(1)
 

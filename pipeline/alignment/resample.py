@@ -1,7 +1,7 @@
-"""Student tensors on the teacher's token grid, where the two differ (HASTE appendix A.3).
+"""Resample student tensors to the teacher's token grid (HASTE appendix A.3).
 
-Bilinear, without antialiasing and with pixel centres aligned (not corners), in either direction.
-Equal grids are left alone: the very tensor comes back.
+Bilinear, without antialiasing, pixel centres aligned (not corners), for up- and downsampling.
+If the grids are equal, the same tensor is returned.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def resample_features(features_BND: Tensor, source: Grid, target: Grid) -> Tenso
 
 
 def resample_logits(logits_BLHNN: Tensor, source: Grid, target: Grid) -> Tensor:
-    """Attention logits (B, L, H, N, N) to (B, L, H, M, M): first every query's map over the keys,
-    then every key's map over the queries. They are softmaxed only afterwards."""
+    """Attention logits (B, L, H, N, N) to (B, L, H, M, M): each query's map over the keys, then
+    each key's map over the queries. The softmax comes after."""
     if source == target:
         return logits_BLHNN
     logits = _resample(logits_BLHNN.flatten(0, 2), source, target)
@@ -31,6 +31,6 @@ def resample_logits(logits_BLHNN: Tensor, source: Grid, target: Grid) -> Tensor:
 
 
 def _resample(maps_BCN: Tensor, source: Grid, target: Grid) -> Tensor:
-    """Each of C maps over the source grid to one over the target grid: (B, C, M)."""
+    """C maps (B, C, N) on the source grid to (B, C, M) on the target grid."""
     images = maps_BCN.unflatten(2, source)
     return F.interpolate(images, size=target, mode="bilinear", align_corners=False).flatten(2)

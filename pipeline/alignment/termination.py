@@ -1,8 +1,11 @@
-"""When the alignment ends: triggers that look at a run and decide, once.
+"""Triggers that decide, once per run, when the alignment ends.
 
-The loop asks ``wants(step)`` at every step boundary; where it says yes, every rank calls
-``observe`` together. Triggers see only numbers that are sums over all ranks, so that all decide
-alike.
+The training loop calls ``wants(step)`` at every step boundary; if it is true, all ranks call
+``observe`` together. Decisions depend only on sums over all ranks, so all ranks decide the same.
+
+A trigger with ``dry: true`` decides as usual, but the loop only logs its decision and the
+alignment goes on. Here ``dry`` changes one trigger: ``FixedStepTrigger`` has no known step and is
+due at its step only, not at every later one.
 """
 
 from __future__ import annotations
@@ -24,63 +27,64 @@ from schemas.alignment import (
 Sum = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks, in place."""
 Gather = Callable[[Tensor], list[list[float]]]
-"""The numbers of a vector as each rank has them."""
-ShareOf = Callable[[list[list[float]]], list[float]]
-"""What this rank takes up of such numbers: its own again or, where the ranks are not as many as
-they were, a share of their sum."""
+"""Collects a vector from all ranks: one list of numbers per rank."""
+ScatterSaved = Callable[[list[list[float]]], list[float]]
+"""This rank's part of gathered numbers: its own, or a share of their sum if the number of ranks
+has changed."""
 
 
 class Decision(NamedTuple):
-    """What a trigger makes of one look at the run."""
+    """Result of one observation."""
 
     terminate: bool
     observation: dict[str, Any]
-    """What it saw: goes to the metrics file and, if it terminates, into the checkpoint."""
+    """Evidence: written to the metrics file and, on termination, into the checkpoint."""
 
 
 class StepLosses(NamedTuple):
-    """One step's losses, means over the global batch, 0-d tensors: this rank's share of the sum."""
+    """This rank's part of one step's losses, 0-d tensors. Their sums over ranks are means over the
+    global batch."""
 
     feature: Tensor
     attention: Tensor
     teacher_entropy: Tensor
-    """Of the targets' attention rows, in nats."""
+    """Mean entropy of the teacher's attention rows, in nats."""
 
 
 class Probe(Protocol):
-    """Measurements that a trigger can ask for; every rank calls them together."""
+    """Measurements for a trigger; all ranks call them together."""
 
     def gradient_cosines(self, times: Sequence[float], samples: int) -> list[float]:
         """Cosine between the gradients of the alignment and of the denoising loss at each time."""
 
 
 class Trigger(Protocol):
-    """Decides about the termination."""
+    """Decides when the alignment terminates."""
 
     needs_entropy: bool
-    """Whether ``record`` reads the teacher's entropy, which costs a pass over the targets."""
+    """True if ``record`` reads the teacher's entropy, which costs a pass over the targets."""
 
     def known_step(self) -> int | None:
-        """The termination step, where it is certain beforehand."""
+        """The termination step if it is fixed in advance, else None."""
 
     def record(self, losses: StepLosses) -> None:
-        """Take in one step. Must not wait for the device."""
+        """Record the losses of one step. Must not synchronise with the device."""
 
     def wants(self, step: int) -> bool:
-        """Whether to look at the boundary before ``step``."""
+        """True if ``observe`` is due at the boundary before ``step``."""
 
     def observe(self, step: int, probe: Probe, sum_over_ranks: Sum) -> Decision:
-        """Look, and decide."""
+        """Measure and decide; all ranks call it together."""
 
     def state_dict(self, gather: Gather) -> dict[str, Any]:
-        """Plain numbers with which a resumed run decides the same; every rank calls it."""
+        """State as plain numbers, for the same decisions after a resume; all ranks call it."""
 
-    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ShareOf) -> None:
-        """Take up a saved state, on as many ranks or on others."""
+    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ScatterSaved) -> None:
+        """Restore a saved state, on the same or another number of ranks."""
 
 
 class _Stateless:
-    """A trigger whose decision needs no memory."""
+    """Trigger without state."""
 
     needs_entropy = False
 
@@ -88,17 +92,17 @@ class _Stateless:
         return None
 
     def record(self, losses: StepLosses) -> None:
-        """Nothing to remember."""
+        """No state to update."""
 
     def state_dict(self, gather: Gather) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ShareOf) -> None:
-        """Nothing to take up."""
+    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ScatterSaved) -> None:
+        """No state to restore."""
 
 
 class NeverTrigger(_Stateless):
-    """Alignment to the end, as in REPA."""
+    """Never terminates, as in REPA."""
 
     def wants(self, step: int) -> bool:
         return False
@@ -108,7 +112,7 @@ class NeverTrigger(_Stateless):
 
 
 class FixedStepTrigger(_Stateless):
-    """Terminates before a given step (HASTE section 2.4)."""
+    """Terminates at the boundary before a given step (HASTE section 2.4)."""
 
     def __init__(self, config: FixedStep) -> None:
         self.config = config
@@ -117,8 +121,9 @@ class FixedStepTrigger(_Stateless):
         return None if self.config.dry else self.config.step
 
     def wants(self, step: int) -> bool:
-        # in dry mode the step passes and the alignment goes on: look once
-        return step == self.config.step if self.config.dry else step >= self.config.step
+        if self.config.dry:  # the alignment continues after the step, and one event is logged
+            return step == self.config.step
+        return step >= self.config.step
 
     def observe(self, step: int, probe: Probe, sum_over_ranks: Sum) -> Decision:
         return Decision(True, {"trigger": "fixed"})
@@ -147,8 +152,8 @@ class ResidualPlateauTrigger:
     """Terminates when a fast and a slow moving average of the alignment residual agree.
 
     residual = feature weight (1 + feature loss) + attention weight (cross-entropy - teacher
-    entropy), which goes to 0 at a perfect fit. Averages are linear, so each rank averages its own
-    share of the residual and only a look sums over ranks.
+    entropy), which is 0 at a perfect fit. Averages are linear, so each rank averages its part of
+    the residual and only ``observe`` sums over ranks.
     """
 
     needs_entropy = True
@@ -157,9 +162,11 @@ class ResidualPlateauTrigger:
         self.config = config
         self.weights = (alignment.feature_weight, alignment.attention_weight)
         self.steps = 0
-        self._constant = float(alignment.feature_weight)  # of "1 + feature loss": not a rank's
+        self._constant = float(
+            alignment.feature_weight
+        )  # the 1 of "1 + feature loss", added after the sum
         self._decays = torch.tensor([config.fast, config.slow], dtype=torch.float64)
-        self._averages: Tensor | None = None  # fast and slow, of this rank's share
+        self._averages: Tensor | None = None  # fast and slow, of this rank's part
 
     def known_step(self) -> int | None:
         return None
@@ -172,7 +179,7 @@ class ResidualPlateauTrigger:
         value = residual.detach().double()
         if self._averages is None:
             self._averages = torch.zeros(2, dtype=torch.float64)
-        # to where the losses are, once: a copy to a GPU would wait for all that it still has to do
+        # moved to the losses' device once, because a copy to a GPU waits for its queued work
         self._averages, self._decays = (x.to(value.device) for x in (self._averages, self._decays))
         self._averages = self._decays * self._averages + (1 - self._decays) * value
         self.steps += 1
@@ -194,12 +201,12 @@ class ResidualPlateauTrigger:
             averages = torch.zeros(2, dtype=torch.float64)
         return {"steps": self.steps, "averages": gather(averages)}
 
-    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ShareOf) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ScatterSaved) -> None:
         self._averages = torch.tensor(scatter_saved(state["averages"]), dtype=torch.float64)
         self.steps = int(state["steps"])
 
     def _corrected(self, sum_over_ranks: Sum) -> tuple[float, float]:
-        """Both averages over all ranks, without the bias of their start at 0."""
+        """Bias-corrected fast and slow average over all ranks."""
         assert self._averages is not None
         totals = sum_over_ranks(self._averages.clone()).tolist()
         decays = (self.config.fast, self.config.slow)
@@ -211,7 +218,7 @@ class ResidualPlateauTrigger:
 
 
 def make_trigger(config: TerminationConfig | None, alignment: AlignmentConfig) -> Trigger:
-    """The trigger that a config names; None never terminates."""
+    """The configured trigger; without a config the alignment never terminates."""
     if config is None:
         return NeverTrigger()
     if isinstance(config, FixedStep):

@@ -1,4 +1,4 @@
-"""Small files that ship with the project; jobs/pretrain/ holds what made the weights."""
+"""Small files that ship with the project; jobs/pretrain/ has the scripts that train the weights."""
 
 from pathlib import Path
 
@@ -9,4 +9,4 @@ DEMO_AUTOENCODER = Path(__file__).parent / "demo" / "autoencoder"
 """A diffusers AutoencoderKL for the same images."""
 
 REPORT_STYLE = Path(__file__).parent / "report.css"
-"""How a report looks."""
+"""CSS of a report."""

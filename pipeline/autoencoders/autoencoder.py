@@ -1,4 +1,4 @@
-"""A diffusers AutoencoderKL or AutoencoderTiny behind one small interface."""
+"""One interface to diffusers' AutoencoderKL and AutoencoderTiny."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.assets import DEMO_AUTOENCODER
-from pipeline.hashing import sha256_of_arrays
-from schemas.errors import UserError
+from pipeline.hashing import sha256_of_module
+from schemas.errors import UserError, plain_text
 from schemas.store import AutoencoderInfo
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 
 
 class Autoencoder(nn.Module):
-    """uint8 images to the mean and std of their latents, and scaled latents to uint8 images."""
+    """Encodes uint8 images to mean and std of their latents; decodes scaled latents to uint8
+    images."""
 
     def __init__(self, name: str, *, option: str = "--autoencoder") -> None:
+        """``name`` is a folder, a hub id or 'demo'. Raises ``UserError`` naming ``option``."""
         super().__init__()
         self.name = name
         self.model, self.kind = _load(name, option)
-        self.weights_sha256 = sha256_of_arrays(
-            (key, tensor.numpy()) for key, tensor in sorted(self.model.state_dict().items())
-        )
+        self.weights_sha256 = sha256_of_module(self.model)
         self.scaling_factor = float(self.model.config.scaling_factor)
         self.shift_factor = float(getattr(self.model.config, "shift_factor", None) or 0.0)
-        # the order that convolutions would else put their numbers into, and back, each time
+        # otherwise each convolution converts to this memory format and back
         self.model.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     def info(self, resolution: int) -> AutoencoderInfo:
-        """What the manifest says of this autoencoder at ``resolution`` pixels."""
+        """Entry of a manifest for images of ``resolution`` pixels. Raises ``UserError`` where the
+        autoencoder cannot encode them."""
         device = next(self.parameters()).device
         blank = torch.zeros(1, 3, resolution, resolution, dtype=torch.uint8, device=device)
         try:
@@ -53,10 +54,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, images_B3RR: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images to mean and std of the posterior, each (B, C, h, w) in float32, unscaled.
+        """Mean and std of the posterior of uint8 images, each (B, C, h, w) float32, unscaled.
 
-        The std of a deterministic autoencoder is 0. On GPUs torch's convolutions of float32 numbers
-        are in TF32 unless ``torch.backends.cudnn.allow_tf32`` says otherwise.
+        The std of a deterministic autoencoder is 0. On GPUs torch computes float32 convolutions in
+        TF32 unless ``torch.backends.cudnn.allow_tf32`` is off.
         """
         pixels = images_B3RR.to(self.model.dtype) / 127.5 - 1
         encoded = self.model.encode(pixels)
@@ -68,9 +69,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents_BChw: Tensor) -> Tensor:
-        """Scaled latents, as the student sees them, to uint8 images (B, 3, R, R).
+        """uint8 images (B, 3, R, R) of scaled latents, which are the input of students.
 
-        Truncated, not rounded, to integers, as the FID numbers of SiT, REPA and HASTE were.
+        Pixels are truncated to integers, not rounded, as for the published FIDs of SiT, REPA and
+        HASTE.
         """
         latents = latents_BChw.to(self.model.dtype) / self.scaling_factor + self.shift_factor
         pixels = self.model.decode(latents).sample.float()
@@ -78,21 +80,21 @@ class Autoencoder(nn.Module):
 
 
 def _load(name: str, option: str) -> tuple[Any, Literal["AutoencoderKL", "AutoencoderTiny"]]:
-    place = str(DEMO_AUTOENCODER) if name == "demo" else name
+    path = str(DEMO_AUTOENCODER) if name == "demo" else name
     try:
-        kind = diffusers.AutoencoderKL.load_config(place).get("_class_name")
+        kind = diffusers.AutoencoderKL.load_config(path).get("_class_name")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = plain_text(str(error))[:200]
         raise UserError(
-            f"{option} '{name}': is no folder with a diffusers config.json and no hub "
-            f"model that can be reached ({reason})"
+            f"{option} '{name}' is neither a folder with a diffusers config.json nor an available "
+            f"hub model ({reason})"
         ) from None
     if kind not in KINDS:
         raise UserError(f"{option} '{name}' is a {kind}; expected {' or '.join(KINDS)}")
     try:
         return getattr(diffusers, kind).from_pretrained(
-            place, use_safetensors=True, low_cpu_mem_usage=False
+            path, use_safetensors=True, low_cpu_mem_usage=False
         ), kind
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{option} '{name}': cannot load its weights ({reason})") from None
+        reason = plain_text(str(error))[:200]
+        raise UserError(f"{option} '{name}': its weights cannot be loaded ({reason})") from None

@@ -1,4 +1,4 @@
-"""The frame of every command: errors as one line, exit codes."""
+"""Entry point of every command: errors as one line, exit codes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         print(plain_text(str(stop)), file=sys.stderr)
         code = stop.code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
-        code = 141  # as of a process that SIGPIPE ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        code = 141  # as for a process killed by SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -1,4 +1,4 @@
-"""YAML config files: reading them, their ``base``, and merging of nested options."""
+"""YAML config files with a ``base``, and merging of nested options."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 
 
 def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML mapping; its key ``base`` names a file beside it whose values it overrides."""
+    """Read a YAML mapping. Its key ``base`` names a file in the same folder with default values."""
     file = Path(path)
     if file.resolve() in _seen:
         raise UserError(f"{file}: 'base' leads back to this file")
@@ -21,7 +21,7 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: cannot read this config ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file}: not YAML: {plain_text(str(error))}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected a mapping of options, found {type(values).__name__}")
@@ -32,12 +32,12 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the leaves of ``over`` laid on top; neither is changed."""
+    """A copy of ``base`` whose leaves are overridden by those of ``over``."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            # another kind of a thing has other options: it starts afresh
+            # options of another kind do not apply: only those of ``over`` are used
             same = value.get("kind", old.get("kind")) == old.get("kind")
             merged[key] = merge(old, value) if same else dict(value)
         else:

@@ -1,4 +1,4 @@
-"""Logging of a command: one handler on stderr that progress bars and Ray workers can live with."""
+"""Logging set-up of a command: one handler on stderr that does not disturb progress bars."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-            tqdm = sys.modules.get("tqdm")  # without it there is no bar to step around
+            tqdm = sys.modules.get("tqdm")  # without it there is no progress bar
             if tqdm is not None and tqdm.tqdm._instances:
                 tqdm.tqdm.write(line, file=sys.stderr)
             else:
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
-        except BrokenPipeError:  # the reader of stderr has gone: the command itself goes on
+        except BrokenPipeError:  # the reader of stderr was closed: the command continues
             pass
         except Exception:
             self.handleError(record)

@@ -43,10 +43,10 @@ def parse_options(
     """Build ``model`` from defaults < preset < ``--config FILE`` < ``--option VALUE``.
 
     ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults, for the table
-    that the option is in (``a`` of ``a.b``). They are defaults: ``model_fields_set`` has only what
-    a file or an option gave. ``positional`` names the options that arguments without dashes fill,
-    in their order; one that takes several words has all that are left. Prints the help and leaves
-    with code 0 on ``--help``; raises ``UserError`` on anything that does not fit.
+    of the option (``a`` of ``a.b``). They are defaults: ``model_fields_set`` contains only fields
+    that a file or an option sets. ``positional`` names the options that arguments without dashes
+    set, in this order; one that takes several words takes all that remain. Prints the help and
+    exits with code 0 on ``--help``; raises ``UserError`` for invalid arguments.
     """
     places = [positional] if isinstance(positional, str) else list(positional)
     table, _, _ = preset_key.rpartition(".")
@@ -78,11 +78,13 @@ def parse_options(
     if not presets:
         return validate(model, given, where=where)
     chosen = _look_up(given, preset_key, leaves[preset_key].default)
-    return _as_given(validate(model, merge(whole.get(str(chosen), {}), given), where=where), given)
+    return _mark_given(
+        validate(model, merge(whole.get(str(chosen), {}), given), where=where), given
+    )
 
 
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every option of ``model`` by dotted name, nested models opened."""
+    """Every option of ``model`` with its dotted name, including those of nested models."""
     for name, field in fields_by_key(model).items():
         inner = inner_models(field.annotation)
         for one in inner:
@@ -92,7 +94,7 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _optional_tables(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of nested models that may be switched off with ``--name none``."""
+    """Dotted names of nested models that ``--name none`` disables."""
     for name, field in fields_by_key(model).items():
         for inner in inner_models(field.annotation):
             if _accepts(field.annotation, type(None)):
@@ -108,8 +110,8 @@ def help_text(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     preset_key: str = "",
 ) -> str:
-    """The ``--help`` page, made of field names, defaults and docstrings. ``presets`` are what
-    values of the option ``preset_key`` make of the defaults, as nested as the model."""
+    """The ``--help`` page, from field names, defaults and docstrings. ``presets`` maps values of
+    the option ``preset_key`` to other defaults, nested like the model."""
     lines = [
         f"usage: {command} [--config FILE.yaml] [--option VALUE ...]",
         "",
@@ -144,7 +146,7 @@ def _split_arguments(
     argv: list[str], leaves: dict[str, FieldInfo], tables: set[str], positional: list[str]
 ) -> Iterator[tuple[str, Any]]:
     rest, places = list(argv), list(positional)
-    several: list[str] = []  # before, between and behind options
+    several: list[str] = []  # before, between and after options
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") and places:
@@ -193,7 +195,7 @@ def _split_arguments(
 
 
 def _parse_value(text: str, annotation: Any) -> Any:
-    """What was typed at the shell, in the shape that pydantic validates for ``annotation``."""
+    """Convert an argument to the form that pydantic validates for ``annotation``."""
     if _accepts(annotation, str) and not _accepts(annotation, type(None)):
         return text
     if text.lower() in {"null", "none"} and _accepts(annotation, type(None)):
@@ -227,18 +229,18 @@ def _nest(name: str, value: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], value)
 
 
-def _as_given(model: M, given: Mapping[str, Any]) -> M:
-    """The same values, of which only those in ``given`` count as set."""
+def _mark_given(model: M, given: Mapping[str, Any]) -> M:
+    """A copy of ``model`` whose ``model_fields_set`` contains only the keys in ``given``."""
     values: dict[str, Any] = {}
-    said = set()
+    fields_set = set()
     for name, field in type(model).model_fields.items():
         key, value = field.alias or name, getattr(model, name)
         inner = given.get(key, {})
         nested = isinstance(value, BaseModel) and isinstance(inner, Mapping)
-        values[key] = _as_given(value, inner) if nested else value
+        values[key] = _mark_given(value, inner) if nested else value
         if key in given:
-            said.add(name)
-    return model.model_construct(said, **values)
+            fields_set.add(name)
+    return model.model_construct(fields_set, **values)
 
 
 def _dashed(option: str) -> str:
@@ -266,7 +268,7 @@ def _accepts(annotation: Any, kind: type) -> bool:
 
 
 def _is_texts(annotation: Any) -> bool:
-    """Several words of any form, such as file names: ``--option A B`` or ``--option A,B``."""
+    """True for options that take several words: ``--option A B`` or ``--option A,B``."""
     return any(typing.get_args(member) == (str, ...) for member in union_members(annotation))
 
 

@@ -1,4 +1,4 @@
-"""`python -m pipeline.store convert`: a store in another form, without the teacher's extraction."""
+"""`python -m pipeline.convert`: re-encode a store without running the extraction again."""
 
 from pipeline.convert.job import Conversion, convert
 

@@ -1,4 +1,4 @@
-"""Whether what is asked of a conversion agrees with what lies at its target."""
+"""Checks of a conversion's source and target locations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from schemas.errors import UserError
 
 
 def check_places(source: Store, target: str) -> None:
-    """Raises ``UserError`` where the target's URL leads into the source, or the other way."""
+    """Raises ``UserError`` when one of the two stores would lie at or inside the other."""
     filesystem, root = open_url(absolute_url(target), what="the target")
     if type(filesystem) is not type(source.filesystem):
         return

@@ -1,4 +1,4 @@
-"""Stored arrays of a batch of samples to those of another form of their stream."""
+"""Converters: stored arrays of a batch to the stored arrays of the converted stream."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from schemas.store import TeacherStream
 Arrays = Mapping[str, np.ndarray]
 """Stored arrays (B, ...) by part name."""
 Converter = Callable[[Arrays], Arrays]
-"""Pure and thread-safe: a batch before to the same batch after. Raises ``NotFiniteError``."""
+"""Source arrays of a batch -> target arrays. Pure and thread-safe. Raises ``NotFiniteError``."""
 
 
 def open_converter(plan: StreamPlan, teacher: Teacher | None, device: torch.device) -> Converter:
-    """What a stream's plan asks for; ``teacher`` is its tail where blocks are run."""
+    """The converter of a stream's plan; ``teacher`` is the tail when the plan replays it."""
     if plan.before == plan.after or not isinstance(plan.before, TeacherStream):
         return lambda arrays: arrays
     if plan.replays:
@@ -32,7 +32,7 @@ def open_converter(plan: StreamPlan, teacher: Teacher | None, device: torch.devi
 
 
 class Recoded:
-    """The same tensors in other codecs or of fewer layers, and maps from queries and keys."""
+    """Re-encodes tensors with other codecs, selects layers, computes maps from queries and keys."""
 
     def __init__(self, plan: StreamPlan, device: torch.device) -> None:
         self.plan = plan
@@ -63,7 +63,7 @@ class Recoded:
         }
         values = decode_column(name, column, parts).float()
         if name == "attention" and column.codec != "float32":
-            values = values / values.sum(-1, keepdim=True)  # as the targets are read
+            values = values / values.sum(-1, keepdim=True)  # as in MapsTargets
         return values
 
     def _rows(self, name: str, array: np.ndarray) -> np.ndarray:
@@ -72,8 +72,8 @@ class Recoded:
 
 
 class Replayed:
-    """What a later cut keeps, from a teacher's tail that is run on what was stored, with the
-    arithmetic that the extraction used."""
+    """Computes a later cut by running the teacher's tail on the stored tensors, with the precision
+    of the extraction."""
 
     def __init__(self, plan: StreamPlan, teacher: Teacher, device: torch.device) -> None:
         assert isinstance(plan.before, TeacherStream)

@@ -1,4 +1,4 @@
-"""One conversion from options to a complete store."""
+"""A conversion, from options to a complete store."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from schemas.store import Manifest, StoreIndex, TeacherStream, WeightsFile
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did."""
+    """Result of a conversion."""
 
     store: Store
     shards: int
-    """Committed by this call, each group of streams counted alone; 0 where nothing was missing."""
+    """Shards committed by this call, counted per group of streams; 0 if none was missing."""
     bytes_before: float
-    """Per image, of all streams of the source."""
+    """Bytes per image of the converted streams in the source."""
     bytes_after: float
 
 
 def convert(config: ConvertConfig) -> Conversion:
-    """Make or complete the target that ``config`` describes. Raises ``UserError``."""
+    """Create or complete the target that ``config`` describes. Raises ``UserError``."""
     if config.source is None or config.target is None:
-        raise UserError("name two stores: the one that is there and the one to make")
+        raise UserError("name two stores: the existing one and the one to create")
     source, url = Store.open(config.source), absolute_url(config.target)
     check_places(source, url)
     plans = plan_streams(config, source)
@@ -89,8 +89,7 @@ def _device(config: ConvertConfig, plans: Sequence[StreamPlan]) -> torch.device:
 def _manifest(
     config: ConvertConfig, before: Manifest, plans: Sequence[StreamPlan], device: torch.device
 ) -> Manifest:
-    """The target's, but for tails that are cut anew. Skipped images are listed when it is
-    complete."""
+    """The target's manifest without new tails. Skipped images are added when it is complete."""
     format = config.format or before.format
     streams = {plan.name: computed_stream(plan, device, format) for plan in plans}
     return before.model_copy(update={"format": format, "streams": streams, "skipped": ()})
@@ -102,10 +101,10 @@ def _groups(plans: Sequence[StreamPlan]) -> list[Group]:
 
 
 def _lacks(target: Store, groups: Sequence[Group]) -> bool:
-    """Whether a shard or a teacher's tail is missing."""
+    """True if a shard or a teacher's tail is missing."""
     tails = [stream.tail for stream in target.manifest.teacher_streams.values()]
     return any(target.missing_shards(group.added or "latents") for group in groups) or any(
-        tail is not None and not _is_there(target, tail) for tail in tails
+        tail is not None and not _tail_exists(target, tail) for tail in tails
     )
 
 
@@ -122,13 +121,13 @@ def _open_target(
     plans: Sequence[StreamPlan],
     tails: dict[str, Teacher],
 ) -> Store:
-    """The target with its manifest and tails, ready for shards."""
+    """The target with its manifest and tails written, ready for shards."""
     streams = dict(wanted.streams)
     for plan in plans:
         if not isinstance(plan.after, TeacherStream):
             continue
         was = None if existing is None else existing.manifest.teacher_streams[plan.name].tail
-        if existing is not None and (was is None or _is_there(existing, was)):
+        if existing is not None and (was is None or _tail_exists(existing, was)):
             continue
         tail = _write_tail(source, url, plan, tails.get(plan.name))
         if existing is not None and tail != was:
@@ -142,7 +141,7 @@ def _open_target(
     return Store.create(url, wanted.model_copy(update={"streams": streams}))
 
 
-def _is_there(store: Store, tail: WeightsFile) -> bool:
+def _tail_exists(store: Store, tail: WeightsFile) -> bool:
     return exists(store.filesystem, f"{store.root}/{tail.file}")
 
 
@@ -167,7 +166,7 @@ def _convert_missing(
     tails: dict[str, Teacher],
     device: torch.device,
 ) -> int:
-    """Convert what is missing, several shards at a time; how many there were."""
+    """Convert missing shards, several at a time. Returns their number."""
     tasks = [
         (group, shard)
         for group in groups
@@ -194,7 +193,7 @@ def _convert_missing(
             ]
             for future in as_completed(futures):
                 bar.update(future.result())
-        except BaseException:  # the user's interruption too
+        except BaseException:  # KeyboardInterrupt too
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -203,7 +202,7 @@ def _convert_missing(
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Arithmetic in one thread for each worker: the number of threads decides last bits."""
+    """One arithmetic thread per worker, because the number of threads changes the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -213,6 +212,6 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _bytes_per_image(index: StoreIndex, streams: Sequence[str]) -> float:
-    """Of the streams that take part."""
+    """Bytes per image of these streams."""
     total = sum(index.bytes_per_stream[name] for name in streams)
     return total / max(1, sum(index.samples_per_shard))

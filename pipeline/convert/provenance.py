@@ -1,4 +1,4 @@
-"""What a converted stream's manifest says of how its numbers came about."""
+"""Provenance of a converted stream, as its manifest records it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ VERSIONED = ("torch", "timm", "numpy", "numcodecs")
 def computed_stream(
     plan: StreamPlan, device: torch.device, format: Format
 ) -> LatentsStream | TeacherStream:
-    """The stream after a conversion on this machine, but for its tail.
+    """The stream after a conversion on this machine, without its tail.
 
-    Copied arrays keep the compute of whoever computed them; only their bytes are packed anew.
-    Where numbers are computed, it is that of this process, with the precision and the batch size
-    of before (training replays a tail with the arithmetic of the blocks before it), and what the
-    stream was before is noted.
+    Copied arrays keep the compute info of the source; only their bytes are packed again. Computed
+    ones get that of this process, with the precision and batch size of the source (training replays
+    a tail with the precision of the blocks before it), and the source stream is recorded.
     """
     before, after = plan.before, plan.after
     if not plan.computes:
@@ -29,11 +28,11 @@ def computed_stream(
         return after.model_copy(update={"compute": compute})
     assert isinstance(before, TeacherStream)
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
-    versions["torch"] = torch.__version__  # with the build: CUDA versions differ in last bits
+    versions["torch"] = torch.__version__  # with the build: last bits depend on the CUDA version
     here = before.compute.model_copy(
         update={
             "device": "cuda" if device.type == "cuda" else "cpu",
-            "threads": 0 if device.type == "cuda" else 1,  # of one batch's arithmetic
+            "threads": 0 if device.type == "cuda" else 1,  # threads of the arithmetic of one batch
         }
     )
     origin = Origin(
@@ -51,7 +50,7 @@ def computed_stream(
 
 
 def _with_packers(compute: ComputeInfo, versions: dict[str, str], format: Format) -> ComputeInfo:
-    """With the versions of the libraries that make bytes of arrays."""
+    """With the versions of the libraries that pack arrays into bytes."""
     versions = {name: version for name, version in versions.items() if name != "zarr"}
     if "numcodecs" in versions:
         versions["numcodecs"] = importlib.metadata.version("numcodecs")

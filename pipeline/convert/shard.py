@@ -1,4 +1,4 @@
-"""Converting one shard of the streams that are committed together."""
+"""Conversion of one shard of the streams that are committed together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.targets.cuts import NotFiniteError
 from schemas.errors import UserError
 
 COPIED_AT_ONCE = 8
-"""Samples in memory where nothing is computed."""
+"""Samples per batch where nothing is computed."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class Group:
     """Streams under one commit record."""
 
     added: str | None
-    """The name in the target of a stream that came later; None for those of the latents."""
+    """Name in the target of an added stream; None for the streams committed with the latents."""
     plans: Sequence[StreamPlan]
 
     @property
     def batch_size(self) -> int:
-        """That of the extraction, as it decides last bits."""
+        """The batch size of the extraction, because it changes the last bits."""
         sizes = [plan.before.compute.batch_size for plan in self.plans if plan.computes]
         return max(sizes, default=COPIED_AT_ONCE)
 
 
 class CancelledError(Exception):
-    """Another shard has failed, or the user has interrupted."""
+    """Another shard has failed, or the user has interrupted the command."""
 
 
 def convert_shard(
@@ -45,11 +45,11 @@ def convert_shard(
     converters: Mapping[str, Converter],
     stop: threading.Event,
 ) -> int:
-    """Write and commit one shard; how many samples it has.
+    """Write and commit one shard. Returns its number of samples.
 
-    Batches are cut by position in the shard, so that who converts it does not matter. Raises
-    ``UserError`` where the source is damaged, a number cannot be stored or storage fails, and
-    ``CancelledError`` soon after ``stop`` is set.
+    Batches are cut by position in the shard, so that the result does not depend on the worker.
+    Raises ``UserError`` when the source is damaged, a number cannot be stored or storage fails, and
+    ``CancelledError`` after the current batch once ``stop`` is set.
     """
     record = source.record(shard, group.plans[0].source)
     readers = {plan.name: StreamReader(source, plan.source, cache_files=1) for plan in group.plans}

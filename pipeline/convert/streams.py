@@ -1,4 +1,4 @@
-"""What becomes of each stream of a store, and what cannot be made of it."""
+"""Plans of a conversion: the target's stream for each stream of the source, or a refusal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.store import Store
-from pipeline.store.codecs.ordering import is_finer
+from pipeline.store.codecs.ordering import coarser_than
 from pipeline.targets.cuts import codec_set_of, cut_columns
 from pipeline.targets.tail import first_tail_block
 from schemas.convert import ConvertConfig
@@ -20,15 +20,15 @@ LATER: dict[Cut, tuple[Cut, ...]] = {
     "activations": ("maps", "qk", "activations"),
     "image": ("maps", "qk", "activations", "image"),
 }
-"""The cuts that each one can be made into: what comes later in the forward pass."""
+"""Cuts that can be computed from each cut: those later in the forward pass."""
 
 OF_LAYERS = ("attention", "query", "key")
-"""Columns whose first dimension, also in their stored arrays, is the layers."""
+"""Columns whose first dimension is the layer, also in their stored arrays."""
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """One stream before and after; but for the latter's compute, tail and origins."""
+    """One stream before and after, the latter without its compute info, tail and origins."""
 
     source: str
     """Its name in the source."""
@@ -43,7 +43,7 @@ class StreamPlan:
 
     @property
     def tail_moves(self) -> bool:
-        """Whether the part of the teacher that training runs begins elsewhere, or is gone."""
+        """True if the tail that training runs begins at another block or is not needed."""
         a, b = self.before, self.after
         if not (isinstance(a, TeacherStream) and isinstance(b, TeacherStream)):
             return False
@@ -52,14 +52,14 @@ class StreamPlan:
 
     @property
     def replays(self) -> bool:
-        """Whether blocks of the teacher are run."""
+        """True if the conversion runs blocks of the teacher."""
         before = self.before
         stored_early = isinstance(before, TeacherStream) and before.cut in {"activations", "image"}
         return stored_early and self.tail_moves
 
     @property
     def rows(self) -> list[int] | None:
-        """Which of the stored layers are kept; None for all of them, or where none are stored."""
+        """Indices of the stored layers in the target; None for all, or when none are stored."""
         a, b = self.before, self.after
         if not (isinstance(a, TeacherStream) and isinstance(b, TeacherStream)):
             return None
@@ -68,30 +68,30 @@ class StreamPlan:
         return [a.teacher.layers.index(layer) for layer in b.teacher.layers]
 
     def copies(self, column: str) -> bool:
-        """Whether a column's stored arrays are taken over bit by bit (some layers of them)."""
+        """True if a column's stored arrays, or some of their layers, are copied bit for bit."""
         was = self.before.columns.get(column)
         same = was is not None and was.codec == self.after.columns[column].codec
         return same and not self.replays
 
     @property
     def computes(self) -> bool:
-        """Whether any number is computed anew."""
+        """True if any column is computed rather than copied."""
         return not all(self.copies(column) for column in self.after.columns)
 
 
 def plan_streams(config: ConvertConfig, store: Store) -> list[StreamPlan]:
-    """Every stream of the target. Raises ``UserError`` where it cannot be had from the source."""
+    """Every stream of the target. Raises ``UserError`` when the source cannot give it."""
     manifest = store.manifest
     teachers = manifest.teacher_streams
     if config.stream is not None:
-        chosen, stream = manifest.teacher_stream(config.stream)
-        teachers = {chosen: stream}
+        chosen, teacher = manifest.teacher_stream(config.stream)
+        teachers = {chosen: teacher}
     plans = []
-    for name, one in manifest.streams.items():
-        if isinstance(one, LatentsStream):
-            plans.append(StreamPlan(name, name, one, one))
+    for name, stream in manifest.streams.items():
+        if isinstance(stream, LatentsStream):
+            plans.append(StreamPlan(name, name, stream, stream))
         elif name in teachers:
-            plans.append(_plan_teacher(config, store, name, one))
+            plans.append(_plan_teacher(config, store, name, stream))
     names = [plan.name for plan in plans]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -124,7 +124,7 @@ def _plan_teacher(
         return plan
     for column, now in columns.items():
         was = stream.columns.get(column)
-        if was is not None and is_finer(now.codec, was.codec):
+        if was is not None and coarser_than(was.codec, now.codec):
             option = f"--codec {config.codec}"
             if column in config.column_codecs:
                 option = f"--column-codecs.{column} {now.codec}"
@@ -154,10 +154,10 @@ def _check_layers(layers: tuple[int, ...], stream: TeacherStream, where: str, re
     teacher = stream.teacher
     first = first_tail_block(stream.cut, teacher.layers)
     held = teacher.layers if first is None else tuple(range(first, teacher.depth))
-    lacking = [layer for layer in layers if layer not in held]
-    if lacking:
+    missing = [layer for layer in layers if layer not in held]
+    if missing:
         raise UserError(
-            f"--layers {_join(layers)}: {where} cannot give layer {_join(lacking)}, only "
+            f"--layers {_join(layers)}: {where} cannot give layer {_join(missing)}, only "
             f"{_join(held)}: leave it out, or {remedy} --layers {_join(layers)}"
         )
 
@@ -170,16 +170,16 @@ def _columns(
     teacher: TeacherInfo,
     where: str,
 ) -> dict[str, Column]:
-    """The columns of the target's stream: codecs as asked for, else as they were."""
+    """The columns of the target's stream: codecs as requested, else those of the source."""
     names = cut_columns(cut, teacher, manifest.resolution, "float32").keys()
     chosen = dict(config.column_codecs)
     if config.codec is None:
         chosen = {n: c.codec for n, c in stream.columns.items() if n in names} | chosen
     codec = config.codec or codec_set_of(stream.columns)
     if codec is None and stream.cut != "image" and not names <= chosen.keys():
-        lacking = ", ".join(name for name in names if name not in chosen)
+        missing = ", ".join(name for name in names if name not in chosen)
         raise UserError(
-            f"--codec is missing: {where} mixes codecs, which does not tell how to store {lacking}"
+            f"--codec is missing: {where} mixes codecs, which does not tell how to store {missing}"
         )
     compress = config.compress
     columns = cut_columns(
@@ -190,7 +190,7 @@ def _columns(
         chosen,
         compress=_compresses(stream.columns, manifest, stream) if compress is None else compress,
     )
-    if compress is None:  # what keeps its codec keeps its bytes
+    if compress is None:  # a column that keeps its codec keeps its bytes
         for name, was in stream.columns.items():
             if name in columns and columns[name].codec == was.codec:
                 columns[name] = columns[name].model_copy(update={"lossless": was.lossless})
@@ -198,7 +198,7 @@ def _columns(
 
 
 def _compresses(columns: Mapping[str, Column], manifest: Manifest, stream: TeacherStream) -> bool:
-    """Whether a stream was made with lossless compression wherever it pays."""
+    """True if a stream was stored with lossless compression where it pays."""
     codecs = {name: column.codec for name, column in columns.items()}
     best = cut_columns(stream.cut, stream.teacher, manifest.resolution, "float32", codecs)
     could = [name for name, column in best.items() if column.lossless != "none"]

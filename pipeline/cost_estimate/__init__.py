@@ -1,4 +1,4 @@
-"""`--plan`: what every cut would cost, before anything runs."""
+"""`--plan`: the cost of every cut and codec, estimated before anything runs."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ FLAG = "--plan"
 
 
 def wants_plan(argv: list[str]) -> bool:
-    """Whether a command line asks for a plan, by the flag or by one of a plan's options."""
+    """True if a command line has the flag ``--plan`` or one of its options ``--plan.*``."""
     return any(argument == FLAG or argument.startswith(f"{FLAG}.") for argument in argv)

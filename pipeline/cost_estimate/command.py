@@ -1,9 +1,9 @@
-"""`--plan` of the two jobs: from options to a table or one line of JSON."""
+"""`--plan` of extraction and training: from options to a table or one line of JSON."""
 
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from dataclasses import replace
 from typing import get_args
 
@@ -12,12 +12,26 @@ import torch
 from pipeline.cli.config_files import read_yaml
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import FLAG
-from pipeline.cost_estimate.costs import GIGA, Demand, Stored, Work, cost_of
-from pipeline.cost_estimate.device_rates import Device, assumed_gpu, given_device, measure_device
-from pipeline.cost_estimate.flops import teacher_flops, work
-from pipeline.cost_estimate.meta_models import Drafts, Geometry, draft
-from pipeline.cost_estimate.report import ONLINE, Here, Plan, advise, as_json, describe
-from pipeline.cost_estimate.sizes import CROP_CODEC, SHOWN, codec_set, latent_bytes, stored_bytes
+from pipeline.cost_estimate.costs import (
+    GIGA,
+    ONLINE,
+    ImageFlops,
+    Scenario,
+    StoreLayout,
+    compare_layouts,
+    cost_of,
+)
+from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasured_device
+from pipeline.cost_estimate.flops import image_flops
+from pipeline.cost_estimate.meta_models import Geometry, MetaModels, build_meta_models
+from pipeline.cost_estimate.report import Estimate, LocalMeasurement, as_json, describe
+from pipeline.cost_estimate.sizes import (
+    COMPARED_CODECS,
+    CROP_CODEC,
+    codec_set,
+    latent_bytes,
+    stored_bytes,
+)
 from pipeline.datasets import list_images
 from pipeline.storage.files import absolute_url
 from pipeline.store import Store
@@ -28,17 +42,19 @@ from schemas.plan import ExtractPlan, PlanOptions, TrainPlan
 from schemas.run import RunConfig
 from schemas.validation import validate
 
+logger = logging.getLogger(__name__)
+
 CUTS: tuple[Cut, ...] = get_args(Cut)
-IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012's training set
+IMAGENET_IMAGES = 1_281_167  # training set of ILSVRC 2012
 DEFAULT_TRAINER = RunConfig(
     name="sit_xl2_haste",
     steps=500_000,
     alignment=AlignmentConfig(termination=FixedStep(step=250_000)),
 )
-ABOUT = """\
-Say what every cut of the teacher would cost, in bytes, time and money, and which to take. Times a
-few batches on this machine; where it has no GPU costs are for an assumed one. Reads no image, loads
-no weights, writes nothing."""
+DESCRIPTION = """\
+Print the cost of every cut of the teacher in bytes, time and money, and recommend one. Times a few
+batches on this machine; without a GPU, costs are for an assumed one. Reads no images, loads no
+weights, writes nothing."""
 
 
 def plan_extraction(argv: list[str]) -> int:
@@ -47,7 +63,7 @@ def plan_extraction(argv: list[str]) -> int:
         ExtractPlan,
         _without_flag(argv),
         command="python -m pipeline.extract --plan",
-        about=ABOUT,
+        about=DESCRIPTION,
         presets=PRESETS,
         preset_key="dataset",
     )
@@ -55,8 +71,7 @@ def plan_extraction(argv: list[str]) -> int:
     run = DEFAULT_TRAINER
     if trainer is not None:
         run = validate(RunConfig, read_yaml(trainer), where=trainer)
-    plan = make_plan(config, run, config.plan, config.plan.images)
-    return _show(plan, config.as_json)
+    return _print(make_estimate(config, run, config.plan, config.plan.images), config.as_json)
 
 
 def plan_training(argv: list[str]) -> int:
@@ -65,7 +80,7 @@ def plan_training(argv: list[str]) -> int:
         TrainPlan,
         _without_flag(argv),
         command="python jobs/train_haste.py --plan",
-        about=ABOUT,
+        about=DESCRIPTION,
         presets=PRESETS,
         preset_key="extract.dataset",
     )
@@ -74,57 +89,58 @@ def plan_training(argv: list[str]) -> int:
         store = Store.open(absolute_url(config.store))
         store.require_complete()
         samples = sum(store.index().samples_per_shard)
-        extraction, existing = _extraction_of(store), _existing(store, samples)
+        extraction, existing = _extraction_config(store), _existing_layout(store, samples)
         images = images or samples
-    plan = make_plan(extraction, config, config.plan, images, existing)
-    return _show(plan, config.as_json)
+    return _print(make_estimate(extraction, config, config.plan, images, existing), config.as_json)
 
 
-def make_plan(
+def make_estimate(
     config: ExtractConfig,
     run: RunConfig,
     options: PlanOptions,
     images: int | None = None,
-    existing: Stored | None = None,
-) -> Plan:
-    """Raises ``UserError`` where the run could not be trained on such a store."""
+    existing: StoreLayout | None = None,
+) -> Estimate:
+    """Raises ``UserError`` where the run cannot be trained on such a store."""
     if not run.alignment.active:
         raise UserError("this run aligns to no teacher: there is nothing to plan")
     images = images or _count_images(config)
-    drafts = draft(config)
-    _check_fit(config, run, drafts.geometry)
-    device, here = _devices(config, run, options, drafts)
-    demand = _demand(config, run, options, images, device)
-    totals = work(drafts, run)
-    ways = candidate_layouts(config, drafts.geometry)
+    models = build_meta_models(config)
+    _check_compatible(config, run, models.geometry)
+    device, local = _devices(config, run, options, models)
+    scenario = _scenario(config, run, options, images, device)
+    flops = image_flops(models, run)
+    layouts = candidate_layouts(config, models.geometry)
+    measured = None if local is None else _measurement(local, layouts, flops, config, scenario)
     if existing is not None:
-        ways.insert(0, existing)
-    return Plan(
+        layouts.insert(0, existing)
+    return Estimate(
         config=config,
         run=run,
         device=device,
-        demand=demand,
-        work=totals,
-        advice=advise(ways, totals, device.rates, demand),
-        here=None if here is None else _here(here, ways, totals, config, demand),
-        notes=(*drafts.notes, *_caveats(config, run, device, here)),
+        scenario=scenario,
+        flops=flops,
+        costs=compare_layouts(layouts, flops, device.rates, scenario),
+        local=measured,
+        notes=(*models.notes, *_notes(config, run, device, local)),
     )
 
 
-def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[Stored]:
-    """Every cut in the chosen codecs, which are the candidates, and in others for comparison."""
+def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLayout]:
+    """Every cut in the requested codec (the candidates) and in others for comparison."""
     latents = latent_bytes(geometry)
-    ways = []
+    layouts = []
     for cut in CUTS:
-        for codec in (config.codec,) if cut == ONLINE else dict.fromkeys((config.codec, *SHOWN)):
+        codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
+        for codec in dict.fromkeys(codecs):
             size = latents + stored_bytes(cut, codec, geometry, compress=config.compress)
-            shown = CROP_CODEC if cut == ONLINE else codec
-            ways.append(Stored(cut, shown, size, candidate=codec == config.codec))
-    return ways
+            name = CROP_CODEC if cut == ONLINE else codec
+            layouts.append(StoreLayout(cut, name, size, candidate=codec == config.codec))
+    return layouts
 
 
 def aligned_steps(run: RunConfig) -> int:
-    """Steps with alignment; the most that there can be where a trigger will decide."""
+    """Steps with alignment: all of them unless the termination step is fixed."""
     termination = run.alignment.termination
     if isinstance(termination, FixedStep) and not termination.dry:
         return min(termination.step, run.steps)
@@ -132,48 +148,50 @@ def aligned_steps(run: RunConfig) -> int:
 
 
 def _devices(
-    config: ExtractConfig, run: RunConfig, options: PlanOptions, drafts: Drafts
+    config: ExtractConfig, run: RunConfig, options: PlanOptions, models: MetaModels
 ) -> tuple[Device, Device | None]:
-    """The device that costs are for, and this machine's where it was timed."""
+    """The device that costs are for, and this machine's device if it was timed."""
     given = options.autoencoder_tflops
     if options.tflops is not None:
-        return given_device(options.tflops, given, config.resolution), None
-    print("timing a few batches on this machine", file=sys.stderr)
-    flops = teacher_flops(drafts.vit, drafts.geometry)
+        return unmeasured_device(options.tflops, given, config.resolution), None
+    logger.info("timing a few batches on this machine")
     if options.device == "cpu" or torch.cuda.is_available():
-        gpu = options.device != "cpu"
-        here = measure_device(config, run, drafts, flops, given, gpu=gpu)
-        return here, here
-    here = measure_device(config, run, drafts, flops, gpu=False)
-    return assumed_gpu(given, config.resolution), here
+        local = measure_device(config, run, models, given, gpu=options.device != "cpu")
+        return local, local
+    local = measure_device(config, run, models, gpu=False)
+    return unmeasured_device(None, given, config.resolution), local
 
 
-def _here(
-    device: Device, ways: list[Stored], totals: Work, config: ExtractConfig, demand: Demand
-) -> Here:
-    """What an extraction on this machine would take."""
-    demand = replace(demand, encoders=_encoders(config, device))
+def _measurement(
+    device: Device,
+    layouts: list[StoreLayout],
+    flops: ImageFlops,
+    config: ExtractConfig,
+    scenario: Scenario,
+) -> LocalMeasurement:
+    """Hours of an extraction on this machine."""
+    scenario = replace(scenario, encoders=_encoders(config, device))
     hours = {
-        way.cut: cost_of(way, totals, device.rates, demand).extraction_hours
-        for way in ways
-        if way.candidate and not way.exists
+        layout.cut: cost_of(layout, flops, device.rates, scenario).extraction_hours
+        for layout in layouts
+        if layout.candidate
     }
-    return Here(device, hours)
+    return LocalMeasurement(device, hours)
 
 
-def _demand(
+def _scenario(
     config: ExtractConfig, run: RunConfig, options: PlanOptions, images: int, device: Device
-) -> Demand:
+) -> Scenario:
     price = options.prices.device_hour
     if price is None:
         price = 0.05 * device.cores if device.kind == "cpu" else 3.0
-    return Demand(
+    return Scenario(
         images=images,
-        aligned_images=aligned_steps(run) * run.global_batch,
-        run_images=run.steps * run.global_batch,
+        aligned_images_per_run=aligned_steps(run) * run.global_batch,
+        images_per_run=run.steps * run.global_batch,
         encoders=_encoders(config, device),
-        trainers=run.workers.count,
-        bytes_per_second=options.gb_per_second * GIGA,
+        workers=run.workers.count,
+        bytes_per_second_per_worker=round(options.gb_per_second * GIGA),
         device_hour=price,
         tb_month=options.prices.tb_month,
         months=options.months,
@@ -182,7 +200,7 @@ def _demand(
 
 
 def _encoders(config: ExtractConfig, device: Device) -> float:
-    """Devices that the extraction has; a CPU's actors are parts of it."""
+    """Devices of the extraction. On a CPU an actor is a fraction of a device."""
     if device.kind == "cpu" and config.actors is not None:
         return config.actors * (config.cpus_per_actor or 1) / device.cores
     return config.actors or 1
@@ -199,49 +217,48 @@ def _count_images(config: ExtractConfig) -> int:
     )
 
 
-def _check_fit(config: ExtractConfig, run: RunConfig, geometry: Geometry) -> None:
+def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry) -> None:
     if geometry.latent_shape != run.student.latent_shape:
-        made, wanted = (
+        stored, expected = (
             "x".join(map(str, shape)) for shape in (geometry.latent_shape, run.student.latent_shape)
         )
         raise UserError(
-            f"the store would hold latents {made} of {config.resolution} px images; the trainer's "
-            f"{run.student.model} expects {wanted}: plan for another trainer or resolution"
+            f"the store would hold latents {stored} of {config.resolution} px images; the "
+            f"trainer's {run.student.model} expects {expected}: plan for another trainer or "
+            "resolution"
         )
-    lacking = sorted(set(run.alignment.teacher_layers) - set(config.layers))
-    if run.alignment.attention_weight and lacking:
+    missing = sorted(set(run.alignment.teacher_layers) - set(config.layers))
+    if run.alignment.attention_weight and missing:
         raise UserError(
-            f"the trainer's alignment.teacher_layers asks for teacher layer {lacking[0]}; "
+            f"the trainer's alignment.teacher_layers asks for teacher layer {missing[0]}; "
             f"the extraction's --layers keeps {', '.join(map(str, config.layers))}"
         )
 
 
-def _caveats(
-    config: ExtractConfig, run: RunConfig, device: Device, here: Device | None
+def _notes(
+    config: ExtractConfig, run: RunConfig, device: Device, local: Device | None
 ) -> tuple[str, ...]:
     notes = []
     if device.kind == "cpu":
         notes.append(
-            "timed on a CPU, whose hours are priced as such: to plan for a GPU leave out "
-            "--plan.device cpu or give --plan.tflops (200 to 300 for an H100)"
+            "timed and priced on a CPU: for a GPU leave out --plan.device cpu or give "
+            "--plan.tflops (200 to 300 for an H100)"
         )
     if config.column_codecs:
-        notes.append("--column-codecs are not weighed: sizes are of --codec alone")
-    if (here or device).estimated:
+        notes.append("--column-codecs are ignored: sizes are of --codec alone")
+    if (local or device).estimated:
         notes.append(
-            "* the teacher does not fit this machine: its time follows from its FLOPs at the rate "
-            "that two of its blocks reached"
+            "* the teacher does not fit this machine: its time follows from its FLOPs at the "
+            "measured rate of two of its blocks"
         )
     termination = run.alignment.termination
-    if aligned_steps(run) == run.steps and not (
-        isinstance(termination, FixedStep) and not termination.dry
-    ):
-        notes.append("no step is fixed for the termination: all steps are taken to be aligned")
+    if not isinstance(termination, FixedStep) or termination.dry:
+        notes.append("the termination step is not fixed: all steps are assumed to be aligned")
     return tuple(notes)
 
 
-def _extraction_of(store: Store) -> ExtractConfig:
-    """The extraction that made a store, as far as a plan asks."""
+def _extraction_config(store: Store) -> ExtractConfig:
+    """The options that an estimate needs, from the manifest of a store."""
     manifest = store.manifest
     _, stream = manifest.teacher_stream()
     teacher = stream.teacher
@@ -259,20 +276,19 @@ def _extraction_of(store: Store) -> ExtractConfig:
     return ExtractConfig.model_validate(values)
 
 
-def _existing(store: Store, samples: int) -> Stored:
-    """A complete store, at the size that it has."""
-    _, stream = store.manifest.teacher_stream()
+def _existing_layout(store: Store, samples: int) -> StoreLayout:
+    """Layout and measured size of a complete store."""
     if not samples:
         raise UserError(f"store '{store.shown_url}' holds no samples")
+    _, stream = store.manifest.teacher_stream()
     size = -(-sum(store.index().bytes_per_stream.values()) // samples)
-    codec = codec_set(stream, store.manifest.resolution)
-    return Stored(stream.cut, codec, size, exists=True)
+    return StoreLayout(stream.cut, codec_set(stream), size, exists=True)
 
 
 def _without_flag(argv: list[str]) -> list[str]:
     return [argument for argument in argv if argument != FLAG]
 
 
-def _show(plan: Plan, json_wanted: bool) -> int:
-    print(json.dumps(as_json(plan)) if json_wanted else describe(plan))
+def _print(estimate: Estimate, json_wanted: bool) -> int:
+    print(json.dumps(as_json(estimate)) if json_wanted else describe(estimate))
     return 0

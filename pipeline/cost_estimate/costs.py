@@ -1,170 +1,204 @@
-"""The arithmetic of a plan: bytes, FLOPs, rates and prices to what every cut costs. No torch.
+"""Costs of a teacher store from bytes, FLOPs, rates and prices. No torch.
 
-One word for all devices: a device is what one worker has, a GPU or the cores that were timed.
+A device is the hardware of one worker: a GPU, or the CPU cores that were timed.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 HOUR = 3600.0
 TERA = 1e12
 GIGA = 1e9
+ONLINE = "image"
+"""The cut of the online baseline: crops are stored, and the trainer runs the whole teacher."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """FLOPs of one image, by place. The mappings are by cut."""
+class ImageFlops:
+    """FLOPs per image. The mappings are by cut."""
 
     step: int
     """A vanilla training step."""
     alignment: int
-    """What projector and the student's tapped logits add to it, whatever the cut."""
+    """The projector and the student's tapped logits, the same for every cut."""
     autoencoder: int
     extraction: dict[str, int]
     """The teacher, in the extraction."""
     training: dict[str, int]
     """The teacher, in the trainer."""
     tail_weights: dict[str, int]
-    """Number of weights of the teacher's part that the trainer runs."""
-    tail_blocks: dict[str, int]
-    """Its blocks."""
+    """Number of teacher weights that the trainer needs."""
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What one device sustains."""
+class DeviceRates:
+    """Sustained rates of one device, in FLOP per second."""
 
     teacher: float
-    """FLOP per second."""
     autoencoder: float
     student: float
     decode_seconds: float
-    """To decode and crop one image, with all the decoding threads of an encoder."""
-    decode_beside: bool
-    """Whether decoding runs beside the networks (on a GPU) or takes cores from them."""
+    """Seconds to decode and crop one image, using all decoding threads of an encoder."""
+    decode_overlaps: bool
+    """True if decoding overlaps with the networks (GPU), false if both use the same cores."""
 
 
 @dataclass(frozen=True)
-class Demand:
-    """How much of everything, and its price."""
+class Scenario:
+    """Amounts and prices of an estimate."""
 
     images: int
-    aligned_images: int
-    """Images that one run sees before the termination."""
-    run_images: int
-    """Images that one run sees in all."""
+    aligned_images_per_run: int
+    """Images of one run before the termination."""
+    images_per_run: int
     encoders: float
     """Devices of the extraction."""
-    trainers: int
+    workers: int
     """Devices of the training."""
-    bytes_per_second: float
-    """That one worker can read, and one encoder write."""
+    bytes_per_second_per_worker: float
+    """Read rate of one worker and write rate of one encoder."""
     device_hour: float
+    """Price, as ``tb_month``."""
     tb_month: float
     months: float
     runs: int
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One way to store the teacher."""
+class StoreLayout:
+    """A cut and codec for the teacher, and its size."""
 
     cut: str
     codec: str
     bytes_per_image: int
-    """Latents included, since they are read together."""
+    """Teacher and latents, because they are read together."""
     exists: bool = False
-    """The store has been made: its extraction is paid for."""
+    """The store is complete: its extraction costs nothing more."""
     candidate: bool = True
-    """Whether it may be recommended; the others, in codecs that were not chosen, are shown only."""
+    """False for a codec that was not requested: shown for comparison, never recommended."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one way to store the teacher costs."""
+    """Costs of one layout; the fields of one row of ``--json``."""
 
-    stored: Stored
-    store_bytes: int
-    """Images and the teacher's tail."""
+    cut: str
+    codec: str
+    exists: bool
+    candidate: bool
+    bytes_per_image: int
+    bytes: int
+    """All images and the teacher's tail."""
     extraction_device_hours: float
     extraction_hours: float
-    """On the given encoders."""
-    teacher_share: float
-    """Teacher's time in the trainer, of a vanilla step's."""
-    read_needed: float
-    """Bytes per second and worker, for the trainer not to wait."""
-    wait_share: float
-    """Time spent waiting for bytes in Phase I, of a vanilla step's."""
-    run_device_hours: float
-    """What teacher and waiting add to one run."""
-    storage_per_month: float
-    once: float
-    """Price of extraction and storage."""
-    per_run: float
-    """Price of ``run_device_hours``."""
-    total: float
-    """Price for all runs."""
-    break_even_runs: int | None
-    """Runs from which on it is cheaper than the online teacher; None: never."""
+    """With the scenario's number of encoders."""
+    read_bytes_per_second_per_worker: int
+    """Rate at which the trainer does not wait."""
+    read_bytes_per_second: int
+    """The same for all workers."""
+    bandwidth_suffices: bool
+    """False if the trainer is limited by reading."""
+    teacher_flops_per_image: int
+    """In the trainer."""
+    teacher_share_of_step: float
+    """Teacher time in the trainer, relative to a vanilla step."""
+    wait_share_of_step: float
+    """Time waiting for data in Phase I, relative to a vanilla step."""
+    device_hours_per_run: float
+    """Added to one run by teacher and waiting."""
+    storage_cost_per_month: float
+    cost_once: float
+    """Extraction and storage."""
+    cost_per_run: float
+    """Price of ``device_hours_per_run``."""
+    cost: float
+    """All runs."""
+    break_even_runs: int | None = None
+    """Smallest number of runs from which it is cheaper than the online teacher; None: never."""
 
     @property
-    def waits(self) -> bool:
-        """Whether reading, not arithmetic, decides the pace."""
-        return self.wait_share > 0
+    def name(self) -> str:
+        return f"'{self.cut}' in {self.codec}" + (" (this store)" if self.exists else "")
 
 
-def cost_of(stored: Stored, work: Work, rates: Rates, demand: Demand) -> Cost:
-    """Without ``break_even_runs``, which takes two."""
-    cut = stored.cut
-    store_bytes = demand.images * stored.bytes_per_image + 4 * work.tail_weights[cut]
-
-    networks = work.autoencoder / rates.autoencoder + work.extraction[cut] / rates.teacher
-    decode = rates.decode_seconds
-    encode = max(networks, decode) if rates.decode_beside else networks + decode
-    encode += stored.bytes_per_image / demand.bytes_per_second  # shards are written in between
-    device_hours = 0.0 if stored.exists else demand.images * encode / HOUR
-
-    step = work.step / rates.student
-    teacher = work.training[cut] / rates.teacher
-    compute = step + work.alignment / rates.student + teacher
-    wait = max(0.0, stored.bytes_per_image / demand.bytes_per_second - compute)
-    run_hours = demand.aligned_images * (teacher + wait) / HOUR
-
-    per_month = store_bytes / TERA * demand.tb_month
-    once = device_hours * demand.device_hour + per_month * demand.months
-    per_run = run_hours * demand.device_hour
-    return Cost(
-        stored=stored,
-        store_bytes=store_bytes,
-        extraction_device_hours=device_hours,
-        extraction_hours=device_hours / demand.encoders,
-        teacher_share=teacher / step,
-        read_needed=stored.bytes_per_image / compute,
-        wait_share=wait / step,
-        run_device_hours=run_hours,
-        storage_per_month=per_month,
-        once=once,
-        per_run=per_run,
-        total=once + demand.runs * per_run,
-        break_even_runs=None,
+def compare_layouts(
+    layouts: Sequence[StoreLayout], flops: ImageFlops, rates: DeviceRates, scenario: Scenario
+) -> tuple[Cost, ...]:
+    """Cost of every layout. At least one of them has the cut ``image``."""
+    costs = [cost_of(layout, flops, rates, scenario) for layout in layouts]
+    online = cheapest_online(costs)
+    return tuple(
+        cost if cost.cut == ONLINE else replace(cost, break_even_runs=_break_even(cost, online))
+        for cost in costs
     )
 
 
-def break_even_runs(once: float, per_run: float, other_once: float, other_per_run: float) -> int:
-    """The least number of runs, 1 or more, from which on the first costs less than the other,
-    however many more there are; 0 where there is none."""
+def cheapest_online(costs: Sequence[Cost]) -> Cost:
+    """Cheapest layout with the cut ``image``."""
+    return min((c for c in costs if c.cut == ONLINE), key=lambda cost: cost.cost)
+
+
+def recommended(costs: Sequence[Cost]) -> Cost:
+    """Cheapest candidate. A coarser codec is never chosen for its price alone."""
+    return min((c for c in costs if c.candidate), key=lambda cost: cost.cost)
+
+
+def cost_of(layout: StoreLayout, flops: ImageFlops, rates: DeviceRates, scenario: Scenario) -> Cost:
+    """Cost without ``break_even_runs``, which needs the online baseline."""
+    cut = layout.cut
+    store_bytes = scenario.images * layout.bytes_per_image + 4 * flops.tail_weights[cut]
+    transfer = layout.bytes_per_image / scenario.bytes_per_second_per_worker
+
+    networks = flops.autoencoder / rates.autoencoder + flops.extraction[cut] / rates.teacher
+    decode = rates.decode_seconds
+    encode = max(networks, decode) if rates.decode_overlaps else networks + decode
+    encode += transfer  # writing a shard does not overlap with encoding
+    device_hours = 0.0 if layout.exists else scenario.images * encode / HOUR
+
+    step = flops.step / rates.student
+    teacher = flops.training[cut] / rates.teacher
+    compute = step + flops.alignment / rates.student + teacher
+    wait = max(0.0, transfer - compute)
+    run_hours = scenario.aligned_images_per_run * (teacher + wait) / HOUR
+
+    per_month = store_bytes / TERA * scenario.tb_month
+    once = device_hours * scenario.device_hour + per_month * scenario.months
+    per_run = run_hours * scenario.device_hour
+    return Cost(
+        **asdict(layout),
+        bytes=store_bytes,
+        extraction_device_hours=device_hours,
+        extraction_hours=device_hours / scenario.encoders,
+        read_bytes_per_second_per_worker=round(layout.bytes_per_image / compute),
+        read_bytes_per_second=round(layout.bytes_per_image / compute * scenario.workers),
+        bandwidth_suffices=wait == 0,
+        teacher_flops_per_image=flops.training[cut],
+        teacher_share_of_step=teacher / step,
+        wait_share_of_step=wait / step,
+        device_hours_per_run=run_hours,
+        storage_cost_per_month=per_month,
+        cost_once=once,
+        cost_per_run=per_run,
+        cost=once + scenario.runs * per_run,
+    )
+
+
+def _break_even(cost: Cost, online: Cost) -> int | None:
+    return break_even_runs(cost.cost_once, cost.cost_per_run, online.cost_once, online.cost_per_run)
+
+
+def break_even_runs(
+    once: float, per_run: float, other_once: float, other_per_run: float
+) -> int | None:
+    """Smallest number of runs, at least 1, from which the first stays cheaper than the other;
+    None if there is no such number."""
     saved = other_per_run - per_run
     if saved <= 0:
-        return int(saved == 0 and once < other_once)
+        return 1 if saved == 0 and once < other_once else None
     runs = max(1, math.floor((once - other_once) / saved))
     while once + runs * per_run >= other_once + runs * other_per_run:
-        runs += 1  # once or twice: it must be less, and the division was rounded
+        runs += 1  # at most twice: the division is rounded down, and the cost must be lower
     return runs
-
-
-def full_run_hours(work: Work, rates: Rates, demand: Demand) -> float:
-    """Device-hours of one run with targets that cost nothing."""
-    flops = demand.run_images * work.step + demand.aligned_images * work.alignment
-    return flops / rates.student / HOUR

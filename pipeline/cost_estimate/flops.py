@@ -1,5 +1,4 @@
-"""FLOPs of one image through everything that a plan weighs; see ``pipeline.models.flops`` for what
-counts."""
+"""FLOPs per image of teacher, autoencoder and student, counted as in ``pipeline.models.flops``."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.cost_estimate.costs import Work
-from pipeline.cost_estimate.meta_models import Drafts, Geometry, encode
+from pipeline.cost_estimate.costs import ImageFlops
+from pipeline.cost_estimate.meta_models import Geometry, MetaModels, encode
 from pipeline.models.flops import STEP, count, student_flops, tapped_flops
 from pipeline.models.projector import Projector
 from pipeline.teachers.vit import block_arguments, embed
@@ -19,77 +18,72 @@ from schemas.run import RunConfig
 
 @dataclass(frozen=True)
 class TeacherFlops:
-    """One image through the teacher."""
+    """FLOPs of one image in the parts of the teacher."""
 
     embed: int
-    """Pixels to the tokens that enter block 0."""
+    """Pixels to the input tokens of block 0."""
     blocks: tuple[int, ...]
     logits: int
     """The attention logits of one tapped layer, all heads."""
     parameters: tuple[int, ...]
-    """Weights of each block: a number, not FLOPs."""
+    """Number of weights of each block."""
     other_parameters: int
 
     def through(self, start: int, stop: int, taps: int) -> int:
-        """Blocks ``start`` to ``stop - 1`` with the logits of ``taps`` layers; the embedding too
-        where they begin at block 0."""
+        """FLOPs of blocks ``start`` to ``stop - 1`` and of the logits of ``taps`` layers, with the
+        embedding if ``start`` is 0."""
         blocks = sum(self.blocks[start:stop]) + taps * self.logits
         return blocks + (0 if start else self.embed)
 
     def weights(self, start: int = 0) -> int:
-        """Weights of the blocks from ``start`` on; all others' too where that is block 0."""
+        """Number of weights of the blocks from ``start``, of the whole model if it is 0."""
         return sum(self.parameters[start:]) + (0 if start else self.other_parameters)
 
 
 def teacher_flops(vit: Any, geometry: Geometry) -> TeacherFlops:
-    """Of a model on the meta device."""
-    size = vit.patch_embed.img_size
-    pixels = torch.empty(1, 3, *size, device="meta")
+    """Counts for a timm model on the meta device."""
+    pixels = torch.empty(1, 3, *vit.patch_embed.img_size, device="meta")
     tokens, embedding = count(lambda: embed(vit, pixels))
-    arguments = block_arguments(vit)
     blocks = []
-    for block, extra in zip(vit.blocks, arguments, strict=True):
+    for block, extra in zip(vit.blocks, block_arguments(vit), strict=True):
         tokens, flops = count(partial(block, tokens, **extra))
         blocks.append(flops)
     per_block = tuple(sum(p.numel() for p in block.parameters()) for block in vit.blocks)
-    everything = sum(p.numel() for p in vit.parameters())
     return TeacherFlops(
         embed=embedding,
         blocks=tuple(blocks),
         logits=_logits(geometry, geometry.heads),
         parameters=per_block,
-        other_parameters=everything - sum(per_block),
+        other_parameters=sum(p.numel() for p in vit.parameters()) - sum(per_block),
     )
 
 
 def autoencoder_flops(autoencoder: Any, resolution: int) -> int:
-    """Encoding one image."""
+    """FLOPs to encode one image."""
     pixels = torch.empty(1, 3, resolution, resolution, device="meta")
     return count(lambda: encode(autoencoder, pixels))[1]
 
 
-def work(drafts: Drafts, run: RunConfig) -> Work:
-    """Everything, for an extraction's networks and the run that reads its store."""
-    geometry, alignment = drafts.geometry, run.alignment
-    teacher = teacher_flops(drafts.vit, geometry)
+def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
+    """FLOPs of an extraction's networks and of the run that reads its store."""
+    geometry, alignment = models.geometry, run.alignment
+    teacher = teacher_flops(models.vit, geometry)
     heads = min(run.student.size.heads, geometry.heads)
     depth, first, stored = geometry.depth, geometry.first_tapped, len(geometry.layers)
     tapped = len(set(alignment.teacher_layers)) if alignment.attention_weight else 0
-    products = tapped * _logits(geometry, heads)
-    whole = teacher.through(0, depth, stored)
-    return Work(
+    return ImageFlops(
         step=STEP * student_flops(run.student),
         alignment=STEP * _alignment(run, geometry, heads),
-        autoencoder=autoencoder_flops(drafts.autoencoder, geometry.resolution),
+        autoencoder=autoencoder_flops(models.autoencoder, geometry.resolution),
         extraction={
-            "maps": whole,
+            "maps": teacher.through(0, depth, stored),
             "qk": teacher.through(0, depth, 0),
             "activations": teacher.through(0, first, 0),
             "image": 0,
         },
         training={
             "maps": 0,
-            "qk": products,
+            "qk": tapped * _logits(geometry, heads),
             "activations": teacher.through(first, depth, tapped),
             "image": teacher.through(0, depth, tapped),
         },
@@ -99,24 +93,23 @@ def work(drafts: Drafts, run: RunConfig) -> Work:
             "activations": teacher.weights(first),
             "image": teacher.weights(),
         },
-        tail_blocks={"maps": 0, "qk": 0, "activations": depth - first, "image": depth},
     )
 
 
 def _alignment(run: RunConfig, geometry: Geometry, heads: int) -> int:
     """Forward FLOPs of projector and tapped logits."""
     alignment = run.alignment
-    extra = 0
+    total = 0
     if alignment.attention_weight:
-        extra += len(alignment.student_layers) * tapped_flops(run.student, heads)
+        total += len(alignment.student_layers) * tapped_flops(run.student, heads)
     if alignment.feature_weight:
         width = run.student.size.width
         with torch.device("meta"):
             projector = Projector(width, alignment.projector_width, geometry.width)
-            # student tokens are resampled to the teacher's grid first
+            # student tokens are resampled to the teacher's grid before the projector
             features = torch.empty(1, geometry.patches, width)
-        extra += count(lambda: projector(features))[1]
-    return extra
+        total += count(lambda: projector(features))[1]
+    return total
 
 
 def _logits(geometry: Geometry, heads: int) -> int:

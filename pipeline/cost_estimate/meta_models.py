@@ -1,4 +1,4 @@
-"""Networks on the meta device: their shapes, without a byte of weights and without the network."""
+"""Teacher and autoencoder on the meta device: shapes without weights and without network access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.autoencoders.autoencoder import KINDS
-from pipeline.teachers.vit import draft_vit
+from pipeline.teachers.vit import create_meta_vit
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 
@@ -21,30 +21,65 @@ STABLE_DIFFUSION: dict[str, Any] = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-"""Sizes of Stable Diffusion's autoencoder, as in the config of stabilityai/sd-vae-ft-mse."""
+"""Sizes of Stable Diffusion's autoencoder, from the config of stabilityai/sd-vae-ft-mse."""
 
 
-class Drafts(NamedTuple):
-    """What an extraction would run."""
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of a teacher at its input size, and of the latents."""
+
+    prefix: int
+    """Class and register tokens."""
+    grid: tuple[int, int]
+    """Patch tokens, rows x columns."""
+    width: int
+    heads: int
+    head_width: int
+    depth: int
+    layers: tuple[int, ...]
+    """Layers whose attention a store holds, 0-based, lowest first."""
+    resolution: int
+    """Pixels per side of the crop."""
+    latent_shape: tuple[int, int, int]
+    """Channels, rows, columns."""
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens, N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Patch, class and register tokens."""
+        return self.prefix + self.patches
+
+    @property
+    def first_tapped(self) -> int:
+        """Block whose input the cut ``activations`` stores."""
+        return self.layers[0]
+
+
+class MetaModels(NamedTuple):
+    """Networks of an extraction."""
 
     vit: Any
-    """timm's model."""
+    """timm model of the teacher."""
     autoencoder: Any
-    """diffusers' model."""
+    """diffusers model."""
     geometry: Geometry
     notes: tuple[str, ...]
-    """What had to be assumed."""
+    """Assumptions."""
 
 
-def draft(config: ExtractConfig) -> Drafts:
-    """Teacher and autoencoder of an extraction. Raises ``UserError``."""
-    vit, shape = draft_vit(config.teacher, config.resolution)
+def build_meta_models(config: ExtractConfig) -> MetaModels:
+    """Teacher and autoencoder of an extraction. Raises ``UserError`` where they do not fit."""
+    vit, shape = create_meta_vit(config.teacher, config.resolution)
     if max(config.layers) >= shape.depth:
         raise UserError(
             f"--layers asks for layer {max(config.layers)}; teacher '{config.teacher.model}' has "
             f"{shape.depth} layers, 0 to {shape.depth - 1}"
         )
-    autoencoder, notes = _draft_autoencoder(config.autoencoder)
+    autoencoder, notes = _meta_autoencoder(config.autoencoder)
     geometry = Geometry(
         prefix=vit.num_prefix_tokens,
         grid=tuple(vit.patch_embed.grid_size),
@@ -56,25 +91,25 @@ def draft(config: ExtractConfig) -> Drafts:
         resolution=config.resolution,
         latent_shape=_latent_shape(autoencoder, config),
     )
-    return Drafts(vit, autoencoder, geometry, notes)
+    return MetaModels(vit, autoencoder, geometry, notes)
 
 
 def encode(autoencoder: Any, pixels_B3RR: torch.Tensor) -> torch.Tensor:
-    """Mean latents (B, C, h, w) of either kind of autoencoder."""
+    """Mean latents (B, C, h, w) of a variational or a deterministic autoencoder."""
     encoded = autoencoder.encode(pixels_B3RR)
     latents = getattr(encoded, "latents", None)
     return encoded.latent_dist.mean if latents is None else latents
 
 
-def _draft_autoencoder(name: str) -> tuple[Any, tuple[str, ...]]:
-    place = str(DEMO_AUTOENCODER) if name == "demo" else name
+def _meta_autoencoder(name: str) -> tuple[Any, tuple[str, ...]]:
+    source = str(DEMO_AUTOENCODER) if name == "demo" else name
     notes: tuple[str, ...] = ()
     try:
-        config = diffusers.AutoencoderKL.load_config(place, local_files_only=True)
+        config = diffusers.AutoencoderKL.load_config(source, local_files_only=True)
     except (OSError, ValueError):
         config = {"_class_name": "AutoencoderKL", **STABLE_DIFFUSION}
         if not name.startswith("stabilityai/sd-vae-"):
-            notes = (f"autoencoder '{name}' is not on this machine: taken to be of SD's sizes",)
+            notes = (f"autoencoder '{name}' is not on this machine: Stable Diffusion's is assumed",)
     kind = config.get("_class_name")
     if kind not in KINDS:
         raise UserError(f"--autoencoder '{name}' is a {kind}; expected {' or '.join(KINDS)}")
@@ -92,38 +127,3 @@ def _latent_shape(autoencoder: Any, config: ExtractConfig) -> tuple[int, int, in
             f"--autoencoder '{config.autoencoder}' cannot encode {size} px images: {error}"
         ) from None
     return (latents.shape[1], latents.shape[2], latents.shape[3])
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A teacher at the size at which it sees the images of a data set."""
-
-    prefix: int
-    """Class and register tokens."""
-    grid: tuple[int, int]
-    """Patch tokens, rows x columns."""
-    width: int
-    heads: int
-    head_width: int
-    depth: int
-    layers: tuple[int, ...]
-    """Layers whose attention a store keeps, 0-based, lowest first."""
-    resolution: int
-    """Pixels per side of the crop."""
-    latent_shape: tuple[int, int, int]
-    """Channels, rows, columns."""
-
-    @property
-    def patches(self) -> int:
-        """Tokens of the image alone, N."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def tokens(self) -> int:
-        """Class and register tokens included."""
-        return self.prefix + self.patches
-
-    @property
-    def first_tapped(self) -> int:
-        """The block at whose entrance the cut ``activations`` lies."""
-        return self.layers[0]

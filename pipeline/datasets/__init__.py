@@ -1,4 +1,4 @@
-"""Where images come from: a fixed, numbered order of (key, label, image)."""
+"""Data sets: listings of (key, label, image) in a fixed, numbered order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ImageItem", "Listing", "list_images", "open_reader"]
 
 
 def list_images(config: ExtractConfig) -> Listing:
-    """Every image of ``config.dataset``, in the order of the store. Raises ``UserError``."""
+    """All images of ``config.dataset`` in the order of the store. Raises ``UserError``."""
     if config.dataset == "demo":
         listing = list_digits()
     else:
@@ -36,7 +36,7 @@ def list_images(config: ExtractConfig) -> Listing:
 
 
 def open_reader(config: ExtractConfig) -> Reader:
-    """What reads the encoded bytes of an item; made in the process that uses it."""
+    """Function that reads the encoded bytes of an item; open it in the process that uses it."""
     return read_digit if config.dataset == "demo" else FileReader(_source(config))
 
 

@@ -1,7 +1,7 @@
-"""scikit-learn's hand-written digits: 1,797 real images that need no download.
+"""scikit-learn's hand-written digits: 1,797 real images without a download.
 
-They come from the UCI "Optical Recognition of Handwritten Digits" test set: 8x8 pixels, 17 grey
-levels, 10 classes. The demo and the tests use them as a data set that every machine has.
+They are the UCI "Optical Recognition of Handwritten Digits" test set: 8x8 pixels, 17 grey levels,
+10 classes. The demo and the tests use them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from PIL import Image
 from pipeline.datasets.listing import ImageItem, Listing
 from schemas.errors import UserError
 
-LEVELS = 16  # the brightest value of a pixel in the source
+MAX_GREY = 16  # brightest pixel value in the source
 
 
 def digits_images(resolution: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """All digits in scikit-learn's order, bicubically resized to ``resolution`` and made RGB.
+    """All digits in scikit-learn's order, bicubically resized to ``resolution``, as RGB.
 
-    Returns uint8 images (N, R, R, 3) and int64 labels (N,), with N = 1797 and R = ``resolution``.
-    The result is the same on every call.
+    Returns uint8 images (N, R, R, 3) and int64 labels (N,), N = 1797, R = ``resolution``. Raises
+    ``ValueError`` for a resolution below 1, ``ImportError`` without scikit-learn.
     """
     if resolution < 1:
         raise ValueError(f"the resolution of the digits must be positive, not {resolution}")
@@ -35,21 +35,20 @@ def digits_images(resolution: int = 32) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _source_digits() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (N, 8, 8) and int64 labels (N,)."""
+    """uint8 images (N, 8, 8) and int64 labels (N,). Raises ``ImportError``."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the digits data set comes with scikit-learn, which is not installed; "
-            "install it with: pip install '.[demo]'"
+            "the digits are part of scikit-learn, which is not installed: pip install '.[demo]'"
         ) from error
     source = load_digits()
-    grey = np.rint(source.images * (255 / LEVELS)).astype(np.uint8)
+    grey = np.rint(source.images * (255 / MAX_GREY)).astype(np.uint8)
     return grey, source.target.astype(np.int64)
 
 
 def list_digits() -> Listing:
-    """The digits as a data set; 10 classes."""
+    """The digits as a data set of 10 classes. Raises ``UserError`` without scikit-learn."""
     try:
         _, labels = _source_digits()
     except ImportError as error:
@@ -62,7 +61,7 @@ def list_digits() -> Listing:
 
 
 def read_digit(item: ImageItem) -> bytes:
-    """One digit as a PNG of 8x8 pixels; the crop resizes it as `digits_images` does."""
+    """One digit as a PNG of 8x8 pixels; ``decode_crop`` resizes it as ``digits_images`` does."""
     images, _ = _source_digits()
     buffer = io.BytesIO()
     Image.fromarray(images[int(item.key.removeprefix("digit-"))]).save(buffer, format="PNG")

@@ -1,4 +1,4 @@
-"""ImageNet-1k as it is distributed: train/WNID/*.JPEG, or Kaggle's ILSVRC tree."""
+"""ImageNet-1k in its distributed layouts: train/WNID/*.JPEG, or Kaggle's ILSVRC tree."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ TRAIN_FOLDERS = ("ILSVRC/Data/CLS-LOC/train", "train", "")
 
 
 def list_imagenet(source: str, synsets: str | None) -> Listing:
-    """All training images; the label is the rank of the WNID in sorted order.
+    """List all training images; the label is the rank of the WNID in sorted order.
 
-    ``synsets`` (a file of WNIDs) fixes the ranks, also of classes that the source lacks.
+    The WNIDs are those of the file ``synsets``, which may have classes that the source lacks, else
+    those of the source. Raises ``UserError``.
     """
-    shown, named = redact(source), redact(synsets or "")
+    shown, shown_synsets = redact(source), redact(synsets or "")
     folder = _train_folder(source)
     paths = [path for path in list_files(source, folder) if WNID.fullmatch(_wnid(path, folder))]
     if not paths:
         raise UserError(
-            f"--source '{shown}' holds no ImageNet training images: expected train/WNID/*.JPEG or "
+            f"--source '{shown}' has no ImageNet training images: expected train/WNID/*.JPEG or "
             "ILSVRC/Data/CLS-LOC/train/WNID/*.JPEG"
         )
     present = sorted({_wnid(path, folder) for path in paths})
     classes = read_synsets(synsets) if synsets else present
     missing = sorted(set(present) - set(classes))
     if missing:
-        raise UserError(f"--synsets '{named}' lacks {missing[0]}, which '{shown}' holds")
+        raise UserError(f"--synsets '{shown_synsets}' lacks {missing[0]}, a class of '{shown}'")
     rank = {wnid: i for i, wnid in enumerate(classes)}
     labels = [rank[_wnid(path, folder)] for path in paths]
     items = make_items(paths, labels)
-    cut = len(f"{folder}/") if folder else 0  # keys read WNID/NAME in either tree
-    return Listing([item._replace(key=item.key[cut:]) for item in items], num_classes=len(classes))
+    prefix = len(f"{folder}/") if folder else 0  # keys are WNID/NAME in every layout
+    return Listing(
+        [item._replace(key=item.key[prefix:]) for item in items], num_classes=len(classes)
+    )
 
 
 def read_synsets(file: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The numbered order of a data set."""
+"""The listing of a data set: its images in a fixed order."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 
 
 class ImageItem(NamedTuple):
-    """One image before it is read."""
+    """Key, label and location of one image."""
 
     key: str
-    """Unique in its data set; WebDataset's sample key, so without dots."""
+    """Unique in its data set; without dots, because it is WebDataset's sample key."""
     label: int
     path: str
-    """File below the source."""
+    """Path of the file below the source."""
     offset: int = 0
-    """Where the image begins in the file, bytes."""
+    """First byte of the image in the file."""
     length: int | None = None
-    """Its length in bytes; None: to the end."""
+    """Length in bytes; None: to the end of the file."""
     latent: str | None = None
-    """File of its latent below the source, where the data set brings latents."""
+    """Path of the latent's file below the source, in data sets with latents."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Listing:
     num_classes: int
 
     def shuffled(self, seed: int) -> Listing:
-        """One fixed permutation: sources list class after class, and a shard of one class would
-        leave the trainer's shuffle window nothing to mix."""
+        """A fixed permutation, because sources list class after class and the trainer's shuffle
+        window could not mix shards of one class."""
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.items))
         return Listing([self.items[i] for i in order], self.num_classes)
 
     def fingerprint(self) -> str:
-        """SHA-256 of every (key, label) in order: two listings that agree make the same store."""
+        """SHA-256 of all (key, label) in order; equal listings give the same store."""
         digest = hashlib.sha256()
         for item in self.items:
             digest.update(f"{item.key}\t{item.label}\n".encode())

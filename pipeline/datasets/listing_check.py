@@ -1,5 +1,4 @@
-"""What the keys and labels of a data set may be: they come from whoever packed it, and a store
-hands them on as names of files."""
+"""Check the keys and labels of a data set, which are untrusted and become file names in a store."""
 
 from __future__ import annotations
 
@@ -10,15 +9,15 @@ from schemas.errors import UserError, plain_text
 from schemas.fields import MAX_CLASSES
 
 MAX_KEY_BYTES = 1024
-"""In UTF-8; object stores have the same bound on a whole name."""
+"""UTF-8 bytes of a key; object stores have the same limit for a complete name."""
 UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Controls, bytes that were no UTF-8, ends of lines. (``str.isprintable`` also minds the narrow
-spaces in the names of a Mac's screenshots.)"""
+"""Unicode categories of control characters, bytes that are not UTF-8, and line ends.
+(``str.isprintable`` would also refuse the narrow spaces in names of macOS screenshots.)"""
 
 
 def check_listing(listing: Listing, shown: str) -> None:
-    """Raises ``UserError`` for the first image whose key or label no store can hold. ``shown`` is
-    the source as a person may see it."""
+    """Raises ``UserError`` for the first image whose key or label a store cannot have. ``shown`` is
+    the redacted source."""
     seen: set[str] = set()
     for item in listing.items:
         problem = _problem(item.key)
@@ -32,12 +31,12 @@ def check_listing(listing: Listing, shown: str) -> None:
         seen.add(item.key)
     if listing.num_classes > MAX_CLASSES:
         raise UserError(
-            f"--source '{shown}' has {listing.num_classes} classes; a store has up to {MAX_CLASSES}"
+            f"--source '{shown}' has {listing.num_classes} classes; the limit is {MAX_CLASSES}"
         )
 
 
 def short_name(name: str) -> str:
-    """As much of a name from a data set as a line can bear."""
+    """At most 200 characters of an untrusted name, in one line."""
     text = plain_text(name)
     return text if len(text) <= 200 else f"{text[:200]}..."
 

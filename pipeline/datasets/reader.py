@@ -1,4 +1,4 @@
-"""From an item to the bytes of its image."""
+"""Read the encoded bytes of an image."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from pipeline.storage.local import open_regular, read_range
 Reader = Callable[[ImageItem], bytes]
 
 UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
-"""What is wrong with one file; any other ``OSError`` is the storage's."""
+"""Errors of a single file; any other ``OSError`` is an error of the storage."""
 
 MAX_BYTES = 256 << 20
-"""Of one encoded image: what the most pixels that Pillow decodes take up, uncompressed. Threads
-hold several at a time."""
+"""Limit of one encoded image: the uncompressed size of the largest image that Pillow decodes.
+Threads hold several in memory."""
 
 
 class FileReader:
-    """Reads items below a source folder or URL; safe to share between threads."""
+    """Reads items below a source folder or URL; thread-safe."""
 
     def __init__(self, source: str) -> None:
         self.filesystem, self.root = open_url(source, what="--source")
 
     def __call__(self, item: ImageItem) -> bytes:
-        """The encoded image. Raises ``BadImageError`` where it has more than ``MAX_BYTES`` or lies
-        in what is no file, ``OSError`` where the file cannot be read, ``StorageError`` where
-        storage stays away."""
+        """The encoded image. Raises ``BadImageError`` if it is larger than ``MAX_BYTES`` or in
+        something else than a regular file, ``OSError`` if the file cannot be read, ``StorageError``
+        if storage stays unavailable."""
         path = f"{self.root}/{item.path}".rstrip("/")
         if item.length is not None and item.length > MAX_BYTES:
             raise _too_large(item.length)
-        if is_local(self.filesystem):  # where a file's own trouble is told from the disk's
+        if is_local(self.filesystem):  # here errors of the file and of the disk can be told apart
             return _read_local(path, item)
         length = MAX_BYTES + 1 if item.length is None else item.length
         ranges = [(item.offset, item.offset + length)]

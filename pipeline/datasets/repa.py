@@ -1,10 +1,10 @@
 """REPA's and HASTE's preprocessed ImageNet: crops in images/, their latents in vae-sd/.
 
 Their dataset_tools.py writes images/00000/img00000000.png with ``convert`` and, from those,
-vae-sd/00000/img-mean-std-00000000.npy with ``encode``, and a dataset.json of names and labels into
-either folder. Not read: their MS-COCO folders (log variances and captions, no dataset.json). EDM2's
-own tool gives its files the same names but shows the autoencoder another range of pixels: nothing
-in the files tells those latents from these.
+vae-sd/00000/img-mean-std-00000000.npy with ``encode``, and in both folders a dataset.json of names
+and labels. Their MS-COCO folders (log variances and captions, no dataset.json) are not supported.
+EDM2's own tool writes the same file names but gives the autoencoder another range of pixels; the
+files do not show the difference.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ HEAD_BYTES = 1 << 12
 
 
 def list_repa(source: str) -> Listing:
-    """Every latent of vae-sd/dataset.json with the image of its number; the key is the image's path
-    without images/ and suffix. Raises ``UserError``, also where storage stays away."""
+    """List every latent of vae-sd/dataset.json with the image of the same number; the key is the
+    image's path without images/ and suffix. Raises ``UserError``, also for storage errors."""
     shown = redact(source)
     labels = _read_labels(source, "vae-sd")
     if not labels:
         raise UserError(
             f"--source '{shown}' lists no latents in vae-sd/dataset.json: expected images/ and "
-            "vae-sd/ as REPA's and HASTE's dataset_tools.py makes them of ImageNet"
+            "vae-sd/ as written by REPA's and HASTE's dataset_tools.py"
         )
     images = _read_labels(source, "images")
     items = []
@@ -40,12 +40,12 @@ def list_repa(source: str) -> Listing:
         match = LATENT.fullmatch(name)
         if match is None:
             raise UserError(
-                f"{shown}/vae-sd/dataset.json: {_as_json(name)} is no latent's name such as "
-                "00000/img-mean-std-00000000.npy"
+                f"{shown}/vae-sd/dataset.json: {_as_json(name)} is not the name of a latent such "
+                "as 00000/img-mean-std-00000000.npy"
             )
         key = f"{match[1]}/img{match[2]}"
-        # `encode` numbers anew what it finds: where `convert` left numbers out, or either folder
-        # was made again, the same number is another image.
+        # `encode` renumbers the images that it finds: if `convert` skipped numbers, or one folder
+        # was made again, the same number may mean different images.
         if images is not None and images.get(f"{key}.png") != label:
             raise UserError(
                 f"--source '{shown}': vae-sd/dataset.json gives {name} class {label}, "
@@ -57,7 +57,8 @@ def list_repa(source: str) -> Listing:
 
 
 def first_latents(source: str) -> Iterator[ImageItem]:
-    """Some items, without reading the whole of a dataset.json that ``list_repa`` has accepted."""
+    """Items at the beginning of a dataset.json that ``list_repa`` has accepted, read without the
+    rest of the file. Raises ``UserError``."""
     filesystem, root = open_url(source, what="--source")
     path = f"{root}/vae-sd/dataset.json"
     try:
@@ -71,7 +72,7 @@ def first_latents(source: str) -> Iterator[ImageItem]:
 
 
 def _read_labels(source: str, folder: str) -> dict[str, int] | None:
-    """Name to label; None where the folder has no dataset.json. Raises ``UserError``."""
+    """Labels by name; None if the folder has no dataset.json. Raises ``UserError``."""
     where = f"{redact(source)}/{folder}/dataset.json"
     filesystem, root = open_url(source, what="--source")
     path = f"{root}/{folder}/dataset.json"
@@ -88,7 +89,7 @@ def _read_labels(source: str, folder: str) -> dict[str, int] | None:
         raise UserError(f"{where}: is not JSON ({error})") from None
     entries = content.get("labels", "none") if isinstance(content, dict) else "none"
     if entries is None:
-        # Also of images/: `encode` then takes the numbers of their folders for classes.
+        # Refused in images/, too: without classes, `encode` uses the folder numbers as labels.
         raise UserError(
             f"{where}: its labels are null: these images were prepared without classes; make both "
             "folders again from images in one folder per class"
@@ -103,7 +104,7 @@ def _read_labels(source: str, folder: str) -> dict[str, int] | None:
                 f"{where}: entry {number} is {_as_json(entry)}; expected [name, class number]"
             )
         if name in labels:
-            raise UserError(f"{where}: entry {number} lists {_as_json(name)} again")
+            raise UserError(f"{where}: entry {number} repeats {_as_json(name)}")
         labels[name] = label
     return labels
 

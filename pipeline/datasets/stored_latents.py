@@ -1,4 +1,4 @@
-"""The mean and std of a latent that someone else has computed, from the bytes of a .npy file."""
+"""Parse the mean and std of a precomputed latent from the bytes of a .npy file."""
 
 from __future__ import annotations
 
@@ -8,46 +8,42 @@ import math
 import numpy as np
 
 from pipeline.datasets.crop import BadImageError
+from pipeline.storage.npz import read_npy_header
 
-MAX_HEADER_BYTES = 16_384
 MAX_BYTES = 1 << 26
-"""Of one file: 16 channels at 512 x 512, mean and std in float32, take half of it."""
+"""Limit of one file: twice the size of mean and std of 16 channels at 512 x 512 in float32."""
 MAX_LATENT = float(np.finfo(np.float16).max)  # latents are stored in float16
 
 
 def parse_moments(data: bytes) -> np.ndarray:
     """A .npy file to float32 (2C, h, w), C channels of the mean, then of the std.
 
-    Nothing is unpickled and nothing is allocated on the word of the header. Raises
-    ``BadImageError`` on any other array and on numbers that are no mean and std.
+    Nothing is unpickled, and no memory is allocated only because the header claims a size. Raises
+    ``BadImageError`` for other arrays and for values that are not mean and std.
     """
     stream = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read_header(stream)
-    except Exception:  # the header is Python source; its parser raises a zoo of types
+        shape, dtype, fortran, offset = read_npy_header(stream)
+    except ValueError:
         raise BadImageError("is not a .npy file, or damaged") from None
     if dtype.hasobject:
         raise BadImageError("holds pickled objects, which are not read")
     if dtype.kind != "f" or dtype.itemsize not in (2, 4):
         raise BadImageError(f"holds {dtype} numbers; expected float32 or float16")
-    if shape[:1] == (1,):  # a batch of one: their trainer takes it too
+    if shape[:1] == (1,):  # a batch of one, which REPA's trainer accepts, too
         shape = shape[1:]
     if len(shape) != 3 or shape[0] % 2 or min(shape) < 1:
         raise BadImageError(f"has shape {shape}; expected (2 x channels, rows, columns)")
-    promised, found = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    promised, found = math.prod(shape) * dtype.itemsize, len(data) - offset
     if promised != found:
         raise BadImageError(f"holds {found} bytes of numbers, its header promises {promised}")
-    flat = np.frombuffer(data, dtype, offset=stream.tell())
+    flat = np.frombuffer(data, dtype, offset=offset)
     moments = flat.reshape(shape, order="F" if fortran else "C").astype(np.float32, order="C")
     if not (np.abs(moments) <= MAX_LATENT).all():  # false for NaN too
         raise BadImageError(f"a value is not finite or above {MAX_LATENT:g}, float16's largest")
     if (moments[shape[0] // 2 :] < 0).any():
         raise BadImageError(
-            "the second half of its channels is negative: no standard deviations (log variances?)"
+            "the second half of its channels has negative values: not standard deviations "
+            "(log variances?)"
         )
     return moments

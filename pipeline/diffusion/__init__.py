@@ -1,1 +1,1 @@
-"""Interpolants between data and noise, and the samplers that go back."""
+"""Noise processes, denoising objectives and samplers."""

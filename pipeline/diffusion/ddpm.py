@@ -1,8 +1,8 @@
-"""Denoising diffusion with learned variances (arXiv 2102.09672), as DiT trains with it.
+"""Denoising diffusion with learned variances (arXiv 2102.09672), as used to train DiT.
 
-A chain of noise is one table: alpha-bar after 0, 1, ... S steps, (S + 1,), float64, falling from 1.
-Step k, 0 to S - 1, adds the noise that leads from entry k to entry k + 1; x_k+1 is what the
-network sees when it is told timestep k. Everything else follows from the table.
+A noise chain is one table: alpha-bar after 0, 1, ... S steps, (S + 1,), float64, decreasing from 1.
+Step k, 0 to S - 1, adds the noise between entries k and k + 1; x_k+1 is the network's input at
+timestep k. All other quantities follow from the table.
 """
 
 from __future__ import annotations
@@ -17,55 +17,58 @@ from torch import Tensor, nn
 from schemas.diffusion import DDPM_STEPS
 
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
-"""Variances that the first and the last step add (arXiv 2006.11239, section 4)."""
+"""Variances added by the first and the last step (arXiv 2006.11239, section 4)."""
 
 HALF_BIN = 1 / 255
-"""Half the distance of neighbouring 8-bit values on [-1, 1]."""
+"""Half the distance between neighbouring 8-bit values on [-1, 1]."""
 FIRST_BIN, LAST_BIN = -0.999, 0.999
-"""Values beyond these belong to the outermost bins, which reach to infinity."""
+"""Values beyond these belong to the outermost bins, which extend to infinity."""
 
 
 def linear_chain() -> Tensor:
-    """The 1000 steps of DDPM and DiT, betas rising linearly: (1001,), float64."""
+    """Chain of DDPM and DiT: 1000 steps with linearly increasing betas, (1001,), float64."""
     betas = torch.linspace(BETA_FIRST, BETA_LAST, DDPM_STEPS, dtype=torch.float64)
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
 
 
 def respaced(chain: Tensor, steps: int) -> tuple[Tensor, list[int]]:
-    """A chain of ``steps`` evenly spread steps, which keeps alpha-bar where it stays, and the
-    timestep of the long chain that each of them stands for, first and last included."""
+    """``steps`` evenly spaced entries of a chain, with their alpha-bar, and the timestep of
+    each in the full chain; the first and last are included (one step: the last only). Raises
+    ``ValueError`` for more steps than the chain has."""
     last = len(chain) - 2
     if steps > last + 1:
         raise ValueError(f"{steps} steps are more than the chain's {last + 1}")
-    kept = [last]
+    timesteps = [last]
     if steps > 1:
-        stride = last / (steps - 1)  # added up as in the DiT repository, so that ties round alike
-        kept = [round(k) for k in accumulate(repeat(stride, steps - 1), initial=0.0)]
-    return torch.cat([chain[:1], chain[[k + 1 for k in kept]]]), kept
+        stride = last / (
+            steps - 1
+        )  # summed as in the DiT repository, for the same rounding of ties
+        timesteps = [round(k) for k in accumulate(repeat(stride, steps - 1), initial=0.0)]
+    return torch.cat([chain[:1], chain[[k + 1 for k in timesteps]]]), timesteps
 
 
 class ReverseStep(NamedTuple):
-    """One step back, x_k+1 to x_k; numbers that broadcast against latents."""
+    """Coefficients of the reverse step x_k+1 to x_k, broadcastable to latents."""
 
     signal: Tensor
-    """Weight of the data in x_k+1: the root of alpha-bar."""
+    """Weight of the data in x_k+1: sqrt(alpha-bar)."""
     noise: Tensor
-    """Weight of the noise in x_k+1: the root of 1 - alpha-bar."""
+    """Weight of the noise in x_k+1: sqrt(1 - alpha-bar)."""
     from_data: Tensor
     """Weight of x_0 in the mean of q(x_k | x_k+1, x_0)."""
     from_noisy: Tensor
-    """Weight of x_k+1 in it."""
+    """Weight of x_k+1 in that mean."""
     log_variance: Tensor
-    """Log variance of q(x_k | x_k+1, x_0). Step 0 has none and takes that of step 1."""
+    """Log variance of q(x_k | x_k+1, x_0). It is 0 at step 0, which uses that of step 1."""
     log_beta: Tensor
-    """Log variance that step k adds, the other end of what the network chooses from."""
+    """Log variance added by step k, the upper end of the learned interpolation."""
 
     def mixed(self, data: Tensor, noise: Tensor) -> Tensor:
-        """x_k+1."""
+        """x_k+1 from x_0 and noise."""
         return self.signal * data + self.noise * noise
 
     def data(self, noisy: Tensor, noise: Tensor) -> Tensor:
-        """The x_0 that makes x_k+1 with this noise."""
+        """x_0 from x_k+1 and the noise in it."""
         return (noisy - self.noise * noise) / self.signal
 
     def mean(self, data: Tensor, noisy: Tensor) -> Tensor:
@@ -74,13 +77,13 @@ class ReverseStep(NamedTuple):
 
     def learned_log_variance(self, fraction: Tensor) -> Tensor:
         """The network's log variance (arXiv 2102.09672, equation 15): -1 is the lower end, 1 the
-        upper; nothing keeps it between."""
+        upper; values are not clipped."""
         upper = (fraction + 1) / 2
         return upper * self.log_beta + (1 - upper) * self.log_variance
 
 
 def reverse_step(chain: Tensor, step: Tensor) -> ReverseStep:
-    """The numbers of steps ``step`` (any shape, int64), in that shape, float64."""
+    """Coefficients of ``step`` (any shape, int64), in that shape, float64."""
     after, before = chain[step + 1], chain[step]
     beta = 1 - after / before
     with_variance = step.clamp(min=min(1, len(chain) - 2))
@@ -102,8 +105,8 @@ def _variance(chain: Tensor, step: Tensor) -> Tensor:
 
 class ImprovedDdpm(nn.Module):
     """L_simple + L_vlb: squared error of the noise, and the variational bound in bits per
-    dimension, which trains the variance alone (its mean is detached). DiT adds the two as they are;
-    ADM's factor of S / 1000 is 1 here."""
+    dimension, which trains the variance only (its mean is detached). DiT adds both without weights;
+    ADM's factor S / 1000 is 1 here."""
 
     chain: Tensor
 
@@ -115,13 +118,13 @@ class ImprovedDdpm(nn.Module):
         self, latents_BChw: Tensor, noise_BChw: Tensor, t_B: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents, integer timesteps floor(1000 t) and the noise, for t uniform on [0, 1)."""
-        step_B = (t_B * DDPM_STEPS).long()  # float32 below 1 gives 999 at most
+        step_B = (t_B * DDPM_STEPS).long()  # at most 999, as t < 1 in float32
         return self._step(step_B).mixed(latents_BChw, noise_BChw), step_B, noise_BChw
 
     def loss(
         self, prediction_B2Chw: Tensor, noisy_BChw: Tensor, step_B: Tensor, noise_BChw: Tensor
     ) -> Tensor:
-        """Loss of each sample, mean over its dimensions: (B,), float32."""
+        """Loss per sample, mean over dimensions: (B,), float32."""
         predicted, fraction = prediction_B2Chw.float().chunk(2, dim=1)
         step = self._step(step_B)
         data = step.data(noisy_BChw, noise_BChw)
@@ -144,21 +147,21 @@ class ImprovedDdpm(nn.Module):
 def gaussian_kl(
     mean: Tensor, log_variance: Tensor, mean_to: Tensor, log_variance_to: Tensor
 ) -> Tensor:
-    """KL divergence from one normal distribution to another, element by element, in nats."""
-    narrower = log_variance - log_variance_to
+    """Element-wise KL divergence from the first normal distribution to the second, in nats."""
+    log_ratio = log_variance - log_variance_to
     distance = (mean - mean_to).square() * torch.exp(-log_variance_to)
-    return 0.5 * (narrower.exp() - 1 - narrower + distance)
+    return 0.5 * (log_ratio.exp() - 1 - log_ratio + distance)
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Log probability of the 8-bit bin around each ``x`` on [-1, 1], in nats.
 
-    ADM wrote it for pixels; DiT applies it to latents as it is, bins and all, and so do we. Its
-    normal distribution function is an approximation by tanh, ours is exact.
+    Written for pixels in ADM and applied unchanged, with the same bins, to latents in DiT and here.
+    ADM approximates the normal distribution function by tanh; here it is exact.
     """
     scale = torch.exp(-0.5 * log_variance)
     above, below = (x - mean + HALF_BIN) * scale, (x - mean - HALF_BIN) * scale
-    # a bin above the mean is mirrored: there the difference of two numbers near 1 would be noise
+    # bins above the mean are mirrored, because the difference of two numbers near 1 loses precision
     distance = (x - mean).abs()
     inner = torch.special.ndtr((HALF_BIN - distance) * scale) - torch.special.ndtr(
         (-HALF_BIN - distance) * scale

@@ -1,4 +1,4 @@
-"""From noise to latents along a chain that a network walks back step by step (DDPM)."""
+"""Ancestral sampling (DDPM): from noise to latents along the reversed noise chain."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def sample_ancestral(
 ) -> Tensor:
     """Latents (B, C, h, w) in float64 after ``config.steps`` of the 1000 steps.
 
-    ``step_noise(i)`` gives the standard normal numbers of the i-th step taken; the last takes none.
-    The estimate of x_0 is not clipped: latents have no bounds.
+    ``step_noise(i)`` returns the standard normal noise of the i-th step; the last uses none.
+    The estimate of x_0 is not clipped, because latents are unbounded.
     """
     chain, timesteps = respaced(linear_chain(), config.steps)
     x = noise_BChw.double()
@@ -53,9 +53,9 @@ def _guided(
 ) -> tuple[Tensor, Tensor]:
     """Noise and variance fraction, float64.
 
-    Guidance moves the noise, on all channels (DiT's released code moves the first three, to
-    reproduce its published numbers); the variance stays that of the class. Its interval is in
-    timestep / 1000.
+    Guidance applies to the noise on all channels (DiT's released code uses the first three, to
+    reproduce its published numbers); the variance is the conditional one. The guidance interval is
+    in timestep / 1000.
     """
     step_B = torch.full((len(x),), timestep, device=x.device)
     inside = config.guidance_low <= timestep / DDPM_STEPS <= config.guidance_high

@@ -1,4 +1,4 @@
-"""The path between data and noise (arXiv 2401.08740, section 2): t = 0 is data, t = 1 is noise."""
+"""Interpolants (arXiv 2401.08740, section 2): t = 0 is data, t = 1 is noise."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ def interpolate(
 
 
 def denoising_loss(velocity_BChw: Tensor, target_BChw: Tensor) -> Tensor:
-    """Mean squared error of each sample: (B,), float32."""
+    """Mean squared error per sample: (B,), float32."""
     return (velocity_BChw.float() - target_BChw).square().flatten(1).mean(1)

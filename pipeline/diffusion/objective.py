@@ -1,4 +1,4 @@
-"""What a student learns: how its latents are made noisy, and what its prediction costs."""
+"""Denoising objectives: corruption of latents and loss of a prediction."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from schemas.student import StudentConfig
 
 
 class Objective(Protocol):
-    """The denoising task of one family of students."""
+    """Denoising objective of a family of students."""
 
     def corrupt(
         self, latents_BChw: Tensor, noise_BChw: Tensor, t_B: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, the time that the network is told and the target, for t in [0, 1)."""
+        """Noisy latents, the time input of the network (B,) and the target, for t in [0, 1)."""
 
     def loss(
         self, prediction: Tensor, noisy_BChw: Tensor, time_B: Tensor, target_BChw: Tensor
     ) -> Tensor:
-        """Loss of each sample, from the network's prediction and what ``corrupt`` gave: (B,)."""
+        """Loss per sample (B,), from the prediction and the outputs of ``corrupt``."""
 
 
 class FlowMatching:
-    """SiT's: the velocity along an interpolant, in squared error."""
+    """Objective of SiT: squared error of the velocity along an interpolant."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,5 +45,5 @@ class FlowMatching:
 
 
 def make_objective(student: StudentConfig, diffusion: DiffusionConfig) -> Objective:
-    """The objective that this family is trained with."""
+    """Objective of the student's family."""
     return ImprovedDdpm() if student.family == "DiT" else FlowMatching(diffusion.path)

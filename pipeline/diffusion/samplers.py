@@ -1,7 +1,7 @@
-"""From noise to latents: SiT along the probability-flow ODE or the reverse SDE (arXiv 2401.08740),
-DiT by ancestral sampling.
+"""Samplers from noise to latents: SiT along the probability-flow ODE or the reverse SDE (arXiv
+2401.08740), DiT by ancestral sampling.
 
-State and step arithmetic are float64; the network sees the dtype of the starting noise.
+State and step arithmetic are float64; the network input has the dtype of the initial noise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (B, C, h, w), t (B,), labels (B,)) -> velocity (B, C, h, w)."""
 
 LAST_SDE_TIME = 0.04
-"""The SDE stops here and takes one step without noise to t = 0 (SiT; REPA and HASTE follow)."""
+"""Time at which the SDE ends with one step without noise to t = 0, as in SiT, REPA and HASTE."""
 
 
 @torch.no_grad()
@@ -37,8 +37,9 @@ def sample(
 ) -> Tensor:
     """Latents (B, C, h, w) in float64, scaled as in training.
 
-    ``step_noise(i)`` gives the standard normal numbers of step i; the ODE needs none. With method
-    "ddpm" ``velocity`` is DiT's network instead, see ``sample_ancestral``.
+    ``step_noise(i)`` returns the standard normal noise of step i; the ODE needs none. With method
+    "ddpm", ``velocity`` is DiT's network, see ``sample_ancestral``. Raises ``ValueError`` if
+    "sde" or "ddpm" has no ``step_noise``.
     """
     if config.method == "ddpm":
         if step_noise is None:
@@ -55,7 +56,7 @@ def sample(
 
 
 def sde_times(steps: int) -> Tensor:
-    """float64 (steps + 1,): evenly from 1 to 0.04, then 0."""
+    """(steps + 1,) float64: evenly spaced from 1 to 0.04, then 0."""
     times = torch.linspace(1.0, LAST_SDE_TIME, steps, dtype=torch.float64)
     return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
@@ -67,7 +68,7 @@ def _ode(guided: Callable[..., Tensor], x: Tensor, config: SamplerConfig) -> Ten
         slope = guided(x, now, interval_time=now)
         ahead = x + (after - now) * slope
         if heun and i < config.steps - 1:
-            # the reference decides about guidance once per step, at its beginning
+            # as in the reference, the start of the step decides about guidance
             slope = 0.5 * slope + 0.5 * guided(ahead, after, interval_time=now)
             ahead = x + (after - now) * slope
         x = ahead
@@ -96,7 +97,7 @@ def _euler_maruyama(
 
 def score(path: Path, velocity: Tensor, x: Tensor, t: float) -> Tensor:
     """Gradient of the log density of x_t, from the velocity (arXiv 2401.08740, equation 9)."""
-    # on the CPU, as a copy to a GPU would wait for all that it still has to do
+    # on the CPU, because a copy to a GPU waits for its queued work
     c = coefficients(path, torch.tensor(t, dtype=x.dtype))
     ratio = c.alpha / c.d_alpha
     variance = c.sigma**2 - ratio * c.d_sigma * c.sigma
@@ -116,7 +117,7 @@ def _guided_velocity(
 ) -> Tensor:
     """Classifier-free guidance inside its interval (arXiv 2404.07724), both ends included.
 
-    Drift is affine in the velocity, so guiding the velocity guides the SDE's drift as well.
+    The SDE's drift is affine in the velocity, so guidance of the velocity also guides the drift.
     """
     batch = len(x)
     t_B = torch.full((batch,), t, dtype=dtype, device=x.device)

@@ -1,13 +1,14 @@
-"""The loop that keeps Ray actors at work and survives their deaths.
+"""A pool of Ray actors that survives deaths of actors.
 
-Plain actors under a driver loop: an actor never restarts by itself (Ray's own restarts retry a
-task that kills its actor without end); the driver requeues the task, up to a limit, and starts
-another actor. One that dies while it loads is started anew, up to the same limit, and then given
-up: a node on which none can live takes nothing from those that work.
+Actors do not restart by themselves, because Ray would retry a task that kills its actor without
+end. The driver requeues the task, up to a limit, and starts another actor. An actor that dies while
+loading is replaced up to the same limit and then given up, so that a bad node does not stop the
+others.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -18,8 +19,10 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.distributed.ray_cluster import PatienceWarning, SilenceWarning
 from schemas.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 A = TypeVar("A")
-"""What an actor says of itself once it has loaded."""
+"""Description that an actor returns when it has loaded."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -29,10 +32,10 @@ def _nothing() -> None:
 
 
 class Actors(Generic[A]):
-    """Actors of one class that do the same, so that any of them may take any task.
+    """Actors of one class, any of which can take any task.
 
-    An actor's ``UserError`` ends the work at once: trying again would not mend it. Deaths while
-    loading end it, with a ``UserError``, where that leaves nobody to work.
+    A ``UserError`` of an actor ends the work at once, because a retry would not help. Deaths while
+    loading end it with a ``UserError`` if no actor remains.
     """
 
     def __init__(
@@ -46,13 +49,12 @@ class Actors(Generic[A]):
         max_attempts: int,
         kind: str,
         check_same: Callable[[A, A], None],
-        log: Callable[[str], None],
         between: Callable[[], None] = _nothing,
     ) -> None:
-        """``load`` begins an actor's first call, which answers with what the actor says of itself
-        (not the constructor, whose errors Ray turns into a dead actor without a message);
-        ``check_same`` raises where two answers differ. ``kind`` is what people call such an actor.
-        ``between`` is called at least every second of waiting, and may raise to end the work.
+        """``load`` starts an actor's first call, which returns its description (not the
+        constructor, whose errors Ray turns into a dead actor without a message); ``check_same``
+        raises if two descriptions differ. ``kind`` names such an actor in messages. ``between`` is
+        called at least every second of waiting, and may raise to end the work.
         """
         self.load = load
         self.cpus = cpus
@@ -60,7 +62,6 @@ class Actors(Generic[A]):
         self.max_attempts = max_attempts
         self.kind = kind
         self.check_same = check_same
-        self.log = log
         self.between = between
         self.remote = ray.remote(actor_class).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
@@ -68,7 +69,7 @@ class Actors(Generic[A]):
         self.about: A | None = None
         self._idle: list[Any] = []
         self._loading: dict[Any, tuple[Any, int]] = {}
-        """By the load's ref: an actor, and how many died while loading in its place before it."""
+        """ref of the load -> (actor, deaths of its predecessors while loading)"""
         self._working: dict[Any, tuple[Any, Any]] = {}  # ref -> (actor, task)
         self._silence: dict[str, SilenceWarning] = {}  # by name of the task at work
         self._name: Callable[[Any], str] = str
@@ -85,9 +86,9 @@ class Actors(Generic[A]):
         return self.about
 
     def call_one(self, begin: Callable[[Any], Any], *, failed: str, again: str) -> Any:
-        """Have any one actor do what ``begin`` begins, and wait for it; after ``describe``. Raises
-        its ``UserError``, and one that starts with ``failed`` where it failed ``max_attempts``
-        times. ``again`` is logged before another attempt."""
+        """Run ``begin`` on one actor and wait for the result; call it after ``describe``. Raises
+        the actor's ``UserError``, and one that starts with ``failed`` after ``max_attempts``
+        failures. ``again`` is logged before another attempt."""
         patience = self._patience()
         attempts = 0
         while True:
@@ -102,7 +103,7 @@ class Actors(Generic[A]):
             attempts += 1
             if attempts >= self.max_attempts:
                 raise UserError(f"{failed}, {attempts} times; the last error: {_one_line(outcome)}")
-            self.log(f"{again}: {_one_line(outcome)}")
+            logger.warning("%s: %s", again, _one_line(outcome))
             if _is_dead(outcome):
                 self._idle.remove(actor)
                 self._replace(actor)
@@ -144,7 +145,7 @@ class Actors(Generic[A]):
                         f"{(full_name or name)(task)} failed {attempts[name(task)]} times; the "
                         f"last error: {_one_line(outcome)}"
                     )
-                self.log(f"{name(task)} goes back to the queue: {_one_line(outcome)}")
+                logger.warning("%s goes back to the queue: %s", name(task), _one_line(outcome))
                 pending.appendleft(task)
                 if _is_dead(outcome):
                     self._replace(actor)
@@ -178,7 +179,7 @@ class Actors(Generic[A]):
         if not (ready or self._working or self._idle):
             message = patience.still_waiting()
             if message:
-                self.log(message)
+                logger.info(message)
         finished = []
         for ref in ready:
             outcome = _get(ref)
@@ -188,15 +189,15 @@ class Actors(Generic[A]):
                 actor, task = self._working.pop(ref)
                 del self._silence[self._name(task)]
                 finished.append((actor, task, outcome))
-        self._tell_of_silence()
+        self._report_long_tasks()
         return finished
 
-    def _tell_of_silence(self) -> None:
-        """An actor may be slow or hang: who waits should know, and decide."""
+    def _report_long_tasks(self) -> None:
+        """Log tasks that take long, because an actor may be slow or hang."""
         for name, silence in self._silence.items():
             minutes = silence.minutes()
             if minutes is not None:
-                self.log(f"{name} has been with an actor for {minutes} minutes")
+                logger.warning("%s has been with an actor for %d minutes", name, minutes)
 
     def _loaded(self, actor: Any, deaths: int, outcome: Any) -> None:
         if isinstance(outcome, UserError):
@@ -211,24 +212,29 @@ class Actors(Generic[A]):
         self._idle.append(actor)
 
     def _died_while_loading(self, actor: Any, deaths: int, reason: str) -> None:
-        """Have another one in its place, or none. Raises ``UserError`` where nobody has loaded and
-        each that still tries follows one that died, too."""
+        """Replace the actor or give it up. Raises ``UserError`` if no actor has loaded and all that
+        are loading replace dead ones."""
         if deaths < self.max_attempts:
-            self.log(f"an actor for {self.kind} died while loading, another is started: {reason}")
+            logger.warning(
+                "an actor for %s died while loading, another is started: %s", self.kind, reason
+            )
             self._replace(actor, deaths)
             return
         ray.kill(actor, no_restart=True)
         hopeful = any(not before for _, before in self._loading.values())
         if not (self._idle or self._working or hopeful):
             raise UserError(f"{self.kind} actors die while loading: {reason}")
-        self.log(
-            f"warning: an actor for {self.kind} died while loading, {deaths} times in a row, and "
-            f"is given up; the others go on: {reason}"
+        logger.warning(
+            "an actor for %s died while loading, %d times in a row, and is given up; the others go "
+            "on: %s",
+            self.kind,
+            deaths,
+            reason,
         )
 
 
 def _get(ref: Any) -> Any:
-    """The result of a finished call, or its error as a value."""
+    """The result of a finished call, or its error."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
@@ -238,7 +244,7 @@ def _get(ref: Any) -> Any:
 
 
 def _is_dead(outcome: Any) -> bool:
-    """Whether that is the end of an actor, not of its task alone."""
+    """True if the actor died, not only its task."""
     return isinstance(outcome, RayError) and not isinstance(outcome, RayTaskError)
 
 

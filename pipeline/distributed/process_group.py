@@ -1,4 +1,4 @@
-"""This process among those that train together."""
+"""Rank, device and collective operations of a training worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "broadcast_buffers"
-"""What newer torch calls it."""
+"""Name of the option, which depends on the version of torch."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class ProcessGroup:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with averaged gradients; itself where there is one worker."""
+        """The module in DistributedDataParallel; unchanged if there is one worker."""
         if self.world_size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
-        options: dict[str, Any] = {BUFFERS: False}  # they are position tables, which never change
+        options: dict[str, Any] = {BUFFERS: False}  # position tables, which never change
         return DistributedDataParallel(
             module, device_ids=ids, gradient_as_bucket_view=True, **options
         )
@@ -49,43 +49,42 @@ class ProcessGroup:
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all workers, in place."""
         if self.world_size > 1:
-            moved = values.to(self.device)  # NCCL knows no others, and a resumed trigger has such
+            moved = values.to(self.device)  # NCCL needs GPU tensors, a resumed trigger has none
             dist.all_reduce(moved)
             if moved is not values:
                 values.copy_(moved)
         return values
 
     def gather(self, values: Tensor) -> list[list[float]]:
-        """The numbers of a vector as each rank has them, exactly; see ``scatter_saved``."""
+        """The vectors of all ranks in float64, one row per rank; see ``scatter_saved``."""
         table = torch.zeros(self.world_size, len(values), dtype=torch.float64, device=self.device)
         table[self.rank] = values.to(self.device, torch.float64)
         rows: list[list[float]] = self.sum(table).tolist()
         return rows
 
     def scatter_saved(self, rows: list[list[float]]) -> list[float]:
-        """What this rank takes up of ``gather``'s numbers, so that sums over the ranks are what
-        they were: its own, or where the ranks are not as many, the first one takes all."""
+        """This rank's part of saved rows of ``gather``, so that sums over the ranks are unchanged:
+        its own row, or if the number of ranks has changed, the sum of all rows on rank 0."""
         if len(rows) == self.world_size:
             return rows[self.rank]
         total = [sum(column) for column in zip(*rows, strict=True)]
         return total if self.is_main else [0.0] * len(total)
 
     def broadcast_int(self, value: int) -> int:
-        """The first rank's ``value``, on every rank."""
-        mine = value if self.is_main else 0
-        return self.sum_counts({"value": mine})["value"]
+        """The ``value`` of rank 0, on every rank."""
+        return self.sum_counts({"value": value if self.is_main else 0})["value"]
 
     def union(self, numbers: set[int]) -> set[int]:
-        """Of small sets of small integers >= 0 over all workers."""
-        mine = sorted(numbers)
-        width = max(int(row[0]) for row in self.gather(torch.tensor([len(mine)])))
+        """Union over all workers of small sets of integers >= 0."""
+        own = sorted(numbers)
+        width = max(int(row[0]) for row in self.gather(torch.tensor([len(own)])))
         if not width:
             return set()
-        padded = torch.tensor([*mine, *[-1] * (width - len(mine))])
+        padded = torch.tensor([*own, *[-1] * (width - len(own))])
         return {int(number) for row in self.gather(padded) for number in row if number >= 0}
 
     def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
-        """Sums of integers over all workers; every worker passes the same keys."""
+        """Sums of integers over all workers, which must pass the same keys."""
         names = sorted(counts)
         numbers = [counts[name] for name in names]
         sums = self.sum(torch.tensor(numbers, dtype=torch.int64, device=self.device)).tolist()

@@ -10,40 +10,50 @@ from contextlib import contextmanager
 
 import ray
 
-from schemas.errors import UserError
+from pipeline.cli.log_setup import LEVEL_VARIABLE
+from pipeline.distributed.log_relay import relayed_logs
+from schemas.errors import UserError, plain_text
 
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
-    """The cluster at ``address``, at RAY_ADDRESS, or a private local one for the time of the
-    context. A connection that the caller already has is used and left open."""
+    """Connect to the cluster at ``address``, at RAY_ADDRESS, or start a private local one for the
+    context. An existing connection is used and stays open. Log records of workers are written by
+    this process; Ray's own messages only at the log level "debug"."""
     if ray.is_initialized():
-        yield
+        with relayed_logs():
+            yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    # Later versions of Ray will leave CUDA_VISIBLE_DEVICES alone where no GPU is asked for, and
-    # warn about it today; this code does not depend on either.
+    # Later versions of Ray will not change CUDA_VISIBLE_DEVICES of actors without GPUs, and warn
+    # about it today; this code works with both.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_PROMPT_ENABLED", "0")
+    debug = os.environ.get(LEVEL_VARIABLE) == "debug"
+    level = logging.INFO if debug else logging.WARNING
     try:
-        ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True)
+        ray.init(address=address or "local", logging_level=level, log_to_driver=debug)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f"'{address}'" if address else "on this machine"
-        reason = " ".join(str(error).split())[:200]
+        reason = plain_text(str(error))[:200]
         raise UserError(f"no Ray cluster {where}: {reason}") from None
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(level)
     try:
-        yield
+        with relayed_logs():
+            yield
     finally:
         ray.shutdown()
 
 
 def total(resource: str) -> float:
-    """How much of 'CPU' or 'GPU' the whole cluster has."""
+    """Amount of 'CPU' or 'GPU' of the whole cluster."""
     return float(ray.cluster_resources().get(resource, 0))
 
 
 def require(resource: str, each: float, count: int, *, option: str) -> None:
-    """Raises ``UserError`` where the cluster could never hold ``count`` processes that need
-    ``each`` of a resource."""
+    """Raise ``UserError`` if the cluster can never hold ``count`` processes that need ``each`` of a
+    resource."""
     have = total(resource)
     if each * count > have:
         wanted = f"{each:g} {resource}{'s' if each != 1 else ''}"
@@ -53,14 +63,14 @@ def require(resource: str, each: float, count: int, *, option: str) -> None:
 
 
 class PatienceWarning:
-    """Says once what is being waited for, when that takes long."""
+    """A message that is due once, after a long wait."""
 
     def __init__(self, message: str, seconds: float = 30.0) -> None:
         self.message = message
         self.deadline = time.monotonic() + seconds
 
     def still_waiting(self) -> str | None:
-        """The message, the first time that the deadline has passed."""
+        """The message at the first call after the deadline, else None."""
         if time.monotonic() < self.deadline:
             return None
         self.deadline = float("inf")
@@ -68,14 +78,14 @@ class PatienceWarning:
 
 
 class SilenceWarning:
-    """Says how long something has been quiet: after ``seconds``, and whenever that has doubled."""
+    """Duration of a task, due after ``seconds`` and whenever that time has doubled."""
 
     def __init__(self, seconds: float = 600.0) -> None:
         self.began = time.monotonic()
         self._next = seconds
 
     def minutes(self) -> int | None:
-        """Whole minutes since the beginning, where it is time to say so."""
+        """Whole minutes since the beginning if a report is due, else None."""
         quiet = time.monotonic() - self.began
         if quiet < self._next:
             return None

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class StopRequest(IntEnum):
-    """What somebody outside of the run asks for."""
+    """Request to a run from outside."""
 
     GO_ON = 0
     SAVE = 1
@@ -22,7 +22,7 @@ class StopRequest(IntEnum):
 
 
 PollRequest = Callable[[], StopRequest]
-"""Called at every step boundary, and now and then within long pauses; must not wait."""
+"""Called at every step boundary and during long pauses; must not block."""
 
 
 def no_request() -> StopRequest:
@@ -30,14 +30,13 @@ def no_request() -> StopRequest:
 
 
 class StopSignals:
-    """While entered, SIGTERM (a spot notice, Slurm, Kubernetes) and Ctrl-C are wishes to stop.
+    """Context in which SIGTERM (a spot notice, Slurm, Kubernetes) and Ctrl-C request a stop.
 
-    A second Ctrl-C interrupts at once. Signals can be had in the main thread alone: elsewhere
-    nothing is ever received.
+    A second Ctrl-C interrupts at once. Signals are received in the main thread only.
     """
 
     def __init__(self, promise: str | None = "stopping after a checkpoint") -> None:
-        """``promise`` is said at once on stderr: what will follow, where that takes a while."""
+        """``promise`` is written to stderr at the first signal: what will happen next."""
         self.promise = promise
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -57,7 +56,7 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that ended because of the signal."""
+        """Exit code of a process that ended because of the signal."""
         return 128 + (self.received or signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -1,1 +1,2 @@
-"""How far generated images are from real ones: Fréchet distances, scores, precision and recall."""
+"""Metrics of generated images against real ones: Fréchet distances, Inception score, precision and
+recall."""

@@ -1,17 +1,15 @@
-"""One evaluation: networks, reference and samples as the options say."""
+"""One evaluation: opens the networks, the reference and the samples that the options name."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import logging
 
 from pipeline.evaluate.features.base import Network
 from pipeline.evaluate.features.factory import open_network
 from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.evaluate.images.sources import IMAGES, Images, open_images
-from pipeline.evaluate.measure import Measured, measure
-from pipeline.evaluate.metrics import compare
-from pipeline.evaluate.record import SampleOrigin, recorded
+from pipeline.evaluate.measure import Measurements, measure
+from pipeline.evaluate.metrics import SampleOrigin, compare, evaluation_row
 from pipeline.evaluate.reference_statistics import (
     INCEPTION,
     has_points,
@@ -20,80 +18,74 @@ from pipeline.evaluate.reference_statistics import (
     save_statistics,
 )
 from pipeline.runs.evaluations import check_run, record_evaluation
+from pipeline.runs.provenance import check_samples_are_of
 from pipeline.storage.files import redact
 from pipeline.storage.npz import Archive
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig, Evaluation
 from schemas.sample import SampleAbout, Weights
 
-WEIGHTS: Weights = "ema"
-"""Of samples that do not say."""
+logger = logging.getLogger(__name__)
 
-CheckOrigin = Callable[[str, SampleAbout, int], None]
-"""Of a run's folder or URL, what samples say, and the step: raises ``UserError`` where they are
-not of that run."""
+DEFAULT_WEIGHTS: Weights = "ema"
+"""Weights of samples without a description."""
 
 
-def evaluate(
-    config: EvaluateConfig, device: str, *, check_origin: CheckOrigin | None = None
-) -> Evaluation | None:
-    """Compare ``config.samples`` with ``config.reference``; None where there are no samples and
-    only the reference's statistics are written. ``check_origin`` looks at samples that say what
-    they are before ``config.record`` gets a row of them. Raises ``UserError``."""
-    place = _check(config)
+def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
+    """Compare ``config.samples`` with ``config.reference``, and add a row to the run
+    ``config.record``. None without samples: only the reference's statistics are written. Raises
+    ``UserError``, also where the samples' description says that they are of another run."""
+    place = _check_options(config)
     samples = None
     if config.samples is not None:
-        points = not place.endswith(".npz") or has_points(Archive(place, "--reference"))
-        samples = _open(config, config.samples, "--samples", device, neighbours=points)
+        has_features = not place.endswith(".npz") or has_points(Archive(place, "--reference"))
+        samples = _open(config, config.samples, "--samples", device, need_neighbours=has_features)
     run, origin = config.record, None
-    if run is not None and samples is not None:  # before the hours of work that it would lose
+    if run is not None and samples is not None:  # a failure comes before hours of work
         check_run(run)
-        origin = _origin(config, samples.about)
-        if samples.about is not None and check_origin is not None:
-            check_origin(run, samples.about, origin.step)
-    network, dinov2 = _networks(config, device)
-    reference = _reference(config, place, network, dinov2, device)
+        origin = _origin(config, samples.info)
+        if samples.info is not None:
+            check_samples_are_of(run, samples.info, origin.step)
+    network, dinov2 = _open_networks(config, device)
+    reference = _measure_reference(config, place, network, dinov2, device)
     if config.save_reference is not None:
         save_statistics(config.save_reference, reference, network, dinov2)
-        _say(f"statistics written to {redact(config.save_reference)}")
+        logger.info("statistics written to %s", redact(config.save_reference))
     if samples is None:
         return None
     measured = _measure(config, samples, "--samples", network, dinov2)
-    found = compare(measured, reference, network, k=config.k, device=device, say=_say)
+    numbers = compare(measured, reference, network, k=config.k, device=device)
     if run is not None and origin is not None:
-        record_evaluation(run, recorded(found, origin, network, reference.moments, place))
-    return found
+        row = evaluation_row(numbers, origin, network, reference.moments, place)
+        record_evaluation(run, row)
+    return numbers
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _check(config: EvaluateConfig) -> str:
-    """That options go together; the reference."""
+def _check_options(config: EvaluateConfig) -> str:
+    """Path or URL of the reference, after checking the combination of options."""
     if config.reference is None:
-        raise UserError("--reference is missing: an .npz, a folder of pictures or a store")
+        raise UserError("--reference is missing: an .npz, a folder of images or a store")
     if config.samples is None and config.save_reference is None:
-        raise UserError("--samples is missing: an .npz, a folder of pictures or a store")
+        raise UserError("--samples is missing: an .npz, a folder of images or a store")
     if config.record is not None and config.samples is None:
-        raise UserError("--record writes down an evaluation, which takes --samples")
+        raise UserError("--record adds an evaluation of samples to a run: give --samples")
     if config.save_reference is not None and not config.save_reference.endswith(".npz"):
         raise UserError(f"--save-reference '{config.save_reference}' must end in .npz")
     if config.network is None:
-        for option in ("network_weights", "network_size", "network_args"):
-            if getattr(config, option):
-                dashed = option.replace("_", "-")
-                raise UserError(f"--{dashed} goes with --network ID, which is missing")
+        for key in ("network_weights", "network_size", "network_args"):
+            if getattr(config, key):
+                option = key.replace("_", "-")
+                raise UserError(f"--{option} needs --network ID, which is missing")
     elif config.network_weights is None:
         raise UserError(
             f"--network-weights is missing: FILE, hub or random for --network {config.network}"
         )
     elif config.inception_weights is not None:
-        raise UserError("--network and --inception-weights: fid is of one of them, choose")
+        raise UserError("--network and --inception-weights: fid uses one network, give one option")
     return config.reference
 
 
-def _networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetwork | None]:
+def _open_networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetwork | None]:
     dinov2 = None
     if config.dinov2_weights is not None:
         dinov2 = FeatureNetwork(
@@ -108,9 +100,10 @@ def _networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetw
 
 
 def _open(
-    config: EvaluateConfig, place: str, option: str, device: str, *, neighbours: bool
+    config: EvaluateConfig, place: str, option: str, device: str, *, need_neighbours: bool
 ) -> Images:
-    """``neighbours``: whether each image needs ``config.k`` of them."""
+    """Images at ``place``. Raises ``UserError`` for fewer than 2, and with ``need_neighbours`` for
+    at most ``config.k``."""
     images = open_images(
         place,
         option,
@@ -121,12 +114,12 @@ def _open(
     )
     if images.count < 2:
         raise UserError(
-            f"{option} has {images.count} images: a covariance takes 2, and says something from "
-            "some thousands on"
+            f"{option} has {images.count} images: a covariance needs at least 2, and thousands to "
+            "be meaningful"
         )
-    if neighbours and min(images.count, config.manifold_images) <= config.k:
+    if need_neighbours and min(images.count, config.manifold_images) <= config.k:
         raise UserError(
-            f"{option} has {images.count} images, which have no {config.k} neighbours each: give "
+            f"{option} has {images.count} images, too few for {config.k} neighbours each: give "
             "more (and --manifold-images), or a smaller --k"
         )
     return images
@@ -138,69 +131,73 @@ def _measure(
     option: str,
     network: Network,
     dinov2: FeatureNetwork | None,
-) -> Measured:
+) -> Measurements:
     return measure(
         images,
         network,
         dinov2,
         option=option,
         batch_size=config.batch_size,
-        manifold=config.manifold_images,
+        max_features=config.manifold_images,
     )
 
 
-def _reference(
+def _measure_reference(
     config: EvaluateConfig,
     place: str,
     network: Network,
     dinov2: FeatureNetwork | None,
     device: str,
-) -> Measured:
-    """From images, from statistics, or where a file has both the moments from its statistics and
-    the rest from its images."""
-    stated = None
+) -> Measurements:
+    """Measurements of the reference: from its statistics, from its images, or where a file has
+    both, moments from the statistics and the rest from the images."""
+    statistics = None
     if place.endswith(".npz"):
         archive = Archive(place, "--reference")
-        # statistics without a word on their network are Inception's; images serve any
-        theirs = network.name == INCEPTION or IMAGES not in archive
-        if has_statistics(archive) and theirs:
-            stated = load_statistics(archive, network, dinov2, config.manifold_images)
+        # statistics that do not name their network are Inception's; images suit any network
+        usable = network.name == INCEPTION or IMAGES not in archive
+        if has_statistics(archive) and usable:
+            statistics = load_statistics(archive, network, dinov2, config.manifold_images)
             if IMAGES not in archive:
-                return stated
+                return statistics
     compared = config.samples is not None
-    images = _open(config, place, "--reference", device, neighbours=compared)
-    found = _measure(config, images, "--reference", network, dinov2)
-    if stated is not None:
-        found.moments, found.kind = stated.moments, stated.kind
-        found.spatial = stated.spatial or found.spatial
-        _say(
-            "fid and sfid are against the statistics in --reference, which may be of more images "
-            f"than the {images.count} beside them; precision, recall and fd_dinov2 are against "
-            "those images alone"
+    images = _open(config, place, "--reference", device, need_neighbours=compared)
+    measured = _measure(config, images, "--reference", network, dinov2)
+    if statistics is not None:
+        measured.moments, measured.kind = statistics.moments, statistics.kind
+        measured.spatial = statistics.spatial or measured.spatial
+        logger.warning(
+            "fid and sfid use the statistics in --reference, which may describe more images than "
+            "the %d images in the same file; precision, recall and fd_dinov2 use those images only",
+            images.count,
         )
-    return found
+    return measured
 
 
-def _origin(config: EvaluateConfig, about: SampleAbout | None) -> SampleOrigin:
-    """For the row of ``--record``: as samples say, else the options."""
+def _origin(config: EvaluateConfig, info: SampleAbout | None) -> SampleOrigin:
+    """Origin of the samples: from their description, else from the options."""
     step, weights = config.step, config.weights
-    if about is not None:
-        for option, asked, said in (
-            ("--step", step, about.step),
-            ("--weights", weights, about.weights),
+    if info is not None:
+        for option, given, described in (
+            ("--step", step, info.step),
+            ("--weights", weights, info.weights),
         ):
-            if None not in (asked, said) and asked != said:
-                raise UserError(f"{option} {asked}: the samples say {said}; leave the option out")
-        step = about.step if step is None else step
-        weights = about.weights
+            if None not in (given, described) and given != described:
+                raise UserError(
+                    f"{option} {given}: the samples are described as {described}; leave the "
+                    "option out"
+                )
+        step = info.step if step is None else step
+        weights = info.weights
     if step is None:
         raise UserError(
-            "--record needs the step that the samples are of, which they do not say: give --step N"
+            "--record needs the training step of the samples, which have no description: give "
+            "--step N"
         )
     return SampleOrigin(
         step=step,
-        weights=weights or WEIGHTS,
-        weights_sha256=None if about is None else about.weights_sha256,
-        sampling=None if about is None else about.sampling,
-        decoder=None if about is None else about.autoencoder,
+        weights=weights or DEFAULT_WEIGHTS,
+        weights_sha256=None if info is None else info.weights_sha256,
+        sampling=None if info is None else info.sampling,
+        decoder=None if info is None else info.autoencoder,
     )

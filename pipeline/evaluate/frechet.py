@@ -1,92 +1,28 @@
-"""The Fréchet (2-Wasserstein) distance between two Gaussians."""
+"""The Fréchet (2-Wasserstein) distance between two Gaussians, and their moments from features."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-NOISE = 1e-3
-"""A negative eigenvalue up to this share of the largest is rounding, as in statistics that were
-stored in float32 or half a library away; a larger one is no covariance."""
-
-
-class HasMoments(Protocol):
-    """``Moments`` and ``FeatureStatistics`` are such."""
-
-    @property
-    def mean(self) -> Tensor: ...
-    @property
-    def covariance(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Factored:
-    """A Gaussian whose covariance S has been factored, which is most of the work of a distance:
-    for one that many others are compared with."""
-
-    mean: Tensor
-    """(D,) float64."""
-    factor: Tensor
-    """F (D, rank) with F F^T = S; directions below the resolution of float64 are left out."""
-    trace: Tensor
-    """Of S, a scalar."""
-    spread: float
-    """The largest magnitude in S."""
-    lowest: float
-    """The least eigenvalue, which rounding may make negative."""
-    highest: float
-    """The largest."""
-
-    @classmethod
-    def of(cls, moments: HasMoments, device: torch.device | str | None = None) -> Factored:
-        """On the mean's device, or ``device``. Raises ``ValueError`` where sizes differ or numbers
-        are not finite."""
-        mean = moments.mean.to(device, torch.float64)
-        covariance = moments.covariance.to(mean)
-        width = len(mean)
-        if mean.shape != (width,) or covariance.shape != (width, width):
-            shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
-            raise ValueError(f"mean and covariance of shapes {shapes}; expected width {width}")
-        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-            raise ValueError("a mean or covariance with numbers that are not finite")
-        values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-        # what is below the resolution of float64 is a direction without variance
-        keep = values > values[-1].clamp(min=0) * width * torch.finfo(values.dtype).eps
-        return cls(
-            mean=mean,
-            factor=vectors[:, keep] * values[keep].sqrt(),
-            trace=covariance.trace(),
-            spread=float(covariance.abs().max()),
-            lowest=float(values[0]),
-            highest=float(values[-1]),
-        )
-
-    def to(self, device: torch.device) -> Factored:
-        """The same there."""
-        mean, factor, trace = (x.to(device) for x in (self.mean, self.factor, self.trace))
-        return Factored(mean, factor, trace, self.spread, self.lowest, self.highest)
-
-    def check(self, scale: float) -> None:
-        """Raises ``ValueError`` where S has a negative eigenvalue that is more than rounding beside
-        numbers of ``scale``."""
-        rounding = scale * len(self.mean) * torch.finfo(torch.float64).eps
-        if self.lowest < -NOISE * max(self.highest, 0.0) - rounding:
-            raise ValueError(f"a covariance with a negative eigenvalue ({self.lowest:.3g})")
+MAX_NEGATIVE_SHARE = 1e-3
+"""A negative eigenvalue up to this share of the largest one is a rounding error, as in statistics
+stored in float32; with a larger one a matrix is not a covariance."""
 
 
 def frechet_distance(a: HasMoments | Factored, b: HasMoments | Factored) -> float:
-    """|m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2)), not its root, as every FID
-    (Dowson and Landau 1982, doi 10.1016/0047-259X(82)90077-X; Heusel et al., arXiv 1706.08500).
+    """|m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a S_b)^(1/2)), without a square root, as in every
+    FID (Dowson and Landau 1982, doi 10.1016/0047-259X(82)90077-X; Heusel et al., arXiv 1706.08500).
 
-    With S = F F^T the last trace is the sum of the singular values of F_a^T F_b. That stays exact
-    for singular covariances (fewer samples than dimensions), where the eigenvalues of a product
-    are 0 up to 1e-16 and their square roots wrong by 1e-8 each. What is ``Factored`` already is not
-    factored again. Computed on the device of ``a``. Raises ``ValueError`` where sizes differ or
-    something is no mean or covariance.
+    With S = F F^T the last trace is the sum of the singular values of F_a^T F_b. This is exact for
+    singular covariances (fewer samples than dimensions), where the eigenvalues of the product are 0
+    up to 1e-16, so that each square root has an error of 1e-8. A ``Factored`` argument is not
+    factored again. Computed on the device of ``a``. Raises ``ValueError`` where widths differ or
+    an argument is not a mean and covariance.
     """
     one = a if isinstance(a, Factored) else Factored.of(a)
     device = one.mean.device
@@ -94,8 +30,8 @@ def frechet_distance(a: HasMoments | Factored, b: HasMoments | Factored) -> floa
     if one.mean.shape != other.mean.shape:
         raise ValueError(f"means of width {len(other.mean)}; expected width {len(one.mean)}")
     shift = (one.mean - other.mean).square().sum()
-    # of images that are all alike only rounding is left, of sums about a mean that may be far away
-    scale = max(one.spread, other.spread) + float(shift)
+    # equal images leave only the rounding errors of sums about a mean that may be far from zero
+    scale = max(one.max_magnitude, other.max_magnitude) + float(shift)
     for gaussian in (one, other):
         gaussian.check(scale)
     overlap = torch.linalg.svdvals(one.factor.T @ other.factor).sum()
@@ -103,8 +39,17 @@ def frechet_distance(a: HasMoments | Factored, b: HasMoments | Factored) -> floa
     return max(0.0, distance) if math.isfinite(distance) else distance
 
 
+class HasMoments(Protocol):
+    """Interface of ``Moments`` and ``FeatureStatistics``."""
+
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def covariance(self) -> Tensor: ...
+
+
 class Moments(NamedTuple):
-    """A Gaussian: what the Fréchet distance knows of a set of features."""
+    """Mean and covariance of a set of features."""
 
     mean: Tensor
     """(D,) float64."""
@@ -112,19 +57,74 @@ class Moments(NamedTuple):
     """(D, D) float64, symmetric."""
 
 
+@dataclass(frozen=True)
+class Factored:
+    """A Gaussian with a factored covariance S. Factoring is most of the work of a distance, so that
+    a Gaussian that many others are compared with is factored once."""
+
+    mean: Tensor
+    """(D,) float64."""
+    factor: Tensor
+    """F (D, rank) with F F^T = S, without directions below the resolution of float64."""
+    trace: Tensor
+    """Trace of S, a scalar."""
+    max_magnitude: float
+    """Largest magnitude in S."""
+    min_eigenvalue: float
+    """Smallest eigenvalue of S; rounding errors may make it negative."""
+    max_eigenvalue: float
+    """Largest eigenvalue of S."""
+
+    @classmethod
+    def of(cls, moments: HasMoments, device: torch.device | str | None = None) -> Factored:
+        """Factor ``moments`` on ``device``, by default the mean's. Raises ``ValueError`` where the
+        shapes do not match or values are not finite."""
+        mean = moments.mean.to(device, torch.float64)
+        covariance = moments.covariance.to(mean)
+        width = len(mean)
+        if mean.shape != (width,) or covariance.shape != (width, width):
+            shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+            raise ValueError(f"mean and covariance of shapes {shapes}; expected width {width}")
+        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+            raise ValueError("a mean or covariance with values that are not finite")
+        values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+        # an eigenvalue below the resolution of float64 is a direction without variance
+        keep = values > values[-1].clamp(min=0) * width * torch.finfo(values.dtype).eps
+        return cls(
+            mean=mean,
+            factor=vectors[:, keep] * values[keep].sqrt(),
+            trace=covariance.trace(),
+            max_magnitude=float(covariance.abs().max()),
+            min_eigenvalue=float(values[0]),
+            max_eigenvalue=float(values[-1]),
+        )
+
+    def to(self, device: torch.device) -> Factored:
+        """A copy on ``device``."""
+        mean, factor, trace = (x.to(device) for x in (self.mean, self.factor, self.trace))
+        return replace(self, mean=mean, factor=factor, trace=trace)
+
+    def check(self, scale: float) -> None:
+        """Raises ``ValueError`` where S has a negative eigenvalue beyond the rounding errors of
+        numbers of magnitude ``scale``."""
+        rounding = scale * len(self.mean) * torch.finfo(torch.float64).eps
+        if self.min_eigenvalue < -MAX_NEGATIVE_SHARE * max(self.max_eigenvalue, 0.0) - rounding:
+            raise ValueError(f"a covariance with a negative eigenvalue ({self.min_eigenvalue:.3g})")
+
+
 class FeatureStatistics:
     """Running sums of features (B, D) about a fixed point, the shift.
 
-    The shift keeps the difference of large sums from eating the digits of a small variance, and
-    being fixed it lets sums of several processes simply be added: give each the same ``shift`` (the
-    reference's mean, say), sum ``state()`` over them and ``load_state`` the result. Where no shift
-    is given the first batch's mean becomes it; ``merge`` takes any two.
+    The shift avoids the cancellation of large sums where the variance is small. Because it is
+    fixed, sums of several processes can be added: give each process the same ``shift`` (for example
+    the reference's mean), add ``state()`` over the processes and ``load_state`` the result. The
+    default shift is the mean of the first batch; ``merge`` takes sums about any shift.
     """
 
     def __init__(
         self, width: int, *, shift: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        """``width`` is D; ``shift`` is (D,). Sums live on ``device``, in float64."""
+        """``width`` is D, ``shift`` has shape (D,). Sums are float64 on ``device``."""
         if shift is not None and shift.shape != (width,):
             raise ValueError(f"a shift of shape {tuple(shift.shape)} for features of width {width}")
         self.width = width
@@ -135,12 +135,12 @@ class FeatureStatistics:
 
     @property
     def count(self) -> int:
-        """Features so far."""
+        """Number of features added."""
         return self._count
 
     def add(self, features_BD: Tensor) -> None:
-        """Take in a batch, of any float type and device. Raises ``ValueError`` on other shapes and
-        on numbers that are not finite."""
+        """Add a batch of any float type, on any device. Raises ``ValueError`` for other shapes and
+        for values that are not finite."""
         if features_BD.ndim != 2 or features_BD.shape[1] != self.width:
             shape = tuple(features_BD.shape)
             raise ValueError(f"features of shape {shape}, expected (batch, {self.width})")
@@ -148,7 +148,7 @@ class FeatureStatistics:
             return
         features = features_BD.detach().to(self._sum.device, torch.float64)
         if not torch.isfinite(features).all():
-            raise ValueError("features that are not finite numbers")
+            raise ValueError("features that are not finite")
         if self.shift is None:
             self.shift = features.mean(0)
         centred = features - self.shift
@@ -157,31 +157,33 @@ class FeatureStatistics:
         self._outer.addmm_(centred.T, centred)
 
     def merge(self, other: FeatureStatistics) -> None:
-        """Take in what ``other`` has seen, whatever its shift: exact up to rounding."""
+        """Add the sums of ``other``, about any shift: exact up to rounding."""
         if other.width != self.width:
-            raise ValueError(f"features of width {other.width} cannot join those of {self.width}")
+            raise ValueError(
+                f"features of width {other.width} cannot be added to width {self.width}"
+            )
         if other.shift is None or not other.count:
             return
         device = self._sum.device
         if self.shift is None:
             self.shift = other.shift.to(device)
-        move = other.shift.to(device) - self.shift
+        offset = other.shift.to(device) - self.shift
         total, outer = other._sum.to(device), other._outer.to(device)
-        cross = torch.outer(total, move)
+        cross = torch.outer(total, offset)
         self._count += other.count
-        self._sum += total + other.count * move
-        self._outer += outer + cross + cross.T + other.count * torch.outer(move, move)
+        self._sum += total + other.count * offset
+        self._outer += outer + cross + cross.T + other.count * torch.outer(offset, offset)
 
     def state(self) -> Tensor:
-        """(1 + D + D * D,) float64: count, sum and sum of outer products about the shift. The
-        states of several processes add up where all were given the same ``shift``."""
+        """(1 + D + D * D,) float64: count, sum and sum of outer products about the shift. States
+        of several processes can be added if all have the same ``shift``."""
         count = self._sum.new_tensor([self._count])
         return torch.cat([count, self._sum, self._outer.flatten()])
 
     def load_state(self, state: Tensor) -> None:
-        """Replace the sums by those of ``state()``, or of a sum of them, about this shift."""
+        """Replace the sums by ``state()`` of this shift, or by an addition of such states."""
         if self.shift is None:
-            raise ValueError("sums mean nothing without the shift that they are about")
+            raise ValueError("a state needs the shift that its sums are about")
         if state.shape != (1 + self.width * (1 + self.width),):
             raise ValueError(f"a state of shape {tuple(state.shape)} for width {self.width}")
         state = state.to(self._sum.device, torch.float64)
@@ -193,18 +195,18 @@ class FeatureStatistics:
     def mean(self) -> Tensor:
         """(D,) float64. Raises ``ValueError`` before the first feature."""
         if self.shift is None or not self._count:
-            raise ValueError("no features, no mean")
+            raise ValueError("no features have been added, so there is no mean")
         return self.shift + self._sum / self._count
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D) float64, unbiased (divided by n - 1) as ``numpy.cov``'s and every FID's. Raises
-        ``ValueError`` where there are fewer than two features."""
+        """(D, D) float64, unbiased (divided by n - 1) as in ``numpy.cov`` and in FIDs. Raises
+        ``ValueError`` for fewer than two features."""
         if self._count < 2:
-            raise ValueError(f"{self._count} features have no covariance: at least 2 are needed")
+            raise ValueError(f"a covariance needs at least 2 features, not {self._count}")
         scatter = self._outer - torch.outer(self._sum, self._sum) / self._count
         return (scatter + scatter.T) / (2 * (self._count - 1))
 
     def moments(self) -> Moments:
-        """Mean and covariance; raises as they do."""
+        """Mean and covariance. Raises ``ValueError`` for fewer than two features."""
         return Moments(self.mean, self.covariance)

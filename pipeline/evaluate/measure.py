@@ -1,4 +1,4 @@
-"""One pass over a set of images: everything that its comparison with another needs."""
+"""Measurements of a set of images in one pass: all that a comparison with another set needs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from schemas.errors import UserError
 
 
 @dataclass
-class Measured:
-    """What is known of a set of images."""
+class Measurements:
+    """Features of a set of images, as moments and as samples. None: unknown."""
 
     count: int
-    """Images that the moments are of."""
+    """Number of images in the moments."""
     kind: str
-    """What they are, for people and files."""
+    """Description of the images, for people and files."""
     moments: Moments
-    """Of the network's features."""
+    """Moments of the network's features."""
     features: np.ndarray | None
-    """(N, D) float32 of all of them, or of an evenly spread part; None where only moments are
-    known."""
+    """(N, D) float32 of all images, or of an evenly spaced subset."""
     spatial: Moments | None = None
+    """Moments of the network's spatial features, for sFID."""
     dinov2: Moments | None = None
+    """Moments of DINOv2's features."""
     inception_score: float | None = None
 
 
@@ -44,30 +45,30 @@ def measure(
     *,
     option: str,
     batch_size: int,
-    manifold: int,
-) -> Measured:
-    """Run the networks over ``images``, ``manifold`` of whose features are kept (on disk). Memory
-    does not grow with their number. Raises ``UserError``."""
-    spool = FeatureBuffer(images.count, manifold)
+    max_features: int,
+) -> Measurements:
+    """Run the networks on ``images``. Features of at most ``max_features`` images are stored, on
+    disk, so that memory does not grow with their number. Raises ``UserError``."""
+    buffer = FeatureBuffer(images.count, max_features)
     moments: FeatureStatistics | None = None
     spatial: FeatureStatistics | None = None
-    of_dinov2: FeatureStatistics | None = None
+    dinov2_moments: FeatureStatistics | None = None
     score: InceptionScore | None = None
-    seen = 0
+    done = 0
     try:
         with tqdm(total=images.count, unit="image", desc=option, file=sys.stderr) as bar:
             for batch in images.batches(batch_size):
-                found = network.extract(batch)
-                spool.add(found.features)
-                moments = _add(moments, found.features)
-                if found.spatial is not None:
-                    spatial = _add(spatial, found.spatial)
-                if found.logits is not None:
+                output = network.extract(batch)
+                buffer.add(output.features)
+                moments = _add(moments, output.features)
+                if output.spatial is not None:
+                    spatial = _add(spatial, output.spatial)
+                if output.logits is not None:
                     score = score or InceptionScore(images.count)
-                    score.add(found.logits)
+                    score.add(output.logits)
                 if dinov2 is not None:
-                    of_dinov2 = _add(of_dinov2, dinov2.features(batch))
-                seen += len(batch)
+                    dinov2_moments = _add(dinov2_moments, dinov2.features(batch))
+                done += len(batch)
                 bar.update(len(batch))
     except torch.OutOfMemoryError:
         raise UserError(
@@ -76,63 +77,63 @@ def measure(
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{option}, images {seen} to {seen + batch_size}: the network gives {error}; its "
-            "weights are damaged, or wide beyond float32"
+            f"{option}, images {done} to {done + batch_size}: the network gives {error}; its "
+            "weights are damaged, or its features exceed float32"
         ) from None
     assert moments is not None
-    return Measured(
+    return Measurements(
         count=images.count,
         kind=images.kind,
         moments=moments.moments(),
-        features=spool.rows(),
+        features=buffer.rows(),
         spatial=None if spatial is None else spatial.moments(),
-        dinov2=None if of_dinov2 is None else of_dinov2.moments(),
+        dinov2=None if dinov2_moments is None else dinov2_moments.moments(),
         inception_score=None if score is None else score.score(),
     )
 
 
-def _add(statistics: FeatureStatistics | None, features: torch.Tensor) -> FeatureStatistics:
-    if statistics is None:
-        statistics = FeatureStatistics(features.shape[1], device=features.device)
-    statistics.add(features)
-    return statistics
-
-
 class FeatureBuffer:
-    """Float32 rows in a temporary file, which is gone with the object."""
+    """Float32 rows in a temporary file, which the system deletes with the object."""
 
     def __init__(self, count: int, limit: int) -> None:
-        """``count`` rows will be offered; at most ``limit``, evenly spread, are kept."""
+        """``count`` rows will be added; at most ``limit`` of them, evenly spaced, are stored."""
         self._count, self._limit = count, limit
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
-        self._seen = self._kept = self._width = 0
+        self._added = self._stored = self._width = 0
 
     def add(self, features_BD: Tensor) -> None:
-        """The next rows. Raises ``UserError`` where the disk is full."""
-        numbers = np.arange(self._seen, self._seen + len(features_BD))
-        self._seen += len(numbers)
+        """Add the next rows. Raises ``UserError`` where the disk is full."""
+        numbers = np.arange(self._added, self._added + len(features_BD))
+        self._added += len(numbers)
         rows = features_BD.float().cpu().numpy()
         if self._limit < self._count:
             limit, count = self._limit, self._count
             rows = rows[numbers * limit // count != (numbers + 1) * limit // count]
         self._width = rows.shape[1]
-        self._kept += len(rows)
+        self._stored += len(rows)
         try:
             self._file.write(np.ascontiguousarray(rows).data)
         except OSError as error:
             raise UserError(
-                f"features cannot be kept in '{tempfile.gettempdir()}': {error.strerror}; set "
-                "TMPDIR to a disk with room, or lower --manifold-images"
+                f"features cannot be written to '{tempfile.gettempdir()}': {error.strerror}; set "
+                "TMPDIR to a disk with free space, or lower --manifold-images"
             ) from None
 
     def rows(self) -> np.ndarray:
         """(N, D) float32, a read-only memory map."""
         self._file.flush()
-        shape = (self._kept, self._width)
-        if not self._kept:
+        shape = (self._stored, self._width)
+        if not self._stored:
             return np.empty(shape, np.float32)
         return np.memmap(self._file, np.float32, "r", shape=shape)
 
     def close(self) -> None:
-        """Rows taken before stay readable as long as they are held."""
+        """Close the file; arrays that ``rows`` returned stay readable."""
         self._file.close()
+
+
+def _add(statistics: FeatureStatistics | None, features: Tensor) -> FeatureStatistics:
+    if statistics is None:
+        statistics = FeatureStatistics(features.shape[1], device=features.device)
+    statistics.add(features)
+    return statistics

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from pipeline.distributed.actor_pool import Actors
+from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.tasks import Description, ShardTask
 from schemas.errors import UserError
@@ -17,6 +18,7 @@ class EncoderActor:
     """An encoder in a process of its own."""
 
     def load(self, config: ExtractConfig, device: str, threads: int) -> Description:
+        set_up_worker_logging()
         self.encoder = Encoder(config, device=device, threads=threads)
         return self.encoder.describe()
 
@@ -37,7 +39,6 @@ class Supervisor:
         actors: int,
         cpus: int,
         gpus: float,
-        log: Callable[[str], None],
         actor_class: type[EncoderActor] = EncoderActor,
     ) -> None:
         self.config = config
@@ -51,7 +52,6 @@ class Supervisor:
             max_attempts=config.max_attempts,
             kind="encoder",
             check_same=_check_same,
-            log=log,
         )
 
     def describe(self) -> Description:

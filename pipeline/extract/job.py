@@ -92,7 +92,6 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
         actors=max(1, min(workers.count, shards)),
         cpus=workers.threads,
         gpus=workers.gpus,
-        log=_log,
     )
     try:
         store = _open_store(config, listing, existing, supervisor)

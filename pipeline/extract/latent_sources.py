@@ -17,8 +17,9 @@ from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.reader import UNREADABLE
 from pipeline.datasets.repa import first_latents
-from pipeline.datasets.stored_latents import MAX_BYTES, MAX_HEADER_BYTES, parse_moments
+from pipeline.datasets.stored_latents import MAX_BYTES, parse_moments
 from pipeline.storage.files import redact
+from pipeline.storage.npz import MAX_HEADER
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import AutoencoderInfo
@@ -75,7 +76,7 @@ class StoredLatents:
         self._read_file = open_reader(config)
         self._limit = MAX_BYTES
         self.shape = self._first_shape(config.source or "")
-        self._limit = MAX_HEADER_BYTES + 4 * int(np.prod(self.shape))
+        self._limit = MAX_HEADER + 4 * int(np.prod(self.shape))
 
     def info(self, resolution: int) -> AutoencoderInfo:
         return AutoencoderInfo(

@@ -1,1 +1,1 @@
-"""`python -m pipeline.inspect STORE`: what a store is and what it holds."""
+"""`python -m pipeline.inspect STORE`: summary, checks and clean-up of a store."""

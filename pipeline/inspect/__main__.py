@@ -1,20 +1,20 @@
-"""`python -m pipeline.inspect STORE [--json]`, and what else there is to ask of a store:
-`--sample KEY --png FILE`, `--verify`, `--gc`, `--check CONFIG...`."""
+"""`python -m pipeline.inspect STORE [--json]`: summary of a store; with `--sample KEY --png FILE`,
+`--fidelity N`, `--verify`, `--gc` or `--check CONFIG...` further questions."""
 
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from pathlib import Path
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.inspect.orphans import (
-    collect,
-    describe_collection,
-    find_leftovers,
+    count_and_size,
+    describe_removal,
+    find_orphans,
     is_cheap_to_list,
-    summed,
+    remove_orphans,
 )
 from pipeline.inspect.summary import describe, summarise
 from pipeline.inspect.verify import describe_verification, verify_store
@@ -22,13 +22,15 @@ from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.inspect import InspectConfig
 
+logger = logging.getLogger("pipeline.inspect")
+
 
 def main(argv: list[str]) -> int:
     config = parse_options(
         InspectConfig,
         argv,
         command="python -m pipeline.inspect",
-        about="Say what a store is, how much it holds and what is missing.",
+        about="Describe a store: its contents, its sizes and what is missing.",
         positional="store",
     )
     if config.store is None:
@@ -37,23 +39,23 @@ def main(argv: list[str]) -> int:
         raise UserError("--sample KEY and --png FILE go together")
     chosen = [name for name in ("verify", "gc", "check") if getattr(config, name)]
     if len(chosen) > 1 or (chosen and (config.sample or config.fidelity) is not None):
-        raise UserError(f"--{chosen[0]} answers alone: leave the other questions to another call")
+        raise UserError(
+            f"--{chosen[0]} cannot be combined with --verify, --gc, --check, --sample or --fidelity"
+        )
     store = Store.open(config.store)
     if config.verify:
         return _verify(store, config)
     if config.check:
         return _check(store, config)
     if config.gc:
-        return _collect(store, config)
+        return _remove_orphans(store, config)
     summary = summarise(store)
     if config.sample is not None and config.png is not None:
-        from pipeline.visualization.store_sample import (
-            draw_sample,  # torch takes seconds that the page need not
-        )
+        from pipeline.visualization.store_sample import draw_sample  # imports torch, slowly
 
         draw_sample(store, config.sample, Path(config.png).expanduser(), config.stream)
-        print(f"wrote {config.png}", file=sys.stderr)
-    report, page = summary.as_json(), describe(store, summary, _garbage(store))
+        logger.info("wrote %s", config.png)
+    report, page = summary.as_json(), describe(store, summary, _count_orphans(store))
     if config.fidelity is not None:
         from pipeline.inspect.fidelity import describe_fidelity, measure_fidelity
 
@@ -85,17 +87,17 @@ def _check(store: Store, config: InspectConfig) -> int:
     return 0 if found["ok"] else 1
 
 
-def _collect(store: Store, config: InspectConfig) -> int:
-    done = collect(store, hours=config.gc_age)
-    page = describe_collection(store, done, hours=config.gc_age)
+def _remove_orphans(store: Store, config: InspectConfig) -> int:
+    done = remove_orphans(store, hours=config.gc_age)
+    page = describe_removal(store, done, hours=config.gc_age)
     print(json.dumps(done.as_json()) if config.as_json else page)
     return 0
 
 
-def _garbage(store: Store) -> str | None:
-    """How much there is, where finding out is cheap."""
-    garbage = find_leftovers(store).garbage if is_cheap_to_list(store) else []
-    return summed(garbage) if garbage else None
+def _count_orphans(store: Store) -> str | None:
+    """Number and size of the orphans; None without any, or if listing the store is expensive."""
+    orphans = find_orphans(store).removable if is_cheap_to_list(store) else []
+    return count_and_size(orphans) if orphans else None
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""`--check`: which training configs a store can serve, and what would make it serve the others."""
+"""`--check`: training configs that a store can serve, and commands that add what others need."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 from pipeline.cli.config_files import read_yaml
-from pipeline.inspect.suggest_extraction import addition
+from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_latents
 from pipeline.store import Store
 from pipeline.targets.sources import check_fit
@@ -17,15 +17,15 @@ from schemas.validation import validate
 
 
 class Answer(NamedTuple):
-    """Whether one config can be trained on the store."""
+    """Result of the check of one config."""
 
     config: str
-    """The file, as it was named."""
+    """The file, as the user named it."""
     ok: bool
     reason: str | None = None
-    """Why not; or, where it can, what to choose."""
+    """Why it cannot be trained; or, where it can, the option to set."""
     command: str | None = None
-    """What would add what is missing, and only that; None where only another store will do."""
+    """Command that adds only what is missing; None where another store is needed."""
 
     def __str__(self) -> str:
         line = f"{'yes' if self.ok else 'no ':<4} {self.config}"
@@ -46,7 +46,7 @@ def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
 
 
 def answers_as_json(answers: list[Answer]) -> dict[str, Any]:
-    """All answers, and whether each is a yes."""
+    """All answers; "ok" if every config can be trained."""
     return {
         "configs": [answer._asdict() for answer in answers],
         "ok": all(answer.ok for answer in answers),
@@ -72,8 +72,8 @@ def _answer_alignment(
 ) -> Answer:
     manifest = store.manifest
     held = manifest.teacher_streams
-    asked = alignment.stream
-    names = [name for name in held if asked in {None, name}]
+    requested = alignment.stream
+    names = [name for name in held if requested in {None, name}]
     reasons: dict[str, str] = {}
     for name in names:
         try:
@@ -82,41 +82,43 @@ def _answer_alignment(
                 check_tail(store, name)
         except UserError as error:
             reasons[name] = str(error)
-    fitting = [name for name in names if name not in reasons]
-    complete = [name for name in fitting if name not in incomplete]
+    suitable = [name for name in names if name not in reasons]
+    complete = [name for name in suitable if name not in incomplete]
     if complete:
-        # a store of one stream needs no choice, nor does a config that has made it
-        choose = asked is None and len(held) > 1
+        # with one stream, or a stream in the config, there is nothing to choose
+        choose = requested is None and len(held) > 1
         return Answer(file, True, f"with --alignment.stream {complete[0]}" if choose else None)
-    if fitting:
-        name = fitting[0]
+    if suitable:
+        name = suitable[0]
         reason = f"stream '{name}' lacks {len(store.missing_shards(name))} shards"
-        begun = addition(store, name, held[name].teacher.layers)
-        return Answer(file, False, reason, begun.command)
+        suggested = suggest_extraction(store, name, held[name].teacher.layers)
+        return Answer(file, False, reason, suggested.command)
     if not held:
         reason = "the store holds no teacher stream"
     elif not names:
-        reason = f"the store holds no teacher stream '{asked}', only {', '.join(held)}"
+        reason = f"the store holds no teacher stream '{requested}', only {', '.join(held)}"
     else:
-        reason = "; ".join(_about(store, name, alignment) or reasons[name] for name in names)
+        reason = "; ".join(
+            _missing_layers(store, name, alignment) or reasons[name] for name in names
+        )
     try:
-        more = addition(store, asked, alignment.teacher_layers)
+        suggested = suggest_extraction(store, requested, alignment.teacher_layers)
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
-    if held and more.stream != asked:  # else there is nothing to choose
-        reason += f"; once it is added, train with --alignment.stream {more.stream}"
-    return Answer(file, False, reason, more.command)
+    if held and suggested.stream != requested:
+        reason += f"; once it is added, train with --alignment.stream {suggested.stream}"
+    return Answer(file, False, reason, suggested.command)
 
 
-def _about(store: Store, name: str, alignment: AlignmentConfig) -> str | None:
-    """What one stream lacks, in short."""
+def _missing_layers(store: Store, name: str, alignment: AlignmentConfig) -> str | None:
+    """Sentence about the layers that one stream lacks; None if it has all."""
     held = store.manifest.teacher_streams[name].teacher.layers
-    lacking = (
+    missing_layers = (
         sorted(set(alignment.teacher_layers) - set(held)) if alignment.attention_weight else []
     )
-    if not lacking:
+    if not missing_layers:
         return None
     return (
-        f"stream '{name}' lacks teacher layer {', '.join(map(str, lacking))} (it has "
+        f"stream '{name}' lacks teacher layer {', '.join(map(str, missing_layers))} (it has "
         f"{', '.join(map(str, held)) or 'none'})"
     )

@@ -1,4 +1,4 @@
-"""Whether a store's manifest, commit records and index tell the same of it."""
+"""Consistency of a store's manifest, commit records and index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from schemas.store import CommitRecord, StoreIndex
 
 
 def record_problems(store: Store, record: CommitRecord) -> list[tuple[str | None, str]]:
-    """(stream, problem) where a valid record does not describe what the manifest promises."""
+    """(stream, problem) for each contradiction between a valid record and the manifest."""
     manifest, shard = store.manifest, record.shard
     planned = min(manifest.shard_size, manifest.dataset.samples - shard * manifest.shard_size)
     found: list[tuple[str | None, str]] = []
@@ -30,7 +30,7 @@ def record_problems(store: Store, record: CommitRecord) -> list[tuple[str | None
             expected = {tar_path(name, shard): set(parts)}
         listed = {file.file: set(file.offsets) for file in files}
         if len(listed) < len(files) or listed != expected:
-            found.append((name, "lists other files or columns than the manifest promises"))
+            found.append((name, "lists other files or columns than the manifest"))
     return found
 
 
@@ -41,8 +41,9 @@ def check_index(
     sizes: Mapping[str, int],
     all_read: bool,
 ) -> list[Damage]:
-    """The index, which training believes, against the records: ``committed`` shards by stream,
-    ``samples`` by shard and ``sizes`` by stream, the last only where ``all_read``."""
+    """Damages of the index, which training trusts, compared with the commit records: ``committed``
+    shards by stream, ``samples`` by shard and bytes by stream (``sizes``); the bytes are compared
+    only if all records could be read (``all_read``)."""
     try:
         index = read_index(store)
     except UserError as error:
@@ -52,7 +53,7 @@ def check_index(
     found = []
     for stream, shards in committed.items():
         added = None if stream == "latents" else stream
-        if added is None or added in index.bytes_per_stream:  # else: it is still being added
+        if added is None or added in index.bytes_per_stream:  # else the stream is still being added
             found += [
                 Damage("is missing, though the index counts it", commit_path(n, added), added, n)
                 for n in range(store.manifest.num_shards)
@@ -61,17 +62,17 @@ def check_index(
     for shard, count in sorted(samples.items()):
         listed = index.samples_per_shard[shard]
         if listed != count:
-            told = f"counts {listed} samples of shard {shard}, its record {count}"
-            found.append(Damage(told, INDEX))
+            problem = f"counts {listed} samples of shard {shard}, its record {count}"
+            found.append(Damage(problem, INDEX))
     if all_read and not found:
         for stream, size in sizes.items():
             listed = index.bytes_per_stream.get(stream, size)
             if listed != size:
-                told = f"counts {listed} bytes of stream '{stream}', its records {size}"
-                found.append(Damage(told, INDEX))
+                problem = f"counts {listed} bytes of stream '{stream}', its records {size}"
+                found.append(Damage(problem, INDEX))
     return found
 
 
 def read_index(store: Store) -> StoreIndex | None:
-    """None where the store was never finished. Raises ``UserError`` where it is damaged."""
+    """The index; None if the store is incomplete. Raises ``UserError`` if the index is damaged."""
     return store.index() if store.has_index() else None

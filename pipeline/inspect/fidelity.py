@@ -1,4 +1,5 @@
-"""How far a store's targets are from those of the teacher in float32, as training would feel it."""
+"""`--fidelity`: errors of a store's targets against the teacher in float32, and their effect on
+losses and gradients of a random student."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import AlignedStudent
 from pipeline.alignment.losses import Targets
-from pipeline.inspect.source_images import Originals
+from pipeline.inspect.source_images import SourceImages
 from pipeline.inspect.summary import StoreSummary
 from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
 from pipeline.targets.sources import Wanted, open_targets
 from pipeline.teachers import Teacher
-from pipeline.teachers.manifest_check import declared_config, draft_declared
+from pipeline.teachers.manifest_check import create_meta_teacher, teacher_config
 from pipeline.text import describe_bytes
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
@@ -27,7 +28,7 @@ from schemas.fields import element_count
 from schemas.store import Manifest, TeacherInfo
 from schemas.student import StudentConfig
 
-CHUNK = 4  # images at a time: maps of 5 layers in float64 are 0.3 GB
+CHUNK = 4  # images per forward pass: maps of 5 layers in float64 take 0.3 GB
 HEAD_WIDTH = 16  # of the random student
 
 
@@ -42,13 +43,14 @@ class Fidelity:
     cosine_sum: float = 0.0
     tokens: int = 0
     kl_sum: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """Per layer."""
+    """(layers,), summed over rows."""
     kl_max: Tensor = field(default_factory=lambda: torch.zeros(0))
     kl_rows: int = 0
     losses: Tensor = field(default_factory=lambda: torch.zeros(2, 2))
-    """Teacher's and store's x feature and attention loss of a random student, summed."""
+    """(2, 2), summed: targets of the teacher and of the store x feature and attention loss."""
     products: Tensor = field(default_factory=lambda: torch.zeros(3))
-    """Of the student's gradients: teacher's with itself, store's with itself, one with another."""
+    """(3,), summed dot products of the student's gradients: teacher's with itself, store's with
+    itself, teacher's with store's."""
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -60,12 +62,12 @@ class Fidelity:
 
     @property
     def gradient_cosine(self) -> float:
-        """Between the gradients that the teacher's and the store's targets give the student."""
+        """Cosine of the student's gradients with the teacher's and with the store's targets."""
         own, stored, both = self.products.double().tolist()
         return float(min(1.0, both / max((own * stored) ** 0.5, 1e-300)))
 
     def as_json(self, summary: StoreSummary) -> dict[str, Any]:
-        """The measurements under the names of ``--json``."""
+        """The measurements under the keys of ``--json``."""
         feature, attention = self.loss_errors
         each = 1000 / self.images
         return {
@@ -98,28 +100,28 @@ def measure_fidelity(
     source: str | None = None,
     weights: str | None = None,
 ) -> Fidelity:
-    """Compare the targets of ``count`` samples, spread evenly over the store, with a fresh forward
-    pass of the teacher. ``source`` and ``weights`` stand in for those that the manifest names.
+    """Compare the targets of ``count`` samples, evenly spaced in the store, with a new forward pass
+    of the teacher. ``source`` and ``weights`` replace those that the manifest names.
 
-    Raises ``UserError`` where images or weights are not to be had or are not those of the store.
+    Raises ``UserError`` if images or weights cannot be read or are not those of the store.
     """
-    name, about = store.manifest.teacher_stream(stream)
+    name, info = store.manifest.teacher_stream(stream)
     store.require_complete("latents", name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = open_teacher(store, name, weights).to(device)
-    originals = Originals(store, source)
-    everything = Wanted(features=True, layers=about.teacher.layers, heads=about.teacher.heads)
-    targets = open_targets(store, name, everything, device)
+    source_images = SourceImages(store, source)
+    request = Wanted(features=True, layers=info.teacher.layers, heads=info.teacher.heads)
+    targets = open_targets(store, name, request, device)
     readers = {part: StreamReader(store, part) for part in (name, "latents")}
-    student = _RandomStudent(store.manifest, about.teacher).to(device)
-    layers = len(about.teacher.layers)
+    student = _RandomStudent(store.manifest, info.teacher).to(device)
+    layers = len(info.teacher.layers)
     found = Fidelity(
-        about.cut, about.teacher.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
+        info.cut, info.teacher.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
     )
     shards, rows = _spread(store, count)
     for start in range(0, len(shards), CHUNK):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
-        crops = torch.from_numpy(originals(where[0].tolist(), where[1].tolist()))
+        crops = torch.from_numpy(source_images(where[0].tolist(), where[1].tolist()))
         exact = exact_targets(teacher, crops.to(device).permute(0, 3, 1, 2))
         began = time.perf_counter()
         columns = {n: torch.from_numpy(a) for n, a in readers[name].read(*where).items()}
@@ -138,7 +140,7 @@ def measure_fidelity(
 
 
 def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
-    """The page that a person reads."""
+    """The result as lines of text."""
     values = found.as_json(summary)
     rows = [
         f"  layer {layer:<3}      attention KL mean {one['kl_mean']:.2e}, "
@@ -159,7 +161,7 @@ def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
             f"{values['attention_loss_relative_error']:.2e}, gradient cosine "
             f"{values['gradient_cosine']:.6f}",
             f"  per image      {describe_bytes(summary.bytes_per_image)}; "
-            f"{describe_bytes(summary.fixed_bytes)} beside the shards; read in "
+            f"{describe_bytes(summary.fixed_bytes)} outside the shards; read in "
             f"{values['read_milliseconds_per_image']:.2f} ms, decoded in "
             f"{values['decode_milliseconds_per_image']:.2f} ms",
         ]
@@ -167,18 +169,18 @@ def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
 
 
 def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
-    """The whole teacher of a stream, not only its tail. Raises ``UserError`` where ``weights`` are
-    not those that the store was made with."""
-    about, resolution = store.manifest.teacher_streams[stream].teacher, store.manifest.resolution
-    draft_declared(about, resolution, f"{store.shown_url}/{MANIFEST}: streams.{stream}.teacher")
-    config = declared_config(about)
+    """The complete teacher of a stream, not only its tail. Raises ``UserError`` if ``weights`` are
+    not those of the store."""
+    info, resolution = store.manifest.teacher_streams[stream].teacher, store.manifest.resolution
+    create_meta_teacher(info, resolution, f"{store.shown_url}/{MANIFEST}: streams.{stream}.teacher")
+    config = teacher_config(info)
     if weights is not None:
         config = config.model_copy(update={"weights": weights})
-    teacher = Teacher(config, resolution=resolution, layers=about.layers)
-    if teacher.weights_sha256 != about.weights_sha256:
+    teacher = Teacher(config, resolution=resolution, layers=info.layers)
+    if teacher.weights_sha256 != info.weights_sha256:
         raise UserError(
             f"--teacher.weights '{config.weights}' are not those of the store: SHA-256 "
-            f"{teacher.weights_sha256[:12]}..., not {about.weights_sha256[:12]}..."
+            f"{teacher.weights_sha256[:12]}..., not {info.weights_sha256[:12]}..."
         )
     return teacher
 
@@ -216,15 +218,15 @@ def _compare(found: Fidelity, exact: Targets, decoded: Targets) -> None:
 
 
 def kl_of_rows(exact: Tensor, other: Tensor) -> Tensor:
-    """KL(exact || other) in nats over the last axis. What ``other`` rounded to 0 counts as the
-    smallest normal number of float32."""
+    """KL(exact || other) in nats over the last axis. Zeros of ``other``, which rounding may cause,
+    count as the smallest normal number of float32."""
     p = exact.double()
     q = other.double().clamp_min(torch.finfo(torch.float32).tiny)
     return torch.special.xlogy(p, p / q).sum(-1)
 
 
 def _require_size(student: StudentConfig, layers: int) -> None:
-    """Raises ``UserError`` where a manifest, which is not trusted, asks for too large a student."""
+    """Raises ``UserError`` if the manifest, which is not trusted, requires too large a student."""
     _, width, heads, _ = student.size
     tokens = math.prod(student.grid)
     try:
@@ -235,7 +237,7 @@ def _require_size(student: StudentConfig, layers: int) -> None:
 
 
 class _RandomStudent(nn.Module):
-    """A small SiT with random weights, whose blocks follow the teacher's layers one by one."""
+    """A small SiT with random weights and one block for each teacher layer, aligned in order."""
 
     def __init__(self, manifest: Manifest, teacher: TeacherInfo) -> None:
         super().__init__()
@@ -266,15 +268,18 @@ class _RandomStudent(nn.Module):
             heads=teacher.heads,
             teacher_grid=teacher.grid,
         )
-        for parameter in self.aligned.parameters():  # its own initialisation makes blocks no-ops
+        for (
+            parameter
+        ) in self.aligned.parameters():  # the default initialisation makes blocks identities
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         self.generator = generator
-        self.knows_mean = False
+        self.has_mean = False
 
     def compare(self, found: Fidelity, latents: Tensor, exact: Targets, decoded: Targets) -> None:
-        """Losses and gradients with either's targets, on noisy scaled latents (B, C, h, w)."""
-        self._learn_mean(exact)
+        """Add losses and gradient products with both targets, on noisy scaled latents
+        (B, C, h, w)."""
+        self._set_mean(exact)
         noise = torch.randn(latents.shape, generator=self.generator).to(latents.device)
         t = torch.rand(len(latents), generator=self.generator).to(latents.device)
         x = torch.lerp(latents, noise, t.view(-1, 1, 1, 1))
@@ -290,14 +295,14 @@ class _RandomStudent(nn.Module):
         one, other = gradients
         found.products += torch.stack([one @ one, other @ other, one @ other]).cpu().float()
 
-    def _learn_mean(self, exact: Targets) -> None:
-        """Have the projector put out the teacher's mean feature at least: the cosine of a student
-        that knows nothing is near 0, and an error relative to it would say nothing."""
-        if self.knows_mean or self.aligned.projector is None or exact.features is None:
+    def _set_mean(self, exact: Targets) -> None:
+        """Make the projector predict the teacher's mean feature at first: the cosine of a random
+        student is near 0, and a relative error of it would have no meaning."""
+        if self.has_mean or self.aligned.projector is None or exact.features is None:
             return
         last = self.aligned.projector[-1]
         assert isinstance(last, nn.Linear)
         mean = exact.features.mean((0, 1))
         last.bias.copy_(mean)
         last.weight.mul_(float(mean.norm()) / len(mean) ** 0.5)
-        self.knows_mean = True
+        self.has_mean = True

@@ -1,7 +1,7 @@
-"""`--gc`: what crashes left behind in a store, and taking it away.
+"""`--gc`: find and remove orphans, the files of a store that crashes leave without a commit record.
 
-A file is garbage where its name is one that this project gives and nothing committed accounts for
-it. Everything else that does not belong to the store is only told about.
+A file is an orphan if its name is one that this project gives and neither the manifest nor a commit
+record accounts for it. All other files that do not belong to the store are only reported.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ TAR = re.compile(rf"(?P<stream>{NAME})/shard-(?P<shard>\d{{6,9}})\.tar")
 CHUNK = re.compile(rf"(?P<stream>{NAME})/{NAME}(?:\.{NAME})?/c/(?P<shard>\d+)(?:/0)*")
 METADATA = re.compile(rf"(?P<stream>{NAME})/(?:{NAME}(?:\.{NAME})?/)?zarr\.json")
 TAIL = re.compile(rf"(?P<stream>{NAME})_teacher_tail\.safetensors")
-CHEAP_FILES = 20_000
-"""A store of more files is listed only when asked to: object stores list a thousand at a time."""
-
-SHOWN = 20
+MAX_LISTED_FILES = 20_000
+"""Files of a store that is listed without --gc: object stores list a thousand per request."""
+MAX_SHOWN = 20
 """Unknown files on the page."""
 
 
-class Leftover(NamedTuple):
-    """A file that nothing committed accounts for."""
+class Orphan(NamedTuple):
+    """A file that neither the manifest nor a commit record accounts for."""
 
     path: str
-    """Below the store's root."""
+    """Relative to the store's root."""
     bytes: int
     reason: str
 
@@ -48,78 +47,78 @@ class Leftover(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Leftovers:
-    """What a store's folder holds beside the store."""
+class Orphans:
+    """Files in a store's folder that do not belong to the store."""
 
-    garbage: list[Leftover]
-    """Ours by name, and to be removed."""
-    unknown: list[Leftover]
-    """Not ours to remove."""
+    removable: list[Orphan]
+    """Files with a name that this project gives."""
+    unknown: list[Orphan]
+    """Links and files of other names, which are never removed."""
 
 
-class Collection(NamedTuple):
-    """What became of the garbage."""
+class Removal(NamedTuple):
+    """Result of ``remove_orphans``; the field names are the keys of ``--json``."""
 
-    removed: list[Leftover]
-    kept: list[Leftover]
-    """Too young, or committed in the meantime."""
-    unknown: list[Leftover]
+    removed: list[Orphan]
+    kept: list[Orphan]
+    """Too young, or of unknown age."""
+    unknown: list[Orphan]
 
     def as_json(self) -> dict[str, object]:
         return {name: [f._asdict() for f in files] for name, files in self._asdict().items()}
 
 
-def find_leftovers(store: Store) -> Leftovers:
-    """From one listing of the store and those of its commit records; no file is read."""
-    expected, streams = _expected(store), set(store.manifest.streams)
+def find_orphans(store: Store) -> Orphans:
+    """Lists the store and its commit records; reads no file."""
+    expected, streams = _accounted_files(store), set(store.manifest.streams)
     found = {
         path[len(store.root) :].lstrip("/"): size
         for path, size in list_tree(store.filesystem, store.root).items()
     }
-    matches = (how.fullmatch(path) for path in found for how in (RECORD, TAIL))
-    traces = {match["stream"] for match in matches if match and match["stream"]}
-    garbage, unknown = [], []
+    matches = (pattern.fullmatch(path) for path in found for pattern in (RECORD, TAIL))
+    named = {match["stream"] for match in matches if match and match["stream"]}
+    removable, unknown = [], []
     for path, size in sorted(found.items()):
         if path in expected:
             continue
         link = _is_link(store, path)
-        reason = None if link else _why(path, store, streams, traces - streams)
+        reason = None if link else _orphan_reason(path, store, streams, named - streams)
         if reason is not None:
-            garbage.append(Leftover(path, size, reason))
+            removable.append(Orphan(path, size, reason))
         else:
-            what = "behind a link" if link else "no file of the store"
-            unknown.append(Leftover(path, size, f"{what}; left alone"))
-    return Leftovers(garbage, unknown)
+            kind = "a link or in a linked folder" if link else "not a file of the store"
+            unknown.append(Orphan(path, size, f"{kind}; not removed"))
+    return Orphans(removable, unknown)
 
 
-def collect(store: Store, *, hours: float) -> Collection:
-    """Remove the garbage that is at least ``hours`` old.
+def remove_orphans(store: Store, *, hours: float) -> Removal:
+    """Remove the orphans that are at least ``hours`` old.
 
-    Ages are asked for one by one, just before each removal: a shard that an extraction makes anew
-    under the same name is young again.
+    The age of each file is read just before its removal, because a running extraction may have
+    written the shard again under the same name.
     """
-    leftovers = find_leftovers(store)
+    orphans = find_orphans(store)
     removed, kept = [], []
-    for file in leftovers.garbage:
+    for file in orphans.removable:
         age = _age_in_hours(store, file.path)
         if age is None or age < hours:
-            told = "its age is unknown" if age is None else f"only {age:.1f} h old"
-            kept.append(file._replace(reason=f"{file.reason}; {told}"))
+            age_text = "its age is unknown" if age is None else f"only {age:.1f} h old"
+            kept.append(file._replace(reason=f"{file.reason}; {age_text}"))
             continue
-        with contextlib.suppress(FileNotFoundError):  # what wrote it may be alive and done
+        with contextlib.suppress(FileNotFoundError):  # its writer may have renamed it
             remove(store.filesystem, f"{store.root}/{file.path}")
         removed.append(file)
-    return Collection(removed, kept, leftovers.unknown)
+    return Removal(removed, kept, orphans.unknown)
 
 
 def is_cheap_to_list(store: Store) -> bool:
-    """Whether a plain look at the store may list all of it."""
+    """Whether the store has few enough files to be listed without --gc."""
     parts = [len(stream_parts(stream.columns)) for stream in store.manifest.streams.values()]
     files = sum(parts) if store.manifest.format == "zarr" else len(parts)
-    return store.manifest.num_shards * (files + 1) <= CHEAP_FILES
+    return store.manifest.num_shards * (files + 1) <= MAX_LISTED_FILES
 
 
-def _expected(store: Store) -> set[str]:
+def _accounted_files(store: Store) -> set[str]:
     """Every file that the manifest or the record of a committed shard accounts for."""
     manifest = store.manifest
     paths = {MANIFEST, INDEX, *store.zarr_metadata()}
@@ -131,24 +130,27 @@ def _expected(store: Store) -> set[str]:
             if manifest.format != "zarr":
                 paths |= {tar_path(name, shard) for shard in shards}
                 continue
-            for part, about in stream_parts(manifest.streams[name].columns).items():
-                paths |= {chunk_path(name, part, n, len(about.shape)) for n in shards}
+            for part, array in stream_parts(manifest.streams[name].columns).items():
+                paths |= {chunk_path(name, part, n, len(array.shape)) for n in shards}
     return paths
 
 
-def _why(path: str, store: Store, streams: set[str], gone: set[str]) -> str | None:
-    """Why an unaccounted file is garbage; None where it may be anyone's. ``gone`` are streams that
-    left a record or a tail: a folder of tars without either could be a person's own."""
+def _orphan_reason(
+    path: str, store: Store, streams: set[str], former_streams: set[str]
+) -> str | None:
+    """Reason why a file is an orphan; None where it may belong to the user. ``former_streams`` are
+    not in the manifest but have a commit record or a tail: without either, a folder of tars may be
+    the user's own."""
     folder, _, name = path.rpartition("/")
     if name.startswith(TEMPORARY):
-        known = folder.partition("/")[0] in {"", COMMITS, *streams, *gone}
-        return "was being written when something died" if known else None
+        known = folder.partition("/")[0] in {"", COMMITS, *streams, *former_streams}
+        return "its writer stopped before it was complete" if known else None
     for pattern in (RECORD, TAR, CHUNK, METADATA, TAIL):
         match = pattern.fullmatch(path)
         if match is None:
             continue
         stream, shard = match["stream"], match.groupdict().get("shard")
-        if stream in gone:
+        if stream in former_streams:
             return f"the manifest has no stream '{stream}'"
         if stream is not None and stream not in streams:
             return None
@@ -159,7 +161,7 @@ def _why(path: str, store: Store, streams: set[str], gone: set[str]) -> str | No
 
 
 def _is_link(store: Store, path: str) -> bool:
-    """Whether a file is a link or lies behind one, where it may belong to another store."""
+    """Whether a file or one of its folders is a link: it may belong to another store."""
     if not is_local(store.filesystem):
         return False
     parts = path.split("/")
@@ -167,11 +169,11 @@ def _is_link(store: Store, path: str) -> bool:
 
 
 def _age_in_hours(store: Store, path: str) -> float | None:
-    """Since the file was last written; None where the filesystem does not tell."""
-    store.filesystem.invalidate_cache()  # object stores would answer from the listing
+    """Hours since the file was last written; None if the filesystem does not report it."""
+    store.filesystem.invalidate_cache()  # object stores answer from a cached listing
     try:
         written = store.filesystem.modified(f"{store.root}/{path}")
-    except Exception:  # every fsspec backend raises its own types; what is in doubt is kept
+    except Exception:  # every fsspec backend raises its own types; the file is kept
         return None
     if not isinstance(written, datetime.datetime):
         return None
@@ -180,24 +182,24 @@ def _age_in_hours(store: Store, path: str) -> float | None:
     return (datetime.datetime.now(datetime.UTC) - written).total_seconds() / 3600
 
 
-def describe_collection(store: Store, done: Collection, *, hours: float) -> str:
-    """The page that a person reads."""
-    lines = [f"{store.shown_url}: removed {summed(done.removed)}"]
+def describe_removal(store: Store, done: Removal, *, hours: float) -> str:
+    """The result as lines of text."""
+    lines = [f"{store.shown_url}: removed {count_and_size(done.removed)}"]
     lines += [f"  removed  {describe_bytes(file.bytes):>8}  {file}" for file in done.removed]
     if done.kept:
         lines.append(
-            f"kept {summed(done.kept)} younger than {hours:g} h, which a running extraction may "
-            "still need (--gc-age)"
+            f"kept {count_and_size(done.kept)} younger than {hours:g} h, which a running "
+            "extraction may still need (--gc-age)"
         )
         lines += [f"  kept     {describe_bytes(file.bytes):>8}  {file}" for file in done.kept]
-    shown = done.unknown[:SHOWN]
+    shown = done.unknown[:MAX_SHOWN]
     lines += [f"  unknown  {describe_bytes(file.bytes):>8}  {file}" for file in shown]
-    if len(done.unknown) > SHOWN:
-        lines.append(f"  unknown  {summed(done.unknown[SHOWN:])} more")
+    if len(done.unknown) > MAX_SHOWN:
+        lines.append(f"  unknown  {count_and_size(done.unknown[MAX_SHOWN:])} more")
     return "\n".join(lines)
 
 
-def summed(files: Sequence[Leftover]) -> str:
+def count_and_size(files: Sequence[Orphan]) -> str:
     """``3 files, 12 kB``."""
     plural = "" if len(files) == 1 else "s"
     return f"{len(files)} file{plural}, {describe_bytes(sum(file.bytes for file in files))}"

@@ -1,4 +1,4 @@
-"""The images that stored samples came from."""
+"""Source images of stored samples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 
 
-class Originals:
-    """Crops of a store's samples: stored ones where a stream holds them, else from the source."""
+class SourceImages:
+    """Crops of a store's samples: those of a stream of cut ``image``, else from the data set."""
 
     def __init__(self, store: Store, source: str | None = None) -> None:
-        """``source`` stands in for the one that the manifest names. Raises ``UserError`` where
-        neither leads to images."""
+        """``source`` replaces the one that the manifest names. Raises ``UserError`` if neither has
+        images."""
         self._store = store
         self._resolution = store.manifest.resolution
         cuts = {name: stream.cut for name, stream in store.manifest.teacher_streams.items()}
@@ -29,24 +29,24 @@ class Originals:
             self._crops = StreamReader(store, stored[0])
             return
         dataset = store.manifest.dataset
-        place = source or dataset.source
-        if place is None and dataset.name != "demo":
+        location = source or dataset.source
+        if location is None and dataset.name != "demo":
             raise UserError(
-                f"--source is missing: store '{store.shown_url}' does not say where its images lie"
+                f"--source is missing: store '{store.shown_url}' does not name its images"
             )
         config = ExtractConfig.model_validate(
             {
                 "dataset": dataset.name,
-                "source": None if place is None else absolute_url(place),
+                "source": None if location is None else absolute_url(location),
                 "resolution": self._resolution,
             }
         )
         self._items = {item.key: item for item in list_images(config).items}
         self._read = open_reader(config)
-        self._shown = redact(place or "its package")
+        self._shown = redact(location or "its package")
 
     def __call__(self, shards: Sequence[int], rows: Sequence[int]) -> np.ndarray:
-        """uint8 (B, R, R, 3). Raises ``UserError`` naming an image that is not there any more."""
+        """uint8 (B, R, R, 3). Raises ``UserError`` naming a missing or unreadable image."""
         if self._crops is not None:
             return self._crops.read(np.asarray(shards), np.asarray(rows))["crop"]
         keys = [
@@ -57,9 +57,7 @@ class Originals:
     def _crop(self, key: str) -> np.ndarray:
         item = self._items.get(key)
         if item is None:
-            raise UserError(
-                f"--source '{self._shown}' has no image '{key}', which the store was made from"
-            )
+            raise UserError(f"--source '{self._shown}' has no image '{key}', which is in the store")
         try:
             return decode_crop(self._read(item), self._resolution, cropped=item.latent is not None)
         except (BadImageError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The extraction that would add one teacher stream to a store, as a command."""
+"""Suggested command that adds one teacher stream to a store."""
 
 from __future__ import annotations
 
@@ -8,58 +8,60 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline.store import Store
-from pipeline.targets.cuts import CODEC_SETS, cut_columns
+from pipeline.targets.cuts import codec_set_of, cut_columns
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
 from schemas.extract import Cut, ExtractConfig
 from schemas.store import Manifest, TeacherStream
 
 DEFAULT_CUT: Cut = "activations"
-"""Of a store without any teacher stream: it serves most layer maps for the fewest bytes."""
+"""Cut for a store without a teacher stream: it serves most layer maps for the fewest bytes."""
 
 
-class Addition(NamedTuple):
-    """One stream more."""
+class SuggestedExtraction(NamedTuple):
+    """A stream and the command that adds it."""
 
     stream: str
     command: str
 
 
-def addition(store: Store, name: str | None, layers: Sequence[int]) -> Addition:
+def suggest_extraction(
+    store: Store, name: str | None, layers: Sequence[int]
+) -> SuggestedExtraction:
     """``python -m pipeline.extract ... --add-stream NAME`` for a stream of the store's own teacher
-    with these ``layers``. A stream that was begun under ``name`` is completed as it was begun, and
-    one that has other layers keeps its name to itself.
+    with ``layers``. An incomplete stream ``name`` with these layers is completed with the options
+    that it was started with; if a stream ``name`` has other layers, a free name is chosen.
 
-    Raises ``UserError`` where the teacher has no such layers.
+    Raises ``UserError`` if the teacher does not have these layers.
     """
     manifest = store.manifest
     held = manifest.teacher_streams
-    begun = held.get(name) if name is not None else None
-    if begun is not None and set(layers) != set(begun.teacher.layers):
-        begun = name = None
-    pattern = begun or next(iter(held.values()), None)
+    existing = held.get(name) if name is not None else None
+    if existing is not None and set(layers) != set(existing.teacher.layers):
+        existing = name = None
+    pattern = existing or next(iter(held.values()), None)
     cut = DEFAULT_CUT if pattern is None else pattern.cut
     if pattern is not None:
         depth = pattern.teacher.depth
         if max(layers) >= depth:
             raise UserError(f"the store's teacher has layers 0 to {depth - 1} only")
-    wanted = sorted(set(layers))
-    name = name or _free_name(manifest, cut, wanted)
+    chosen = sorted(set(layers))
+    name = name or _free_name(manifest, cut, chosen)
     options = ["--store", store.shown_url, "--add-stream", name]
-    options += ["--cut", cut, "--layers", ",".join(str(layer) for layer in wanted)]
+    options += ["--cut", cut, "--layers", ",".join(str(layer) for layer in chosen)]
     if manifest.dataset.source is not None:
         options += ["--source", manifest.dataset.source]
     if pattern is not None:
         options += _teacher(pattern)
         options += _codecs(pattern, manifest.resolution)
-        if begun is not None:  # its shards must come out alike
-            options += ["--batch-size", str(begun.compute.batch_size)]
-            options += ["--precision", begun.compute.precision]
-    return Addition(name, shlex.join(["python", "-m", "pipeline.extract", *options]))
+        if existing is not None:  # all shards of a stream must be computed in the same way
+            options += ["--batch-size", str(existing.compute.batch_size)]
+            options += ["--precision", existing.compute.precision]
+    return SuggestedExtraction(name, shlex.join(["python", "-m", "pipeline.extract", *options]))
 
 
 def _free_name(manifest: Manifest, cut: Cut, layers: Sequence[int]) -> str:
-    """A name that says what the stream holds and that no stream has."""
+    """A name from cut and layers that no stream of the store has."""
     base = f"{cut}_{'_'.join(str(layer) for layer in layers)}"[:56]
     number, name = 1, base
     while name in manifest.streams:
@@ -80,12 +82,12 @@ def _teacher(stream: TeacherStream) -> Iterator[str]:
 
 def _codecs(stream: TeacherStream, resolution: int) -> Iterator[str]:
     """Options that store the tensors as ``stream`` does."""
+    codec = codec_set_of(stream.columns) or "faithful"
     for compress in (True, False):
-        for codec in CODEC_SETS:
-            made = cut_columns(stream.cut, stream.teacher, resolution, codec, compress=compress)
-            if made == stream.columns:
-                yield from _codec_set(codec, compress)
-                return
+        made = cut_columns(stream.cut, stream.teacher, resolution, codec, compress=compress)
+        if made == stream.columns:
+            yield from _codec_set(codec, compress)
+            return
     compress = any(column.lossless != "none" for column in stream.columns.values())
     yield from _codec_set("faithful", compress)
     for name, column in stream.columns.items():

@@ -1,4 +1,4 @@
-"""A store in numbers."""
+"""Summary of a store: samples, bytes, missing shards."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from schemas.store import Column, TeacherStream
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """What is committed, and what is missing."""
+    """Committed samples and bytes, and missing shards."""
 
     samples: int
     bytes_per_stream: dict[str, int]
     missing_shards: list[int]
-    """Of the streams that were extracted with the latents."""
+    """Shards without latents, and so without the streams that were extracted with them."""
     incomplete_streams: dict[str, list[int]]
     """Missing shards of streams that were added later."""
     fixed_bytes: int
-    """What does not grow with the images: teacher tails and the manifest."""
+    """Bytes that do not depend on the number of images: teacher tails and the manifest."""
 
     @property
     def complete(self) -> bool:
@@ -45,7 +45,7 @@ class StoreSummary:
 
 
 def summarise(store: Store) -> StoreSummary:
-    """From the commit records (of a complete store, from its index)."""
+    """Reads the index of a complete store, else the commit records."""
     missing = store.missing_shards()
     added = {name: store.missing_shards(name) for name in store.added_streams}
     incomplete = {name: shards for name, shards in added.items() if shards}
@@ -58,8 +58,8 @@ def summarise(store: Store) -> StoreSummary:
     )
 
 
-def describe(store: Store, summary: StoreSummary, garbage: str | None = None) -> str:
-    """The page that a person reads; ``garbage`` says how much there is of it."""
+def describe(store: Store, summary: StoreSummary, orphans: str | None = None) -> str:
+    """The summary as lines of text; ``orphans``: their number and size."""
     m = store.manifest
     vae = m.autoencoder
     state = (
@@ -95,19 +95,19 @@ def describe(store: Store, summary: StoreSummary, garbage: str | None = None) ->
         lines.append(f"  stream       {name}: {sizes} ({columns})")
         stream = m.streams[name]
         if isinstance(stream, TeacherStream):
-            lines += _about_teacher(stream)
+            lines += _describe_teacher(stream)
     fixed = (
-        f"; {describe_bytes(summary.fixed_bytes)} beside the shards" if summary.fixed_bytes else ""
+        f"; {describe_bytes(summary.fixed_bytes)} outside the shards" if summary.fixed_bytes else ""
     )
     lines.append(f"  per image    {describe_bytes(summary.bytes_per_image)}{fixed}")
     if m.skipped:
         lines.append(f"  skipped      {len(m.skipped)} bad images, first: {m.skipped[0].path}")
-    if garbage is not None:
-        lines.append(f"  garbage      {garbage} that no commit record accounts for; see --gc")
+    if orphans is not None:
+        lines.append(f"  orphans      {orphans} without a commit record; --gc removes them")
     return "\n".join(escaped(line) for line in lines)  # names come from the store
 
 
-def _about_teacher(stream: TeacherStream) -> list[str]:
+def _describe_teacher(stream: TeacherStream) -> list[str]:
     teacher = stream.teacher
     layers = ", ".join(str(layer) for layer in teacher.layers)
     lines = [

@@ -1,4 +1,4 @@
-"""`--verify`: every file of a store against what was committed."""
+"""`--verify`: compare every file of a store with its commit record."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from schemas.errors import UserError
 from schemas.store import StreamFile
 
 MAX_METADATA = 1 << 20
-"""Bytes of a zarr.json; an honest one has 2 kB."""
-SHOWN = 100
-"""Lines of damage on the page; the JSON form lists all."""
+"""Bytes of a zarr.json that are read; a valid one has 2 kB."""
+MAX_SHOWN = 100
+"""Lines of damage in the text; the JSON form lists all."""
 
 
 @dataclass
 class Verification:
-    """What a walk through a store, or a part of it, found."""
+    """Result for a store or a part of it."""
 
     verified: int = 0
-    """Files that are as they were committed."""
+    """Number of files that equal their records."""
     damaged: list[Damage] = field(default_factory=list)
     samples: dict[int, int] = field(default_factory=dict)
-    """Per shard of the base streams, by its record."""
+    """Samples by shard of the base streams, from the records."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes per stream, by the records."""
+    """Bytes by stream, from the records."""
 
     def add(self, other: Verification) -> None:
         self.verified += other.verified
@@ -49,8 +49,8 @@ class Verification:
 
 
 def verify_store(store: Store, *, threads: int = 8) -> Verification:
-    """Read every committed file once, ``threads`` at a time, and go on after a damage. Progress in
-    bytes goes to stderr."""
+    """Read every committed file once, ``threads`` files at a time, and continue after damage.
+    A progress bar in bytes goes to stderr."""
     total = Verification()
     committed = {
         added: store.committed_shards(added) for added in ["latents", *store.added_streams]
@@ -58,17 +58,17 @@ def verify_store(store: Store, *, threads: int = 8) -> Verification:
     with tqdm(
         total=_expected_bytes(store), unit="B", unit_scale=True, desc="verify", file=sys.stderr
     ) as bar:
-        walk = _Walk(store, bar.update)
+        checker = _Checker(store, bar.update)
         jobs: list[tuple[Callable[..., Verification], tuple[object, ...]]] = [
-            (walk.shard, (shard, stream))
+            (checker.shard, (shard, stream))
             for stream, shards in committed.items()
             for shard in sorted(shards)
         ]
-        jobs += [(walk.tail, (name,)) for name in store.manifest.teacher_streams]
-        jobs.append((walk.zarr_metadata, ()))
+        jobs += [(checker.tail, (name,)) for name in store.manifest.teacher_streams]
+        jobs.append((checker.zarr_metadata, ()))
         pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
         try:
-            for done in as_completed([pool.submit(work, *about) for work, about in jobs]):
+            for done in as_completed([pool.submit(check, *arguments) for check, arguments in jobs]):
                 total.add(done.result())
         finally:
             pool.shutdown(cancel_futures=True)
@@ -79,8 +79,8 @@ def verify_store(store: Store, *, threads: int = 8) -> Verification:
     return total
 
 
-class _Walk:
-    """The pieces of work; safe to share between threads."""
+class _Checker:
+    """Checks of parts of a store; may be shared between threads."""
 
     def __init__(self, store: Store, on_bytes: Callable[[int], object]) -> None:
         self.store = store
@@ -88,7 +88,7 @@ class _Walk:
         self._lock = threading.Lock()
 
     def shard(self, shard: int, stream: str) -> Verification:
-        """The files of one commit record: that of ``stream`` and those written with it."""
+        """Check one commit record and all files that it lists."""
         added = stream if stream in self.store.added_streams else None
         path = commit_path(shard, added)
         try:
@@ -114,16 +114,16 @@ class _Walk:
         return found
 
     def tail(self, stream: str) -> Verification:
-        """The weights that training needs of a stream's teacher."""
+        """Check the tail of a stream's teacher."""
         tail = self.store.manifest.teacher_streams[stream].tail
         if tail is None:
             return Verification()
-        about = StreamFile(**tail.model_dump(), offsets={}, sizes={}, crc32={})
-        damages = [Damage(problem, tail.file, stream) for _, problem in self._check(about, ())]
+        file = StreamFile(**tail.model_dump(), offsets={}, sizes={}, crc32={})
+        damages = [Damage(problem, tail.file, stream) for _, problem in self._check(file, ())]
         return Verification(int(not damages), damages)
 
     def zarr_metadata(self) -> Verification:
-        """What stock zarr reads before the arrays: it must promise what the manifest does."""
+        """Check the metadata that zarr reads before the arrays against the manifest."""
         found = Verification()
         for path, expected in self.store.zarr_metadata().items():
             try:
@@ -131,17 +131,17 @@ class _Walk:
                     self.store.filesystem, f"{self.store.root}/{path}", MAX_METADATA
                 )
                 values = json.loads(held)
-                promised = json.loads(expected)
+                required = json.loads(expected)
                 wrong = [
                     key
                     for key in ("node_type", "shape", "data_type", "chunk_grid", "codecs")
-                    if values.get(key) != promised.get(key)
+                    if values.get(key) != required.get(key)
                 ]
                 problem = f"its {wrong[0]} does not follow from {MANIFEST}" if wrong else None
             except FileNotFoundError:
                 problem = "is missing"
             except (ValueError, AttributeError, RecursionError):
-                problem = "is no metadata of zarr"
+                problem = "is not zarr metadata"
             except Exception as error:  # every fsspec backend raises its own types
                 problem = f"cannot be read: {self.store.reason(error)}"
             if problem is None:
@@ -166,7 +166,7 @@ class _Walk:
 
 
 def _expected_bytes(store: Store) -> int | None:
-    """What there is to read, where the index tells."""
+    """Bytes of all committed files; None without a valid index."""
     try:
         index = read_index(store)
     except UserError:
@@ -178,22 +178,24 @@ def _expected_bytes(store: Store) -> int | None:
 
 
 def describe_verification(store: Store, found: Verification) -> str:
-    """The page that a person reads."""
+    """The result as lines of text."""
     if not found.damaged:
-        return f"{store.shown_url}: all {found.verified} files are as they were committed"
-    lines = [f"{store.shown_url}: DAMAGED ({found.verified} files are as they were committed)"]
-    lines += [f"  {damage}" for damage in found.damaged[:SHOWN]]
-    if len(found.damaged) > SHOWN:
-        lines.append(f"  ... and {len(found.damaged) - SHOWN} more")
-    mend = sorted({path for d in found.damaged if (path := _to_delete(store, d)) is not None})
-    if mend:
-        more = f" and {len(mend) - 5} more" if len(mend) > 5 else ""
-        lines.append(f"to mend it, delete {', '.join(mend[:5])}{more} and run the extraction again")
+        return f"{store.shown_url}: all {found.verified} files equal their commit records"
+    lines = [f"{store.shown_url}: DAMAGED ({found.verified} files equal their commit records)"]
+    lines += [f"  {damage}" for damage in found.damaged[:MAX_SHOWN]]
+    if len(found.damaged) > MAX_SHOWN:
+        lines.append(f"  ... and {len(found.damaged) - MAX_SHOWN} more")
+    broken = sorted({path for d in found.damaged if (path := _to_delete(store, d)) is not None})
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        lines.append(
+            f"to repair it, delete {', '.join(broken[:5])}{more} and run the extraction again"
+        )
     return "\n".join(lines)
 
 
 def _to_delete(store: Store, damage: Damage) -> str | None:
-    """The file without which the extraction makes what is damaged anew."""
+    """The file to delete so that the extraction writes the damaged part again."""
     if damage.shard is not None:
         added = damage.stream if damage.stream in store.added_streams else None
         return commit_path(damage.shard, added)

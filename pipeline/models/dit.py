@@ -1,4 +1,4 @@
-"""DiT, the diffusion transformer (arXiv 2212.09748), with taps: the network that SiT took over."""
+"""DiT, the diffusion transformer (arXiv 2212.09748), with taps. SiT uses the same network."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pipeline.models.sit import SiT
 
 
 class DiT(SiT):
-    """Predicts the noise in a latent, then the variance of the step back: (B, 2 C, h, w).
+    """Predicts the noise and the variance of the reverse step: (B, 2 C, h, w).
 
-    Its time is the integer timestep, 0 to 999. Parameter names are those of the DiT repository.
+    The time is an integer timestep, 0 to 999. Parameter names are those of the DiT repository.
     """
 
     parts = 2

@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Ema(Generic[M]):
-    """The average of a module's parameters: e <- decay e + (1 - decay) w after every step."""
+    """Average of a module's parameters: e <- decay e + (1 - decay) w after every step."""
 
     def __init__(self, module: M, decay: float) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
@@ -27,16 +27,16 @@ class Ema(Generic[M]):
 
     @torch.no_grad()
     def caught_up(self, module: nn.Module, steps: int) -> dict[str, Tensor]:
-        """The average's state after ``steps`` more updates with weights that do not change."""
+        """State dict of the average after ``steps`` more updates with constant weights."""
         return catch_up(self.module.state_dict(), module.state_dict(), self.decay, steps)
 
 
 def catch_up(
     averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float, steps: int
 ) -> dict[str, Tensor]:
-    """Averages after ``steps`` more updates with the same weights.
+    """Averages after ``steps`` more updates with constant weights.
 
-    e_n = w + decay^n (e_0 - w): what the authors' code reaches by updating every step.
+    e_n = w + decay^n (e_0 - w), the result of the authors' code, which updates every step.
     """
     share = decay**steps
     return {

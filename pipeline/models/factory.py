@@ -1,4 +1,4 @@
-"""From a config to a student."""
+"""Construction of a student from its config."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ STUDENTS = {"SiT": SiT, "DiT": DiT}
 
 
 def make_student(config: StudentConfig) -> SiT:
-    """The network that ``config.model`` names, freshly initialised."""
+    """A newly initialised network of type ``config.model``."""
     return STUDENTS[config.family](config)

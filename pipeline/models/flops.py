@@ -1,7 +1,7 @@
-"""FLOPs of one image through a student, counted on the meta device, and what devices promise.
+"""FLOPs of one image through a student, counted on the meta device, and peak rates of GPUs.
 
-A multiply and an add are two FLOPs. Matrix products and convolutions are counted, attention's
-included; norms, activations, softmax and the optimizer are not. A backward pass is twice its
+A multiply and an add are two FLOPs. Matrix products, including those of attention, and convolutions
+are counted; norms, activations, softmax and the optimizer are not. A backward pass is twice its
 forward pass, so a training step is three.
 """
 
@@ -35,32 +35,32 @@ PEAK_TFLOPS = {
     "3090": 71,
     "V100": 125,
 }
-"""Dense bfloat16 (V100: float16) TFLOP/s of the data sheets, by what is found in a device's name;
-the first that is found counts."""
+"""Dense bfloat16 (V100: float16) TFLOP/s of the data sheets, by part of the device name. The first
+match is used."""
 
 
 @torch.no_grad()
 def count(call: Callable[[], Any]) -> tuple[Any, int]:
-    """What ``call`` returns, and its FLOPs."""
+    """Result of ``call`` and its FLOPs."""
     with FlopCounterMode(display=False) as counter:
         result = call()
     return result, int(counter.get_total_flops())
 
 
 def student_flops(config: StudentConfig) -> int:
-    """One image forward. Blocks are equal, so one and two of them tell what any number takes."""
+    """Forward FLOPs of one image, extrapolated from one and two blocks, which are equal."""
     one, two = (_student(config.model_copy(update={"depth": depth})) for depth in (1, 2))
     return one + (config.size.depth - 1) * (two - one)
 
 
 def tapped_flops(config: StudentConfig, heads: int) -> int:
-    """The logits of the first ``heads`` heads of one tapped block."""
+    """FLOPs of the logits of the first ``heads`` heads of one tapped block."""
     rows, columns = config.grid
     return 2 * heads * (rows * columns) ** 2 * (config.size.width // config.size.heads)
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Of the data sheet; None for devices that are not known here."""
+    """Dense peak from the data sheet; None for an unlisted device."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 

@@ -1,4 +1,4 @@
-"""Parts that the diffusion transformers share: embeddings and attention."""
+"""Layers shared by the diffusion transformers: embeddings, attention, MLP and initialisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.models.taps import QueriesKeys
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; on request also the operands of its first heads."""
+    """Multi-head self-attention that can also return queries and keys of its first heads."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -24,9 +24,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, tapped_heads: int = 0) -> tuple[Tensor, QueriesKeys | None]:
-        """Output (B, N, D), and queries and keys of the first ``tapped_heads`` where asked for.
+        """Output (B, N, D), and queries and keys of the first ``tapped_heads``; None for 0.
 
-        The output never depends on explicit logits: it comes from the fused kernel.
+        The output always comes from the fused kernel, never from explicit logits.
         """
         q, k, v = split_heads(self.qkv(x_BND), self.heads)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -34,13 +34,13 @@ class Attention(nn.Module):
 
 
 def split_heads(qkv_BNE: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, N, 3 H d), queries first, to queries, keys and values, each (B, H, N, d)."""
+    """(B, N, 3 H d) in the order q, k, v to queries, keys and values, each (B, H, N, d)."""
     q, k, v = qkv_BNE.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
 def first_heads(q_BHNd: Tensor, k_BHNd: Tensor, heads: int) -> QueriesKeys | None:
-    """The operands of the first ``heads`` heads; None for 0."""
+    """Queries and keys of the first ``heads`` heads; None for 0."""
     return QueriesKeys(q_BHNd[:, :heads], k_BHNd[:, :heads]) if heads else None
 
 
@@ -82,7 +82,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A table with one row per class and one more, the last, for "no class"."""
+    """Embedding table with one row per class and a last row for "no class"."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -129,8 +129,8 @@ def position_table(width: int, rows: int, columns: int) -> Tensor:
     )
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     halves = []
-    for place in (column, row):
-        angles = place.reshape(-1, 1) * frequencies
+    for position in (column, row):
+        angles = position.reshape(-1, 1) * frequencies
         halves += [angles.sin(), angles.cos()]
     return torch.cat(halves, dim=1).float().unsqueeze(0)
 
@@ -148,7 +148,7 @@ def unpatchify(x_BNP: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
-    """The initialisation of DiT and SiT: every block starts as the identity, the model at 0."""
+    """Initialisation of DiT and SiT: every block starts as the identity, the output as 0."""
     parts = list(model.modules())
     for part in parts:
         if isinstance(part, nn.Linear):

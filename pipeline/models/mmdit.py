@@ -1,8 +1,8 @@
 """MM-DiT, the text-to-image transformer of Stable Diffusion 3 (arXiv 2403.03206), with taps.
 
-Text and image tokens have weights of their own and attend to each other in every block. Parameter
-names are those of the REPA and HASTE repositories, so that their checkpoints load; as there, the
-text is known through its tokens alone, without a pooled vector.
+Text and image tokens have separate weights and attend to each other in every block. Parameter names
+are those of the REPA and HASTE repositories, so that their checkpoints load; as there, conditioning
+uses the text tokens alone, without a pooled vector.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class MMDiT(nn.Module):
     ) -> StudentOutput:
         """Velocity at ``x`` (B, C, h, w), times ``t`` in [0, 1] and text embeddings (B, T, E).
 
-        Taps read the image stream: its tokens, and its queries against its own keys, which is not
-        the whole of the joint attention (HASTE section 3.3).
+        Taps read the image stream: its tokens, and its queries and keys, that is only the
+        image-to-image part of the joint attention (HASTE section 3.3).
         """
         x = self.x_embedder(x_BChw) + self.pos_embed
         context = self.context_embedder(context_BTE)
@@ -75,10 +75,11 @@ class MMDiT(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """One attention over text and image tokens; all else happens within each stream."""
+    """Joint attention over text and image tokens; other layers are separate for each stream."""
 
     def __init__(self, width: int, heads: int, *, last: bool) -> None:
-        """After the ``last`` block nobody reads the text: it gives keys and values, and ends."""
+        """``last``: the text stream gives queries, keys and values only, as its output is not
+        used."""
         super().__init__()
         self.heads = heads
         self.context_block: ModalityStream | KeyStream = (
@@ -90,7 +91,7 @@ class JointBlock(nn.Module):
         self, context_BTD: Tensor, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
     ) -> tuple[Tensor, Tensor, QueriesKeys | None]:
         """Text tokens, image tokens, and the image's queries and keys of the first
-        ``tapped_heads`` where asked for."""
+        ``tapped_heads``; None for 0."""
         text_qkv, text_rest = self.context_block.before(context_BTD, c_BD)
         image_qkv, image_rest = self.x_block.before(x_BND, c_BD)
         text, image = split_heads(text_qkv, self.heads), split_heads(image_qkv, self.heads)
@@ -107,7 +108,7 @@ Rest = tuple[Tensor, ...]
 
 
 class KeyStream(nn.Module):
-    """The text in the last block: modulated norm, queries, keys and values."""
+    """Text stream of the last block: modulated norm, queries, keys and values."""
 
     modulations = 2
 
@@ -119,7 +120,7 @@ class KeyStream(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulation)
 
     def before(self, x_BND: Tensor, c_BD: Tensor) -> tuple[Tensor, Rest]:
-        """(B, N, 3 D) queries, keys and values, and what ``after`` needs."""
+        """(B, N, 3 D) queries, keys and values, and the remaining modulations for ``after``."""
         shift, scale, *rest = self.adaLN_modulation(c_BD).chunk(self.modulations, dim=1)
         return self.attn["qkv"](modulate(self.norm1(x_BND), shift, scale)), tuple(rest)
 
@@ -128,7 +129,7 @@ class KeyStream(nn.Module):
 
 
 class ModalityStream(KeyStream):
-    """One modality's share of a block with adaLN-Zero conditioning."""
+    """One modality's stream of a block with adaLN-Zero conditioning."""
 
     modulations = 6
 
@@ -139,7 +140,7 @@ class ModalityStream(KeyStream):
         self.mlp = Mlp(width, 4 * width)
 
     def after(self, x_BND: Tensor, attended_BND: Tensor, rest: Rest) -> Tensor:
-        """Tokens that leave the block."""
+        """Output tokens of the block (B, N, D)."""
         gate1, shift2, scale2, gate2 = rest
         x = x_BND + gate1.unsqueeze(1) * self.attn["proj"](attended_BND)
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))

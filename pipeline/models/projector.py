@@ -1,4 +1,4 @@
-"""The head that maps student tokens to the teacher's feature space."""
+"""Projection of student tokens to the teacher's feature space."""
 
 from __future__ import annotations
 

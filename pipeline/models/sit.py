@@ -30,7 +30,7 @@ class SiT(nn.Module):
 
     pos_embed: Tensor
     parts = 1
-    """Predicted tensors of the latent's shape."""
+    """Number of predicted tensors of the latent's shape."""
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()

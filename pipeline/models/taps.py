@@ -1,4 +1,4 @@
-"""What the alignment reads from a student, and what a student returns."""
+"""Taps of a student and its output."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Taps:
-    """Places in a student; nothing is computed for places that are not named."""
+    """Tensors of a student that the alignment reads. Nothing is computed for other places."""
 
     feature_depth: int | None = None
-    """1-based: the tokens that leave this block."""
+    """1-based block whose output tokens are returned."""
     attention_layers: tuple[int, ...] = ()
-    """0-based blocks whose attention logits are computed."""
+    """0-based blocks whose queries and keys are returned."""
     heads: int = 0
-    """The first so many heads of those blocks."""
+    """Number of heads of those blocks, from the first."""
 
 
 class QueriesKeys(NamedTuple):
-    """What a tapped block attends with. No copies: the attention's own operands."""
+    """Operands of the attention of a tapped block, not copied."""
 
     queries: Tensor
     """(B, heads, N, d)."""
@@ -36,7 +36,7 @@ class QueriesKeys(NamedTuple):
 
 
 def attention_logits(q_BHNd: Tensor, k_BHNd: Tensor) -> Tensor:
-    """q k^T / sqrt(d): (B, H, N, N), float32, multiplied in the operands' own dtype."""
+    """q k^T / sqrt(d): (B, H, N, N), float32, multiplied in the dtype of the operands."""
     return ((q_BHNd * q_BHNd.shape[-1] ** -0.5) @ k_BHNd.transpose(-2, -1)).float()
 
 
@@ -44,19 +44,19 @@ class StudentOutput(NamedTuple):
     """One forward pass (B samples, N tokens, D width)."""
 
     prediction: Tensor
-    """(B, C, h, w) SiT's velocity; (B, 2 C, h, w) DiT's noise, then variance."""
+    """SiT: velocity (B, C, h, w). DiT: noise, then variance (B, 2 C, h, w)."""
     features: Tensor | None
-    """(B, N, D) tokens that leave the block at the feature depth."""
+    """(B, N, D) output tokens of the block at the feature depth; None without that tap."""
     attended: tuple[QueriesKeys, ...]
-    """Of each tapped block."""
+    """Queries and keys of each tapped block."""
 
     @property
     def attention_logits(self) -> Tensor | None:
         """(B, L, heads, N, N) q k^T / sqrt(d) of the tapped blocks, before the softmax, float32;
-        computed when asked for."""
+        computed at each access. None without tapped blocks."""
         if not self.attended:
             return None
-        return torch.stack([one.logits for one in self.attended], dim=1)
+        return torch.stack([pair.logits for pair in self.attended], dim=1)
 
     @property
     def velocity(self) -> Tensor:

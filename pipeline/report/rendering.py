@@ -20,7 +20,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def run_name(run: int, label: str) -> Markup:
-    """A run's label behind a square of its colour."""
+    """A square of a run's colour, followed by its label."""
     swatch = '<i class="swatch" style="background:var(--run{})" aria-hidden="true"></i>'
     return Markup(swatch + "<span>{}</span>").format(run % len(LIGHT), breakable(label))
 

@@ -1,11 +1,11 @@
-"""What lies in a run's folder, read with distrust: sizes are bounded, damage is named."""
+"""Reader of a run's folder, whose files are not trusted: sizes are bounded, damage is reported."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,83 +35,85 @@ ATTENTION = "attention"
 
 MAX_BYTES = {METRICS: 256 << 20, EVALUATIONS: 16 << 20, CONFIG: 1 << 20, SUMMARY: 1 << 20}
 MAX_STATE_BYTES = 16 << 20
-MAX_STEP = 1 << 53
+MAX_COUNT = 1 << 53
 MAX_NUMBER = 1e30
-"""Beyond, a plot's arithmetic overflows."""
+"""Arithmetic with larger numbers overflows in a plot."""
 MAX_PICTURES = 100_000
-MAX_OPTIONS, DEEPEST_OPTION = 500, 6
+MAX_OPTIONS, MAX_OPTION_DEPTH, MAX_LIST = 500, 6, 50
+LOSSES = ("denoising", "feature", "attention", "grad_norm")
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Record:
-    """One run as its files tell it."""
+    """Contents of one run's folder."""
 
     url: str
-    """As a person would write it, without credentials."""
+    """As the user gave it, without credentials."""
     name: str
     filesystem: fsspec.AbstractFileSystem
     root: str
     warnings: list[str] = field(default_factory=list)
-    """What could not be read: sentences for the page."""
+    """Sentences about files that cannot be read."""
     config: dict[str, Any] = field(default_factory=dict)
     """Plain values with all defaults; empty where it cannot be read."""
     valid: RunConfig | None = None
-    """The same as a model, where it is one that this software knows."""
+    """The same as a model, where this version can validate it."""
     rows: list[Row] = field(default_factory=list)
     """Measurements, by step."""
     events: list[Row] = field(default_factory=list)
-    """What the termination's trigger saw and did, by step."""
+    """Observations and decisions of the termination's trigger, by step."""
     evaluations: list[Row] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     samples: dict[int, str] = field(default_factory=dict)
     """Paths of sample grids by step."""
     attention: dict[int, str] = field(default_factory=dict)
+    """Paths of attention pictures by step."""
     checkpoints: list[int] = field(default_factory=list)
-    """Steps of those that were kept."""
+    """Steps of the checkpoints in the folder, ascending."""
     bytes_read: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per stream, before and after the termination."""
+    """Bytes "before" and "after" the termination by stream."""
     bytes_step: int | None = None
-    """Up to which they are counted, where that is not all of the run."""
+    """Step up to which ``bytes_read`` counts; None for the whole run."""
 
     @property
     def folder(self) -> Path | None:
-        """The run's folder where it is one of this machine."""
+        """The run's folder where it is a local one."""
         return Path(self.root) if is_local(self.filesystem) else None
 
     @property
     def step(self) -> int:
-        """Steps done, as far as the metrics tell."""
+        """Last step in the metrics."""
         return max((row["step"] for row in [*self.rows, *self.events]), default=0)
 
     @property
     def steps(self) -> int | None:
-        """Steps to do."""
-        return whole(self.config.get("steps"))
+        """Number of steps in the config."""
+        return as_count(self.config.get("steps"))
 
     @property
     def termination(self) -> int | None:
-        """The first step without alignment, or None as long as there is alignment or never was."""
+        """The first step without alignment; None before it, or if the run was never aligned."""
         for row in self.events:
             if row["event"] == "alignment terminated":
                 return int(row["step"])
-        return whole(self.summary.get("termination_step"))
+        return as_count(self.summary.get("termination_step"))
 
     @property
     def phase(self) -> int | None:
-        """1 aligned, 2 not, None where no row tells."""
-        return whole(self.rows[-1].get("phase")) if self.rows else None
+        """1 aligned, 2 not, None if unknown."""
+        return as_count(self.rows[-1].get("phase")) if self.rows else None
 
 
 def read_run(url: str) -> Record:
-    """The record of a run. Raises ``UserError`` where the folder is none of a run."""
+    """The record of a run. Raises ``UserError`` where the folder is not a run's."""
     filesystem, root = open_url(absolute_url(url), what="RUN")
     shown = redact(url.rstrip("/")) or "/"
     record = Record(shown, root.rsplit("/", 1)[-1], filesystem, root)
     names = {path.rsplit("/", 1)[-1] for path in list_folder(filesystem, root)}
     if not names:
-        raise UserError(f"RUN '{shown}': there is no such folder, or nothing in it")
+        raise UserError(f"RUN '{shown}': there is no such folder, or it is empty")
     if METRICS not in names:
         raise UserError(
             f"RUN '{shown}' holds no {METRICS}: name the folder of a run, such as runs/demo"
@@ -131,125 +133,120 @@ def read_run(url: str) -> Record:
 
 
 def number(value: Any) -> float | None:
-    """A finite number of sane size as a float; None for anything else that a file may hold."""
+    """``value`` as a float if it is a finite number of at most ``MAX_NUMBER``, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         as_float = float(value)
     except OverflowError:
         return None
-    return as_float if abs(as_float) <= MAX_NUMBER else None  # which NaN is not, either
+    return as_float if abs(as_float) <= MAX_NUMBER else None  # also None for NaN
 
 
-def whole(value: Any) -> int | None:
-    """A count or a step; None for anything else."""
-    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_STEP
-    return value if fits else None
+def as_count(value: Any) -> int | None:
+    """``value`` if it is an integer from 0 to ``MAX_COUNT``, else None."""
+    valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
+    return value if valid else None
 
 
 def _read_metrics(record: Record) -> None:
     rows = _read_rows(record, METRICS)
-    # evaluations have a file of their own
+    record.rows = _by_step({r["step"]: r for r in rows if "event" not in r}.values())  # last wins
     events = _by_step(row for row in rows if isinstance(row.get("event"), str))
-    elsewhere = {EVALUATION, NO_DISTANCE, BROKEN_SAMPLES}
-    record.events = [row for row in events if row["event"] not in elsewhere]
+    others = {EVALUATION, NO_DISTANCE, BROKEN_SAMPLES}  # evaluations have a file of their own
+    record.events = [row for row in events if row["event"] not in others]
     for kind in (NO_DISTANCE, BROKEN_SAMPLES):
         found = [row for row in events if row["event"] == kind]
         if found:
             reason = plain_text(str(found[0].get("reason", "")))[:200]
             times = f", {len(found)} times in all" if len(found) > 1 else ""
             record.warnings.append(f"{kind} at step {found[0]['step']:,}: {reason}{times}")
-    measured = {row["step"]: row for row in rows if "event" not in row}  # the last of a step counts
-    record.rows = _by_step(measured.values())
-    for name in ("denoising", "feature", "attention", "grad_norm"):
-        lost = [row["step"] for row in record.rows if name in row and number(row[name]) is None]
-        if lost:
+    for name in LOSSES:
+        steps = [r["step"] for r in record.rows if name in r and number(r[name]) is None]
+        if steps:
             record.warnings.append(
-                f"'{name}' is no finite number in {len(lost)} rows, first at step {lost[0]:,}"
+                f"'{name}' is not a finite number in {len(steps)} rows, first at step {steps[0]:,}"
             )
 
 
 def _read_bytes_read(record: Record) -> None:
-    """Of the summary at the run's end; as long as there is none, of the newest checkpoint."""
-    told = record.summary.get("bytes_read")
-    if not isinstance(told, Mapping) and record.checkpoints:
+    """From the summary of a finished run, else from the newest checkpoint."""
+    streams = record.summary.get("bytes_read")
+    if not isinstance(streams, Mapping) and record.checkpoints:
         record.bytes_step = record.checkpoints[-1]
-        told = _state(record, record.bytes_step).get("bytes_read")
-    for stream, count in told.items() if isinstance(told, Mapping) else ():
-        if isinstance(count, Mapping):
-            parts = {part: whole(count.get(part)) for part in ("before", "after")}
-            record.bytes_read[str(stream)] = {part: value or 0 for part, value in parts.items()}
+        streams = _read_state(record, record.bytes_step).get("bytes_read")
+    for stream, counts in streams.items() if isinstance(streams, Mapping) else ():
+        if isinstance(counts, Mapping):
+            record.bytes_read[str(stream)] = {
+                period: as_count(counts.get(period)) or 0 for period in ("before", "after")
+            }
 
 
-def _by_step(rows: Any) -> list[Row]:
+def _by_step(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: int(row["step"]))
 
 
 def _read_rows(record: Record, name: str) -> list[Row]:
-    """The rows of a JSONL file that have a step. A last line that a crash cut short is left out;
-    other damage is named."""
-    data = _read(record, name)
+    """The rows of a JSONL file that have a step. A last line without a newline is ignored, because
+    a crash can cut it off; other damage becomes a warning."""
+    lines = _read(record, name).split(b"\n")
     rows: list[Row] = []
     damaged = []
-    lines = data.split(b"\n")
-    for count, line in enumerate(lines, 1):
+    for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and whole(row.get("step")) is not None:
+        if isinstance(row, dict) and as_count(row.get("step")) is not None:
             rows.append(row)
-        elif count < len(lines):  # a whole line ends with a newline
-            damaged.append(count)
+        elif line_number < len(lines):
+            damaged.append(line_number)
     if damaged:
-        lines_of = "line" if len(damaged) == 1 else f"{len(damaged)} lines, the first being"
-        record.warnings.append(f"{name} is damaged and read without {lines_of} {damaged[0]}")
+        count = "1 damaged line" if len(damaged) == 1 else f"{len(damaged)} damaged lines"
+        record.warnings.append(f"skipped {count} of {name}, first at line {damaged[0]}")
     return rows
 
 
 def _read_config(record: Record, names: set[str]) -> None:
     if CONFIG not in names:
-        record.warnings.append(f"there is no {CONFIG}, so nothing is known of its options")
+        record.warnings.append(f"there is no {CONFIG}: the run's options are unknown")
         return
     try:
         values = yaml.safe_load(_read(record, CONFIG))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:160]
-        record.warnings.append(f"{CONFIG} cannot be read: {reason}")
+        record.warnings.append(f"{CONFIG} cannot be read: {plain_text(str(error))[:160]}")
         return
     if not isinstance(values, dict):
-        record.warnings.append(f"{CONFIG} cannot be read: it is no mapping of options")
+        record.warnings.append(f"{CONFIG} cannot be read: it is not a mapping of options")
         return
     try:
         record.valid = validate(RunConfig, values, where=CONFIG)
         record.config = redacted_config(record.valid.model_dump(mode="json"))
-    except UserError as error:  # of another version, or edited: what it says can still be shown
-        record.warnings.append(f"{CONFIG} is not what this software writes: {str(error)[:200]}")
-        record.config = _plain(values)
+    except UserError as error:  # of another version, or edited: its values can still be shown
+        record.warnings.append(f"{CONFIG} is not valid for this version: {str(error)[:200]}")
+        record.config = _bounded_options(values)
 
 
-def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Options of any file, no more and none deeper than a config could have: a few YAML anchors
-    make a tree of any size."""
-    left = MAX_OPTIONS
+def _bounded_options(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """A copy without credentials, of at most ``MAX_OPTIONS`` values and ``MAX_OPTION_DEPTH``
+    levels: a few YAML anchors can make a tree of any size."""
+    remaining = MAX_OPTIONS
 
     def copied(value: Any, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0 or (depth == 0 and isinstance(value, Mapping | list)):
+        nonlocal remaining
+        remaining -= 1
+        if remaining < 0 or (depth == 0 and isinstance(value, Mapping | list)):
             return "..."
         if isinstance(value, Mapping):
-            return {
-                str(key): copied(inner, depth - 1)
-                for key, inner in itertools.islice(value.items(), MAX_OPTIONS)
-            }
+            items = itertools.islice(value.items(), MAX_OPTIONS)
+            return {str(key): copied(inner, depth - 1) for key, inner in items}
         if isinstance(value, list):
-            return [copied(inner, depth - 1) for inner in value[:50]]
+            return [copied(inner, depth - 1) for inner in value[:MAX_LIST]]
         return value
 
-    return dict(redacted_config(copied(values, DEEPEST_OPTION)))
+    return dict(redacted_config(copied(values, MAX_OPTION_DEPTH)))
 
 
 def _read_summary(record: Record) -> dict[str, Any]:
@@ -259,15 +256,16 @@ def _read_summary(record: Record) -> dict[str, Any]:
         summary = None
     if isinstance(summary, dict):
         return summary
-    record.warnings.append(f"{SUMMARY} cannot be read: it is no JSON object")
+    record.warnings.append(f"{SUMMARY} cannot be read: it is not a JSON object")
     return {}
 
 
-def _state(record: Record, step: int) -> dict[str, Any]:
-    where = f"{record.root}/{checkpoint_name(step)}"
+def _read_state(record: Record, step: int) -> dict[str, Any]:
+    """The ``state.json`` of a checkpoint, empty if it cannot be read."""
+    path = f"{record.root}/{checkpoint_name(step)}"
     try:
-        data = read_at_most(record.filesystem, f"{where}/{STATE}", MAX_STATE_BYTES)
-        return parse_state_json(data, where)
+        data = read_at_most(record.filesystem, f"{path}/{STATE}", MAX_STATE_BYTES)
+        return parse_state_json(data, path)
     except FileNotFoundError:
         record.warnings.append(f"{checkpoint_name(step)} has no {STATE}")
     except (UserError, RecursionError) as error:
@@ -285,13 +283,14 @@ def _list_pictures(record: Record, folder: str) -> dict[int, str]:
 
 
 def _read(record: Record, name: str) -> bytes:
-    """A file of the folder, in which it was seen. Nothing where it cannot be read."""
-    most = MAX_BYTES[name]
+    """The first ``MAX_BYTES`` of a file that was listed in the folder; empty if it cannot be
+    read."""
+    size = MAX_BYTES[name]
     try:
-        data = read_at_most(record.filesystem, f"{record.root}/{name}", most + 1)
+        data = read_at_most(record.filesystem, f"{record.root}/{name}", size + 1)
     except (UserError, FileNotFoundError) as error:
         record.warnings.append(f"{name} cannot be read: {redact(str(error))}")
         return b""
-    if len(data) > most:
-        record.warnings.append(f"{name} is read up to its first {most >> 20} MiB only")
-    return data[:most]
+    if len(data) > size:
+        record.warnings.append(f"only the first {size >> 20} MiB of {name} are read")
+    return data[:size]

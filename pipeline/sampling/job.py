@@ -141,7 +141,6 @@ def _sample(
         max_attempts=config.workers.max_attempts,
         kind="sampling",
         check_same=_check_same,
-        log=logger.warning,
         between=check_signals,
     )
     try:

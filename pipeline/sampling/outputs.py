@@ -56,7 +56,7 @@ class Output(Protocol):
         """Description of the existing images; None where it is absent or not readable."""
 
     def is_finished(self) -> bool:
-        """Whether an earlier command has completed the files."""
+        """True where an earlier command has completed the files."""
 
     def open(self, info: SampleAbout) -> None:
         """Write the description of the images to come; raises where other images exist."""
@@ -104,7 +104,7 @@ class NpzOutput:
         self.done = self._check_file()
         if not self.done:
             remedy = f"give the old options, another --npz, or delete '{self.unfinished}'"
-            _write_info(self.filesystem, self.parts, info, self.unfinished, remedy)
+            _claim_folder(self.filesystem, self.parts, info, self.unfinished, remedy)
 
     def missing(self, batches: Sequence[ImageBatch]) -> list[ImageBatch]:
         if self.done:
@@ -134,10 +134,19 @@ class NpzOutput:
                 )
                 publish(self.filesystem, local, self.path)
             self.done = True
-        _remove_folder(self)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        """Delete the batches, then ``about.json``: without it the rest would not be recognised."""
+        paths = list_folder(self.filesystem, self.parts)
+        for path in sorted(paths, key=lambda path: path.endswith(f"/{ABOUT_FILE}")):
+            remove(self.filesystem, path)
+        if paths and is_local(self.filesystem):
+            with suppress(OSError):  # another command may have deleted it, or started again
+                Path(self.parts).rmdir()
 
     def _check_file(self) -> bool:
-        """Whether the .npz file exists. Raises ``UserError`` where it has other images."""
+        """True where the .npz file exists. Raises ``UserError`` where it has other images."""
         if not self.is_finished():
             return False
         remedy = "name another --npz, or delete it"
@@ -202,7 +211,7 @@ class FolderOutput:
     def open(self, info: SampleAbout) -> None:
         self.info = info
         remedy = "give the old options, or another --folder"
-        _write_info(self.filesystem, self.path, info, self.shown, remedy)
+        _claim_folder(self.filesystem, self.path, info, self.shown, remedy)
 
     def missing(self, batches: Sequence[ImageBatch]) -> list[ImageBatch]:
         files = {path.rpartition("/")[2] for path in list_folder(self.filesystem, self.path)}
@@ -223,53 +232,6 @@ class FolderOutput:
     def _names(self, batch: ImageBatch) -> list[str]:
         digits = max(6, len(str(self.info.num - 1)))
         return [f"{n:0{digits}d}.png" for n in range(batch.first, batch.last + 1)]
-
-
-def _part(batch: ImageBatch) -> str:
-    return f"{batch.first:09d}.npy"
-
-
-def _write_info(
-    filesystem: fsspec.AbstractFileSystem,
-    folder: str,
-    info: SampleAbout,
-    shown: str,
-    remedy: str,
-) -> None:
-    """Write ``about.json`` unless it exists. Raises ``UserError`` where the folder has other
-    files or images."""
-    values = _read_info(filesystem, folder)
-    if values is None:
-        names = (path.rpartition("/")[2] for path in list_folder(filesystem, folder))
-        if any(not name.startswith(TEMPORARY) for name in names):
-            raise UserError(
-                f"'{shown}' has files and no {ABOUT_FILE}, so this command did not write it: "
-                "name an empty or a new folder"
-            )
-        text = info.model_dump_json(indent=1) + "\n"
-        write_atomic(filesystem, f"{folder}/{ABOUT_FILE}", text.encode())
-        return
-    check_same_images(values, info, where=shown, remedy=remedy)
-
-
-def _read_info(filesystem: fsspec.AbstractFileSystem, folder: str) -> Any:
-    """Values in ``about.json``; {} where it is not JSON, None where there is no such file."""
-    try:
-        return json.loads(read_bytes(filesystem, f"{folder}/{ABOUT_FILE}")) or {}
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):
-        return {}
-
-
-def _remove_folder(output: NpzOutput) -> None:
-    """Delete the batches, then ``about.json``: without it the rest would not be recognised."""
-    paths = list_folder(output.filesystem, output.parts)
-    for path in sorted(paths, key=lambda path: path.endswith(f"/{ABOUT_FILE}")):
-        remove(output.filesystem, path)
-    if paths and is_local(output.filesystem):
-        with suppress(OSError):  # another command may have deleted it, or started again
-            Path(output.parts).rmdir()
 
 
 IGNORED = {"checkpoint", "version"}
@@ -296,6 +258,43 @@ def check_same_images(values: Any, requested: SampleAbout, *, where: str, remedy
 
 def are_same_images(one: SampleAbout, other: SampleAbout) -> bool:
     return _leaves(one) == _leaves(other)
+
+
+def _part(batch: ImageBatch) -> str:
+    return f"{batch.first:09d}.npy"
+
+
+def _claim_folder(
+    filesystem: fsspec.AbstractFileSystem,
+    folder: str,
+    info: SampleAbout,
+    shown: str,
+    remedy: str,
+) -> None:
+    """Write ``about.json``, which marks a folder as this command's. Raises ``UserError`` where the
+    folder has other files or images."""
+    values = _read_info(filesystem, folder)
+    if values is None:
+        names = (path.rpartition("/")[2] for path in list_folder(filesystem, folder))
+        if any(not name.startswith(TEMPORARY) for name in names):
+            raise UserError(
+                f"'{shown}' has files and no {ABOUT_FILE}, so this command did not write it: "
+                "name an empty or a new folder"
+            )
+        text = info.model_dump_json(indent=1) + "\n"
+        write_atomic(filesystem, f"{folder}/{ABOUT_FILE}", text.encode())
+        return
+    check_same_images(values, info, where=shown, remedy=remedy)
+
+
+def _read_info(filesystem: fsspec.AbstractFileSystem, folder: str) -> Any:
+    """Values in ``about.json``; {} where it is not JSON, None where there is no such file."""
+    try:
+        return json.loads(read_bytes(filesystem, f"{folder}/{ABOUT_FILE}")) or {}
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        return {}
 
 
 def _leaves(info: SampleAbout) -> dict[str, Any]:

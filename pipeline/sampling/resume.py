@@ -65,7 +65,7 @@ def info_of_complete_images(
 
 
 def _has_options(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bool:
-    """Whether the options and the checkpoint's name are those of the images."""
+    """True where the options and the checkpoint's name are those of the images."""
     same = all(
         getattr(config, key) == getattr(info, key)
         for key in ("num", "labels", "batch_size", "weights", "sampler")
@@ -82,7 +82,7 @@ def _has_options(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bo
 
 
 def _has_weights(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bool:
-    """Whether student and decoder are those of the images."""
+    """True where student and decoder are those of the images."""
     with local_copy(checkpoint, config.weights) as folder:
         trained = load_trained_student(folder, config.weights, config.model)
     student = trained.student

@@ -1,4 +1,4 @@
-"""Which errors of storage pass by themselves, and what to do about those that do not."""
+"""Classification of storage errors, and advice on permanent ones."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from botocore import exceptions as boto  # type: ignore[import-untyped]
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
 from pipeline.storage.redaction import redact
+from schemas.errors import plain_text
 
 
 class Fault(Enum):
-    """What an exception means to whoever asked storage for something."""
+    """Meaning of an exception for the caller of a storage operation."""
 
     MISSING = auto()
-    """There is no such file; callers often expect that."""
+    """The file does not exist; callers often expect that."""
     TRANSIENT = auto()
-    """Trying again may help."""
+    """A retry may help."""
     PERMANENT = auto()
-    """Trying again does not help; a person must do something."""
+    """A retry does not help; the user must act."""
     NOT_STORAGE = auto()
-    """Not an error of storage: a mistake in this software."""
+    """Not an error of storage, but of this software."""
 
 
 _TRANSIENT_CODES = frozenset(
@@ -33,7 +34,7 @@ _TRANSIENT_CODES = frozenset(
         "ConditionalRequestConflict",
         "IncompleteBody",
         "InternalError",
-        # a server that was restarted may have forgotten an upload in parts: begin another
+        # a restarted server may have lost a multipart upload: begin another
         "InvalidPart",
         "NoSuchUpload",
         "OperationAborted",
@@ -69,7 +70,7 @@ _TRANSIENT_ERRNOS = frozenset(
         errno.EHOSTDOWN,
         errno.EHOSTUNREACH,
         errno.EINTR,
-        errno.EIO,  # a network mount whose server is away
+        errno.EIO,  # a network mount whose server is down
         errno.ENETDOWN,
         errno.ENETRESET,
         errno.ENETUNREACH,
@@ -82,7 +83,7 @@ _STORAGE_TYPES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientE
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What to do about ``error``, whichever backend raised it."""
+    """Classify ``error``, from any backend."""
     code, status = _answer(error)
     if code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS:
         return Fault.TRANSIENT
@@ -100,18 +101,18 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def is_beyond_the_end(error: BaseException) -> bool:
-    """Whether the service said that a file has none of the bytes that were asked for."""
+    """True if the service answered that a file ends before the requested range."""
     code, status = _answer(error)
     return status == 416 or code in {"InvalidRange", "416"}
 
 
 def reason_of(error: BaseException) -> str:
-    """The error's own words on one line, without credentials."""
-    return " ".join(redact(str(error)).split())[:300] or type(error).__name__
+    """The error's message on one line, without credentials."""
+    return plain_text(redact(str(error)))[:300] or type(error).__name__
 
 
 def suggest_fix(error: BaseException) -> str:
-    """What a person can do about a permanent fault."""
+    """Advice to the user on a permanent error."""
     code, status = _answer(error)
     if code == "NoSuchBucket":
         return "create the bucket or correct the URL"
@@ -125,7 +126,7 @@ def suggest_fix(error: BaseException) -> str:
 
 
 def _answer(error: BaseException) -> tuple[str, int | None]:
-    """Error code and HTTP status of the service's answer; s3fs keeps it as the error's cause."""
+    """Error code and HTTP status of the service's response; s3fs stores it in the error's cause."""
     for name in ("status", "status_code", "code"):  # aiohttp, Azure, Google
         status = getattr(error, name, None)
         if isinstance(status, int) and 400 <= status < 600:

@@ -1,8 +1,8 @@
-"""Files at fsspec URLs: read, listed and written atomically, whatever storage does meanwhile.
+"""Files at fsspec URLs: reading, listing and atomic writing, with retries.
 
-Functions that touch storage are safe to call from several threads and try again for up to
-``RETRY_SECONDS`` where a fault may pass. They raise ``FileNotFoundError`` where there is no such
-file and ``StorageError`` (one line for the person at the terminal) for any other refusal.
+Functions that access storage are thread-safe and retry transient errors for up to
+``RETRY_SECONDS``. They raise ``FileNotFoundError`` if the file does not exist and ``StorageError``
+(a message of one line) for any other failure.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ __all__ = [
 ]
 
 TEMPORARY = ".tmp-"
-"""Files whose name starts so are being written, or were when something died."""
+"""Prefix of the names of temporary files, which stay if their writer is killed."""
 
 
 def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
-    """A whole file, for files that fit in memory. Of a local one that is none (a folder, a pipe)
-    ``StorageError`` says so."""
+    """A whole file, for files that fit in memory. Raises ``StorageError`` if a local path is not a
+    regular file."""
     if is_local(filesystem):
         return retrying(lambda: _read_local(path), filesystem, path, doing="read")
     # s3fs asks for the size first, to read large files in parts: a second request per file
@@ -76,9 +76,9 @@ def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
 
 
 def read_at_most(filesystem: fsspec.AbstractFileSystem, path: str, size: int) -> bytes:
-    """The first ``size`` bytes of a file, however long it is; nothing of what is no file."""
+    """The first ``size`` bytes of a file, or fewer; empty if it is not a regular file."""
     if is_local(filesystem):
-        file_size(filesystem, path)  # says of a folder that it is one
+        file_size(filesystem, path)  # raises if it is a folder
     (data,) = read_ranges(filesystem, path, [(0, size)])
     return data
 
@@ -88,8 +88,8 @@ def read_ranges(
 ) -> list[bytes]:
     """The bytes [begin, end) of one file for each of ``ranges``, concurrently on object stores.
 
-    Where the file ends earlier the bytes are fewer than asked for: callers compare lengths. What is
-    no regular file (locally a folder, a pipe, a device) is empty.
+    Where the file ends earlier there are fewer bytes than requested: callers compare lengths. A
+    local path that is not a regular file (a folder, a pipe, a device) is empty.
     """
     parts = [b""] * len(ranges)
     wanted = [index for index, (begin, end) in enumerate(ranges) if begin < end]
@@ -113,7 +113,7 @@ def read_ranges(
                 parts[index] = answer
             elif not is_beyond_the_end(answer):
                 failed[index] = answer
-        wanted = list(failed)  # the next attempt asks for these alone
+        wanted = list(failed)  # the next attempt requests only these
         if failed:
             raise next(iter(failed.values()))
 
@@ -130,8 +130,9 @@ def read_directly(
     *,
     ahead: bool = False,
 ) -> T | None:
-    """What ``read`` makes of a local file's descriptor, None where it is no regular file. ``read``
-    must be safe to repeat. ``ahead`` asks the system to fetch the whole file meanwhile."""
+    """Call ``read`` with the descriptor of a local file; None if that is not a regular file.
+    ``read`` must be safe to repeat. ``ahead`` asks the system to read the whole file in the
+    background."""
 
     def attempt() -> T | None:
         with open_regular(path) as descriptor:
@@ -145,12 +146,12 @@ def read_directly(
 
 
 def write_atomic(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    """Write a small file so that a reader sees the old one, none or all of the new one."""
+    """Write a small file atomically: readers see the old file or the complete new one."""
 
     def write() -> None:
         if is_local(filesystem):
             _write_local(Path(path), lambda file: file.write(data))
-        else:  # object stores publish an object when it is whole
+        else:  # object stores publish complete objects only
             filesystem.pipe_file(path, data, **upload_options(filesystem, len(data)))
 
     retrying(write, filesystem, path, doing="write")
@@ -159,7 +160,7 @@ def write_atomic(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) 
 def publish(filesystem: fsspec.AbstractFileSystem, local: Path, path: str) -> None:
     """Move a finished local file to ``path`` under its final name, atomically.
 
-    On failure ``local`` is left where it was.
+    On failure ``local`` is not changed.
     """
     if is_local(filesystem):
         retrying(lambda: _move(local, Path(path)), filesystem, path, doing="write")
@@ -183,12 +184,12 @@ def publish(filesystem: fsspec.AbstractFileSystem, local: Path, path: str) -> No
 
 
 def exists(filesystem: fsspec.AbstractFileSystem, path: str) -> bool:
-    """Whether there is a file or folder. Raises ``StorageError`` where that cannot be told."""
+    """True if there is a file or folder. Raises ``StorageError`` if that cannot be determined."""
     return _info(filesystem, path) is not None
 
 
 def file_size(filesystem: fsspec.AbstractFileSystem, path: str) -> int:
-    """Bytes of a file."""
+    """Size of a file in bytes."""
     info = _info(filesystem, path)
     if info is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -200,21 +201,21 @@ def file_size(filesystem: fsspec.AbstractFileSystem, path: str) -> int:
 
 
 def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """Full paths of what lies in a folder, sorted; none where there is no such folder."""
+    """Full paths of the entries of a folder, sorted; empty if the folder does not exist."""
 
     def look() -> list[str]:
-        filesystem.invalidate_cache()  # other processes write to what this one lists
+        filesystem.invalidate_cache()  # other processes write to the same folders
         return [str(entry).rstrip("/") for entry in filesystem.ls(path, detail=False)]
 
     try:
         found = retrying(look, filesystem, path, doing="list")
     except FileNotFoundError:
         return []
-    return sorted(set(found) - {path.rstrip("/")})  # some backends list a folder's placeholder
+    return sorted(set(found) - {path.rstrip("/")})  # some backends list a placeholder of the folder
 
 
 def list_tree(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, int]:
-    """Full path and bytes of every file below a folder; none where there is no such folder."""
+    """Full path and size of every file below a folder; empty if the folder does not exist."""
     try:
         return retrying(
             lambda: files_below(filesystem, path), filesystem, path, doing="list what is below"
@@ -224,7 +225,7 @@ def list_tree(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, int
 
 
 def remove(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
-    """Delete a file. One that is not there is as good as deleted."""
+    """Delete a file if it exists."""
     try:
         retrying(lambda: filesystem.rm_file(path), filesystem, path, doing="delete")
     except FileNotFoundError:
@@ -232,7 +233,7 @@ def remove(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
 
 
 def _info(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
-    """Size and type of what is at ``path``, None where nothing is."""
+    """Size and type of the entry at ``path``, None if there is none."""
 
     def look() -> dict[str, Any] | None:
         filesystem.invalidate_cache()
@@ -258,7 +259,7 @@ def _read_local(path: str) -> bytes:
 
 
 def _write_local(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """``write`` to a temporary file beside ``path`` and rename it; on failure nothing is left."""
+    """``write`` to a temporary file in the same folder and rename it; on failure it is removed."""
     _make_parent(path)
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
@@ -273,12 +274,13 @@ def _write_local(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _make_parent(path: Path) -> None:
-    """The folder that ``path`` is to lie in. Where it cannot be made, as below /proc, the system
-    may say that there is no such file, which is no answer to a request to write one."""
+    """Make the folder of ``path``. The system may report a folder that cannot be made, as below
+    /proc, as a missing file, which callers would take for a missing ``path``: raise another error
+    instead."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:
-        reason = "the folder that it is to lie in cannot be made"
+        reason = "its folder cannot be made"
         raise OSError(errno.EINVAL, reason, str(path)) from None
 
 

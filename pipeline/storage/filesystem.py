@@ -1,4 +1,4 @@
-"""From a URL to a filesystem whose faults are noticed in seconds."""
+"""Filesystems for URLs, with timeouts that detect failures in seconds."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from schemas.errors import UserError
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 15.0
-"""A server that sends nothing for so long is given up, and tried again by ``retrying``."""
+"""Seconds without data from a server after which a request fails; ``retrying`` repeats it."""
 
 UPLOAD_BYTES_PER_SECOND = 512 << 10
-"""An upload slower than this is given up: its server is there but takes nothing."""
+"""Slowest upload that is accepted; a slower one fails."""
 
 CONNECTIONS = 32
 PARTS_AT_ONCE = 4
-"""Parts of 50 MB that one upload holds in memory at a time."""
+"""Parts of 50 MB that one upload holds in memory at the same time."""
 
 WEIGHTS_WORDS = ("hub", "random", "demo")
 """Values of options for weights that are not a path."""
 
 M = TypeVar("M", bound=BaseModel)
 
-# Buckets have neither sign in their names; their ARNs have colons.
+# Names of buckets contain neither ':' nor '@'; ARNs contain colons.
 _S3_WITH_CREDENTIALS = re.compile(r"\bs3a?://(?!arn:)[^/]*[:@]")
 
 
 def open_url(url: str, *, what: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of an fsspec URL and the path on it. ``what`` names the option in errors."""
-    retry_limit()  # a wrong one is told now, not as a fault of the storage
+    retry_limit()  # reports a wrong value now, not as an error of storage
     protocols = {part.partition("://")[0] for part in url.split("::")} & {"s3", "s3a"}
     if protocols and _S3_WITH_CREDENTIALS.search(url):
         raise UserError(
@@ -54,7 +54,7 @@ def open_url(url: str, *, what: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if is_s3(filesystem):
         if not str(path).strip("/"):
             raise UserError(f"{what} '{url}': names no bucket; expected s3://BUCKET/PATH")
-        # s3fs and botocore would multiply their own attempts with ours, into many minutes
+        # attempts of s3fs and botocore would multiply with those of ``retrying``, to many minutes
         filesystem.retries = 1
     return filesystem, str(path).rstrip("/") or "/"
 
@@ -68,9 +68,9 @@ def is_s3(filesystem: fsspec.AbstractFileSystem) -> bool:
 
 
 def upload_options(filesystem: fsspec.AbstractFileSystem, size: int) -> dict[str, float]:
-    """Keywords that bound the seconds of one upload of ``size`` bytes, where that is possible.
+    """Options that limit the seconds of one upload of ``size`` bytes, if the backend has them.
 
-    The read timeout begins only when a request is sent whole, so it does not.
+    The read timeout does not, because it begins when the request has been sent.
     """
     if not filesystem.async_impl:
         return {}
@@ -78,12 +78,12 @@ def upload_options(filesystem: fsspec.AbstractFileSystem, size: int) -> dict[str
 
 
 def absolute_url(url: str) -> str:
-    """Local paths made absolute (they are read by processes elsewhere), URLs as they are."""
+    """Make a local path absolute, because workers run in other folders; URLs are unchanged."""
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
 def absolute_folder(name: str) -> str:
-    """What may be a folder, a hub's id or the project's own ``demo``: a folder made absolute."""
+    """Make the path of an existing folder absolute; hub ids and ``demo`` are unchanged."""
     is_folder = name != "demo" and os.path.isdir(os.path.expanduser(name))
     return absolute_url(name) if is_folder else name
 
@@ -120,7 +120,7 @@ def _with_changed(config: Any, name: str, change: Callable[[str], str]) -> Any:
 
 
 def _s3_options(protocol: str) -> dict[str, Any]:
-    """Options of ``S3FileSystem``; what the user's fsspec configuration says goes first."""
+    """Options of ``S3FileSystem``; those of the user's fsspec configuration take precedence."""
     configured: dict[str, Any] = dict(fsspec.config.conf.get(protocol, {}))
     config = {
         "connect_timeout": CONNECT_SECONDS,
@@ -141,8 +141,8 @@ def _s3_options(protocol: str) -> dict[str, Any]:
 
 
 def _socket(address: tuple[Any, ...]) -> socket.socket:
-    """A socket that notices in seconds, not in a quarter of an hour, that nobody acknowledges
-    what it sends: the machine at the other end was switched off."""
+    """A socket that fails in seconds, not in 15 minutes, if sent data are not acknowledged because
+    the other machine was switched off."""
     family, kind, protocol = address[:3]
     made = socket.socket(family=family, type=kind, proto=protocol)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux

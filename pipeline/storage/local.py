@@ -1,4 +1,4 @@
-"""Local files as what they may turn out to be: a pipe, a device or a folder among them."""
+"""Reading local files, which may turn out to be pipes, devices or folders."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.storage.filesystem import is_local
 
 @contextmanager
 def open_regular(path: str) -> Iterator[int | None]:
-    """A descriptor of a file to read from; None of what is no regular file, which could keep a
-    reader waiting for ever (a pipe) or never end (a device). Raises ``OSError``."""
+    """A descriptor to read a file from; None if it is not a regular file, because a pipe may block
+    forever and a device may not end. Raises ``OSError``."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
@@ -33,8 +33,8 @@ def open_regular(path: str) -> Iterator[int | None]:
 
 
 def read_range(descriptor: int, begin: int, end: int | None = None) -> bytes:
-    """Bytes [begin, end) of a regular file, fewer where it ends before: what is asked for beyond
-    its end takes up no memory. Without ``end`` all from ``begin`` on."""
+    """Bytes [begin, end) of a regular file, or from ``begin`` to its end. A range beyond its end is
+    cut before memory is allocated."""
     size = os.fstat(descriptor).st_size
     end = size if end is None else min(end, size)
     with os.fdopen(descriptor, "rb", closefd=False) as file:
@@ -46,20 +46,21 @@ Buffer = bytearray | memoryview
 
 
 GAP = 4096
-"""Bytes between two pieces that are read and thrown away rather than asked for around: a tar's
-headers cost less than asking twice. (zarr orders the chunks of a shard as it likes: a file's order
-is not that of its rows.)"""
+"""Bytes between two pieces up to which they are read in one call and the gap is discarded: a tar's
+headers cost less than a second call. (Chunks of a zarr shard are in any order, not that of
+rows.)"""
 
 
 MAX_BUFFERS = 512
-"""Of one call; the system takes 1024."""
+"""Buffers of one call; the system accepts 1024."""
 
 
-_nowhere = memoryview(bytearray(GAP))  # written to by all threads, read by none
+_discarded = memoryview(bytearray(GAP))  # written by all threads, never read
 
 
 def scatter(descriptor: int, pieces: Sequence[tuple[int, Sequence[Buffer]]]) -> list[int]:
-    """Fill the buffers of each piece from its offset on; the bytes that there were of each."""
+    """Fill the buffers of each piece (offset, buffers). Returns the number of bytes read of
+    each."""
     counts = [0] * len(pieces)
     order = sorted(range(len(pieces)), key=lambda number: pieces[number][0])
     begin = end = 0
@@ -75,7 +76,7 @@ def scatter(descriptor: int, pieces: Sequence[tuple[int, Sequence[Buffer]]]) -> 
         if not members:
             begin = offset
         elif gap:
-            buffers.append(_nowhere[:gap])
+            buffers.append(_discarded[:gap])
         buffers.extend(wanted)
         members.append((number, offset, size))
         end = offset + size
@@ -98,13 +99,13 @@ def _read(
             break
         position += got
         if position < end:
-            buffers = _behind(buffers, got)
+            buffers = _skip(buffers, got)
     for number, offset, size in members:
         counts[number] = max(0, min(size, position - offset))
 
 
-def _behind(buffers: list[Buffer], count: int) -> list[Buffer]:
-    """What is left of them behind their first ``count`` bytes."""
+def _skip(buffers: list[Buffer], count: int) -> list[Buffer]:
+    """The rest of the buffers after their first ``count`` bytes."""
     for number, buffer in enumerate(buffers):
         if count < len(buffer):
             return [memoryview(buffer)[count:], *buffers[number + 1 :]]
@@ -113,20 +114,20 @@ def _behind(buffers: list[Buffer], count: int) -> list[Buffer]:
 
 
 def files_below(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, int]:
-    """Full path and bytes of each file; raises what the backend raises."""
-    if is_local(filesystem):  # fsspec's walk skips what it cannot read, which would be a lie
+    """Full path and size of each file; raises the backend's errors."""
+    if is_local(filesystem):  # fsspec's walk silently skips unreadable folders
         return dict(_walk(path, frozenset()))
     filesystem.invalidate_cache()
     found = filesystem.find(path, detail=True)
     return {
         str(name): int(info["size"])
         for name, info in found.items()
-        if info["type"] == "file" and not str(name).endswith("/")  # a folder's placeholder
+        if info["type"] == "file" and not str(name).endswith("/")  # placeholder of a folder
     }
 
 
 def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
-    """Follows links to folders, as on stores spread over disks, but not in circles."""
+    """Follows links to folders, for stores spread over disks, but not in cycles."""
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -138,5 +139,5 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str,
                     yield from _walk(entry.path, above | {here})
                 else:
                     yield entry.path, entry.stat().st_size
-            except FileNotFoundError:  # renamed or removed meanwhile
+            except FileNotFoundError:  # renamed or removed in the meantime
                 continue

@@ -1,96 +1,93 @@
-"""One process at a time in a folder: the others are refused, or wait for their turn."""
+"""Locks between processes: ``flock`` on files, which the system releases when a process dies."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import Timeout, UnixFileLock, lock_descriptor
+
 from pipeline.storage.files import TEMPORARY
 from schemas.errors import UserError
 
 LOCK = f"{TEMPORARY}lock"
-"""Its name says that it is nothing of the folder's own."""
+"""Name of the lock file in a folder; it marks the file as temporary."""
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What a filesystem says that knows no locks: then there is none."""
+"""Errors of a file system without locks, on which work goes on without one."""
+RACE_SECONDS = 0.2
+"""Seconds to try before a refusal, because the holder removes the lock file when it ends."""
+POLL_SECONDS = 0.01
 
 
 @contextmanager
 def exclusive_lock(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is made if it is not there and, if empty then, removed
-    when the context ends. The system lets go of the lock of a process that dies.
+    """Hold the lock of ``folder``.
 
-    ``what`` names the option and its value. Raises ``UserError`` where another process holds the
-    lock, or the folder cannot be written to.
+    A missing folder is made, and removed at the end if it is empty. The lock file is removed at the
+    end too, and stays if the process is killed. ``what`` names the option and its value. Raises
+    ``UserError`` where another process holds the lock, or the folder cannot be written to.
     """
     path = folder / LOCK
-    was_there = folder.is_dir()
+    existed = folder.is_dir()
+    lock = UnixFileLock(path, timeout=RACE_SECONDS, thread_local=False, fallback_to_soft=False)
     try:
-        descriptor = _take(path)
-    except BlockingIOError:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _without_locks():
+            lock.acquire()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        own_file = path.stat()
+    except Timeout:
         raise UserError(
             f"{what} is being written by {_holder(path)}: wait until that has ended, or {remedy}"
         ) from None
     except OSError as error:
+        lock.release()
         reason = error.strerror or type(error).__name__
         raise UserError(f"{what} cannot be written ({reason}): {remedy}") from None
     try:
         yield
     finally:
-        if _is_still(path, descriptor):  # else it has gone with the folder, and may be another's
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
-        if not was_there:
-            with suppress(OSError):  # it is not empty, or has gone
+        with suppress(OSError):  # the folder was removed, or a new one is locked by another process
+            if os.path.samestat(path.stat(), own_file):
+                path.unlink()
+        lock.release()
+        if not existed:
+            with suppress(OSError):  # not empty, or already removed
                 folder.rmdir()
 
 
 @contextmanager
-def wait_lock(folder: Path) -> Iterator[None]:
-    """Wait for the lock of ``folder``, which must be there, and hold it for the context: for what
-    takes a moment. Where the filesystem has no locks, nothing is held."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def wait_lock(path: Path) -> Iterator[None]:
+    """Wait for the lock of a folder, or of a file, which is made if it is missing, and hold it.
+
+    For short work. Nothing is held where ``path`` cannot be opened or the file system has no locks.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     try:
-        _lock(descriptor, fcntl.LOCK_EX)
+        descriptor = os.open(path, flags, 0o644)
+    except OSError:
+        yield
+        return
+    try:
+        with _without_locks():
+            lock_descriptor(descriptor, poll_interval=POLL_SECONDS)
         yield
     finally:
         os.close(descriptor)
 
 
-def _take(path: Path) -> int:
-    """A descriptor that holds the lock. Raises ``BlockingIOError`` where it is held."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(path, descriptor):
-                os.truncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # whoever held it removed it meanwhile
-
-
-def _lock(descriptor: int, how: int) -> None:
+@contextmanager
+def _without_locks() -> Iterator[None]:
+    """Ignore the refusal of a file system that has no locks."""
     try:
-        fcntl.flock(descriptor, how)
+        yield
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _holder(path: Path) -> str:

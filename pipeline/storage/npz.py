@@ -1,8 +1,7 @@
-"""Reading .npz files of others: by blocks, without pickle, no size believed unchecked."""
+"""Reading untrusted .npz files in blocks, without pickle, and writing .npz files of images."""
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import math
@@ -11,7 +10,9 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -19,37 +20,73 @@ from numpy.lib import format as npy
 
 from pipeline.storage.files import is_local, open_url, redact
 from pipeline.storage.redaction import without_secrets
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 
-MAX_HEADER = 1 << 16
-"""Bytes of an array's header."""
+MAX_HEADER = 1 << 14
+"""Bytes of an array's header; numpy itself refuses more than 10000."""
 MAX_BLOCK = 256 << 20
-"""Bytes of one block, but for a single row that is longer: how far a few compressed megabytes
-swell is for whoever wrote them to choose."""
+"""Bytes of one block, or of a single longer row. The limit is needed because the writer of a file
+decides how far its compressed data expand."""
 MAX_ABOUT = 1 << 22
-"""Bytes of what a file says of itself."""
+"""Bytes of a file's metadata."""
 ABOUT = "about"
-"""JSON text beside the numbers: which run and step samples are of, which network features."""
+"""Member with the metadata as JSON: run and step of samples, network of features."""
+PARSE_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, OverflowError),
+    *(SyntaxError, TokenError, RecursionError, MemoryError),
+)
+"""Raised for damaged headers, because a .npy header is parsed as Python source."""
 PIECE = 1 << 20
-"""Bytes that are uncompressed at a time, on their way into a block."""
+"""Bytes that are decompressed at a time into a block."""
 
 
 def fitting_rows(rows: int, bytes_of_one: int) -> int:
-    """How many of ``rows`` a block takes within ``MAX_BLOCK`` bytes; at least one."""
+    """Number of rows, at most ``rows``, that fit into ``MAX_BLOCK`` bytes; at least one."""
     return min(rows, max(1, MAX_BLOCK // max(1, bytes_of_one)))
 
 
 class Header(NamedTuple):
-    """What one array of the archive is."""
+    """The header of a .npy file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    fortran_order: bool
     offset: int
     """Bytes before the numbers."""
 
 
+class _LimitedReader:
+    """Reads at most ``MAX_HEADER`` bytes, because numpy reads as many as a header promises."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.count = 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= MAX_HEADER - self.count:
+            raise ValueError("the header is too long")
+        data = self.file.read(size)
+        self.count += len(data)
+        return data
+
+
+def read_npy_header(file: IO[bytes]) -> Header:
+    """Read the header of a .npy file, version 1.0 or 2.0. Raises ``ValueError`` for anything else.
+
+    Only its form is checked: sizes may be negative, or promise more bytes than ``file`` holds.
+    """
+    reader = _LimitedReader(file)
+    try:
+        version = npy.read_magic(reader)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, fortran_order, dtype = read(reader)
+    except PARSE_ERRORS as error:
+        raise ValueError(f"not a .npy header ({type(error).__name__})") from None
+    return Header(shape, dtype, fortran_order, reader.count)
+
+
 class Archive:
-    """An .npz at a path or fsspec URL. Everything raises ``UserError`` naming the option."""
+    """An .npz at a path or fsspec URL. All methods raise ``UserError`` naming the option."""
 
     def __init__(self, place: str, option: str) -> None:
         self.place = place
@@ -67,11 +104,11 @@ class Archive:
 
     @property
     def names(self) -> list[str]:
-        """Of the arrays in it."""
+        """Names of the arrays."""
         return list(self._infos)
 
     def header(self, name: str) -> Header:
-        """Shape and type; the member is long enough to hold them."""
+        """Header of an array, whose member has the right number of bytes."""
         with self._opened() as zipped, self._member(zipped, name) as member:
             return self._read_header(name, member)
 
@@ -85,11 +122,11 @@ class Archive:
                 shape = (min(rows, count - start), *header.shape[1:])
                 yield self._numbers(name, member, shape, header.dtype)
 
-    def array(self, name: str, most_bytes: int) -> np.ndarray:
-        """The whole array, where it is no longer than ``most_bytes``."""
+    def array(self, name: str, max_bytes: int) -> np.ndarray:
+        """The whole array. Raises ``UserError`` if it has more than ``max_bytes``."""
         with self._opened() as zipped, self._member(zipped, name) as member:
             header = self._read_header(name, member)
-            if math.prod(header.shape) * header.dtype.itemsize > most_bytes:
+            if math.prod(header.shape) * header.dtype.itemsize > max_bytes:
                 raise UserError(f"{self.where}: '{name}' has shape {header.shape}: too large")
             return self._numbers(name, member, header.shape, header.dtype)
 
@@ -103,7 +140,7 @@ class Archive:
         except (zipfile.BadZipFile, zlib.error, EOFError, struct.error):
             raise self._damaged() from None
         except Exception as error:  # every fsspec backend raises its own types
-            reason = " ".join(without_secrets(str(error), self.place).split())[:200]
+            reason = plain_text(without_secrets(str(error), self.place))[:200]
             raise UserError(f"{self.where} cannot be read: {reason}") from None
 
     def _member(self, zipped: zipfile.ZipFile, name: str) -> IO[bytes]:
@@ -115,41 +152,29 @@ class Archive:
         return zipped.open(info)
 
     def _read_header(self, name: str, member: IO[bytes]) -> Header:
-        start = member.read(8)
-        if start[:6] != b"\x93NUMPY":
-            raise UserError(f"{self.where}: '{name}' is not a numpy array")
-        wide = start[6] > 1  # version 1 has two bytes for the header's length
-        (length,) = struct.unpack("<I" if wide else "<H", member.read(4 if wide else 2))
-        if length > MAX_HEADER:
-            raise self._damaged()
         try:
-            about = ast.literal_eval(member.read(length).decode("latin1").strip())
-            shape, descr = tuple(about["shape"]), about["descr"]
-            dtype = np.dtype(descr)
-            fits = all(type(size) is int and size >= 0 for size in shape)
-        except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
-            raise self._damaged() from None
-        if dtype.hasobject:
+            header = read_npy_header(member)
+        except ValueError:
+            raise UserError(f"{self.where}: '{name}' is not a numpy array, or damaged") from None
+        if header.dtype.hasobject:
             raise UserError(
                 f"{self.where}: '{name}' holds Python objects, which run code when read: "
                 "save plain numbers"
             )
-        offset = 8 + (4 if wide else 2) + length
-        info = self._infos[name]
-        if not fits or info.file_size != offset + math.prod(shape) * dtype.itemsize:
+        size = header.offset + math.prod(header.shape) * header.dtype.itemsize
+        if min(header.shape, default=0) < 0 or self._infos[name].file_size != size:
             raise self._damaged()
-        if about.get("fortran_order") and len(shape) > 1:
+        if header.fortran_order and len(header.shape) > 1:
             raise UserError(f"{self.where}: '{name}' is in Fortran's order; save it in C's")
-        return Header(shape, dtype, offset)
+        return header
 
     def _numbers(
         self, name: str, member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> np.ndarray:
-        wanted = math.prod(shape) * dtype.itemsize
-        data = bytearray(wanted)  # which the array is made of: writable, and not copied again
+        data = bytearray(math.prod(shape) * dtype.itemsize)  # the array's memory: writable, no copy
         rest = memoryview(data)
         while rest:
-            # zipfile reads into a copy, which is why it is asked for little at a time
+            # in small pieces, because zipfile makes a copy of each
             found = member.readinto(rest[:PIECE])  # type: ignore[attr-defined]
             if not found:
                 raise self._damaged()
@@ -163,35 +188,38 @@ class Archive:
 
 
 def read_about(archive: Archive) -> dict[str, Any]:
-    """The JSON object that an .npz of ours says of itself; empty in others'. Raises
+    """The metadata that this project writes to an .npz; empty for other files. Raises
     ``UserError``."""
     if ABOUT not in archive:
         return {}
-    shape, dtype, _ = archive.header(ABOUT)
+    header = archive.header(ABOUT)
     try:
-        if dtype.kind != "U" or shape != ():
+        if header.dtype.kind != "U" or header.shape != ():
             raise ValueError("not a text")
         about = json.loads(str(archive.array(ABOUT, MAX_ABOUT)[()]))
         if not isinstance(about, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{archive.where}: '{ABOUT}' is not JSON of ours: {reason}") from None
+        reason = plain_text(str(error))[:100]
+        raise UserError(
+            f"{archive.where}: '{ABOUT}' is not JSON of this project: {reason}"
+        ) from None
     return about
 
 
 IMAGES, LABELS = "arr_0", "labels"
 
 
-def npy_header(shape: tuple[int, ...]) -> bytes:
-    """The beginning of a .npy file of uint8 numbers, which then follow in C order."""
+@lru_cache(maxsize=256)
+def npy_header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
+    """The header of a .npy file, version 1.0, whose numbers follow in C order."""
     file = io.BytesIO()
-    npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    npy.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
 def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:
-    """A whole .npy file."""
+    """An array as a .npy file."""
     file = io.BytesIO()
     npy.write_array(file, array, allow_pickle=False)
     return file.getvalue()
@@ -204,11 +232,11 @@ def write_npz(
     labels: np.ndarray[Any, Any],
     about: dict[str, Any],
 ) -> None:
-    """Write images (N, R, R, 3) whose bytes come in ``pieces``, int64 labels (N,) and a JSON text.
+    """Write images (N, R, R, 3) as uint8 from their bytes, int64 labels (N,) and a JSON text.
 
-    Equal images make equal files. Raises ``ValueError`` where the pieces are more or less.
+    Equal images make equal files. Raises ``ValueError`` if ``pieces`` have another size.
     """
-    # stored, not compressed: pictures do not shrink, and the evaluator reads the bytes in place
+    # stored, because images do not compress and ADM's evaluator reads the bytes in place
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         left = int(np.prod(shape, dtype=np.int64))
         with archive.open(_entry(IMAGES), "w", force_zip64=True) as member:
@@ -223,5 +251,5 @@ def write_npz(
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """Without the time of day, which would make every file another one."""
+    """An entry without time stamp, so that equal images make equal files."""
     return zipfile.ZipInfo(f"{name}.npy")

@@ -1,4 +1,4 @@
-"""Taking credentials out of what is shown or written down."""
+"""Removal of credentials from messages and records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HIDDEN = "***"
 _SECRET_NAME = r"(?:secret|token(?!s)|passw(?:or)?d|signature|credential|access_?key|api_?key)"
 _SECRET_VARIABLE = re.compile(_SECRET_NAME, re.IGNORECASE)
 _USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
-# Secret keys of AWS hold slashes. What follows the colon is no port, so it is a password.
+# Secret keys of AWS contain slashes. Text after the colon that is not a port is a password.
 _USER_INFO_WITH_SLASH = re.compile(r"(?<=://)[^/\s:@]+:(?!\d{1,5}(?:[/\s\"']|$))[^\s\"']*@")
 _BARE_USER_INFO = re.compile(r"(?<![^\s\"'(=])[^\s\"'/:@(=]+:(?!//|:)[^\s\"']+@(?=[\w.-])")
 _QUERY = re.compile(r"\?\S*?(?=[\"')>]*(?:\s|$))")
@@ -26,10 +26,10 @@ _ACCESS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")
 
 
 def redact(text: str) -> str:
-    """A URL or an error message without what must not be written down.
+    """A URL or an error message without credentials.
 
-    Taken out: user names and passwords of URLs, queries of URLs, values after names such as
-    ``aws_secret_access_key``, and whatever equals a credential of this process's environment.
+    Removed are user names, passwords and queries of URLs, values after names such as
+    ``aws_secret_access_key``, and values of credentials in this process's environment.
     """
     for value in _credentials_of_environment():
         text = text.replace(value, HIDDEN)
@@ -45,26 +45,26 @@ def redact(text: str) -> str:
 
 
 def _credentials_of_environment() -> list[str]:
-    """Longest first, so that one that contains another goes whole."""
+    """Values, longest first, so that one that contains another is replaced as a whole."""
     found = {
         value
         for name, value in os.environ.items()
-        # of others, a path or a switch may be the value, which hides nothing and mangles messages
+        # paths and short switches are not secret, and replacing them would garble messages
         if _SECRET_VARIABLE.search(name) and len(value) >= 8 and not os.path.isabs(value)
     }
     return sorted(found, key=len, reverse=True)
 
 
 def without_secrets(text: str, url: str) -> str:
-    """What somebody else said about ``url``, less its credentials: filesystems name buckets and
-    paths without the scheme, and with all the rest."""
+    """A library's message about ``url`` without its credentials, also where it repeats parts of the
+    URL without the scheme."""
     for secret in _secrets(url):
         text = text.replace(secret, HIDDEN)
     return redact(text)
 
 
 def redacted_config(values: Any) -> Any:
-    """A config as plain values, with no credentials in any of its URLs."""
+    """A config as plain values, without credentials in its URLs."""
     if isinstance(values, dict):
         return {key: redacted_config(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -73,7 +73,7 @@ def redacted_config(values: Any) -> Any:
 
 
 def _secrets(url: str) -> list[str]:
-    """Parts of a URL that are nobody's business, the longest first."""
+    """Parts of a URL that may be secret, the longest first."""
     _, scheme, rest = url.partition("://")
     if not scheme:
         return []

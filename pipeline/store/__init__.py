@@ -1,4 +1,4 @@
-"""The store: shards of joined streams with a manifest, commit records and verified reads."""
+"""The store: shards of several streams, with a manifest, commit records and verified reads."""
 
 from pipeline.store.reading.batch_loader import Batch, BatchLoader
 from pipeline.store.reading.sample_order import SampleOrder

@@ -1,23 +1,22 @@
-"""The stored arrays of a stream's columns: one sample's bytes of each, and back. No pickle."""
+"""Stored arrays of a stream's columns: one sample's array to bytes and back. No pickle."""
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numcodecs import Blosc, Zstd
 
+from pipeline.storage.npz import npy_header
 from pipeline.store.codecs import MAIN, find_codec, part_name
 from schemas.codecs import Lossless
 from schemas.fields import element_count
 from schemas.store import Column
 
 ZSTD_LEVEL = 1
-"""Quantised numbers have no repetitions to search for; higher levels cost time and save nothing."""
+"""Higher levels cost time and save nothing, because quantised numbers have few repetitions."""
 SHUFFLED = {"cname": "zstd", "clevel": 1, "shuffle": Blosc.BITSHUFFLE}
 
 
@@ -29,14 +28,14 @@ class StoredArray(NamedTuple):
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape of one sample."""
     lossless: Lossless
     is_class: bool
-    """A class number, which tars hold as text in WebDataset's way."""
+    """A class number, stored in tars as decimal text as WebDataset does."""
 
     @property
     def nbytes(self) -> int:
-        """Of one sample, uncompressed."""
+        """Bytes of one sample, uncompressed."""
         return element_count(self.shape) * self.dtype.itemsize
 
 
@@ -50,8 +49,8 @@ def stream_parts(columns: Mapping[str, Column]) -> dict[str, StoredArray]:
 
 
 def check_columns(columns: Mapping[str, Column]) -> None:
-    """Raises ``ValueError`` where a column's codec is not for its shape, or one of the arrays that
-    it makes is beyond all bounds."""
+    """Raises ``ValueError`` when a column's codec does not support its shape, or when one of its
+    arrays exceeds the limit of ``element_count``."""
     for name, column in columns.items():
         try:
             for part in _column_parts(column).values():
@@ -70,8 +69,8 @@ def _column_parts(column: Column) -> dict[str, StoredArray]:
 
 
 def check_value(part: StoredArray, value: np.ndarray | int) -> np.ndarray:
-    """The value as an array of its part. Raises ``ValueError`` on another shape, on a number that
-    is not finite in the stored type, and on labels that no reader would take."""
+    """The value as an array of the stored dtype. Raises ``ValueError`` for another shape, for a
+    number that is not finite in that dtype, and for a label outside the range of readers."""
     if part.is_class and not 0 <= value < 10**MAX_CLASS_DIGITS:
         raise ValueError(f"{value} is not a class number")
     array = np.ascontiguousarray(value, dtype=part.dtype).reshape(np.shape(value))
@@ -83,12 +82,12 @@ def check_value(part: StoredArray, value: np.ndarray | int) -> np.ndarray:
 
 
 def max_stored_size(part: StoredArray) -> int:
-    """More bytes than one sample of a part ever takes up: incompressible, with a header."""
+    """Upper bound of the stored bytes of one sample: incompressible data with a header."""
     return part.nbytes + part.nbytes // 64 + 4096
 
 
 def compress(part: StoredArray, data: bytes | np.ndarray) -> bytes:
-    """Bytes as they are stored."""
+    """The stored bytes of an array's bytes."""
     if part.lossless == "zstd":
         return bytes(Zstd(level=ZSTD_LEVEL).encode(data))
     if part.lossless == "blosc":
@@ -99,9 +98,11 @@ def compress(part: StoredArray, data: bytes | np.ndarray) -> bytes:
 def decompress(
     part: StoredArray, data: bytes | memoryview, size: int, out: np.ndarray | None = None
 ) -> bytes | memoryview:
-    """``size`` bytes back, in ``out`` (uint8) if it is given and there is something to decompress.
-    Raises ``ValueError`` where the data are damaged or hold another count; nothing beyond ``size``
-    is allocated, whatever the data say of themselves."""
+    """The ``size`` uncompressed bytes, in ``out`` (uint8) if given and ``data`` is compressed.
+
+    Raises ``ValueError`` when the data are damaged or hold another number of bytes. At most
+    ``size`` bytes are allocated, whatever size the data declare.
+    """
     if part.lossless == "none":
         if len(data) != size:
             raise ValueError(f"it holds {len(data)} bytes, not {size}")
@@ -118,14 +119,14 @@ def decompress(
 
 
 def npy_member(part: StoredArray, array: np.ndarray) -> bytes:
-    """A value as a member of a tar: decimal text, or a .npy file, compressed as the part asks."""
+    """A value as a tar member: decimal text, or a .npy file, compressed if the part is."""
     if part.is_class:
         return str(int(array)).encode()
     return compress(part, npy_header(part.shape, part.dtype.str) + array.tobytes())
 
 
 def member_suffix(name: str, part: StoredArray) -> str:
-    """``mean.npy``; a class number is ``cls``; compressed ones tell by what."""
+    """``mean.npy``, ``mean.npy.zst`` or ``mean.npy.blosc``; ``cls`` for a class number."""
     if part.is_class:
         return "cls"
     return f"{name}.npy" if part.lossless == "none" else f"{name}.npy.{SUFFIXES[part.lossless]}"
@@ -134,12 +135,12 @@ def member_suffix(name: str, part: StoredArray) -> str:
 SUFFIXES: dict[Lossless, str] = {"zstd": "zst", "blosc": "blosc"}
 
 MAX_CLASS_DIGITS = 18
-"""Of a class number at most: so it fits into an int64."""
+"""Digits of a class number that always fit into an int64."""
 
 
 def read_npy_member(part: StoredArray, data: bytes | memoryview) -> np.ndarray | int:
-    """The inverse of ``npy_member``; an array may be a view of ``data``. Raises ``ValueError``
-    where the bytes are not what the manifest promises."""
+    """The inverse of ``npy_member``; an array may be a view of ``data``. Raises ``ValueError`` when
+    the bytes are not what the manifest declares."""
     if part.is_class:
         text = bytes(data)
         if not text.isdigit() or len(text) > MAX_CLASS_DIGITS:
@@ -153,7 +154,7 @@ def read_npy_member(part: StoredArray, data: bytes | memoryview) -> np.ndarray |
 
 
 def read_chunk(part: StoredArray, data: bytes | memoryview) -> np.ndarray:
-    """The inverse of ``compress`` on an array's own bytes, as zarr stores them."""
+    """The inverse of ``compress`` for an array's bytes without header, as zarr stores them."""
     plain = decompress(part, data, part.nbytes)
     return np.frombuffer(plain, part.dtype).reshape(part.shape)
 
@@ -164,7 +165,7 @@ def fill_from_npy_member(part: StoredArray, data: bytes | memoryview, rows: np.n
 
 
 def fill_from_chunk(part: StoredArray, data: bytes | memoryview, rows: np.ndarray) -> None:
-    """``read_chunk`` into the one row of ``rows``, (1, *shape): a tenth faster than a copy."""
+    """``read_chunk`` into the one row of ``rows``, (1, *shape); a tenth faster than copying."""
     if part.lossless == "none":
         rows[0] = read_chunk(part, data)
     else:
@@ -172,24 +173,24 @@ def fill_from_chunk(part: StoredArray, data: bytes | memoryview, rows: np.ndarra
 
 
 class ArrayReader:
-    """How one stored array of a sample lies in its file, and how to read it into its row."""
+    """Reads one stored array of a sample from its file into its row of a batch."""
 
     def __init__(self, part: StoredArray, *, npy: bool) -> None:
-        """``npy``: a member of a tar, else a chunk of zarr."""
+        """``npy``: the array is a tar member; otherwise a zarr chunk."""
         self.part = part
         self.is_text = npy and part.is_class
         self.header = npy_header(part.shape, part.dtype.str) if npy and not part.is_class else b""
         self.stored_size: int | None = None
-        """Of a header and the numbers as they are; None where they are stored otherwise."""
+        """Bytes of header and uncompressed numbers; None for compressed arrays and text."""
         if part.lossless == "none" and not self.is_text:
             self.stored_size = len(self.header) + part.nbytes
         self._fill = fill_from_npy_member if npy else fill_from_chunk
 
     def targets(self, out: np.ndarray) -> Callable[[int, int], list[Buffer]]:
-        """For a batch's array (B, *shape), contiguous: where ``size`` bytes go for the row at a
-        place, as ``(place, size) -> buffers``. What is stored as it is goes straight into it."""
+        """``(place, size) -> buffers`` to read ``size`` stored bytes of the row at ``place`` of a
+        batch's array (B, *shape), contiguous. Uncompressed numbers are read straight into it."""
         header, nbytes = len(self.header), self.part.nbytes
-        flat = out.reshape(-1).view(np.uint8).data  # slices of this cost less than numpy's
+        flat = out.reshape(-1).view(np.uint8).data  # cheaper to slice than an array
 
         def buffers(place: int, size: int) -> list[Buffer]:
             if size != self.stored_size:
@@ -200,11 +201,11 @@ class ArrayReader:
         return buffers
 
     def fill(self, data: bytes | memoryview, row: np.ndarray) -> None:
-        """Stored bytes into ``row``. Raises ``ValueError`` where they are not what was promised."""
+        """Decode stored bytes into ``row``. Raises ``ValueError`` when they are damaged."""
         self._fill(self.part, data, row)
 
     def finish(self, buffers: Sequence[Buffer], out: np.ndarray, place: int) -> None:
-        """The same, for full ``buffers`` of ``targets``."""
+        """The same, from ``buffers`` of ``targets`` after they have been read."""
         first = buffers[0]
         if len(buffers) == 1 and isinstance(first, bytearray):
             self.fill(memoryview(first), out[place : place + 1])
@@ -213,8 +214,8 @@ class ArrayReader:
 
 
 def check_stored(buffers: Sequence[Buffer], count: int, size: int, crc32: int | None) -> None:
-    """Raises ``ValueError`` where ``count`` bytes came instead of ``size``, or where those in the
-    buffers have not the checksum; None: it is not looked at."""
+    """Raises ``ValueError`` when ``count`` bytes were read instead of ``size``, or when the bytes
+    in the buffers do not have the checksum ``crc32`` (None: it is not checked)."""
     if count != size:
         raise ValueError("the file is too short")
     if crc32 is None:
@@ -227,11 +228,11 @@ def check_stored(buffers: Sequence[Buffer], count: int, size: int, crc32: int | 
 
 
 Allocate = Callable[[int], np.ndarray]
-"""Bytes -> memory for as many, contiguous: uint8 (bytes,). Raises ``MemoryError``."""
+"""Number of bytes -> uninitialised uint8 array of that length. Raises ``MemoryError``."""
 
 
 def allocate(nbytes: int) -> np.ndarray:
-    """Ordinary memory."""
+    """Pageable host memory."""
     return np.empty(nbytes, np.uint8)
 
 
@@ -240,18 +241,8 @@ def empty_batch(part: StoredArray, count: int, allocate: Allocate = allocate) ->
     return allocate(count * part.nbytes).view(part.dtype).reshape(count, *part.shape)
 
 
-@lru_cache(maxsize=256)
-def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
-    """The header of a .npy file (version 1.0) of this shape and dtype."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        buffer, {"descr": dtype, "fortran_order": False, "shape": shape}
-    )
-    return buffer.getvalue()
-
-
 def _stored_size(lossless: Lossless, data: bytes | memoryview) -> int | None:
-    """How many bytes a compressed block says it holds; None where it is no such block."""
+    """The uncompressed size that a compressed block declares; None if it is not such a block."""
     head = bytes(data[:18])
     if lossless == "blosc":  # four bytes of flags, then nbytes, blocksize and cbytes
         whole = len(head) >= 16 and int.from_bytes(head[12:16], "little") == len(data)

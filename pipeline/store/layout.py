@@ -1,4 +1,4 @@
-"""Where things lie below the root of a store."""
+"""Paths below the root of a store."""
 
 from schemas.fields import COMMITS
 
@@ -11,7 +11,7 @@ def shard_name(shard: int) -> str:
 
 
 def commit_folder(added: str | None) -> str:
-    """Where the commit records lie: those of the base streams, or those of an ``added`` one."""
+    """Folder of the commit records of the base streams, or of an ``added`` stream."""
     return COMMITS if added is None else f"{COMMITS}/{added}"
 
 
@@ -24,5 +24,5 @@ def tar_path(stream: str, shard: int) -> str:
 
 
 def chunk_path(stream: str, part: str, shard: int, dimensions: int) -> str:
-    """The zarr v3 key of a shard of an array whose samples have so many dimensions."""
+    """The zarr v3 key of a shard of an array whose samples have ``dimensions`` dimensions."""
     return f"{stream}/{part}/c/{shard}" + "/0" * dimensions

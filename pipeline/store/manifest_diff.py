@@ -1,4 +1,4 @@
-"""Differences of two manifests, and refusal where new shards would not fit a store."""
+"""Comparison of manifests: refuse new shards that would not fit an existing store."""
 
 from __future__ import annotations
 
@@ -10,44 +10,61 @@ from schemas.errors import UserError
 from schemas.store import Manifest
 
 
-def check_same_store(old: Manifest, new: Manifest, url: str) -> None:
-    """Raises ``UserError`` where shards made now would not fit those that a store already has."""
-    a, b = old.model_dump(), new.model_dump()
-    a["streams"] = {name: stream for name, stream in a["streams"].items() if name in b["streams"]}
-    for values in (a, b):  # where files lie is not what they are
-        values.pop("skipped")
-        values["dataset"].pop("source")
-        if values["autoencoder"]["weights_sha256"] is not None:
-            values["autoencoder"].pop("name")
-        for stream in values["streams"].values():
-            if stream["kind"] == "teacher":
-                stream.pop("tail")
-                stream["teacher"].pop("weights")
-    for path, was, now in differences(a, b):
-        raise UserError(
-            f"store '{url}' was made with {path} {was}, this extraction has {now}: use another "
-            "--store or the same options"
-        )
+def check_same_store(saved: Manifest, wanted: Manifest, url: str) -> None:
+    """Raises ``UserError`` when shards extracted now would not fit those that a store has. Paths
+    and URLs are not compared, because they do not change what the files contain."""
+    ignore = ["skipped", "dataset.source"]
+    if None not in (saved.autoencoder.weights_sha256, wanted.autoencoder.weights_sha256):
+        ignore.append("autoencoder.name")
+    for name in saved.streams:
+        ignore += [f"streams.{name}.tail", f"streams.{name}.teacher.weights"]
+        if name not in wanted.streams:
+            ignore.append(f"streams.{name}")
+    require_equal(
+        saved,
+        wanted,
+        ignore,
+        where=f"store '{url}'",
+        what="this extraction",
+        remedy="use another --store or the same options",
+    )
 
 
 def check_same_conversion(existing: Store, wanted: Manifest) -> None:
-    """Raises ``UserError`` where shards made now would not fit those that the target has."""
-    was, now = existing.manifest.model_dump(), wanted.model_dump()
-    for values in (was, now):
-        values.pop("skipped")  # filled in at the end
-        for stream in values["streams"].values():
-            stream.pop("tail", None)  # written later
-    for path, a, b in differences(was, now):
+    """Raises ``UserError`` when shards converted now would not fit those that the target has.
+    Skipped images and tails are not compared, because they are written later."""
+    ignore = ["skipped", *(f"streams.{name}.tail" for name in existing.manifest.streams)]
+    require_equal(
+        existing.manifest,
+        wanted,
+        ignore,
+        where=f"store '{existing.shown_url}'",
+        what="this conversion",
+        remedy="name another target, or the same source and options",
+    )
+
+
+def require_equal(
+    saved: Manifest, wanted: Manifest, ignore: list[str], *, where: str, what: str, remedy: str
+) -> None:
+    """Raises ``UserError`` naming the first difference of two manifests that is not at or below
+    one of the dotted paths ``ignore``."""
+    for path, old, new in differences(saved.model_dump(), wanted.model_dump(), ignore):
         raise UserError(
-            f"store '{existing.shown_url}' was made with {path} {short_value(a)}, this "
-            f"conversion has {short_value(b)}: name another target, or the same source and options"
+            f"{where} was made with {path} {short_value(old)}, {what} has {short_value(new)}: "
+            f"{remedy}"
         )
 
 
-def differences(was: object, now: object, path: str = "") -> Iterator[tuple[str, object, object]]:
-    """Dotted path, value here and value there of all that differs in two dumped models."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in sorted(was.keys() | now.keys()):
-            yield from differences(was.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-    elif was != now:
-        yield path, was, now
+def differences(
+    saved: object, wanted: object, ignore: list[str], path: str = ""
+) -> Iterator[tuple[str, object, object]]:
+    """(dotted path, saved value, wanted value) of all that differs in two dumped models."""
+    if path in ignore:
+        return
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in sorted(saved.keys() | wanted.keys()):
+            child = f"{path}.{key}".lstrip(".")
+            yield from differences(saved.get(key), wanted.get(key), ignore, child)
+    elif saved != wanted:
+        yield path, saved, wanted

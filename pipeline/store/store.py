@@ -1,4 +1,4 @@
-"""Opening and creating a store; which of its shards exist."""
+"""The store: opening and creating it, its commit records and its index."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pipeline.storage.redaction import without_secrets
 from pipeline.store.arrays import check_columns, stream_parts
 from pipeline.store.errors import UncommittedShardError
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, StoreIndex
 
 M = TypeVar("M", bound=BaseModel)
 
-RECORDS = 128
-"""Commit records that a store keeps; one of 64 samples takes some 60 KB."""
+MAX_CACHED_RECORDS = 128
+"""Commit records that a store caches; a record of 64 samples takes about 60 KB."""
 MAX_BYTES = 1 << 28
-"""Of a manifest, a commit record or an index; each skipped image takes some 200."""
+"""Size of a manifest, a commit record or an index; a skipped image takes about 200 bytes."""
 
 
 class Store:
@@ -42,12 +42,12 @@ class Store:
         self.shown_url = redact(self.url)
         self.manifest = manifest
         self.filesystem, self.root = open_url(self.url, what="--store")
-        self._record = lru_cache(maxsize=RECORDS)(self._read_record)
+        self._record = lru_cache(maxsize=MAX_CACHED_RECORDS)(self._read_record)
         self._record_locks = [threading.RLock() for _ in range(16)]
 
     @staticmethod
     def exists(url: str) -> bool:
-        """Whether there is a manifest. Raises ``UserError`` where the URL cannot be reached."""
+        """True if there is a manifest. Raises ``UserError`` when the URL cannot be reached."""
         filesystem, root = open_url(absolute_url(url), what="--store")
         try:
             return exists(filesystem, f"{root}/{MANIFEST}")
@@ -56,7 +56,7 @@ class Store:
 
     @staticmethod
     def open(url: str) -> Store:
-        """The store at ``url``. Raises ``UserError`` where there is none or it cannot be read."""
+        """The store at ``url``. Raises ``UserError`` when there is none or it cannot be read."""
         filesystem, root = open_url(absolute_url(url), what="--store")
         try:
             text = read_at_most(filesystem, f"{root}/{MANIFEST}", MAX_BYTES + 1)
@@ -77,8 +77,8 @@ class Store:
 
     @staticmethod
     def create(url: str, manifest: Manifest) -> Store:
-        """Write the manifest of a new store, of one that is being completed, or that gets another
-        stream."""
+        """Write the manifest of a new store, of one that is being completed, or of one that gets
+        another stream."""
         store = Store(url, manifest)
         try:
             for path, data in store.zarr_metadata().items():
@@ -90,20 +90,20 @@ class Store:
         return store
 
     def committed_shards(self, stream: str = "latents") -> set[int]:
-        """Numbers of the shards that exist in ``stream``, by listing their records."""
+        """Numbers of the committed shards of ``stream``, by listing their records."""
         paths = list_folder(self.filesystem, f"{self.root}/{commit_folder(self._added(stream))}")
         names = (re.fullmatch(r".*/shard-(\d{6,9})\.json", path) for path in paths)
         numbers = {int(name[1]) for name in names if name is not None}
         return {number for number in numbers if number < self.manifest.num_shards}
 
     def missing_shards(self, stream: str = "latents") -> list[int]:
-        """Planned shards that have no commit record of ``stream``."""
+        """Planned shards without a commit record of ``stream``."""
         committed = self.committed_shards(stream)
         return [shard for shard in range(self.manifest.num_shards) if shard not in committed]
 
     def require_complete(self, *streams: str) -> None:
-        """Raises ``UserError`` where a planned shard has no commit record of one of ``streams``
-        (by default of those that were extracted with the latents)."""
+        """Raises ``UserError`` when a planned shard has no commit record of one of ``streams``
+        (default: those extracted with the latents)."""
         for stream in streams or ("latents",):
             missing = self.missing_shards(stream)
             if missing:
@@ -115,15 +115,15 @@ class Store:
                 )
 
     def has_index(self) -> bool:
-        """Whether the store was finished once."""
+        """True if ``finish`` was called at least once."""
         return exists(self.filesystem, f"{self.root}/{INDEX}")
 
     def reason(self, error: Exception) -> str:
-        """What a filesystem raised, in one line and without credentials."""
+        """An error of the filesystem in one line, without credentials."""
         return _reason(self.url, error)
 
     def index(self) -> StoreIndex:
-        """Sample counts of a complete store. Raises ``UserError`` where shards are missing."""
+        """Sample counts of a complete store. Raises ``UserError`` when shards are missing."""
         path = f"{self.root}/{INDEX}"
         try:
             text = read_at_most(self.filesystem, path, MAX_BYTES + 1)
@@ -148,7 +148,7 @@ class Store:
         sizes = dict.fromkeys(self.manifest.streams, 0)
         base = self.committed_shards()
         for added in (None, *self.added_streams):
-            # an added shard counts with those that it was made for
+            # an added shard counts only if its base shard exists
             shards = base if added is None else base & self.committed_shards(added)
             for shard in sorted(shards):
                 record = self.record(shard, added or "latents")
@@ -159,7 +159,7 @@ class Store:
         return StoreIndex(version=STORE_VERSION, samples_per_shard=counts, bytes_per_stream=sizes)
 
     def finish(self) -> None:
-        """Called when the last shard is committed: write the index and list skipped images."""
+        """Write the index and the list of skipped images; called after the last commit."""
         index = self.build_index()
         skipped: list[SkippedImage] = []
         for shard in range(self.manifest.num_shards):
@@ -171,18 +171,18 @@ class Store:
         write_atomic(self.filesystem, f"{self.root}/{INDEX}", index.model_dump_json().encode())
 
     def record(self, shard: int, stream: str = "latents") -> CommitRecord:
-        """The commit record of a shard of ``stream``. Raises ``UncommittedShardError`` where there
-        is none, ``UserError`` where it does not belong here."""
-        with self._record_locks[shard % len(self._record_locks)]:  # threads that want the same wait
+        """The commit record of a shard of ``stream``. Raises ``UncommittedShardError`` when there
+        is none, ``UserError`` when it does not belong to this store."""
+        with self._record_locks[shard % len(self._record_locks)]:  # one thread reads a record
             return self._record(shard, self._added(stream))
 
     def _added(self, stream: str) -> str | None:
-        """The stream's own name, where it has commit records of its own."""
+        """The stream's name if it has its own commit records, else None."""
         return None if stream in self.manifest.base_streams else stream
 
     @property
     def added_streams(self) -> list[str]:
-        """Streams that came later than the latents, with commit records of their own."""
+        """Streams added after the latents, with their own commit records."""
         return [name for name in self.manifest.streams if self._added(name)]
 
     def _read_record(self, shard: int, added: str | None) -> CommitRecord:
@@ -204,10 +204,10 @@ class Store:
         return record
 
     def zarr_metadata(self) -> dict[str, bytes]:
-        """What every ``zarr.json`` should hold, by path; nothing in a store of tars."""
+        """Contents of every ``zarr.json`` by path; empty for a store of tars."""
         if self.manifest.format != "zarr":
             return {}
-        from pipeline.store.zarr_writer import metadata_files  # stores of tars need no zarr
+        from pipeline.store.zarr_writer import metadata_files  # zarr is slow to import
 
         return metadata_files(
             {name: stream_parts(s.columns) for name, s in self.manifest.streams.items()},
@@ -217,7 +217,7 @@ class Store:
 
 
 def _check_same_samples(record: CommitRecord, base: CommitRecord, where: str) -> None:
-    """Raises ``UserError`` naming the first sample of an added stream that is not the base's."""
+    """Raises ``UserError`` naming the first sample that differs from the base streams."""
     if record.keys == base.keys:
         return
     row = next(
@@ -254,14 +254,12 @@ def _parse(model: type[M], text: bytes, where: str) -> M:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        reason = " ".join((f"{key}: {message}" if key else message).split())[:300]
-        raise UserError(
-            f"{where} is damaged: {reason[:300]}"
-        ) from None  # keys may be of any length
+        reason = plain_text(f"{key}: {message}" if key else message)[:300]  # keys are untrusted
+        raise UserError(f"{where} is damaged: {reason}") from None
 
 
 def _version_of(text: bytes) -> int:
-    """What a file says of itself, wherever in it; 0 where it does not."""
+    """The version that a JSON file declares; 0 if it declares none."""
     try:
         values = from_json(text)
     except ValueError:
@@ -275,5 +273,4 @@ def _unreachable(url: str, error: Exception) -> UserError:
 
 
 def _reason(url: str, error: Exception) -> str:
-    text = without_secrets(str(error), url)
-    return " ".join(text.split())[:200] or type(error).__name__
+    return plain_text(without_secrets(str(error), url))[:200] or type(error).__name__

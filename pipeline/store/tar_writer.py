@@ -1,4 +1,4 @@
-"""Tars that stock webdataset reads and that come out the same byte for byte on every run."""
+"""Writes tars that stock webdataset reads; the bytes are the same on every run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK = 512
 
 
 class TarWriter:
-    """One stream of one shard as a local tar, and the index that its commit record will hold."""
+    """Writes one stream of one shard as a local tar, and the file's entry for the commit record."""
 
     def __init__(
         self, path: Path, stream: str, shard: int, parts: Mapping[str, StoredArray]
@@ -35,11 +35,11 @@ class TarWriter:
         self._crc32: dict[str, list[int]] = {}
 
     def add(self, key: str, values: Mapping[str, np.ndarray]) -> None:
-        """Append the next sample: the arrays of all parts."""
+        """Append the next sample: an array for each part."""
         for name, part in self.parts.items():
             data = npy_member(part, values[name])
             info = tarfile.TarInfo(f"{key}.{member_suffix(name, part)}")
-            info.size = len(data)  # owner, mode and time are tarfile's constants
+            info.size = len(data)  # owner, mode and time keep tarfile's constant defaults
             self._tar.addfile(info, io.BytesIO(data))
             padded = -(-len(data) // BLOCK) * BLOCK
             self._offsets.setdefault(name, []).append(self._tar.offset - padded)
@@ -47,10 +47,10 @@ class TarWriter:
             self._crc32.setdefault(name, []).append(zlib.crc32(data))
 
     def finish(self) -> list[tuple[Path, StreamFile]]:
-        """Close and flush to disk. The local file, and what it will be in the store."""
+        """Close and flush to disk. Returns the local file and its entry in the commit record."""
         self._tar.close()
         self._file.sync_and_close()
-        about = StreamFile(
+        info = StreamFile(
             file=self.final,
             bytes=self._file.written,
             sha256=self._file.digest.hexdigest(),
@@ -58,16 +58,16 @@ class TarWriter:
             sizes={name: self._sizes.get(name, []) for name in self.parts},
             crc32={name: self._crc32.get(name, []) for name in self.parts},
         )
-        return [(self.path, about)]
+        return [(self.path, info)]
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove the local file."""
         self._file.sync_and_close()
         self.path.unlink(missing_ok=True)
 
 
 class _HashingFile(io.RawIOBase):
-    """A file that hashes what goes through it, so that no shard is read again to be checksummed."""
+    """A file that hashes what is written, so that a shard need not be read again for that."""
 
     def __init__(self, path: Path) -> None:
         self.digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Writing one shard: every stream to a temporary name, then published, then committed."""
+"""Writes one shard: every stream under a temporary name, then published, then committed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pipeline.store.zarr_writer import ZarrWriter
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage
 
 Values = Mapping[str, Mapping[str, Any]]
-"""stream -> stored array -> one sample's values, as ``encode_column`` names and makes them."""
+"""stream -> part name -> one sample's array, as ``encode_column`` returns them."""
 
 
 class ShardWriter:
-    """One shard of all streams that are written together. Use as a context: leaving it without
-    ``commit`` removes its files.
+    """Writes one shard of all streams that are committed together. A context manager: leaving it
+    without ``commit`` removes its files.
 
-    One process writes a shard at a time; two that do (a requeued task whose first actor was not
-    dead) publish identical files, so either order of renames is right.
+    One process writes a shard at a time. If two do (a requeued task whose first actor was still
+    alive), they publish identical files, so that either order of renames is correct.
     """
 
     def __init__(
         self, url: str, manifest: Manifest, shard: int, *, added: str | None = None
     ) -> None:
-        """``added``: the one stream that is written, to a store that has the others."""
+        """``added``: write only this stream, to a store that has the others."""
         self.shard = shard
         self.added = added
         names = list(manifest.base_streams) if added is None else [added]
@@ -60,7 +60,7 @@ class ShardWriter:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def add(self, key: str, values: Values) -> None:
-        """Append one sample. Raises ``ValueError`` naming it."""
+        """Append one sample. Raises ``ValueError`` naming the sample and the array."""
         checked: dict[str, dict[str, np.ndarray]] = {}
         for name, parts in self.parts.items():
             checked[name] = {}
@@ -74,13 +74,13 @@ class ShardWriter:
         self._keys.append(key)
 
     def commit(self, skipped: Sequence[SkippedImage] = ()) -> CommitRecord:
-        """Publish the files under their final names, then the record that makes them exist."""
+        """Publish the files under their final names, then the commit record. Returns the record."""
         streams = {}
         for name, writer in self._writers.items():
             files = writer.finish()
-            streams[name] = tuple(about for _, about in files)
-            for local, about in files:
-                publish(self._filesystem, local, f"{self._root}/{about.file}")
+            streams[name] = tuple(info for _, info in files)
+            for local, info in files:
+                publish(self._filesystem, local, f"{self._root}/{info.file}")
         record = CommitRecord(
             version=STORE_VERSION,
             shard=self.shard,

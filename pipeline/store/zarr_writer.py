@@ -1,8 +1,7 @@
-"""zarr v3 arrays: one for each stored array, a shard of the store is a shard of each of them.
+"""Writes zarr v3 arrays: one for each stored array; a store's shard is one shard of each array.
 
-Shards are made whole, in memory, by zarr itself and published as the tars are. The reader takes
-samples out of them by the byte ranges of the commit record, as it does with tars; stock zarr opens
-the arrays.
+zarr itself encodes each shard as a whole, in memory; shards are published as tars are. The reader
+reads samples by the byte ranges of the commit record, as from tars; stock zarr opens the arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, StoredArray
 from pipeline.store.layout import chunk_path
 from schemas.store import StreamFile
 
-ABSENT = (1 << 64) - 1  # in a shard's index: a chunk that was never written
+ABSENT = (1 << 64) - 1  # offset, in a shard's index, of a chunk that was never written
 
 
 def metadata_files(
@@ -41,7 +40,7 @@ def metadata_files(
 
 
 class ZarrWriter:
-    """One stream of one shard as local files, one for each array."""
+    """Writes one stream of one shard as local files, one for each array."""
 
     def __init__(
         self,
@@ -63,13 +62,13 @@ class ZarrWriter:
         self._written: list[Path] = []
 
     def add(self, key: str, values: Mapping[str, np.ndarray]) -> None:
-        """Append the next sample: the arrays of all parts."""
-        for name, held in self._values.items():
-            held.append(values[name])
+        """Append the next sample: an array for each part."""
+        for name, samples in self._values.items():
+            samples.append(values[name])
 
     def finish(self) -> list[tuple[Path, StreamFile]]:
-        """Write the shard of every array. The local files, and what they will be in the store;
-        none where the shard has no sample, as zarr does not know empty shards."""
+        """Write the shard of every array. Returns the local files and their entries in the commit
+        record; none for a shard without samples, because zarr has no empty shards."""
         return [
             self._write(number, name, part)
             for number, (name, part) in enumerate(self.parts.items())
@@ -77,7 +76,7 @@ class ZarrWriter:
         ]
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove the local files."""
         for path in self._written:
             path.unlink(missing_ok=True)
         self._values.clear()
@@ -93,7 +92,7 @@ class ZarrWriter:
             file.flush()
             os.fsync(file.fileno())
         ranges = _chunk_ranges(data, samples, self._shard_size)
-        about = StreamFile(
+        info = StreamFile(
             file=chunk_path(self._stream, name, self._shard, len(part.shape)),
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
@@ -101,7 +100,7 @@ class ZarrWriter:
             sizes={name: [size for _, size in ranges]},
             crc32={name: [zlib.crc32(data[start : start + size]) for start, size in ranges]},
         )
-        return path, about
+        return path, info
 
 
 def _create(memory: MemoryStore, path: str, part: StoredArray, shard_size: int, shards: int) -> Any:
@@ -128,12 +127,12 @@ def _create(memory: MemoryStore, path: str, part: StoredArray, shard_size: int, 
         filters=[],
         fill_value=0,
         zarr_format=3,
-        config={"write_empty_chunks": True},  # a sample of zeros is a sample
+        config={"write_empty_chunks": True},  # samples of zeros too
     )
 
 
 def _shard_bytes(part: StoredArray, values: np.ndarray, shard_size: int) -> bytes:
-    """One whole zarr shard that holds ``values`` and, behind them, rows that were never written."""
+    """One zarr shard with the rows ``values``, followed by rows that were never written."""
     files: dict[str, Any] = {}
     array = _create(MemoryStore(files), "x", part, shard_size, 1)
     array[: len(values)] = values

@@ -1,1 +1,1 @@
-"""What a store keeps of a teacher (cuts), and the way from it back to training targets."""
+"""Cuts: teacher tensors that a store holds, and training targets computed from them."""

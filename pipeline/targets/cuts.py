@@ -1,4 +1,4 @@
-"""Where the teacher's forward pass is frozen: what each cut keeps of an image, and how."""
+"""Cuts of the teacher's forward pass: the tensors stored of an image, and their codecs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pipeline.store.codecs import encode_column, find_codec
 from pipeline.teachers import Teacher
-from schemas.codecs import CodecName, CodecSet, Lossless
+from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut
 from schemas.store import Column
 
 Kind = Literal["activations", "features", "factors", "probabilities", "vector"]
-"""What a tensor is, for the choice of its codec."""
+"""Kinds of tensors, which decide the codec."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
@@ -46,7 +46,7 @@ CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
     "float16": dict.fromkeys(KINDS, "float16"),
     "float32": dict.fromkeys(KINDS, "float32"),
 }
-"""The codecs of ``--codec``; tests/bench/RESULTS.md has what each one costs in bytes and errors."""
+"""Codecs of each set of ``--codec``; tests/bench/RESULTS.md lists their bytes and errors."""
 
 
 KIND_OF: dict[str, Kind] = {
@@ -57,7 +57,7 @@ KIND_OF: dict[str, Kind] = {
     "query": "factors",
     "key": "factors",
 }
-"""Of each tensor but the crop."""
+"""Kind of each tensor except the crop."""
 
 
 def cut_columns(
@@ -71,7 +71,8 @@ def cut_columns(
 ) -> dict[str, Column]:
     """The columns of a cut's stream; ``compress`` allows lossless compression.
 
-    Raises ``UserError`` where ``overrides`` names another tensor or a codec that cannot store it.
+    Raises ``UserError`` when ``overrides`` names a tensor that the cut lacks, or a codec that does
+    not support the tensor's shape.
     """
     columns = {
         name: _column(shape, CODEC_SETS[codec][KIND_OF[name]], compress)
@@ -93,7 +94,7 @@ def cut_columns(
 
 
 def codec_set_of(columns: Mapping[str, Column]) -> CodecSet | None:
-    """The set that a cut's columns were stored with; None where they are of several, or crops."""
+    """The codec set that a cut's columns were stored with; None for crops and mixed codecs."""
     if columns.keys() <= KIND_OF.keys():
         for codec, chosen in CODEC_SETS.items():
             if all(column.codec == chosen[KIND_OF[n]] for n, column in columns.items()):
@@ -102,26 +103,13 @@ def codec_set_of(columns: Mapping[str, Column]) -> CodecSet | None:
 
 
 def _column(shape: tuple[int, ...], codec: CodecName, compress: bool) -> Column:
-    find_codec(codec).arrays(shape)  # complains about shapes that it cannot store
-    ways = [way for name, way in LOSSLESS.items() if codec.startswith(name)]
-    return Column(shape=shape, codec=codec, lossless=ways[0] if compress and ways else "none")
-
-
-LOSSLESS: dict[str, Lossless] = {
-    "int8": "zstd",
-    "tokens": "zstd",
-    "rms": "zstd",
-    "heads": "zstd",
-    "cbrt": "zstd",
-    "sqrt": "zstd",
-    "bfloat16": "blosc",
-}
-"""What pays, by the start of a codec's name: quantised numbers are far from uniform, and so are the
-exponents of bfloat16. (Shuffling bits would cost quantised ones a quarter.)"""
+    found = find_codec(codec)
+    found.arrays(shape)  # raises for a shape that the codec does not support
+    return Column(shape=shape, codec=codec, lossless=found.lossless if compress else "none")
 
 
 def cut_values(cut: Cut, teacher: Teacher, images_B3RR: Tensor) -> dict[str, Tensor]:
-    """The cut's tensors for a batch of uint8 crops; the inverse of the target sources."""
+    """The cut's tensors of a batch of uint8 crops; target sources compute targets from them."""
     if cut == "image":
         return {"crop": images_B3RR.permute(0, 2, 3, 1)}
     return later_cut_values(cut, teacher, teacher.embed(teacher.preprocess(images_B3RR)))
@@ -130,31 +118,31 @@ def cut_values(cut: Cut, teacher: Teacher, images_B3RR: Tensor) -> dict[str, Ten
 def later_cut_values(
     cut: Cut, teacher: Teacher, tokens: Tensor, start: int = 0
 ) -> dict[str, Tensor]:
-    """The same, for a cut that keeps no image, from the tokens (B, P + N, D) that enter the
+    """The same for a cut other than ``image``, from the tokens (B, P + N, D) that enter the
     teacher's block ``start``."""
     if cut == "activations":
         tokens, _ = teacher.run_blocks(tokens, start, teacher.layers[0])
         return {"tokens": tokens.float()}
     tokens, attended = teacher.tap_blocks(tokens, start)
     features, class_token = teacher.normed(tokens)
-    kept = {"features": features, "class_token": class_token}
+    values = {"features": features, "class_token": class_token}
     if cut == "maps":
         logits = [attended[layer].logits(teacher.prefix) for layer in teacher.layers]
-        kept["attention"] = torch.softmax(torch.stack(logits, dim=1), dim=-1)
-        return kept
+        values["attention"] = torch.softmax(torch.stack(logits, dim=1), dim=-1)
+        return values
     pairs = [attended[layer].patches(teacher.prefix) for layer in teacher.layers]
-    kept["query"] = torch.stack([query for query, _ in pairs], dim=1)
-    # Keys less their mean: every row of logits shifts by a constant, which its softmax drops, and
-    # what is left is small enough to quantise well.
+    values["query"] = torch.stack([query for query, _ in pairs], dim=1)
+    # Subtracting the mean key shifts every row of logits by a constant, which its softmax removes;
+    # the smaller keys quantise better.
     keys = torch.stack([key for _, key in pairs], dim=1)
-    kept["key"] = keys - keys.mean(dim=-2, keepdim=True)
-    return kept
+    values["key"] = keys - keys.mean(dim=-2, keepdim=True)
+    return values
 
 
 def encode_values(columns: Mapping[str, Column], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of a cut's tensors as the arrays that are stored, on their device.
+    """The stored arrays of a batch of a cut's tensors, on their device.
 
-    Raises ``NotFiniteError`` for samples that hold NaN or infinities: no codec could keep them.
+    Raises ``NotFiniteError`` for samples with NaN or infinities, which cannot be stored.
     """
     stored: dict[str, Tensor] = {}
     for name, column in columns.items():
@@ -174,4 +162,4 @@ class NotFiniteError(ValueError):
         super().__init__(f"{column} holds NaN or an infinity")
         self.column = column
         self.rows = rows
-        """Samples of the batch that do."""
+        """Indices of these samples in the batch."""

@@ -1,4 +1,4 @@
-"""What the student is pulled towards, from whatever cut the store holds."""
+"""Training targets from the cut that a store holds."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class TargetSource(Protocol):
     """Decodes one cut's stream into targets, in batches, on the training device."""
 
     stream: str
-    """The stream that it reads."""
+    """Name of the stream that it decodes."""
 
     def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
-        """Columns of the stream (B, ...), already on the device, to targets."""
+        """Targets of the stream's stored arrays (B, ...), already on the device."""
 
 
 class MapsTargets:
-    """Targets from the ``maps`` cut: the store holds them as they are used."""
+    """Targets from the ``maps`` cut, which stores them as the losses need them."""
 
     def __init__(
         self, name: str, stream: TeacherStream, wanted: Wanted, *, compiled: bool = False
     ) -> None:
         self.stream = name
         self.wanted = wanted
-        # found here: a compiler cannot look into how
+        # looked up here, because the compiler cannot trace the lookup
         self._decoders = {n: decoder_of(n, column) for n, column in stream.columns.items()}
         maps = stream.columns.get("attention")
         self._normalise = maps is not None and not sums_to_one(maps.codec)
@@ -55,10 +55,10 @@ class MapsTargets:
             features = self._decoders["features"](columns).float()
         if self.wanted.layers:
             device = next(iter(columns.values())).device
-            if self._index.device != device:  # once: a list would be copied at every step
+            if self._index.device != device:  # once; indexing by a list would copy it at every step
                 self._index = self._index.to(device)
             attention = self._attention(
-                # bit patterns in uint16, which GPUs cannot index as such
+                # bfloat16 is stored as uint16, which GPUs cannot index
                 {
                     part: stored.view(torch.int16) if stored.dtype == torch.uint16 else stored
                     for part, stored in columns.items()
@@ -68,15 +68,15 @@ class MapsTargets:
         return Targets(features, attention)
 
     def decode_attention(self, columns: Mapping[str, Tensor], layers: Tensor) -> Tensor:
-        """Probabilities (B, L, H, N, N) of the layers at these places of the columns."""
+        """Probabilities (B, L, H, N, N) of the stored layers with these indices."""
         attention = self.decode_layers("attention", columns, layers)
         if self._normalise:
             attention = attention / attention.sum(-1, keepdim=True)
         return attention
 
     def decode_layers(self, name: str, columns: Mapping[str, Tensor], layers: Tensor) -> Tensor:
-        """A column (B, L, H, ...) at these layers and the wanted heads, which every one of its
-        stored arrays has as its first dimensions: what no loss asks for is never decoded."""
+        """A column (B, L, H, ...) of these layers and the heads of the losses. All its stored
+        arrays begin with these dimensions, so that other layers and heads are not decoded."""
         decode, heads = self._decoders[name], self.wanted.heads
         chosen = {
             part: columns[part][:, :, :heads].index_select(1, layers)
@@ -94,8 +94,8 @@ class QkTargets(MapsTargets):
 
 
 class ReplayedTargets:
-    """Targets from the ``activations`` and ``image`` cuts: the rest of the teacher runs on what was
-    stored, with the arithmetic that the extraction used."""
+    """Targets from the ``activations`` and ``image`` cuts: the teacher's tail runs on the stored
+    tensors, with the precision of the extraction."""
 
     def __init__(
         self,
@@ -142,23 +142,23 @@ def _probabilities(operands: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What is done to each number becomes one pass over the maps. For each batch size that comes,
-    as graphs for any size are slower, and one smaller batch would have them taken from then on."""
+    """Fuse element-wise operations into one pass over the maps. Compiled for each batch size,
+    because dynamic graphs are slower and one smaller batch would switch to them for good."""
     return torch.compile(function, dynamic=False)
 
 
 class Wanted(NamedTuple):
-    """What the losses ask of a teacher."""
+    """Targets that the losses need."""
 
     features: bool
     layers: tuple[int, ...]
     """The teacher layer of each pair, 0-based; empty without the attention loss."""
     heads: int
-    """The first so many of each."""
+    """Number of heads of each layer, counted from the first."""
 
 
 def wanted_targets(alignment: AlignmentConfig, heads: int) -> Wanted:
-    """What a run's losses ask for."""
+    """Targets that a run's losses need."""
     layers = alignment.teacher_layers if alignment.attention_weight else ()
     return Wanted(bool(alignment.feature_weight), layers, heads)
 
@@ -171,8 +171,8 @@ def open_targets(
     *,
     compiled: bool = False,
 ) -> TargetSource:
-    """The source of targets that the cut of a store's teacher stream asks for. ``compiled``: what
-    is done to attention maps becomes one kernel."""
+    """The target source for the cut of a store's teacher stream. ``compiled``: operations on
+    attention maps are fused into one kernel. Raises ``UserError``."""
     name, stream = store.manifest.teacher_stream(name)
     if wanted.layers:
         tokens = math.prod(stream.teacher.grid)
@@ -190,25 +190,25 @@ def open_targets(
 def read_targets(
     store: Store, shards: np.ndarray, rows: np.ndarray, wanted: Wanted, name: str | None = None
 ) -> Targets:
-    """Targets of single samples, on the CPU, for those who look at a store. B = len(rows)."""
+    """Targets of single samples, on the CPU, for inspection. B = len(rows)."""
     source = open_targets(store, name, wanted, torch.device("cpu"))
     columns = StreamReader(store, source.stream).read(shards, rows)
     return source({part: torch.from_numpy(array) for part, array in columns.items()})
 
 
 def aligned_heads(student: StudentConfig, teacher: TeacherInfo) -> int:
-    """Heads that take part: student head i follows teacher head i, as many as both have."""
+    """Number of aligned heads: student head i follows teacher head i, so the smaller number."""
     return min(student.size.heads, teacher.heads)
 
 
 def check_fit(alignment: AlignmentConfig, manifest: Manifest) -> None:
-    """Raises ``UserError`` where the store cannot align a student so."""
+    """Raises ``UserError`` when the store lacks teacher layers that the alignment needs."""
     teacher = manifest.teacher_stream(alignment.stream)[1].teacher
     if alignment.attention_weight:
-        lacking = sorted(set(alignment.teacher_layers) - set(teacher.layers))
-        if lacking:
+        missing = sorted(set(alignment.teacher_layers) - set(teacher.layers))
+        if missing:
             raise UserError(
-                f"alignment.teacher_layers asks for teacher layer {_join(lacking)}; the "
+                f"alignment.teacher_layers asks for teacher layer {_join(missing)}; the "
                 f"store holds {_join(teacher.layers)}: extract it with --layers that include it"
             )
 

@@ -1,4 +1,4 @@
-"""Frozen vision transformers whose tokens and attention the student is pulled towards."""
+"""Frozen vision transformers whose features and attention are the targets of the alignment."""
 
 from pipeline.teachers.teacher import Teacher, TeacherTargets
 

@@ -1,4 +1,4 @@
-"""Reading the attention logits of a block that runs timm's own code."""
+"""Read the attention logits of a block while timm's own code runs it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class AttentionOperands(NamedTuple):
-    """The operands of one call of torch's attention (T tokens, prefix tokens included)."""
+    """Operands of one call of torch's attention (T tokens, prefix tokens included)."""
 
     q: Tensor
-    """(B, H, T, d), after query norm and rotary embedding, where the model has them."""
+    """(B, H, T, d), after query norm and rotary embedding if the model has them."""
     k: Tensor
     """(B, H, T, d)."""
     v: Tensor
@@ -23,31 +23,31 @@ class AttentionOperands(NamedTuple):
     scale: float
     """Factor of q k^T."""
     plain: bool
-    """Whether softmax(scale q k^T) v is all there is to it: no mask, no bias, no causality."""
+    """True if the output is softmax(scale q k^T) v: no mask, no dropout, not causal."""
 
     def patches(self, prefix: int) -> tuple[Tensor, Tensor]:
-        """Scaled queries, and keys, of the patches, whose tokens follow ``prefix`` others: each
+        """Scaled queries and keys of the patches, the tokens after the ``prefix`` first ones: each
         (B, H, N, d), float32. Their product is the logits."""
         return self.q[:, :, prefix:].float() * self.scale, self.k[:, :, prefix:].float()
 
     def logits(self, prefix: int, heads: int | None = None) -> Tensor:
-        """scale q k^T between the patches, of the first ``heads`` heads: (B, H, N, N), float32."""
+        """scale q k^T of the patches for the first ``heads`` heads: (B, H, N, N), float32."""
         query, key = self.patches(prefix)
         return qk_logits(query[:, :heads], key[:, :heads])
 
 
 def qk_logits(query: Tensor, key: Tensor) -> Tensor:
-    """q k^T of (..., N, d) each, in float32 also under autocast: (..., N, N)."""
+    """q k^T of two (..., N, d) tensors, in float32 even under autocast: (..., N, N)."""
     with torch.autocast(query.device.type, enabled=False):
         return query @ key.transpose(-2, -1)
 
 
 class AttentionTap(TorchFunctionMode):
-    """While entered, notes what is given to ``scaled_dot_product_attention``.
+    """Records the operands of every ``scaled_dot_product_attention`` call while it is entered.
 
-    That is where all of timm's fused attention ends up, after whatever a model does to its queries
-    and keys (norms, rotary embedding, heads that share keys), so what is read is what is used.
-    Only references are kept: the logits exist when they are asked for.
+    All of timm's fused attention ends in this call, after norms, rotary embedding and shared key
+    heads, so the recorded operands are exactly those that the model uses. Only references are
+    stored; ``AttentionOperands.logits`` computes the logits on demand.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether timm makes the teacher that a manifest describes, told before any of it is allocated."""
+"""Check a manifest's description of a teacher against timm, before weights are allocated."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ import timm
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
-from pipeline.teachers.vit import draft_vit, normalisation, tail_state
-from schemas.errors import UserError
+from pipeline.teachers.vit import create_meta_vit, normalisation, tail_state
+from schemas.errors import UserError, plain_text
 from schemas.extract import TeacherConfig
 from schemas.store import TeacherInfo
 
 MAX_BYTES = 32 << 30
-"""Of a teacher's weights; 28 GB are the largest that timm knows."""
-MAX_OUTSIDE_BYTES = 2 << 30
-"""Of those that are outside its blocks: 1 GB is the embedding of 256 x 256 tokens of width 4096."""
+"""Limit of a teacher's weights; timm's largest model has 28 GB."""
+MAX_BYTES_OUTSIDE_BLOCKS = 2 << 30
+"""Limit of the weights outside the blocks; an embedding of 256 x 256 tokens of width 4096 has
+1 GB."""
 
 
-def declared_config(about: TeacherInfo) -> TeacherConfig:
-    """The options under which the teacher of a manifest was made."""
+def teacher_config(info: TeacherInfo) -> TeacherConfig:
+    """Options that create the teacher of a manifest."""
     return TeacherConfig(
-        model=about.model,
-        model_args=about.model_args,
-        weights=about.weights,
-        seed=about.seed,
-        image_size=about.image_size,
+        model=info.model,
+        model_args=info.model_args,
+        weights=info.weights,
+        seed=info.seed,
+        image_size=info.image_size,
     )
 
 
-def draft_declared(about: TeacherInfo, resolution: int, where: str) -> Any:
-    """timm's model on the meta device. Raises ``UserError``, which begins with ``where``, if it is
-    not what the manifest says of it, or too large to be meant."""
-    _require_vit(about.model, where)
+def create_meta_teacher(info: TeacherInfo, resolution: int, where: str) -> Any:
+    """timm's model of the manifest's teacher on the meta device. Raises ``UserError``, which begins
+    with ``where``, if its shape differs from the manifest or its weights exceed the limits."""
+    _require_vit(info.model, where)
     try:
-        vit, shape = draft_vit(declared_config(about), resolution)
-    except (UserError, RuntimeError) as error:  # torch's: sizes that overflow
-        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from None
+        vit, shape = create_meta_vit(teacher_config(info), resolution)
+    except (UserError, RuntimeError) as error:  # RuntimeError: sizes that overflow in torch
+        raise UserError(f"{where}: {plain_text(str(error))[:300]}") from None
     mean, std = normalisation(vit)
-    made: dict[str, object] = {
+    actual: dict[str, object] = {
         **shape._asdict(),
         "width": vit.embed_dim,
         "grid": tuple(vit.patch_embed.grid_size),
@@ -50,43 +51,44 @@ def draft_declared(about: TeacherInfo, resolution: int, where: str) -> Any:
         "mean": mean,
         "std": std,
     }
-    for key, value in made.items():
-        if getattr(about, key) != value:
+    for key, value in actual.items():
+        if getattr(info, key) != value:
             raise UserError(
-                f"{where}.{key} is {getattr(about, key)}, but that of '{about.model}' with these "
+                f"{where}.{key} is {getattr(info, key)}, but that of '{info.model}' with these "
                 f"model_args is {value}"
             )
-    whole = state_bytes(vit, 0)
-    outside = whole - sum(p.nbytes for p in vit.blocks.parameters())
-    for size, most, what in (
-        (whole, MAX_BYTES, "weights"),
-        (outside, MAX_OUTSIDE_BYTES, "weights outside its blocks"),
+    total = tail_bytes(vit, 0)
+    outside = total - sum(p.nbytes for p in vit.blocks.parameters())
+    for size, limit, part in (
+        (total, MAX_BYTES, "weights"),
+        (outside, MAX_BYTES_OUTSIDE_BLOCKS, "weights outside its blocks"),
     ):
-        if size > most:
+        if size > limit:
             raise UserError(
-                f"{where}.model_args give '{about.model}' {size >> 20} MB of {what}; the limit is "
-                f"{most >> 20} MB"
+                f"{where}.model_args give '{info.model}' {size >> 20} MB of {part}; the limit is "
+                f"{limit >> 20} MB"
             )
     return vit
 
 
-def state_bytes(vit: Any, first_block: int) -> int:
-    """Of the weights that targets need once the tokens that enter ``first_block`` are known."""
+def tail_bytes(vit: Any, first_block: int) -> int:
+    """Bytes of the weights that targets need from the tokens that enter ``first_block``."""
     return sum(tensor.nbytes for tensor in tail_state(vit, first_block).values())
 
 
 def _require_vit(model: str, where: str) -> None:
-    """Refuse what could not be tapped before it is made: of some other kinds arguments choose how
-    many thousand layers there are."""
+    """Refuse other architectures before they are created, because the arguments of some choose
+    thousands of layers. Raises ``UserError``."""
     if not timm.is_model(model):
-        raise UserError(f"{where}.model: timm knows no '{model}'; update it, if it is a new one")
-    if not timm.models.is_model_in_modules(model, _modules_of_vits()):
-        raise UserError(f"{where}.model: '{model}' is no vision transformer that can be tapped")
+        raise UserError(f"{where}.model: timm has no model '{model}'; a newer timm may have it")
+    if not timm.models.is_model_in_modules(model, _vit_modules()):
+        raise UserError(f"{where}.model: '{model}' is not a vision transformer that can be tapped")
 
 
 @cache
-def _modules_of_vits() -> list[str]:
-    """timm's modules, by their last names, whose models may be one: they have the class at hand."""
+def _vit_modules() -> list[str]:
+    """Last names of timm's modules that may define vision transformers: those that import or define
+    such a class."""
     return [
         name.rpartition(".")[2]
         for name, module in list(sys.modules.items())

@@ -27,23 +27,23 @@ from schemas.validation import validate
 
 
 class TeacherTargets(NamedTuple):
-    """What one forward pass of the teacher gives the alignment (B images, N patches, L layers)."""
+    """Targets of one forward pass of the teacher (B images, N patches, L layers)."""
 
     features: Tensor
     """(B, N, D) patch tokens after the final norm."""
     class_token: Tensor
-    """(B, D) class token after the final norm; in models without one (SigLIP) the mean of
-    ``features``."""
+    """(B, D) class token after the final norm; the mean of ``features`` in models without one
+    (SigLIP)."""
     attention_logits: Tensor
-    """(B, L, H, N, N) q k^T / sqrt(d), float32, rows and columns of class and register tokens
-    removed, before the softmax (HASTE section 2.3)."""
+    """(B, L, H, N, N) q k^T / sqrt(d) before the softmax, float32, without rows and columns of
+    class and register tokens (HASTE section 2.3)."""
 
 
 class Teacher(nn.Module):
     """The frozen teacher: uint8 crops in, ``TeacherTargets`` out.
 
-    ``forward`` is ``finish(*run_blocks(embed(preprocess(images))))``; the middle runs from any
-    block to any other, so a forward pass can be cut and taken up again.
+    ``forward`` is ``finish(*run_blocks(embed(preprocess(images))))``. ``run_blocks`` runs any range
+    of blocks, so a forward pass can be cut into parts.
     """
 
     pixel_mean: Tensor
@@ -58,8 +58,9 @@ class Teacher(nn.Module):
         first_block: int = 0,
         tail: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """``tail``: make only the blocks from ``first_block`` on, of these weights; see
-        ``tail_state``. Raises ``ValueError`` where they are another model's."""
+        """With ``tail``, the weights of ``tail_state``, only the blocks from ``first_block`` on are
+        created. Raises ``UserError`` for unusable options, ``ValueError`` if ``tail`` is of another
+        model."""
         super().__init__()
         self.config = config
         self.layers = tuple(layers)
@@ -86,9 +87,8 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     def info(self) -> TeacherInfo:
-        """What the manifest says of this teacher. Raises ``UserError`` where it can hold no such
-        one."""
-        about = {
+        """Teacher entry of the manifest. Raises ``UserError`` if a value is outside its limits."""
+        values = {
             "model": self.config.model,
             "model_args": self.config.model_args,
             "weights": redact(self.config.weights),
@@ -105,12 +105,12 @@ class Teacher(nn.Module):
             "prefix": self.prefix,
             "layers": self.layers,
         }
-        return validate(TeacherInfo, about, where=f"teacher '{self.config.model}'")
+        return validate(TeacherInfo, values, where=f"teacher '{self.config.model}'")
 
     def preprocess(self, images_B3RR: Tensor) -> Tensor:
         """uint8 crops to the teacher's input (B, 3, S, S), float32.
 
-        Normalise, then resize bicubically without antialiasing, as REPA and HASTE do.
+        Normalises, then resizes bicubically without antialiasing, as REPA and HASTE do.
         """
         images = images_B3RR.float().div_(255)
         images = (images - self.pixel_mean) / self.pixel_std
@@ -120,36 +120,36 @@ class Teacher(nn.Module):
         return images
 
     def embed(self, pixels_B3SS: Tensor) -> Tensor:
-        """Preprocessed pixels to the tokens (B, P + N, D) that enter block 0, P prefix tokens."""
+        """Preprocessed pixels to the tokens (B, P + N, D) that enter block 0; P prefix tokens."""
         return embed(self.vit, pixels_B3SS)
 
     def run_blocks(
         self, tokens: Tensor, start: int = 0, stop: int | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Blocks ``start`` to ``stop - 1``: the tokens that leave them, and the attention logits
-        (B, H, N, N) of the tapped layers among them."""
-        tokens, attended = self.tap_blocks(tokens, start, stop)
-        return tokens, {layer: one.logits(self.prefix) for layer, one in attended.items()}
+        """Run blocks ``start`` to ``stop - 1``: returns the output tokens and the attention logits
+        (B, H, N, N) of the tapped layers in this range."""
+        tokens, operands = self.tap_blocks(tokens, start, stop)
+        return tokens, {layer: one.logits(self.prefix) for layer, one in operands.items()}
 
     def tap_blocks(
         self, tokens: Tensor, start: int = 0, stop: int | None = None
     ) -> tuple[Tensor, dict[int, AttentionOperands]]:
-        """As ``run_blocks``, with the queries and keys of the tapped layers."""
-        attended: dict[int, AttentionOperands] = {}
+        """As ``run_blocks``, with the attention operands of the tapped layers."""
+        operands: dict[int, AttentionOperands] = {}
         arguments = block_arguments(self.vit)
         for number in range(start, self.depth if stop is None else stop):
-            here = number - self.first_block
+            index = number - self.first_block
             if number in self.layers:
                 with AttentionTap() as tap:
-                    tokens = self.vit.blocks[here](tokens, **arguments[here])
-                attended[number] = tap.calls[0]
+                    tokens = self.vit.blocks[index](tokens, **arguments[index])
+                operands[number] = tap.calls[0]
             else:
-                tokens = self.vit.blocks[here](tokens, **arguments[here])
-        return tokens, attended
+                tokens = self.vit.blocks[index](tokens, **arguments[index])
+        return tokens, operands
 
     def finish(self, tokens: Tensor, logits: Mapping[int, Tensor]) -> TeacherTargets:
-        """Targets from the tokens (B, P + N, D) that leave the last block and every tapped
-        layer's logits."""
+        """Targets from the output tokens (B, P + N, D) of the last block and the logits of every
+        tapped layer."""
         features, class_token = self.normed(tokens)
         B, N, _ = features.shape
         stacked = [logits[layer] for layer in self.layers]
@@ -162,12 +162,12 @@ class Teacher(nn.Module):
         )
 
     def normed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and class token of ``TeacherTargets``, from the tokens that leave the last
+        """Features and class token of ``TeacherTargets`` from the output tokens of the last
         block."""
         tokens = final_norm(self.vit)(tokens).float()
         features = tokens[:, self.prefix :]
         return features, features.mean(1) if self.vit.cls_token is None else tokens[:, 0]
 
     def forward(self, images_B3RR: Tensor) -> TeacherTargets:
-        """The whole teacher on uint8 crops (B, 3, R, R)."""
+        """Targets of uint8 crops (B, 3, R, R)."""
         return self.finish(*self.run_blocks(self.embed(self.preprocess(images_B3RR))))

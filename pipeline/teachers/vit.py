@@ -1,4 +1,4 @@
-"""Making timm's vision transformers, and what their kinds do differently."""
+"""Create timm's vision transformers and cover the differences between their architectures."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from pipeline.teachers.attention_tap import AttentionTap
 from pipeline.teachers.weights import load_tail_weights, load_weights
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.extract import TeacherConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-PIXELS_PER_TOKEN = 16  # of the crop: an autoencoder's 8 times the student's patch of 2
+PIXELS_PER_TOKEN = (
+    16  # pixels of the crop per side: the autoencoder's 8 times the student's patch of 2
+)
 
 
 class VitShape(NamedTuple):
-    """Of the whole model."""
+    """Shape of the complete model, also where only its tail is created."""
 
     depth: int
     heads: int
@@ -31,13 +33,13 @@ class VitShape(NamedTuple):
 
 
 def create_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
-    """The model with its weights, position embedding at the wanted grid; and its shape.
+    """The model with its weights and the position embedding at the grid of ``config``; its shape.
 
-    A model that cannot be tapped is refused before its weights are fetched.
+    Raises ``UserError``; a model that cannot be tapped is refused before its weights are fetched.
     """
     shape, size = _sizes(config, resolution)
     vit = _create(config, img_size=size, pretrained=config.weights == "hub")
-    vit.attn_pool = None  # SigLIP's pooling: no target needs it
+    vit.attn_pool = None  # SigLIP's pooling, which no target needs
     if config.weights != "hub":
         load_weights(vit, config)
     _fuse_attention(vit)
@@ -47,20 +49,20 @@ def create_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
 def create_tail(
     config: TeacherConfig, resolution: int, first_block: int, state: Mapping[str, Tensor]
 ) -> tuple[Any, VitShape]:
-    """The same with only the blocks from ``first_block`` on, and their weights (``tail_state``).
-    Raises ``ValueError`` where these are another model's."""
+    """The model with only the blocks from ``first_block`` on and the weights ``state``
+    (``tail_state``). Raises ``ValueError`` if these are of another model."""
     shape, size = _sizes(config, resolution)
     vit = _create(config, img_size=size, depth=shape.depth - first_block)
     vit.attn_pool = None
-    load_tail_weights(vit, state, whole=not first_block)
+    load_tail_weights(vit, state, complete=not first_block)
     _fuse_attention(vit)
     return vit, shape
 
 
 def tail_state(vit: Any, first_block: int) -> dict[str, Tensor]:
-    """The weights that targets need once the tokens that enter ``first_block`` are known: those of
-    the blocks from there on, counted from 0, of the norm behind them and of learnt rotary
-    embeddings. The whole state for block 0."""
+    """Weights that targets need from the tokens that enter ``first_block``: the blocks from there
+    on, renumbered from 0, the norm after them and learnt rotary embeddings. For block 0 the
+    complete state."""
     state: dict[str, Tensor] = vit.state_dict()
     if not first_block:
         return state
@@ -78,8 +80,8 @@ def tail_state(vit: Any, first_block: int) -> dict[str, Tensor]:
     return tail
 
 
-def draft_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
-    """As ``create_vit``, on the meta device: all shapes, no weights, nothing fetched."""
+def create_meta_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
+    """As ``create_vit``, on the meta device: all shapes, no weights; nothing is downloaded."""
     shape, size = _sizes(config, resolution)
     with torch.device("meta"):
         vit = _create(config, img_size=size)
@@ -89,25 +91,25 @@ def draft_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
 
 
 def normalisation(vit: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the pixels that a model was trained on."""
-    about: dict[str, Any] = vit.pretrained_cfg
-    mean, std = about.get("mean") or IMAGENET_MEAN, about.get("std") or IMAGENET_STD
+    """Mean and std of the pixels that a model was trained with."""
+    config: dict[str, Any] = vit.pretrained_cfg
+    mean, std = config.get("mean") or IMAGENET_MEAN, config.get("std") or IMAGENET_STD
     return tuple(mean), tuple(std)
 
 
 def embed(vit: Any, pixels_B3SS: Tensor) -> Tensor:
-    """The tokens (B, P + N, D) that enter block 0: P prefix tokens, then patches row by row."""
+    """Tokens (B, P + N, D) that enter block 0: P prefix tokens, then the patches row by row."""
     tokens = vit._pos_embed(vit.patch_embed(pixels_B3SS))
-    if isinstance(tokens, tuple):  # Eva returns its rotary embedding with them
+    if isinstance(tokens, tuple):  # Eva also returns its rotary embedding
         tokens = tokens[0]
     return vit.norm_pre(tokens)
 
 
 def block_arguments(vit: Any) -> list[dict[str, Tensor]]:
-    """What each block takes besides its tokens: rotary embeddings, in models that have them.
+    """Arguments of each block besides its tokens: rotary embeddings, in models that have them.
 
-    They follow from the patch grid (and, where they are learnt, from weights) alone, so blocks can
-    run without the embedding of the image.
+    They depend only on the patch grid and, where learnt, on weights, so blocks can run without the
+    embedding of the image.
     """
     if getattr(vit, "rope", None) is None:
         return [{}] * len(vit.blocks)
@@ -118,8 +120,8 @@ def block_arguments(vit: Any) -> list[dict[str, Tensor]]:
 
 
 def final_norm(vit: Any) -> nn.Module:
-    """The norm behind the last block. Models that pool by averaging have it behind the pooling
-    (timm's ``fc_norm``); it then does for tokens what it was trained to do for their mean."""
+    """The norm after the last block. Models with average pooling have it after the pooling (timm's
+    ``fc_norm``); here it is applied to the tokens instead of their mean."""
     for norm in (vit.norm, vit.fc_norm):
         if not isinstance(norm, nn.Identity):
             return norm
@@ -127,11 +129,11 @@ def final_norm(vit: Any) -> nn.Module:
 
 
 def _sizes(config: TeacherConfig, resolution: int) -> tuple[VitShape, int]:
-    """Shape, and pixels per side of the image that the teacher sees."""
+    """Shape of the model, and pixels per side of its input. Raises ``UserError``."""
     with torch.device("meta"):
-        draft = _create(config)
-    shape = _tappable_shape(draft, config.model)
-    patch = draft.patch_embed.feat_ratio()
+        vit = _create(config)
+    shape = _tappable_shape(vit, config.model)
+    patch = vit.patch_embed.feat_ratio()
     size = config.image_size or resolution // PIXELS_PER_TOKEN * patch
     if size < patch or size % patch:
         raise UserError(
@@ -143,37 +145,37 @@ def _sizes(config: TeacherConfig, resolution: int) -> tuple[VitShape, int]:
 def _create(config: TeacherConfig, **kwargs: Any) -> Any:
     try:
         return timm.create_model(config.model, num_classes=0, **{**config.model_args, **kwargs})
-    except Exception as error:  # timm raises whatever its model's constructor raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # a model's constructor may raise any type
+        reason = plain_text(str(error))[:200] or type(error).__name__
         raise UserError(f"--teacher.model '{config.model}': {reason}") from None
 
 
-def _tappable_shape(draft: Any, name: str) -> VitShape:
-    """That of a model on the meta device. Raises ``UserError`` where attention cannot be read."""
-    if not isinstance(draft, VisionTransformer | Eva):
+def _tappable_shape(vit: Any, name: str) -> VitShape:
+    """Shape of a model on the meta device. Raises ``UserError`` if its attention cannot be read."""
+    if not isinstance(vit, VisionTransformer | Eva):
         raise UserError(
-            f"--teacher.model '{name}': the attention of a {type(draft).__name__} cannot be "
-            "tapped; take a plain vision transformer (DINOv2, DINOv3, CLIP, MAE, SigLIP, ...)"
+            f"--teacher.model '{name}': the attention of a {type(vit).__name__} cannot be "
+            "tapped; use a plain vision transformer (DINOv2, DINOv3, CLIP, MAE, SigLIP, ...)"
         )
-    _fuse_attention(draft)
-    tokens = draft.num_prefix_tokens + draft.patch_embed.num_patches
+    _fuse_attention(vit)
+    tokens = vit.num_prefix_tokens + vit.patch_embed.num_patches
     with AttentionTap() as tap:
-        draft.blocks[0](
-            torch.empty(1, tokens, draft.embed_dim, device="meta"), **block_arguments(draft)[0]
+        vit.blocks[0](
+            torch.empty(1, tokens, vit.embed_dim, device="meta"), **block_arguments(vit)[0]
         )
     if len(tap.calls) != 1 or not tap.calls[0].plain:
-        kind = type(draft.blocks[0]).__name__
+        kind = type(vit.blocks[0]).__name__
         raise UserError(
-            f"--teacher.model '{name}': its blocks ({kind}) do not hold one plain attention each "
-            "and cannot be tapped; take another vision transformer"
+            f"--teacher.model '{name}': its blocks ({kind}) do not have one plain attention each "
+            "and cannot be tapped; use another vision transformer"
         )
     _, heads, _, head_width = tap.calls[0].q.shape
-    return VitShape(len(draft.blocks), int(heads), int(head_width))
+    return VitShape(len(vit.blocks), int(heads), int(head_width))
 
 
 def _fuse_attention(vit: Any) -> None:
-    """Whatever timm's environment variables say: taps read the fused call, and no environment
-    variable may change numbers."""
+    """Use fused attention independently of timm's environment variables, because taps read the
+    fused call and no environment variable may change numbers."""
     for module in vit.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = True

@@ -1,4 +1,4 @@
-"""Weights of a teacher: a file in its authors' key format or timm's, the demo's, or random ones."""
+"""Load a teacher's weights: a file in its authors' or timm's key format, the demo's, or random."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.assets import DEMO_TEACHER
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.extract import TeacherConfig
 
 NOT_NEEDED = ("head", "attn_pool.", "decoder")
-"""Starts of names that no target comes from: classifiers and CLIP's projection, SigLIP's pooling,
+"""Prefixes of weights that no target needs: classifiers and CLIP's projection, SigLIP's pooling,
 MAE's decoder."""
 TAIL = ("blocks.", "norm.", "fc_norm.", "rope.")
-"""Starts of names of what is run behind a cut."""
+"""Prefixes of the weights that run after a cut."""
 
 
 def load_weights(vit: Any, config: TeacherConfig) -> None:
-    """Fill a timm vision transformer as ``config.weights`` says. Raises ``UserError``."""
+    """Load ``config.weights`` into a timm vision transformer. Raises ``UserError``."""
     if config.weights == "random":
         randomise(vit, config.seed)
         return
@@ -35,52 +35,55 @@ def load_weights(vit: Any, config: TeacherConfig) -> None:
     try:
         vit.load_state_dict(_to_timm_names(state, vit))
     except (RuntimeError, ValueError) as error:
-        raise UserError(_misfit(path, config, _second_line(error))) from None
-    except Exception:  # timm's converters trip in their own ways over files of other things
+        raise UserError(_mismatch_message(path, config, _second_line(error))) from None
+    except Exception:  # timm's converters raise any type for files of other content
         reason = "not a checkpoint in a format that timm knows for this model"
-        raise UserError(_misfit(path, config, reason)) from None
+        raise UserError(_mismatch_message(path, config, reason)) from None
 
 
-def load_tail_weights(vit: Any, state: Mapping[str, Tensor], *, whole: bool) -> None:
-    """Fill the blocks of a teacher's tail from tensors in timm's names, or all of it where it is
-    ``whole``: what lies before a tail is never run. Raises ``ValueError`` where they do not fit."""
+def load_tail_weights(vit: Any, state: Mapping[str, Tensor], *, complete: bool) -> None:
+    """Load the blocks of a teacher's tail from tensors with timm's names, or with ``complete`` the
+    complete model. Layers before a tail are never run and may be missing. Raises ``ValueError`` if
+    names or shapes differ."""
     try:
         missing, unexpected = vit.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ValueError(_second_line(error)) from None
-    if not whole:
+    if not complete:
         missing = [name for name in missing if name.startswith(TAIL)]
     if missing or unexpected:
         name = (missing or unexpected)[0]
-        raise ValueError(f"{name} is {'missing' if missing else 'too much'}")
+        raise ValueError(f"{name} is {'missing' if missing else 'unexpected'}")
 
 
 def _second_line(error: Exception) -> str:
-    """torch's first one says only that there was an error."""
+    """Second line of torch's message; the first has no details."""
     lines = [line.strip() for line in str(error).splitlines()]
     return lines[1] if len(lines) > 1 else lines[0]
 
 
-def _misfit(path: Path, config: TeacherConfig, reason: str) -> str:
+def _mismatch_message(path: Path, config: TeacherConfig, reason: str) -> str:
     return f"--teacher.weights '{path}' do not fit '{config.model}': {reason[:200]}"
 
 
 def _to_timm_names(state: dict[str, Any], vit: Any) -> dict[str, Tensor]:
-    """A checkpoint in its authors' key format, less what no target needs.
+    """A checkpoint in its authors' key format with timm's names, without weights that no target
+    needs.
 
-    The timm module that defines the model knows these formats, and resamples the position
+    The timm module that defines the model converts these formats and resamples the position
     embedding to the model's grid (bicubic, antialiased), as the HASTE reference does.
     """
-    _keep_biases(state, vit)
-    with contextlib.redirect_stdout(sys.stderr):  # timm prints there, and ours is for results
+    _refuse_dropped_biases(state, vit)
+    with contextlib.redirect_stdout(sys.stderr):  # timm prints, but stdout is for results
         state = sys.modules[type(vit).__module__].checkpoint_filter_fn(state, vit)
     return {name: value for name, value in state.items() if not name.startswith(NOT_NEEDED)}
 
 
-def _keep_biases(state: dict[str, Any], vit: Any) -> None:
-    """Refuse DINOv3's query and value biases where the model has none: timm would drop them.
+def _refuse_dropped_biases(state: dict[str, Any], vit: Any) -> None:
+    """Raises ``ValueError`` for DINOv3's query and value biases if the model has none, because timm
+    would drop them.
 
-    Its distilled models are published with zeros there, so timm has two variants of each.
+    They are zero in the published distilled models, so timm has two variants of each.
     """
     if "storage_tokens" not in state or getattr(vit.blocks[0].attn, "q_bias", None) is not None:
         return
@@ -88,22 +91,23 @@ def _keep_biases(state: dict[str, Any], vit: Any) -> None:
         if name.endswith("attn.qkv.bias"):
             query, _, value = bias.chunk(3)
             if query.any() or value.any():
-                raise ValueError(f"{name} is not zero; take the model's _qkvb variant")
+                raise ValueError(f"{name} is not zero; use the model's _qkvb variant")
 
 
 def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors, .pth or .pt file, the last two without unpickling code."""
-    if not os.path.isfile(path):  # a pipe or a device would never end
+    """Tensors of a .safetensors, .pth or .pt file; no pickled code is run. Raises ``UserError``,
+    which begins with ``option``."""
+    if not os.path.isfile(path):  # a pipe or a device might never end
         raise UserError(f"{option} '{path}': cannot read these weights (no such file)")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's advice is to run the code
+    except pickle.UnpicklingError:  # torch's own message advises to run the code
         reason = "damaged, or more than tensors: no code is run"
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except (OSError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = plain_text(str(error))[:200]
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except Exception as error:  # safetensors raises its own type, which it does not export
         raise UserError(f"{option} '{path}': cannot read these weights ({error})") from None
@@ -114,11 +118,11 @@ def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def randomise(vit: nn.Module, seed: int) -> None:
-    """Seeded random weights under which attention and features behave as in a trained model.
+    """Set seeded random weights with attention and features similar to a trained model's.
 
-    timm's own initialisation has layer scales of 1e-5, which makes every block a no-op. Here layer
-    scales are about 0.5, and projections to queries and keys (or their norms) wide enough for
-    attention logits of std about 2, whatever the model's width.
+    timm's own initialisation has layer scales of 1e-5, which makes every block an identity. Here
+    layer scales are about 0.5, and projections to queries and keys (or their norms) are scaled so
+    that attention logits have a std of about 2 at any width.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -34,6 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.checkpoints.integrity import verify
 from pipeline.checkpoints.selection import Checkpoints, latest_valid
 from pipeline.checkpoints.state import CheckpointContents
+from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.ray_cluster import require, total
 from pipeline.distributed.signals import StopRequest, StopSignals, no_request
@@ -250,6 +251,7 @@ def _storage(config: RunConfig) -> tuple[str, Any]:
 
 def _worker(arguments: dict[str, Any]) -> str | None:
     """The training function of each worker. Returns the message of a run that was stopped."""
+    set_up_worker_logging()
     config = RunConfig.model_validate(arguments["config"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device()

@@ -1,4 +1,4 @@
-"""The teacher's attention next to the student's."""
+"""Attention maps of teacher and student, next to each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from schemas.alignment import AlignmentConfig
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NOISE_TIME = 0.2  # the student looks at a latent with this much noise in it
+NOISE_TIME = 0.2  # noise level of the latent that the student receives
 
 
 def draw_attention(
@@ -31,8 +31,9 @@ def draw_attention(
     rows: Sequence[int],
     path: Path,
 ) -> None:
-    """One line per sample (``rows`` of shard 0): the image with the query token marked, then for
-    the last layer pair the mean over heads of the teacher's attention row and of each student's."""
+    """Write a picture file with one line per sample (``rows`` of shard 0): the image with the query
+    token marked, then the query's attention, mean over heads, in the last aligned layer of the
+    teacher and of each student."""
     teacher = store.manifest.teacher_stream(alignment.stream)[1].teacher
     grid = teacher.grid
     titles = ["image, query token", f"teacher,\nlayer {alignment.teacher_layers[-1]}"]
@@ -41,24 +42,23 @@ def draw_attention(
         len(rows), len(titles), figsize=(2.1 * len(titles), 2.1 * len(rows)), squeeze=False
     )
     heads = aligned_heads(next(iter(students.values())).config, teacher)
-    wanted = Wanted(features=False, layers=alignment.teacher_layers[-1:], heads=heads)
-    of_teacher = read_targets(
-        store, np.zeros_like(rows), np.asarray(rows), wanted, alignment.stream
-    ).attention
-    assert of_teacher is not None
+    request = Wanted(features=False, layers=alignment.teacher_layers[-1:], heads=heads)
+    shards = np.zeros_like(rows)
+    targets = read_targets(store, shards, np.asarray(rows), request, alignment.stream)
+    assert targets.attention is not None
     for line, row in enumerate(rows):
         sample = read_latents(store, 0, row)
         image = decode_latent(store, sample["mean"])
         query = _brightest_token(image, grid)
-        maps = [of_teacher[line, 0, :, query].mean(0).numpy()]
+        maps = [targets.attention[line, 0, :, query].mean(0).numpy()]
         maps += [
             student_attention(store, student, alignment, sample, heads)[query].numpy()
             for student in students.values()
         ]
         axes[line, 0].imshow(image)
-        where = (query % grid[1] + 0.5, query // grid[1] + 0.5)
-        scale = (image.shape[1] / grid[1], image.shape[0] / grid[0])
-        axes[line, 0].plot(where[0] * scale[0], where[1] * scale[1], "r+", markersize=10, mew=2)
+        x = (query % grid[1] + 0.5) * image.shape[1] / grid[1]
+        y = (query // grid[1] + 0.5) * image.shape[0] / grid[0]
+        axes[line, 0].plot(x, y, "r+", markersize=10, mew=2)
         for axis, attention in zip(axes[line, 1:], maps, strict=True):
             axis.imshow(attention.reshape(grid), cmap="viridis")
     for axis, title in zip(axes[0], titles, strict=True):
@@ -79,8 +79,8 @@ def student_attention(
     sample: Mapping[str, np.ndarray],
     heads: int,
 ) -> Tensor:
-    """The last aligned block's attention on a slightly noisy latent, mean over the aligned heads:
-    (N, N)."""
+    """Attention of the last aligned block on a latent of noise level ``NOISE_TIME``, mean over
+    the aligned heads: (N, N)."""
     vae = store.manifest.autoencoder
     mean = torch.from_numpy(sample["mean"]).float().unsqueeze(0)
     latents = (mean - vae.shift_factor) * vae.scaling_factor
@@ -95,7 +95,7 @@ def student_attention(
 
 
 def _brightest_token(image_RR3: np.ndarray, grid: tuple[int, int]) -> int:
-    """The token over the brightest patch: on the demo's digits, one on the stroke."""
+    """Index of the token with the brightest patch: a part of the stroke on the demo's digits."""
     rows, columns = grid
     grey = image_RR3.astype(np.float32).mean(-1)
     height, width = grey.shape[0] // rows, grey.shape[1] // columns

@@ -1,4 +1,4 @@
-"""Arrays to picture files."""
+"""Grid of images as a picture file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 def save_grid(
     images_B3RR: Tensor, path: Path, columns: int, *, row_names: Sequence[str] = (), gap: int = 2
 ) -> None:
-    """uint8 images row by row on white, small ones enlarged so that a person can see them;
-    ``row_names`` stand at the left."""
+    """Write uint8 images row by row on a white background; images of less than 96 pixels are
+    enlarged. ``row_names`` are written on the left."""
     images = images_B3RR.permute(0, 2, 3, 1).numpy()
     count, height, width, _ = images.shape
     scale = max(1, 96 // height)

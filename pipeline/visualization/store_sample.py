@@ -20,11 +20,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-QUERIES = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))  # rows and columns, as shares of the grid
+QUERIES = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))  # (row, column) as fractions of the grid
 
 
 def find_sample(store: Store, key: str) -> tuple[int, int]:
-    """Shard and row of a key. Raises ``UserError`` where no committed shard holds it."""
+    """Shard and row of a key. Raises ``UserError`` if no committed shard has it."""
     for shard in sorted(store.committed_shards()):
         keys = store.record(shard).keys
         if key in keys:
@@ -40,22 +40,30 @@ def read_latents(store: Store, shard: int, row: int) -> dict[str, np.ndarray]:
     return {column: values[0] for column, values in batch.items()}
 
 
+def first_of_each_class(store: Store, count: int) -> list[int]:
+    """Rows of shard 0 with the first sample of each of its first ``count`` classes."""
+    rows = np.arange(store.record(0).samples)
+    labels = StreamReader(store, "latents").read(np.zeros_like(rows), rows)["label"]
+    return sorted(np.unique(labels, return_index=True)[1].tolist())[:count]
+
+
 def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -> None:
-    """The decoded latent beside a PCA of the teacher's features and its attention from some query
-    tokens in every layer, as training would see them from whatever the store's cut keeps."""
+    """Draw the decoded latent, a PCA of the teacher's features and the attention of a few query
+    tokens in every layer: the targets that training computes from the store's cut. Raises
+    ``UserError`` if ``path`` cannot be written."""
     shard, row = find_sample(store, key)
     sample = read_latents(store, shard, row)
     image = decode_latent(store, sample["mean"])
     teacher = store.manifest.teacher_stream(stream)[1].teacher
-    wanted = Wanted(features=True, layers=teacher.layers, heads=teacher.heads)
-    targets = read_targets(store, np.array([shard]), np.array([row]), wanted, stream)
+    request = Wanted(features=True, layers=teacher.layers, heads=teacher.heads)
+    targets = read_targets(store, np.array([shard]), np.array([row]), request, stream)
     figure = _draw_targets(teacher, targets, image)
     figure.suptitle(f"{key} (class {int(sample['label'])})", fontsize=9)
     figure.tight_layout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
-    except (OSError, ValueError) as error:  # matplotlib minds suffixes with a ValueError
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for an unknown suffix
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--png '{path}' cannot be written: {reason}") from None
     finally:
@@ -63,7 +71,7 @@ def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -
 
 
 def _draw_targets(teacher: TeacherInfo, targets: Targets, image: np.ndarray) -> Figure:
-    """One line per query token: where it is, then its attention in every layer, mean of heads."""
+    """One line per query token: its position, then its attention in every layer, mean of heads."""
     assert targets.features is not None
     assert targets.attention is not None
     grid, layers = teacher.grid, teacher.layers
@@ -73,8 +81,8 @@ def _draw_targets(teacher: TeacherInfo, targets: Targets, image: np.ndarray) -> 
     )
     for axis in axes.flat:
         axis.axis("off")
-    for line, (down, right) in zip(axes, QUERIES, strict=True):
-        row, column = int(down * grid[0]), int(right * grid[1])
+    for line, (y, x) in zip(axes, QUERIES, strict=True):
+        row, column = int(y * grid[0]), int(x * grid[1])
         mark = ((column + 0.5) * image.shape[1] / grid[1], (row + 0.5) * image.shape[0] / grid[0])
         _show(line[0], image, "decoded latent, query token")
         line[0].plot(*mark, "r+", markersize=9, markeredgewidth=2)
@@ -92,8 +100,8 @@ def _show(axis: Axes, picture: np.ndarray, title: str) -> None:
 
 
 def decode_latent(store: Store, mean_Chw: np.ndarray) -> np.ndarray:
-    """The posterior's mean through the store's autoencoder: uint8 (R, R, 3). Raises ``UserError``
-    where that cannot be had any more, or is for other latents."""
+    """The posterior mean (C, h, w) decoded by the store's autoencoder: uint8 (R, R, 3). Raises
+    ``UserError`` if the autoencoder is not available or does not fit the latents."""
     encoder = store.manifest.autoencoder
     mean = torch.from_numpy(mean_Chw).unsqueeze(0)
     try:
@@ -105,7 +113,7 @@ def decode_latent(store: Store, mean_Chw: np.ndarray) -> np.ndarray:
 
 
 def feature_pca(features_ND: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """The first three principal components of one image's tokens as RGB, (rows, columns, 3)."""
+    """The first three principal components of one image's tokens as RGB: (rows, columns, 3)."""
     features = features_ND.astype(np.float32)
     features = features - features.mean(0)
     _, _, axes = np.linalg.svd(features, full_matrices=False)

@@ -119,11 +119,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
-def test_what_cannot_be_compared_stands_side_by_side(
+def test_evaluations_that_cannot_be_compared_have_rows_of_their_own(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
-    """Another guidance, other weights of the network, another size of what it sees; but a copy of
-    the reference, or its statistics alone, is the same reference."""
+    """Rows differ by guidance, by the network's weights and by its input size; a copy of the
+    reference, or its statistics alone, is the same reference."""
     folder = files / "x"
     folder.mkdir()
     guided = about_samples(sampler={"steps": 50, "guidance": 1.5}).model_dump_json()
@@ -187,8 +187,10 @@ def test_record_replaces_its_own_row(run: Callable[..., dict[str, Any]], files: 
     assert rows[1]["sampling"] == about_samples().sampling.model_dump(mode="json")
     with pytest.raises(UserError, match="give --step N"):
         run("--samples", files / "real.npz", *sides)
-    for option, value, said in (("--step", "100", "300"), ("--weights", "ema", "model")):
-        with pytest.raises(UserError, match=f"{option} {value}: the samples say {said}"):
+    for option, value, described in (("--step", "100", "300"), ("--weights", "ema", "model")):
+        with pytest.raises(
+            UserError, match=f"{option} {value}: the samples are described as {described}"
+        ):
             run("--samples", files / "samples.npz", *sides, option, value)
     with pytest.raises(UserError, match="no such folder"):
         run("--samples", files / "samples.npz", *sides[:-1], files / "nowhere")
@@ -206,7 +208,7 @@ def test_a_folder_of_samples_is_recorded_at_its_step(
 
 
 def test_record_at_a_url(run: Callable[..., dict[str, Any]], files: Path) -> None:
-    """Rows that were there stay."""
+    """Existing rows stay."""
     memory = fsspec.filesystem("memory")
     place = "/recorded/x/evaluations.jsonl"
     sides = ("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
@@ -227,7 +229,7 @@ def test_record_at_a_url(run: Callable[..., dict[str, Any]], files: Path) -> Non
 def test_moments_alone_leave_precision_null(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
-    """A file of ours without its features; ADM's without a network's name is Inception's."""
+    """Also a file without features; one without a network's name is Inception's, as ADM's are."""
     run("--reference", files / "real.npz", "--save-reference", files / "ref.npz", *NETWORK)
     with np.load(files / "ref.npz") as saved:
         parts = {name: saved[name] for name in ("mu", "sigma", "about")}
@@ -235,7 +237,7 @@ def test_moments_alone_leave_precision_null(
     found = run("--samples", files / "samples.npz", "--reference", files / "moments.npz", *NETWORK)
     assert found["fid"] > 0
     assert found["precision"] is found["recall"] is None
-    np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))  # which have no 3 neighbours
+    np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))  # too few for 3 neighbours
     few = run("--samples", files / "three.npz", "--reference", files / "moments.npz", *NETWORK)
     assert few["fid"] > 0
     with pytest.raises(UserError, match=r"--samples has 3 images, .* a smaller --k"):
@@ -245,7 +247,7 @@ def test_moments_alone_leave_precision_null(
         run("--samples", files / "samples.npz", "--reference", files / "adm.npz", *NETWORK)
 
 
-def test_few_images_make_statistics_where_nothing_is_compared(
+def test_few_images_suffice_for_statistics_without_a_comparison(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
     np.savez(files / "three.npz", arr_0=_array(blobs(3, seed=2)))
@@ -275,7 +277,7 @@ def _save(**arrays: Any) -> Callable[[Path], None]:
         (_save(arr_0=np.zeros((4, 8, 8), np.uint8)), "images are uint8"),
         (_save(arr_0=np.array([{}, {}], object)), "Python objects"),
         (_save(arr_0=np.empty((4, 0, 8, 3), np.uint8)), "images of 8x0 pixels"),
-        (_bomb, "images of 8192x8192 pixels.*16777216 at most: scale them down"),
+        (_bomb, "images of 8192x8192 pixels.*at most 16777216: scale the images"),
         (_save(images=np.zeros((4, 8, 8, 3), np.uint8)), "holds no images.*found: images"),
         (_save(arr_0=np.zeros((1, 8, 8, 3), np.uint8)), "has 1 images"),
         (_save(arr_0=np.zeros((3, 8, 8, 3), np.uint8)), "smaller --k"),
@@ -298,7 +300,7 @@ def test_bad_samples_are_named_in_one_line(
 def test_bad_folders_are_named(run: Callable[..., dict[str, Any]], files: Path) -> None:
     sides = ("--samples", files / "samples.npz", *NETWORK, "--reference")
     (files / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--reference .* holds no pictures"):
+    with pytest.raises(UserError, match=r"--reference .* has no images"):
         run(*sides, files / "empty")
     with pytest.raises(UserError, match=r"--reference .* does not exist"):
         run(*sides, files / "nowhere")
@@ -330,7 +332,7 @@ def test_options_that_do_not_go_together(
         run(*options)
 
 
-def test_rows_that_could_not_be_written_again_are_refused_before_the_work(
+def test_rows_that_are_not_json_are_refused_before_the_work(
     run: Callable[..., dict[str, Any]], files: Path
 ) -> None:
     (files / "nan").mkdir()

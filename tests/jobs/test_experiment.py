@@ -1,4 +1,4 @@
-"""The CIFAR-10 experiment, tiny: all of its steps, and that they are made once."""
+"""The CIFAR-10 experiment with tiny settings: all of its steps, each made once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten classes of twelve noise images, as the zip of CIFAR-10 has them."""
+    """Ten classes of twelve noise images, in the layout of CIFAR-10's zip."""
     path = tmp_path_factory.mktemp("cifar") / "images.zip"
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as zipped:
@@ -77,7 +77,7 @@ def config_of(source: Path, work: Path, /, **changes: Any) -> Cifar10Config:
 
 @pytest.fixture(scope="module")
 def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work of two arms with one seed."""
+    """The --work folder of two arms with one seed."""
     work = tmp_path_factory.mktemp("work")
     outcome = run_matrix(config_of(source, work, select=["vanilla", "haste"]))
     assert outcome == work / "outcome.md"

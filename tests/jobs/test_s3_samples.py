@@ -1,4 +1,4 @@
-"""A run whose output is on an object store: drawn from, measured and recorded there."""
+"""Samples and evaluations of a run on an object store."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_samples_and_evaluations_of_a_run_on_s3(
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # names of sockets have to be short
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # names of sockets must be short
     finished = subprocess.run(
         [sys.executable, "jobs/sample.py", *words, "--json"],
         cwd=ROOT,

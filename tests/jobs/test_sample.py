@@ -86,7 +86,7 @@ def draw(run: Path) -> Sample:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the batches that were drawn and kept."""
+    """Numbers of the batches that were drawn and written."""
     numbers: list[int] = []
     write = NpzOutput.write
 
@@ -113,7 +113,7 @@ def expected(run: Path) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_the_same_images_whatever_the_workers_and_their_fate(
+def test_images_do_not_depend_on_the_workers_or_their_deaths(
     draw: Sample,
     run: Path,
     tmp_path: Path,
@@ -122,7 +122,7 @@ def test_the_same_images_whatever_the_workers_and_their_fate(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """One worker; two, of which one is killed over its batch; none needed."""
+    """One worker; two, of which one is killed with a batch; none needed."""
     marker = tmp_path / "died"
 
     class DiesOnce(SampleWorker):
@@ -151,8 +151,8 @@ def test_the_same_images_whatever_the_workers_and_their_fate(
     np.testing.assert_array_equal(images, expected[:12])
     assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert about["checkpoint"] == str(run / "checkpoint-000000004")
-    said = {"step": 4, "weights": "ema", "model": "SiT-S/2", "num": 12, "image_size": 32}
-    assert about.items() >= {**said, "autoencoder": "demo", "labels": "balanced"}.items()
+    described = {"step": 4, "weights": "ema", "model": "SiT-S/2", "num": 12, "image_size": 32}
+    assert about.items() >= {**described, "autoencoder": "demo", "labels": "balanced"}.items()
     assert about["sampler"]["guidance_high"] == 0.7
     pictures = sorted((tmp_path / "pictures").glob("*.png"))
     assert [picture.name for picture in pictures] == [f"{n:06d}.png" for n in range(12)]
@@ -227,25 +227,25 @@ def test_ended_by_a_signal_and_resumed(
 
 
 @pytest.fixture
-def growing(run: Path, tmp_path: Path) -> Path:
-    """A run that has come to step 2 so far."""
-    shutil.copytree(run, tmp_path / "runs" / "growing")
-    shutil.move(tmp_path / "runs" / "growing" / NEWEST, tmp_path / NEWEST)
-    return tmp_path / "runs" / "growing"
+def running(run: Path, tmp_path: Path) -> Path:
+    """A run that has reached step 2."""
+    shutil.copytree(run, tmp_path / "runs" / "running")
+    shutil.move(tmp_path / "runs" / "running" / NEWEST, tmp_path / NEWEST)
+    return tmp_path / "runs" / "running"
 
 
 @pytest.mark.usefixtures("two_cpus")
-def test_a_run_that_trains_on_meanwhile(
+def test_unfinished_images_of_a_run_that_continues(
     draw: Sample,
-    growing: Path,
+    running: Path,
     tmp_path: Path,
     drawn: list[int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """What was begun with its checkpoint of then is ended with that, as long as it is there."""
+    """They are completed with their own checkpoint, while the run has it."""
     outputs = {"npz": str(tmp_path / "a.npz"), "folder": str(tmp_path / "a")}
-    again = {**outputs, "checkpoint": str(growing)}
+    again = {**outputs, "checkpoint": str(running)}
 
     finish = NpzOutput.finish
 
@@ -256,25 +256,25 @@ def test_a_run_that_trains_on_meanwhile(
     with pytest.raises(UserError, match="the end"):
         draw(**again)
     parts = tmp_path / "a.npz.parts"
-    shutil.move(tmp_path / NEWEST, growing / NEWEST)
+    shutil.move(tmp_path / NEWEST, running / NEWEST)
     (parts / "000000003.npy").unlink()
     drawn.clear()
     with pytest.raises(UserError, match="the end"):
         draw(**again)
     assert drawn == [1]
-    message = f"resuming '{parts}' with '{growing}/checkpoint-000000002'"
+    message = f"resuming '{parts}' with '{running}/checkpoint-000000002'"
     assert message in capsys.readouterr().err
 
-    earlier = growing / "checkpoint-000000002"
+    earlier = running / "checkpoint-000000002"
     shutil.move(earlier, tmp_path / earlier.name)
     with pytest.raises(UserError, match="000002', which the run has deleted since") as error:
         draw(**again)
     assert f"delete '{parts}' to start again with '{NEWEST}'" in str(error.value)
     with pytest.raises(UserError, match=r"has other images: step 2 \(now 4\)"):
-        draw(**{**again, "checkpoint": str(growing / NEWEST)})
+        draw(**{**again, "checkpoint": str(running / NEWEST)})
     shutil.move(tmp_path / earlier.name, earlier)
 
-    # all there: they are put together, and drawn by nobody
+    # all images exist: the file is written without workers
     monkeypatch.setattr(NpzOutput, "finish", finish)
     monkeypatch.setattr(module, "Actors", None)
     monkeypatch.setattr(module, "ray_cluster", None)
@@ -284,8 +284,8 @@ def test_a_run_that_trains_on_meanwhile(
         assert json.loads(str(file["about"]))["step"] == 2
     assert not parts.exists()
     assert draw(**{**again, "checkpoint": str(earlier)}).resumed == 12
-    for change in ({"labels": "random"}, {"weights": "model"}, {"checkpoint": str(growing)}):
-        with pytest.raises(TypeError, match="NoneType"):  # that takes workers
+    for change in ({"labels": "random"}, {"weights": "model"}, {"checkpoint": str(running)}):
+        with pytest.raises(TypeError, match="NoneType"):  # needs workers
             draw(**{**again, **change})
 
 
@@ -304,7 +304,7 @@ def test_a_run_that_trains_on_meanwhile(
         ({"npz": None, "folder": "/proc/none/a"}, r"'/proc/none/a' cannot be written \("),
     ],
 )
-def test_bad_requests_are_one_line_and_not_tried_again(
+def test_bad_requests_are_one_line_and_not_retried(
     draw: Sample,
     tmp_path: Path,
     overrides: dict[str, Any],
@@ -325,11 +325,11 @@ def test_bad_requests_are_one_line_and_not_tried_again(
         ({"model": "SiT-S/2"}, "--model is for a .pt file"),
     ],
 )
-def test_what_a_worker_refuses(run: Path, overrides: dict[str, Any], complaint: str) -> None:
+def test_a_worker_refuses_bad_options(run: Path, overrides: dict[str, Any], complaint: str) -> None:
     config = SampleConfig.model_validate(options(run, **overrides))
     with pytest.raises(UserError, match=complaint) as error:
         SampleWorker().load(config, str(run), "cpu", torch.get_num_threads())
-    assert type(error.value) is UserError  # others may not survive the way to the driver
+    assert type(error.value) is UserError  # subclasses may not survive pickling
 
 
 def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
@@ -363,7 +363,7 @@ def test_unclear_requests(argv: list[str], complaint: str) -> None:
         main(argv)
 
 
-def test_a_grid_as_before(
+def test_a_grid(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, without Ray."""

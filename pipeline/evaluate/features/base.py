@@ -1,4 +1,4 @@
-"""The interface of networks that turn images into features."""
+"""Interface of the networks that turn images into features."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import torch
 from torch import Tensor
 
 
-class Extracted(NamedTuple):
-    """What a network says of B images, each float32."""
+class NetworkOutput(NamedTuple):
+    """Outputs of a network for B images, each float32."""
 
     features: Tensor
     """(B, D)."""
     spatial: Tensor | None = None
-    """(B, E) of a layer that still knows places, where the network defines one (Inception)."""
+    """(B, E): features of a layer with spatial positions, where defined (Inception)."""
     logits: Tensor | None = None
-    """(B, C) of the classes that a score is defined on (Inception)."""
+    """(B, C): logits of the classes for the Inception score, where defined (Inception)."""
 
 
 class Network(Protocol):
-    """``FeatureNetwork`` and ``InceptionNetwork`` are such."""
+    """Interface of ``FeatureNetwork`` and ``InceptionNetwork``."""
 
     @property
     def name(self) -> str: ...
     @property
     def identity(self) -> dict[str, Any]: ...
-    def extract(self, images_B3RR: Tensor) -> Extracted: ...
+    def extract(self, images_B3RR: Tensor) -> NetworkOutput: ...
 
 
 def full_precision() -> Any:
-    """cuDNN's TF32, torch's default for convolutions, moves an FID in its third digit."""
+    """Context without TF32 in convolutions: torch's default, TF32, changes the third digit of an
+    FID."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)

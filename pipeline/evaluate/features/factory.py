@@ -10,18 +10,16 @@ from schemas.evaluate import EvaluateConfig
 from schemas.run import RunEvaluationConfig
 
 NetworkOptions = EvaluateConfig | RunEvaluationConfig
-"""What names a network, of an evaluation and of a run."""
+"""Options with the fields that select a network: of an evaluation, and of a run."""
 
 
 def open_network(
     options: NetworkOptions, *, device: torch.device | str, option: str = "--network"
 ) -> Network:
-    """The network that FIDs are of: Inception where ``options`` name no other. Raises
-    ``UserError``."""
+    """The network of FIDs: Inception, unless ``options`` name another one. Raises ``UserError``."""
     if options.network is None:
-        from pipeline.evaluate.features.inception import (
-            InceptionNetwork,  # others need no torch-fidelity
-        )
+        # other networks do not need torch-fidelity
+        from pipeline.evaluate.features.inception import InceptionNetwork
 
         return InceptionNetwork(options.inception_weights or "hub", device=device)
     assert options.network_weights is not None

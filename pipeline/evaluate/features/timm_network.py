@@ -1,4 +1,4 @@
-"""Frozen timm networks that turn images into features."""
+"""Features of frozen timm networks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torchvision.transforms.v2.functional as images_to
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from pipeline.evaluate.features.base import Extracted, full_precision
+from pipeline.evaluate.features.base import NetworkOutput, full_precision
 from pipeline.hashing import sha256_of_module
 from pipeline.storage.files import redact
 from pipeline.teachers.vit import normalisation
 from pipeline.teachers.weights import randomise, read_state_dict
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 
 
 class FeatureNetwork:
-    """The pooled features that a timm network's classifier would see.
+    """Pooled features of a timm network: the input of its classifier.
 
-    Images are resized as timm's evaluation transform does (antialiased, by the interpolation that
-    the network was trained with, in 8 bits) and normalised by its mean and std.
+    Images are resized as in timm's evaluation transform (antialiased, in 8 bits, with the
+    interpolation of the network's training) and normalised by the network's mean and std.
     """
 
     def __init__(
@@ -40,20 +40,20 @@ class FeatureNetwork:
         device: torch.device | str = "cpu",
         option: str = "--network",
     ) -> None:
-        """``weights``: a file (a classifier's, too), ``hub``, or ``random`` (of ``seed``).
-        ``size``: pixels per side of what the network sees; default its own. Raises ``UserError``
-        naming ``option``."""
+        """``weights`` is a file, with or without a classifier, or ``hub``, or ``random`` (from
+        ``seed``). ``size`` is the side of the network's input in pixels, by default its own. Raises
+        ``UserError`` naming ``option``."""
         self.name = name
         model = _create(name, weights, size, dict(arguments or {}), option)
-        about: dict[str, Any] = model.pretrained_cfg
-        self.size = size or int(about["input_size"][-1])
+        config: dict[str, Any] = model.pretrained_cfg
+        self.size = size or int(config["input_size"][-1])
         if weights == "random":
             randomise(model, seed)
         elif weights != "hub":
             _load(model, name, weights, f"{option}-weights")
         self.weights_sha256 = sha256_of_module(model)
         self._weights, self._arguments = weights, dict(arguments or {})
-        self._interpolation = InterpolationMode(about.get("interpolation") or "bicubic")
+        self._interpolation = InterpolationMode(config.get("interpolation") or "bicubic")
         self._mean, self._std = normalisation(model)
         self.device = torch.device(device)
         self._model = model.requires_grad_(False).eval().to(self.device)
@@ -62,7 +62,7 @@ class FeatureNetwork:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must agree for two sets of features to be comparable, for files."""
+        """Values that must be equal for features to be comparable, for files."""
         return {
             "network": self.name,
             "arguments": self._arguments,
@@ -72,12 +72,12 @@ class FeatureNetwork:
 
     @property
     def shown_weights(self) -> str:
-        """Where the weights came from, for people."""
+        """Source of the weights, for messages."""
         return redact(self._weights)
 
     def features(self, images_B3RR: Tensor) -> Tensor:
-        """uint8 images of any one size, on any device, to float32 (B, D) on the network's. Raises
-        ``UserError`` where the network cannot see images of its input size."""
+        """float32 (B, D) on the network's device for uint8 images of any size, on any device.
+        Raises ``UserError`` where the network does not accept its input size."""
         size = [self.size, self.size]
         images = images_B3RR.to(self.device)
         if list(images.shape[-2:]) != size:
@@ -89,49 +89,50 @@ class FeatureNetwork:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = plain_text(str(error))[:200]
             raise UserError(
-                f"{self._option} '{self.name}' cannot see images of {self.size} pixels: {reason}; "
-                f"choose another {self._option}-size"
+                f"{self._option} '{self.name}' does not accept images of {self.size} pixels: "
+                f"{reason}; choose another {self._option}-size"
             ) from None
         if features.ndim != 2:
             raise UserError(
-                f"{self._option} '{self.name}' does not pool: its features have shape "
+                f"{self._option} '{self.name}' has no pooling: its features have shape "
                 f"{tuple(features.shape[1:])} per image; choose another network"
             )
         return features.float()
 
-    def extract(self, images_B3RR: Tensor) -> Extracted:
-        """As ``features``."""
-        return Extracted(self.features(images_B3RR))
+    def extract(self, images_B3RR: Tensor) -> NetworkOutput:
+        """``features``, without the outputs that only Inception defines."""
+        return NetworkOutput(self.features(images_B3RR))
 
 
 def _create(
     name: str, weights: str, size: int | None, arguments: dict[str, Any], option: str
 ) -> Any:
-    """Without a classifier, evaluation's numbers only, at the wanted input size."""
+    """The network without a classifier, built for ``size`` if it has a fixed input size."""
     hub = weights == "hub"
     try:
         if size is not None:
             with torch.device("meta"):
-                draft = timm.create_model(name, num_classes=0, **arguments)
-            own = draft.pretrained_cfg.get("input_size")
-            # convolutions take any size; what is built for one wants to be told
-            if draft.pretrained_cfg.get("fixed_input_size") and own and own[-1] != size:
+                meta_model = timm.create_model(name, num_classes=0, **arguments)
+            default = meta_model.pretrained_cfg.get("input_size")
+            # convolutions accept any size; a network with a fixed size takes it as an argument
+            fixed = meta_model.pretrained_cfg.get("fixed_input_size")
+            if fixed and default and default[-1] != size:
                 arguments = {"img_size": size, **arguments}
         with contextlib.redirect_stdout(sys.stderr):
             model = timm.create_model(name, pretrained=hub, num_classes=0, **arguments)
-    except Exception as error:  # timm raises whatever its model's constructor or the hub raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        hint = f"; {option}-weights FILE takes a local copy" if hub else ""
+    except Exception as error:  # errors of the model's constructor or of the hub
+        reason = plain_text(str(error))[:200] or type(error).__name__
+        hint = f"; {option}-weights FILE loads a local copy" if hub else ""
         raise UserError(f"{option} '{name}': {reason}{hint}") from None
     if size is None and not model.pretrained_cfg.get("input_size"):
-        raise UserError(f"{option} '{name}' has no input size of its own: give {option}-size")
+        raise UserError(f"{option} '{name}' has no default input size: give {option}-size")
     return model
 
 
 def _load(model: Any, name: str, weights: str, option: str) -> None:
-    """From a file in timm's key format or the network's authors', a classifier left out."""
+    """Load a file with the keys of timm or of the network's authors, without its classifier."""
     path = Path(weights).expanduser()
     if not path.exists():
         raise UserError(f"{option} '{weights}': no such file; expected a FILE, 'hub' or 'random'")
@@ -143,20 +144,20 @@ def _load(model: Any, name: str, weights: str, option: str) -> None:
         if convert is not None:
             with contextlib.redirect_stdout(sys.stderr):
                 state = convert(state, model)
-        starts = tuple(f"{head}." for head in heads)
-        wanted = model.state_dict().keys()
+        prefixes = tuple(f"{head}." for head in heads)
+        expected = model.state_dict().keys()
         state = {
             key: value
             for key, value in state.items()
-            if key in wanted or not key.startswith(starts)
+            if key in expected or not key.startswith(prefixes)
         }
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         reason = lines[min(1, len(lines) - 1)][:200]
         raise UserError(f"{option} '{path}' do not fit '{name}': {reason}") from None
-    except Exception:  # timm's converters trip in their own ways over files of other things
+    except Exception:  # timm's converters raise any type on files of other models
         raise UserError(
-            f"{option} '{path}' do not fit '{name}': not a checkpoint in a format that timm knows "
-            "for this model"
+            f"{option} '{path}' do not fit '{name}': not a checkpoint in a format that timm "
+            "converts for this model"
         ) from None

@@ -1,1 +1,1 @@
-"""Images to evaluate: .npz files, folders, stores, and what is known of how they were made."""
+"""Images to evaluate: from .npz files, folders and stores, with the description of samples."""

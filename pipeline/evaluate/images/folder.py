@@ -1,9 +1,9 @@
-"""Pictures in a folder."""
+"""Image files in a folder."""
 
 from __future__ import annotations
 
 import io
-import sys
+import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,28 +17,30 @@ from torch import Tensor
 from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
 from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.reader import FileReader
-from pipeline.evaluate.images.sample_info import about_folder
+from pipeline.evaluate.images.sample_info import read_folder_info
 from pipeline.storage.files import list_tree, open_url, redact
 from pipeline.storage.npz import fitting_rows
 from pipeline.storage.redaction import without_secrets
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
 THREADS = 8
-AHEAD = 256
-"""Pictures being decoded before they are wanted; they are in memory together, large ones fewer."""
+MAX_DECODED_AHEAD = 256
+"""Images in memory that are decoded before they are needed; fewer where images are large."""
 
 
 class FolderImages:
-    """Every picture at any depth of a folder or fsspec URL, in a fixed shuffled order: consecutive
-    ones are of all classes, so that the first few, or a tenth, stand for the whole."""
+    """All images below a folder or fsspec URL, in a fixed shuffled order, so that the first images,
+    or one part of ten, are representative although a folder may be sorted by class."""
 
     def __init__(
         self, place: str, option: str, *, limit: int | None = None, resolution: int | None = None
     ) -> None:
-        """``resolution``: cut out centre squares of so many pixels as ADM does; without it the
-        pictures must be of one size. Raises ``UserError``."""
+        """``resolution`` is the side in pixels of the centre crop, as in ADM; without it all images
+        must have the same size. Raises ``UserError``."""
         self._where = f"{option} '{redact(place)}'"
         self._resolution = resolution
         filesystem, root = open_url(place, what=option)
@@ -47,24 +49,24 @@ class FolderImages:
         except UserError:
             raise
         except Exception as error:  # fsspec backends raise their own types
-            reason = " ".join(without_secrets(str(error), place).split())[:200]
+            reason = plain_text(without_secrets(str(error), place))[:200]
             raise UserError(f"{self._where} cannot be listed: {reason}") from None
         names = sorted(str(path)[len(root) :].lstrip("/") for path in tree)
         names = [name for name in names if not any(p.startswith(".") for p in name.split("/"))]
-        pictures = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
-        if not pictures:
+        images = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+        if not images:
             raise UserError(
-                f"{self._where} holds no pictures (.png, .jpg, ...): expected an .npz, a folder of "
-                "pictures or a store"
+                f"{self._where} has no images (.png, .jpg, ...): expected an .npz, a folder of "
+                "images or a store"
             )
-        self.about: SampleAbout | None = None
+        self.info: SampleAbout | None = None
         if ABOUT_FILE in names:
-            self.about = about_folder(filesystem, root, self._where)
-        ours = {ABOUT_FILE, LABELS_FILE} if self.about is not None else set()
-        others = len(set(names) - set(pictures) - ours)
+            self.info = read_folder_info(filesystem, root, self._where)
+        known = {ABOUT_FILE, LABELS_FILE} if self.info is not None else set()
+        others = len(set(names) - set(images) - known)
         if others:
-            print(f"{self._where}: {others} files that are no pictures left out", file=sys.stderr)
-        listing = Listing([ImageItem(name, 0, name) for name in pictures], 1).shuffled(0)
+            logger.warning("%s: skipped %d files that are not images", self._where, others)
+        listing = Listing([ImageItem(name, 0, name) for name in images], 1).shuffled(0)
         self._items = list(listing.items)[:limit]
         self._read = FileReader(place)
         self.count = len(self._items)
@@ -78,10 +80,10 @@ class FolderImages:
         self.kind = f"{width}x{height} pictures of a folder"
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W), B as of every ``Images``. Raises ``UserError`` naming a picture that
-        cannot be used."""
-        size, ahead = (fitting_rows(count, self._bytes) for count in (size, AHEAD))
-        block: list[np.ndarray] = []
+        """uint8 (B, 3, H, W), see ``Images``. Raises ``UserError`` naming an image that cannot be
+        decoded."""
+        size, ahead = (fitting_rows(count, self._bytes) for count in (size, MAX_DECODED_AHEAD))
+        batch: list[np.ndarray] = []
         with ThreadPoolExecutor(THREADS) as pool:
             waiting: deque[Future[np.ndarray]] = deque()
             try:
@@ -90,15 +92,15 @@ class FolderImages:
                         item = self._items[number]
                         waiting.append(pool.submit(self._decode, item, self._size))
                     if waiting and (number >= self.count or len(waiting) > ahead):
-                        block.append(waiting.popleft().result())
-                    if len(block) == size:
-                        yield _as_batch(block)
-                        block = []
+                        batch.append(waiting.popleft().result())
+                    if len(batch) == size:
+                        yield _stack(batch)
+                        batch = []
             finally:
                 for future in waiting:
                     future.cancel()
-        if block:
-            yield _as_batch(block)
+        if batch:
+            yield _stack(batch)
 
     def _decode(self, item: ImageItem, size: tuple[int, int] | None) -> np.ndarray:
         """uint8 (H, W, 3)."""
@@ -110,7 +112,7 @@ class FolderImages:
             if size is not None and image.size != size:
                 raise UserError(
                     f"{self._where}: {item.path} has {image.width}x{image.height} pixels, others "
-                    f"{size[0]}x{size[1]}; --resolution N cuts centre squares of one size"
+                    f"{size[0]}x{size[1]}; --resolution N crops all images to one size"
                 )
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
@@ -120,10 +122,10 @@ class FolderImages:
             raise
         except UnidentifiedImageError:
             raise UserError(f"{self._where}: {item.path}: not an image") from None
-        except Exception as error:  # Pillow's decoders raise a zoo of types on damaged input
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        except Exception as error:  # Pillow's decoders raise many types on damaged input
+            reason = plain_text(str(error))[:200] or type(error).__name__
             raise UserError(f"{self._where}: {item.path}: {reason}") from None
 
 
-def _as_batch(images: list[np.ndarray]) -> Tensor:
+def _stack(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -1,9 +1,9 @@
-"""What samples say of themselves."""
+"""Descriptions of samples: the JSON that ``jobs/sample.py`` writes with its images."""
 
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from typing import Any
 
 import fsspec
@@ -12,26 +12,30 @@ from pipeline.storage.files import read_at_most
 from pipeline.storage.npz import MAX_ABOUT
 from schemas.sample import ABOUT_FILE, SampleAbout
 
+logger = logging.getLogger(__name__)
 
-def parse_or_none(values: Any, where: str) -> SampleAbout | None:
-    """The JSON beside samples at ``where``; None, and a line on stderr, where it is none of
-    ``jobs/sample.py``'s or of another version's. ``{}``, which says nothing, is silently None."""
-    about = SampleAbout.parse_or_none(values)
-    if about is None and values != {}:
-        print(
-            f"{where}: what it says of itself is not what jobs/sample.py writes: passed over",
-            file=sys.stderr,
+
+def parse_sample_info(values: Any, where: str) -> SampleAbout | None:
+    """The description of samples at ``where`` from its JSON values. None, with a warning, where
+    they are not those of ``jobs/sample.py`` or of another version; None for ``{}``."""
+    info = SampleAbout.parse_or_none(values)
+    if info is None and values != {}:
+        logger.warning(
+            "%s: its description of the images is ignored, because it is not one that "
+            "jobs/sample.py writes",
+            where,
         )
-    return about
+    return info
 
 
-def about_folder(
+def read_folder_info(
     filesystem: fsspec.AbstractFileSystem, root: str, where: str
 ) -> SampleAbout | None:
-    """The same of a folder of pictures that holds an ``about.json``. Raises ``StorageError``."""
+    """The description in ``about.json`` of a folder of samples; None as above. Raises
+    ``StorageError``."""
     data = read_at_most(filesystem, f"{root}/{ABOUT_FILE}", MAX_ABOUT + 1)
     try:
         values = json.loads(data) if len(data) <= MAX_ABOUT else None
     except (ValueError, RecursionError):
         values = None
-    return parse_or_none(values, where)
+    return parse_sample_info(values, where)

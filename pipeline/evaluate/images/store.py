@@ -1,9 +1,9 @@
-"""The images that a store holds."""
+"""Images of a store."""
 
 from __future__ import annotations
 
 import itertools
-import sys
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,10 +15,12 @@ from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
 
+logger = logging.getLogger(__name__)
+
 
 class StoreImages:
-    """The crops of an `image` stream, where a store has one, else what its autoencoder makes of the
-    means of the latents; in the store's order, which is shuffled."""
+    """The crops of a store's `image` stream; without one, reconstructions by the autoencoder from
+    the means of the latents. In the store's order, which is shuffled."""
 
     def __init__(
         self,
@@ -28,7 +30,8 @@ class StoreImages:
         autoencoder: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``autoencoder``: the decoder; default the one that encoded. Raises ``UserError``."""
+        """``autoencoder`` is the decoder, by default the encoder of the store. Raises
+        ``UserError``."""
         store = Store.open(url)
         self._store, self._device = store, device
         crops = [name for name, s in store.manifest.teacher_streams.items() if s.cut == "image"]
@@ -37,7 +40,7 @@ class StoreImages:
         self._samples = store.index().samples_per_shard
         total = sum(self._samples)
         self.count = total if limit is None else min(limit, total)
-        self.about: SampleAbout | None = None
+        self.info: SampleAbout | None = None
         self._vae: Autoencoder | None = None
         size = store.manifest.resolution
         if crops:
@@ -46,20 +49,20 @@ class StoreImages:
         self._vae = open_decoder(autoencoder, store.manifest.autoencoder)
         self._vae.to(device)
         self.kind = f"{size}x{size} reconstructions of a store's latents by '{self._vae.name}'"
-        print(
-            f"store '{store.shown_url}' holds no crops: its latents (posterior means) are decoded, "
-            "and reconstructions are not the originals",
-            file=sys.stderr,
+        logger.warning(
+            "store '%s' holds no crops: its latents (posterior means) are decoded, and "
+            "reconstructions are not the originals",
+            store.shown_url,
         )
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """uint8 (B, 3, R, R)."""
-        every = (
+        positions = (
             (shard, row) for shard, samples in enumerate(self._samples) for row in range(samples)
         )
-        wanted = itertools.islice(every, self.count)
-        while chosen := list(itertools.islice(wanted, size)):
-            shards, rows = (np.array(numbers) for numbers in zip(*chosen, strict=True))
+        selected = itertools.islice(positions, self.count)
+        while batch := list(itertools.islice(selected, size)):
+            shards, rows = (np.array(numbers) for numbers in zip(*batch, strict=True))
             stored = self._reader.read(shards, rows)
             if self._vae is None:
                 yield torch.from_numpy(stored["crop"]).permute(0, 3, 1, 2)

@@ -1,17 +1,16 @@
-"""How the numbers of a tensor are stored; the bytes of the stored arrays are another matter."""
+"""Codecs: numbers of a tensor to stored arrays and back; ``store.arrays`` makes bytes of those."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.store.codecs.base import MAIN, Array, Codec
 from pipeline.store.codecs.floats import BFloat16, Plain
 from pipeline.store.codecs.int8 import Int8
 from pipeline.store.codecs.probabilities import CubeRoot, SquareRoot
-from pipeline.store.codecs.quantised import HeadSteps, PerTokenQuantiser
+from pipeline.store.codecs.quantised import PerHeadQuantiser, PerTokenQuantiser
 from schemas.codecs import CodecName
 from schemas.store import Column
 
@@ -32,7 +31,7 @@ __all__ = [
     "sums_to_one",
 ]
 
-FIXED: dict[CodecName, Codec] = {
+WITHOUT_LEVELS: dict[CodecName, Codec] = {
     "float32": Plain("<f4"),
     "float16": Plain("<f2"),
     "bfloat16": BFloat16(),
@@ -46,25 +45,29 @@ FIXED: dict[CodecName, Codec] = {
 }
 
 
+WITH_LEVELS: dict[str, Callable[[int], Codec]] = {
+    "tokens": partial(PerTokenQuantiser, relative=True),
+    "rms": partial(PerTokenQuantiser, relative=False),
+    "heads": PerHeadQuantiser,
+    "sqrt": SquareRoot,
+}
+"""Codecs whose name ends in their number of levels, such as ``tokens23``."""
+
+
 @lru_cache
 def find_codec(name: CodecName) -> Codec:
-    """The codec of a name. Raises ``ValueError`` where there is none."""
-    if name in FIXED:
-        return FIXED[name]
-    match = re.fullmatch(r"(tokens|rms|heads|sqrt)(\d+)", name)
-    if match is None:
+    """The codec of a name. Raises ``ValueError`` for an unknown one."""
+    if name in WITHOUT_LEVELS:
+        return WITHOUT_LEVELS[name]
+    prefix = name.rstrip("0123456789")
+    if prefix == name or prefix not in WITH_LEVELS:
         raise ValueError(f"there is no codec '{name}'")
-    fineness = int(match[2])
-    if match[1] == "heads":
-        return HeadSteps(fineness)
-    if match[1] == "sqrt":
-        return SquareRoot(fineness)
-    return PerTokenQuantiser(fineness, relative=match[1] == "tokens")
+    return WITH_LEVELS[prefix](int(name.removeprefix(prefix)))
 
 
 def sums_to_one(name: CodecName) -> bool:
-    """Whether rows of probabilities are decoded to rows that sum to 1, within rounding: those whose
-    numbers were rounded one by one are not."""
+    """True if decoded rows of probabilities sum to 1 within rounding. Rows whose numbers were
+    rounded one by one do not."""
     return isinstance(find_codec(name), CubeRoot | SquareRoot) or name == "float32"
 
 
@@ -74,9 +77,9 @@ def part_name(column: str, array: str) -> str:
 
 
 def encode_column(name: str, column: Column, values: Tensor) -> dict[str, Tensor]:
-    """A batch of a column's tensors (B, *shape) to its stored arrays (B, ...), by part name.
+    """The stored arrays (B, ...) of a batch of a column's tensors (B, *shape), by part name.
 
-    Raises ``ValueError`` where the tensors are of another shape than the column's.
+    Raises ``ValueError`` when the tensors do not have the column's shape.
     """
     if tuple(values.shape[1:]) != column.shape:
         raise ValueError(f"{name}: expected shape {column.shape}, got {tuple(values.shape[1:])}")
@@ -85,24 +88,24 @@ def encode_column(name: str, column: Column, values: Tensor) -> dict[str, Tensor
 
 
 class Decoder(NamedTuple):
-    """Makes a batch of one column's tensors (B, *shape) of its stored arrays (B, ...)."""
+    """Decodes a batch of stored arrays (B, ...) to one column's tensors (B, *shape)."""
 
     codec: Codec
     names: Mapping[str, str]
-    """The codec's arrays -> the parts' names."""
+    """Array name of the codec -> part name."""
 
     def __call__(self, parts: Mapping[str, Tensor]) -> Tensor:
         return self.codec.decode({array: parts[name] for array, name in self.names.items()})
 
 
 def decoder_of(name: str, column: Column) -> Decoder:
-    """A column's decoder."""
+    """The decoder of a column."""
     codec = find_codec(column.codec)
     return Decoder(codec, {array: part_name(name, array) for array in codec.arrays(column.shape)})
 
 
 def decode_column(name: str, column: Column, parts: Mapping[str, Tensor]) -> Tensor:
-    """The inverse of ``encode_column``, on the device where ``parts`` lie."""
+    """The inverse of ``encode_column``, on the device of ``parts``."""
     return decoder_of(name, column)(parts)
 
 

@@ -1,4 +1,4 @@
-"""What a codec is."""
+"""The interface of codecs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:  # a page about a store needs shapes only: torch takes seconds to import
+from schemas.codecs import Lossless
+
+if TYPE_CHECKING:  # importing torch takes seconds, and inspecting a store needs only shapes
     from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -21,22 +23,48 @@ class Array(NamedTuple):
 
 
 MAIN = ""
-"""Name of a codec's largest array, the one that is worth compressing. It is stored under the
-column's own name, the others as ``column.name``."""
+"""Name of a codec's largest array, the only one worth compressing. It is stored under the column's
+own name, the others as ``column.name``."""
+
+STORED_AS_IS = "as is"
+"""Family of the codecs that store each number in a numpy dtype or in bfloat16."""
 
 
 class Codec(Protocol):
-    """A tensor of samples (B, *shape) to stored arrays (B, ...), and back on any device.
+    """Encodes tensors of samples (B, *shape) to stored arrays (B, ...), and back on any device.
 
     Tensors of tokens are (B, ..., T, D): T vectors of D numbers.
     """
 
+    @property
+    def family(self) -> str:
+        """Codecs of one family are ordered by ``levels``: see ``ordering.coarser_than``."""
+
+    @property
+    def levels(self) -> int:
+        """Resolution within the family; 0 where its codecs are not ordered."""
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """Estimated bits of one number after lossless compression; None where it is not estimated
+        or the bytes are stored unchanged.
+
+        Measured on photographs with random weights of trained models' statistics. Stored streams
+        are within 10% of it, in bfloat16 within 15%, because attention varies more in its
+        exponents than tokens do.
+        """
+
+    @property
+    def lossless(self) -> Lossless:
+        """The lossless compression that pays for ``MAIN``. Quantised numbers are far from uniform,
+        and so are the exponents of bfloat16; shuffling bits would cost quantised ones a quarter."""
+
     def arrays(self, shape: Shape) -> dict[str, Array]:
-        """What is stored for a sample of ``shape``: ``MAIN`` and others. Raises ``ValueError``
-        where the codec is not for such a shape."""
+        """The arrays stored for a sample of ``shape``: ``MAIN`` and others. Raises ``ValueError``
+        for a shape that the codec does not support."""
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
-        """Finite numbers (B, *shape) to the stored arrays."""
+        """The stored arrays of finite numbers (B, *shape)."""
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The stored arrays to numbers (B, *shape); float32 where they were not stored exactly."""
+        """The numbers (B, *shape) of stored arrays; float32 where they were not stored exactly."""

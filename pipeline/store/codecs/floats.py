@@ -1,14 +1,15 @@
-"""Numbers stored as they are, or rounded one by one."""
+"""Codecs that store each number in a numpy dtype or in bfloat16."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from pipeline.store.codecs.base import MAIN, Array, Shape
+from pipeline.store.codecs.base import MAIN, STORED_AS_IS, Array, Shape
+from schemas.codecs import Lossless
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,10 @@ class Plain:
     """One array of a numpy dtype."""
 
     dtype: str
+    family = STORED_AS_IS
+    levels = 0
+    bits_per_value = None
+    lossless: ClassVar[Lossless] = "none"
 
     def arrays(self, shape: Shape) -> dict[str, Array]:
         return {MAIN: Array(np.dtype(self.dtype), shape)}
@@ -33,7 +38,12 @@ class Plain:
 
 
 class BFloat16:
-    """bfloat16, whose bit patterns are stored as uint16: numpy and zarr have no such type."""
+    """bfloat16, its bit patterns stored as uint16 because numpy and zarr have no bfloat16."""
+
+    family = STORED_AS_IS
+    levels = 0
+    bits_per_value = 13.7
+    lossless: ClassVar[Lossless] = "blosc"
 
     def arrays(self, shape: Shape) -> dict[str, Array]:
         return {MAIN: Array(np.dtype("<u2"), shape)}

@@ -1,14 +1,15 @@
-"""Token vectors as 8-bit integers with scales."""
+"""Codecs for token vectors: 8-bit integers with scales."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from pipeline.store.codecs.base import MAIN, Array, Shape
+from schemas.codecs import Lossless
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,15 +22,24 @@ TINY = 1e-30  # the scale of a vector of zeros
 class Int8:
     """x = centre + scale * code, with a scale for each token or each ``group`` of its channels.
 
-    ``centred``: each channel's median over the sample's tokens is taken off first. DINOv2 has
-    channels that are large in every token, which would make all scales coarse.
-    ``outliers``: so many channels, those with the largest numbers of a sample, are kept in float16
-    and do not count for the scales.
+    ``centred``: each channel's median over the sample's tokens is subtracted first, because DINOv2
+    has channels that are large in every token and would make all scales coarse.
+    ``outliers``: number of channels, those with the largest numbers of a sample, that are stored in
+    float16 and do not count for the scales.
     """
 
     group: int | None = None
     centred: bool = False
     outliers: int = 0
+    family = "int8"
+    levels = 0
+    lossless: ClassVar[Lossless] = "zstd"
+
+    @property
+    def bits_per_value(self) -> float | None:
+        if self.group or self.outliers:
+            return None
+        return 7.4 if self.centred else 7.9
 
     def arrays(self, shape: Shape) -> dict[str, Array]:
         if len(shape) < 1 or not shape[-1]:

@@ -1,45 +1,30 @@
-"""Which codec is finer than which: storing finely what was stored coarsely gains nothing."""
+"""Order of codecs: re-encoding with a finer codec than the stored one would gain nothing."""
 
 from __future__ import annotations
 
-import re
-
+from pipeline.store.codecs import find_codec
+from pipeline.store.codecs.base import STORED_AS_IS
 from schemas.codecs import CodecName
 
-PLAIN = {"float32", "float16", "bfloat16", "uint8", "int64"}
-
-INT8_LIKE = range(16, 49)
-"""What the int8 codecs are as fine as, on the scale of 'tokens', 'rms' and 'heads'. Their step is a
-127th of a vector's largest number, which is 3 (Gaussian) to 8 (loud channels) times its root mean
-square; which of them and the 'faithful' set (20 to 26) is finer depends on the teacher."""
-
-CUBE_ROOT = 1000
-"""What 'cbrt8' is as fine as, on the scale of 'sqrt', in divergence on the demo's maps."""
+INT8_LEVELS = range(16, 49)
+"""Levels of 'tokens', 'rms' and 'heads' that int8 codecs may be equivalent to. Their step is a
+127th of a vector's largest number, which is 3 (Gaussian) to 8 (channels of large values) times its
+RMS; whether int8 or the 'faithful' set (20 to 26 levels) is finer depends on the teacher."""
 
 
-def is_finer(now: CodecName, was: CodecName) -> bool:
-    """Whether ``now`` would keep digits that ``was`` has surely dropped already.
+def coarser_than(stored: CodecName, other: CodecName) -> bool:
+    """True if ``stored`` has certainly dropped digits that ``other`` would keep.
 
-    Floats may become any other floats: float32 holds all of the shorter ones exactly (and bfloat16,
-    which numpy does not know, can be read by anyone then); the two short ones are of equal size.
+    Floats may become any other floats: float32 holds all shorter ones exactly (and makes bfloat16,
+    which numpy lacks, readable by any software); the two 16-bit ones are of equal size.
     """
-    if was in PLAIN:
+    old, new = find_codec(stored), find_codec(other)
+    if old.family == STORED_AS_IS:
         return False
-    if now in PLAIN:
+    if new.family == STORED_AS_IS:
         return True
-    (family, fine), (old_family, old) = _scale(now), _scale(was)
-    if family == old_family:
-        return fine > old
-    if old_family == "int8":
-        return family != "sqrt" and fine > INT8_LIKE[-1]
-    return family == "int8" and old_family != "sqrt" and old < INT8_LIKE[0]
-
-
-def _scale(codec: CodecName) -> tuple[str, int]:
-    if codec == "cbrt8":
-        return "sqrt", CUBE_ROOT
-    if codec.startswith("int8"):
-        return "int8", 0  # its kinds are not ordered
-    match = re.fullmatch(r"([a-z]+)(\d+)", codec)
-    assert match is not None, codec
-    return match[1], int(match[2])
+    if old.family == new.family:
+        return new.levels > old.levels
+    if old.family == "int8":
+        return new.family != "sqrt" and new.levels > INT8_LEVELS[-1]
+    return new.family == "int8" and old.family != "sqrt" and old.levels < INT8_LEVELS[0]

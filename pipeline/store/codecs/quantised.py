@@ -1,44 +1,57 @@
-"""Tensors of token vectors as integers of a chosen fineness, to be entropy-coded.
+"""Codecs for token vectors: uniform quantisation with a chosen step, for entropy coding.
 
-An entropy coder spends bits on what numbers are frequent, not on the widest of them, so steps
-follow what an error does to the loss, not a tensor's largest number. Codes are kept as two planes
-of bytes: the high one is nearly constant and all but vanishes.
+The size after entropy coding depends on the distribution of codes, not on their range. So steps
+follow the effect of an error on the loss, not a tensor's largest number. Codes are stored as two
+planes of bytes; the high one is nearly constant and compresses to almost nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from pipeline.store.codecs.base import MAIN, Array, Shape
+from schemas.codecs import Lossless
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_CODE = 32_000  # of a code: within 16 bits with room for rounding
+MAX_CODE = 32_000  # within 16 bits, with room for rounding
 HALF_MAX = 65_504.0  # the largest float16
+NORMAL_BITS = 0.5 * math.log2(2 * math.pi * math.e)  # entropy of a normal number of std 1 step
 
 
 @dataclass(frozen=True)
 class PerTokenQuantiser:
     """x = centre + step * code: a step for each token, a centre for each channel.
 
-    ``spread``: a token's step is proportional to its root mean square, because the layer norm that
-    reads it divides by just that. The centre, each channel's median over the sample's tokens, takes
-    off what DINOv2 holds in every token; the median is not moved by its few loud tokens. A token
-    that is nearer to zero than to the centre is stored as it is, which a negative step tells.
+    A token's step is proportional to its root mean square (RMS), because the layer norm that reads
+    the token divides by it. The centre, each channel's median over the sample's tokens, removes
+    values that DINOv2 has in every token; its few tokens of large norm do not move a median. A
+    token nearer to zero than to the centre is stored without it, marked by a negative step.
 
-    ``relative`` to the sample's typical spread around its centre, ``fineness`` is about the
-    standard deviation of the codes, whatever the teacher: its size in bits, so to say. Otherwise it
-    is the root mean square of a token in steps, and the cosine between a token and what comes back
-    is about 1 - 1 / (24 fineness^2).
+    ``levels`` is the RMS of a token in steps; the cosine between a token and its decoded values is
+    about 1 - 1 / (24 levels^2). With ``relative`` it is instead the typical spread of the sample's
+    tokens around the centre in steps: about the standard deviation of the codes, whatever the
+    teacher, and so a measure of the stored size.
     """
 
-    fineness: int
+    levels: int
     relative: bool
+    lossless: ClassVar[Lossless] = "zstd"
+
+    @property
+    def family(self) -> str:
+        return "tokens" if self.relative else "rms"
+
+    @property
+    def bits_per_value(self) -> float:
+        # Without ``relative`` the codes spread less than ``levels``, as the centre is subtracted.
+        return (1.04 if self.relative else 0.9) * (math.log2(self.levels) + NORMAL_BITS)
 
     def arrays(self, shape: Shape) -> dict[str, Array]:
         if len(shape) != 2 or not all(shape):
@@ -51,16 +64,16 @@ class PerTokenQuantiser:
         }
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
-        x = values.double()  # squares of float32's range
+        x = values.double()  # squares of float32 values overflow float32
         centre = x.median(1, keepdim=True).values.clamp(-HALF_MAX, HALF_MAX).half()
         apart = x - centre
         rms = x.square().mean(-1, keepdim=True).sqrt()
         centred = apart.square().mean(-1, keepdim=True).sqrt() <= rms
         apart = apart.where(centred, x)
-        step = rms / self.fineness
+        step = rms / self.levels
         if self.relative:
             spread = apart.abs().mean(-1, keepdim=True) / rms.clamp_min(1e-300)
-            step = step * 1.25 * spread.median(1, keepdim=True).values  # 1.25: a normal's std
+            step = step * 1.25 * spread.median(1, keepdim=True).values  # std of a normal / mean |x|
         step = step.maximum(apart.abs().amax(-1, keepdim=True) / MAX_CODE).float()
         step = step.where(step > 0, 1.0)
         return {
@@ -76,11 +89,18 @@ class PerTokenQuantiser:
 
 
 @dataclass(frozen=True)
-class HeadSteps:
-    """Queries or keys (layers, heads, tokens, d), with one step for each head: its root mean square
-    over ``fineness``. Logits are products of all tokens with all: no token's error weighs more."""
+class PerHeadQuantiser:
+    """Queries or keys (layers, heads, tokens, d) with one step for each head: its RMS divided by
+    ``levels``. All tokens share a step because logits multiply every token with every other, so
+    that no token's error weighs more."""
 
-    fineness: int
+    levels: int
+    family = "heads"
+    lossless: ClassVar[Lossless] = "zstd"
+
+    @property
+    def bits_per_value(self) -> float:
+        return math.log2(self.levels) + NORMAL_BITS
 
     def arrays(self, shape: Shape) -> dict[str, Array]:
         if len(shape) != 4 or not all(shape):
@@ -93,7 +113,7 @@ class HeadSteps:
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
         x = values.double()
-        step = x.square().mean((-2, -1), keepdim=True).sqrt() / self.fineness
+        step = x.square().mean((-2, -1), keepdim=True).sqrt() / self.levels
         step = step.maximum(x.abs().amax((-2, -1), keepdim=True) / MAX_CODE).float()
         step = step.where(step > 0, 1.0)
         return {MAIN: _planes((x / step).round(), -3), "step": step[..., 0, 0]}
@@ -103,8 +123,8 @@ class HeadSteps:
 
 
 def _planes(codes: Tensor, dim: Literal[1, -3]) -> Tensor:
-    """Integers of 16 bits as their low and high bytes, stacked at ``dim``. The shift by 128 makes
-    the high byte of small codes 0, be they positive or negative."""
+    """Low and high bytes of 16-bit integers, stacked at ``dim``. The shift by 128 makes the high
+    byte of small codes 0, whatever their sign."""
     import torch
 
     shifted = codes.int() + 128

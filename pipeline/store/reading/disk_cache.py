@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.storage.files import TEMPORARY
+from pipeline.storage.locks import wait_lock
 from schemas.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class DiskCache:
             return data
 
     def is_useful(self, expires_at: int) -> bool:
-        """Whether to fetch whole files only for this cache in the window that ends at
+        """True if it pays to fetch whole files only for this cache in the window that ends at
         ``expires_at``: False once a file of that window could not be cached."""
         return expires_at > self._bypassed_until
 
@@ -176,23 +176,10 @@ class DiskCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with _lock(self.folder / f"{TOTAL}-lock"):
+        with wait_lock(self.folder / f"{TOTAL}-lock"):
             yield
 
     @contextmanager
     def _filling(self, sha256: str) -> Iterator[None]:
-        with _lock(self.folder / f".fill-lock-{int(sha256[:8], 16) % FILL_LOCKS}"):
+        with wait_lock(self.folder / f".fill-lock-{int(sha256[:8], 16) % FILL_LOCKS}"):
             yield
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one thread of all processes of this node; a process that dies lets go of it."""
-    try:
-        file = path.open("ab")
-    except OSError:  # the folder went away: then there is nothing to protect
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

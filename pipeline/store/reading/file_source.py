@@ -123,7 +123,7 @@ class FileSource:
 
     @property
     def is_direct(self) -> bool:
-        """Whether files are local and read by ``read_directly``: the system's page cache of a
+        """True if files are local and read by ``read_directly``: the system's page cache of a
         local file is better than a copy in memory."""
         return self._disk is None and is_local(self._filesystem)
 

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.evaluate.features.factory import open_network
 from pipeline.evaluate.frechet import Factored, FeatureStatistics, frechet_distance
-from pipeline.evaluate.record import SampleOrigin, recorded
+from pipeline.evaluate.metrics import SampleOrigin, evaluation_row
 from pipeline.evaluate.reference_statistics import load_moments
 from pipeline.hashing import sha256_of_module
 from pipeline.models import SiT
@@ -130,7 +130,7 @@ class RunEvaluation:
         decoder = self.sampler.autoencoder.name
         origin = SampleOrigin(step, "ema", sha256_of_module(student), self.sampling, decoder)
         place = str(self.options.reference)
-        return recorded(numbers, origin, self.network, self.reference, place)
+        return evaluation_row(numbers, origin, self.network, self.reference, place)
 
     def _distance(self, found: FeatureStatistics) -> float:
         distance = frechet_distance(found, self.factored)

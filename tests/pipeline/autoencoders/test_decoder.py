@@ -42,26 +42,26 @@ def test_another_network_under_the_name_of_the_encoder_is_refused(
     other = encoder.model_copy(update={"weights_sha256": "5" * 64})
     with pytest.raises(UserError, match=r"is not the one .* SHA-256 .* not 555.*--autoencoder$"):
         open_decoder(None, other)
-    with pytest.raises(UserError, match=r"bring that one back$"):
+    with pytest.raises(UserError, match=r"restore the original$"):
         open_decoder(None, other, option=None)
     change(folder, scaling_factor=2 * encoder.scaling_factor)
     with pytest.raises(UserError, match=r"its \(scaling, shift\) factor"):
         open_decoder(None, encoder)
 
 
-def test_who_names_a_decoder_gets_it(encoder: AutoencoderInfo) -> None:
+def test_a_named_decoder_is_not_compared_with_the_encoder(encoder: AutoencoderInfo) -> None:
     other = encoder.model_copy(update={"name": "elsewhere", "weights_sha256": "5" * 64})
     assert open_decoder("demo", other).name == "demo"
 
 
-def test_latents_taken_over_do_not_tell_the_weights(encoder: AutoencoderInfo) -> None:
+def test_weights_of_latents_from_a_data_set_are_unknown(encoder: AutoencoderInfo) -> None:
     assert open_decoder(None, encoder.model_copy(update={"weights_sha256": None}))
 
 
 def test_means_are_scaled_by_the_encoder_and_unscaled_by_the_decoder(
     encoder: AutoencoderInfo, folder: Path
 ) -> None:
-    """As the student sees them: TAESD, for example, decodes scaled latents as they are."""
+    """TAESD, for example, decodes scaled latents without unscaling."""
     mean = torch.randn(2, *encoder.latent_shape, generator=torch.Generator().manual_seed(0))
     expected = open_decoder(None, encoder).decode(mean * encoder.scaling_factor)
     change(folder, scaling_factor=1.0)

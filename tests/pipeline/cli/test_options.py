@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli.options import leaf_fields, parse_options
+from schemas.alignment import FixedStep, ResidualPlateau
 from schemas.errors import UserError, plain_text
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.inspect import InspectConfig
@@ -338,8 +339,8 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_codec_that_does_not_exist_is_told_which_ones_do() -> None:
     for name in ("tokens0", "int4", "sqrt", "tokens20\n"):
         message = complaint(extraction, f"--column-codecs.tokens={name!r}")
-        assert "column_codecs.tokens: 'tokens" in message or f"'{name}' is no codec" in message
-        assert "is no codec: there are float32, " in message
+        assert "column_codecs.tokens: 'tokens" in message or f"'{name}' is not a codec" in message
+        assert "is not a codec: there are float32, " in message
         assert "[1-9]" not in message
 
 
@@ -365,3 +366,19 @@ def test_an_option_of_texts_needs_one() -> None:
 def test_what_a_terminal_would_obey_is_shown_instead() -> None:
     assert plain_text("a\n b\x1b[31m\u202e é") == "a b\\x1b[31m\\u202e é"
     assert plain_text("file\udcff") == "file\\udcff"
+
+
+def test_termination_is_at_a_fixed_step_by_default(tmp_path: Path) -> None:
+    def termination(*argv: str) -> Any:
+        return training(*argv).alignment.termination
+
+    assert termination("--alignment.termination.step", "5") == FixedStep(step=5)
+    file = tmp_path / "run.yaml"
+    file.write_text("alignment: {termination: {step: 7, dry: true}}")
+    assert termination("--config", str(file)) == FixedStep(step=7, dry=True)
+    assert termination("--alignment.termination.kind", "residual_plateau") == ResidualPlateau(
+        kind="residual_plateau"
+    )
+    kinds = "'fixed', 'gradient_cosine', 'residual_plateau'"
+    with pytest.raises(UserError, match=f"alignment.termination: .*'never' .* {kinds}"):
+        termination("--alignment.termination.kind", "never")

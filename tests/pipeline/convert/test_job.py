@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,7 @@ def test_several_teacher_streams(tmp_path: Path) -> None:
 
 
 def test_command(extracted: Extract, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["convert", extracted(codec="float32").url, str(tmp_path / "b"), "--codec", "float16"]
+    argv = [extracted(codec="float32").url, str(tmp_path / "b"), "--codec", "float16"]
     assert main([*argv, "--format", "zarr", "--layers", "3-5"]) == 0
     out, err = capsys.readouterr()
     last = out.strip().splitlines()[-1]
@@ -161,19 +163,26 @@ def test_command(extracted: Extract, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert after < before / 2
     assert "convert: 100%" in err
     assert main([*argv, "--format", "zarr", "--layers", "3-5"]) == 0
-    assert "was complete already" in capsys.readouterr().out
+    assert "was already complete" in capsys.readouterr().out
     for wrong, told in [
-        (["copy"], "there is only 'convert'"),
-        (["convert", "a"], "name two stores"),
+        (["a"], "name two stores"),
         ([*argv, "c"], "unexpected argument 'c'"),
         ([*argv, "--cot", "maps"], "did you mean '--cut'"),
         ([*argv, "--layers", "5,3"], "lowest first"),
-        (["convert", str(tmp_path / "none"), "b"], "holds no store"),
+        ([str(tmp_path / "none"), "b"], "holds no store"),
     ]:
         with pytest.raises(UserError, match=told):
             main(wrong)
-    assert main(["--help"]) == 0
-    assert "convert SOURCE TARGET" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["convert", "--help"])
-    assert "not the others" in capsys.readouterr().out
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert "python -m pipeline.convert SOURCE TARGET" in out
+    assert "not the others" in out
+
+
+def test_the_former_command_refers_to_this_one() -> None:
+    argv = [sys.executable, "-m", "pipeline.store", "convert", "a", "b"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "is now python -m pipeline.convert SOURCE TARGET" in line

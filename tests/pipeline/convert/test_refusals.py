@@ -1,4 +1,4 @@
-"""What cannot be had of a store is refused in one line."""
+"""Conversions that the source does not allow are refused in one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.store import ShardWriter, Store
-from pipeline.store.codecs.ordering import is_finer
+from pipeline.store.codecs.ordering import coarser_than
 from tests.conversions import Extract, converted, refusal
 from tests.helpers import all_files, write_known_store
 
@@ -168,4 +168,4 @@ def test_float16_arithmetic_needs_a_gpu(extracted: Extract, tmp_path: Path) -> N
     ],
 )
 def test_order_of_codecs(now: str, was: str, finer: bool) -> None:
-    assert is_finer(now, was) is finer
+    assert coarser_than(was, now) is finer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.cost_estimate.flops import autoencoder_flops, teacher_flops, work
-from pipeline.cost_estimate.meta_models import draft
+from pipeline.cost_estimate.flops import autoencoder_flops, image_flops, teacher_flops
+from pipeline.cost_estimate.meta_models import build_meta_models
 from pipeline.models import Taps, make_student
 from pipeline.models.flops import STEP, count, student_flops, tapped_flops
 from schemas.errors import UserError
@@ -39,8 +39,8 @@ def test_students_block_by_block() -> None:
 
 
 def test_dinov2_base() -> None:
-    drafts = draft(DINOV2)
-    flops = teacher_flops(drafts.vit, drafts.geometry)
+    models = build_meta_models(DINOV2)
+    flops = teacher_flops(models.vit, models.geometry)
     # 12 D^2 multiply-adds per token and block, 2 T^2 D for attention, and the patches
     T, D, N = 257, 768, 256
     block = 2 * (12 * T * D * D + 2 * T * T * D)
@@ -48,27 +48,27 @@ def test_dinov2_base() -> None:
     assert flops.embed == 2 * N * 3 * 14 * 14 * D
     assert flops.logits == 2 * 12 * N * N * 64
     assert flops.through(0, 12, 0) == pytest.approx(2 * 23.2 * GIGA, rel=0.03)
-    assert flops.weights() == sum(p.numel() for p in drafts.vit.parameters())
-    assert flops.weights(7) == 5 * sum(p.numel() for p in drafts.vit.blocks[0].parameters())
+    assert flops.weights() == sum(p.numel() for p in models.vit.parameters())
+    assert flops.weights(7) == 5 * sum(p.numel() for p in models.vit.blocks[0].parameters())
 
 
 def test_dinov3_7b_takes_no_memory() -> None:
-    drafts = draft(DINOV3_7B)
-    flops = teacher_flops(drafts.vit, drafts.geometry)
-    assert all(p.is_meta for p in drafts.vit.parameters())
+    models = build_meta_models(DINOV3_7B)
+    flops = teacher_flops(models.vit, models.geometry)
+    assert all(p.is_meta for p in models.vit.parameters())
     assert flops.weights() == pytest.approx(6.716e9, rel=0.001)
     # as a rule of thumb two FLOPs per weight and token, and attention on top
     assert flops.through(0, 40, 0) == pytest.approx(2 * 6.716e9 * 261, rel=0.03)
-    geometry = drafts.geometry
+    geometry = models.geometry
     assert (geometry.tokens, geometry.patches, geometry.heads) == (261, 256, 32)
     assert (geometry.width, geometry.head_width, geometry.depth) == (4096, 128, 40)
 
 
 def test_the_teacher_is_split_without_loss() -> None:
-    drafts = draft(DINOV2)
+    models = build_meta_models(DINOV2)
     run = RunConfig()
-    total = work(drafts, run)
-    flops = teacher_flops(drafts.vit, drafts.geometry)
+    total = image_flops(models, run)
+    flops = teacher_flops(models.vit, models.geometry)
     assert total.step == STEP * student_flops(run.student)
     front, tail = total.extraction["activations"], total.training["activations"]
     assert front + tail == total.training["image"]
@@ -80,20 +80,20 @@ def test_the_teacher_is_split_without_loss() -> None:
 
 
 def test_alignment_extras() -> None:
-    total = work(draft(DINOV2), RunConfig())
+    total = image_flops(build_meta_models(DINOV2), RunConfig())
     projector = 2 * 256 * (1152 * 2048 + 2048 * 2048 + 2048 * 768)
     logits = 2 * 4 * 12 * 256 * 256 * 72
     assert total.alignment == STEP * (projector + logits)
 
 
 def test_autoencoder_needs_no_hub() -> None:
-    drafts = draft(DINOV2)
-    assert drafts.geometry.latent_shape == (4, 32, 32)
-    assert drafts.notes == ()
-    assert autoencoder_flops(drafts.autoencoder, 256) == pytest.approx(272.7 * GIGA, rel=0.03)
-    assert draft(DINOV2.model_copy(update={"autoencoder": "someone/else"})).notes
+    models = build_meta_models(DINOV2)
+    assert models.geometry.latent_shape == (4, 32, 32)
+    assert models.notes == ()
+    assert autoencoder_flops(models.autoencoder, 256) == pytest.approx(272.7 * GIGA, rel=0.03)
+    assert build_meta_models(DINOV2.model_copy(update={"autoencoder": "someone/else"})).notes
 
 
 def test_a_layer_that_the_teacher_lacks() -> None:
     with pytest.raises(UserError, match="12 layers, 0 to 11"):
-        draft(DINOV2.model_copy(update={"layers": (12,)}))
+        build_meta_models(DINOV2.model_copy(update={"layers": (12,)}))

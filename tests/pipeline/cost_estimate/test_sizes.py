@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pipeline.cost_estimate.meta_models import draft
+from pipeline.cost_estimate.meta_models import build_meta_models
 from pipeline.cost_estimate.sizes import TAR_BLOCK, latent_bytes, stored_bytes
 from pipeline.store.arrays import npy_member, stream_parts
 from pipeline.targets.cuts import cut_columns, cut_values, encode_values
@@ -46,7 +46,7 @@ def teacher() -> Teacher:
 def test_what_is_written_is_what_was_planned(
     cut: Cut, teacher: Teacher, crops: torch.Tensor
 ) -> None:
-    geometry = draft(SMALL).geometry
+    geometry = build_meta_models(SMALL).geometry
     with torch.inference_mode():
         values = cut_values(cut, teacher, crops)
     for codec in CODEC_SETS:
@@ -64,7 +64,7 @@ def test_what_is_written_is_what_was_planned(
 
 
 def test_sizes_follow_from_the_geometry() -> None:
-    g = draft(ExtractConfig()).geometry
+    g = build_meta_models(ExtractConfig()).geometry
     assert g.layers == (7, 8, 9, 10, 11)
     # the README's 8.3 MB
     features = stored_bytes("maps", "float16", g) - 5 * 12 * 256 * 256 * 2
@@ -78,7 +78,7 @@ def test_sizes_follow_from_the_geometry() -> None:
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_size_is_a_whole_number_of_tar_blocks(cut: Cut) -> None:
-    g = draft(SMALL).geometry
+    g = build_meta_models(SMALL).geometry
     for codec in CODEC_SETS:
         size = stored_bytes(cut, codec, g)
         assert isinstance(size, int)

@@ -1,4 +1,4 @@
-"""Encoded bytes to crops: the numbers of the reference, any mode, and what is no image."""
+"""Encoded bytes to crops: the reference's values, all modes, and bytes that are not an image."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_truncated_image_is_bad(file_format: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no image\n", b"\xff\xd8\xff", bytes(4096)])
-def test_what_is_no_image_is_bad(data: bytes) -> None:
+def test_bytes_that_are_not_an_image_are_bad(data: bytes) -> None:
     with pytest.raises(BadImageError, match="not an image"):
         decode_crop(data, 32)
 
@@ -123,7 +123,7 @@ def test_decompression_bomb_is_bad(monkeypatch: pytest.MonkeyPatch, limit: int) 
 
 
 def test_a_thin_strip_that_would_be_resized_beyond_the_limit_is_bad() -> None:
-    """1 x 200,000 pixels are few, but 256 x 51,200,000 would fill the machine."""
+    """1 x 200,000 pixels are few, but 256 x 51,200,000 would exhaust memory."""
     with pytest.raises(BadImageError, match="limit"):
         decode_crop(encoded(Image.new("L", (200_000, 1))), 256)
 

@@ -16,7 +16,7 @@ from schemas.extract import ExtractConfig
 
 
 def make_tree(root: Path, *paths: str) -> str:
-    """Each file holds its own path."""
+    """Each file contains its own path."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(path)
@@ -103,7 +103,7 @@ def test_order_is_a_permutation_that_depends_on_the_seed_alone(tmp_path: Path) -
 
 
 def test_order_never_changes_between_versions() -> None:
-    """Later versions complete the stores of earlier ones: recorded from the first version."""
+    """Later versions complete stores of earlier ones; recorded with the first version."""
     items = make_items([f"a/{i}.jpg" for i in range(8)], [0] * 8)
     shuffled = Listing(items, 1).shuffled(0)
     assert [item.key for item in shuffled.items] == [f"a/{i}" for i in (2, 4, 3, 6, 5, 0, 1, 7)]

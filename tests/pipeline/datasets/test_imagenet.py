@@ -39,7 +39,7 @@ def test_every_layout_gives_the_same_keys_and_labels(tmp_path: Path, folder: str
     assert all(read(item).decode() == f"{item.key.split('/')[1]}.JPEG" for item in listing.items)
 
 
-def test_what_is_no_class_folder_is_ignored(tmp_path: Path) -> None:
+def test_other_folders_are_ignored(tmp_path: Path) -> None:
     source = make_tree(tmp_path, "train")
     for other in ("train/readme.txt", "train/extra/x.JPEG", "val/n01440764/y.JPEG"):
         (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def test_what_is_no_class_folder_is_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", ["", " name, other name"])
 def test_synset_list_fixes_ranks_and_the_number_of_classes(tmp_path: Path, words: str) -> None:
-    """1,000 WNIDs of which the source holds three; the list need not be sorted."""
+    """1,000 WNIDs of which the source has three; the list need not be sorted."""
     wnids = sorted({*WNIDS, *(f"n{i:08d}" for i in range(997))})
     file = tmp_path / "synsets.txt"
     file.write_text("".join(f"{wnid}{words}\n" for wnid in reversed(wnids)))

@@ -32,7 +32,7 @@ def test_every_latent_is_listed_with_the_image_of_its_number(tmp_path: Path) -> 
     assert read(first) == (tmp_path / "images" / image_name(0)).read_bytes()
 
 
-def test_order_is_by_number_whatever_the_order_of_the_list(tmp_path: Path) -> None:
+def test_order_is_by_number_for_any_order_of_the_list(tmp_path: Path) -> None:
     numbers = [2001, 3, 999, 1000, 0]
     write_labels(tmp_path, "vae-sd", [[latent_name(n), n % 7] for n in numbers])
     listing = list_repa(str(tmp_path))
@@ -43,7 +43,7 @@ def test_order_is_by_number_whatever_the_order_of_the_list(tmp_path: Path) -> No
 
 
 def test_fewer_latents_than_images_are_fine(tmp_path: Path) -> None:
-    """``encode --max-images`` makes them."""
+    """``encode --max-images`` writes such folders."""
     random_repa(tmp_path)
     write_labels(tmp_path, "vae-sd", [[latent_name(n), n % 2] for n in range(3)])
     assert len(list_repa(str(tmp_path)).items) == 3
@@ -84,7 +84,7 @@ def test_a_damaged_list_is_one_line(tmp_path: Path, text: str, complaint: str) -
 @pytest.mark.parametrize(
     ("entry", "complaint"),
     [
-        ([latent_name(1), 1], r"entry 2 lists .*00000001\.npy\" again"),
+        ([latent_name(1), 1], r"entry 2 repeats .*00000001\.npy\""),
         ([latent_name(2), None], rf"entry 2 is \[.*, null\]; {EXPECTED}"),
         ([latent_name(2), -1], EXPECTED),
         ([latent_name(2), True], EXPECTED),
@@ -95,11 +95,11 @@ def test_a_damaged_list_is_one_line(tmp_path: Path, text: str, complaint: str) -
         (None, EXPECTED),
         ("x" * 5000, EXPECTED),
         ([7, 1], EXPECTED),
-        (["../../etc/img-mean-std-00000002.npy", 1], "is no latent's name"),
-        (["00000/../../img-mean-std-00000002.npy", 1], "is no latent's name"),
-        (["/00000/img-mean-std-00000002.npy", 1], "is no latent's name"),
-        (["00000/img-mean-std-00000002.npy\n", 1], "is no latent's name"),
-        ([image_name(2), 1], "is no latent's name"),
+        (["../../etc/img-mean-std-00000002.npy", 1], "is not the name of a latent"),
+        (["00000/../../img-mean-std-00000002.npy", 1], "is not the name of a latent"),
+        (["/00000/img-mean-std-00000002.npy", 1], "is not the name of a latent"),
+        (["00000/img-mean-std-00000002.npy\n", 1], "is not the name of a latent"),
+        ([image_name(2), 1], "is not the name of a latent"),
     ],
 )
 def test_a_bad_entry_is_named(tmp_path: Path, entry: object, complaint: str) -> None:

@@ -1,4 +1,4 @@
-"""Means and stds in .npy files that nobody vouches for."""
+"""Means and stds in untrusted .npy files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def moments(channels: int = 4, side: int = 8) -> np.ndarray:
 
 
 def header(**changes: Any) -> bytes:
-    """The header of `moments()`, changed."""
+    """The header of ``moments()`` with changes."""
     buffer = io.BytesIO()
     values = {"descr": "<f4", "fortran_order": False, "shape": (8, 8, 8), **changes}
     np.lib.format.write_array_header_1_0(buffer, values)
@@ -80,7 +80,7 @@ def test_any_layout_that_numpy_writes_is_read() -> None:
         (changed((7, 0, 0), np.nan), "not finite or above 65504"),
         (changed((1, 2, 3), -np.inf), "not finite or above 65504"),
         (changed((1, 2, 3), 70000), "not finite or above 65504"),
-        (changed((4, 0, 0), -1e-3), "no standard deviations"),
+        (changed((4, 0, 0), -1e-3), "not standard deviations"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Reading `.npy`")

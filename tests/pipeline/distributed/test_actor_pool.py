@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.distributed import actor_pool
 from pipeline.distributed.actor_pool import Actors
 from schemas.errors import UserError
 
@@ -44,13 +46,22 @@ class DiesAtWork(OneLives):
         os._exit(1)
 
 
-@contextmanager
-def actors(kind: type[OneLives], folder: Path, log: list[str]) -> Iterator[Actors[str]]:
-    def said(line: str) -> None:
-        log.append(line)
-        if "given up" in line:
-            (folder / "given up").touch()
+class Touch(logging.Handler):
+    """Makes a file in a folder when an actor is given up."""
 
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "given up" in record.getMessage():
+            (self.folder / "given up").touch()
+
+
+@contextmanager
+def actors(kind: type[OneLives], folder: Path) -> Iterator[Actors[str]]:
+    handler = Touch(folder)
+    actor_pool.logger.addHandler(handler)
     made: Actors[str] = Actors(
         kind,
         lambda actor: actor.load.remote(str(folder)),
@@ -60,43 +71,46 @@ def actors(kind: type[OneLives], folder: Path, log: list[str]) -> Iterator[Actor
         max_attempts=2,
         kind="testing",
         check_same=lambda one, other: None,
-        log=said,
     )
     try:
         yield made
     finally:
         made.close()
+        actor_pool.logger.removeHandler(handler)
 
 
 def double(made: Actors[str], numbers: range) -> list[int]:
     return sorted(made.work(numbers, lambda actor, n: actor.double.remote(n), name=str))
 
 
-def test_who_cannot_load_is_given_up_and_the_others_go_on(tmp_path: Path) -> None:
+def test_who_cannot_load_is_given_up_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Even where those deaths come before the first of the others has loaded."""
-    log: list[str] = []
-    with actors(OneLives, tmp_path, log) as made:
+    with actors(OneLives, tmp_path) as made:
         assert made.describe() == "loaded"
         assert double(made, range(5)) == [0, 2, 4, 6, 8]
-    again, given_up = log
+    again, given_up = caplog.messages
     assert again.startswith("an actor for testing died while loading, another is started: Actor")
     assert "2 times in a row, and is given up; the others go on: Actor" in given_up
 
 
-def test_where_nobody_can_load_that_is_the_end(tmp_path: Path) -> None:
-    log: list[str] = []
+def test_where_nobody_can_load_that_is_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with (
-        actors(NoneLives, tmp_path, log) as made,
+        actors(NoneLives, tmp_path) as made,
         pytest.raises(UserError, match=r"^testing actors die while loading: Actor"),
     ):
         made.describe()
-    assert len([line for line in log if "another is started" in line]) in (1, 2)
+    assert len([line for line in caplog.messages if "another is started" in line]) in (1, 2)
 
 
-def test_the_end_of_the_last_that_could_is_the_end_too(tmp_path: Path) -> None:
-    log: list[str] = []
-    with actors(DiesAtWork, tmp_path, log) as made:
+def test_the_end_of_the_last_that_could_is_the_end_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with actors(DiesAtWork, tmp_path) as made:
         made.describe()
         with pytest.raises(UserError, match=r"^testing actors die while loading: Actor"):
             double(made, range(5))
-    assert any("0 goes back to the queue" in line for line in log)
+    assert any("0 goes back to the queue" in line for line in caplog.messages)

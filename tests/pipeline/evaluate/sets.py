@@ -19,7 +19,7 @@ def blobs(count: int, *, seed: int, size: int = 32, mean: float = 120) -> torch.
 
 
 def about_samples(**changes: Any) -> SampleAbout:
-    """What 20 images say that ``jobs/sample.py`` drew."""
+    """Description of 20 images that ``jobs/sample.py`` drew."""
     values: dict[str, Any] = {
         "checkpoint": "/runs/x/checkpoint-000000300",
         "step": 300,
@@ -50,7 +50,7 @@ class ArrayImages:
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images
         self.count = len(images)
-        self.about: SampleAbout | None = None
+        self.info: SampleAbout | None = None
 
     def batches(self, size: int) -> Iterator[torch.Tensor]:
         yield from self.images.split(size)

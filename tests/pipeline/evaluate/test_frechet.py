@@ -1,4 +1,4 @@
-"""Against scipy's matrix square root and where the distance is known in closed form."""
+"""Fréchet distances against scipy's matrix square root and against closed forms."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_scipys_square_root_agrees(width: int) -> None:
 
 
 def test_covariances_without_full_rank() -> None:
-    """In orthogonal subspaces nothing overlaps; in one shared by both it is that subspace's
-    distance. A square root of the product's eigenvalues is off by 1e-6 here."""
+    """Orthogonal subspaces do not overlap; in a common subspace the distance is that of the
+    subspace. Square roots of the product's eigenvalues have an error of 1e-6 here."""
     rng = np.random.default_rng(4)
     width = 60
     basis, zero = _rotation(rng, width), np.zeros(width)
@@ -96,7 +96,7 @@ def test_covariances_without_full_rank() -> None:
 
 
 def test_fewer_samples_than_dimensions() -> None:
-    """From a handful of features, as scipy has it (to the 1e-6 that its root is good for)."""
+    """Few features, against scipy (up to the error of its root, 1e-6)."""
     rng = np.random.default_rng(5)
     sets = [rng.standard_normal((n, 30)) for n in (8, 12)]
     statistics = []
@@ -106,7 +106,7 @@ def test_fewer_samples_than_dimensions() -> None:
         statistics.append(one)
     a, b = (np.cov(features, rowvar=False) for features in sets)
     difference = sets[0].mean(0) - sets[1].mean(0)
-    # the product of the roots, which are well defined, in place of the root of the product
+    # the product of the roots instead of the root of the product, because it is well defined
     overlap = np.linalg.svd(sqrtm(a).real @ sqrtm(b).real, compute_uv=False).sum()
     expected = difference @ difference + np.trace(a + b) - 2 * overlap
     assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-6)
@@ -117,7 +117,7 @@ def test_points_without_spread() -> None:
     assert frechet_distance(a, b) == 12
 
 
-def test_what_is_no_covariance_is_refused() -> None:
+def test_matrices_that_are_not_covariances_are_refused() -> None:
     good = _moments(np.zeros(3), np.eye(3))
     with pytest.raises(ValueError, match="negative eigenvalue"):
         frechet_distance(good, _moments(np.zeros(3), np.diag([1.0, 1.0, -0.5])))
@@ -131,20 +131,20 @@ def test_what_is_no_covariance_is_refused() -> None:
 
 @pytest.mark.parametrize("count", [20, 200])
 def test_torch_fidelity_agrees(count: int) -> None:
-    """With fewer samples than dimensions, too."""
+    """Also with fewer samples than dimensions."""
     rng = np.random.default_rng(count)
     sets = [torch.from_numpy(rng.standard_normal((count, 64)) * s) for s in (1.0, 1.5)]
-    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, sets), verbose=False)
+    torch_fidelity = fid_statistics_to_metric(*map(fid_features_to_statistics, sets), verbose=False)
     statistics = [FeatureStatistics(64), FeatureStatistics(64)]
     for one, features in zip(statistics, sets, strict=True):
         one.add(features)
-    expected = theirs["frechet_inception_distance"]
+    expected = torch_fidelity["frechet_inception_distance"]
     assert frechet_distance(*statistics) == pytest.approx(expected, rel=1e-5)
 
 
-def test_images_that_are_all_alike_have_a_distance() -> None:
-    """Of a student that collapsed: about another set's mean only rounding is left of the
-    covariance, negative eigenvalues included."""
+def test_equal_images_have_a_distance() -> None:
+    """Images of a collapsed student: about another set's mean, the covariance has only rounding
+    errors, with negative eigenvalues."""
     rng = torch.Generator().manual_seed(0)
     real = FeatureStatistics(48)
     real.add(torch.randn(200, 48, generator=rng) + 3)
@@ -154,7 +154,7 @@ def test_images_that_are_all_alike_have_a_distance() -> None:
     assert frechet_distance(alike, real) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_what_is_factored_is_not_factored_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factored_arguments_are_not_factored_again(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(6)
     real = Factored.of(_moments(np.zeros(8), _spread(rng, 8)))
     factorings = []
@@ -166,7 +166,7 @@ def test_what_is_factored_is_not_factored_again(monkeypatch: pytest.MonkeyPatch)
     assert factorings == [8, 8, 8]
 
 
-def test_a_factored_covariance_is_held_to_the_same() -> None:
+def test_a_factored_covariance_is_checked() -> None:
     bad = Factored.of(_moments(np.zeros(3), np.diag([1.0, 1.0, -0.5])))
     with pytest.raises(ValueError, match="negative eigenvalue"):
         frechet_distance(_moments(np.zeros(3), np.eye(3)), bad)
@@ -195,7 +195,7 @@ def test_streamed_moments_are_numpys(batch: int) -> None:
 
 
 @pytest.mark.parametrize("shift", [None, torch.full((5,), 1e8)])
-def test_a_small_variance_far_from_zero_keeps_its_digits(shift: torch.Tensor | None) -> None:
+def test_a_small_variance_far_from_zero_is_accurate(shift: torch.Tensor | None) -> None:
     features = _features(50)
     statistics = _of(features + 1e8, shift=shift)
     expected = np.cov(features.numpy() + 1e8, rowvar=False)
@@ -205,7 +205,7 @@ def test_a_small_variance_far_from_zero_keeps_its_digits(shift: torch.Tensor | N
     assert not np.allclose(naive.covariance, expected, rtol=0.1)
 
 
-def test_merging_two_shifts_is_seeing_both() -> None:
+def test_merge_of_two_shifts_equals_one_set() -> None:
     features = _features(31)
     left, right = _of(features[:10]), _of(features[10:], shift=torch.ones(5))
     left.merge(right)
@@ -219,7 +219,7 @@ def test_merging_two_shifts_is_seeing_both() -> None:
     torch.testing.assert_close(empty.covariance, whole.covariance)
 
 
-def test_states_of_workers_add_up() -> None:
+def test_states_of_workers_can_be_added() -> None:
     features, shift = _features(31), torch.arange(5.0)
     parts = [_of(part, shift=shift) for part in (features[:4], features[4:20], features[20:])]
     idle = FeatureStatistics(5, shift=shift)
@@ -228,11 +228,11 @@ def test_states_of_workers_add_up() -> None:
     assert idle.count == 31
     torch.testing.assert_close(idle.covariance, _of(features).covariance)
     torch.testing.assert_close(idle.mean, features.mean(0))
-    parts[0].add(features[:1])  # what was loaded is a copy
+    parts[0].add(features[:1])  # load_state copies
     assert idle.state().equal(total)
 
 
-def test_what_cannot_be_summed_is_refused() -> None:
+def test_bad_features_and_states_are_refused() -> None:
     statistics = FeatureStatistics(5)
     with pytest.raises(ValueError, match=r"\(3, 4\), expected \(batch, 5\)"):
         statistics.add(torch.zeros(3, 4))

@@ -17,11 +17,11 @@ def _score(logits: torch.Tensor, batch: int, **kwargs: int) -> float:
 @pytest.mark.parametrize("batch", [1, 8, 100])
 def test_torch_fidelity_agrees(batch: int) -> None:
     logits = 3 * torch.randn(53, 7, generator=torch.Generator().manual_seed(0))
-    theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
-    assert _score(logits, batch) == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
+    torch_fidelity = isc_features_to_metric(logits, splits=10, shuffle=False)
+    assert _score(logits, batch) == pytest.approx(torch_fidelity["inception_score_mean"], rel=1e-12)
 
 
-def test_certain_and_even_classes_give_their_number() -> None:
+def test_certain_and_even_classes_have_known_scores() -> None:
     logits = 1000 * torch.eye(5).repeat(20, 1)
     assert _score(logits, 16) == pytest.approx(5)
     assert _score(torch.zeros(40, 5), 16) == pytest.approx(1)

@@ -26,27 +26,27 @@ def _brute_force(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[fl
 def test_blocks_agree_with_brute_force_and_torch_fidelity(
     k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.ROWS", 7)
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.COLUMNS", 11)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_ROWS", 7)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_COLUMNS", 11)
     rng = np.random.default_rng(k)
     samples = rng.standard_normal((50, 4)).astype(np.float32)
     reference = (1.3 * rng.standard_normal((64, 4)) + 0.7).astype(np.float32)
     found = precision_recall(samples, reference, k)
     assert found == pytest.approx(_brute_force(samples, reference, k))
-    assert found != pytest.approx(found[::-1])  # neither is the other
-    theirs = calculate_precision_recall_full(
+    assert found != pytest.approx(found[::-1])  # precision and recall differ
+    torch_fidelity = calculate_precision_recall_full(
         torch.from_numpy(samples), torch.from_numpy(reference), neighborhood=k
     )
-    assert found == pytest.approx(theirs)
+    assert found == pytest.approx(torch_fidelity)
 
 
-def test_a_set_is_within_itself_and_far_ones_are_apart() -> None:
+def test_equal_and_distant_sets() -> None:
     points = np.random.default_rng(0).standard_normal((30, 6)).astype(np.float32)
     assert precision_recall(points, points) == (1, 1)
     assert precision_recall(points, points + 1000) == (0, 0)
 
 
-def test_one_mode_of_two_is_precise_and_misses_half() -> None:
+def test_one_of_two_modes_has_full_precision_and_half_recall() -> None:
     """Clusters 100 apart: samples lie in one, the reference is half in each."""
     rng = np.random.default_rng(1)
     one, other = rng.uniform(0, 1, (2, 40, 3)).astype(np.float32)
@@ -57,14 +57,14 @@ def test_one_mode_of_two_is_precise_and_misses_half() -> None:
 
 
 def test_copies_are_at_distance_zero() -> None:
-    """A generator that repeats one image: balls of radius 0 hold that image and nothing else."""
+    """A generator that repeats one image: balls of radius 0 contain only that image."""
     rng = np.random.default_rng(2)
     reference = (rng.standard_normal((20, 300)) + 50).astype(np.float32)
     collapsed = np.repeat(reference[:1], 20, axis=0)
     assert precision_recall(collapsed, reference) == (1, 1 / 20)
 
 
-def test_memory_maps_do_and_few_points_are_refused(tmp_path: Path) -> None:
+def test_memory_maps_are_accepted_and_few_points_refused(tmp_path: Path) -> None:
     points = np.random.default_rng(3).standard_normal((9, 2)).astype(np.float32)
     np.save(tmp_path / "points.npy", points)
     mapped = np.load(tmp_path / "points.npy", mmap_mode="r")

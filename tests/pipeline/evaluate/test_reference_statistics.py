@@ -14,10 +14,10 @@ from schemas.evaluate import EvaluateConfig
 from tests.pipeline.evaluate.sets import blobs
 
 
-def test_statistics_with_fewer_images_beside_them_are_said_to_be(
+def test_statistics_with_fewer_images_in_the_same_file_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As ADM's reference batches have it, whose statistics are Inception's."""
+    """As in ADM's reference batches, which have Inception's statistics."""
     network = FeatureNetwork("test_resnet", "random", size=32)
     network.name = INCEPTION
     monkeypatch.setattr(evaluation, "open_network", lambda *_, **__: network)
@@ -32,7 +32,7 @@ def test_statistics_with_fewer_images_beside_them_are_said_to_be(
     config = EvaluateConfig.model_validate({key: str(path) for key, path in asked.items()})
     found = evaluation.evaluate(config, "cpu")
     assert found is not None
-    assert found.fid > 1e5 * network.width  # of the file's moments
+    assert found.fid > 1e5 * network.width  # from the moments in the file
     assert found.recall is not None
-    (said,) = (line for line in capsys.readouterr().err.splitlines() if "beside them" in line)
-    assert "more images than the 5 beside them; precision, recall and fd_dinov2" in said
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "same file" in line)
+    assert "more images than the 5 images in the same file; precision, recall and fd_dinov2" in line

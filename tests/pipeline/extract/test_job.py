@@ -109,12 +109,8 @@ class AlwaysDiesOverWeights(EncoderActor):
         os._exit(1)
 
 
-def supervise(
-    config: ExtractConfig, actor_class: type[EncoderActor], log: list[str]
-) -> list[ShardResult]:
-    supervisor = Supervisor(
-        config, actors=2, cpus=1, gpus=0, log=log.append, actor_class=actor_class
-    )
+def supervise(config: ExtractConfig, actor_class: type[EncoderActor]) -> list[ShardResult]:
+    supervisor = Supervisor(config, actors=2, cpus=1, gpus=0, actor_class=actor_class)
     try:
         description = supervisor.describe()
         listing = list_images(config)
@@ -129,30 +125,32 @@ def supervise(
         supervisor.close()
 
 
-def test_a_dead_actors_shard_is_made_by_another(images: Path, tmp_path: Path) -> None:
-    log: list[str] = []
+def test_a_dead_actors_shard_is_made_by_another(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "a").mkdir()
-    results = supervise(demo_like(images, tmp_path / "a" / "store"), DiesOnce, log)
+    results = supervise(demo_like(images, tmp_path / "a" / "store"), DiesOnce)
     assert sorted(result.shard for result in results) == [0, 1, 2, 3]
-    assert any("shard 1 goes back to the queue" in line for line in log)
+    assert any("shard 1 goes back to the queue" in line for line in caplog.messages)
     extract(demo_like(images, tmp_path / "undisturbed"))
     assert files_of(tmp_path / "a" / "store") == files_of(tmp_path / "undisturbed")
 
 
 def test_a_shard_that_kills_every_actor_is_named(images: Path, tmp_path: Path) -> None:
-    log: list[str] = []
     config = demo_like(images, tmp_path / "store", max_attempts=2)
     with pytest.raises(UserError, match=r"shard 1 \(first image 'class\d/\d+\.png'\) failed 2"):
-        supervise(config, AlwaysDies, log)
+        supervise(config, AlwaysDies)
 
 
 def test_a_shard_that_takes_long_is_told_of(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    log: list[str] = []
     monkeypatch.setattr(actors_module, "SilenceWarning", lambda: SilenceWarning(seconds=0.01))
-    supervise(demo_like(images, tmp_path / "store"), Slow, log)
-    assert "shard 1 has been with an actor for 0 minutes" in log
+    supervise(demo_like(images, tmp_path / "store"), Slow)
+    assert "shard 1 has been with an actor for 0 minutes" in caplog.messages
 
 
 def test_silence_is_told_of_whenever_it_has_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,12 +163,8 @@ def test_silence_is_told_of_whenever_it_has_doubled(monkeypatch: pytest.MonkeyPa
     assert [minutes for minutes in told if minutes is not None] == [10, 20, 40, 80, 160]
 
 
-def save_tail(
-    config: ExtractConfig, actor_class: type[EncoderActor], log: list[str]
-) -> WeightsFile | None:
-    supervisor = Supervisor(
-        config, actors=1, cpus=1, gpus=0, log=log.append, actor_class=actor_class
-    )
+def save_tail(config: ExtractConfig, actor_class: type[EncoderActor]) -> WeightsFile | None:
+    supervisor = Supervisor(config, actors=1, cpus=1, gpus=0, actor_class=actor_class)
     try:
         supervisor.describe()
         assert config.store is not None
@@ -180,16 +174,16 @@ def save_tail(
 
 
 def test_an_actor_that_dies_while_it_writes_weights_is_replaced(
-    images: Path, tmp_path: Path
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    log: list[str] = []
     config = demo_like(images, tmp_path / "store", cut="activations", max_attempts=2)
-    tail = save_tail(config, DiesOnceOverWeights, log)
+    tail = save_tail(config, DiesOnceOverWeights)
     assert tail is not None
     assert (tmp_path / "store" / tail.file).stat().st_size == tail.bytes
-    assert sum(line.startswith("the teacher's weights are written once more:") for line in log) == 1
+    again = "the teacher's weights are written once more:"
+    assert sum(message.startswith(again) for message in caplog.messages) == 1
     with pytest.raises(UserError, match="could not be written, 2 times; the last error: Actor"):
-        save_tail(config, AlwaysDiesOverWeights, log)
+        save_tail(config, AlwaysDiesOverWeights)
 
 
 def test_weights_that_cannot_be_written_are_one_line(images: Path, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_scaling_is_known_without_the_network(
     text = '{"_class_name": "AutoencoderKL", "scaling_factor": 0.5, "shift_factor": 0.25}'
     (folder / "config.json").write_text(text)
     assert (stored(str(folder)).scaling_factor, stored(str(folder)).shift_factor) == (0.5, 0.25)
-    with pytest.raises(UserError, match="--autoencoder 'some/vae': is no folder with"):
+    with pytest.raises(UserError, match="--autoencoder 'some/vae' is neither a folder with"):
         stored("some/vae")
     (folder / "config.json").write_text(text.replace("KL", "Tiny"))
     with pytest.raises(UserError, match="is of class AutoencoderTiny; latents with mean and std"):

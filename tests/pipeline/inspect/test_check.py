@@ -116,8 +116,8 @@ def test_a_missing_layer_is_named_with_the_command_that_adds_it(
     assert (asked.teacher.model, asked.teacher.image_size) == (teacher.model, 64)
     assert (asked.teacher.weights, asked.teacher.seed) == ("random", 0)
     assert (asked.codec, asked.compress) == ("float16", True)
-    whole = with_stores_options(asked, store)  # raises where it would not be this store's
-    assert (whole.shard_size, whole.resolution, whole.dataset) == (3, 64, "folder")
+    resolved = with_stores_options(asked, store)  # raises if the options contradict the store
+    assert (resolved.shard_size, resolved.resolution, resolved.dataset) == (3, 64, "folder")
 
 
 def test_after_the_addition_the_answer_is_yes(store: Store, config: WriteConfig) -> None:
@@ -258,5 +258,5 @@ def test_the_projects_own_configs_are_told_what_a_small_store_is_not(store: Stor
 
 
 def test_one_question_at_a_time(store: Store) -> None:
-    with pytest.raises(UserError, match="--verify answers alone"):
+    with pytest.raises(UserError, match="--verify cannot be combined with"):
         main([store.url, "--verify", "--gc"])

@@ -141,7 +141,7 @@ def test_images_come_from_the_source_and_a_lost_one_is_named(folder: Path, capsy
 def test_the_page_has_every_layer(store_of: Callable[..., Store], capsys: Capture) -> None:
     assert main([store_of("activations", "faithful").url, "--fidelity", "3"]) == 0
     page = capsys.readouterr().out
-    for text in ("layer 2", "layer 5", "gradient cosine", "over 3 images", "beside the shards"):
+    for text in ("layer 2", "layer 5", "gradient cosine", "over 3 images", "outside the shards"):
         assert text in page
 
 

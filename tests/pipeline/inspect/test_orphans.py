@@ -1,4 +1,4 @@
-"""`--gc`: what crashes left is removed; what may be somebody's, or may be at work, is not."""
+"""`--gc` removes orphans of crashes, but no files of other names and none still being written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.inspect import orphans
 from pipeline.inspect.__main__ import main
-from pipeline.inspect.orphans import collect, find_leftovers
+from pipeline.inspect.orphans import find_orphans, remove_orphans
 from pipeline.inspect.verify import verify_store
 from pipeline.store import ShardWriter, Store
 from tests.helpers import all_files, known_values, write_known_shard
@@ -22,16 +22,16 @@ from tests.stores import add_random_stream, make_random_store
 
 Capture = pytest.CaptureFixture[str]
 
-GARBAGE = {
-    ".tmp-0a": "was being written when something died",
-    "commits/.tmp-0b": "was being written when something died",
-    "maps/.tmp-0c": "was being written when something died",
-    "maps/features/c/.tmp-0d": "was being written when something died",
+ORPHANS = {
+    ".tmp-0a": "its writer stopped before it was complete",
+    "commits/.tmp-0b": "its writer stopped before it was complete",
+    "maps/.tmp-0c": "its writer stopped before it was complete",
+    "maps/features/c/.tmp-0d": "its writer stopped before it was complete",
     "maps/shard-000004.tar": "the store has only 4 shards",
     "commits/shard-000123.json": "the store has only 4 shards",
     "commits/gone/shard-000000.json": "the manifest has no stream 'gone'",
     "gone/shard-000000.tar": "the manifest has no stream 'gone'",
-    "gone/.tmp-0e": "was being written when something died",
+    "gone/.tmp-0e": "its writer stopped before it was complete",
     "old_teacher_tail.safetensors": "the manifest has no stream 'old'",
     "old/features/c/0/0/0": "the manifest has no stream 'old'",
     "old/features.step/zarr.json": "the manifest has no stream 'old'",
@@ -72,8 +72,8 @@ def age(path: Path, hours: float) -> None:
 def test_a_sound_store_has_no_garbage(tmp_path: Path) -> None:
     for format in ("webdataset", "zarr"):
         store = make_random_store(tmp_path / format, samples=5, shard_size=2, format=format)
-        assert find_leftovers(store) == orphans.Leftovers([], [])
-        assert find_leftovers(add_random_stream(store, "late")) == orphans.Leftovers([], [])
+        assert find_orphans(store) == orphans.Orphans([], [])
+        assert find_orphans(add_random_stream(store, "late")) == orphans.Orphans([], [])
 
 
 def test_garbage_is_removed_and_nothing_else(known_store: Store, capsys: Capture) -> None:
@@ -81,21 +81,21 @@ def test_garbage_is_removed_and_nothing_else(known_store: Store, capsys: Capture
     before = all_files(root)
     litter(root, STRANGE)
     kept = all_files(root)
-    litter(root, GARBAGE)
+    litter(root, ORPHANS)
     assert main([known_store.url]) == 0
-    assert f"garbage      {len(GARBAGE)} files, {5 * len(GARBAGE)} B" in capsys.readouterr().out
+    assert f"orphans      {len(ORPHANS)} files, {5 * len(ORPHANS)} B" in capsys.readouterr().out
     assert main([known_store.url, "--gc"]) == 0
     page = capsys.readouterr().out
-    assert page.startswith(f"{known_store.url}: removed {len(GARBAGE)} files, 75 B\n")
-    for path, reason in GARBAGE.items():
+    assert page.startswith(f"{known_store.url}: removed {len(ORPHANS)} files, 75 B\n")
+    for path, reason in ORPHANS.items():
         assert f"5 B  {path}: {reason}\n" in page
     for path in STRANGE:
-        assert f"unknown       5 B  {path}: no file of the store; left alone" in page
+        assert f"unknown       5 B  {path}: not a file of the store; not removed" in page
     assert all_files(root) == kept
     assert kept.items() >= before.items()
     assert verify_store(Store.open(known_store.url)).damaged == []
     assert main([known_store.url]) == 0
-    assert "  garbage  " not in capsys.readouterr().out
+    assert "  orphans  " not in capsys.readouterr().out
 
 
 def test_json_lists_what_became_of_everything(known_store: Store, capsys: Capture) -> None:
@@ -106,7 +106,7 @@ def test_json_lists_what_became_of_everything(known_store: Store, capsys: Captur
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found["removed"] == [
-        {"path": "maps/.tmp-old", "bytes": 5, "reason": "was being written when something died"}
+        {"path": "maps/.tmp-old", "bytes": 5, "reason": "its writer stopped before it was complete"}
     ]
     assert [file["path"] for file in found["kept"]] == ["maps/.tmp-new"]
     assert "only 0.5 h old" in found["kept"][0]["reason"]
@@ -140,15 +140,15 @@ def test_age_counts_from_the_last_change_before_the_removal(
     (root / "commits" / "shard-000001.json").unlink()
     for stream in ("latents", "maps"):
         age(root / stream / "shard-000001.tar", 48)
-    listed = orphans.find_leftovers
+    listed = orphans.find_orphans
 
-    def then_an_extraction_commits_it(store: Store) -> orphans.Leftovers:
+    def then_an_extraction_commits_it(store: Store) -> orphans.Orphans:
         leftovers = listed(store)
         write_known_shard(store.url, store.manifest, 1, 3)
         return leftovers
 
-    monkeypatch.setattr(orphans, "find_leftovers", then_an_extraction_commits_it)
-    assert collect(known_store, hours=1).removed == []
+    monkeypatch.setattr(orphans, "find_orphans", then_an_extraction_commits_it)
+    assert remove_orphans(known_store, hours=1).removed == []
     assert verify_store(Store.open(known_store.url)).damaged == []
 
 
@@ -161,7 +161,7 @@ def test_links_are_neither_followed_nor_removed(known_store: Store, tmp_path: Pa
     (root / ".tmp-link").symlink_to(outside / ".tmp-0a")
     (root / "maps" / ".tmp-broken").symlink_to(outside / "nothing")
     before = all_files(tmp_path)
-    done = collect(known_store, hours=0)
+    done = remove_orphans(known_store, hours=0)
     assert done.removed == []
     assert {file.path for file in done.unknown} == {
         "maps/more/.tmp-0a",
@@ -169,14 +169,14 @@ def test_links_are_neither_followed_nor_removed(known_store: Store, tmp_path: Pa
         "maps/shard-000009.tar",
         ".tmp-link",
     }
-    assert {file.reason for file in done.unknown} == {"behind a link; left alone"}
+    assert {file.reason for file in done.unknown} == {"a link or in a linked folder; not removed"}
     assert all_files(tmp_path) == before
 
 
 def test_a_store_behind_a_link_is_a_store(known_store: Store, tmp_path: Path) -> None:
     litter(Path(known_store.root), ["maps/.tmp-0"])
     (tmp_path / "link").symlink_to(known_store.root)
-    done = collect(Store.open(str(tmp_path / "link")), hours=1)
+    done = remove_orphans(Store.open(str(tmp_path / "link")), hours=1)
     assert [file.path for file in done.removed] == ["maps/.tmp-0"]
     assert done.unknown == []
 
@@ -186,13 +186,13 @@ def test_other_filesystems_are_cleaned_by_their_own_clock(monkeypatch: pytest.Mo
 
     store = write_known_store("memory://gc-test/store")
     store.filesystem.pipe_file(f"{store.root}/maps/.tmp-0", b"12345")
-    assert len(collect(store, hours=1).kept) == 1
+    assert len(remove_orphans(store, hours=1).kept) == 1
     now = datetime.datetime.now(datetime.UTC)
     for written in (now - datetime.timedelta(hours=2), None):
         monkeypatch.setattr(
             fsspec.get_filesystem_class("memory"), "modified", lambda *_, t=written: t
         )
-        done = collect(store, hours=1)
+        done = remove_orphans(store, hours=1)
         assert [len(done.removed), len(done.kept)] == ([0, 0] if written is None else [1, 0])
 
 
@@ -203,7 +203,7 @@ def test_a_file_of_unknown_age_is_kept(known_store: Store, monkeypatch: pytest.M
         raise NotImplementedError
 
     monkeypatch.setattr(type(known_store.filesystem), "modified", untold)
-    (file,) = collect(known_store, hours=0).kept
+    (file,) = remove_orphans(known_store, hours=0).kept
     assert file.reason.endswith("its age is unknown")
 
 
@@ -211,9 +211,9 @@ def test_a_large_store_is_not_listed_for_a_page(
     known_store: Store, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     litter(Path(known_store.root), ["maps/.tmp-0"])
-    monkeypatch.setattr(orphans, "CHEAP_FILES", 3)
+    monkeypatch.setattr(orphans, "MAX_LISTED_FILES", 3)
     assert main([known_store.url]) == 0
-    assert "  garbage  " not in capsys.readouterr().out
+    assert "  orphans  " not in capsys.readouterr().out
 
 
 def test_nothing_is_removed_where_there_is_no_manifest(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_pieces_are_joined(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
     flip(Path(store.root, file.file), file.offsets[next(iter(file.offsets))][1])
     expected = verify(store.url)
     for size in (1000, 4096):
-        monkeypatch.setattr(file_check, "PIECE", size)
+        monkeypatch.setattr(file_check, "CHUNK_BYTES", size)
         assert verify(store.url) == expected
 
 
@@ -121,7 +121,7 @@ def test_all_damage_is_listed_in_one_walk(known_store: Store, capsys: Capture) -
         "  stream 'latents', shard 1, latents/shard-000001.tar: is missing",
         "  stream 'maps', shard 3, maps/shard-000003.tar: has ",
         f"sample '{known_key(3, 3)}', maps/shard-000003.tar: column 'features' is cut off",
-        "to mend it, delete commits/shard-000000.json, commits/shard-000001.json, commits/shard",
+        "to repair it, delete commits/shard-000000.json, commits/shard-000001.json, commits/shard",
     ):
         assert line in page
     assert main([known_store.url, "--verify", "--json"]) == 1
@@ -138,7 +138,7 @@ def test_another_file_in_its_place_does_not_flood_the_list(tmp_path: Path) -> No
     path = Path(store.root, "maps", "shard-000001.tar")
     path.write_bytes(bytes(path.stat().st_size))
     found = verify(store.url).damaged
-    assert len(found) == file_check.NAMED_SAMPLES + 1
+    assert len(found) == file_check.MAX_NAMED_SAMPLES + 1
     assert found[-1].problem == "14 more of its samples are damaged"
 
 
@@ -147,7 +147,7 @@ def test_a_sound_store_says_so_and_progress_goes_to_stderr(
 ) -> None:
     assert main([known_store.url, "--verify"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"{known_store.url}: all 9 files are as they were committed\n"
+    assert captured.out == f"{known_store.url}: all 9 files equal their commit records\n"
     assert "verify: 100%" in captured.err
 
 
@@ -301,7 +301,7 @@ def test_zarr_metadata_must_promise_what_the_manifest_does(tmp_path: Path) -> No
     found = {d.file: d.problem for d in verify(store.url).damaged}
     assert found == {
         "zarr.json": "is missing",
-        "maps/zarr.json": "is no metadata of zarr",
+        "maps/zarr.json": "is not zarr metadata",
         "maps/features/zarr.json": "its shape does not follow from manifest.json",
     }
 
@@ -322,8 +322,8 @@ def test_what_is_no_file_is_neither_waited_for_nor_read_to_its_end(
     place(path)
     size, *samples = verify(known_store.url).damaged
     assert size.problem.startswith("has 0 bytes, not ")
-    assert {file_check.sample for damage in samples} == set(known_store.record(1).keys)
-    assert all("is cut off" in file_check.problem for damage in samples)
+    assert {damage.sample for damage in samples} == set(known_store.record(1).keys)
+    assert all("is cut off" in damage.problem for damage in samples)
 
 
 def test_shards_are_verified_while_others_are_written(known_store: Store) -> None:

@@ -1,9 +1,11 @@
-"""The page in a real browser, and what it says."""
+"""The page of `python -m pipeline.report`: its text, and its layout in a real browser."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipeline.report import checkpoint_attention
 from pipeline.report.__main__ import main
 from pipeline.runs.reader import read_run
 from pipeline.store import Store
+from pipeline.text import MAX_TEXT
 from pipeline.train.local import train_here
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -65,13 +68,13 @@ def draw(folder: Path, steps: range, size: tuple[int, int] = (64, 48)) -> None:
 
 
 def report(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[str, dict[str, Any]]:
-    """The page, and what --json said of it."""
+    """The page and the JSON object of --json."""
     out = Path(argv[0]).parent / "out" / "report.html"
     assert main([*map(str, argv), "--html", str(out), "--json"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1
     page = out.read_text()
-    found = json.loads(said)
+    found = json.loads(output)
     assert found["bytes"] == out.stat().st_size
     return page, found
 
@@ -104,7 +107,7 @@ def test_in_a_browser_all_pictures_load_and_a_phone_need_not_scroll_sideways(
     assert found["warnings"] == []
 
 
-def test_attention_is_drawn_of_kept_checkpoints_unless_switched_off(
+def test_attention_is_drawn_from_checkpoints_unless_switched_off(
     digits_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = read_yaml(CONFIGS / "demo.yaml") | {"store": digits_store.url, "global_batch": 4}
@@ -127,10 +130,9 @@ def test_attention_is_drawn_of_kept_checkpoints_unless_switched_off(
     assert "<h2>Attention" not in page
 
 
-def test_no_store_far_away_is_opened_unless_asked_for(
+def test_a_remote_store_is_opened_only_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of an address in somebody's config."""
     run = make_run(tmp_path / "run", store="https://127.0.0.1:9/stolen?key=s3cret")
     (run / "checkpoint-000000400").mkdir()
     page, _ = report(capsys, run)
@@ -150,7 +152,7 @@ def test_no_store_far_away_is_opened_unless_asked_for(
         {"latent_size": 1 << 20},
     ],
 )
-def test_a_student_beyond_all_bounds_is_not_built(
+def test_a_student_above_the_limits_is_not_built(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -159,15 +161,15 @@ def test_a_student_beyond_all_bounds_is_not_built(
     run = make_run(tmp_path / "run", store=str(tmp_path / "store"))
     autoencoder = {"name": "demo", "kind": "AutoencoderTiny", "weights_sha256": "a" * 64}
     autoencoder |= {"scaling_factor": 1.0, "shift_factor": 0.0, "latent_shape": [4, 32, 32]}
-    plain = ("store", "termination", "trigger", "bytes_read", "meter")
-    state: dict[str, Any] = {key: {} for key in plain}
+    empty = ("store", "termination", "trigger", "bytes_read", "meter")
+    state: dict[str, Any] = {key: {} for key in empty}
     state |= {"version": 2, "step": 400, "metrics_rows": 0, "autoencoder": autoencoder}
     state["config"] = RunConfig.model_validate({"student": student}).model_dump(mode="json")
     (run / "checkpoint-000000400").mkdir()
     write_state(run / "checkpoint-000000400", state)
 
     def load(*_: Any) -> None:
-        raise AssertionError("it was built")
+        raise AssertionError("the student was built")
 
     monkeypatch.setattr(checkpoint_attention, "load_student", load)
     page, _ = report(capsys, run)
@@ -177,7 +179,7 @@ def test_a_student_beyond_all_bounds_is_not_built(
     )
 
 
-def test_a_checkpoint_beyond_all_bounds_is_not_read(
+def test_a_checkpoint_above_the_limits_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits_store: Store
 ) -> None:
     changes = {"steps": 1, "log_every": 1, "checkpoint": {"every": 1}}
@@ -220,6 +222,22 @@ def test_no_text_of_a_run_becomes_markup(
     assert "default-src 'none'" in page.replace("&#x27;", "'")
 
 
+def test_long_texts_of_a_run_are_shortened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", store="s3://b/" + "x" * 10_000)
+    write_rows(run / "evaluations.jsonl", [evaluation(100, network="y" * 100_000)])
+    page, _ = report(capsys, run)
+    assert max(len(texts) for texts in re.findall("x+|y+", page)) <= 2 * MAX_TEXT
+
+
+def test_the_command_starts_without_torch_and_matplotlib() -> None:
+    code = "import sys, pipeline.report.__main__; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "diffusers", "ray", "matplotlib"} & set(modules)
+
+
 def test_numbers_of_other_networks_or_sample_counts_get_panels_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,8 +254,8 @@ def test_numbers_of_other_networks_or_sample_counts_get_panels_of_their_own(
     ]
 
 
-def judged(**changes: Any) -> dict[str, Any]:
-    """What a row says of how its number came about."""
+def identified(**changes: Any) -> dict[str, Any]:
+    """Fields of a row that identify network, reference and sampling."""
     sampler = {"steps": 250, "guidance": 1.5, "guidance_high": 0.72}
     about = about_samples(**{"sampler": sampler, **changes.pop("about", {})})
     row = {
@@ -249,22 +267,22 @@ def judged(**changes: Any) -> dict[str, Any]:
     return {**row, **changes}
 
 
-def test_a_line_is_of_one_network_one_reference_and_one_way_to_draw(
+def test_a_line_has_one_network_one_reference_and_one_sampling(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wherever the reference lies."""
+    """The reference is identified by its digest, not by its path."""
     run, other = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     unguided = {"sampler": {"steps": 250}}
     identity = {"size": 299, "weights_sha256": "e" * 16, "arguments": ""}
     rows = [
-        evaluation(100, **judged()),
-        evaluation(200, **judged(about=unguided)),
-        evaluation(300, **judged(network_identity=identity)),
-        evaluation(400, **judged(reference_sha256="f" * 16)),
-        evaluation(500, **judged(sampling={"by": "somebody else"})),
+        evaluation(100, **identified()),
+        evaluation(200, **identified(about=unguided)),
+        evaluation(300, **identified(network_identity=identity)),
+        evaluation(400, **identified(reference_sha256="f" * 16)),
+        evaluation(500, **identified(sampling={"by": "somebody else"})),
     ]
     write_rows(run / "evaluations.jsonl", rows)
-    elsewhere = judged(reference="/mnt/copy.npz")
+    elsewhere = identified(reference="/mnt/copy.npz")
     write_rows(other / "evaluations.jsonl", [evaluation(100, **elsewhere)])
     page, _ = report(capsys, run, other)
     titles = re.findall(r"<strong>(FID,[^<]*)</strong>", page)
@@ -287,15 +305,15 @@ def test_only_options_that_differ_are_listed(
 ) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", ended=None, seed=7)]
     page, _ = report(capsys, *runs)
-    told = re.findall(r'<th scope="row">(.*?)</tr>', page.partition("What differs")[2])
-    cells = [re.sub(r"<wbr>", "", line).replace("</th>", "") for line in told]
+    rows = re.findall(r'<th scope="row">(.*?)</tr>', page.partition("What differs")[2])
+    cells = [re.sub(r"<wbr>", "", line).replace("</th>", "") for line in rows]
     listed = [line.replace("</td>", "").split("<td>") for line in cells]
     assert ["seed", "0", "7"] in listed
     assert ["alignment.termination.step", "400", "none"] in listed
     assert not any(line[0] in {"steps", "global_batch", "name"} for line in listed)
 
 
-def test_damage_is_named_and_the_rest_is_shown(
+def test_damage_is_reported_and_the_rest_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -306,25 +324,25 @@ def test_damage_is_named_and_the_rest_is_shown(
     (run / "evaluations.jsonl").write_text('{"step": 100\n' + json.dumps(evaluation(200)) + "\n")
     draw(run / "samples", range(100, 400, 100))
     (run / "samples" / "step-000000200.png").write_bytes(b"GIF89a")
-    whole = (run / "samples" / "step-000000300.png").read_bytes()
-    (run / "samples" / "step-000000300.png").write_bytes(whole[: len(whole) // 2])
+    complete = (run / "samples" / "step-000000300.png").read_bytes()
+    (run / "samples" / "step-000000300.png").write_bytes(complete[: len(complete) // 2])
     page, found = report(capsys, run)
-    said = "\n".join(found["warnings"])
+    warnings = "\n".join(found["warnings"])
     for part in (
         "config.yaml cannot be read",
         "summary.json cannot be read",
-        "evaluations.jsonl is damaged and read without line 1",
-        "metrics.jsonl is damaged and read without line 103",
-        "'denoising' is no finite number in 1 rows, first at step 1,010",
+        "skipped 1 damaged line of evaluations.jsonl, first at line 1",
+        "skipped 1 damaged line of metrics.jsonl, first at line 103",
+        "'denoising' is not a finite number in 1 rows, first at step 1,010",
         "the picture of step 200 is not a complete PNG file",
         "the picture of step 300 is not a complete PNG file",
     ):
-        assert part in said
+        assert part in warnings
     assert len(found["warnings"]) == 7
     assert page.count('src="data:image/png') == 1
 
 
-def test_steps_that_not_all_runs_drew_are_said(
+def test_steps_that_not_all_runs_drew_are_mentioned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
@@ -335,7 +353,7 @@ def test_steps_that_not_all_runs_drew_are_said(
     assert re.findall("<h3>Step ([0-9,]+)", page) == ["200", "400", "500", "700", "800", "1,000"]
 
 
-def test_runs_of_one_name_are_told_apart(
+def test_runs_of_one_name_get_different_labels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")]
@@ -352,7 +370,7 @@ def test_a_long_run_makes_a_small_page(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["bytes"] < 500_000
 
 
-def test_what_cannot_be_a_report_is_one_line(tmp_path: Path) -> None:
+def test_invalid_arguments_give_one_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "x").touch()
@@ -368,10 +386,10 @@ def test_what_cannot_be_a_report_is_one_line(tmp_path: Path) -> None:
             main(argv)
 
 
-def test_samples_that_were_none_are_told(
+def test_failed_evaluations_become_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And are nothing that a trigger saw."""
+    """They are not observations of a trigger."""
     run = make_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         for step in (500, 600):

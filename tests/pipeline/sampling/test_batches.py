@@ -1,4 +1,4 @@
-"""Which images are drawn together, and of which classes."""
+"""Batches of images, their classes and labels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_every_image_is_in_one_batch() -> None:
     assert plan_batches(1, 64) == [ImageBatch(0, 0, 1)]
 
 
-def test_balanced_labels_are_as_many_of_each() -> None:
+def test_balanced_labels_have_equal_counts() -> None:
     labels = choose_labels("balanced", range(7), seed=0, first=0, count=700)
     assert set(Counter(labels).values()) == {100}
     uneven = Counter(choose_labels("balanced", (2, 5, 9), seed=0, first=0, count=11))
@@ -26,12 +26,12 @@ def test_balanced_labels_are_as_many_of_each() -> None:
 
 @pytest.mark.parametrize("kind", ["balanced", "random"])
 def test_labels_belong_to_image_numbers(kind: str) -> None:
-    whole = choose_labels(kind, range(10), 3, 0, 50)  # type: ignore[arg-type]
+    labels = choose_labels(kind, range(10), 3, 0, 50)  # type: ignore[arg-type]
     parts = [choose_labels(kind, range(10), 3, first, 5) for first in range(0, 50, 5)]  # type: ignore[arg-type]
-    assert whole == [label for part in parts for label in part]
+    assert labels == [label for part in parts for label in part]
 
 
-def test_random_labels_are_uniform_over_the_classes_asked_for() -> None:
+def test_random_labels_are_uniform_over_the_requested_classes() -> None:
     counts = Counter(choose_labels("random", (3, 4, 8), seed=1, first=0, count=3000))
     assert set(counts) == {3, 4, 8}
     assert all(850 < count < 1150 for count in counts.values())

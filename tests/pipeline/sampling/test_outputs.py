@@ -1,4 +1,4 @@
-"""Batches on disk, and the files that become of them."""
+"""Batches on disk, and the files made from them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_npz_is_made_of_its_parts(tmp_path: Path) -> None:
     first.open(about())
     write(first, BATCHES[:1] + BATCHES[2:])
     assert not out.exists()
-    (tmp_path / "a.npz.parts" / ".tmp-whole").write_bytes(b"what a kill left behind")
+    (tmp_path / "a.npz.parts" / ".tmp-whole").write_bytes(b"left by a killed process")
     os.truncate(tmp_path / "a.npz.parts" / "000000004.npy", 100)
 
     again = NpzOutput(str(out))
@@ -66,9 +66,9 @@ def test_an_npz_is_made_of_its_parts(tmp_path: Path) -> None:
         assert (file["labels"].dtype, file["labels"].tolist()) == (np.int64, LABELS)
         assert file["about"].shape == ()
         assert json.loads(str(file["about"]))["step"] == 6
-    whole = NpzOutput(str(out))
-    whole.open(about())
-    assert whole.missing(BATCHES) == []
+    complete = NpzOutput(str(out))
+    complete.open(about())
+    assert complete.missing(BATCHES) == []
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_parts_of_other_images_are_refused(
 
 
 @pytest.mark.parametrize("data", [b"", b"PK no zip", b"\x93NUMPY"])
-def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, data: bytes) -> None:
+def test_a_file_of_another_program_is_not_changed(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(UserError, match="exists and was not written by this command"):
         NpzOutput(str(tmp_path / "a.npz")).open(about())
     assert (tmp_path / "a.npz").read_bytes() == data
 
 
-def test_a_part_that_is_something_else_is_named(tmp_path: Path) -> None:
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     output = NpzOutput(str(tmp_path / "a.npz"))
     output.open(about())
     write(output, BATCHES)
@@ -111,8 +111,8 @@ def test_a_part_that_is_something_else_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "a.npz").exists()
 
 
-def test_parts_that_another_command_took_away_are_named(tmp_path: Path) -> None:
-    """Where there is no lock, as on object stores."""
+def test_parts_that_another_command_deleted_are_named(tmp_path: Path) -> None:
+    """Without a lock, as on object stores."""
     output = NpzOutput(str(tmp_path / "a.npz"))
     output.open(about())
     write(output, BATCHES)
@@ -145,7 +145,7 @@ def test_one_command_at_a_time(tmp_path: Path, kind: type[NpzOutput | FolderOutp
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_is_begun_says_what_it_is(tmp_path: Path) -> None:
+def test_unfinished_images_have_a_description(tmp_path: Path) -> None:
     for output in (NpzOutput(str(tmp_path / "a")), FolderOutput(str(tmp_path / "b"))):
         assert output.read_info() is None
         output.open(about())
@@ -157,7 +157,7 @@ def test_what_is_begun_says_what_it_is(tmp_path: Path) -> None:
     assert FolderOutput(str(tmp_path / "b")).read_info() is None
 
 
-def test_pictures_in_a_folder(tmp_path: Path) -> None:
+def test_images_in_a_folder(tmp_path: Path) -> None:
     output = FolderOutput(str(tmp_path / "out"))
     output.open(about())
     write(output, BATCHES[:2])
@@ -169,8 +169,8 @@ def test_pictures_in_a_folder(tmp_path: Path) -> None:
     names = [f"00000{n}.png" for n in range(5)]
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == [*names, "about.json", "labels.npy"]
-    picture = np.asarray(Image.open(tmp_path / "out" / "000003.png"))
-    np.testing.assert_array_equal(picture, images(BATCHES[1])[1])
+    image = np.asarray(Image.open(tmp_path / "out" / "000003.png"))
+    np.testing.assert_array_equal(image, images(BATCHES[1])[1])
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == LABELS
     with pytest.raises(UserError, match=r"batch_size 2 \(now 3\); .*another --folder"):
         FolderOutput(str(tmp_path / "out")).open(about(batch_size=3))
@@ -183,7 +183,7 @@ def test_pictures_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_images_are_streamed_into_the_file(tmp_path: Path) -> None:
-    """48 MB of images in pieces of 1 MB: nothing holds more than a few of them."""
+    """48 MB of images in pieces of 1 MB: memory holds only a few of them."""
     shape = (16, 1024, 1024, 3)
     tracemalloc.start()
     try:
@@ -200,7 +200,7 @@ def test_images_are_streamed_into_the_file(tmp_path: Path) -> None:
         assert entry.file_size == len(npy_header(shape)) + (48 << 20)
 
 
-def test_images_that_are_too_few_are_no_file(tmp_path: Path) -> None:
+def test_missing_images_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lack 5 bytes"):
         write_npz(tmp_path / "a.npz", (1, 2, 2, 3), [b"1234567"], np.zeros(1), {})
 

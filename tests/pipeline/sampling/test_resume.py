@@ -38,7 +38,7 @@ def decoder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(DEMO_AUTOENCODER, tmp_path / "decoder"))
 
 
-def test_what_is_there_is_only_taken_where_all_of_it_is_what_was_asked_for(
+def test_images_are_complete_only_where_all_of_them_are_the_requested_ones(
     checkpoint: str, decoder: Path, tmp_path: Path
 ) -> None:
     config = SampleConfig.model_validate(
@@ -46,22 +46,22 @@ def test_what_is_there_is_only_taken_where_all_of_it_is_what_was_asked_for(
     )
     place = str(tmp_path / "samples")
     worker, output = SampleWorker(), FolderOutput(place)
-    about = describe_images(config, checkpoint, worker.load(config, checkpoint, "cpu", 1))
-    output.open(about)
+    info = describe_images(config, checkpoint, worker.load(config, checkpoint, "cpu", 1))
+    output.open(info)
 
-    def there(config: SampleConfig) -> bool:
+    def complete(config: SampleConfig) -> bool:
         found = info_of_complete_images(config, checkpoint, [FolderOutput(place)], BATCHES)
-        assert found in (None, about)
+        assert found in (None, info)
         return found is not None
 
     for batch in BATCHES:
-        assert not there(config)
-        labels = choose_labels("random", about.classes, 0, batch.first, batch.count)
+        assert not complete(config)
+        labels = choose_labels("random", info.classes, 0, batch.first, batch.count)
         output.write(worker.draw(batch, labels, pngs=True))
-    output.finish(BATCHES, choose_labels("random", about.classes, 0, 0, 4))
-    assert there(config)
-    assert not there(config.model_copy(update={"labels": "balanced"}))
-    assert not there(config.model_copy(update={"autoencoder": "demo"}))
+    output.finish(BATCHES, choose_labels("random", info.classes, 0, 0, 4))
+    assert complete(config)
+    assert not complete(config.model_copy(update={"labels": "balanced"}))
+    assert not complete(config.model_copy(update={"autoencoder": "demo"}))
     weights = next(decoder.glob("*.safetensors"))  # other weights under the same name
     save_file({name: 1.1 * w for name, w in load_file(weights).items()}, weights, {"format": "pt"})
-    assert not there(config)
+    assert not complete(config)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.storage.locks import LOCK, exclusive_lock
+from pipeline.storage.locks import LOCK, exclusive_lock, wait_lock
 from schemas.errors import UserError
 
 HOLD = """
@@ -76,4 +79,37 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         ),
         exclusive_lock(tmp_path / "file" / "parts", **TAKEN),
     ):
+        pass
+
+
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with exclusive_lock(tmp_path / "parts", **TAKEN):
+        assert (tmp_path / "parts" / LOCK).exists()
+    assert not (tmp_path / "parts").exists()
+    with wait_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", [".", "a lock file"])
+def test_a_waiting_process_gets_its_turn(tmp_path: Path, name: str) -> None:
+    order: list[str] = []
+
+    def wait() -> None:
+        with wait_lock(tmp_path / name):
+            order.append("second")
+
+    with wait_lock(tmp_path / name):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.1)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    with wait_lock(tmp_path / "missing" / "lock"):
         pass

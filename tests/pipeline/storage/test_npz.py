@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tracemalloc
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.storage import npz
-from pipeline.storage.npz import Archive, fitting_rows
+from pipeline.storage.npz import Archive, fitting_rows, npy_header, read_npy_header
 from schemas.errors import UserError
 
 
@@ -46,3 +47,27 @@ def test_changed_bytes_are_damage(tmp_path: Path) -> None:
     place.write_bytes(data)
     with pytest.raises(UserError, match=r"--samples '.*a.npz' is damaged"):
         Archive(str(place), "--samples").array("zeros", 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b"PK\x03\x04 something", "ValueError"),
+        (b"\x93NUMPY\x01\x00\x76\x00{'descr'", "ValueError"),
+        (b"\x93NUMPY\x03\x00\x76\x00\x00\x00", "KeyError"),
+        (b"\x93NUMPY\x02\x00\x00\x00\x00\x80" + b" " * 99, "ValueError"),
+        (b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000, "Error"),
+    ],
+    ids=["zip", "cut short", "version 3", "2 GiB", "nested"],
+)
+def test_other_headers_are_refused(header: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        read_npy_header(io.BytesIO(header))
+
+
+def test_a_header_is_read_back() -> None:
+    for dtype in ("|u1", "<f4"):
+        header = npy_header((3, 2), dtype)
+        file = io.BytesIO(header + b"numbers")
+        assert read_npy_header(file) == ((3, 2), np.dtype(dtype), False, len(header))
+        assert file.read() == b"numbers"

@@ -10,13 +10,13 @@ import pytest
 from numcodecs import Blosc, Zstd
 from pydantic import ValidationError
 
+from pipeline.storage.npz import npy_header
 from pipeline.store.arrays import (
     StoredArray,
     check_value,
     compress,
     empty_batch,
     member_suffix,
-    npy_header,
     npy_member,
     read_chunk,
     read_npy_member,

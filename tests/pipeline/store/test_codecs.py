@@ -37,7 +37,7 @@ def round_trip(codec: str, values: torch.Tensor) -> torch.Tensor:
 
 
 def error(codec: str, values: torch.Tensor) -> torch.Tensor:
-    """Of each token, relative to its own length: (B, ..., T)."""
+    """Error of each token relative to its own norm: (B, ..., T)."""
     apart = (round_trip(codec, values).double() - values.double()).norm(dim=-1)
     return apart / values.double().norm(dim=-1).clamp_min(1e-30)
 
@@ -120,15 +120,15 @@ def test_zeros_come_back_as_zeros() -> None:
     assert round_trip("heads24", torch.zeros(1, 2, 3, 4, 8)).abs().max() == 0
 
 
-@pytest.mark.parametrize("fineness", [8, 12, 26, 60])
-def test_cosine_of_rms_codec_is_as_promised(fineness: int) -> None:
+@pytest.mark.parametrize("levels", [8, 12, 26, 60])
+def test_cosine_of_rms_codec_is_as_promised(levels: int) -> None:
     x = tokens(2)
-    cosine = torch.cosine_similarity(x, round_trip(f"rms{fineness}", x), dim=-1)
-    expected = 1 - 1 / (24 * fineness**2)
+    cosine = torch.cosine_similarity(x, round_trip(f"rms{levels}", x), dim=-1)
+    expected = 1 - 1 / (24 * levels**2)
     assert cosine.mean().item() == pytest.approx(expected, abs=0.3 * (1 - expected))
 
 
-def test_fineness_of_tokens_is_the_spread_of_codes_whatever_the_scale() -> None:
+def test_levels_of_tokens_are_the_spread_of_codes_whatever_the_scale() -> None:
     for scale, offset in ((1.0, 0.0), (1e-3, 0.0), (50.0, 0.0), (1.0, 7.0)):
         x = torch.randn(2, 257, D) * scale + offset * scale
         planes = find_codec("tokens20").encode(x)[""].int()
@@ -141,11 +141,9 @@ def test_finer_is_better_and_more() -> None:
 
     x = tokens()
     sizes, errors = [], []
-    for fineness in (4, 8, 16, 32, 64):
-        sizes.append(
-            len(Zstd(level=1).encode(find_codec(f"tokens{fineness}").encode(x)[""].numpy()))
-        )
-        errors.append(float(error(f"tokens{fineness}", x).mean()))
+    for levels in (4, 8, 16, 32, 64):
+        sizes.append(len(Zstd(level=1).encode(find_codec(f"tokens{levels}").encode(x)[""].numpy())))
+        errors.append(float(error(f"tokens{levels}", x).mean()))
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
     for a, b in itertools.pairwise(errors):

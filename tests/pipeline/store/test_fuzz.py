@@ -49,7 +49,7 @@ RUN = merge(
 
 
 def values_in(document: Any, keys: Keys = ()) -> Iterator[Keys]:
-    """Where the values of a JSON document stand, lists and tables that hold some included."""
+    """Paths of the values of a JSON document, including lists and tables that are not empty."""
     if keys:
         yield keys
     if isinstance(document, dict | list):

@@ -44,9 +44,9 @@ FAMILIES = [
     Family("vit_base_patch16_clip_quickgelu_224.openai", 1, mean=CLIP),
     Family("vit_base_patch16_224.mae", 1),
     Family("vit_base_patch16_siglip_224.webli", 0, mean=HALF),  # no class token
-    Family("vit_medium_patch16_gap_240.sw_in12k", 0, mean=HALF),  # norm behind the pooling
+    Family("vit_medium_patch16_gap_240.sw_in12k", 0, mean=HALF),  # norm after the pooling
     Family("eva02_small_patch14_224.mim_in22k", 1, patch=14, mean=CLIP),
-    Family("vit_base_patch16_rope_mixed_224.naver_in1k", 1),  # learnt, and other in each block
+    Family("vit_base_patch16_rope_mixed_224.naver_in1k", 1),  # learnt, different in each block
     Family("vit_small_patch16_224", 1, mean=HALF, qk_norm=True),
 ]
 
@@ -69,7 +69,7 @@ def images() -> Tensor:
 
 
 def block_inputs(teacher: Teacher, images: Tensor, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the attention of block ``number`` is given: normalised tokens, rotary embedding."""
+    """Inputs of the attention of block ``number``: normalised tokens, rotary embedding."""
     tokens, _ = teacher.run_blocks(teacher.embed(teacher.preprocess(images)), 0, number)
     return teacher.vit.blocks[number].norm1(tokens), block_arguments(teacher.vit)[number]
 
@@ -80,7 +80,7 @@ def test_tokens_are_timms(family: Family, images: Tensor) -> None:
     tokens = teacher.vit.forward_features(teacher.preprocess(images))
     if isinstance(teacher.vit.norm, nn.Identity):
         tokens = teacher.vit.fc_norm(tokens)
-    # the same operations in the same order: equal to the bit, but nobody promises that
+    # The operations and their order are the same; equal bits are likely but not guaranteed.
     torch.testing.assert_close(out.features, tokens[:, family.prefix :], rtol=1e-6, atol=1e-6)
     expected = tokens[:, 0] if family.prefix else tokens.mean(1)
     torch.testing.assert_close(out.class_token, expected, rtol=1e-6, atol=1e-6)
@@ -89,8 +89,8 @@ def test_tokens_are_timms(family: Family, images: Tensor) -> None:
 
 
 def test_logits_are_those_that_the_block_uses(family: Family, images: Tensor) -> None:
-    """timm's unfused attention shows its probabilities to a dropout: the tap must match them, and
-    applied to the values they must give what the fused attention gives."""
+    """The tap must match the probabilities that timm's unfused attention passes to a dropout, and
+    these applied to the values must give the output of the fused attention."""
     teacher = make_teacher(family)
     attention = teacher.vit.blocks[2].attn
     tokens, arguments = block_inputs(teacher, images, 2)
@@ -118,7 +118,7 @@ def test_random_weights_attend_like_trained_ones(family: Family, images: Tensor)
     assert logits.shape == (2, 3, 4, 16, 16)
     for layer in range(3):
         assert 1 < logits[:, layer].std() < 4
-        assert 0.8 < logits[:, layer].std(-1).mean() < 4  # from key to key
+        assert 0.8 < logits[:, layer].std(-1).mean() < 4  # over the keys
 
 
 def test_cutting_before_any_block_changes_nothing(family: Family, images: Tensor) -> None:
@@ -161,7 +161,7 @@ def test_a_teacher_without_taps_still_gives_features(images: Tensor) -> None:
 
 
 def test_rotary_embedding_is_in_the_logits(images: Tensor) -> None:
-    """A constant image has no content to tell places apart, and DINOv3 no other embedding."""
+    """Only DINOv3's rotary embedding can distinguish the positions of a constant image."""
     dinov3, clip = (
         make_teacher(next(f for f in FAMILIES if name in f.model), layers=(0,))
         for name in ("dinov3", "clip")
@@ -212,7 +212,7 @@ def test_a_given_image_size_gives_another_grid(name: str, images: Tensor) -> Non
         ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
     ],
 )
-def test_what_cannot_be_tapped_is_refused(model: str, kind: str) -> None:
+def test_models_that_cannot_be_tapped_are_refused(model: str, kind: str) -> None:
     config = TeacherConfig(model=model, weights="random")
     with pytest.raises(UserError, match="cannot be tapped") as caught:
         Teacher(config, resolution=64, layers=(0,))

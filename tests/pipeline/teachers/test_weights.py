@@ -1,4 +1,4 @@
-"""Where a teacher's weights come from: every authors' key format, and what is refused."""
+"""Sources of a teacher's weights: every authors' key format, and refused files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_teacher(model: str, weights: str | Path = "random", seed: int = 0) -> T
 
 
 def refusal(model: str, weights: str | Path) -> str:
-    """The one line that says why these weights are not taken."""
+    """The one-line error for these weights."""
     with pytest.raises(UserError) as caught:
         make_teacher(model, weights)
     message = str(caught.value)
@@ -43,17 +43,17 @@ def renamed(state: State, *swaps: tuple[str, str]) -> State:
     return state
 
 
-# timm's names to the authors', with what else their files hold
+# timm's names to the authors', with the other entries of their files
 
 
 def dinov2(state: State) -> State:
-    """github.com/facebookresearch/dinov2: one position embedding for class token and patches."""
+    """github.com/facebookresearch/dinov2: one position embedding of class token and patches."""
     state["mask_token"] = torch.randn(1, 48)
     return renamed(state)
 
 
 def dinov2_registers(state: State) -> State:
-    """Registers have no position embedding; the class token's is its own, and is added to it."""
+    """Registers have no position embedding; the class token's is added to the class token."""
     state = dinov2(renamed(state, ("reg_token", "register_tokens")))
     class_place = torch.randn(1, 1, 48)
     state["cls_token"] = state["cls_token"] - class_place
@@ -66,7 +66,7 @@ def dinov2_giant(state: State) -> State:
 
 
 def dinov3(state: State) -> State:
-    """github.com/facebookresearch/dinov3: biases of q, k and v in one, k's masked out."""
+    """github.com/facebookresearch/dinov3: one bias of q, k and v, with k's masked out."""
     state = renamed(
         state,
         ("reg_token", "storage_tokens"),
@@ -91,7 +91,7 @@ def dinov3_gated(state: State) -> State:
 
 
 def clip(state: State) -> State:
-    """github.com/openai/CLIP: the image tower beside the text tower."""
+    """github.com/openai/CLIP: image tower and text tower."""
     state = renamed(
         state,
         ("norm_pre", "ln_pre"),
@@ -190,7 +190,7 @@ def test_authors_key_formats(
     ],
 )
 def test_timms_own_safetensors(model: str, tmp_path: Path) -> None:
-    """Also how a store carries its teacher's weights."""
+    """A store has its teacher's weights in this format, too."""
     teacher = make_teacher(model)
     save_file(teacher.vit.state_dict(), tmp_path / "model.safetensors")
     loaded = make_teacher(model, tmp_path / "model.safetensors")
@@ -234,7 +234,7 @@ def test_random_weights_leave_nothing_as_timm_made_it(model: str) -> None:
         assert parameter.std() > 0.01
 
 
-# What is refused
+# Refused weights
 
 
 def test_unknown_models() -> None:
@@ -332,7 +332,7 @@ def test_another_widths_file(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Unpickling it makes a folder."""
+    """Unpickling an instance makes a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -350,7 +350,7 @@ def test_pickled_code_is_not_run(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "x" * 5000, "", "\0"])
-def test_what_is_no_file_is_not_read(name: str) -> None:
-    """A manifest may name whatever its author likes."""
+def test_only_regular_files_are_read(name: str) -> None:
+    """A manifest is untrusted and may name any path."""
     with pytest.raises(UserError, match=r"cannot read these weights \(no such file\)"):
         read_state_dict(Path(name), option="--teacher.weights")

@@ -1,4 +1,4 @@
-"""Random weights in the official file's format: the numbers are torch-fidelity's own."""
+"""The Inception network with random weights, against torch-fidelity."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-OPTIONS: dict[str, Any] = {"option": "--samples", "batch_size": 4, "manifold": 100}
+OPTIONS: dict[str, Any] = {"option": "--samples", "batch_size": 4, "max_features": 100}
 
 
-def _theirs(weights: Path, sets: list[torch.Tensor], **wanted: Any) -> dict[str, float]:
+def _torch_fidelity(weights: Path, sets: list[torch.Tensor], **metrics: Any) -> dict[str, float]:
     return calculate_metrics(
         input1=_Plain(sets[0]),
         input2=_Plain(sets[1]),
@@ -59,7 +59,7 @@ def _theirs(weights: Path, sets: list[torch.Tensor], **wanted: Any) -> dict[str,
         cache=False,
         save_cpu_ram=True,
         batch_size=6,
-        **wanted,
+        **metrics,
     )
 
 
@@ -70,33 +70,33 @@ def test_scores_and_neighbours_are_torch_fidelitys(weights: Path) -> None:
     assert samples.features is not None
     assert reference.features is not None
     assert samples.features.shape == (COUNT, network.width)
-    theirs = _theirs(weights, sets, isc=True, isc_splits=2, prc=True, prc_neighborhood=2)
+    expected = _torch_fidelity(weights, sets, isc=True, isc_splits=2, prc=True, prc_neighborhood=2)
     logits = network.extract(sets[0]).logits
     assert logits is not None
     score = InceptionScore(COUNT, splits=2)
     score.add(logits)
-    assert score.score() == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert score.score() == pytest.approx(expected["inception_score_mean"], rel=1e-6)
     assert score.score() > 1 + 1e-5
-    assert samples.inception_score == pytest.approx(1)  # of one image to a split
+    assert samples.inception_score == pytest.approx(1)  # one image in each split
     found = precision_recall(samples.features, reference.features, 2)
-    assert found == pytest.approx((theirs["precision"], theirs["recall"]))
+    assert found == pytest.approx((expected["precision"], expected["recall"]))
 
 
 @pytest.mark.slow
 def test_distances_are_torch_fidelitys(weights: Path) -> None:
-    """Its eigenvalues of a 2048 x 2048 product take half a minute."""
+    """Slow, because torch-fidelity computes the eigenvalues of a 2048 x 2048 product."""
     network = InceptionNetwork(str(weights))
     sets = [blobs(COUNT, seed=0), blobs(COUNT, seed=1, mean=110)]
     samples, reference = (measure(ArrayImages(s), network, None, **OPTIONS) for s in sets)
-    found = compare(samples, reference, network, say=lambda line: None)
-    theirs = _theirs(weights, sets, fid=True)
-    assert found.fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    found = compare(samples, reference, network)
+    expected = _torch_fidelity(weights, sets, fid=True)
+    assert found.fid == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
     assert found.sfid is not None
     assert found.sfid > 0
 
 
 def test_spatial_features_are_the_first_channels_in_tensorflows_order(weights: Path) -> None:
-    """The block's output begins with its first branch."""
+    """The block's output starts with its first branch."""
     network = InceptionNetwork(str(weights))
     seen = []
     network._model.Mixed_6d.register_forward_hook(lambda m, i, output: seen.append(output))
@@ -109,21 +109,23 @@ def test_spatial_features_are_the_first_channels_in_tensorflows_order(weights: P
         torch.testing.assert_close(places[..., channel], seen[0][0, channel])
 
 
-def test_other_weights_are_refused_with_the_way_to_get_these(tmp_path: Path) -> None:
+def test_other_weights_are_refused_with_the_url(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file; download https://.*--network ID"):
         InceptionNetwork(str(tmp_path / "nowhere.pth"))
     other = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(3)}, other)
-    with pytest.raises(UserError, match=r"other.pth' are not of the Inception network"):
+    with pytest.raises(UserError, match=r"other.pth' are not weights of the Inception network"):
         InceptionNetwork(str(other))
 
 
-def test_weights_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(UserError, match=r"not at hand .*no route.*--inception-weights FILE"):
+    with pytest.raises(
+        UserError, match=r"not in torch's cache .*no route.*--inception-weights FILE"
+    ):
         InceptionNetwork("hub")
 
 

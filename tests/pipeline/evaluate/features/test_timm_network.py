@@ -27,7 +27,7 @@ def classifier() -> torch.nn.Module:
     return timm.create_model("resnet18", num_classes=10).eval()
 
 
-def test_a_classifiers_file_gives_its_pooled_features(
+def test_weights_of_a_classifier_give_its_pooled_features(
     classifier: torch.nn.Module, images: torch.Tensor, tmp_path: Path
 ) -> None:
     path = tmp_path / "classifier.safetensors"
@@ -43,7 +43,7 @@ def test_a_classifiers_file_gives_its_pooled_features(
     torch.testing.assert_close(features, expected)
 
 
-def test_random_weights_follow_from_the_seed(images: torch.Tensor) -> None:
+def test_random_weights_depend_on_the_seed_only(images: torch.Tensor) -> None:
     torch.manual_seed(1)
     one = FeatureNetwork("resnet18", "random", size=32, seed=3)
     torch.manual_seed(2)
@@ -67,9 +67,9 @@ def test_a_transformer_takes_another_size_and_arguments(images: torch.Tensor) ->
 
 
 def test_images_are_resized_as_pillow_does(images: torch.Tensor) -> None:
-    """Larger images than the network's are not merely thinned out."""
+    """Larger images than the network's input are antialiased."""
     network = FeatureNetwork("resnet18", "random", size=16)
-    assert network._interpolation.value == "bicubic"  # as timm's configuration has it
+    assert network._interpolation.value == "bicubic"  # as in timm's configuration
     arrays = images.permute(0, 2, 3, 1).numpy()
     small = [
         np.asarray(Image.fromarray(a).resize((16, 16), Image.Resampling.BICUBIC)) for a in arrays
@@ -87,7 +87,7 @@ def test_bad_networks_and_weights_are_named(tmp_path: Path, classifier: torch.nn
     torch.save(classifier.state_dict(), wrong)
     with pytest.raises(UserError, match=r"--network-weights '.*wrong.pt' do not fit 'resnet34'"):
         FeatureNetwork("resnet34", str(wrong))
-    with pytest.raises(UserError, match=r"--dinov2 .* cannot see images of 32 pixels"):
+    with pytest.raises(UserError, match=r"--dinov2 .* does not accept images of 32 pixels"):
         FeatureNetwork(
             "vit_tiny_patch16_224",
             "random",

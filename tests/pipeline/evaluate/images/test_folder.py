@@ -1,4 +1,4 @@
-"""Folders of pictures."""
+"""Folders of images."""
 
 from __future__ import annotations
 
@@ -14,48 +14,46 @@ from pipeline.storage import npz
 from tests.pipeline.evaluate.sets import about_samples, blobs
 
 
-def save_pictures(folder: Path, count: int) -> None:
+def save_images(folder: Path, count: int) -> None:
     folder.mkdir()
     for number, image in enumerate(blobs(count, seed=0).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(folder / f"{number:06d}.png")
 
 
-def test_batches_of_large_pictures_have_fewer(
+def test_batches_of_large_images_are_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_pictures(tmp_path / "pictures", 9)
-    whole = [b.numpy() for b in open_images(str(tmp_path / "pictures"), "--samples").batches(9)]
+    save_images(tmp_path / "pictures", 9)
+    expected = [b.numpy() for b in open_images(str(tmp_path / "pictures"), "--samples").batches(9)]
     monkeypatch.setattr(npz, "MAX_BLOCK", 4 * 32 * 32 * 3)
     images = open_images(str(tmp_path / "pictures"), "--samples")
     found = [batch.numpy() for batch in images.batches(9)]
     assert [len(batch) for batch in found] == [4, 4, 1]
-    np.testing.assert_array_equal(np.concatenate(found), whole[0])
+    np.testing.assert_array_equal(np.concatenate(found), expected[0])
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_a_folder_says_what_its_pictures_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], ours: bool
+@pytest.mark.parametrize("known", [True, False])
+def test_a_folder_has_a_description_of_its_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], known: bool
 ) -> None:
-    """And what lies there besides is not spoken of, unless it is a stranger's."""
-    save_pictures(tmp_path / "pictures", 4)
-    text = about_samples(num=4).model_dump_json() if ours else '{"by": "somebody else"}'
+    """Other files are reported only where the description is not of ``jobs/sample.py``."""
+    save_images(tmp_path / "pictures", 4)
+    text = about_samples(num=4).model_dump_json() if known else '{"by": "another program"}'
     (tmp_path / "pictures" / "about.json").write_text(text)
     (tmp_path / "pictures" / "labels.npy").touch()
     images = open_images(str(tmp_path / "pictures"), "--samples")
-    said = capsys.readouterr().err
-    if ours:
-        assert images.about == about_samples(num=4)
-        assert said == ""
+    logged = capsys.readouterr().err
+    if known:
+        assert images.info == about_samples(num=4)
+        assert logged == ""
     else:
-        assert images.about is None
-        assert "is not what jobs/sample.py writes" in said
-        assert "2 files that are no pictures left out" in said
+        assert images.info is None
+        assert "is ignored, because it is not one that jobs/sample.py writes" in logged
+        assert "skipped 2 files that are not images" in logged
 
 
-def test_what_a_folder_says_is_read_up_to_a_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_pictures(tmp_path / "pictures", 4)
+def test_large_descriptions_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_images(tmp_path / "pictures", 4)
     (tmp_path / "pictures" / "about.json").write_text(about_samples(num=4).model_dump_json())
     monkeypatch.setattr(sample_info, "MAX_ABOUT", 100)
-    assert open_images(str(tmp_path / "pictures"), "--samples").about is None
+    assert open_images(str(tmp_path / "pictures"), "--samples").info is None

@@ -15,10 +15,10 @@ from pipeline.visualization.store_sample import decode_latent, read_latents
 from schemas.extract import ExtractConfig
 
 
-def test_the_crops_of_an_image_stream_are_taken(
+def test_crops_of_an_image_stream_are_used(
     digits_config: ExtractConfig, digits_listing: Listing, tmp_path: Path
 ) -> None:
-    """Byte for byte, over the ends of shards."""
+    """Byte for byte, across shards."""
     config = digits_config.model_copy(update={"cut": "image", "store": str(tmp_path / "store")})
     encoder = Encoder(config, device="cpu", threads=1)
     manifest = make_manifest(config, digits_listing, encoder.describe())
@@ -35,7 +35,7 @@ def test_the_crops_of_an_image_stream_are_taken(
     np.testing.assert_array_equal(found, np.stack(expected))
 
 
-def test_latents_are_decoded_and_said_to_be(
+def test_decoding_of_latents_is_reported(
     digits_store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = open_images(digits_store.url, "--samples", limit=12)

@@ -89,7 +89,7 @@ def test_checksums_are_looked_at_where_they_are_asked_for(known_store: Store) ->
 
 
 def test_a_class_number_is_nothing_but_digits(known_store: Store) -> None:
-    """Whether its checksum is looked at or not: Python takes others for numbers too."""
+    """With and without checksums, because int() accepts other texts too."""
     file = known_store.record(1).streams["latents"][0]
     path = Path(known_store.root, file.file)
     whole = path.read_bytes()

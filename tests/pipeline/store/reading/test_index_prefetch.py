@@ -1,4 +1,4 @@
-"""What a batch asks of the shards is the same whoever works it out, and whenever."""
+"""The rows of a batch are the same whichever thread computes them, and at any time."""
 
 from __future__ import annotations
 

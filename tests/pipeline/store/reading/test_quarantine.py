@@ -124,7 +124,7 @@ def test_reading_ahead_changes_nothing(hurt: Store, options: dict[str, Any]) -> 
 
 
 class Ranks:
-    """What ``agree`` is for threads that stand for ranks."""
+    """``agree`` for threads that stand for ranks."""
 
     def __init__(self, count: int) -> None:
         self._barrier = threading.Barrier(count, timeout=30)

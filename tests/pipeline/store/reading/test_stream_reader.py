@@ -192,7 +192,7 @@ def test_a_record_of_other_columns_is_refused(known_store: Store) -> None:
 
 
 def test_quick_reads_go_together(known_store: Store) -> None:
-    """Where samples are waited for, each shard keeps a thread of its own."""
+    """With slow samples each shard has its own thread."""
     wanted = [
         ShardRows(shard, np.arange(n), np.arange(n)) for shard, n in enumerate([2, 1, 1, 3, 1])
     ]

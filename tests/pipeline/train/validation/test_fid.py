@@ -26,7 +26,6 @@ from pipeline.evaluate.images.store import StoreImages
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.evaluations import record_evaluation
 from pipeline.runs.metrics import read_metrics
-from pipeline.runs.provenance import check_samples_are_of
 from pipeline.sampling.batches import choose_labels, plan_batches
 from pipeline.sampling.generate import draw_images
 from pipeline.sampling.job import describe_images
@@ -135,7 +134,7 @@ def test_the_same_images_recorded_afterwards_make_the_same_row(
     output.finish(batches, labels)
     asked_of = {"samples": str(tmp_path / "samples"), "record": str(run), **NETWORK}
     asked_of["reference"] = str(config.samples.evaluate.reference)
-    evaluate(EvaluateConfig.model_validate(asked_of), "cpu", check_origin=check_samples_are_of)
+    evaluate(EvaluateConfig.model_validate(asked_of), "cpu")
     after = rows_of(run)
     assert [row["step"] for row in after] == [3, 4]
     assert after[0]["precision"] is not None  # the run does not measure it: this is the new row
@@ -368,13 +367,13 @@ def test_options_without_effect_are_refused() -> None:
 
 
 def test_workers_receive_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jobs.train_haste import _with_absolute_paths
+    from jobs.train_haste import for_workers
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "decoder").mkdir()
     evaluate = {"images": 5, "reference": "r.npz", "network": "n", "network_weights": "w.pt"}
     samples = {"every": 5, "autoencoder": "decoder", "evaluate": evaluate}
-    config = _with_absolute_paths(
+    config = for_workers(
         RunConfig.model_validate({"store": "s3://bucket/store", "samples": samples})
     )
     assert config.store == "s3://bucket/store"
