@@ -58,7 +58,7 @@ def velocity(student: SiT) -> Tensor:
 
 @pytest.fixture
 def checkpoint() -> dict[str, Any]:
-    """As HASTE's training script saves it, from a model that DDP has wrapped."""
+    """A checkpoint in the form of HASTE's training script, saved from a model wrapped in DDP."""
     states = {}
     for seed, name in enumerate(("model", "ema")):
         parts = Parts(random_student(seed).state_dict(), Projector(24, 16, 12).state_dict())
@@ -108,7 +108,7 @@ def test_dit_keeps_its_sigma(tmp_path: Path) -> None:
     assert torch.equal(velocity(student_from_file(path, "DiT-S/2")), velocity(wide))
 
 
-def test_taking_apart_and_putting_together(checkpoint: dict[str, Any]) -> None:
+def test_splitting_and_joining_a_state(checkpoint: dict[str, Any]) -> None:
     state = checkpoint["ema"]
     again = join_state(split_state(state))
     assert list(again) == list(state)
@@ -155,7 +155,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_does_not_fit_is_one_line(tmp_path: Path, case: str) -> None:
+def test_a_state_that_does_not_fit_is_one_line(tmp_path: Path, case: str) -> None:
     make, message = BAD[case]
     path = save(make(), tmp_path)
     with pytest.raises(UserError) as caught:
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, case: str) -> None:
 
 
 class Payload:
-    """Anything that would run when unpickled."""
+    """Runs code when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("executed"),)
@@ -188,7 +188,7 @@ def test_damaged_file(tmp_path: Path, content: bytes) -> None:
         student_from_file(path, "SiT-S/2")
 
 
-def test_drawing_from_a_file(tmp_path: Path, checkpoint: dict[str, Any]) -> None:
+def test_sampling_from_a_file(tmp_path: Path, checkpoint: dict[str, Any]) -> None:
     path, png = save(checkpoint, tmp_path), tmp_path / "samples.png"
     argv = ["--checkpoint", str(path), "--classes", "0,4", "--per-class", "2", "--png", str(png)]
     argv += ["--sampler.steps", "3", "--autoencoder", "demo", "--device", "cpu"]

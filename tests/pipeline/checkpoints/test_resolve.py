@@ -1,4 +1,4 @@
-"""Checkpoints at URLs, as they are drawn from."""
+"""Checkpoints at URLs, resolved for sampling and export."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(random_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def memory(run: Path) -> Iterator[fsspec.AbstractFileSystem]:
-    """Where ``URL`` has a copy of the run."""
+    """Filesystem with a copy of the run at ``URL``."""
     filesystem = fsspec.filesystem("memory")
     filesystem.put(str(run), "/drawn/run", recursive=True)
     yield filesystem
@@ -59,7 +59,7 @@ def memory(run: Path) -> Iterator[fsspec.AbstractFileSystem]:
         (EARLIER, 4, EARLIER),
     ],
 )
-def test_what_a_url_names(
+def test_checkpoint_of_a_url(
     memory: fsspec.AbstractFileSystem, name: str, step: int | None, found: str, run: Path
 ) -> None:
     assert find_checkpoint(name, step) == found
@@ -68,7 +68,7 @@ def test_what_a_url_names(
     assert find_checkpoint(f"file://{local}", step) == found.replace(URL, str(run))
 
 
-def test_a_damaged_one_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     memory: fsspec.AbstractFileSystem, capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory.pipe_file("/drawn/run/checkpoint-000000004/ema.safetensors", b"short")
@@ -78,7 +78,7 @@ def test_a_damaged_one_is_passed_over(
         find_checkpoint(NEWEST)
 
 
-def test_a_copy_without_the_optimizer_that_goes(
+def test_a_copy_lacks_the_optimizer_and_is_deleted(
     memory: fsspec.AbstractFileSystem, run: Path
 ) -> None:
     with local_copy(NEWEST, "ema") as copy:
@@ -107,7 +107,7 @@ def test_a_worker_loads_the_same_from_both(memory: fsspec.AbstractFileSystem, ru
     assert loaded[0] == loaded[1]
 
 
-def test_weights_that_were_altered_are_not_drawn_from(memory: fsspec.AbstractFileSystem) -> None:
+def test_altered_weights_are_refused(memory: fsspec.AbstractFileSystem) -> None:
     path = "/drawn/run/checkpoint-000000004/ema.safetensors"
     data = bytearray(memory.cat_file(path))
     data[-1] ^= 1
@@ -117,7 +117,7 @@ def test_weights_that_were_altered_are_not_drawn_from(memory: fsspec.AbstractFil
         pass
 
 
-def test_one_that_was_removed_meanwhile(memory: fsspec.AbstractFileSystem) -> None:
+def test_a_checkpoint_that_was_removed_meanwhile(memory: fsspec.AbstractFileSystem) -> None:
     memory.rm("/drawn/run/checkpoint-000000004", recursive=True)
     with (
         pytest.raises(UserError, match=f"'{NEWEST}' does not exist any more, or is not visible"),
@@ -143,7 +143,7 @@ def test_a_file_of_weights(memory: fsspec.AbstractFileSystem, run: Path, tmp_pat
 def test_an_export_is_the_same_from_both(
     memory: fsspec.AbstractFileSystem, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The optimizer comes along; its copy goes."""
+    """The copy includes the optimizer and is deleted afterwards."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))

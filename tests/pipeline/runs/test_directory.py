@@ -1,4 +1,4 @@
-"""What a run's folder on an object store is sent."""
+"""Uploads of a run's folder to an object store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.runs.directory import RunFolder
 from schemas.run import RunConfig
 
 
-def test_only_what_changed_is_sent_again(
+def test_only_changed_files_are_uploaded_again(
     run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filesystem = fsspec.filesystem("memory")
@@ -38,7 +38,9 @@ def test_only_what_changed_is_sent_again(
         run.publish()
         assert sent == []
         (run.path / "samples" / "step-2.png").write_bytes(b"another")
-        (run.path / "samples" / "step-1.png").write_bytes(b"a new one")  # as long as the old one
+        (run.path / "samples" / "step-1.png").write_bytes(
+            b"a new one"
+        )  # same length as the old one
     assert sorted(sent) == ["samples/step-1.png", "samples/step-2.png"]
     assert filesystem.cat_file("/sent/tiny/metrics.jsonl") == b"1\n2\n"
     assert filesystem.cat_file("/sent/tiny/samples/step-1.png") == b"a new one"

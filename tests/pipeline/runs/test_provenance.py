@@ -1,4 +1,4 @@
-"""Which samples may be recorded beside a run."""
+"""Samples that may be recorded for a run, and others that are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.pipeline.evaluate.sets import about_samples
 STATE = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
 
 
-def about_of(run: Path) -> SampleAbout:
+def info_of(run: Path) -> SampleAbout:
     digest = sha256_of_arrays((name, STATE[name].numpy()) for name in sorted(STATE))
     return about_samples(checkpoint=str(run / "checkpoint-000000300"), weights_sha256=digest)
 
@@ -28,40 +28,40 @@ def with_checkpoint(run: Path, state: dict[str, torch.Tensor]) -> Path:
     return run
 
 
-def test_weights_tell_a_run_wherever_it_lies(tmp_path: Path) -> None:
+def test_weights_identify_a_run_in_any_folder(tmp_path: Path) -> None:
     run = with_checkpoint(tmp_path / "run", STATE)
-    check_samples_are_of(str(run), about_of(run), 300)
-    check_samples_are_of(str(run), about_of(tmp_path / "where-it-lay"), 300)
+    check_samples_are_of(str(run), info_of(run), 300)
+    check_samples_are_of(str(run), info_of(tmp_path / "where-it-lay"), 300)
     other = with_checkpoint(tmp_path / "other", {**STATE, "a": torch.zeros(2, 2)})
-    for named in (run, other):  # even where the folder is the same: it was trained anew
+    for named in (run, other):  # refused even for the same folder, because it was trained again
         with pytest.raises(UserError, match="were not drawn from the 'model' weights of its check"):
-            check_samples_are_of(str(other), about_of(named), 300)
+            check_samples_are_of(str(other), info_of(named), 300)
 
 
-def test_without_the_checkpoint_its_folder_counts(tmp_path: Path) -> None:
+def test_without_the_checkpoint_the_folder_identifies_the_run(tmp_path: Path) -> None:
     for name in ("run", "other", "copies/run"):
         (tmp_path / name).mkdir(parents=True)
     run, copy = tmp_path / "run", tmp_path / "copies" / "run"
-    check_samples_are_of(str(run), about_of(run), 300)
+    check_samples_are_of(str(run), info_of(run), 300)
     (tmp_path / "link").symlink_to(run)
-    check_samples_are_of(str(tmp_path / "link"), about_of(run), 300)
+    check_samples_are_of(str(tmp_path / "link"), info_of(run), 300)
     for other in (tmp_path / "other", copy):
         with pytest.raises(UserError, match=r"recorded as those of .*/run/checkpoint-000000300"):
-            check_samples_are_of(str(other), about_of(run), 300)
+            check_samples_are_of(str(other), info_of(run), 300)
     run.rmdir()  # it was moved
-    check_samples_are_of(str(copy), about_of(run), 300)
+    check_samples_are_of(str(copy), info_of(run), 300)
 
 
 def test_a_file_names_no_run(tmp_path: Path) -> None:
-    about = about_samples(checkpoint="/downloads/haste.pt", step=None)
-    check_samples_are_of(str(tmp_path), about, 300)
+    info = about_samples(checkpoint="/downloads/haste.pt", step=None)
+    check_samples_are_of(str(tmp_path), info, 300)
     run = with_checkpoint(tmp_path / "run", STATE)
     with pytest.raises(UserError, match="were not drawn from"):
-        check_samples_are_of(str(run), about, 300)
+        check_samples_are_of(str(run), info, 300)
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:
     run = with_checkpoint(tmp_path / "run", STATE)
     (run / "checkpoint-000000300" / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"model.safetensors' cannot be read"):
-        check_samples_are_of(str(run), about_of(run), 300)
+        check_samples_are_of(str(run), info_of(run), 300)

@@ -1,4 +1,4 @@
-"""Runs on a store to which a teacher stream is added."""
+"""Runs on a store to which a teacher stream was added."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def own_store(tmp_path: Path) -> Store:
 
 
 @pytest.mark.parametrize("stopped_at", [2, 4])  # in either phase
-def test_a_run_that_has_begun_goes_on_with_its_stream(
+def test_a_started_run_continues_with_its_stream(
     run_config: Make, own_store: Store, tmp_path: Path, stopped_at: int
 ) -> None:
     run(run_config(store=own_store.url), tmp_path / "whole")

@@ -28,7 +28,7 @@ def bad_store(tmp_path: Path) -> Store:
     return store
 
 
-def test_a_run_goes_on_without_bad_shards_and_a_resumed_one_is_bit_identical(
+def test_a_run_continues_without_bad_shards_and_a_resumed_one_is_bit_identical(
     run_config: Make, bad_store: Store, tmp_path: Path
 ) -> None:
     options = {"store": bad_store.url, "steps": 12, "data": {"on_bad_shard": "quarantine"}}
@@ -54,7 +54,7 @@ def test_without_quarantine_it_stops_and_names_the_shard(
         run(run_config(store=bad_store.url, steps=12), tmp_path / "run")
 
 
-def test_workers_agree_on_what_is_left_out(
+def test_workers_agree_on_the_shards_to_leave_out(
     run_config: Make, bad_store: Store, tmp_path: Path
 ) -> None:
     options = {"store": bad_store.url, "steps": 12, "data": {"on_bad_shard": "quarantine"}}
@@ -69,10 +69,10 @@ def test_workers_agree_on_what_is_left_out(
         assert row == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_measurement_goes_on_without_bad_shards(
+def test_a_measurement_continues_without_bad_shards(
     run_config: Make, bad_store: Store, tmp_path: Path
 ) -> None:
-    """The probe draws samples of its own, from shards that the loader need not have met."""
+    """The probe reads its own samples, from shards that the loader may not have read yet."""
     termination = {"kind": "gradient_cosine", "start": 1, "every": 1, "samples": 22, "threshold": 1}
     options = {
         "store": bad_store.url,

@@ -1,4 +1,4 @@
-"""Checkpoints that something happened to."""
+"""Damaged, unfinished and foreign checkpoints."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def damage(request: pytest.FixtureRequest) -> tuple[str, Callable[[Path], None],
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, random_store: Store) -> Path:
-    """Checkpoints of steps 2 and 4 of a run. Copy it."""
+    """Checkpoints of steps 2 and 4 of a run. Tests copy it before they change it."""
     config = RunConfig.model_validate(
         {**tiny_run(), "store": random_store.url, "steps": 4, "checkpoint": {"every": 2}}
     )
@@ -93,7 +93,7 @@ def run_folder(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "tiny")
 
 
-def test_a_damaged_newest_is_named_and_the_one_before_it_used(
+def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_is_used(
     run_config: Make,
     run_folder: Path,
     damage: tuple[str, Callable[[Path], None], str],
@@ -108,7 +108,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_used(
     assert line.endswith("trying step 2")
 
 
-def test_a_run_goes_on_from_the_one_before_and_replaces_the_damaged_one(
+def test_a_run_resumes_from_the_one_before_and_replaces_the_damaged_one(
     run_config: Make, run_folder: Path, made: Path
 ) -> None:
     shorten(run_folder / "checkpoint-000000004" / "ema.safetensors")
@@ -121,7 +121,9 @@ def test_a_run_goes_on_from_the_one_before_and_replaces_the_damaged_one(
     assert steps == [1, 2, 3, 3, 4]  # with the event before step 3
 
 
-def test_where_none_is_whole_nothing_begins_anew(run_config: Make, run_folder: Path) -> None:
+def test_a_run_without_a_valid_checkpoint_does_not_restart(
+    run_config: Make, run_folder: Path
+) -> None:
     for checkpoint in run_folder.glob("checkpoint-*"):
         shorten(checkpoint / "state.json")
     complaint = "holds 2 checkpoints and no valid one: restore one, or delete them"
@@ -133,7 +135,7 @@ def test_where_none_is_whole_nothing_begins_anew(run_config: Make, run_folder: P
         export(["--checkpoint", str(run_folder), "--out", str(run_folder / "out.pt")])
 
 
-def test_one_checkpoint_asked_for_by_name_is_not_replaced_by_another(run_folder: Path) -> None:
+def test_a_checkpoint_requested_by_name_is_not_replaced_by_another(run_folder: Path) -> None:
     shorten(run_folder / "checkpoint-000000004" / "state.json")
     with pytest.raises(UserError, match=r"checkpoint-000000004' is damaged: state\.json"):
         latest_checkpoint(run_folder / "checkpoint-000000004")
@@ -142,16 +144,14 @@ def test_one_checkpoint_asked_for_by_name_is_not_replaced_by_another(run_folder:
 
 
 @pytest.mark.parametrize("spoil", [shorten, lambda path: path.write_bytes(b"")])
-def test_an_optimizer_cut_short_is_one_line(
-    run_folder: Path, spoil: Callable[[Path], None]
-) -> None:
+def test_a_truncated_optimizer_is_one_line(run_folder: Path, spoil: Callable[[Path], None]) -> None:
     spoil(run_folder / "checkpoint-000000004" / "optimizer.pt")
     with pytest.raises(UserError, match=r"damaged: optimizer\.pt") as error:
         load_optimizer(run_folder / "checkpoint-000000004")
     assert "\n" not in str(error.value)
 
 
-def test_what_a_dead_process_left_is_cleared_away(run_folder: Path) -> None:
+def test_temporary_files_of_a_dead_process_are_removed(run_folder: Path) -> None:
     left = run_folder / ".tmp-left"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"half")
@@ -195,7 +195,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_store_that_changed_under_the_run_is_refused_by_name(
+def test_a_store_that_changed_during_the_run_is_refused(
     run_config: Make, random_store: Store, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     counts = StoreIndex(version=STORE_VERSION, samples_per_shard=[6, 6, 6, 4], bytes_per_stream={})
@@ -212,7 +212,7 @@ def test_a_store_that_changed_under_the_run_is_refused_by_name(
     check_store_identity(saved, saved, aligned=True, where="c")
     with pytest.raises(UserError, match=f"checkpoint 'c' was trained on another store: its {name}"):
         check_store_identity(saved, now, aligned=True, where="c")
-    if name.startswith("teacher."):  # nobody reads it any more
+    if name.startswith("teacher."):  # it is not read any more
         check_store_identity(saved, now, aligned=False, where="c")
 
 
@@ -242,7 +242,7 @@ def remote(run_folder: Path) -> RemoteCheckpoints:
     return RemoteCheckpoints(filesystem, root, f"memory:/{root}", keep=2)
 
 
-def test_remote_checkpoints_are_chosen_alike(
+def test_remote_checkpoints_are_selected_like_local_ones(
     remote: RemoteCheckpoints,
     tmp_path: Path,
     damage: tuple[str, Callable[[Path], None], str],
@@ -271,7 +271,7 @@ def test_remote_checkpoints_are_chosen_alike(
     assert "memory://" in line or "checkpoint-000000004" in line
 
 
-def test_a_remote_upload_that_was_cut_off_is_no_checkpoint(
+def test_an_interrupted_upload_is_not_a_checkpoint(
     remote: RemoteCheckpoints, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class KilledError(Exception):
@@ -301,14 +301,14 @@ def test_a_remote_upload_that_was_cut_off_is_no_checkpoint(
     assert found[0] == 4
     remote.save(6, contents)
     assert remote.steps() == [4, 6]
-    remote.save(4, contents)  # the run went on from an earlier one: 6 was given up
+    remote.save(4, contents)  # the run resumed from an earlier one, so 6 is discarded
     assert remote.steps() == [4]
 
 
-def test_a_first_upload_that_was_cut_off_does_not_stand_in_the_way(
+def test_an_interrupted_first_upload_does_not_prevent_a_start(
     remote: RemoteCheckpoints, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A worker that is killed over its run's first checkpoint: there is none yet to go back to."""
+    """A worker is killed while it writes its run's first checkpoint, so there is none to resume."""
     remote.filesystem.rm(f"{remote.root}/checkpoint-000000002", recursive=True)
     remote.filesystem.rm_file(f"{remote.root}/checkpoint-000000004/state.json")
     assert latest_state(remote) is None
@@ -322,9 +322,7 @@ def test_a_first_upload_that_was_cut_off_does_not_stand_in_the_way(
     assert remote.steps() == [2]
 
 
-def test_what_is_unfinished_does_not_count_among_those_that_are_kept(
-    remote: RemoteCheckpoints, made: Path
-) -> None:
+def test_unfinished_checkpoints_do_not_count_as_kept(remote: RemoteCheckpoints, made: Path) -> None:
     remote.filesystem.rm_file(f"{remote.root}/checkpoint-000000004/state.json")
 
     contents = CopiedCheckpoint(made / "checkpoint-000000004")
@@ -339,7 +337,7 @@ def test_an_output_that_is_not_shared_is_refused(run_config: Make, run_folder: P
         RunFolder(run_config(output="/only/on/the/head")).require_shared()
 
 
-def test_a_run_folder_knows_its_checkpoints(run_config: Make, run_folder: Path) -> None:
+def test_a_run_folder_lists_its_checkpoints(run_config: Make, run_folder: Path) -> None:
     run = RunFolder(run_config(output=str(run_folder.parent)))
     assert run.checkpoints.steps() == [2, 4]
     state = latest_state(run.checkpoints)

@@ -1,4 +1,4 @@
-"""What is brought to the device ahead of time is what would be brought on time."""
+"""Prefetched noise and batches equal those that are not prefetched."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_expected_draws_are_made_once_by_the_thread(
     assert made[1:3] == [("draws_0", 5), ("draws_0", 10)]
 
 
-def test_other_draws_than_expected_are_made_on_time(ahead: NoisePrefetcher) -> None:
+def test_unexpected_draws_are_made_when_requested(ahead: NoisePrefetcher) -> None:
     expected, other = np.arange(5, 10), np.array([3, 99])
     ahead.expect(expected)
     assert same(ahead(other), draw(7, other, SHAPE, 0.5))
     assert same(ahead(expected), draw(7, expected, SHAPE, 0.5))
 
 
-def test_an_error_in_the_thread_is_raised_where_the_draws_are_asked_for(
+def test_an_error_in_the_thread_is_raised_when_the_draws_are_requested(
     ahead: NoisePrefetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -66,14 +66,14 @@ def test_an_error_in_the_thread_is_raised_where_the_draws_are_asked_for(
         ahead(np.arange(4))
 
 
-def test_nothing_is_copied_where_the_device_is_the_processor() -> None:
+def test_nothing_is_copied_on_a_cpu() -> None:
     tensor = torch.arange(6).reshape(2, 3)
     assert DevicePrefetcher(CPU)({"a": tensor})["a"].data_ptr() == tensor.data_ptr()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_copies_beside_a_busy_computation_are_whole() -> None:
-    """Many large ones in a row, whose memory is freed and used again at once."""
+def test_copies_during_a_computation_are_complete() -> None:
+    """Many large copies in a row, whose memory is freed and reused at once."""
     device = torch.device("cuda")
     feed, ahead = DevicePrefetcher(device), NoisePrefetcher(7, (4, 32, 32), 0.5, device)
     work = torch.randn(4096, 4096, device=device)
@@ -92,8 +92,8 @@ def test_copies_beside_a_busy_computation_are_whole() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_parts_of_a_batch_read_into_pinned_memory_arrive_whole() -> None:
-    """The memory is given back, and filled anew, while copies wait behind others."""
+def test_arrays_of_a_batch_in_pinned_memory_arrive_complete() -> None:
+    """The memory is released and filled again while copies are still queued."""
     feed = DevicePrefetcher(torch.device("cuda"))
     sums = []
     for step in range(40):
@@ -108,7 +108,7 @@ def test_parts_of_a_batch_read_into_pinned_memory_arrive_whole() -> None:
         assert int(copy.min()) == int(copy.max()) == step
 
 
-def test_a_batch_of_a_processor_lies_in_ordinary_memory() -> None:
+def test_a_batch_for_a_cpu_is_in_ordinary_memory() -> None:
     memory = DevicePrefetcher(CPU).allocate(10)
     assert (memory.dtype, memory.shape) == (np.uint8, (10,))
     assert not torch.from_numpy(memory).is_pinned()

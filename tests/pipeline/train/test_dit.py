@@ -1,4 +1,4 @@
-"""Whole runs of a DiT, and pictures drawn from them."""
+"""Complete runs of a DiT, and samples from their checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
 
 
 def run(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
-    """Trains; rows of the metrics without events."""
+    """Train; returns the rows of the metrics without events."""
     train(config, folder, LocalCheckpoints(folder, keep=1).save)
     rows = read_metrics(folder / "metrics.jsonl")
     return [row for row in rows if "event" not in row]
@@ -36,7 +36,7 @@ def run(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def dit_config(run_config: Make) -> Make:
-    """A tiny HASTE run of a DiT: three steps aligned, three not."""
+    """A tiny HASTE run of a DiT: three steps with alignment, three without."""
 
     def make(**overrides: Any) -> RunConfig:
         student = {"model": "DiT-S/2", **overrides.pop("student", {})}
@@ -49,7 +49,7 @@ def test_trains_through_the_termination_and_draws(dit_config: Make, tmp_path: Pa
     rows = run(dit_config(), tmp_path / "a")
     assert [row["phase"] for row in rows] == [1, 1, 1, 2, 2, 2]
     assert all(("attention" in row) == (row["phase"] == 1) for row in rows)
-    # the untrained prediction is 0: unit noise costs 1, the middle of the variances a few bits more
+    # the untrained prediction is 0: unit noise gives a loss of 1, the variances add a little
     assert 0.9 < rows[0]["denoising"] < 10
     student, _ = load_student(tmp_path / "a")
     assert isinstance(student, DiT)

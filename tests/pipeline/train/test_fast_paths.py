@@ -1,4 +1,4 @@
-"""Every way to compute a step gives the same steps."""
+"""Every implementation of a step gives the same steps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plain(run_config: Make, tmp_path: Path) -> Path:
 def test_a_run_is_the_plain_run(
     run_config: Make, plain: Path, tmp_path: Path, compute: dict[str, str]
 ) -> None:
-    """Through the termination; six steps at a learning rate that shows every difference."""
+    """Six steps including the termination, at a learning rate that shows every difference."""
     run(run_config(compute={**PLAIN, **compute}, optimizer=ADAM), tmp_path / "fast")
     for row, expected in zip(losses(tmp_path / "fast"), losses(plain), strict=True):
         assert row == pytest.approx(expected, rel=2e-4)
@@ -56,10 +56,10 @@ def test_a_run_is_the_plain_run(
 
 
 @needs_compiler
-def test_the_termination_compiles_nothing_anew(
+def test_the_termination_compiles_nothing(
     run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks without taps are compiled in Phase I already, as most are."""
+    """Code for blocks without taps was compiled in Phase I, where most blocks have none."""
     compiled: list[int] = []
     step = Trainer.train_step
 
@@ -81,8 +81,8 @@ def test_the_termination_compiles_nothing_anew(
 def test_the_probe_compiles_nothing_and_measures_the_same(
     run_config: Make, random_store: Store
 ) -> None:
-    """Also of batches for which training has compiled a backward pass, whose buffers can be used
-    only once, where the probe goes back twice."""
+    """Includes batches for which training has compiled a backward pass, whose buffers can be used
+    only once, while the probe runs two backward passes."""
     found = []
     for compute in ({"compile": "off"}, {"compile": "on"}):
         torch._dynamo.reset()
@@ -119,8 +119,8 @@ def test_ddp_does_not_cut_the_blocks_that_are_compiled(
 
 
 @needs_compiler
-def test_drawing_samples_compiles_nothing_anew(run_config: Make, random_store: Store) -> None:
-    """It sets flags of float32 products and puts them back as they were."""
+def test_sampling_compiles_nothing(run_config: Make, random_store: Store) -> None:
+    """It changes flags of float32 products and restores them."""
     torch._dynamo.reset()
     trainer = Trainer(run_config(compute={"compile": "on"}), random_store, ProcessGroup())
     order = SampleOrder(0, random_store.index().samples_per_shard)

@@ -1,4 +1,4 @@
-"""Whole runs in one plain process."""
+"""Complete runs in one process without Ray."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(config: RunConfig, folder: Path, resume: Path | None = None) -> dict[str
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """Rows without what depends on the clock or on storage."""
+    """Rows of the metrics without values that depend on timing or storage."""
     names = ("step", "phase", "denoising", "feature", "attention", "grad_norm")
     rows = read_metrics(folder / "metrics.jsonl")
     return [{n: row[n] for n in names if n in row} for row in rows if "event" not in row]
@@ -83,7 +83,7 @@ def test_no_teacher_file_is_opened_after_the_termination(
 
     monkeypatch.setattr(os, "open", counting)
     monkeypatch.setattr(Trainer, "train_step", stepping)
-    # prefetch far enough that the reader would run into Phase II with teacher bytes
+    # prefetching this far would read teacher bytes of Phase II
     run(run_config(steps=8, data={"window": 1, "prefetch": 4}), tmp_path / "a")
     teacher = [when for path, when in opened if "/maps/" in path]
     latents = [when for path, when in opened if "/latents/" in path]
@@ -102,7 +102,7 @@ def test_vanilla_run_never_opens_the_teacher(run_config: Make, tmp_path: Path) -
 
 @pytest.mark.parametrize("killed_at", [1, 2, 3, 4, 5])
 def test_resumed_run_is_bit_identical(run_config: Make, tmp_path: Path, killed_at: int) -> None:
-    """Killed in Phase I, at the termination and in Phase II; within a row of the metrics too."""
+    """Killed in Phase I, at the termination and in Phase II, also between rows of the metrics."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(run_config(log_every=4), whole)
 
@@ -135,7 +135,8 @@ def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.
 def test_a_run_killed_between_checkpoints_repeats_no_row(
     run_config: Make, tmp_path: Path, went_on_to: int
 ) -> None:
-    """The event of the termination at 3 is written after the checkpoint of step 3, and again."""
+    """The event of the termination at 3 is written after the checkpoint of step 3, so it is written
+    again after the resume."""
     folder = tmp_path / "a"
     run(run_config(), tmp_path / "whole")
     config = run_config(checkpoint={"every": 3})

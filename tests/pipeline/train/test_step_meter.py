@@ -1,4 +1,4 @@
-"""What a run tells of its speed: FLOPs, bytes, traces."""
+"""Speed metrics of a run: FLOPs, bytes, traces."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_gpu_s_share_of_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     student = StudentConfig(model="SiT-XL/2")
     rates = Throughput(student, ProcessGroup(0, 2, torch.device("cuda"))).rates(1100.0)
-    # 237 GFLOP of the forward pass, three times, at 550 images/s of each worker
+    # three times the 237 GFLOP of the forward pass, at 550 images/s per worker
     assert rates["tflops_per_worker"] == pytest.approx(392, rel=0.01)
     assert rates["mfu"] == pytest.approx(0.396, abs=0.005)
 

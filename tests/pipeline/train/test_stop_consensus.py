@@ -44,7 +44,7 @@ run_command(lambda argv: train_here(RunConfig.model_validate_json(argv[0]), Path
 
 
 def start(config: RunConfig, folder: Path) -> subprocess.Popen[str]:
-    """In a process of its own, 20 steps a second at most."""
+    """Start a run in a new process, at most 20 steps per second."""
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, config.model_dump_json(), str(folder)],
         cwd=ROOT,
@@ -69,7 +69,7 @@ def wait_for_rows(folder: Path, process: subprocess.Popen[str], count: int) -> N
 def test_a_signal_ends_a_process_with_a_checkpoint(
     run_config: Make, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """And the same command goes on as if nothing had been."""
+    """The same command then resumes bit-identically."""
     config, folder = run_config(steps=60), tmp_path / "a"
     process = start(config, folder)
     try:
@@ -99,10 +99,10 @@ def test_a_signal_ends_a_process_with_a_checkpoint(
         assert all(torch.equal(got[name], tensor) for name, tensor in load_file(file).items())
 
 
-def test_a_killed_process_goes_on_from_its_newest_checkpoint(
+def test_a_killed_process_resumes_from_its_latest_checkpoint(
     run_config: Make, tmp_path: Path
 ) -> None:
-    """SIGKILL wherever it strikes: nobody has a say in it."""
+    """SIGKILL at any moment; it cannot be handled."""
     config = run_config(steps=40, checkpoint={"every": 1})
     folder = tmp_path / "a"
     for rows in (3, 20):
@@ -120,7 +120,7 @@ def test_a_killed_process_goes_on_from_its_newest_checkpoint(
     assert not list(folder.glob(".tmp-*"))
 
 
-def test_nothing_new_is_not_saved_again(run_config: Make, tmp_path: Path) -> None:
+def test_an_unchanged_state_is_not_saved_again(run_config: Make, tmp_path: Path) -> None:
     saved: list[int] = []
 
     def save(step: int, contents: CheckpointContents) -> None:
@@ -131,7 +131,7 @@ def test_nothing_new_is_not_saved_again(run_config: Make, tmp_path: Path) -> Non
     assert saved == []
 
 
-def test_a_wish_to_save_is_granted_and_the_run_goes_on(run_config: Make, tmp_path: Path) -> None:
+def test_a_request_to_save_is_met_and_the_run_continues(run_config: Make, tmp_path: Path) -> None:
     saved: list[int] = []
     asked = iter([StopRequest.GO_ON, StopRequest.GO_ON, StopRequest.SAVE, *[StopRequest.GO_ON] * 9])
 
@@ -145,14 +145,14 @@ def test_a_wish_to_save_is_granted_and_the_run_goes_on(run_config: Make, tmp_pat
 
 @pytest.fixture
 def python_signals() -> Iterator[None]:
-    """Python's own handler of Ctrl-C, which a process in a shell's background starts without."""
+    """Python's own handler of Ctrl-C, which background processes of a shell lack."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("python_signals")
-def test_signals_are_as_before_afterwards() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignals() as signals:
         assert signals() is StopRequest.GO_ON

@@ -31,7 +31,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_gradient_cosine_in_a_run(run_config: Make, tmp_path: Path) -> None:
-    """A threshold of 1 fires at the first look; every look is a row, the last with the decision."""
+    """A threshold of 1 fires at the first probe; each probe has a row, the last the decision."""
     termination = {"kind": "gradient_cosine", "start": 2, "every": 2, "samples": 9, "threshold": 1}
     summary = run(run_config(alignment={"termination": termination}), tmp_path / "a")
     assert summary["termination_step"] == 2
@@ -58,8 +58,8 @@ def test_dry_mode_only_logs(run_config: Make, tmp_path: Path) -> None:
         assert all(row["phase"] == 1 for row in rows)
 
 
-def test_looking_changes_nothing(run_config: Make, tmp_path: Path) -> None:
-    """A run whose trigger looks and never fires is the run without one, bit for bit."""
+def test_probing_changes_nothing(run_config: Make, tmp_path: Path) -> None:
+    """A run whose trigger probes and never fires is bit-identical to a run without a trigger."""
     termination = {"kind": "gradient_cosine", "start": 1, "every": 1, "samples": 7, "threshold": -1}
     run(run_config(alignment={"termination": termination}), tmp_path / "looking")
     run(run_config(alignment={"termination": None}), tmp_path / "plain")
@@ -74,7 +74,7 @@ def test_looking_changes_nothing(run_config: Make, tmp_path: Path) -> None:
     assert rows[0] == rows[1]
 
 
-def test_plateau_killed_between_two_looks_decides_the_same(
+def test_plateau_killed_between_two_probes_decides_the_same(
     run_config: Make, tmp_path: Path
 ) -> None:
     termination = {
@@ -99,7 +99,7 @@ def test_plateau_killed_between_two_looks_decides_the_same(
 
 
 def test_probe_is_the_cosine_of_the_two_gradients(run_config: Make, random_store: Store) -> None:
-    """Against gradients of the whole set taken at once, on 1 rank and on shares of 2."""
+    """Compared with gradients of all samples at once, on 1 rank and split over 2."""
     config = run_config()
     trainer = Trainer(config, random_store, ProcessGroup())
     # at initialisation every gate is 0 and gradients vanish in the block

@@ -1,4 +1,4 @@
-"""One global batch, whoever trains it: any number of workers, any micro-batches, any change."""
+"""The result depends on the global batch only: not on workers, micro-batches or their changes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.processes import train_on
 Make = Callable[..., RunConfig]
 LOSSES = ("denoising", "feature", "attention", "grad_norm")
 EPS = {"eps": 1e-3}
-"""Large enough that Adam does not make whole steps of rounding noise, where a gradient is 0 but for
-that: a key's bias moves all logits of a row alike."""
+"""Large enough that Adam does not turn rounding noise into full steps where the exact gradient is
+0: a key's bias changes all logits of a row equally."""
 
 
 def rows_of(folder: Path) -> list[list[float]]:
@@ -126,7 +126,7 @@ def test_micro_batches_are_the_slice(random_store: Store) -> None:
 def test_accumulated_gradients_are_those_of_the_whole_batch(
     run_config: Make, tmp_path: Path, micro_batch: int
 ) -> None:
-    """Before, at and after the termination."""
+    """Steps before, at and after the termination."""
     for name, size in (("whole", None), ("parts", micro_batch)):
         train_on(1, run_config(workers={"micro_batch": size}, optimizer=EPS), tmp_path / name)
     assert_same_up_to_summation_order(tmp_path / "whole", tmp_path / "parts")
@@ -136,7 +136,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 def test_many_processes_train_what_one_trains(
     run_config: Make, tmp_path: Path, world_size: int, micro_batch: int | None
 ) -> None:
-    """Slices of 1, 2 and 2 samples; and of 2 and 3, where one makes 1 micro-batch, the other 2."""
+    """Slices of 1, 2 and 2 samples; and of 2 and 3 samples in 1 and 2 micro-batches."""
     train_on(1, run_config(optimizer=EPS), tmp_path / "one")
     workers = {"count": world_size, "micro_batch": micro_batch}
     config = run_config(workers=workers, optimizer=EPS)
@@ -152,12 +152,12 @@ PLATEAU = {
     "slow": 0.9,
     "tolerance": 1e-9,
 }
-"""Looks at all losses and never fires."""
+"""Observes all losses and never fires."""
 
 
 def test_a_change_of_workers_in_mid_row(run_config: Make, tmp_path: Path) -> None:
-    """Two workers stop after 3 steps because one was asked to, within a row of the metrics. Two go
-    on bit for bit, one or three up to summation order."""
+    """Two workers stop between rows of the metrics after 3 steps, because one was asked to. Two
+    resume bit-identically, one or three up to summation order."""
     config = run_config(
         optimizer=EPS,
         workers={"count": 3},
@@ -182,7 +182,7 @@ def test_a_change_of_workers_in_mid_row(run_config: Make, tmp_path: Path) -> Non
 
 
 def numbers_of(folder: Path) -> list[dict[str, object]]:
-    """All rows, events too, without what depends on the clock or on storage."""
+    """All rows and events without values that depend on timing or storage."""
     left_out = ("per_second", "per_worker", "data_wait", "bytes_")
     return [
         {name: value for name, value in row.items() if not any(word in name for word in left_out)}

@@ -1,4 +1,4 @@
-"""The small Fréchet distance that a run measures as it trains."""
+"""The small Fréchet distance that a run measures during training."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
-def test_distance_is_that_of_what_the_averaged_weights_draw(
+def test_distance_is_that_of_samples_of_the_averaged_weights(
     config: RunConfig, digits_store: Store, tmp_path: Path
 ) -> None:
     train_on(1, config, tmp_path / "run")
@@ -117,7 +117,7 @@ def test_a_run_factors_its_reference_once(
 def test_the_same_images_recorded_afterwards_make_the_same_row(
     config: RunConfig, tmp_path: Path
 ) -> None:
-    """So that what a run measures itself and what is measured later stand on one line."""
+    """Therefore measurements during and after a run share one line of the report."""
     run = tmp_path / "run"
     train_on(1, config, run)
     before = rows_of(run)
@@ -137,7 +137,7 @@ def test_the_same_images_recorded_afterwards_make_the_same_row(
     evaluate(EvaluateConfig.model_validate(asked_of), "cpu")
     after = rows_of(run)
     assert [row["step"] for row in after] == [3, 4]
-    assert after[0]["precision"] is not None  # which the run does not measure: it is the new row
+    assert after[0]["precision"] is not None  # the run does not measure it: this is the new row
     new = {key: value for key, value in after[0].items() if key not in ("precision", "recall")}
     assert new == {
         key: pytest.approx(before[0][key], rel=1e-5) if key == "fid" else before[0][key]
@@ -168,11 +168,11 @@ WITHIN, BEHIND = 6, 8
 @pytest.mark.parametrize(
     ("wishes", "rate"), [(WITHIN, 1e-3), (WITHIN, 1e30), (BEHIND, 1e-3), (BEHIND, 1e30)]
 )
-def test_a_run_that_is_stopped_at_a_look_says_the_same(
+def test_a_run_stopped_at_a_validation_has_the_same_rows(
     config: RunConfig, tmp_path: Path, wishes: int, rate: float
 ) -> None:
-    """Within it, where it is taken again, or right behind it; of a good student, and of one that
-    diverged."""
+    """Stopped during the validation, which is then repeated, or right after it; with a good and
+    with a diverged student."""
     values = {
         "optimizer": {"learning_rate": rate},
         "checkpoint": {"every": 4},
@@ -190,13 +190,13 @@ def test_a_run_that_is_stopped_at_a_look_says_the_same(
     measured = wishes == BEHIND and rate < 1
     assert (folder / "evaluations.jsonl").exists() == measured
     train_on(1, config, folder)
-    assert told(folder) == told(whole)
+    assert rows_without_rates(folder) == rows_without_rates(whole)
     if rate < 1:
         assert rows_of(folder) == rows_of(whole)
 
 
-def test_a_run_that_is_killed_over_a_look_takes_it_again(config: RunConfig, tmp_path: Path) -> None:
-    """Its checkpoint came first. What has been measured already is not measured anew."""
+def test_a_run_killed_during_a_validation_repeats_it(config: RunConfig, tmp_path: Path) -> None:
+    """The checkpoint is written first. Finished measurements are not repeated."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     train_on(1, config, whole)
 
@@ -214,14 +214,12 @@ def test_a_run_that_is_killed_over_a_look_takes_it_again(config: RunConfig, tmp_
         with patch.object(RunEvaluation, "measure", autospec=True, side_effect=original) as measure:
             train_on(1, config, folder)
         assert [call.args[2] for call in measure.call_args_list] == expected
-        assert told(folder) == told(whole)
+        assert rows_without_rates(folder) == rows_without_rates(whole)
         assert rows_of(folder) == rows_of(whole)
 
 
-def test_what_was_measured_of_other_weights_is_not_taken_for_these(
-    config: RunConfig, tmp_path: Path
-) -> None:
-    """A run of the same name that was begun anew."""
+def test_measurements_of_other_weights_are_not_reused(config: RunConfig, tmp_path: Path) -> None:
+    """A run of the same name that was restarted from step 0."""
     folder = tmp_path / "run"
     train_on(1, config, folder)
     stale = rows_of(folder)
@@ -232,7 +230,7 @@ def test_what_was_measured_of_other_weights_is_not_taken_for_these(
     )
     asked = iter(
         [*[StopRequest.GO_ON] * 3, StopRequest.STOP]
-    )  # over the first batch of the evaluation
+    )  # during the first batch of the evaluation
     with pytest.raises(StoppedError, match="after step 3 of 4"):
         train(other, folder, LocalCheckpoints(folder, keep=9).save, poll=lambda: next(asked))
     train_on(1, other, folder)
@@ -241,8 +239,8 @@ def test_what_was_measured_of_other_weights_is_not_taken_for_these(
     assert rows_of(folder) != stale
 
 
-def told(folder: Path) -> list[Any]:
-    """All rows of the metrics, but for rates."""
+def rows_without_rates(folder: Path) -> list[Any]:
+    """All rows of the metrics without rates."""
     return [
         (
             row["step"],
@@ -257,7 +255,7 @@ def told(folder: Path) -> list[Any]:
 def test_a_student_that_diverged_has_no_distance(
     config: RunConfig, tmp_path: Path, world_size: int
 ) -> None:
-    """Its images would be black, and black images have a distance like any others."""
+    """Its images would be black, and black images have a distance like any other images."""
     values = merge(
         config.model_dump(),
         {
@@ -299,8 +297,8 @@ def test_half_an_evaluation_is_refused(samples: dict[str, Any], message: str) ->
 
 
 def test_rows_on_an_object_store_are_added_to(config: RunConfig) -> None:
-    """A worker that takes over finds the rows of the one before it, and what somebody else has
-    recorded meanwhile stays."""
+    """A replacement worker finds the rows of the worker before it, and keeps rows that another
+    process recorded meanwhile."""
     filesystem = fsspec.filesystem("memory")
     row = RecordedEvaluation(
         **dict.fromkeys(Evaluation.model_fields) | {"fid": 1.0, "samples": 10, "network": "x"},
@@ -317,7 +315,7 @@ def test_rows_on_an_object_store_are_added_to(config: RunConfig) -> None:
     assert [json.loads(line)["step"] for line in lines] == [3, 4, 9]
 
 
-def test_many_record_at_once_and_no_row_is_lost(tmp_path: Path) -> None:
+def test_concurrent_recording_loses_no_row(tmp_path: Path) -> None:
     row = RecordedEvaluation(
         **dict.fromkeys(Evaluation.model_fields) | {"fid": 1.0, "samples": 10, "network": "x"},
         step=0,
@@ -334,7 +332,7 @@ def test_many_record_at_once_and_no_row_is_lost(tmp_path: Path) -> None:
     assert [found["step"] for found in rows_of(tmp_path)] == list(range(60))
 
 
-def test_what_a_stopped_run_has_measured_is_on_its_object_store(config: RunConfig) -> None:
+def test_measurements_of_a_stopped_run_are_on_its_object_store(config: RunConfig) -> None:
     filesystem = fsspec.filesystem("memory")
     stopped = config.model_copy(update={"output": "memory://stopped"})
 
@@ -349,7 +347,7 @@ def test_what_a_stopped_run_has_measured_is_on_its_object_store(config: RunConfi
         assert filesystem.exists(f"/stopped/tiny/{name}") == sent
 
 
-def test_what_the_evaluation_needs_is_looked_at_before_the_first_step(
+def test_requirements_of_the_evaluation_are_checked_before_the_first_step(
     config: RunConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -359,7 +357,7 @@ def test_what_the_evaluation_needs_is_looked_at_before_the_first_step(
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
-def test_options_that_would_mean_nothing_are_refused() -> None:
+def test_options_without_effect_are_refused() -> None:
     for options, message in (
         ({"every": 5}, "images is missing"),
         ({"network_size": 32}, "go with a network"),
@@ -368,9 +366,7 @@ def test_options_that_would_mean_nothing_are_refused() -> None:
             RunConfig.model_validate({"samples": {"evaluate": options}})
 
 
-def test_workers_are_told_where_local_files_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_receive_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jobs.train_haste import for_workers
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Grids of samples that a run draws as it trains."""
+"""Grids of samples that a run draws during training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def grids(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)) for path in found}
 
 
-def test_grids_are_what_the_averaged_weights_draw(config: RunConfig, tmp_path: Path) -> None:
+def test_grids_are_samples_of_the_averaged_weights(config: RunConfig, tmp_path: Path) -> None:
     train_on(1, config, tmp_path / "run")
     found = grids(tmp_path / "run")
     assert list(found) == NAMES
@@ -70,8 +70,8 @@ def test_workers_draw_the_same_pictures_together(config: RunConfig, tmp_path: Pa
         assert np.abs(one[name].astype(int) - two[name].astype(int)).max() <= 2
 
 
-def test_pictures_change_nothing_in_the_run(config: RunConfig, tmp_path: Path) -> None:
-    """Nor does a resumed run draw others."""
+def test_grids_do_not_change_the_run(config: RunConfig, tmp_path: Path) -> None:
+    """A resumed run draws the same grids."""
     train_on(1, config, tmp_path / "drawn")
     plain = config.model_copy(update={"samples": config.samples.model_copy(update={"every": None})})
     train_on(1, plain, tmp_path / "plain")
@@ -96,7 +96,7 @@ def test_pictures_change_nothing_in_the_run(config: RunConfig, tmp_path: Path) -
         ({"sampler": {"method": "ddpm"}}, r"set --samples.sampler.method sde, ode or ode_heun"),
     ],
 )
-def test_what_cannot_be_drawn_is_said_before_the_first_step(
+def test_impossible_grids_are_refused_before_the_first_step(
     config: RunConfig, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     values = merge(config.model_dump(), {"samples": change})
