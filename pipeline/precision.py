@@ -9,25 +9,23 @@ from typing import Literal
 import torch
 
 from schemas.errors import UserError
-from schemas.extract import ExtractConfig, Precision
+from schemas.extract import Precision
 from schemas.sample import Arithmetic
 
 
-def choose_precision(config: ExtractConfig, device: str) -> Precision:
-    """The arithmetic that 'auto' stands for."""
-    if config.precision != "auto":
-        if device == "cpu" and config.precision == "float16":
-            raise UserError("--precision float16 needs a GPU; use bfloat16 or float32 on CPU")
-        return config.precision
-    return "bfloat16" if device == "cuda" else "float32"
+def choose_precision(option: Literal["auto"] | Precision, device: str) -> Precision:
+    """Precision of teacher and training on the device type ``device``; 'auto' is bfloat16 on GPUs
+    and float32 on CPUs. Raises ``UserError`` for float16 on a CPU."""
+    if option == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    if device == "cpu" and option == "float16":
+        raise UserError("--precision float16 needs a GPU; use bfloat16 or float32 on CPU")
+    return option
 
 
-def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What extraction and training make of 'auto'."""
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, precision)
-    assert isinstance(dtype, torch.dtype)
+def precision_dtype(option: Literal["auto"] | Precision, device: str) -> torch.dtype:
+    """The torch dtype of ``choose_precision``; float32 means no autocast."""
+    dtype: torch.dtype = getattr(torch, choose_precision(option, device))
     return dtype
 
 
@@ -40,24 +38,25 @@ def choose_device(option: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cud
     return "cuda" if available and option != "cpu" else "cpu"
 
 
-def choose_arithmetic(asked: Literal["auto"] | Arithmetic, device: str) -> Arithmetic:
-    """What 'auto' stands for on 'cpu' or 'cuda'. Raises ``UserError`` where a device lacks it."""
-    if asked == "auto":
+def choose_arithmetic(option: Literal["auto"] | Arithmetic, device: str) -> Arithmetic:
+    """Arithmetic of sampling on the device type ``device``; 'auto' is TF32 on GPUs and float32 on
+    CPUs. Raises ``UserError`` for TF32 or float16 on a CPU."""
+    if option == "auto":
         return "tf32" if device == "cuda" else "float32"
-    if device == "cpu" and asked in ("tf32", "float16"):
-        raise UserError(f"--precision {asked} needs a GPU; use bfloat16 or float32 on CPU")
-    return asked
+    if device == "cpu" and option in ("tf32", "float16"):
+        raise UserError(f"--precision {option} needs a GPU; use bfloat16 or float32 on CPU")
+    return option
 
 
 def autocast_dtype(precision: Arithmetic) -> torch.dtype:
-    """Of the student's forward pass; float32 is no autocast."""
+    """Autocast dtype of the student's forward pass; float32 means no autocast."""
     dtype: torch.dtype = getattr(torch, "float32" if precision == "tf32" else precision)
     return dtype
 
 
 @contextmanager
 def arithmetic(precision: Arithmetic) -> Iterator[None]:
-    """Products of float32 numbers on GPUs in TF32, or not, whatever was set before."""
+    """Enable or disable TF32 for float32 products on GPUs inside; restore the setting at exit."""
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, convolution.allow_tf32
     matmul.allow_tf32 = convolution.allow_tf32 = precision == "tf32"

@@ -27,7 +27,7 @@ from pipeline.cost_estimate.meta_models import MetaModels, encode
 from pipeline.datasets.crop import decode_crop
 from pipeline.models import make_student
 from pipeline.models.flops import STEP, student_flops
-from pipeline.precision import _autocast_dtype
+from pipeline.precision import precision_dtype
 from pipeline.teachers.vit import block_arguments
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig
@@ -101,7 +101,7 @@ def measure_device(
             models,
             flops,
             device,
-            dtype=_autocast_dtype(config.precision, device),
+            dtype=precision_dtype(config.precision, device.type),
             batch=config.batch_size if gpu else 2,
             blocks=models.geometry.depth if gpu and fits else TIMED_BLOCKS,
         ),
@@ -197,7 +197,7 @@ def _student_rate(run: RunConfig, device: torch.device) -> float:
     x = _random((batch, *config.latent_shape), device)
     t = torch.rand(batch, device=device)
     y = torch.zeros(batch, dtype=torch.long, device=device)
-    dtype = _autocast_dtype(run.precision, device)
+    dtype = precision_dtype(run.precision, device.type)
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

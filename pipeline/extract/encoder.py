@@ -54,7 +54,7 @@ class Encoder:
         self.config = config
         self.device = torch.device(device)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.precision: Precision = choose_precision(config, device)
+        self.precision: Precision = choose_precision(config.precision, device)
         self.threads = threads
         self.teacher = Teacher(config.teacher, resolution=config.resolution, layers=config.layers)
         self.teacher.to(self.device)

@@ -15,6 +15,7 @@ from pipeline.alignment.losses import Targets
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
 from pipeline.models.projector import Projector
+from pipeline.precision import precision_dtype
 from pipeline.store import Batch, Store
 from pipeline.targets.sources import TargetSource, aligned_heads, open_targets, wanted_targets
 from pipeline.train.device_transfer import DevicePrefetcher
@@ -219,10 +220,8 @@ class Trainer:
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """Autocast dtype; None: plain float32."""
-        name = self.config.precision
-        if name == "auto":
-            name = "bfloat16" if self.group.device.type == "cuda" else "float32"
-        return None if name == "float32" else getattr(torch, name)
+        dtype = precision_dtype(self.config.precision, self.group.device.type)
+        return None if dtype == torch.float32 else dtype
 
     def inputs(
         self, batch: Batch, draws: SampleNoise | None = None, *, time: float | None = None

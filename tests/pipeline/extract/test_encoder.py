@@ -217,12 +217,12 @@ def test_description_says_what_decides_the_numbers(
 
 def test_precision_is_chosen_by_device() -> None:
     auto = ExtractConfig()
-    assert choose_precision(auto, "cpu") == "float32"
-    assert choose_precision(auto, "cuda") == "bfloat16"
+    assert choose_precision(auto.precision, "cpu") == "float32"
+    assert choose_precision(auto.precision, "cuda") == "bfloat16"
     half = ExtractConfig(precision="float16")
-    assert choose_precision(half, "cuda") == "float16"
+    assert choose_precision(half.precision, "cuda") == "float16"
     with pytest.raises(UserError, match="needs a GPU"):
-        choose_precision(half, "cpu")
+        choose_precision(half.precision, "cpu")
 
 
 def test_tasks_are_cut_by_position(digits_listing: Listing) -> None:
