@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -63,9 +63,13 @@ class ResidualPlateau(Strict):
 TerminationConfig = FixedStep | GradientCosine | ResidualPlateau
 
 
+DEFAULT_KIND: Final = "fixed"
+"""Kind of a termination that does not name one."""
+
+
 def _with_kind(value: Any) -> Any:
     """The default kind, because a discriminated union ignores the default of its key."""
-    return {"kind": "fixed", **value} if isinstance(value, dict) else value
+    return {"kind": DEFAULT_KIND, **value} if isinstance(value, dict) else value
 
 
 class AlignmentConfig(Strict):

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from schemas.alignment import DEFAULT_KIND
 from schemas.errors import UserError, plain_text
 
 
@@ -38,7 +39,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             # options of another kind do not apply: only those of ``over`` are used
-            same = value.get("kind", old.get("kind")) == old.get("kind")
+            old_kind = old.get("kind", DEFAULT_KIND)
+            same = value.get("kind", old_kind) == old_kind
             merged[key] = merge(old, value) if same else dict(value)
         else:
             merged[key] = value

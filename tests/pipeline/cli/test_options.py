@@ -373,6 +373,9 @@ def test_termination_is_at_a_fixed_step_by_default(tmp_path: Path) -> None:
         return training(*argv).alignment.termination
 
     assert termination("--alignment.termination.step", "5") == FixedStep(step=5)
+    kind = ("--alignment.termination.kind", "fixed")
+    assert termination("--alignment.termination.step", "5", *kind) == FixedStep(step=5)
+    assert termination(*kind, "--alignment.termination.step", "5") == FixedStep(step=5)
     file = tmp_path / "run.yaml"
     file.write_text("alignment: {termination: {step: 7, dry: true}}")
     assert termination("--config", str(file)) == FixedStep(step=7, dry=True)
