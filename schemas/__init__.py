@@ -1,1 +1,1 @@
-"""What is written down: manifests, specs and run configs as pydantic models. No torch, no ray."""
+"""Pydantic models of what is written to disk: manifests, options, run configs. No torch, no ray."""

@@ -73,7 +73,7 @@ class CheckpointState:
     metrics_rows: int
     """Rows of the metrics file that were written before the checkpoint."""
     looked: bool
-    """Whether the validation of this step was finished when the checkpoint was written."""
+    """True if the validation of this step was finished when the checkpoint was written."""
     data: dict[str, Any]
     """``BatchLoader.state()``: shards that are left out."""
 

@@ -1,1 +1,1 @@
-"""Several processes at work: Ray clusters and actors, process groups, signals."""
+"""Ray clusters, actors and their logs; process groups; signals."""

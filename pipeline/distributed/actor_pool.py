@@ -117,10 +117,10 @@ class Actors(Generic[A]):
         full_name: Callable[[T], str] | None = None,
         enough: Callable[[], bool] = lambda: False,
     ) -> Iterator[R]:
-        """What ``begin(actor, task)`` returned, as tasks are finished.
+        """Yield the results of ``begin(actor, task)`` in the order in which tasks finish.
 
-        ``name`` tells tasks apart. Once there is ``enough`` no task is handed out, and those at
-        work are finished. Raises an actor's ``UserError``, and one with the ``full_name`` of a task
+        ``name`` must be unique to a task. Once ``enough()`` is true, no further task is started, and
+        running ones are finished. Raises an actor's ``UserError``, and one with the ``full_name`` of a task
         that failed ``max_attempts`` times, with its last error.
         """
         self._name = name

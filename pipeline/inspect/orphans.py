@@ -112,7 +112,7 @@ def remove_orphans(store: Store, *, hours: float) -> Removal:
 
 
 def is_cheap_to_list(store: Store) -> bool:
-    """Whether the store has few enough files to be listed without --gc."""
+    """True if the store has few enough files to be listed without --gc."""
     parts = [len(stream_parts(stream.columns)) for stream in store.manifest.streams.values()]
     files = sum(parts) if store.manifest.format == "zarr" else len(parts)
     return store.manifest.num_shards * (files + 1) <= MAX_LISTED_FILES
@@ -161,7 +161,7 @@ def _orphan_reason(
 
 
 def _is_link(store: Store, path: str) -> bool:
-    """Whether a file or one of its folders is a link: it may belong to another store."""
+    """True for a file that is a link or in a linked folder: it may belong to another store."""
     if not is_local(store.filesystem):
         return False
     parts = path.split("/")

@@ -1,1 +1,1 @@
-"""Pictures of a run."""
+"""The HTML page of one or several runs."""

@@ -86,7 +86,7 @@ def _draw(record: Record, checkpoint: Path) -> bytes:
 
 
 def _is_local_path(store: str) -> bool:
-    """Whether ``store`` names a local folder. Decided from the text, because some filesystems
+    """True if ``store`` names a local folder; decided from the text, because some filesystems
     connect as soon as they are created."""
     return "::" not in store and ("://" not in store or store.startswith("file://"))
 

@@ -1,1 +1,1 @@
-"""The training core: one plain process or many, with no ray but in the adapter."""
+"""The training core, for one process or many; only ``ray_trainer`` imports Ray."""
