@@ -119,9 +119,9 @@ class Actors(Generic[A]):
     ) -> Iterator[R]:
         """Yield the results of ``begin(actor, task)`` in the order in which tasks finish.
 
-        ``name`` must be unique to a task. Once ``enough()`` is true, no further task is started, and
-        running ones are finished. Raises an actor's ``UserError``, and one with the ``full_name`` of a task
-        that failed ``max_attempts`` times, with its last error.
+        ``name`` must be unique to a task. Once ``enough()`` is true, no further task is started and
+        running ones are finished. Raises an actor's ``UserError``, and one with the ``full_name``
+        of a task that failed ``max_attempts`` times, with its last error.
         """
         self._name = name
         pending = deque(tasks)
