@@ -352,7 +352,7 @@ def test_requirements_of_the_evaluation_are_checked_before_the_first_step(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluations.jsonl").write_text('{"step": 3, "fi')
-    with pytest.raises(UserError, match=r"line 1 of '.*evaluations.jsonl' is no evaluation"):
+    with pytest.raises(UserError, match=r"line 1 of '.*evaluations.jsonl' is not an evaluation"):
         train_on(1, config, tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
