@@ -338,5 +338,5 @@ def test_rows_that_are_not_json_are_refused_before_the_work(
     (files / "nan").mkdir()
     (files / "nan" / "evaluations.jsonl").write_text('{"step": 1, "fid": NaN}\n')
     sides = ("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
-    with pytest.raises(UserError, match=r"line 1 of '.*evaluations.jsonl' is no evaluation"):
+    with pytest.raises(UserError, match=r"line 1 of '.*evaluations.jsonl' is not an evaluation"):
         run(*sides, "--record", files / "nan", "--step", "1")
