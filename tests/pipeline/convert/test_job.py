@@ -177,7 +177,7 @@ def test_command(extracted: Extract, tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["--help"])
     out = capsys.readouterr().out
     assert "python -m pipeline.convert SOURCE TARGET" in out
-    assert "not the others" in out
+    assert "The only teacher stream to convert" in out
 
 
 def test_the_former_command_refers_to_this_one() -> None:
