@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 
@@ -15,36 +16,34 @@ from pipeline.cost_estimate import FLAG
 from pipeline.cost_estimate.costs import (
     GIGA,
     ONLINE,
-    ImageFlops,
     Scenario,
     StoreLayout,
     compare_layouts,
     cost_of,
-)
-from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasured_device
-from pipeline.cost_estimate.flops import image_flops
-from pipeline.cost_estimate.meta_models import Geometry, MetaModels, build_meta_models
-from pipeline.cost_estimate.report import Estimate, LocalMeasurement, as_json, describe
-from pipeline.cost_estimate.sizes import (
-    COMPARED_CODECS,
-    CROP_CODEC,
-    codec_set,
     latent_bytes,
     stored_bytes,
 )
+from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasured_device
+from pipeline.cost_estimate.flops import image_flops
+from pipeline.cost_estimate.meta_models import Geometry, build_meta_models
+from pipeline.cost_estimate.report import Estimate, as_json, describe
 from pipeline.datasets import list_images
 from pipeline.storage.files import absolute_url
 from pipeline.store import Store
+from pipeline.targets.cuts import codec_set_of
 from schemas.alignment import AlignmentConfig, FixedStep
+from schemas.codecs import CodecSet
 from schemas.errors import UserError
 from schemas.extract import PRESETS, Cut, ExtractConfig, TeacherConfig
+from schemas.fields import element_count
 from schemas.plan import ExtractPlan, PlanOptions, TrainPlan
 from schemas.run import RunConfig
 from schemas.validation import validate
 
 logger = logging.getLogger(__name__)
 
-CUTS: tuple[Cut, ...] = get_args(Cut)
+COMPARED_CODECS: tuple[CodecSet, ...] = ("faithful", "small", "float16")
+"""Codec sets shown in every estimate, in addition to that of ``--codec``."""
 IMAGENET_IMAGES = 1_281_167  # training set of ILSVRC 2012
 DEFAULT_TRAINER = RunConfig(
     name="sit_xl2_haste",
@@ -56,19 +55,13 @@ Print the cost of every cut of the teacher in bytes, time and money, and recomme
 batches on this machine; without a GPU, costs are for an assumed one. Reads no images, loads no
 weights, writes nothing."""
 
+Options = TypeVar("Options", ExtractPlan, TrainPlan)
+
 
 def plan_extraction(argv: list[str]) -> int:
     """``python -m pipeline.extract --plan``."""
-    config = parse_options(
-        ExtractPlan,
-        _without_flag(argv),
-        command="python -m pipeline.extract --plan",
-        about=DESCRIPTION,
-        presets=PRESETS,
-        preset_key="dataset",
-    )
-    trainer = config.plan.trainer
-    run = DEFAULT_TRAINER
+    config = _parse(ExtractPlan, argv, "python -m pipeline.extract --plan", preset_key="dataset")
+    trainer, run = config.plan.trainer, DEFAULT_TRAINER
     if trainer is not None:
         run = validate(RunConfig, read_yaml(trainer), where=trainer)
     return _print(make_estimate(config, run, config.plan, config.plan.images), config.as_json)
@@ -76,14 +69,8 @@ def plan_extraction(argv: list[str]) -> int:
 
 def plan_training(argv: list[str]) -> int:
     """``jobs/train_haste.py --plan``."""
-    config = parse_options(
-        TrainPlan,
-        _without_flag(argv),
-        command="python jobs/train_haste.py --plan",
-        about=DESCRIPTION,
-        presets=PRESETS,
-        preset_key="extract.dataset",
-    )
+    command = "python jobs/train_haste.py --plan"
+    config = _parse(TrainPlan, argv, command, preset_key="extract.dataset")
     extraction, images, existing = config.extract, config.images, None
     if config.store is not None:
         store = Store.open(absolute_url(config.store))
@@ -107,34 +94,47 @@ def make_estimate(
     images = images or _count_images(config)
     models = build_meta_models(config)
     _check_compatible(config, run, models.geometry)
-    device, local = _devices(config, run, options, models)
-    scenario = _scenario(config, run, options, images, device)
+
+    device: Device | None = None
+    local: Device | None = None
+    if options.tflops is None:
+        logger.info("timing a few batches on this machine")
+        gpu = options.device != "cpu" and torch.cuda.is_available()
+        priced = gpu or options.device == "cpu"
+        local = measure_device(
+            config, run, models, options.autoencoder_tflops if priced else None, gpu=gpu
+        )
+        device = local if priced else None
+    if device is None:
+        device = unmeasured_device(options.tflops, options.autoencoder_tflops, config.resolution)
+
     flops = image_flops(models, run)
+    scenario = _scenario(config, run, options, images, device)
     layouts = candidate_layouts(config, models.geometry)
-    measured = None if local is None else _measurement(local, layouts, flops, config, scenario)
+    local_hours: dict[str, float] = {}
+    if local is not None:
+        here = replace(scenario, encoders=_encoders(config, local))
+        local_hours = {
+            layout.cut: cost_of(layout, flops, local.rates, here).extraction_hours
+            for layout in layouts
+            if layout.candidate
+        }
     if existing is not None:
         layouts.insert(0, existing)
-    return Estimate(
-        config=config,
-        run=run,
-        device=device,
-        scenario=scenario,
-        flops=flops,
-        costs=compare_layouts(layouts, flops, device.rates, scenario),
-        local=measured,
-        notes=(*models.notes, *_notes(config, run, device, local)),
-    )
+    costs = compare_layouts(layouts, flops, device.rates, scenario)
+    notes = (*models.notes, *_notes(config, run, device, local))
+    return Estimate(config, run, device, scenario, flops, costs, local, local_hours, notes)
 
 
 def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLayout]:
     """Every cut in the requested codec (the candidates) and in others for comparison."""
     latents = latent_bytes(geometry)
     layouts = []
-    for cut in CUTS:
+    for cut in get_args(Cut):
         codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
         for codec in dict.fromkeys(codecs):
             size = latents + stored_bytes(cut, codec, geometry, compress=config.compress)
-            name = CROP_CODEC if cut == ONLINE else codec
+            name = "uint8" if cut == ONLINE else codec
             layouts.append(StoreLayout(cut, name, size, candidate=codec == config.codec))
     return layouts
 
@@ -145,38 +145,6 @@ def aligned_steps(run: RunConfig) -> int:
     if isinstance(termination, FixedStep) and not termination.dry:
         return min(termination.step, run.steps)
     return run.steps
-
-
-def _devices(
-    config: ExtractConfig, run: RunConfig, options: PlanOptions, models: MetaModels
-) -> tuple[Device, Device | None]:
-    """The device that costs are for, and this machine's device if it was timed."""
-    given = options.autoencoder_tflops
-    if options.tflops is not None:
-        return unmeasured_device(options.tflops, given, config.resolution), None
-    logger.info("timing a few batches on this machine")
-    if options.device == "cpu" or torch.cuda.is_available():
-        local = measure_device(config, run, models, given, gpu=options.device != "cpu")
-        return local, local
-    local = measure_device(config, run, models, gpu=False)
-    return unmeasured_device(None, given, config.resolution), local
-
-
-def _measurement(
-    device: Device,
-    layouts: list[StoreLayout],
-    flops: ImageFlops,
-    config: ExtractConfig,
-    scenario: Scenario,
-) -> LocalMeasurement:
-    """Hours of an extraction on this machine."""
-    scenario = replace(scenario, encoders=_encoders(config, device))
-    hours = {
-        layout.cut: cost_of(layout, flops, device.rates, scenario).extraction_hours
-        for layout in layouts
-        if layout.candidate
-    }
-    return LocalMeasurement(device, hours)
 
 
 def _scenario(
@@ -237,24 +205,14 @@ def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry)
 
 def _notes(
     config: ExtractConfig, run: RunConfig, device: Device, local: Device | None
-) -> tuple[str, ...]:
-    notes = []
-    if device.kind == "cpu":
-        notes.append(
-            "timed and priced on a CPU: for a GPU leave out --plan.device cpu or give "
-            "--plan.tflops (200 to 300 for an H100)"
-        )
+) -> Iterator[str]:
     if config.column_codecs:
-        notes.append("--column-codecs are ignored: sizes are of --codec alone")
+        yield "--column-codecs are ignored: sizes are of --codec alone"
     if (local or device).estimated:
-        notes.append(
-            "* the teacher does not fit this machine: its time follows from its FLOPs at the "
-            "measured rate of two of its blocks"
-        )
+        yield "* the teacher does not fit this machine: its rate is that of two of its blocks"
     termination = run.alignment.termination
     if not isinstance(termination, FixedStep) or termination.dry:
-        notes.append("the termination step is not fixed: all steps are assumed to be aligned")
-    return tuple(notes)
+        yield "the termination step is not fixed: all steps are assumed to be aligned"
 
 
 def _extraction_config(store: Store) -> ExtractConfig:
@@ -277,16 +235,26 @@ def _extraction_config(store: Store) -> ExtractConfig:
 
 
 def _existing_layout(store: Store, samples: int) -> StoreLayout:
-    """Layout and measured size of a complete store."""
+    """Layout and measured size of a complete store; the codec of the largest tensor where the
+    stream has no codec set."""
     if not samples:
         raise UserError(f"store '{store.shown_url}' holds no samples")
     _, stream = store.manifest.teacher_stream()
+    largest = max(stream.columns.values(), key=lambda column: element_count(column.shape))
     size = -(-sum(store.index().bytes_per_stream.values()) // samples)
-    return StoreLayout(stream.cut, codec_set(stream), size, exists=True)
+    codec = codec_set_of(stream.columns) or largest.codec
+    return StoreLayout(stream.cut, codec, size, exists=True)
 
 
-def _without_flag(argv: list[str]) -> list[str]:
-    return [argument for argument in argv if argument != FLAG]
+def _parse(model: type[Options], argv: list[str], command: str, *, preset_key: str) -> Options:
+    return parse_options(
+        model,
+        [argument for argument in argv if argument != FLAG],
+        command=command,
+        about=DESCRIPTION,
+        presets=PRESETS,
+        preset_key=preset_key,
+    )
 
 
 def _print(estimate: Estimate, json_wanted: bool) -> int:

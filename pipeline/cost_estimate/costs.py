@@ -1,4 +1,4 @@
-"""Costs of a teacher store from bytes, FLOPs, rates and prices. No torch.
+"""Costs of a teacher store from bytes, FLOPs, rates and prices.
 
 A device is the hardware of one worker: a GPU, or the CPU cores that were timed.
 """
@@ -9,28 +9,33 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from pipeline.cost_estimate.meta_models import Geometry
+from pipeline.store.arrays import stream_parts
+from pipeline.store.codecs import find_codec
+from pipeline.targets.cuts import cut_columns
+from schemas.codecs import CodecSet
+from schemas.extract import Cut
+from schemas.store import Column
+
 HOUR = 3600.0
 TERA = 1e12
 GIGA = 1e9
 ONLINE = "image"
 """The cut of the online baseline: crops are stored, and the trainer runs the whole teacher."""
+TAR_BLOCK = 512
+NPY_HEADER = 128
 
 
 @dataclass(frozen=True)
 class ImageFlops:
     """FLOPs per image. The mappings are by cut."""
 
-    step: int
-    """A vanilla training step."""
-    alignment: int
-    """The projector and the student's tapped logits, the same for every cut."""
+    step: int  # a vanilla training step
+    alignment: int  # the projector and the student's tapped logits, the same for every cut
     autoencoder: int
-    extraction: dict[str, int]
-    """The teacher, in the extraction."""
-    training: dict[str, int]
-    """The teacher, in the trainer."""
-    tail_weights: dict[str, int]
-    """Number of teacher weights that the trainer needs."""
+    extraction: dict[str, int]  # the teacher, in the extraction
+    training: dict[str, int]  # the teacher, in the trainer
+    tail_weights: dict[str, int]  # number of teacher weights in the trainer; none for other cuts
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,8 @@ class DeviceRates:
     teacher: float
     autoencoder: float
     student: float
-    decode_seconds: float
-    """Seconds to decode and crop one image, using all decoding threads of an encoder."""
-    decode_overlaps: bool
-    """True if decoding overlaps with the networks (GPU), false if both use the same cores."""
+    decode_seconds: float  # to decode and crop one image with all decoding threads of an encoder
+    decode_overlaps: bool  # with the networks (GPU); False where both use the same cores
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,12 @@ class Scenario:
     """Amounts and prices of an estimate."""
 
     images: int
-    aligned_images_per_run: int
-    """Images of one run before the termination."""
+    aligned_images_per_run: int  # before the termination
     images_per_run: int
-    encoders: float
-    """Devices of the extraction."""
-    workers: int
-    """Devices of the training."""
-    bytes_per_second_per_worker: float
-    """Read rate of one worker and write rate of one encoder."""
-    device_hour: float
-    """Price, as ``tb_month``."""
+    encoders: float  # devices of the extraction
+    workers: int  # devices of the training
+    bytes_per_second_per_worker: float  # read rate of one worker, write rate of one encoder
+    device_hour: float  # price, as tb_month
     tb_month: float
     months: float
     runs: int
@@ -73,49 +71,29 @@ class StoreLayout:
 
     cut: str
     codec: str
-    bytes_per_image: int
-    """Teacher and latents, because they are read together."""
-    exists: bool = False
-    """The store is complete: its extraction costs nothing more."""
-    candidate: bool = True
-    """False for a codec that was not requested: shown for comparison, never recommended."""
+    bytes_per_image: int  # teacher and latents, because they are read together
+    exists: bool = False  # a complete store: its extraction costs nothing more
+    candidate: bool = True  # False: a codec for comparison only, never recommended
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Costs of one layout; the fields of one row of ``--json``."""
+@dataclass(frozen=True, kw_only=True)
+class Cost(StoreLayout):
+    """Costs of one layout; the fields of one row of ``--json``. Shares are of a vanilla step."""
 
-    cut: str
-    codec: str
-    exists: bool
-    candidate: bool
-    bytes_per_image: int
-    bytes: int
-    """All images and the teacher's tail."""
+    bytes: int  # all images and the teacher's tail
     extraction_device_hours: float
-    extraction_hours: float
-    """With the scenario's number of encoders."""
-    read_bytes_per_second_per_worker: int
-    """Rate at which the trainer does not wait."""
-    read_bytes_per_second: int
-    """The same for all workers."""
-    bandwidth_suffices: bool
-    """False if the trainer is limited by reading."""
-    teacher_flops_per_image: int
-    """In the trainer."""
-    teacher_share_of_step: float
-    """Teacher time in the trainer, relative to a vanilla step."""
-    wait_share_of_step: float
-    """Time waiting for data in Phase I, relative to a vanilla step."""
-    device_hours_per_run: float
-    """Added to one run by teacher and waiting."""
+    extraction_hours: float  # with the scenario's number of encoders
+    read_bytes_per_second_per_worker: int  # rate at which the trainer does not wait
+    read_bytes_per_second: int  # the same for all workers
+    bandwidth_suffices: bool  # False if the trainer is limited by reading
+    teacher_flops_per_image: int  # in the trainer
+    teacher_share_of_step: float  # teacher time in the trainer
+    wait_share_of_step: float  # time waiting for data in Phase I
+    device_hours_per_run: float  # added to one run by teacher and waiting
     storage_cost_per_month: float
-    cost_once: float
-    """Extraction and storage."""
-    cost_per_run: float
-    """Price of ``device_hours_per_run``."""
-    cost: float
-    """All runs."""
+    cost_once: float  # extraction and storage
+    cost_per_run: float  # price of device_hours_per_run
+    cost: float  # all runs
     break_even_runs: int | None = None
     """Smallest number of runs from which it is cheaper than the online teacher; None: never."""
 
@@ -124,32 +102,60 @@ class Cost:
         return f"'{self.cut}' in {self.codec}" + (" (this store)" if self.exists else "")
 
 
+def stored_bytes(cut: Cut, codec: CodecSet, geometry: Geometry, *, compress: bool = True) -> int:
+    """Bytes per image of the teacher stream, without the latents (``latent_bytes``)."""
+    return _stream_bytes(cut_columns(cut, geometry, geometry.resolution, codec, compress=compress))
+
+
+def latent_bytes(geometry: Geometry) -> int:
+    """Bytes per image of mean and std in float16, and of the label."""
+    latent = Column(shape=geometry.latent_shape, codec="float16")
+    label = Column(shape=(), codec="int64")
+    return _stream_bytes({"mean": latent, "std": latent, "label": label})
+
+
+def _stream_bytes(columns: dict[str, Column]) -> int:
+    """Tar members of one image: header, .npy header, data (compressed: estimated), padding."""
+    total = 0
+    for name, part in stream_parts(columns).items():
+        column = columns[name.partition(".")[0]]
+        bits = find_codec(column.codec).bits_per_value if part.lossless != "none" else None
+        size = part.nbytes if bits is None else math.prod(column.shape) * bits / 8
+        data = 3 if part.is_class else NPY_HEADER + round(size)
+        total += TAR_BLOCK * (1 - -data // TAR_BLOCK)
+    return total
+
+
 def compare_layouts(
     layouts: Sequence[StoreLayout], flops: ImageFlops, rates: DeviceRates, scenario: Scenario
 ) -> tuple[Cost, ...]:
     """Cost of every layout. At least one of them has the cut ``image``."""
     costs = [cost_of(layout, flops, rates, scenario) for layout in layouts]
-    online = cheapest_online(costs)
+    online = cheapest(costs, online=True)
+    other = online.cost_once, online.cost_per_run
     return tuple(
-        cost if cost.cut == ONLINE else replace(cost, break_even_runs=_break_even(cost, online))
+        cost
+        if cost.cut == ONLINE
+        else replace(
+            cost, break_even_runs=break_even_runs(cost.cost_once, cost.cost_per_run, *other)
+        )
         for cost in costs
     )
 
 
-def cheapest_online(costs: Sequence[Cost]) -> Cost:
-    """Cheapest layout with the cut ``image``."""
-    return min((c for c in costs if c.cut == ONLINE), key=lambda cost: cost.cost)
-
-
-def recommended(costs: Sequence[Cost]) -> Cost:
-    """Cheapest candidate. A coarser codec is never chosen for its price alone."""
-    return min((c for c in costs if c.candidate), key=lambda cost: cost.cost)
+def cheapest(costs: Sequence[Cost], *, online: bool | None = None) -> Cost:
+    """Cheapest candidate with the online cut, with another cut, or (None) of all. A coarser codec
+    is never chosen for its price alone."""
+    return min(
+        (c for c in costs if c.candidate and online in (None, c.cut == ONLINE)),
+        key=lambda cost: cost.cost,
+    )
 
 
 def cost_of(layout: StoreLayout, flops: ImageFlops, rates: DeviceRates, scenario: Scenario) -> Cost:
     """Cost without ``break_even_runs``, which needs the online baseline."""
     cut = layout.cut
-    store_bytes = scenario.images * layout.bytes_per_image + 4 * flops.tail_weights[cut]
+    store_bytes = scenario.images * layout.bytes_per_image + 4 * flops.tail_weights.get(cut, 0)
     transfer = layout.bytes_per_image / scenario.bytes_per_second_per_worker
 
     networks = flops.autoencoder / rates.autoencoder + flops.extraction[cut] / rates.teacher
@@ -184,10 +190,6 @@ def cost_of(layout: StoreLayout, flops: ImageFlops, rates: DeviceRates, scenario
         cost_per_run=per_run,
         cost=once + scenario.runs * per_run,
     )
-
-
-def _break_even(cost: Cost, online: Cost) -> int | None:
-    return break_even_runs(cost.cost_once, cost.cost_per_run, online.cost_once, online.cost_per_run)
 
 
 def break_even_runs(

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +39,6 @@ TIMED_BLOCKS = 2
 DECODING_THREADS = 8  # of an encoder on a GPU, at most
 MEMORY_SHARE = 0.8  # of the free memory
 ASSUMED_TFLOPS = 200.0  # sustained by an H100 in a transformer in bfloat16
-Basis = Literal["measured", "given", "assumed"]
 
 
 @dataclass(frozen=True)
@@ -47,31 +47,21 @@ class Device:
 
     name: str
     kind: Literal["cuda", "cpu", "given"]
-    cores: int
-    """Threads: for arithmetic on a CPU, for decoding otherwise."""
+    cores: int  # threads: for arithmetic on a CPU, for decoding otherwise
     rates: DeviceRates
-    basis: Basis
-    """'given' by an option; 'assumed' where this machine has no GPU."""
-    estimated: bool = False
-    """The teacher does not fit: its rate is that of two of its blocks."""
-
-    @property
-    def teacher_basis(self) -> str:
-        """Origin of the teacher's rate: ``basis``, or 'estimated'."""
-        return "estimated" if self.estimated else self.basis
+    basis: Literal["measured", "given", "assumed"]  # by an option; without a GPU
+    estimated: bool = False  # the teacher does not fit: its rate is that of two of its blocks
 
 
 def unmeasured_device(
     tflops: float | None, autoencoder_tflops: float | None, resolution: int
 ) -> Device:
     """A device of ``tflops``, or the assumed GPU. Only decoding is timed, on one core here."""
-    teraflops = tflops or ASSUMED_TFLOPS
-    if autoencoder_tflops is None:
-        autoencoder_tflops = teraflops / 10
+    rate = (tflops or ASSUMED_TFLOPS) * TERA
     rates = DeviceRates(
-        teacher=teraflops * TERA,
-        autoencoder=autoencoder_tflops * TERA,
-        student=teraflops * TERA,
+        teacher=rate,
+        autoencoder=rate / 10 if autoencoder_tflops is None else autoencoder_tflops * TERA,
+        student=rate,
         decode_seconds=decode_seconds(resolution) / DECODING_THREADS,
         decode_overlaps=True,
     )
@@ -90,12 +80,10 @@ def measure_device(
     """Time this machine's GPU, or its CPU with all of torch's threads."""
     device = torch.device("cuda" if gpu else "cpu")
     cores = min(DECODING_THREADS, os.cpu_count() or 1) if gpu else torch.get_num_threads()
-    flops = teacher_flops(models.vit, models.geometry)
-    fits = _teacher_bytes(models, flops, config.batch_size) < MEMORY_SHARE * _free_memory(device)
-    if autoencoder_tflops is None:
-        autoencoder = _autoencoder_rate(models.autoencoder, config.resolution, device)
-    else:
-        autoencoder = autoencoder_tflops * TERA
+    flops, geometry = teacher_flops(models.vit, models.geometry), models.geometry
+    # weights in float32 and the widest tensors of one block
+    numbers = flops.weights() + config.batch_size * geometry.tokens * geometry.width * 12
+    fits = 4 * numbers < MEMORY_SHARE * _free_memory(device)
     rates = DeviceRates(
         teacher=_teacher_rate(
             models,
@@ -103,9 +91,11 @@ def measure_device(
             device,
             dtype=precision_dtype(config.precision, device.type),
             batch=config.batch_size if gpu else 2,
-            blocks=models.geometry.depth if gpu and fits else TIMED_BLOCKS,
+            blocks=geometry.depth if gpu and fits else TIMED_BLOCKS,
         ),
-        autoencoder=autoencoder,
+        autoencoder=_autoencoder_rate(models.autoencoder, config.resolution, device)
+        if autoencoder_tflops is None
+        else autoencoder_tflops * TERA,
         student=_student_rate(run, device),
         decode_seconds=decode_seconds(config.resolution) / cores,
         decode_overlaps=gpu,
@@ -119,29 +109,26 @@ def median_seconds(
 ) -> float:
     """Median time of ``call`` after a warm-up, repeated for about ``limit`` seconds."""
     cuda = device.type == "cuda"
-
-    def once() -> float:
+    warm_up = 3 if cuda else 1
+    times: list[float] = []
+    while len(times) <= warm_up or (
+        len(times) < warm_up + MAX_REPEATS and sum(times[warm_up:]) < limit
+    ):
         began = time.perf_counter()
         call()
         if cuda:
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    for _ in range(3 if cuda else 1):
-        once()
-    times = [once()]
-    while len(times) < MAX_REPEATS and sum(times) < limit:
-        times.append(once())
-    return statistics.median(times)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[warm_up:])
 
 
 def decode_seconds(resolution: int) -> float:
     """Seconds for one thread to decode a JPEG of 500 x 375 pixels, ImageNet's usual size, and crop
     it to ``resolution``."""
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
+    coarse = np.random.default_rng(0).integers(0, 256, (47, 63, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    coarse.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+    image.save(buffer, "JPEG", quality=95)
     data = buffer.getvalue()
     return median_seconds(lambda: decode_crop(data, resolution), torch.device("cpu"), limit=0.5)
 
@@ -158,10 +145,10 @@ def _teacher_rate(
     """FLOP per second of the first ``blocks`` blocks."""
     modules = [_materialised(block, device) for block in models.vit.blocks[:blocks]]
     arguments = [
-        {name: _random(value.shape, device) for name, value in extra.items()}
+        {name: torch.randn(value.shape, device=device) for name, value in extra.items()}
         for extra in block_arguments(models.vit)[:blocks]
     ]
-    inputs = _random((batch, models.geometry.tokens, models.geometry.width), device)
+    inputs = torch.randn(batch, models.geometry.tokens, models.geometry.width, device=device)
 
     @torch.inference_mode()
     def forward() -> None:
@@ -180,23 +167,22 @@ def _autoencoder_rate(meta: nn.Module, resolution: int, device: torch.device) ->
     size = resolution if cuda or resolution < 256 else resolution // 2
     batch = 8 if cuda else 1
     model = _materialised(meta, device).to(memory_format=torch.channels_last)
-    pixels = _random((batch, 3, size, size), device)
+    pixels = torch.randn(batch, 3, size, size, device=device)
     seconds = median_seconds(lambda: encode(model, pixels), device)
     return batch * autoencoder_flops(meta, size) / seconds
 
 
 def _student_rate(run: RunConfig, device: torch.device) -> float:
     """FLOP per second of a forward and backward pass of the denoising loss."""
-    cuda = device.type == "cuda"
-    config = run.student
-    batch = max(1, min(32, run.global_batch // run.workers.count)) if cuda else 1
-    if not cuda:
+    config, batch = run.student, 1
+    if device.type == "cuda":
+        batch = max(1, min(32, run.global_batch // run.workers.count))
+    else:
         config = config.model_copy(update={"depth": min(TIMED_BLOCKS, config.size.depth)})
     with torch.device(device):
         student = make_student(config)
-    x = _random((batch, *config.latent_shape), device)
-    t = torch.rand(batch, device=device)
-    y = torch.zeros(batch, dtype=torch.long, device=device)
+        x, t = torch.randn(batch, *config.latent_shape), torch.rand(batch)
+        y = torch.zeros(batch, dtype=torch.long)
     dtype = precision_dtype(run.precision, device.type)
 
     def step() -> None:
@@ -210,21 +196,10 @@ def _student_rate(run: RunConfig, device: torch.device) -> float:
 def _materialised(meta: nn.Module, device: torch.device) -> nn.Module:
     """Copy of a meta module on ``device``, filled with small random numbers."""
     module = copy.deepcopy(meta).to_empty(device=device).eval().requires_grad_(False)
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(0, 0.02)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            tensor.normal_(0, 0.02)
     return module
-
-
-def _random(shape: tuple[int, ...] | torch.Size, device: torch.device) -> torch.Tensor:
-    return torch.randn(shape, device=device)
-
-
-def _teacher_bytes(models: MetaModels, flops: TeacherFlops, batch: int) -> int:
-    """Bytes of the weights in float32 and of the widest tensors of one block."""
-    geometry = models.geometry
-    return 4 * (flops.weights() + batch * geometry.tokens * geometry.width * 12)
 
 
 def _free_memory(device: torch.device) -> int:
@@ -232,8 +207,6 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo") as lines:
-            kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-        return 1024 * int(kilobytes)
-    except (OSError, StopIteration):  # not Linux
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -20,20 +20,16 @@ from schemas.run import RunConfig
 class TeacherFlops:
     """FLOPs of one image in the parts of the teacher."""
 
-    embed: int
-    """Pixels to the input tokens of block 0."""
+    embed: int  # pixels to the input tokens of block 0
     blocks: tuple[int, ...]
-    logits: int
-    """The attention logits of one tapped layer, all heads."""
-    parameters: tuple[int, ...]
-    """Number of weights of each block."""
+    logits: int  # attention logits of one tapped layer, all heads
+    parameters: tuple[int, ...]  # number of weights of each block
     other_parameters: int
 
     def through(self, start: int, stop: int, taps: int) -> int:
         """FLOPs of blocks ``start`` to ``stop - 1`` and of the logits of ``taps`` layers, with the
         embedding if ``start`` is 0."""
-        blocks = sum(self.blocks[start:stop]) + taps * self.logits
-        return blocks + (0 if start else self.embed)
+        return sum(self.blocks[start:stop]) + taps * self.logits + (0 if start else self.embed)
 
     def weights(self, start: int = 0) -> int:
         """Number of weights of the blocks from ``start``, of the whole model if it is 0."""
@@ -44,17 +40,17 @@ def teacher_flops(vit: Any, geometry: Geometry) -> TeacherFlops:
     """Counts for a timm model on the meta device."""
     pixels = torch.empty(1, 3, *vit.patch_embed.img_size, device="meta")
     tokens, embedding = count(lambda: embed(vit, pixels))
-    blocks = []
-    for block, extra in zip(vit.blocks, block_arguments(vit), strict=True):
-        tokens, flops = count(partial(block, tokens, **extra))
-        blocks.append(flops)
+    blocks = [
+        count(partial(block, tokens, **extra))[1]
+        for block, extra in zip(vit.blocks, block_arguments(vit), strict=True)
+    ]
     per_block = tuple(sum(p.numel() for p in block.parameters()) for block in vit.blocks)
     return TeacherFlops(
-        embed=embedding,
-        blocks=tuple(blocks),
-        logits=_logits(geometry, geometry.heads),
-        parameters=per_block,
-        other_parameters=sum(p.numel() for p in vit.parameters()) - sum(per_block),
+        embedding,
+        tuple(blocks),
+        _logits(geometry, geometry.heads),
+        per_block,
+        sum(p.numel() for p in vit.parameters()) - sum(per_block),
     )
 
 
@@ -69,14 +65,14 @@ def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
     geometry, alignment = models.geometry, run.alignment
     teacher = teacher_flops(models.vit, geometry)
     heads = min(run.student.size.heads, geometry.heads)
-    depth, first, stored = geometry.depth, geometry.first_tapped, len(geometry.layers)
+    depth, first = geometry.depth, geometry.layers[0]
     tapped = len(set(alignment.teacher_layers)) if alignment.attention_weight else 0
     return ImageFlops(
         step=STEP * student_flops(run.student),
         alignment=STEP * _alignment(run, geometry, heads),
         autoencoder=autoencoder_flops(models.autoencoder, geometry.resolution),
         extraction={
-            "maps": teacher.through(0, depth, stored),
+            "maps": teacher.through(0, depth, len(geometry.layers)),
             "qk": teacher.through(0, depth, 0),
             "activations": teacher.through(0, first, 0),
             "image": 0,
@@ -87,12 +83,7 @@ def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
             "activations": teacher.through(first, depth, tapped),
             "image": teacher.through(0, depth, tapped),
         },
-        tail_weights={
-            "maps": 0,
-            "qk": 0,
-            "activations": teacher.weights(first),
-            "image": teacher.weights(),
-        },
+        tail_weights={"activations": teacher.weights(first), "image": teacher.weights()},
     )
 
 

@@ -28,20 +28,15 @@ STABLE_DIFFUSION: dict[str, Any] = {
 class Geometry:
     """Shapes of a teacher at its input size, and of the latents."""
 
-    prefix: int
-    """Class and register tokens."""
-    grid: tuple[int, int]
-    """Patch tokens, rows x columns."""
+    prefix: int  # class and register tokens
+    grid: tuple[int, int]  # patch tokens, rows x columns
     width: int
     heads: int
     head_width: int
     depth: int
-    layers: tuple[int, ...]
-    """Layers whose attention a store holds, 0-based, lowest first."""
-    resolution: int
-    """Pixels per side of the crop."""
-    latent_shape: tuple[int, int, int]
-    """Channels, rows, columns."""
+    layers: tuple[int, ...]  # whose attention a store holds, 0-based, lowest first
+    resolution: int  # pixels per side of the crop
+    latent_shape: tuple[int, int, int]  # channels, rows, columns
 
     @property
     def patches(self) -> int:
@@ -53,22 +48,14 @@ class Geometry:
         """Patch, class and register tokens."""
         return self.prefix + self.patches
 
-    @property
-    def first_tapped(self) -> int:
-        """Block whose input the cut ``activations`` stores."""
-        return self.layers[0]
-
 
 class MetaModels(NamedTuple):
     """Networks of an extraction."""
 
-    vit: Any
-    """timm model of the teacher."""
-    autoencoder: Any
-    """diffusers model."""
+    vit: Any  # timm model of the teacher
+    autoencoder: Any  # diffusers model
     geometry: Geometry
-    notes: tuple[str, ...]
-    """Assumptions."""
+    notes: tuple[str, ...]  # assumptions
 
 
 def build_meta_models(config: ExtractConfig) -> MetaModels:

@@ -13,9 +13,9 @@ from pipeline.cost_estimate.costs import (
     Scenario,
     StoreLayout,
     break_even_runs,
+    cheapest,
     compare_layouts,
     cost_of,
-    recommended,
 )
 from pipeline.cost_estimate.report import advise
 
@@ -117,9 +117,9 @@ def test_advice_for_the_online_teacher() -> None:
     layouts = [StoreLayout("maps", "faithful", 400), StoreLayout("image", "uint8", 100)]
     scenario = replace(SCENARIO, device_hour=0.0)
     costs = compare(layouts, scenario)
-    assert recommended(costs).cut == "image"
+    assert cheapest(costs).cut == "image"
     assert costs[0].break_even_runs is None
-    advice = advise(costs, FLOPS, RATES, scenario)
+    advice = advise(costs, scenario)
     assert any("online teacher is the better buy" in sentence for sentence in advice)
     assert any("never pays" in sentence for sentence in advice)
 
@@ -132,8 +132,8 @@ def test_only_candidates_are_recommended() -> None:
     ]
     costs = compare(layouts)
     assert min(costs, key=lambda cost: cost.cost) == costs[1]
-    assert recommended(costs).candidate
+    assert cheapest(costs).candidate
     cheaper = "'maps' in small would cost"
-    assert any(s.startswith(cheaper) for s in advise(costs, FLOPS, RATES, SCENARIO))
+    assert any(s.startswith(cheaper) for s in advise(costs, SCENARIO))
     without = compare([layouts[0], layouts[2]])
-    assert not any(s.startswith(cheaper) for s in advise(without, FLOPS, RATES, SCENARIO))
+    assert not any(s.startswith(cheaper) for s in advise(without, SCENARIO))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from pipeline.cost_estimate.costs import TAR_BLOCK, latent_bytes, stored_bytes
 from pipeline.cost_estimate.meta_models import build_meta_models
-from pipeline.cost_estimate.sizes import TAR_BLOCK, latent_bytes, stored_bytes
 from pipeline.store.arrays import npy_member, stream_parts
 from pipeline.targets.cuts import cut_columns, cut_values, encode_values
 from pipeline.teachers import Teacher
