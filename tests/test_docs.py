@@ -24,7 +24,7 @@ TESTS = re.compile(r"\]\(([^)\s]+/test_\w+\.py)\)((?:[:,]\s*`test_\w+`)+)")
 
 
 def missing(text: str, folder: Path, root: Path = ROOT) -> Iterator[str]:
-    """What ``text``, a document in ``folder``, names and the project lacks."""
+    """Names in ``text``, a document in ``folder``, that do not exist in the project."""
     for link in LINK.findall(text):
         if "://" not in link and not (folder / link).exists():
             yield f"link {link}"
