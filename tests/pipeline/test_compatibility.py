@@ -243,7 +243,7 @@ def places(store: Store) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(store: Store, stream: str) -> dict[str, np.ndarray]:
-    """What is stored of every sample."""
+    """Stored arrays of every sample of a stream, by column."""
     return StreamReader(store, stream).read(*places(store))
 
 
@@ -285,7 +285,7 @@ def names(values: Any, where: str = "") -> set[str]:
 
 
 def measured(row: dict[str, Any]) -> dict[str, Any]:
-    """What of a row depends neither on the clock nor on how far is read ahead."""
+    """Values of a row that depend neither on the clock nor on reading ahead."""
     kept = ("step", "phase", "event", "trigger", "residual_fast", "residual_slow", *LOSSES)
     return {name: value for name, value in row.items() if name in kept}
 
