@@ -26,12 +26,7 @@ from tqdm import tqdm
 
 from jobs.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
 from jobs.pretrain.classifier import ClassifierConfig, accuracy, train_classifier
-from jobs.pretrain.self_distill import (
-    SelfDistillConfig,
-    extract_features,
-    knn_accuracy,
-    self_distill,
-)
+from jobs.pretrain.self_distill import SelfDistillConfig, knn_accuracies, self_distill
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluator import evaluate
@@ -175,18 +170,7 @@ def make_teacher(
     """Self-distil the teacher; labels are used only for its accuracy on held-out images."""
     backbone = self_distill(train.pixels, config, device)
     save_file(backbone.state_dict(), folder / "teacher.safetensors")
-    return {"knn_held_out": knn_accuracies(backbone, held_out)}
-
-
-def knn_accuracies(backbone: Any, images: Images, k: int = 20) -> dict[str, float]:
-    """Leave-one-out k-NN accuracy on ``images`` by feature; raw pixels are the baseline."""
-    classes, patches = extract_features(backbone, images.pixels)
-    features = {
-        "class token": classes,
-        "mean patch": patches,
-        "raw pixels": images.pixels.float().flatten(1) - images.pixels.float().mean(),
-    }
-    return {name: knn_accuracy(values, images.labels, k) for name, values in features.items()}
+    return {"knn_held_out": knn_accuracies(backbone, held_out.pixels, held_out.labels)}
 
 
 def make_autoencoder(

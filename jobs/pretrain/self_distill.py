@@ -351,15 +351,16 @@ def extract_features(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], tokens[:, backbone.num_prefix_tokens :].mean(1)
 
 
-def knn_accuracies(backbone: Any, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Leave-one-out accuracy by feature and k; raw pixels are the baseline."""
+def knn_accuracies(backbone: Any, images: Tensor, labels: Tensor, k: int = 20) -> dict[str, float]:
+    """Leave-one-out k-NN accuracy by feature; raw pixels are the baseline."""
     classes, patches = extract_features(backbone, images)
-    features = {"class": classes, "mean patch": patches, "pixels": images.flatten(1).float()}
-    return {
-        f"{name}, k={k}": knn_accuracy(feature, labels, k)
-        for name, feature in features.items()
-        for k in (10, 20)
+    pixels = images.flatten(1).float()
+    features = {
+        "class token": classes,
+        "mean patch": patches,
+        "raw pixels": pixels - pixels.mean(),
     }
+    return {name: knn_accuracy(feature, labels, k) for name, feature in features.items()}
 
 
 def knn_accuracy(features: Tensor, labels: Tensor, k: int) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TypeVar, get_args
 
 import torch
@@ -19,13 +18,12 @@ from pipeline.cost_estimate.costs import (
     Scenario,
     StoreLayout,
     compare_layouts,
-    cost_of,
     latent_bytes,
     stored_bytes,
 )
 from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasured_device
 from pipeline.cost_estimate.flops import image_flops
-from pipeline.cost_estimate.meta_models import Geometry, build_meta_models
+from pipeline.cost_estimate.meta_models import Geometry, MetaModels, build_meta_models
 from pipeline.cost_estimate.report import Estimate, as_json, describe
 from pipeline.datasets import list_images
 from pipeline.storage.files import absolute_url
@@ -52,8 +50,8 @@ DEFAULT_TRAINER = RunConfig(
 )
 DESCRIPTION = """\
 Print the cost of every cut of the teacher in bytes, time and money, and recommend one. Times a few
-batches on this machine; without a GPU, costs are for an assumed one. Reads no images, loads no
-weights, writes nothing."""
+batches on this machine's GPU; without a GPU, costs are for an assumed one. Reads no images, loads
+no weights, writes nothing."""
 
 Options = TypeVar("Options", ExtractPlan, TrainPlan)
 
@@ -95,35 +93,16 @@ def make_estimate(
     models = build_meta_models(config)
     _check_compatible(config, run, models.geometry)
 
-    device: Device | None = None
-    local: Device | None = None
-    if options.tflops is None:
-        logger.info("timing a few batches on this machine")
-        gpu = options.device != "cpu" and torch.cuda.is_available()
-        priced = gpu or options.device == "cpu"
-        local = measure_device(
-            config, run, models, options.autoencoder_tflops if priced else None, gpu=gpu
-        )
-        device = local if priced else None
-    if device is None:
-        device = unmeasured_device(options.tflops, options.autoencoder_tflops, config.resolution)
-
+    device = _device(config, run, options, models)
     flops = image_flops(models, run)
     scenario = _scenario(config, run, options, images, device)
     layouts = candidate_layouts(config, models.geometry)
-    local_hours: dict[str, float] = {}
-    if local is not None:
-        here = replace(scenario, encoders=_encoders(config, local))
-        local_hours = {
-            layout.cut: cost_of(layout, flops, local.rates, here).extraction_hours
-            for layout in layouts
-            if layout.candidate
-        }
     if existing is not None:
         layouts.insert(0, existing)
     costs = compare_layouts(layouts, flops, device.rates, scenario)
-    notes = (*models.notes, *_notes(config, run, device, local))
-    return Estimate(config, run, device, scenario, flops, costs, local, local_hours, notes)
+    return Estimate(
+        config, run, device, scenario, flops, costs, (*models.notes, *_notes(config, run))
+    )
 
 
 def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLayout]:
@@ -145,6 +124,16 @@ def aligned_steps(run: RunConfig) -> int:
     if isinstance(termination, FixedStep) and not termination.dry:
         return min(termination.step, run.steps)
     return run.steps
+
+
+def _device(
+    config: ExtractConfig, run: RunConfig, options: PlanOptions, models: MetaModels
+) -> Device:
+    gpu = options.device != "cpu" and torch.cuda.is_available()
+    if options.tflops is None and (gpu or options.device == "cpu"):
+        logger.info("timing a few batches on this machine")
+        return measure_device(config, run, models, options.autoencoder_tflops, gpu=gpu)
+    return unmeasured_device(options.tflops, options.autoencoder_tflops, config.resolution)
 
 
 def _scenario(
@@ -203,13 +192,9 @@ def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry)
         )
 
 
-def _notes(
-    config: ExtractConfig, run: RunConfig, device: Device, local: Device | None
-) -> Iterator[str]:
+def _notes(config: ExtractConfig, run: RunConfig) -> Iterator[str]:
     if config.column_codecs:
         yield "--column-codecs are ignored: sizes are of --codec alone"
-    if (local or device).estimated:
-        yield "* the teacher does not fit this machine: its rate is that of two of its blocks"
     termination = run.alignment.termination
     if not isinstance(termination, FixedStep) or termination.dry:
         yield "the termination step is not fixed: all steps are assumed to be aligned"

@@ -1,8 +1,7 @@
 """Sustained rates of a device, measured on a few batches.
 
 Random numbers stand in for weights and images, because only shapes decide the time of a product.
-Where a whole network would be slow (CPU) or does not fit, two equal blocks are timed and the rest
-follows from FLOPs.
+Two equal blocks of the teacher are timed, and on a CPU of the student; the rest follows from FLOPs.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.cost_estimate.costs import TERA, DeviceRates
-from pipeline.cost_estimate.flops import TeacherFlops, autoencoder_flops, teacher_flops
+from pipeline.cost_estimate.flops import autoencoder_flops, teacher_flops
 from pipeline.cost_estimate.meta_models import MetaModels, encode
 from pipeline.datasets.crop import decode_crop
 from pipeline.models import make_student
@@ -37,7 +35,6 @@ MAX_SECONDS = 1.5  # for each network, after its warm-up
 MAX_REPEATS = 7
 TIMED_BLOCKS = 2
 DECODING_THREADS = 8  # of an encoder on a GPU, at most
-MEMORY_SHARE = 0.8  # of the free memory
 ASSUMED_TFLOPS = 200.0  # sustained by an H100 in a transformer in bfloat16
 
 
@@ -50,7 +47,6 @@ class Device:
     cores: int  # threads: for arithmetic on a CPU, for decoding otherwise
     rates: DeviceRates
     basis: Literal["measured", "given", "assumed"]  # by an option; without a GPU
-    estimated: bool = False  # the teacher does not fit: its rate is that of two of its blocks
 
 
 def unmeasured_device(
@@ -80,18 +76,12 @@ def measure_device(
     """Time this machine's GPU, or its CPU with all of torch's threads."""
     device = torch.device("cuda" if gpu else "cpu")
     cores = min(DECODING_THREADS, os.cpu_count() or 1) if gpu else torch.get_num_threads()
-    flops, geometry = teacher_flops(models.vit, models.geometry), models.geometry
-    # weights in float32 and the widest tensors of one block
-    numbers = flops.weights() + config.batch_size * geometry.tokens * geometry.width * 12
-    fits = 4 * numbers < MEMORY_SHARE * _free_memory(device)
     rates = DeviceRates(
         teacher=_teacher_rate(
             models,
-            flops,
             device,
             dtype=precision_dtype(config.precision, device.type),
             batch=config.batch_size if gpu else 2,
-            blocks=geometry.depth if gpu and fits else TIMED_BLOCKS,
         ),
         autoencoder=_autoencoder_rate(models.autoencoder, config.resolution, device)
         if autoencoder_tflops is None
@@ -101,7 +91,7 @@ def measure_device(
         decode_overlaps=gpu,
     )
     name = torch.cuda.get_device_name() if gpu else f"this CPU, {cores} threads"
-    return Device(name, "cuda" if gpu else "cpu", cores, rates, "measured", estimated=not fits)
+    return Device(name, "cuda" if gpu else "cpu", cores, rates, "measured")
 
 
 def median_seconds(
@@ -134,19 +124,13 @@ def decode_seconds(resolution: int) -> float:
 
 
 def _teacher_rate(
-    models: MetaModels,
-    flops: TeacherFlops,
-    device: torch.device,
-    *,
-    dtype: torch.dtype,
-    batch: int,
-    blocks: int,
+    models: MetaModels, device: torch.device, *, dtype: torch.dtype, batch: int
 ) -> float:
-    """FLOP per second of the first ``blocks`` blocks."""
-    modules = [_materialised(block, device) for block in models.vit.blocks[:blocks]]
+    """FLOP per second of the first blocks."""
+    modules = [_materialised(block, device) for block in models.vit.blocks[:TIMED_BLOCKS]]
     arguments = [
         {name: torch.randn(value.shape, device=device) for name, value in extra.items()}
-        for extra in block_arguments(models.vit)[:blocks]
+        for extra in block_arguments(models.vit)[:TIMED_BLOCKS]
     ]
     inputs = torch.randn(batch, models.geometry.tokens, models.geometry.width, device=device)
 
@@ -157,7 +141,8 @@ def _teacher_rate(
             for module, extra in zip(modules, arguments, strict=True):
                 tokens = module(tokens, **extra)
 
-    return batch * sum(flops.blocks[:blocks]) / median_seconds(forward, device)
+    flops = teacher_flops(models.vit, models.geometry).blocks[:TIMED_BLOCKS]
+    return batch * sum(flops) / median_seconds(forward, device)
 
 
 @torch.inference_mode()
@@ -200,13 +185,3 @@ def _materialised(meta: nn.Module, device: torch.device) -> nn.Module:
         if tensor.is_floating_point():
             tensor.normal_(0, 0.02)
     return module
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes available for allocation."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    except (OSError, IndexError):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -31,8 +31,6 @@ class Estimate:
     scenario: Scenario
     flops: ImageFlops
     costs: tuple[Cost, ...]
-    local: Device | None  # this machine; None where nothing was timed
-    local_hours: dict[str, float]  # of an extraction on this machine, by cut
     notes: tuple[str, ...]
 
 
@@ -46,7 +44,7 @@ def describe(estimate: Estimate) -> str:
 
 def as_json(estimate: Estimate) -> dict[str, Any]:
     """Counts are integers; shares are of a vanilla step; prices are in the options' currency."""
-    flops, device, local = estimate.flops, estimate.device, estimate.local
+    flops, device = estimate.flops, estimate.device
     best = cheapest(estimate.costs)
     scenario = _rounded(asdict(estimate.scenario))
     return {
@@ -54,20 +52,15 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "student": estimate.run.student.model,
         "device": device.name,
         "device_basis": device.basis,
-        "measured_here": None
-        if local is None
-        else {
-            "device": local.name,
-            "flops_per_second": _rates(local),
-            "extraction_hours": _rounded(estimate.local_hours),
-        },
         "flops_per_image": {
             "vanilla_step": flops.step,
             "alignment": flops.alignment,
             "teacher": flops.training[ONLINE],
             "autoencoder": flops.autoencoder,
         },
-        "flops_per_second": _rates(device),
+        "flops_per_second": {
+            k: round(getattr(device.rates, k)) for k in ("teacher", "student", "autoencoder")
+        },
         "prices": {price: scenario.pop(price) for price in ("device_hour", "tb_month")},
         **scenario,
         "cuts": [_rounded(asdict(cost)) for cost in estimate.costs],
@@ -108,12 +101,10 @@ def advise(costs: Sequence[Cost], scenario: Scenario) -> list[str]:
 def _assumptions(estimate: Estimate) -> list[str]:
     scenario, flops, device = estimate.scenario, estimate.flops, estimate.device
     lines = []
-    if estimate.local is not None and device.basis == "assumed":
-        hours = ", ".join(f"{short_number(h)} ({cut})" for cut, h in estimate.local_hours.items())
+    if device.basis == "assumed":
         lines = [
             f"no GPU here: costs are for one of {device.rates.teacher / TERA:g} TFLOP/s "
-            "(--plan.tflops); --plan.device cpu prices these cores",
-            f"measured on {_describe_rates(estimate.local)}; extraction hours here: {hours}",
+            "(--plan.tflops); --plan.device cpu prices these cores"
         ]
     return [
         *lines,
@@ -134,13 +125,13 @@ def _assumptions(estimate: Estimate) -> list[str]:
 def _describe_rates(device: Device) -> str:
     rates = device.rates
     return (
-        f"{device.name}: teacher {rates.teacher / TERA:.3g} TFLOP/s{'*' * device.estimated}, "
+        f"{device.name}: teacher {rates.teacher / TERA:.3g} TFLOP/s, "
         f"training {rates.student / TERA:.3g}, autoencoder {rates.autoencoder / TERA:.3g}"
     )
 
 
 def _table(estimate: Estimate) -> list[str]:
-    rows = [*HEADER, *(_row(cost, estimate.device) for cost in estimate.costs)]
+    rows = [*HEADER, *map(_row, estimate.costs)]
     cut, codec, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [
         " ".join(
@@ -151,9 +142,8 @@ def _table(estimate: Estimate) -> list[str]:
     return [*lines, LEGEND]
 
 
-def _row(cost: Cost, device: Device) -> tuple[str, ...]:
+def _row(cost: Cost) -> tuple[str, ...]:
     pays = f"{cost.break_even_runs:,}" if cost.break_even_runs else "never"
-    estimated = device.estimated and cost.teacher_share_of_step > 0
     return (
         cost.cut + (" (exists)" if cost.exists else ""),
         cost.codec,
@@ -161,7 +151,7 @@ def _row(cost: Cost, device: Device) -> tuple[str, ...]:
         describe_bytes(cost.bytes),
         short_number(cost.extraction_hours),
         _read_rate(cost) + (" " if cost.bandwidth_suffices else "w"),
-        f"{100 * cost.teacher_share_of_step:,.1f}%{'*' if estimated else ' '}",
+        f"{100 * cost.teacher_share_of_step:,.1f}%",
         short_number(cost.device_hours_per_run),
         "online" if cost.cut == ONLINE else pays,
         short_number(cost.cost),
@@ -174,8 +164,3 @@ def _read_rate(cost: Cost) -> str:
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-
-
-def _rates(device: Device) -> dict[str, Any]:
-    rates = {k: round(getattr(device.rates, k)) for k in ("teacher", "student", "autoencoder")}
-    return {**rates, "teacher_basis": "estimated" if device.estimated else device.basis}

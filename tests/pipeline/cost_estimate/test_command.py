@@ -14,8 +14,6 @@ import torch
 from jobs.train_haste import main as train_main
 from pipeline.cli.config_files import read_yaml
 from pipeline.cost_estimate.command import DEFAULT_TRAINER, aligned_steps
-from pipeline.cost_estimate.costs import DeviceRates
-from pipeline.cost_estimate.device_rates import Device
 from pipeline.cost_estimate.report import WIDTH
 from pipeline.extract.__main__ import main as extract_main
 from schemas.alignment import FixedStep, ResidualPlateau
@@ -172,36 +170,29 @@ def test_these_cores_are_timed_and_priced_where_asked(capsys: pytest.CaptureFixt
     result = plan(capsys, *DEMO, "--plan.device", "cpu")
     assert result["images"] == 1_797
     assert result["device_basis"] == "measured"
-    assert result["flops_per_second"]["teacher_basis"] == "measured"
     assert all(result["flops_per_second"][k] > 0 for k in ("teacher", "student", "autoencoder"))
     assert result["prices"]["device_hour"] < 3
     assert result["workers"] == 2
-    assert result["measured_here"]["flops_per_second"] == result["flops_per_second"]
-    hours = row(result, "maps", "faithful")["extraction_hours"]
-    assert result["measured_here"]["extraction_hours"]["maps"] == hours > 0
+    assert row(result, "maps", "faithful")["extraction_hours"] > 0
+    assert "this CPU" in result["device"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
     result = plan(capsys, *DEMO)
-    assert result["device_basis"] == result["flops_per_second"]["teacher_basis"] == "assumed"
+    assert result["device_basis"] == "assumed"
     assert result["flops_per_second"]["teacher"] == 200_000_000_000_000
     assert result["prices"]["device_hour"] == 3
-    here = result["measured_here"]
-    assert "this CPU" in here["device"]
-    assert here["flops_per_second"]["teacher_basis"] == "measured"
-    assert set(here["extraction_hours"]) == {"maps", "qk", "activations", "image"}
-    for cut, hours in here["extraction_hours"].items():
-        assert (
-            hours > row(result, cut, "uint8" if cut == "image" else "faithful")["extraction_hours"]
-        )
+    cores = plan(capsys, *DEMO, "--plan.device", "cpu")
+    for cut, codec in (("maps", "faithful"), ("image", "uint8")):
+        hours = row(result, cut, codec)["extraction_hours"]
+        assert hours < row(cores, cut, codec)["extraction_hours"]
     assert extract_main(["--plan", *DEMO]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "no GPU here: costs are for one of 200 TFLOP/s (--plan.tflops); "
         "--plan.device cpu prices these cores"
     )
-    assert lines[1].startswith("measured on this CPU")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -210,34 +201,15 @@ def test_without_a_gpu_one_is_assumed(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_the_two_ends_without_a_gpu(
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     argv: tuple[str, ...],
     cuts: set[str],
 ) -> None:
-    """The rates of a CPU do not change the recommendation."""
-    rates = DeviceRates(2e10, 2e10, 1e10, decode_seconds=0.01, decode_overlaps=False)
-    cores = Device("this CPU, 2 threads", "cpu", 2, rates, "measured")
-    monkeypatch.setattr("pipeline.cost_estimate.command.measure_device", lambda *_, **__: cores)
     result = plan(capsys, *argv)
     assert result["recommended"]["cut"] in cuts
     assert result["reasons"][1].startswith("Take '")
     best = row(result, **result["recommended"])
     others = {"maps", "qk", "activations"} - {best["cut"]}
     assert all(row(result, cut, "faithful")["cost"] > best["cost"] for cut in others)
-    assert all(hours > 1_000 for hours in result["measured_here"]["extraction_hours"].values())
-
-
-def test_a_teacher_that_does_not_fit_is_marked(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.cost_estimate.device_rates._free_memory", lambda device: 1)
-    result = plan(capsys, *DEMO)
-    assert result["measured_here"]["flops_per_second"]["teacher_basis"] == "estimated"
-    assert any("does not fit" in note for note in result["notes"])
-    assert extract_main(["--plan", *DEMO, "--plan.device", "cpu"]) == 0
-    out = capsys.readouterr().out
-    (online,) = [line for line in out.splitlines() if line.startswith("image")]
-    assert "%*" in online
 
 
 def test_nothing_else_on_stdout_and_no_hub() -> None:
