@@ -1,8 +1,7 @@
 """Students: diffusion transformers with taps for the alignment."""
 
-from pipeline.models.dit import DiT
 from pipeline.models.factory import make_student
-from pipeline.models.sit import SiT
+from pipeline.models.sit import DiT, SiT
 from pipeline.models.taps import StudentOutput, Taps
 
 __all__ = ["DiT", "SiT", "StudentOutput", "Taps", "make_student"]

@@ -25,11 +25,6 @@ class Ema(Generic[M]):
         weights: list[Tensor] = [p.data for p in module.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
-    @torch.no_grad()
-    def caught_up(self, module: nn.Module, steps: int) -> dict[str, Tensor]:
-        """State dict of the average after ``steps`` more updates with constant weights."""
-        return catch_up(self.module.state_dict(), module.state_dict(), self.decay, steps)
-
 
 def catch_up(
     averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float, steps: int

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.models.dit import DiT
-from pipeline.models.sit import SiT
+from pipeline.models.sit import DiT, SiT
 from schemas.student import StudentConfig
 
 STUDENTS = {"SiT": SiT, "DiT": DiT}

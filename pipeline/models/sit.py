@@ -88,3 +88,13 @@ class Block(nn.Module):
         x = x_BND + gate1.unsqueeze(1) * out
         x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x, attended
+
+
+class DiT(SiT):
+    """DiT (arXiv 2212.09748): predicts the noise and the variance of the reverse step,
+    (B, 2 C, h, w).
+
+    The time is an integer timestep, 0 to 999. Parameter names are those of the DiT repository.
+    """
+
+    parts = 2

@@ -194,14 +194,6 @@ class Trainer:
         return choice == "on" or (choice == "auto" and self.group.device.type == "cuda")
 
     @property
-    def projector_ema_step(self) -> int:
-        """Step up to which the projector's average is up to date: after the termination it is
-        brought up to date only where it is read."""
-        if self.termination is None:
-            return self.step
-        return int(self.termination["terminated_at_step"])
-
-    @property
     def targets(self) -> TargetSource | None:
         """Source of the targets, opened on first use, because a run that is resumed after the
         termination must not load the teacher's tail. None after the termination."""

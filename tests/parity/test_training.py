@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.checkpoints.reference_format import Parts, join_state, split_state
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.models.ema import catch_up
 from pipeline.store import Batch, Store
 from pipeline.train.noise import NoisePrefetcher, SampleNoise
 from pipeline.train.trainer import Trainer
@@ -109,8 +110,9 @@ def state_of(trainer: Trainer, *, average: bool) -> dict[str, Tensor]:
     if not average:
         parts = Parts(trainer.module.student.state_dict(), trainer.projector.state_dict())
         return join_state(parts)
-    lag = 0 if trainer.aligned else trainer.step - trainer.projector_ema_step
-    projector = trainer.projector_ema.caught_up(trainer.projector, lag)
+    lag = trainer.step - trainer.termination["terminated_at_step"] if trainer.termination else 0
+    average, decay = trainer.projector_ema.module.state_dict(), trainer.projector_ema.decay
+    projector = catch_up(average, trainer.projector.state_dict(), decay, lag)
     return join_state(Parts(trainer.ema.module.state_dict(), projector))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from pipeline.evaluate.features.inception import SPATIAL_WIDTH, InceptionNetwork
+from pipeline.evaluate.features.inception import GRID, SPATIAL_CHANNELS, InceptionNetwork
 from pipeline.evaluate.inception_score import InceptionScore
 from pipeline.evaluate.measure import measure
 from pipeline.evaluate.metrics import compare
@@ -102,7 +102,7 @@ def test_spatial_features_are_the_first_channels_in_tensorflows_order(weights: P
     network._model.Mixed_6d.register_forward_hook(lambda m, i, output: seen.append(output))
     spatial = network.extract(blobs(1, seed=2)).spatial
     assert spatial is not None
-    assert spatial.shape == (1, SPATIAL_WIDTH)
+    assert spatial.shape == (1, SPATIAL_CHANNELS * GRID * GRID)
     places = spatial.reshape(17, 17, 7)
     assert places.std() > 0
     for channel in range(7):
