@@ -6,7 +6,6 @@ on them and an autoencoder trained on them (jobs/pretrain/), Ray actors, Ray Tra
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -20,6 +19,7 @@ from jobs.train_haste import train_run
 from pipeline.checkpoints.student import load_student
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
+from pipeline.cli.options import parse_options
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.extract.job import ExtractionSummary, extract
 from pipeline.inspect.summary import describe, summarise
@@ -30,6 +30,7 @@ from pipeline.sampling.grid import draw_grid
 from pipeline.store import Store
 from pipeline.visualization.attention import draw_attention
 from pipeline.visualization.store_sample import first_of_each_class
+from schemas.base import Strict
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.report import ReportConfig
 from schemas.run import RunConfig
@@ -44,6 +45,8 @@ REPORT = RUN / "report.html"
 
 
 def main(argv: list[str]) -> int:
+    about = "Extract, train and sample on scikit-learn's digits. Replaces the folder runs/demo."
+    parse_options(Strict, argv, command="python jobs/demo.py", about=about)
     shutil.rmtree(RUN, ignore_errors=True)
     config = _run_config()
     with ray_cluster(None):
@@ -54,10 +57,9 @@ def main(argv: list[str]) -> int:
         trained = train_run(config)
     logger.info("3/3  images and report")
     images = _draw_images(config, extraction.store, trained)
-    summary = _summary(extraction, trained, images)
-    (RUN / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     write_report(ReportConfig(runs=(str(RUN),), html=str(REPORT)))
-    print(describe(extraction.store, summarise(extraction.store)), "", *_lines(summary), sep="\n")
+    print(describe(extraction.store, summarise(extraction.store)), "", sep="\n")
+    print(_result(extraction, trained, images))
     return 0
 
 
@@ -91,35 +93,22 @@ def _draw_images(config: RunConfig, store: Store, trained: dict[str, Any]) -> li
     return [grid, curves, attention]
 
 
-def _summary(
-    extraction: ExtractionSummary, trained: dict[str, Any], images: list[Path]
-) -> dict[str, Any]:
-    return {
-        "images": extraction.images,
-        "extraction_images_per_second": extraction.images_per_second,
-        **{key: trained[key] for key in ("steps", "termination_step", "steps_per_second")},
-        "bytes_read": trained["bytes_read"],
-        "pictures": [str(image.relative_to(ROOT)) for image in images],
-        "report": str(REPORT.relative_to(ROOT)),
-    }
-
-
-def _lines(summary: dict[str, Any]) -> list[str]:
-    """The summary as text."""
-    speed = summary["steps_per_second"]
-    bytes_read = [
-        f"bytes read of stream {stream}: {count['before']:,} before the termination, "
-        f"{count['after']:,} after it"
-        for stream, count in summary["bytes_read"].items()
-    ]
-    return [
-        f"extraction: {summary['extraction_images_per_second']:.0f} images/s",
-        f"training: {summary['steps']} steps; {speed['phase1']:.2f} steps/s until the termination "
-        f"at step {summary['termination_step']}, {speed['phase2']:.2f} steps/s after it",
-        *bytes_read,
-        f"images: {', '.join(summary['pictures'])}",
-        f"report: {summary['report']}",
-    ]
+def _result(extraction: ExtractionSummary, trained: dict[str, Any], images: list[Path]) -> str:
+    speed = trained["steps_per_second"]
+    return "\n".join(
+        [
+            f"extraction: {extraction.images_per_second:.0f} images/s",
+            f"training: {trained['steps']} steps; {speed['phase1']:.2f} steps/s until the "
+            f"termination at step {trained['termination_step']}, {speed['phase2']:.2f} after it",
+            *(
+                f"bytes read of stream {stream}: {count['before']:,} before the termination, "
+                f"{count['after']:,} after it"
+                for stream, count in trained["bytes_read"].items()
+            ),
+            f"images: {', '.join(str(image.relative_to(ROOT)) for image in images)}",
+            f"report: {REPORT.relative_to(ROOT)}",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def for_workers(config: RunConfig) -> RunConfig:
     """The config with absolute local paths, because Ray workers run in another folder."""
     return with_absolute_paths(
         config,
-        ["store", "samples.evaluate.reference"],
+        ["store", "output", "data.cache_dir", "samples.evaluate.reference"],
         folders=["samples.autoencoder"],
         weights=["samples.evaluate.network_weights", "samples.evaluate.inception_weights"],
     )

@@ -36,5 +36,5 @@ def short_value(value: object, length: int = 80) -> str:
     """A value of a manifest or an option for error messages, at most ``length`` characters."""
     if value is None or value == ():
         return "none"
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."

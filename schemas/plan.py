@@ -46,10 +46,6 @@ class PlanOptions(Strict):
     tflops: Positive | None = None
     """Sustained 10^12 FLOP per second of another device in a transformer (200 to 300 for an H100 in
     bfloat16). Default: that of --plan.device."""
-    autoencoder_tflops: Positive | None = None
-    """The same in the autoencoder, which runs in float32. Default: measured; for another device a
-    tenth of its TFLOP/s, because the float32 peak of datacenter GPUs is about a fifteenth of the
-    bfloat16 peak."""
 
     @model_validator(mode="after")
     def _one_device(self) -> PlanOptions:

@@ -27,22 +27,20 @@ from tqdm import tqdm
 from jobs.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
 from jobs.pretrain.classifier import ClassifierConfig, accuracy, train_classifier
 from jobs.pretrain.self_distill import SelfDistillConfig, knn_accuracies, self_distill
-from pipeline.datasets import Listing, list_images
+from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.evaluate.evaluator import evaluate
 from pipeline.evaluate.features.factory import open_network
 from pipeline.evaluate.reference_statistics import load_moments, moments_digest
 from pipeline.extract.encoder import Encoder
-from pipeline.extract.tasks import make_manifest, make_tasks, stream_name, with_tail
+from pipeline.extract.tasks import missing_tasks, open_store, stream_name
 from pipeline.storage.files import TEMPORARY
 from pipeline.storage.locks import exclusive_lock
 from pipeline.storage.npz import Archive
 from pipeline.store import Store
-from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest
 
 logger = logging.getLogger("jobs.experiments")
 
@@ -196,35 +194,20 @@ def complete_store(cache: ArtifactCache, config: ExtractConfig, device: str, thr
     Ray. Raises ``UserError`` if the store was made with other options or networks, or if another
     process makes an artifact."""
     assert config.store is not None
-    listing = list_images(config)
+    listing, name = list_images(config), stream_name(config)
     encoder = Encoder(config, device=device, threads=threads)
-    manifest = make_manifest(config, listing, encoder.describe())
-    if Store.exists(config.store):
-        store = Store.open(config.store)
-        check_same_store(store.manifest, manifest, store.shown_url)
-        if store.has_index() and not store.missing_shards(stream_name(config)):
-            return store
+    existing = Store.open(config.store) if Store.exists(config.store) else None
+    if existing is not None and existing.has_index() and not existing.missing_shards(name):
+        return open_store(config, listing, existing, encoder)
     with cache.exclusive():
-        return _make_store(config, listing, encoder, manifest)
-
-
-def _make_store(
-    config: ExtractConfig, listing: Listing, encoder: Encoder, manifest: Manifest
-) -> Store:
-    assert config.store is not None
-    if Store.exists(config.store):
-        store = Store.open(config.store)
-    else:
-        tail = encoder.save_tail(config.store)
-        store = Store.create(config.store, with_tail(manifest, stream_name(config), tail))
-    missing = set(store.missing_shards(stream_name(config)))
-    tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in missing]
-    for task in tqdm(tasks, unit="shard", desc="extract", file=sys.stderr):
-        result = encoder.encode_shard(store.url, store.manifest, task)
-        if result.bad_images:
-            bad = result.bad_images[0]
-            raise UserError(f"bad image {bad.path}: {bad.error}")
-    store.finish()
+        store = open_store(config, listing, existing, encoder)
+        tasks = missing_tasks(config, listing, store)
+        for task in tqdm(tasks, unit="shard", desc="extract", file=sys.stderr):
+            result = encoder.encode_shard(store.url, store.manifest, task)
+            if result.bad_images:
+                bad = result.bad_images[0]
+                raise UserError(f"bad image {bad.path}: {bad.error}")
+        store.finish()
     return store
 
 

@@ -47,6 +47,7 @@ from pipeline.cli.command import run_command
 from pipeline.cli.config_files import merge
 from pipeline.cli.options import parse_options
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.precision import choose_device
 from pipeline.storage.locks import exclusive_lock
 from pipeline.train.local import train_here
 from schemas.base import Strict
@@ -110,9 +111,7 @@ def run_matrix(config: Cifar10Config) -> Path:
     unknown = [name for name in config.select if name not in config.arms]
     if unknown:
         raise UserError(f"--select {unknown[0]}: the arms are {', '.join(config.arms)}")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.device)
     work = Path(config.work).expanduser().absolute()
     num_samples = _check(config, work)
     shared, facts = _make_artifacts(config, work, device, num_samples)

@@ -9,7 +9,6 @@ loss, because digits have no texture. 32x32x3 images become 8x8x4 latents.
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 from pathlib import Path
@@ -24,14 +23,12 @@ from torch.nn import functional as F
 if not __package__:  # run as a file: Python then searches this folder, not the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs.pretrain.common import logs_step, set_learning_rate, shuffled_batches, warmup_cosine
+from jobs.pretrain.common import Updater, shuffled_batches
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.datasets.digits import digits_images
 from schemas.base import Strict
-
-logger = logging.getLogger("jobs.autoencoder")
 
 
 class AutoencoderConfig(Strict):
@@ -101,28 +98,17 @@ def train_autoencoder(
     model = create_autoencoder(config, images.shape[-1]).to(
         device, memory_format=torch.channels_last
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    updater = Updater(model.parameters(), config, clip=1.0, betas=(0.9, 0.95))
     batches = shuffled_batches(len(training), config.batch_size)
     model.train()
     for step in range(config.steps):
-        factor = warmup_cosine(step, config.warmup_steps, config.steps)
-        set_learning_rate(optimizer, config.learning_rate * factor)
         pixels = to_pixels(images[training[next(batches)]].to(device))
         posterior = model.encode(pixels).latent_dist
         decoded = model.decode(posterior.sample()).sample
         reconstruction = F.l1_loss(decoded, pixels)
         # diffusers sums the divergence over an image; the mean does not depend on the grid size.
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = reconstruction + config.kl_weight * divergence
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if logs_step(step, config.steps):
-            losses = reconstruction.item(), divergence.item()
-            logger.info("step %5d  L1 %.4f  KL %.2f", step, *losses)
+        updater.update(step, reconstruction + config.kl_weight * divergence)
     model.eval().to(memory_format=torch.contiguous_format)
     equalise_channels(model, images)
     report = measure(model, images, held_out)

@@ -6,8 +6,6 @@ aligned to that teacher. This classifier is trained on labels, independently of 
 
 from __future__ import annotations
 
-import logging
-import time
 from typing import Annotated, Any
 
 import timm
@@ -16,17 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.pretrain.common import (
-    logs_step,
-    normalise,
-    parameter_groups,
-    set_learning_rate,
-    shuffled_batches,
-    warmup_cosine,
-)
+from jobs.pretrain.common import Updater, normalise, parameter_groups, shuffled_batches
 from schemas.base import Strict
-
-logger = logging.getLogger("jobs.classifier")
 
 
 class ClassifierConfig(Strict):
@@ -54,23 +43,13 @@ def train_classifier(
     classes = int(labels.max()) + 1
     model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=classes)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.learning_rate
-    )
+    updater = Updater(parameter_groups(model, config.weight_decay), config)
     batches = shuffled_batches(len(images), config.batch_size)
-    start = time.perf_counter()
     for step in range(config.steps):
-        factor = warmup_cosine(step, config.warmup_steps, config.steps)
-        set_learning_rate(optimizer, config.learning_rate * factor)
         batch = next(batches)
         pixels = _augment(images[batch].to(device).float() / 255, config.shift)
-        loss = F.cross_entropy(model(normalise(pixels)), labels[batch].to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if logs_step(step, config.steps):
-            seconds = time.perf_counter() - start
-            logger.info("step %5d  cross-entropy %.3f  %.0f s", step, loss.item(), seconds)
+        scores = model(normalise(pixels))
+        updater.update(step, F.cross_entropy(scores, labels[batch].to(device)))
     return model.cpu().eval()
 
 

@@ -1,15 +1,19 @@
-"""Functions that the training loops of this folder share."""
+"""Parts that the training loops of this folder share."""
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
+
+logger = logging.getLogger("jobs.pretrain")
 
 LOG_EVERY = 100  # steps
 
@@ -22,15 +26,47 @@ def shuffled_batches(count: int, size: int) -> Iterator[Tensor]:
         yield from torch.randperm(count)[: count // size * size].split(size)
 
 
-def warmup_cosine(step: int, warmup_steps: int, steps: int) -> float:
-    """Factor of the learning rate: linear warm-up, then a half cosine to zero."""
-    warmup = min(1.0, (step + 1) / warmup_steps)
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+class Schedule(Protocol):
+    """Fields of the configs of this folder."""
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = value
+class Updater:
+    """AdamW whose learning rate rises linearly and falls along a half cosine to zero."""
+
+    def __init__(
+        self,
+        parameters: Any,
+        schedule: Schedule,
+        *,
+        clip: float = math.inf,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        """``parameters``: groups with their weight decay, or tensors without one. ``clip``: largest
+        norm of the gradient."""
+        self.optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=0.0)
+        self.schedule, self.clip = schedule, clip
+        self._start = time.perf_counter()
+
+    def update(self, step: int, loss: Tensor) -> None:
+        """One step down the gradient of ``loss``; logs every ``LOG_EVERY``-th one and the last."""
+        steps = self.schedule.steps
+        factor = min(1.0, (step + 1) / self.schedule.warmup_steps)
+        factor *= 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.clip < math.inf:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.optimizer.step()
+        if step % LOG_EVERY == 0 or step == steps - 1:
+            seconds = time.perf_counter() - self._start
+            logger.info("step %5d  loss %.4f  %.0f s", step, loss.item(), seconds)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -47,8 +83,3 @@ def normalise(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, R, R) in [0, 1] to ImageNet's mean and std, as DINOv2 expects them."""
     mean = pixels.new_tensor(IMAGENET_MEAN)[:, None, None]
     return (pixels - mean) / pixels.new_tensor(IMAGENET_STD)[:, None, None]
-
-
-def logs_step(step: int, steps: int) -> bool:
-    """True for every ``LOG_EVERY``-th step and the last."""
-    return step % LOG_EVERY == 0 or step == steps - 1

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,21 +28,12 @@ from torch.nn import functional as F
 if not __package__:  # run as a file: Python then searches this folder, not the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs.pretrain.common import (
-    logs_step,
-    normalise,
-    parameter_groups,
-    set_learning_rate,
-    shuffled_batches,
-    warmup_cosine,
-)
+from jobs.pretrain.common import Updater, normalise, parameter_groups, shuffled_batches
 from pipeline.assets import DEMO_TEACHER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.datasets.digits import digits_images
 from schemas.base import Strict
-
-logger = logging.getLogger("jobs.self_distill")
 
 
 class BackboneConfig(Strict):
@@ -204,16 +193,12 @@ def self_distill(
     torch.manual_seed(config.seed)
     student = Network(config).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(student, config.weight_decay), lr=config.learning_rate
-    )
+    updater = Updater(parameter_groups(student, config.weight_decay), config, clip=config.clip)
     centre = torch.zeros(config.prototypes, device=device)
-    running, start = torch.zeros((), device=device), time.perf_counter()
     batches = shuffled_batches(len(images), config.batch_size)
 
     for step in range(config.steps):
-        factor = warmup_cosine(step, config.warmup_steps, config.steps)
-        set_learning_rate(optimizer, config.learning_rate * factor)
+        student.head.prototypes.requires_grad_(step >= config.frozen_last_steps)
         views, local = sample_crops(images[next(batches)].to(device).float() / 255, config)
         outputs = list(student(views).chunk(2))
         if local:
@@ -224,32 +209,10 @@ def self_distill(
             targets = ((cosines - centre) / teacher_temperature(step, config)).softmax(-1)
             centre.lerp_(cosines.mean(0), 1 - config.centre_momentum)
         loss = distillation_loss(outputs, targets.chunk(2), config.student_temperature)
-
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if step < config.frozen_last_steps:
-            student.head.prototypes.grad = None
-        nn.utils.clip_grad_norm_(student.parameters(), config.clip)
-        optimizer.step()
+        updater.update(step, loss)
         update_teacher(teacher, student, teacher_momentum(step, config))
-
-        running = running + 0.02 * (loss.detach() - running) if step else loss.detach()
-        if logs_step(step, config.steps):
-            logger.info(
-                "step %5d  loss %.3f  teacher entropy %.2f (of its mean %.2f)  %.0f s",
-                step,
-                running.item(),
-                entropy(targets).mean().item(),
-                entropy(targets.mean(0)).item(),
-                time.perf_counter() - start,
-            )
     backbone = teacher.backbone.eval().cpu()
     return backbone.half().float()
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """Entropy over the last dimension, nats."""
-    return -(probabilities * probabilities.clamp_min(1e-12).log()).sum(-1)
 
 
 def teacher_momentum(step: int, config: SelfDistillConfig) -> float:

@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from pipeline.convert.converters import open_converter
-from pipeline.convert.provenance import computed_stream
 from pipeline.convert.shard import Group, convert_shard
-from pipeline.convert.streams import StreamPlan, plan_streams
+from pipeline.convert.streams import StreamPlan, computed_stream, plan_streams
+from pipeline.precision import choose_device
 from pipeline.storage.files import absolute_url, exists, is_local, open_url
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
@@ -73,16 +73,14 @@ def convert(config: ConvertConfig) -> Conversion:
 
 
 def _device(config: ConvertConfig, plans: Sequence[StreamPlan]) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; leave it out to use the CPU")
-    gpu = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device(choose_device(config.device))
     for plan in plans:
-        if plan.replays and not gpu and plan.before.compute.precision == "float16":
+        if plan.replays and device.type == "cpu" and plan.before.compute.precision == "float16":
             raise UserError(
                 f"stream '{plan.source}' was extracted in float16, which needs a GPU: run the "
                 "conversion on a machine with one"
             )
-    return torch.device("cuda" if gpu else "cpu")
+    return device
 
 
 def _manifest(

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from pipeline.store import Store
-from pipeline.store.codecs.ordering import coarser_than
+from pipeline.store.codecs import coarser_than
 from pipeline.targets.cuts import codec_set_of, cut_columns
 from pipeline.targets.tail import first_tail_block
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
-from schemas.extract import Cut
-from schemas.store import Column, LatentsStream, Manifest, TeacherInfo, TeacherStream
+from schemas.extract import Cut, Format
+from schemas.store import (
+    Column,
+    ComputeInfo,
+    LatentsStream,
+    Manifest,
+    Origin,
+    TeacherInfo,
+    TeacherStream,
+)
 
 LATER: dict[Cut, tuple[Cut, ...]] = {
     "maps": ("maps",),
@@ -24,6 +35,8 @@ LATER: dict[Cut, tuple[Cut, ...]] = {
 
 OF_LAYERS = ("attention", "query", "key")
 """Columns whose first dimension is the layer, also in their stored arrays."""
+
+VERSIONED = ("torch", "timm", "numpy", "numcodecs")
 
 
 @dataclass(frozen=True)
@@ -207,3 +220,49 @@ def _compresses(columns: Mapping[str, Column], manifest: Manifest, stream: Teach
 
 def _join(layers: tuple[int, ...] | list[int]) -> str:
     return ",".join(str(layer) for layer in layers)
+
+
+def computed_stream(
+    plan: StreamPlan, device: torch.device, format: Format
+) -> LatentsStream | TeacherStream:
+    """The stream after a conversion on this machine, without its tail.
+
+    Copied arrays keep the compute info of the source; only their bytes are packed again. Computed
+    ones get that of this process, with the precision and batch size of the source (training replays
+    a tail with the precision of the blocks before it), and the source stream is recorded.
+    """
+    before, after = plan.before, plan.after
+    if not plan.computes:
+        compute = _with_packers(before.compute, before.compute.versions, format)
+        return after.model_copy(update={"compute": compute})
+    assert isinstance(before, TeacherStream)
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    versions["torch"] = torch.__version__  # with the build: last bits depend on the CUDA version
+    here = before.compute.model_copy(
+        update={
+            "device": "cuda" if device.type == "cuda" else "cpu",
+            "threads": 0 if device.type == "cuda" else 1,  # threads of the arithmetic of one batch
+        }
+    )
+    origin = Origin(
+        cut=before.cut,
+        layers=before.teacher.layers,
+        codecs={name: column.codec for name, column in before.columns.items()},
+        compute=before.compute,
+    )
+    return after.model_copy(
+        update={
+            "compute": _with_packers(here, versions, format),
+            "converted_from": (*before.converted_from, origin),
+        }
+    )
+
+
+def _with_packers(compute: ComputeInfo, versions: dict[str, str], format: Format) -> ComputeInfo:
+    """With the versions of the libraries that pack arrays into bytes."""
+    versions = {name: version for name, version in versions.items() if name != "zarr"}
+    if "numcodecs" in versions:
+        versions["numcodecs"] = importlib.metadata.version("numcodecs")
+    if format == "zarr":
+        versions["zarr"] = importlib.metadata.version("zarr")
+    return compute.model_copy(update={"versions": versions})

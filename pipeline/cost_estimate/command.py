@@ -132,8 +132,8 @@ def _device(
     gpu = options.device != "cpu" and torch.cuda.is_available()
     if options.tflops is None and (gpu or options.device == "cpu"):
         logger.info("timing a few batches on this machine")
-        return measure_device(config, run, models, options.autoencoder_tflops, gpu=gpu)
-    return unmeasured_device(options.tflops, options.autoencoder_tflops, config.resolution)
+        return measure_device(config, run, models, gpu=gpu)
+    return unmeasured_device(options.tflops, config.resolution)
 
 
 def _scenario(

@@ -49,14 +49,12 @@ class Device:
     basis: Literal["measured", "given", "assumed"]  # by an option; without a GPU
 
 
-def unmeasured_device(
-    tflops: float | None, autoencoder_tflops: float | None, resolution: int
-) -> Device:
+def unmeasured_device(tflops: float | None, resolution: int) -> Device:
     """A device of ``tflops``, or the assumed GPU. Only decoding is timed, on one core here."""
     rate = (tflops or ASSUMED_TFLOPS) * TERA
     rates = DeviceRates(
         teacher=rate,
-        autoencoder=rate / 10 if autoencoder_tflops is None else autoencoder_tflops * TERA,
+        autoencoder=rate / 10,  # float32, whose peak is a fifteenth of bfloat16's
         student=rate,
         decode_seconds=decode_seconds(resolution) / DECODING_THREADS,
         decode_overlaps=True,
@@ -69,7 +67,6 @@ def measure_device(
     config: ExtractConfig,
     run: RunConfig,
     models: MetaModels,
-    autoencoder_tflops: float | None = None,
     *,
     gpu: bool,
 ) -> Device:
@@ -83,9 +80,7 @@ def measure_device(
             dtype=precision_dtype(config.precision, device.type),
             batch=config.batch_size if gpu else 2,
         ),
-        autoencoder=_autoencoder_rate(models.autoencoder, config.resolution, device)
-        if autoencoder_tflops is None
-        else autoencoder_tflops * TERA,
+        autoencoder=_autoencoder_rate(models.autoencoder, config.resolution, device),
         student=_student_rate(run, device),
         decode_seconds=decode_seconds(config.resolution) / cores,
         decode_overlaps=gpu,

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.cost_estimate.costs import ImageFlops
 from pipeline.cost_estimate.meta_models import Geometry, MetaModels, encode
-from pipeline.models.flops import STEP, count, student_flops, tapped_flops
+from pipeline.models.flops import STEP, count, logits_flops, student_flops, tapped_flops
 from pipeline.models.projector import Projector
 from pipeline.teachers.vit import block_arguments, embed
 from schemas.run import RunConfig
@@ -48,7 +48,7 @@ def teacher_flops(vit: Any, geometry: Geometry) -> TeacherFlops:
     return TeacherFlops(
         embedding,
         tuple(blocks),
-        _logits(geometry, geometry.heads),
+        logits_flops(geometry.heads, geometry.patches, geometry.head_width),
         per_block,
         sum(p.numel() for p in vit.parameters()) - sum(per_block),
     )
@@ -79,7 +79,7 @@ def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
         },
         training={
             "maps": 0,
-            "qk": tapped * _logits(geometry, heads),
+            "qk": tapped * logits_flops(heads, geometry.patches, geometry.head_width),
             "activations": teacher.through(first, depth, tapped),
             "image": teacher.through(0, depth, tapped),
         },
@@ -101,7 +101,3 @@ def _alignment(run: RunConfig, geometry: Geometry, heads: int) -> int:
             features = torch.empty(1, geometry.patches, width)
         total += count(lambda: projector(features))[1]
     return total
-
-
-def _logits(geometry: Geometry, heads: int) -> int:
-    return 2 * heads * geometry.patches**2 * geometry.head_width

@@ -118,7 +118,7 @@ class FeatureStatistics:
     The shift avoids the cancellation of large sums where the variance is small. Because it is
     fixed, sums of several processes can be added: give each process the same ``shift`` (for example
     the reference's mean), add ``state()`` over the processes and ``load_state`` the result. The
-    default shift is the mean of the first batch; ``merge`` takes sums about any shift.
+    default shift is the mean of the first batch.
     """
 
     def __init__(
@@ -155,24 +155,6 @@ class FeatureStatistics:
         self._count += len(centred)
         self._sum += centred.sum(0)
         self._outer.addmm_(centred.T, centred)
-
-    def merge(self, other: FeatureStatistics) -> None:
-        """Add the sums of ``other``, about any shift: exact up to rounding."""
-        if other.width != self.width:
-            raise ValueError(
-                f"features of width {other.width} cannot be added to width {self.width}"
-            )
-        if other.shift is None or not other.count:
-            return
-        device = self._sum.device
-        if self.shift is None:
-            self.shift = other.shift.to(device)
-        offset = other.shift.to(device) - self.shift
-        total, outer = other._sum.to(device), other._outer.to(device)
-        cross = torch.outer(total, offset)
-        self._count += other.count
-        self._sum += total + other.count * offset
-        self._outer += outer + cross + cross.T + other.count * torch.outer(offset, offset)
 
     def state(self) -> Tensor:
         """(1 + D + D * D,) float64: count, sum and sum of outer products about the shift. States

@@ -97,7 +97,7 @@ def _precision_recall(
                 f"{option} has {len(features)} images, too few for {k} neighbours each: give more, "
                 "or a smaller --k"
             )
-    return precision_recall(samples.features, reference.features, k, device=device, quiet=False)
+    return precision_recall(samples.features, reference.features, k, device=device)
 
 
 def _optional_distance(name: str, a: HasMoments | None, b: HasMoments | None) -> float | None:

@@ -21,7 +21,6 @@ def precision_recall(
     k: int = 3,
     *,
     device: torch.device | str = "cpu",
-    quiet: bool = True,
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
 
@@ -35,7 +34,7 @@ def precision_recall(
             raise ValueError(f"{len(points)} points have no {k}-th neighbour")
     centre = torch.from_numpy(_centre(reference_MD)).to(device)
     blocks = -(-len(samples_ND) // BLOCK_ROWS) * 2 + -(-len(reference_MD) // BLOCK_ROWS)
-    with tqdm(total=blocks, unit="block", desc="neighbours", disable=quiet) as bar:
+    with tqdm(total=blocks, unit="block", desc="neighbours") as bar:
         radii_N = _radii(samples_ND, k, centre, bar)
         radii_M = _radii(reference_MD, k, centre, bar)
         within_reference = 0

@@ -9,6 +9,7 @@ from pipeline.datasets import Listing
 from pipeline.extract.tasks import stream_name
 from pipeline.store import Store
 from pipeline.targets.cuts import cut_columns
+from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.store import Manifest, TeacherStream
@@ -117,10 +118,6 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
 
 def _mismatch(store: Store, key: str, stored: object, requested: object) -> UserError:
     return UserError(
-        f"store '{store.shown_url}' was made with {key} {_as_text(stored)}, this extraction has "
-        f"{_as_text(requested)}: use another --store or the same options"
+        f"store '{store.shown_url}' was made with {key} {short_value(stored)}, this extraction "
+        f"has {short_value(requested)}: use another --store or the same options"
     )
-
-
-def _as_text(value: object) -> str:
-    return ",".join(str(v) for v in value) if isinstance(value, tuple) else str(value)

@@ -8,6 +8,7 @@ from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.tasks import Description, ShardTask
+from pipeline.store.manifest_diff import differences
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest, WeightsFile
@@ -88,19 +89,13 @@ class EncoderPool(Actors[Description]):
 
 def _check_same(one: Description, other: Description) -> None:
     """Raises ``UserError`` that names the first difference."""
-    if one != other:
+    for path, a, b in differences(_dumped(one), _dumped(other), []):
         raise UserError(
             "encoder actors differ in weights, device or library versions: "
-            f"{_difference(one, other)}; give every node the same image"
+            f"{path} is {a} and {b}; give every node the same image"
         )
 
 
-def _difference(one: Description, other: Description) -> str:
-    for part in ("teacher", "autoencoder", "compute"):
-        if getattr(one, part) is None:
-            continue
-        a, b = getattr(one, part).model_dump(), getattr(other, part).model_dump()
-        for key, value in a.items():
-            if value != b[key]:
-                return f"{part}.{key} is {value} and {b[key]}"
-    return "unknown"
+def _dumped(description: Description) -> dict[str, object]:
+    parts = {name: getattr(description, name) for name in ("teacher", "autoencoder", "compute")}
+    return {name: None if part is None else part.model_dump() for name, part in parts.items()}

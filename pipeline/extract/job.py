@@ -14,19 +14,11 @@ from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.distributed.resources import OptionNames, choose_resources
 from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.encoder_pool import EncoderPool
-from pipeline.extract.tasks import (
-    ShardTask,
-    make_manifest,
-    make_stream,
-    make_tasks,
-    stream_name,
-    with_tail,
-)
+from pipeline.extract.tasks import lacks_tail, missing_tasks, open_store, stream_name
 from pipeline.storage.files import absolute_url, exists
 from pipeline.storage.filesystem import with_absolute_paths
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
-from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest, SkippedImage, TeacherStream
@@ -73,7 +65,7 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
         check_request(config, listing, existing)
         # Weights of another name may have the same values: only loading them shows it.
         known = name in existing.manifest.streams and _same_weight_names(config, existing.manifest)
-        if known and not existing.missing_shards(name) and not _lacks_tail(existing, name):
+        if known and not existing.missing_shards(name) and not lacks_tail(existing, name):
             if not exists(existing.filesystem, f"{existing.root}/{INDEX}"):
                 existing.finish()
             return ExtractionSummary(0, 0.0, existing)
@@ -96,8 +88,8 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
         gpus=workers.gpus,
     )
     try:
-        store = _open_store(config, listing, existing, pool)
-        tasks = _missing_tasks(config, listing, store)
+        store = open_store(config, listing, existing, pool)
+        tasks = missing_tasks(config, listing, store)
         images = sum(len(task.items) for task in tasks)
         encoded = 0
         bad: list[SkippedImage] = []
@@ -113,52 +105,6 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
     _report_bad_images(bad, config)
     store.finish()
     return ExtractionSummary(encoded, seconds, store)
-
-
-def _open_store(
-    config: ExtractConfig, listing: Listing, existing: Store | None, pool: EncoderPool
-) -> Store:
-    """The store with its manifest and the teacher's tail, ready for shards."""
-    description = pool.describe()
-    name = stream_name(config)
-    if existing is None:
-        assert config.store is not None
-        manifest = make_manifest(config, listing, description)
-        tail = pool.save_tail(config.store)
-        return Store.create(config.store, with_tail(manifest, name, tail))
-    manifest = existing.manifest
-    if config.add_stream is None:
-        check_same_store(manifest, make_manifest(config, listing, description), existing.shown_url)
-    else:
-        stream = make_stream(config, description)
-        expected = manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})
-        if name not in manifest.streams:
-            tail = pool.save_tail(existing.url)
-            return Store.create(existing.url, with_tail(expected, name, tail))
-        check_same_store(manifest, expected, existing.shown_url)
-    if _lacks_tail(existing, name):
-        pool.save_tail(existing.url)
-    return existing
-
-
-def _missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> list[ShardTask]:
-    """Tasks of the shards that the stream lacks; an added stream has the samples of the store."""
-    missing = set(store.missing_shards(stream_name(config)))
-    tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in missing]
-    if config.add_stream is None:
-        return tasks
-    stored = []
-    for task in tasks:
-        keys = set(store.record(task.shard).keys)
-        stored.append(ShardTask(task.shard, tuple(i for i in task.items if i.key in keys)))
-    return stored
-
-
-def _lacks_tail(store: Store, name: str) -> bool:
-    """True if the manifest names the tail of a stream whose file does not exist."""
-    stream = store.manifest.streams[name]
-    tail = stream.tail if isinstance(stream, TeacherStream) else None
-    return tail is not None and not exists(store.filesystem, f"{store.root}/{tail.file}")
 
 
 def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:

@@ -16,6 +16,7 @@ from pipeline.alignment.aligned_student import AlignedStudent
 from pipeline.alignment.losses import Targets
 from pipeline.inspect.source_images import SourceImages
 from pipeline.inspect.summary import StoreSummary
+from pipeline.precision import choose_device
 from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
 from pipeline.targets.sources import Wanted, open_targets
@@ -107,7 +108,7 @@ def measure_fidelity(
     """
     name, info = store.manifest.teacher_stream(stream)
     store.require_complete("latents", name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(choose_device("auto"))
     teacher = open_teacher(store, name, weights).to(device)
     source_images = SourceImages(store, source)
     request = Wanted(features=True, layers=info.teacher.layers, heads=info.teacher.heads)

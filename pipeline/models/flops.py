@@ -56,7 +56,12 @@ def student_flops(config: StudentConfig) -> int:
 def tapped_flops(config: StudentConfig, heads: int) -> int:
     """FLOPs of the logits of the first ``heads`` heads of one tapped block."""
     rows, columns = config.grid
-    return 2 * heads * (rows * columns) ** 2 * (config.size.width // config.size.heads)
+    return logits_flops(heads, rows * columns, config.size.width // config.size.heads)
+
+
+def logits_flops(heads: int, tokens: int, head_width: int) -> int:
+    """FLOPs of the attention logits of one layer."""
+    return 2 * heads * tokens**2 * head_width
 
 
 def peak_tflops(device_name: str) -> float | None:

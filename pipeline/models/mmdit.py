@@ -23,10 +23,9 @@ from pipeline.models.layers import (
     split_heads,
     unpatchify,
 )
+from pipeline.models.sit import NO_TAPS
 from pipeline.models.taps import QueriesKeys, StudentOutput, Taps
 from schemas.mmdit import MMDiTConfig
-
-NO_TAPS = Taps()
 
 
 class MMDiT(nn.Module):

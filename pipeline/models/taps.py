@@ -57,8 +57,3 @@ class StudentOutput(NamedTuple):
         if not self.attended:
             return None
         return torch.stack([pair.logits for pair in self.attended], dim=1)
-
-    @property
-    def velocity(self) -> Tensor:
-        """The prediction of a SiT."""
-        return self.prediction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
@@ -14,7 +14,7 @@ from pipeline.report.gallery import Gallery, Source, load_file, make_gallery
 from pipeline.report.palette import FONTS, SCHEMES
 from pipeline.report.plots import Plot, make_plot
 from pipeline.report.rendering import breakable, render, run_name
-from pipeline.report.run_summary import RunCard, config_differences, run_card
+from pipeline.report.run_summary import config_differences, run_card
 from pipeline.report.series import (
     METRICS,
     Panel,
@@ -40,31 +40,8 @@ FIRST_ROWS, LAST_ROWS = 10, 20
 DASH = "\N{EN DASH}"
 
 
-class Run(NamedTuple):
-    """A run in the legend and among the cards."""
-
-    name: Markup
-    url: str
-    card: RunCard
-
-
-class Table(NamedTuple):
-    """A table with the plots of its numbers."""
-
-    head: list[str]
-    rows: list[list[str]]
-    plots: list[Plot]
-
-
-class Trigger(NamedTuple):
-    """Observations and decisions of one run's trigger."""
-
-    name: Markup
-    plot: Plot | None
-    head: list[str]
-    rows: list[list[str]]
-    left_out: int
-    """Observations that are not in the table."""
+Values = dict[str, Any]
+"""Values of a part of the page, by their names in its template."""
 
 
 class Report:
@@ -94,7 +71,7 @@ class Report:
             style=Markup(f"{SCHEMES}:root{{--fonts:{FONTS}}}{REPORT_STYLE.read_text()}"),
             last_step=self._last_step,
             warnings=self.warnings,
-            runs=[Run(name, record.url, run_card(record)) for name, record in runs],
+            runs=[{"name": n, "url": r.url, "card": run_card(r)} for n, r in runs],
             different=config_differences(self.records),
             samples=samples,
             evaluations=self._evaluations(),
@@ -132,7 +109,7 @@ class Report:
             sources.append(source)
         return make_gallery(sources, self.warnings), notes
 
-    def _evaluations(self) -> Table:
+    def _evaluations(self) -> Values:
         rows = []
         for name, record in zip(self._names, self.records, strict=True):
             for row in _first_and_last(record.evaluations):
@@ -142,9 +119,9 @@ class Report:
                 cells = [DASH if value is None else f"{value:.4g}" for value in values]
                 rows.append([name, f"{row['step']:,}", *cells, group])
         head = ["run", "step", *METRICS.values(), "network, reference and sampling"]
-        return Table(head, rows, self._plots(evaluation_panels(self.records)))
+        return {"head": head, "rows": rows, "plots": self._plots(evaluation_panels(self.records))}
 
-    def _trigger(self, run: int) -> Trigger:
+    def _trigger(self, run: int) -> Values:
         events = self.records[run].events
         panel = trigger_panel(self.records, run)
         keys = list(dict.fromkeys(key for row in events for key in observations(row)))[:MAX_COLUMNS]
@@ -154,8 +131,13 @@ class Report:
             cells = [f"{values[key]:.4g}" if key in values else DASH for key in keys]
             rows.append([f"{row['step']:,}", row["event"], *cells])
         plot = None if panel is None else make_plot(panel, self.labels, self._last_step)
-        head = ["step", "decision", *map(breakable, keys)]
-        return Trigger(self._names[run], plot, head, rows, len(events) - len(rows))
+        return {
+            "name": self._names[run],
+            "plot": plot,
+            "head": ["step", "decision", *map(breakable, keys)],
+            "rows": rows,
+            "left_out": len(events) - len(rows),
+        }
 
     def _teacher_bytes(self) -> str | None:
         """Bytes of teachers' streams that were read after the termination; None if unknown."""

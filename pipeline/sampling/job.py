@@ -23,6 +23,7 @@ from pipeline.sampling.resume import find_checkpoint_to_resume, info_of_complete
 from pipeline.sampling.worker import SampledBatch, SampleWorker, WorkerInfo
 from pipeline.storage.files import redact
 from pipeline.storage.filesystem import with_absolute_paths
+from pipeline.store.manifest_diff import differences
 from schemas.errors import StoppedError, UserError
 from schemas.sample import SampleAbout, SampleConfig
 
@@ -179,13 +180,11 @@ def _choose_resources(config: SampleConfig) -> WorkerResources:
 
 
 def _check_same(one: WorkerInfo, other: WorkerInfo) -> None:
-    a, b = asdict(one), asdict(other)
-    for key in a:
-        if a[key] != b[key]:
-            raise UserError(
-                f"workers draw with different {key}: {a[key]} and {b[key]}; give every node the "
-                "same checkpoint, decoder and type of device"
-            )
+    for key, a, b in differences(asdict(one), asdict(other), []):
+        raise UserError(
+            f"workers draw with different {key}: {a} and {b}; give every node the same "
+            "checkpoint, decoder and type of device"
+        )
 
 
 def _draw(

@@ -20,13 +20,15 @@ Make = Callable[..., RunConfig]
 
 
 def test_two_workers_train_what_one_process_trains(
-    run_config: Make,
-    tmp_path: Path,
+    run_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A global batch of 5 on 2 workers: slices of 2 and 3 samples, through the termination."""
+    """A global batch of 5 on 2 workers: slices of 2 and 3 samples, through the termination. The
+    output is below the current folder, which is not that of Ray's workers."""
     alone = tmp_path / "alone"
     one = train(run_config(), alone, LocalCheckpoints(alone, keep=1).save)
-    two = train_run(run_config(workers={"count": 2, "cpus_per_worker": 0.5}))
+    monkeypatch.chdir(tmp_path.parent)
+    workers = {"count": 2, "cpus_per_worker": 0.5}
+    two = train_run(run_config(workers=workers, output=tmp_path.name))
     folder = tmp_path / "tiny"
     assert two["termination_step"] == one["termination_step"] == 3
     assert two["bytes_read"]["maps"]["after"] == 0

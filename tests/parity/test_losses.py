@@ -76,7 +76,7 @@ def test_denoising_loss_of_each_sample(golden: Golden, path: str) -> None:
     student, _ = make_sit(golden)
     with torch.no_grad():
         out = student(x_t, io[f"{path}_t"], io["labels"])
-    losses = denoising_loss(out.velocity, velocity).tolist()
+    losses = denoising_loss(out.prediction, velocity).tolist()
     expected = golden.values("loss_values")[f"{path}_align"]["denoise_per_sample"]
     for i, (ours, theirs) in enumerate(zip(losses, expected, strict=True)):
         check_number(f"denoising loss of sample {i}", ours, theirs)

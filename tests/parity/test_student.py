@@ -29,20 +29,20 @@ def run(golden: Golden) -> SimpleNamespace:
 
 
 def test_velocity(golden: Golden, run: SimpleNamespace) -> None:
-    golden.check(FILE, "velocity", run.out.velocity, strict=True)
+    golden.check(FILE, "velocity", run.out.prediction, strict=True)
 
 
 def test_velocity_of_the_null_label(golden: Golden, run: SimpleNamespace) -> None:
     null = torch.full_like(run.io["y"], golden.configs["sit"]["null_label_id"])
     with torch.no_grad():
-        velocity = run.student(run.io["x"], run.io["t"], null).velocity
+        velocity = run.student(run.io["x"], run.io["t"], null).prediction
     golden.check(FILE, "velocity_null_label", velocity, strict=True)
 
 
 def test_velocity_without_taps_is_the_same_to_the_bit(run: SimpleNamespace) -> None:
     with torch.no_grad():
         out = run.student(run.io["x"], run.io["t"], run.io["y"])
-    assert torch.equal(out.velocity, run.out.velocity)
+    assert torch.equal(out.prediction, run.out.prediction)
     assert out.features is None
     assert out.attention_logits is None
 

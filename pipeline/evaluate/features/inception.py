@@ -73,13 +73,9 @@ class InceptionNetwork:
         """Values that must be equal for features to be comparable, for files."""
         return {"network": NAME, "size": self.size, "weights_sha256": self.weights_sha256}
 
-    def features(self, images_B3RR: Tensor) -> Tensor:
-        """(B, 2048) float32: the output of the last pooling layer, "pool_3:0"."""
-        return self.extract(images_B3RR).features
-
     def extract(self, images_B3RR: Tensor) -> NetworkOutput:
-        """Pooled features (B, 2048); spatial features (B, 2023), 17 x 17 positions with 7 channels
-        in TensorFlow's order; logits (B, 1008) without the bias, as in ADM's evaluator."""
+        """Features of "pool_3:0" (B, 2048); spatial features (B, 2023), 17 x 17 positions with 7
+        channels in TensorFlow's order; logits (B, 1008) without the bias, as in ADM's evaluator."""
         with torch.inference_mode(), full_precision():
             features, logits = self._model(images_B3RR.to(self.device))
         assert self._spatial is not None

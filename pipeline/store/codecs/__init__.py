@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.store.codecs.base import MAIN, Array, Codec
+from pipeline.store.codecs.base import MAIN, STORED_AS_IS, Array, Codec
 from pipeline.store.codecs.floats import BFloat16, Plain
 from pipeline.store.codecs.int8 import Int8
 from pipeline.store.codecs.probabilities import CubeRoot, SquareRoot
@@ -22,6 +22,7 @@ __all__ = [
     "Array",
     "Codec",
     "Decoder",
+    "coarser_than",
     "column_arrays",
     "decode_column",
     "decoder_of",
@@ -52,6 +53,10 @@ WITH_LEVELS: dict[str, Callable[[int], Codec]] = {
     "sqrt": SquareRoot,
 }
 """Codecs whose name ends in their number of levels, such as ``tokens23``."""
+INT8_LEVELS = range(16, 49)
+"""Levels of 'tokens', 'rms' and 'heads' that int8 codecs may be equivalent to. Their step is a
+127th of a vector's largest number, which is 3 (Gaussian) to 8 (channels of large values) times its
+RMS; whether int8 or the 'faithful' set (20 to 26 levels) is finer depends on the teacher."""
 
 
 @lru_cache
@@ -63,6 +68,24 @@ def find_codec(name: CodecName) -> Codec:
     if prefix == name or prefix not in WITH_LEVELS:
         raise ValueError(f"there is no codec '{name}'")
     return WITH_LEVELS[prefix](int(name.removeprefix(prefix)))
+
+
+def coarser_than(stored: CodecName, other: CodecName) -> bool:
+    """True if ``stored`` has certainly dropped digits that ``other`` would keep.
+
+    Floats may become any other floats: float32 holds all shorter ones exactly (and makes bfloat16,
+    which numpy lacks, readable by any software); the two 16-bit ones are of equal size.
+    """
+    old, new = find_codec(stored), find_codec(other)
+    if old.family == STORED_AS_IS:
+        return False
+    if new.family == STORED_AS_IS:
+        return True
+    if old.family == new.family:
+        return new.levels > old.levels
+    if old.family == "int8":
+        return new.family != "sqrt" and new.levels > INT8_LEVELS[-1]
+    return new.family == "int8" and old.family != "sqrt" and old.levels < INT8_LEVELS[0]
 
 
 def sums_to_one(name: CodecName) -> bool:

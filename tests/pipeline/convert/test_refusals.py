@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.store import ShardWriter, Store
-from pipeline.store.codecs.ordering import coarser_than
+from pipeline.store.codecs import coarser_than
 from tests.conversions import Extract, converted, refusal
 from tests.helpers import all_files, write_known_store
 

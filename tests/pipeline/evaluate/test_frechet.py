@@ -205,20 +205,6 @@ def test_a_small_variance_far_from_zero_is_accurate(shift: torch.Tensor | None) 
     assert not np.allclose(naive.covariance, expected, rtol=0.1)
 
 
-def test_merge_of_two_shifts_equals_one_set() -> None:
-    features = _features(31)
-    left, right = _of(features[:10]), _of(features[10:], shift=torch.ones(5))
-    left.merge(right)
-    left.merge(FeatureStatistics(5))
-    whole = _of(features)
-    assert left.count == 31
-    torch.testing.assert_close(left.mean, whole.mean)
-    torch.testing.assert_close(left.covariance, whole.covariance)
-    empty = FeatureStatistics(5)
-    empty.merge(whole)
-    torch.testing.assert_close(empty.covariance, whole.covariance)
-
-
 def test_states_of_workers_can_be_added() -> None:
     features, shift = _features(31), torch.arange(5.0)
     parts = [_of(part, shift=shift) for part in (features[:4], features[4:20], features[20:])]
@@ -242,8 +228,6 @@ def test_bad_features_and_states_are_refused() -> None:
         _ = statistics.mean
     with pytest.raises(ValueError, match="shift"):
         statistics.load_state(torch.zeros(31))
-    with pytest.raises(ValueError, match="width 4"):
-        statistics.merge(FeatureStatistics(4))
     statistics.add(torch.zeros(0, 5))
     statistics.add(torch.zeros(1, 5))
     assert statistics.count == 1

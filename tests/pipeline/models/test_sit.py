@@ -45,7 +45,7 @@ def test_logits_are_computed_for_tapped_blocks_and_heads_only(
     assert with_taps.attention_logits is not None
     assert asked == [5, 5]
     assert with_taps.attention_logits.shape == (2, 2, 5, 16, 16)
-    assert torch.equal(with_taps.velocity, without.velocity)
+    assert torch.equal(with_taps.prediction, without.prediction)
 
 
 def test_tapped_logits_are_those_that_make_the_output(student: SiT) -> None:
@@ -61,8 +61,8 @@ def test_a_fresh_student_predicts_nothing() -> None:
     """Blocks start as the identity and the last layer at 0 (DiT, arXiv 2212.09748)."""
     model = SiT(StudentConfig(model="SiT-S/8", depth=2, width=24, heads=6))
     x = torch.randn(1, 4, 32, 32)
-    assert model(x, torch.rand(1), torch.tensor([5])).velocity.abs().max() == 0
-    assert model(x, torch.rand(1), torch.tensor([1000])).velocity.shape == x.shape
+    assert model(x, torch.rand(1), torch.tensor([5])).prediction.abs().max() == 0
+    assert model(x, torch.rand(1), torch.tensor([1000])).prediction.shape == x.shape
 
 
 @pytest.mark.parametrize(

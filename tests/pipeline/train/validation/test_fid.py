@@ -374,8 +374,12 @@ def test_workers_receive_absolute_paths(tmp_path: Path, monkeypatch: pytest.Monk
     evaluate = {"images": 5, "reference": "r.npz", "network": "n", "network_weights": "w.pt"}
     samples = {"every": 5, "autoencoder": "decoder", "evaluate": evaluate}
     config = for_workers(
-        RunConfig.model_validate({"store": "s3://bucket/store", "samples": samples})
+        RunConfig.model_validate(
+            {"store": "s3://bucket/store", "data": {"cache_dir": "cache"}, "samples": samples}
+        )
     )
+    assert config.output == str(tmp_path / "runs")
+    assert config.data.cache_dir == str(tmp_path / "cache")
     assert config.store == "s3://bucket/store"
     assert config.samples.autoencoder == str(tmp_path / "decoder")
     assert config.samples.evaluate.reference == str(tmp_path / "r.npz")
