@@ -6,7 +6,7 @@ from __future__ import annotations
 def describe_bytes(count: float) -> str:
     """A number of bytes with three digits and a unit."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
@@ -30,6 +30,14 @@ def short_number(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
+
+
+def describe_hours(hours: float) -> str:
+    """A duration with up to three digits: 0.02 as 72 s."""
+    for size, unit in ((1, "h"), (1 / 60, "min")):
+        if hours >= size:
+            return f"{short_number(float(f'{hours / size:.3g}'))} {unit}"
+    return f"{3600 * hours:.3g} s"
 
 
 def short_value(value: object, length: int = 80) -> str:

@@ -88,7 +88,7 @@ def make_estimate(
 ) -> Estimate:
     """Raises ``UserError`` where the run cannot be trained on such a store."""
     if not run.alignment.active:
-        raise UserError("this run aligns to no teacher: there is nothing to plan")
+        raise UserError("this run has no alignment: there is nothing to estimate")
     images = images or _count_images(config)
     models = build_meta_models(config)
     _check_compatible(config, run, models.geometry)
@@ -181,14 +181,14 @@ def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry)
         )
         raise UserError(
             f"the store would hold latents {stored} of {config.resolution} px images; the "
-            f"trainer's {run.student.model} expects {expected}: plan for another trainer or "
-            "resolution"
+            f"trainer's {run.student.model} expects {expected}: name the run's config by "
+            "--plan.trainer, or another --resolution"
         )
     missing = sorted(set(run.alignment.teacher_layers) - set(config.layers))
     if run.alignment.attention_weight and missing:
         raise UserError(
-            f"the trainer's alignment.teacher_layers asks for teacher layer {missing[0]}; "
-            f"the extraction's --layers keeps {', '.join(map(str, config.layers))}"
+            f"the trainer's alignment.teacher_layers needs teacher layer {missing[0]}; "
+            f"the extraction's --layers stores {', '.join(map(str, config.layers))}"
         )
 
 

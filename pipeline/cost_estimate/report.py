@@ -9,16 +9,17 @@ from typing import Any
 
 from pipeline.cost_estimate.costs import GIGA, ONLINE, TERA, Cost, ImageFlops, Scenario, cheapest
 from pipeline.cost_estimate.device_rates import Device
-from pipeline.text import describe_bytes, short_number
+from pipeline.text import describe_bytes, describe_hours, short_number
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig
 
 WIDTH = 100
 HEADER = (
-    ("cut", "codec", "per", "in", "extract", "read per", "teacher,", "hours", "pays", "total"),
-    ("", "", "image", "all", "hours", "worker", "of a step", "a run", "from run", "price"),
+    ("cut", "codec", "per", "in", "extrac-", "read per", "teacher,", "added", "cheaper", "total"),
+    ("", "", "image", "all", "tion", "worker", "of a step", "to a run", "from run", "cost"),
 )
-LEGEND = "w: the trainer waits for data. Codecs other than that of --codec are for comparison."
+LEGEND = "Codecs other than that of --codec are for comparison."
+WAITS = "*: the trainer waits for data."
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,16 @@ def advise(costs: Sequence[Cost], scenario: Scenario) -> list[str]:
     """Sentences: the most that a store can save, the recommendation, limits and alternatives."""
     best, lowest = cheapest(costs), min(costs, key=lambda cost: cost.cost)
     online, store = cheapest(costs, online=True), cheapest(costs, online=False)
-    verdict = f"Take {store.name}"
+    verdict = f"Recommended: {store.name}"
     if best.cut == ONLINE:
-        verdict = f"The online teacher is the better buy, not {store.name}"
-    pays = f"pays from run {store.break_even_runs:,}" if store.break_even_runs else "never pays"
+        verdict = f"The online teacher is cheaper than {store.name}"
+    runs = store.break_even_runs
+    pays = "never cheaper" if runs is None else f"cheaper from run {runs:,} on"
     sentences = [
         f"The online teacher takes {100 * online.teacher_share_of_step:,.1f}% of a vanilla step: "
-        "a store saves at most that.",
+        "a store saves at most this share.",
         f"{verdict}: {scenario.runs:,} run(s) cost {short_number(store.cost)} with the store, "
-        f"which {pays}, and {short_number(online.cost)} with the online teacher.",
+        f"which is {pays}, and {short_number(online.cost)} with the online teacher.",
     ]
     if not best.bandwidth_suffices:
         sentences.append(
@@ -103,20 +105,21 @@ def _assumptions(estimate: Estimate) -> list[str]:
     lines = []
     if device.basis == "assumed":
         lines = [
-            f"no GPU here: costs are for one of {device.rates.teacher / TERA:g} TFLOP/s "
-            "(--plan.tflops); --plan.device cpu prices these cores"
+            f"no GPU here: costs assume one of {device.rates.teacher / TERA:g} TFLOP/s "
+            "(--plan.tflops); --plan.device cpu estimates this CPU"
         ]
     return [
         *lines,
         f"{estimate.config.teacher.model} for {estimate.run.student.model}, "
         f"{scenario.images:,} images; aligned for "
-        f"{scenario.aligned_images_per_run / scenario.images:,.1f} of "
-        f"{scenario.images_per_run / scenario.images:,.1f} epochs",
+        f"{short_number(scenario.aligned_images_per_run / scenario.images)} of "
+        f"{short_number(scenario.images_per_run / scenario.images)} epochs",
         f"GFLOP per image: teacher {short_number(flops.training[ONLINE] / GIGA)}, vanilla step "
         f"{short_number(flops.step / GIGA)}, alignment {short_number(flops.alignment / GIGA)}, "
         f"autoencoder {short_number(flops.autoencoder / GIGA)}; on {_describe_rates(device)}",
         f"{scenario.runs:,} run(s), {scenario.months:g} months at {scenario.tb_month:g} per "
         f"TB-month, {scenario.device_hour:g} per device-hour, "
+        "in one currency (the defaults in US dollars), "
         f"{scenario.bytes_per_second_per_worker / GIGA:g} GB/s per worker, "
         f"{scenario.encoders:g} encoding and {scenario.workers} training devices",
     ]
@@ -139,7 +142,8 @@ def _table(estimate: Estimate) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-    return [*lines, LEGEND]
+    waits = not all(cost.bandwidth_suffices for cost in estimate.costs)
+    return [*lines, f"{WAITS} {LEGEND}" if waits else LEGEND]
 
 
 def _row(cost: Cost) -> tuple[str, ...]:
@@ -149,10 +153,10 @@ def _row(cost: Cost) -> tuple[str, ...]:
         cost.codec,
         describe_bytes(cost.bytes_per_image),
         describe_bytes(cost.bytes),
-        short_number(cost.extraction_hours),
-        _read_rate(cost) + (" " if cost.bandwidth_suffices else "w"),
+        describe_hours(cost.extraction_hours),
+        _read_rate(cost) + (" " if cost.bandwidth_suffices else "*"),
         f"{100 * cost.teacher_share_of_step:,.1f}%",
-        short_number(cost.device_hours_per_run),
+        describe_hours(cost.device_hours_per_run),
         "online" if cost.cut == ONLINE else pays,
         short_number(cost.cost),
     )

@@ -106,7 +106,7 @@ def test_one_cheap_run_with_big_tokens_is_better_off_online(
     result = plan(capsys, *H100, *prices)
     assert result["online_is_better"]
     assert result["recommended"] == {"cut": "image", "codec": "uint8"}
-    assert any("better buy" in reason for reason in result["reasons"])
+    assert any("is cheaper than" in reason for reason in result["reasons"])
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,8 @@ def test_without_a_gpu_one_is_assumed(capsys: pytest.CaptureFixture[str]) -> Non
     assert extract_main(["--plan", *DEMO]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "no GPU here: costs are for one of 200 TFLOP/s (--plan.tflops); "
-        "--plan.device cpu prices these cores"
+        "no GPU here: costs assume one of 200 TFLOP/s (--plan.tflops); "
+        "--plan.device cpu estimates this CPU"
     )
 
 
@@ -206,7 +206,7 @@ def test_the_two_ends_without_a_gpu(
 ) -> None:
     result = plan(capsys, *argv)
     assert result["recommended"]["cut"] in cuts
-    assert result["reasons"][1].startswith("Take '")
+    assert result["reasons"][1].startswith("Recommended: '")
     best = row(result, **result["recommended"])
     others = {"maps", "qk", "activations"} - {best["cut"]}
     assert all(row(result, cut, "faithful")["cost"] > best["cost"] for cut in others)
@@ -306,7 +306,7 @@ def test_complaints() -> None:
     assert "no.yaml" in complaint("--plan.trainer", "no.yaml")
     assert "--plan.images" in complaint("--dataset", "folder")
     vanilla = str(CONFIGS / "sit_b2_vanilla.yaml")
-    assert "nothing to plan" in complaint("--plan.trainer", vanilla)
+    assert "nothing to estimate" in complaint("--plan.trainer", vanilla)
     assert "teacher layer 8" in complaint("--layers", "9-11", *H100)
     assert "4x64x64" in complaint("--resolution", "512", *H100)
     assert "give one of them" in complaint("--plan.device", "cpu", *H100)
