@@ -37,12 +37,5 @@ class MMDiTConfig(Strict):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> MMDiTConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
-        if self.width % 4:
-            raise ValueError(f"width {self.width} is not a multiple of 4")
-        if self.latent_size % self.patch_size:
-            raise ValueError(
-                f"latent_size {self.latent_size} is not a multiple of patch {self.patch_size}"
-            )
+        self.size.check(self.latent_size)
         return self

@@ -21,6 +21,17 @@ class StudentSize(NamedTuple):
     heads: int
     patch_size: int
 
+    def check(self, latent_size: int) -> None:
+        """Raises ``ValueError`` for sizes that do not divide each other."""
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4")
+        if latent_size % self.patch_size:
+            raise ValueError(
+                f"latent_size {latent_size} is not a multiple of patch {self.patch_size}"
+            )
+
 
 class StudentConfig(Strict):
     """The student network."""
@@ -66,13 +77,5 @@ class StudentConfig(Strict):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> StudentConfig:
-        size = self.size
-        if size.width % size.heads:
-            raise ValueError(f"width {size.width} is not a multiple of {size.heads} heads")
-        if size.width % 4:
-            raise ValueError(f"width {size.width} is not a multiple of 4")
-        if self.latent_size % size.patch_size:
-            raise ValueError(
-                f"latent_size {self.latent_size} is not a multiple of patch {size.patch_size}"
-            )
+        self.size.check(self.latent_size)
         return self
