@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.extract.encoder import Encoder, ShardResult
@@ -78,12 +79,17 @@ class EncoderPool(Actors[Description]):
             tasks,
             lambda actor, task: actor.encode.remote(url, manifest, task),
             name=lambda task: f"shard {task.shard}",
-            full_name=lambda task: f"shard {task.shard} (first image '{task.items[0].path}')",
+            full_name=self._full_name,
             enough=lambda: bad and self.config.on_bad_image == "stop",
         )
         for result in results:
             bad |= bool(result.bad_images)
             yield result
+
+    def _full_name(self, task: ShardTask) -> str:
+        first = task.items[0]
+        shown = describe_image(self.config.dataset, first.key, f"'{first.path}'")
+        return f"shard {task.shard} (first image {shown})"
 
 
 def _check_same(one: Description, other: Description) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from pipeline.datasets import Listing, list_images
+from pipeline.datasets.listing import describe_image
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.distributed.resources import OptionNames, choose_resources
 from pipeline.extract.compatibility import check_request, with_stores_options
@@ -170,11 +171,12 @@ def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:
 
 def _report_bad_images(bad: list[SkippedImage], config: ExtractConfig) -> None:
     """Log the bad images. Raises ``UserError`` with ``on_bad_image: stop``."""
-    for image in bad:
-        logger.warning("bad image: %s: %s", image.path, image.error)
+    shown = [describe_image(config.dataset, image.key, image.path) for image in bad]
+    for where, image in zip(shown, bad, strict=True):
+        logger.warning("bad image: %s: %s", where, image.error)
     if bad and config.on_bad_image == "stop":
         more = f" and {len(bad) - 1} more, listed above" if len(bad) > 1 else ""
         raise UserError(
-            f"bad image {bad[0].path} ({bad[0].error}){more}: repair or remove it, or use "
+            f"bad image {shown[0]} ({bad[0].error}){more}: repair or remove it, or use "
             "--on-bad-image skip; shards without bad images are committed"
         )
