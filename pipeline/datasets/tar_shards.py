@@ -18,10 +18,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from pipeline.datasets.folder import escape_dots
+from pipeline.datasets.folder import escape_dots, list_files
 from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.listing_check import short_name
-from pipeline.datasets.tar_source import find_tars, tar_root
+from pipeline.datasets.tar_source import choose_tars, expand_pattern, split_pattern
 from pipeline.storage.files import is_local, open_url, redact, retrying
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError, plain_text
@@ -61,10 +61,11 @@ class _Member:
 def list_tars(source: str) -> Listing:
     """List all samples of all tars of ``source``: a folder, one tar, or a pattern of tars. Raises
     ``UserError``."""
-    root = tar_root(source)
+    root, pattern = split_pattern(source)
     shown = redact(root)
+    paths = list(expand_pattern(source, root, pattern)) if pattern else list_files(root)
     samples = []
-    for path in find_tars(source):
+    for path in choose_tars(source, paths):
         found = _scan(root, path)
         if not found:
             logger.warning("%s has no samples", plain_text(f"{shown}/{path}".rstrip("/")))

@@ -5,35 +5,27 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 
 import braceexpand
 
-from pipeline.datasets.folder import list_files
 from pipeline.datasets.listing_check import short_name
 from pipeline.storage.files import exists, open_url, redact, retrying
 from schemas.errors import UserError
 
 MAX_TARS = 1 << 20
 """Names that a pattern may expand to."""
-COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.[a-z0-9]+)$", re.IGNORECASE)
+COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zstd?|lz4|lzma|z|br))$", re.IGNORECASE)
 WILDCARD = re.compile(r"[*?\[]")
 
 logger = logging.getLogger(__name__)
 
 
-def tar_root(source: str) -> str:
-    """The folder or tar below which paths of ``find_tars`` lie. Raises ``UserError``."""
-    return _split(source)[0]
-
-
-def find_tars(source: str) -> list[str]:
-    """Sorted paths of the tars of ``source`` below ``tar_root(source)``; a tar that is its own root
-    has the path ``""``. Raises ``UserError`` if there are none, or a compressed one."""
-    root, pattern = _split(source)
-    paths = list_files(root) if not pattern else list(_expanded(source, root, pattern))
+def choose_tars(source: str, paths: Sequence[str]) -> list[str]:
+    """The tars among the ``paths`` of a source, sorted; ``""`` is a source that is one tar. Raises
+    ``UserError`` if there are none, or a compressed one."""
     compressed = [path for path in paths if COMPRESSED.search(path)]
     if compressed:
         raise UserError(
@@ -44,8 +36,6 @@ def find_tars(source: str) -> list[str]:
     others = sorted(set(paths) - set(tars))
     if not tars:
         what = f", only {len(others)} others" if others else ""
-        if not others and not exists(*open_url(root, what="--source")):
-            what = ": it does not exist"
         raise UserError(f"--source '{redact(source)}' has no .tar files{what}")
     if others:
         logger.info(
@@ -57,9 +47,14 @@ def find_tars(source: str) -> list[str]:
     return sorted(tars)
 
 
-def _split(source: str) -> tuple[str, str]:
+def tar_root(source: str) -> str:
+    """The folder or tar below which the paths of the tars lie. Raises ``UserError``."""
+    return split_pattern(source)[0]
+
+
+def split_pattern(source: str) -> tuple[str, str]:
     """The folder before the first part with a brace or a wildcard, and the rest; the whole source
-    and ``""`` if it has none, or if it exists under this very name."""
+    and ``""`` if it has none, or if it exists under this very name. Raises ``UserError``."""
     if ".tar::" in source.lower():
         raise UserError(
             f"--source '{redact(source)}': several tars are named by their folder, by braces "
@@ -76,7 +71,7 @@ def _split(source: str) -> tuple[str, str]:
     return source[: max(cut, 0)] or ("/" if cut == 0 else "."), source[cut + 1 :]
 
 
-def _expanded(source: str, root: str, pattern: str) -> Iterator[str]:
+def expand_pattern(source: str, root: str, pattern: str) -> Iterator[str]:
     """Paths below ``root`` that the pattern names. Raises ``UserError``."""
     try:
         names = list(islice(braceexpand.braceexpand(pattern), MAX_TARS + 1))
