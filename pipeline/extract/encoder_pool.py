@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
-from pipeline.distributed.log_relay import set_up_worker_logging
+from pipeline.distributed.log_relay import send_progress, set_up_worker_logging
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.tasks import Description, ShardTask
 from schemas.errors import UserError
@@ -26,7 +27,7 @@ class EncoderActor:
         return self.encoder.save_tail(url)
 
     def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
-        return self.encoder.encode_shard(url, manifest, task)
+        return self.encoder.encode_shard(url, manifest, task, partial(send_progress, task.shard))
 
 
 class EncoderPool(Actors[Description]):
