@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import http.server
 import io
 import logging
 import os
+import re
 import subprocess
 import tarfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -432,3 +436,48 @@ def test_a_damaged_image_is_named_by_tar_and_sample(tmp_path: Path) -> None:
     bad = [SkippedImage(key="1", path="a.tar", error="image file is truncated")]
     with pytest.raises(UserError, match=r"bad image a\.tar: sample '1' \(image file is truncated"):
         _report_bad_images(bad, config)
+
+
+class PlainServer(http.server.SimpleHTTPRequestHandler):
+    """Without ranges: each request is answered with the whole file."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class RangeServer(PlainServer):
+    def do_GET(self) -> None:
+        data = Path(self.translate_path(self.path)).read_bytes()
+        if "Range" not in self.headers:
+            super().do_GET()
+            return
+        first, last = re.findall(r"\d+|$", self.headers["Range"])[:2]
+        part = data[int(first) : int(last or len(data)) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "{a,b}.tar"])
+def test_tars_are_read_over_http_from_servers_with_ranges(tmp_path: Path, name: str) -> None:
+    for letter in "ab":
+        write_tar(tmp_path / f"{letter}.tar", sample(letter, 1, f"image {letter}".encode()))
+    for handler in (RangeServer, PlainServer):
+        made = functools.partial(handler, directory=str(tmp_path))
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), made) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            try:
+                source = f"http://127.0.0.1:{server.server_port}/{name}"
+                config = ExtractConfig(dataset="webdataset", source=source)
+                listing, read = list_images(config), open_reader(config)
+                assert {item.key for item in listing.items} == set("ab" if "b" in name else "a")
+                for item in listing.items:
+                    if handler is RangeServer:
+                        assert read(item) == f"image {item.key}".encode()
+                        continue
+                    with pytest.raises(UserError, match=f"'{item.key}': .*not support ranges"):
+                        read(item)
+            finally:
+                server.shutdown()
