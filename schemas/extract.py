@@ -45,11 +45,13 @@ class ExtractConfig(Strict):
     dataset: Dataset = "imagenet"
     """Kind of image source: 'imagenet' (train/WNID/*.JPEG or Kaggle's
     ILSVRC/Data/CLS-LOC/train), 'folder' (any tree with one folder per class), 'webdataset' (tars of
-    jpg + cls), 'repa' (ImageNet as REPA's and HASTE's dataset_tools.py prepares it: images/ and
-    vae-sd/ with dataset.json; their latents are used and no autoencoder is run; their MS-COCO
-    folders are not supported), 'demo' (scikit-learn's digits, included in its package)."""
+    jpg + cls, not compressed, as stock webdataset reads them), 'repa' (ImageNet as REPA's and
+    HASTE's dataset_tools.py prepares it: images/ and vae-sd/ with dataset.json; their latents are
+    used and no autoencoder is run; their MS-COCO folders are not supported), 'demo' (scikit-learn's
+    digits, included in its package)."""
     source: str | None = None
-    """Folder or URL of the images."""
+    """Folder or URL of the images. With --dataset webdataset also one tar, or a quoted pattern of
+    tars: 's3://bucket/{000..146}.tar', 'data/train-*.tar'."""
     store: str | None = None
     """Folder or fsspec URL of the store to make or complete."""
     synsets: str | None = None

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 if not __package__:  # run as a file: Python then searches this folder, not the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import jobs  # noqa: F401  (reports packages that are not installed)
 
 import torch
 from pydantic import Field

@@ -14,14 +14,15 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+if not __package__:  # run as a file: Python then searches this folder, not the repository root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import jobs  # noqa: F401  (reports packages that are not installed)
+
 import torch
 from diffusers import AutoencoderKL
 from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.nn import functional as F
-
-if not __package__:  # run as a file: Python then searches this folder, not the repository root
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs.pretrain.common import Updater, shuffled_batches
 from pipeline.assets import DEMO_AUTOENCODER

@@ -18,15 +18,16 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+if not __package__:  # run as a file: Python then searches this folder, not the repository root
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import jobs  # noqa: F401  (reports packages that are not installed)
+
 import timm
 import torch
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-if not __package__:  # run as a file: Python then searches this folder, not the repository root
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs.pretrain.common import Updater, normalise, parameter_groups, shuffled_batches
 from pipeline.assets import DEMO_TEACHER

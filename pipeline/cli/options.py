@@ -156,7 +156,10 @@ def _split_arguments(
                 yield places.pop(0), token
             continue
         if not token.startswith("--"):
-            raise UserError(f"unexpected argument '{token}': options look like --name VALUE")
+            raise UserError(
+                f"unexpected argument '{token}': options look like --name VALUE; quote a VALUE "
+                "with spaces, braces or wildcards"
+            )
         option, equals, value = token[2:].partition("=")
         name = option.replace("-", "_")
         table, _, entry = name.rpartition(".")

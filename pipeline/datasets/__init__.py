@@ -10,6 +10,7 @@ from pipeline.datasets.listing_check import check_listing
 from pipeline.datasets.reader import FileReader, Reader
 from pipeline.datasets.repa import list_repa
 from pipeline.datasets.tar_shards import list_tars
+from pipeline.datasets.tar_source import tar_root
 from pipeline.storage.files import redact
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -31,13 +32,19 @@ def list_images(config: ExtractConfig) -> Listing:
             listing = list_repa(source)
         else:
             listing = list_tars(source)
-        check_listing(listing, redact(source))
+        check_listing(listing, redact(_root(config)))
     return listing.shuffled(config.order_seed)
 
 
 def open_reader(config: ExtractConfig) -> Reader:
     """Function that reads the encoded bytes of an item; open it in the process that uses it."""
-    return read_digit if config.dataset == "demo" else FileReader(_source(config))
+    return read_digit if config.dataset == "demo" else FileReader(_root(config))
+
+
+def _root(config: ExtractConfig) -> str:
+    """The folder, URL or file below which the paths of the items lie."""
+    source = _source(config)
+    return tar_root(source) if config.dataset == "webdataset" else source
 
 
 def _source(config: ExtractConfig) -> str:

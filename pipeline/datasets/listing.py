@@ -26,6 +26,13 @@ class ImageItem(NamedTuple):
     """Path of the latent's file below the source, in data sets with latents."""
 
 
+def describe_image(dataset: str, key: str, path: str) -> str:
+    """An image in messages: its path, and in tars, which hold many, the key of its sample too."""
+    if dataset != "webdataset":
+        return path
+    return f"{path}: sample '{key}'" if path else f"sample '{key}'"
+
+
 @dataclass(frozen=True)
 class Listing:
     """All images of a data set in their final order."""

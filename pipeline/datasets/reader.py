@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.listing import ImageItem
-from pipeline.storage.files import file_size, is_local, open_url, read_ranges
+from pipeline.storage.files import file_size, is_local, open_url, read_ranges, redact
 from pipeline.storage.local import open_regular, read_range
+from schemas.errors import UserError
 
 Reader = Callable[[ImageItem], bytes]
 
@@ -30,7 +31,7 @@ class FileReader:
     def __call__(self, item: ImageItem) -> bytes:
         """The encoded image. Raises ``BadImageError`` if it is larger than ``MAX_BYTES`` or in
         something else than a regular file, ``OSError`` if the file cannot be read, ``StorageError``
-        if storage stays unavailable."""
+        if storage stays unavailable, ``UserError`` if it sends another number of bytes."""
         path = f"{self.root}/{item.path}".rstrip("/")
         if item.length is not None and item.length > MAX_BYTES:
             raise _too_large(item.length)
@@ -39,6 +40,11 @@ class FileReader:
         length = MAX_BYTES + 1 if item.length is None else item.length
         ranges = [(item.offset, item.offset + length)]
         (part,) = read_ranges(self.filesystem, path, ranges)
+        if item.length is not None and len(part) != item.length:
+            raise UserError(
+                f"'{redact(path)}': {len(part)} bytes came instead of the {item.length} of sample "
+                f"'{item.key}': the file has changed, or its server does not support ranges"
+            )
         if len(part) > MAX_BYTES:
             raise _too_large(file_size(self.filesystem, path))
         return part

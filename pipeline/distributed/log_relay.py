@@ -1,4 +1,5 @@
-"""Log records of Ray workers on the driver's stderr, without the prefixes that Ray writes.
+"""Log records of Ray workers on the driver's stderr, without the prefixes that Ray writes, and
+reports of their progress.
 
 Workers send records to an actor, which a thread of the driver empties into its own loggers.
 """
@@ -10,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging.handlers import QueueHandler
 from typing import Any
@@ -29,6 +30,12 @@ FLIGHT_SECONDS = 0.1
 MAX_RECORDS = 10_000
 """Records that wait for the driver; the oldest are dropped beyond."""
 LOGGERS = ("pipeline", "jobs")
+
+progress_logger = logging.getLogger("pipeline.progress")
+"""Its records are reports of progress at any log level; without a handler they are dropped."""
+progress_logger.propagate = False
+progress_logger.setLevel(logging.INFO)
+progress_logger.addHandler(logging.NullHandler())
 
 _handle: Any = None  # the actor ends with its last handle, but one that was found by name is none
 
@@ -103,6 +110,31 @@ def set_up_worker_logging() -> None:
     if relay is not None:
         for name in LOGGERS:
             logging.getLogger(name).handlers = [RelayHandler(relay)]
+        progress_logger.handlers = [RelayHandler(relay)]
+
+
+def send_progress(task: int, done: int) -> None:
+    """In a Ray actor: report to the driver how much of ``task`` is done; does not wait."""
+    progress_logger.info("", extra={"task": task, "done": done})
+
+
+class ProgressHandler(logging.Handler):
+    """In a driver: calls ``report(task, done)`` for each ``send_progress`` of a worker, in the
+    thread that fetches records. A context manager."""
+
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report(record.task, record.done)  # type: ignore[attr-defined]
+
+    def __enter__(self) -> ProgressHandler:
+        progress_logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        progress_logger.removeHandler(self)
 
 
 def _find() -> Any:

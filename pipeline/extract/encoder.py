@@ -90,12 +90,20 @@ class Encoder:
             return None
         return save_tail(self.teacher, url, stream_name(self.config), first)
 
-    def encode_shard(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
+    def encode_shard(
+        self,
+        url: str,
+        manifest: Manifest,
+        task: ShardTask,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> ShardResult:
         """Write one shard and commit it, except with bad images and ``on_bad_image: stop``.
+        ``progress`` is called after each batch with the images of the shard that are done.
 
         Raises ``UserError`` if a value cannot be stored, ``OSError`` if storage fails.
         """
         bad: list[SkippedImage] = []
+        encoded = 0
         with (
             ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer,
             BackgroundWriter(MAX_QUEUED_BATCHES) as background,
@@ -112,6 +120,8 @@ class Encoder:
                         f"{error}; try --precision float32, or check its weights"
                     ) from None
                 background.submit(_write, writer, items, arrays)
+                encoded += len(items)
+                progress(encoded + len(bad))
             background.finish()
             if bad and self.config.on_bad_image == "stop":
                 return ShardResult(task.shard, 0, tuple(bad), committed=False)

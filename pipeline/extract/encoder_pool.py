@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
+from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
-from pipeline.distributed.log_relay import set_up_worker_logging
+from pipeline.distributed.log_relay import send_progress, set_up_worker_logging
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.tasks import Description, ShardTask
 from pipeline.store.manifest_diff import differences
@@ -26,7 +28,7 @@ class EncoderActor:
         return self.encoder.save_tail(url)
 
     def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
-        return self.encoder.encode_shard(url, manifest, task)
+        return self.encoder.encode_shard(url, manifest, task, partial(send_progress, task.shard))
 
 
 class EncoderPool(Actors[Description]):
@@ -79,12 +81,17 @@ class EncoderPool(Actors[Description]):
             tasks,
             lambda actor, task: actor.encode.remote(url, manifest, task),
             name=lambda task: f"shard {task.shard}",
-            full_name=lambda task: f"shard {task.shard} (first image '{task.items[0].path}')",
+            full_name=self._full_name,
             enough=lambda: bad and self.config.on_bad_image == "stop",
         )
         for result in results:
             bad |= bool(result.bad_images)
             yield result
+
+    def _full_name(self, task: ShardTask) -> str:
+        first = task.items[0]
+        shown = describe_image(self.config.dataset, first.key, f"'{first.path}'")
+        return f"shard {task.shard} (first image {shown})"
 
 
 def _check_same(one: Description, other: Description) -> None:

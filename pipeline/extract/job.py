@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
 from pipeline.datasets import Listing, list_images
+from pipeline.datasets.listing import describe_image
+from pipeline.distributed.log_relay import ProgressHandler
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.distributed.resources import OptionNames, choose_resources
 from pipeline.extract.compatibility import check_request, with_stores_options
+from pipeline.extract.encoder import ShardResult
 from pipeline.extract.encoder_pool import EncoderPool
 from pipeline.extract.tasks import lacks_tail, missing_tasks, open_store, stream_name
 from pipeline.storage.files import absolute_url, exists
@@ -73,6 +78,31 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
         return _run(config, listing, existing)
 
 
+class _Progress:
+    """Moves the bar by batch: the images of finished shards and those that are done of running
+    ones, whose reports come from another thread and may be late, or begin again after a failure."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
+        self._lock = threading.Lock()
+        self._done: dict[int, int] = {}
+        self._finished: set[int] = set()
+
+    def running(self, shard: int, done: int) -> None:
+        with self._lock:
+            if shard not in self._finished:
+                self._show(shard, done)
+
+    def finished(self, result: ShardResult) -> None:
+        with self._lock:
+            self._finished.add(result.shard)
+            self._show(result.shard, result.samples + len(result.bad_images))
+
+    def _show(self, shard: int, done: int) -> None:
+        self._bar.update(done - self._done.get(shard, 0))
+        self._done[shard] = done
+
+
 def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> ExtractionSummary:
     name = stream_name(config)
     workers = choose_resources(
@@ -94,9 +124,12 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
         encoded = 0
         bad: list[SkippedImage] = []
         start = time.perf_counter()
-        with tqdm(total=images, unit="image", desc="extract", file=sys.stderr) as bar:
+        with (
+            tqdm(total=images, unit="image", desc="extract", file=sys.stderr) as bar,
+            ProgressHandler((progress := _Progress(bar)).running),
+        ):
             for result in pool.encode(store.url, store.manifest, tasks):
-                bar.update(result.samples + len(result.bad_images))
+                progress.finished(result)
                 encoded += result.samples
                 bad.extend(result.bad_images)
         seconds = time.perf_counter() - start
@@ -116,11 +149,12 @@ def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:
 
 def _report_bad_images(bad: list[SkippedImage], config: ExtractConfig) -> None:
     """Log the bad images. Raises ``UserError`` with ``on_bad_image: stop``."""
-    for image in bad:
-        logger.warning("bad image: %s: %s", image.path, image.error)
+    shown = [describe_image(config.dataset, image.key, image.path) for image in bad]
+    for where, image in zip(shown, bad, strict=True):
+        logger.warning("bad image: %s: %s", where, image.error)
     if bad and config.on_bad_image == "stop":
         more = f" and {len(bad) - 1} more, listed above" if len(bad) > 1 else ""
         raise UserError(
-            f"bad image {bad[0].path} ({bad[0].error}){more}: repair or remove it, or use "
+            f"bad image {shown[0]} ({bad[0].error}){more}: repair or remove it, or use "
             "--on-bad-image skip; shards without bad images are committed"
         )

@@ -144,7 +144,7 @@ def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
     """The result as lines of text."""
     values = found.as_json(summary)
     rows = [
-        f"  layer {layer:<3}      attention KL mean {one['kl_mean']:.2e}, "
+        f"  layer {layer:<3}      attention KL mean {one['kl_mean']:.2e} nats per row, "
         f"largest row {one['kl_max']:.2e} nats"
         for layer, one in values["layers"].items()
     ]
@@ -153,18 +153,19 @@ def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
             f"fidelity of cut '{found.cut}' over {found.images} images, against the teacher in "
             "float32:",
             f"  features       cosine mean {values['feature_cosine_mean']:.6f}, "
-            f"min {values['feature_cosine_min']:.6f}",
+            f"min {values['feature_cosine_min']:.6f} over tokens",
             *rows,
-            f"  all layers     attention KL mean {values['attention_kl_mean']:.2e}, "
+            f"  all layers     attention KL mean {values['attention_kl_mean']:.2e} nats per row, "
             f"largest row {values['attention_kl_max']:.2e} nats",
             "  random student feature loss off by "
             f"{values['feature_loss_relative_error']:.2e}, attention loss by "
             f"{values['attention_loss_relative_error']:.2e}, gradient cosine "
             f"{values['gradient_cosine']:.6f}",
             f"  per image      {describe_bytes(summary.bytes_per_image)}; "
-            f"{describe_bytes(summary.fixed_bytes)} outside the shards; read in "
-            f"{values['read_milliseconds_per_image']:.2f} ms, decoded in "
-            f"{values['decode_milliseconds_per_image']:.2f} ms",
+            f"{describe_bytes(summary.fixed_bytes)} outside the shards; mean time "
+            f"{values['read_milliseconds_per_image']:.2f} ms to read the stream, "
+            f"{values['decode_milliseconds_per_image']:.2f} ms to compute its targets "
+            f"({CHUNK} images at a time, first ones included)",
         ]
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.datasets import list_images, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
+from pipeline.datasets.listing import describe_image
 from pipeline.storage.files import absolute_url, redact
 from pipeline.store import Store, StreamReader
 from schemas.errors import UserError
@@ -61,4 +62,5 @@ class SourceImages:
         try:
             return decode_crop(self._read(item), self._resolution, cropped=item.latent is not None)
         except (BadImageError, OSError) as error:
-            raise UserError(f"--source '{self._shown}': {item.path}: {error}") from None
+            place = describe_image(self._store.manifest.dataset.name, item.key, item.path)
+            raise UserError(f"--source '{self._shown}': {place}: {error}") from None

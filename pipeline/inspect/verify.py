@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from pipeline.inspect.consistency import check_index, read_index, record_problem
 from pipeline.inspect.file_check import Damage, check_file
 from pipeline.storage.files import read_at_most
 from pipeline.store import Store
-from pipeline.store.layout import INDEX, MANIFEST, commit_path
+from pipeline.store.layout import INDEX, MANIFEST, array_rows, commit_path
 from schemas.errors import UserError
 from schemas.store import StreamFile
 
@@ -65,13 +66,13 @@ def verify_store(store: Store, *, threads: int = 8) -> Verification:
             for shard in sorted(shards)
         ]
         jobs += [(checker.tail, (name,)) for name in store.manifest.teacher_streams]
-        jobs.append((checker.zarr_metadata, ()))
         pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
         try:
             for done in as_completed([pool.submit(check, *arguments) for check, arguments in jobs]):
                 total.add(done.result())
         finally:
             pool.shutdown(cancel_futures=True)
+    total.add(checker.zarr_metadata(total.samples))
     total.damaged.sort(key=lambda d: (d.shard is None, d.shard or 0, d.stream or "", d.file))
     index_damage = check_index(store, committed, total.samples, total.sizes, not total.damaged)
     total.damaged += index_damage
@@ -122,25 +123,20 @@ class _Checker:
         damages = [Damage(problem, tail.file, stream) for _, problem in self._check(file, ())]
         return Verification(int(not damages), damages)
 
-    def zarr_metadata(self) -> Verification:
-        """Check the metadata that zarr reads before the arrays against the manifest."""
+    def zarr_metadata(self, samples: Mapping[int, int]) -> Verification:
+        """Check the metadata that zarr reads before the arrays against the manifest and ``samples``
+        by shard."""
         found = Verification()
         for path, expected in self.store.zarr_metadata().items():
             try:
                 held = read_at_most(
                     self.store.filesystem, f"{self.store.root}/{path}", MAX_METADATA
                 )
-                values = json.loads(held)
-                required = json.loads(expected)
-                wrong = [
-                    key
-                    for key in ("node_type", "shape", "data_type", "chunk_grid", "codecs")
-                    if values.get(key) != required.get(key)
-                ]
+                wrong = self._wrong_keys(json.loads(held), json.loads(expected), samples)
                 problem = f"its {wrong[0]} does not follow from {MANIFEST}" if wrong else None
             except FileNotFoundError:
                 problem = "is missing"
-            except (ValueError, AttributeError, RecursionError):
+            except (ValueError, AttributeError, TypeError, LookupError, RecursionError):
                 problem = "is not zarr metadata"
             except Exception as error:  # every fsspec backend raises its own types
                 problem = f"cannot be read: {self.store.reason(error)}"
@@ -149,6 +145,31 @@ class _Checker:
             else:
                 found.damaged.append(Damage(problem, path))
         return found
+
+    def _wrong_keys(
+        self, held: dict[str, Any], padded: dict[str, Any], samples: Mapping[int, int]
+    ) -> list[str]:
+        """Keys that are not those of the store.
+
+        Arrays end with the last sample. They have rows for full shards (``padded``) in stores that
+        are not complete or from an earlier version. Where the record of a shard cannot be read, the
+        last sample is not known.
+        """
+        keys = ["node_type", "data_type", "chunk_grid", "codecs"]
+        wrong = [key for key in keys if held.get(key) != padded.get(key)]
+        shape, counts = padded.get("shape"), [samples.get(n, 0) for n in range(len(samples))]
+        known = len(samples) == self.store.manifest.num_shards
+        attributes = held.get("attributes") or {}
+        if known and attributes.get("samples", sum(counts)) != sum(counts):
+            wrong.insert(0, "attribute samples")
+        if held.get("shape") != shape:
+            if shape is None or held["shape"][1:] != shape[1:]:
+                return ["shape", *wrong]
+            rows = held["shape"][0]
+            last = array_rows(counts, self.store.manifest.shard_size) if known else rows
+            if not rows == last <= shape[0]:
+                return ["shape", *wrong]
+        return wrong
 
     def _check(
         self, file: StreamFile, keys: list[str] | tuple[str, ...]

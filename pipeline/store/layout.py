@@ -1,4 +1,6 @@
-"""Paths below the root of a store."""
+"""Paths below the root of a store, and rows of its zarr arrays."""
+
+from collections.abc import Sequence
 
 from schemas.fields import COMMITS
 
@@ -26,3 +28,9 @@ def tar_path(stream: str, shard: int) -> str:
 def chunk_path(stream: str, part: str, shard: int, dimensions: int) -> str:
     """The zarr v3 key of a shard of an array whose samples have ``dimensions`` dimensions."""
     return f"{stream}/{part}/c/{shard}" + "/0" * dimensions
+
+
+def array_rows(samples_per_shard: Sequence[int], shard_size: int) -> int:
+    """Rows of the zarr arrays of a complete store, which end with its last sample."""
+    ends = (n * shard_size + samples for n, samples in enumerate(samples_per_shard) if samples)
+    return max(ends, default=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -80,9 +81,11 @@ class Store:
         """Write the manifest of a new store, of one that is being completed, or of one that gets
         another stream."""
         store = Store(url, manifest)
+        counts = None
+        if manifest.format == "zarr" and store.has_index():
+            counts = store.index().samples_per_shard
         try:
-            for path, data in store.zarr_metadata().items():
-                write_atomic(store.filesystem, f"{store.root}/{path}", data)
+            store._write_zarr_metadata(counts)
             text = manifest.model_dump_json(indent=1).encode()
             write_atomic(store.filesystem, f"{store.root}/{MANIFEST}", text)
         except Exception as error:  # every fsspec backend raises its own types
@@ -168,6 +171,7 @@ class Store:
         if manifest != self.manifest:
             self.create(self.url, manifest)
             self.manifest = manifest
+        self._write_zarr_metadata(index.samples_per_shard)
         write_atomic(self.filesystem, f"{self.root}/{INDEX}", index.model_dump_json().encode())
 
     def record(self, shard: int, stream: str = "latents") -> CommitRecord:
@@ -203,8 +207,13 @@ class Store:
             _check_same_samples(record, self.record(shard), where)
         return record
 
-    def zarr_metadata(self) -> dict[str, bytes]:
-        """Contents of every ``zarr.json`` by path; empty for a store of tars."""
+    def _write_zarr_metadata(self, samples_per_shard: Sequence[int] | None) -> None:
+        for path, data in self.zarr_metadata(samples_per_shard).items():
+            write_atomic(self.filesystem, f"{self.root}/{path}", data)
+
+    def zarr_metadata(self, samples_per_shard: Sequence[int] | None = None) -> dict[str, bytes]:
+        """Contents of every ``zarr.json`` by path; empty for a store of tars. ``samples_per_shard``
+        is that of a complete store."""
         if self.manifest.format != "zarr":
             return {}
         from pipeline.store.zarr_writer import metadata_files  # zarr is slow to import
@@ -213,6 +222,7 @@ class Store:
             {name: stream_parts(s.columns) for name, s in self.manifest.streams.items()},
             shard_size=self.manifest.shard_size,
             num_shards=self.manifest.num_shards,
+            samples_per_shard=samples_per_shard,
         )
 
 

@@ -2,6 +2,11 @@
 
 zarr itself encodes each shard as a whole, in memory; shards are published as tars are. The reader
 reads samples by the byte ranges of the commit record, as from tars; stock zarr opens the arrays.
+
+Row ``shard * shard_size + n`` is sample n of a shard. Arrays of a complete store end with its last
+sample. Skipped images leave rows without a sample before that, because shards are written without
+knowledge of each other: such rows have the class -1, and the attribute ``samples`` is the true
+number.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +24,34 @@ from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, StoredArray
-from pipeline.store.layout import chunk_path
+from pipeline.store.layout import array_rows, chunk_path
 from schemas.store import StreamFile
 
 ABSENT = (1 << 64) - 1  # offset, in a shard's index, of a chunk that was never written
 
 
 def metadata_files(
-    streams: Mapping[str, Mapping[str, StoredArray]], *, shard_size: int, num_shards: int
+    streams: Mapping[str, Mapping[str, StoredArray]],
+    *,
+    shard_size: int,
+    num_shards: int,
+    samples_per_shard: Sequence[int] | None = None,
 ) -> dict[str, bytes]:
-    """Every ``zarr.json`` of a store, by path below its root."""
+    """Every ``zarr.json`` of a store, by path below its root. Without ``samples_per_shard``, which
+    only a complete store has, arrays have rows for full shards."""
     files: dict[str, Any] = {}
     memory = MemoryStore(files)
-    zarr.create_group(memory, zarr_format=3)
+    rows = num_shards * shard_size
+    attributes: dict[str, int] = {}
+    if samples_per_shard is not None:
+        rows = array_rows(samples_per_shard, shard_size)
+        samples = sum(samples_per_shard)
+        attributes = {} if samples == rows else {"samples": samples}
+    zarr.create_group(memory, zarr_format=3, attributes=attributes)
     for stream, parts in streams.items():
         zarr.create_group(memory, path=stream, zarr_format=3)
         for name, part in parts.items():
-            _create(memory, f"{stream}/{name}", part, shard_size, num_shards)
+            _create(memory, f"{stream}/{name}", part, shard_size, rows, attributes)
     return {path: buffer.to_bytes() for path, buffer in files.items()}
 
 
@@ -103,7 +119,14 @@ class ZarrWriter:
         return path, info
 
 
-def _create(memory: MemoryStore, path: str, part: StoredArray, shard_size: int, shards: int) -> Any:
+def _create(
+    memory: MemoryStore,
+    path: str,
+    part: StoredArray,
+    shard_size: int,
+    rows: int,
+    attributes: Mapping[str, int] | None = None,
+) -> Any:
     compressors: list[Any] = []
     if part.lossless == "zstd":
         compressors = [ZstdCodec(level=ZSTD_LEVEL)]
@@ -119,22 +142,31 @@ def _create(memory: MemoryStore, path: str, part: StoredArray, shard_size: int, 
     return zarr.create_array(
         memory,
         name=path,
-        shape=(shards * shard_size, *part.shape),
+        shape=(rows, *part.shape),
         dtype=part.dtype,
         chunks=(1, *part.shape),
         shards=(shard_size, *part.shape),
         compressors=compressors,
         filters=[],
-        fill_value=0,
+        fill_value=_fill_value(part),
+        attributes=dict(attributes or {}),
         zarr_format=3,
         config={"write_empty_chunks": True},  # samples of zeros too
     )
 
 
+def _fill_value(part: StoredArray) -> float:
+    """Value of rows without a sample: no class, not a number, or 0 for integers of codecs, which
+    use all their values."""
+    if part.dtype == np.int64:
+        return -1
+    return np.nan if part.dtype.kind == "f" else 0
+
+
 def _shard_bytes(part: StoredArray, values: np.ndarray, shard_size: int) -> bytes:
     """One zarr shard with the rows ``values``, followed by rows that were never written."""
     files: dict[str, Any] = {}
-    array = _create(MemoryStore(files), "x", part, shard_size, 1)
+    array = _create(MemoryStore(files), "x", part, shard_size, shard_size)
     array[: len(values)] = values
     data: bytes = files["x/c/0" + "/0" * len(part.shape)].to_bytes()
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import time
@@ -10,21 +11,23 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from tqdm import tqdm
 
 from pipeline.cli.config_files import merge
 from pipeline.cli.options import parse_options
 from pipeline.datasets import list_images
 from pipeline.distributed import actor_pool as actors_module
+from pipeline.distributed.log_relay import ProgressHandler
 from pipeline.distributed.ray_cluster import SilenceWarning
 from pipeline.extract.encoder_pool import EncoderActor, EncoderPool, ShardResult
-from pipeline.extract.job import extract
+from pipeline.extract.job import _Progress, extract
 from pipeline.extract.tasks import ShardTask, make_manifest, make_tasks
 from pipeline.inspect.check import check_configs
 from pipeline.inspect.verify import verify_store
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.store import Manifest, WeightsFile
+from schemas.store import Manifest, SkippedImage, WeightsFile
 from tests.encoded import demo_like
 from tests.repa import image_name, latent_name, random_repa
 from tests.stores import tiny_run
@@ -61,6 +64,29 @@ def test_actors_that_take_every_cpu_make_progress_and_the_result_is_the_same(
     Image.new("RGB", (9, 9)).save(images / "class0" / "new.png")
     with pytest.raises(UserError, match=r"made with the images"):
         extract(demo_like(images, tmp_path / "two"))
+
+
+def test_progress_is_reported_by_batch(images: Path, tmp_path: Path) -> None:
+    reports: list[tuple[int, int]] = []
+    with ProgressHandler(lambda shard, done: reports.append((shard, done))):
+        extract(demo_like(images, tmp_path / "store", actors=1, shard_size=8, batch_size=3))
+    assert reports == [(0, 3), (0, 6), (0, 8), (1, 3), (1, 4)]
+
+
+def test_the_bar_counts_each_image_once() -> None:
+    """Reports may be late, and begin again where a shard went back to the queue."""
+    with tqdm(total=20, file=io.StringIO()) as bar:
+        progress = _Progress(bar)
+        seen = []
+        for shard, done in [(0, 4), (1, 4), (0, 8), (1, 2), (1, 4)]:
+            progress.running(shard, done)
+            seen.append(bar.n)
+        assert seen == [4, 8, 12, 10, 12]
+        progress.finished(ShardResult(0, 9, (SkippedImage(key="a", path="a", error=""),), True))
+        progress.running(0, 4)
+        assert bar.n == 14
+        progress.finished(ShardResult(1, 10, (), True))
+        assert bar.n == 20
 
 
 class DiesOnce(EncoderActor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,10 @@ def test_the_page_has_every_layer(store_of: Callable[..., Store], capsys: Captur
     page = capsys.readouterr().out
     for text in ("layer 2", "layer 5", "gradient cosine", "over 3 images", "outside the shards"):
         assert text in page
+    assert re.search(
+        r"mean time [\d.]+ ms to read the stream, [\d.]+ ms to compute its targets", page
+    )
+    assert re.search(r"all layers +attention KL mean \S+ nats per row, largest row \S+ nats", page)
 
 
 def test_divergence_of_rows() -> None:

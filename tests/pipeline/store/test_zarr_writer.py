@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ import webdataset
 import zarr
 from numcodecs import Blosc, Zstd
 
+from pipeline.inspect.verify import verify_store
 from pipeline.store import ShardWriter, Store, StreamReader
 from pipeline.store.arrays import stream_parts
 from pipeline.store.reading.stream_reader import DamagedShardError
 from schemas.store import Manifest
-from tests.helpers import SIZES, all_files, known_key, known_manifest, known_values
+from tests.helpers import (
+    SIZES,
+    all_files,
+    edit_json,
+    known_key,
+    known_manifest,
+    known_values,
+    write_known_shard,
+)
+from tests.stores import add_random_stream
 
 ALL = np.array([(shard, row) for shard, size in enumerate(SIZES) for row in range(size)])
 WHOLE, RANGED = 8 << 20, 0
@@ -143,3 +154,71 @@ def test_metadata_lists_every_array_before_any_shard_is_there(tmp_path: Path) ->
         for part, about in stream_parts(stream.columns).items():
             array: Any = group[f"{name}/{part}"]
             assert array.shape == (20, *about.shape)
+
+
+def rows_in_zarr(sizes: tuple[int, ...], largest: int) -> list[tuple[int, int] | None]:
+    """(shard, row) in each row of an array up to the last sample; None without a sample."""
+    rows = [(n, r) if r < size else None for n, size in enumerate(sizes) for r in range(largest)]
+    return rows[: max(place for place, row in enumerate(rows) if row is not None) + 1]
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (5, 5, 2), (5, 5), (0, 5, 0), (5, 0, 1, 0)])
+def test_stock_zarr_sees_the_true_number_of_samples(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """The length of the arrays where no image was skipped before the last sample; else the
+    attribute, and rows that are no class and not numbers. Before the last commit too, no row that
+    was not written has a class."""
+    manifest = known_manifest(sizes).model_copy(update={"format": "zarr"})
+    store = Store.create(str(tmp_path), manifest)
+    assert set(zarr.open_group(tmp_path, mode="r")["latents/label"][:]) == {-1}
+    for shard, samples in enumerate(sizes):
+        write_known_shard(store.url, manifest, shard, samples)
+    store.finish()
+    add_random_stream(store, "late")
+    expected = rows_in_zarr(sizes, 5)
+    group: Any = zarr.open_group(tmp_path, mode="r")
+    labels = [-1 if row is None else 100 * row[0] + row[1] for row in expected]
+    assert group["latents/label"][:].tolist() == labels
+    number = group["latents/label"].attrs.get("samples", len(labels))
+    assert number == group.attrs.get("samples", len(labels)) == sum(sizes)
+    assert dict(group.attrs) == ({} if len(labels) == sum(sizes) else {"samples": sum(sizes)})
+    for stream, stored in store.manifest.streams.items():
+        for part, about in stream_parts(stored.columns).items():
+            array = group[f"{stream}/{part}"]
+            assert array.shape == (len(labels), *about.shape)
+            assert dict(array.attrs) == dict(group.attrs)
+            if array.dtype.kind == "f":
+                empty = [bool(np.isnan(array[n]).all()) for n in range(len(labels))]
+                assert empty == [row is None for row in expected], f"{stream}/{part}"
+    assert verify_store(Store.open(store.url)).damaged == []
+
+
+def test_arrays_of_earlier_versions_are_sound(tmp_path: Path) -> None:
+    """They have rows for full shards, 0 where there is no sample, and no attribute."""
+    store = write(tmp_path)
+    for path, data in store.zarr_metadata().items():
+        values = json.loads(data)
+        if values["node_type"] == "array":
+            values["fill_value"] = 0
+        (tmp_path / path).write_text(json.dumps(values))
+    assert zarr.open_group(tmp_path, mode="r")["latents/label"].shape == (20,)
+    assert verify_store(Store.open(store.url)).damaged == []
+
+
+def test_a_wrong_number_of_samples_is_damage(tmp_path: Path) -> None:
+    store = write(tmp_path)
+    edit_json(tmp_path / "latents/label/zarr.json", lambda v: v.update(shape=[18]))
+    edit_json(tmp_path / "latents/mean/zarr.json", lambda v: v.update(attributes={"samples": 13}))
+    edit_json(tmp_path / "latents/std/zarr.json", lambda v: v.update(shape=[]))
+    found = {damage.file: damage.problem for damage in verify_store(store).damaged}
+    assert found == {
+        "latents/label/zarr.json": "its shape does not follow from manifest.json",
+        "latents/mean/zarr.json": "its attribute samples does not follow from manifest.json",
+        "latents/std/zarr.json": "its shape does not follow from manifest.json",
+    }
+
+
+def test_a_damaged_record_is_not_damage_of_the_arrays(tmp_path: Path) -> None:
+    store = write(tmp_path)
+    (tmp_path / "commits" / "shard-000003.json").write_text("{}")
+    found = verify_store(Store.open(store.url)).damaged
+    assert not [damage for damage in found if damage.file.endswith("zarr.json")]

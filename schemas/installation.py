@@ -1,0 +1,45 @@
+"""One line instead of a traceback where Python or the installed packages are not the project's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OWN = ("schemas", "pipeline", "jobs", "tests")
+ADVICE = "run `make install`, then use .venv/bin/python"
+
+
+def report_missing_packages() -> None:
+    """Make an uncaught import of a package that is not installed, by a file of this project, one
+    line and exit code 2; costs imports nothing. Exits at once if Python is too old."""
+    if sys.version_info < (3, 11):  # noqa: UP036  (pip has not checked it)
+        print(f"error: Python 3.11 or later is needed: {ADVICE}", file=sys.stderr)
+        raise SystemExit(2)
+    if getattr(sys.excepthook, "__module__", None) == __name__:
+        return
+    before = sys.excepthook
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, ModuleNotFoundError) and _is_ours(error.name, traceback):
+            package = (error.name or "").partition(".")[0]
+            sys.stdout.flush()
+            print(f"error: package '{package}' is not installed: {ADVICE}", file=sys.stderr)
+            raise SystemExit(2)
+        before(kind, error, traceback)
+
+    sys.excepthook = hook
+
+
+def _is_ours(module: str | None, traceback: TracebackType | None) -> bool:
+    """True if a file of this project imports a ``module`` of another project."""
+    file = ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_code.co_filename
+        file = file if name.startswith("<frozen ") else name
+        traceback = traceback.tb_next
+    folder = os.path.relpath(os.path.abspath(file), ROOT).split(os.sep)[0]
+    return folder in OWN and (module or "").partition(".")[0] not in ("", *OWN)
