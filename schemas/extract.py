@@ -59,8 +59,10 @@ class ExtractConfig(Strict):
     """Pixels per side of the centre crop."""
     teacher: TeacherConfig = TeacherConfig()
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
-    """Hub id or folder of a diffusers AutoencoderKL or AutoencoderTiny, or 'demo' (included in
-    the project). With --dataset repa: the one that made the latents."""
+    """Hub id or folder of a diffusers autoencoder of images (AutoencoderKL, AutoencoderTiny,
+    AutoencoderDC, AutoencoderKLFlux2, AutoencoderKLQwenImage, ...), or 'demo' (included in the
+    project). Its normalisation of latents is written into the manifest. With --dataset repa: the
+    one that made the latents."""
     cut: Cut = "maps"
     """Point at which the teacher's forward pass is cut: 'maps' stores attention probabilities and
     features; 'qk' the queries and keys, and features; 'activations' the tokens that enter the first

@@ -123,15 +123,44 @@ class TeacherInfo(Strict):
         return self
 
 
+AutoencoderKind = Literal[
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderDC",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLWan",
+    "VQModel",
+]
+"""Classes of diffusers."""
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class AutoencoderInfo(Strict):
     name: Place
-    kind: Literal["AutoencoderKL", "AutoencoderTiny"]
+    kind: AutoencoderKind
     weights_sha256: Sha256 | None
     """None: it was not run; the latents are those of the data set's source."""
     scaling_factor: Scale
     shift_factor: Finite
+    latents_mean: tuple[Finite, ...] | None = Field(default=None, exclude_if=_is_none)
+    """One number per channel, which takes the place of the shift factor: students see
+    (z - mean) * scaling_factor / std."""
+    latents_std: tuple[Scale, ...] | None = Field(default=None, exclude_if=_is_none)
     latent_shape: tuple[Size, Size, Size]
     """Channels, rows, columns."""
+
+    @model_validator(mode="after")
+    def _statistics_are_of_channels(self) -> AutoencoderInfo:
+        lengths = [None if s is None else len(s) for s in (self.latents_mean, self.latents_std)]
+        if lengths not in ([None] * 2, [self.latent_shape[0]] * 2):
+            raise ValueError("latents_mean and latents_std do not have a number for each channel")
+        return self
 
 
 class ComputeInfo(Strict):

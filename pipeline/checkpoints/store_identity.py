@@ -34,6 +34,9 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
         "autoencoder.shift_factor": vae.shift_factor,
         "latents.columns": _columns(manifest.streams["latents"].columns),
     }
+    for key in ("latents_mean", "latents_std"):
+        if getattr(vae, key) is not None:
+            identity[f"autoencoder.{key}"] = list(getattr(vae, key))
     if alignment.active:
         name, stream = manifest.teacher_stream(alignment.stream)
         identity |= {

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pipeline.storage.files import file_size
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
-from pipeline.text import describe_bytes
+from pipeline.text import describe_bytes, short_value
 from schemas.errors import escaped
-from schemas.store import Column, TeacherStream
+from schemas.store import AutoencoderInfo, Column, TeacherStream
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
         f"{m.dataset.num_classes} classes, {m.resolution} px",
         f"  samples      {summary.samples} in {m.num_shards} shards of {m.shard_size}, {m.format}",
         f"  autoencoder  {vae.name} ({origin}), latents "
-        f"{'x'.join(str(n) for n in vae.latent_shape)}, scaling factor {vae.scaling_factor:g}",
+        f"{'x'.join(str(n) for n in vae.latent_shape)}, {_normalisation(vae)}",
     ]
     for name, size in summary.bytes_per_stream.items():
         each = size / summary.samples if summary.samples else 0
@@ -105,6 +105,16 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
     if orphans is not None:
         lines.append(f"  orphans      {orphans} without a commit record; --gc removes them")
     return "\n".join(escaped(line) for line in lines)  # names come from the store
+
+
+def _normalisation(vae: AutoencoderInfo) -> str:
+    parts = [f"scaling factor {vae.scaling_factor:g}"]
+    if vae.shift_factor:
+        parts.append(f"shift factor {vae.shift_factor:g}")
+    for key in ("latents_mean", "latents_std"):
+        if getattr(vae, key) is not None:
+            parts.append(f"{key} {short_value(', '.join(f'{n:g}' for n in getattr(vae, key)))}")
+    return ", ".join(parts)
 
 
 def _describe_teacher(stream: TeacherStream) -> list[str]:
