@@ -11,7 +11,7 @@ from schemas.base import Strict
 from schemas.codecs import CodecName, Lossless
 from schemas.cuts import cut_shapes
 from schemas.errors import UserError
-from schemas.extract import Cut, Dataset, Format, Precision, Resolution, TeacherSize
+from schemas.extract import Cut, Dataset, Format, Precision, Resize, Resolution, TeacherSize
 from schemas.fields import (
     MAX_CLASSES,
     ModelArguments,
@@ -95,6 +95,12 @@ class TeacherInfo(Strict):
     image_size: TeacherSize
     mean: tuple[Finite, Finite, Finite]
     std: tuple[Scale, Scale, Scale]
+    statistics_of: Literal["model", "options"] = Field(
+        default="model", exclude_if=lambda source: source == "model"
+    )
+    """Source of mean and std: the model's name in timm, or options."""
+    resize: Resize = Field(default="bicubic", exclude_if=lambda resize: resize == "bicubic")
+    """Interpolation from the normalised crop to the input."""
     depth: Depth
     width: Width
     heads: Heads

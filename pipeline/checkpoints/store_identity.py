@@ -47,6 +47,11 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
             f"{TEACHER}tail.sha256": stream.tail.sha256 if stream.tail else None,
             f"{TEACHER}columns": _columns(stream.columns),
         }
+        if stream.teacher.statistics_of == "options":  # those of a model's name follow from it
+            identity[f"{TEACHER}mean"] = list(stream.teacher.mean)
+            identity[f"{TEACHER}std"] = list(stream.teacher.std)
+        if stream.teacher.resize != "bicubic":
+            identity[f"{TEACHER}resize"] = stream.teacher.resize
     return identity
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.storage.files import file_size
@@ -113,8 +114,15 @@ def _normalisation(vae: AutoencoderInfo) -> str:
         parts.append(f"shift factor {vae.shift_factor:g}")
     for key in ("latents_mean", "latents_std"):
         if getattr(vae, key) is not None:
-            parts.append(f"{key} {short_value(', '.join(f'{n:g}' for n in getattr(vae, key)))}")
+            parts.append(f"{key} {short_value(_listed(getattr(vae, key)))}")
     return ", ".join(parts)
+
+
+SOURCES = {"model": "model's name", "options": "options"}
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _describe_teacher(stream: TeacherStream) -> list[str]:
@@ -126,6 +134,8 @@ def _describe_teacher(stream: TeacherStream) -> list[str]:
         f"    teacher    {teacher.model}, weights {teacher.weights} "
         f"({teacher.weights_sha256[:12]}), {teacher.grid[0]}x{teacher.grid[1]} tokens, "
         f"{teacher.heads} heads",
+        f"    input      {teacher.image_size} px, {teacher.resize}; mean {_listed(teacher.mean)}, "
+        f"std {_listed(teacher.std)} of the {SOURCES[teacher.statistics_of]}",
     ]
     if stream.converted_from:
         steps = (

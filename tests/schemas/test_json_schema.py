@@ -11,7 +11,7 @@ from typing import Any
 from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
-DIGESTS = {2: "5d82c12b704a821b3a590dbb5a0b68494fe34743861b2a6c1fcdef036a6320a8"}
+DIGESTS = {2: "2710dc863e0f92193cd079208071baccc6187df8119870114784cbfa90abc74a"}
 """Of the schema of each version, without its prose."""
 
 ADVICE = """

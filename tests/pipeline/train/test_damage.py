@@ -191,6 +191,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         {"streams": {"maps": {"teacher": {"weights_sha256": "5" * 64}}}},
         "teacher.weights_sha256",
     ),
+    "other input": (
+        {"streams": {"maps": {"teacher": {"mean": (0.5,) * 3, "statistics_of": "options"}}}},
+        "teacher.mean",
+    ),
     "other codec": (
         {"streams": {"maps": {"columns": {"features": {"codec": "float32"}}}}},
         "teacher.columns",
