@@ -20,6 +20,11 @@ TeacherSize = Annotated[int, Field(ge=1, le=1 << 13)]
 """Pixels per side of the teacher's input."""
 
 
+Resize = Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
 class TeacherConfig(Strict):
     """The frozen vision transformer."""
 
@@ -35,6 +40,15 @@ class TeacherConfig(Strict):
     image_size: TeacherSize | None = None
     """Pixels per side of the teacher's input. Default: the size that gives one token per 16 pixels
     of the crop, the student's grid (224 for patch 14 at resolution 256)."""
+    mean: tuple[Share, Share, Share] | None = None
+    """Mean of red, green and blue, from 0 to 1, that the teacher's input is normalised by, for
+    instance 0.485,0.456,0.406. Default: that of the model's name in timm, whatever file the weights
+    are from."""
+    std: tuple[PositiveShare, PositiveShare, PositiveShare] | None = None
+    """Standard deviation, likewise, for instance 0.229,0.224,0.225."""
+    resize: Resize = "bicubic"
+    """Interpolation from the crop to the teacher's input, after the normalisation; without
+    antialiasing as in REPA and HASTE."""
     model_args: ModelArguments = Field(default={})
     """Extra arguments of timm.create_model, for instance --teacher.model-args.depth 6."""
 
@@ -61,8 +75,10 @@ class ExtractConfig(Strict):
     """Pixels per side of the centre crop."""
     teacher: TeacherConfig = TeacherConfig()
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
-    """Hub id or folder of a diffusers AutoencoderKL or AutoencoderTiny, or 'demo' (included in
-    the project). With --dataset repa: the one that made the latents."""
+    """Hub id or folder of a diffusers autoencoder of images (AutoencoderKL, AutoencoderTiny,
+    AutoencoderDC, AutoencoderKLFlux2, AutoencoderKLQwenImage, ...), or 'demo' (included in the
+    project). Its normalisation of latents is written into the manifest. With --dataset repa: the
+    one that made the latents."""
     cut: Cut = "maps"
     """Point at which the teacher's forward pass is cut: 'maps' stores attention probabilities and
     features; 'qk' the queries and keys, and features; 'activations' the tokens that enter the first

@@ -11,7 +11,7 @@ from schemas.base import Strict
 from schemas.codecs import CodecName, Lossless
 from schemas.cuts import cut_shapes
 from schemas.errors import UserError
-from schemas.extract import Cut, Dataset, Format, Precision, Resolution, TeacherSize
+from schemas.extract import Cut, Dataset, Format, Precision, Resize, Resolution, TeacherSize
 from schemas.fields import (
     MAX_CLASSES,
     ModelArguments,
@@ -95,6 +95,12 @@ class TeacherInfo(Strict):
     image_size: TeacherSize
     mean: tuple[Finite, Finite, Finite]
     std: tuple[Scale, Scale, Scale]
+    statistics_of: Literal["model", "options"] = Field(
+        default="model", exclude_if=lambda source: source == "model"
+    )
+    """Source of mean and std: the model's name in timm, or options."""
+    resize: Resize = Field(default="bicubic", exclude_if=lambda resize: resize == "bicubic")
+    """Interpolation from the normalised crop to the input."""
     depth: Depth
     width: Width
     heads: Heads
@@ -123,15 +129,44 @@ class TeacherInfo(Strict):
         return self
 
 
+AutoencoderKind = Literal[
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderDC",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLWan",
+    "VQModel",
+]
+"""Classes of diffusers."""
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class AutoencoderInfo(Strict):
     name: Place
-    kind: Literal["AutoencoderKL", "AutoencoderTiny"]
+    kind: AutoencoderKind
     weights_sha256: Sha256 | None
     """None: it was not run; the latents are those of the data set's source."""
     scaling_factor: Scale
     shift_factor: Finite
+    latents_mean: tuple[Finite, ...] | None = Field(default=None, exclude_if=_is_none)
+    """One number per channel, which takes the place of the shift factor: students see
+    (z - mean) * scaling_factor / std."""
+    latents_std: tuple[Scale, ...] | None = Field(default=None, exclude_if=_is_none)
     latent_shape: tuple[Size, Size, Size]
     """Channels, rows, columns."""
+
+    @model_validator(mode="after")
+    def _statistics_are_of_channels(self) -> AutoencoderInfo:
+        lengths = [None if s is None else len(s) for s in (self.latents_mean, self.latents_std)]
+        if lengths not in ([None] * 2, [self.latent_shape[0]] * 2):
+            raise ValueError("latents_mean and latents_std do not have a number for each channel")
+        return self
 
 
 class ComputeInfo(Strict):

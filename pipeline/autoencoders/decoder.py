@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.autoencoders.autoencoder import Autoencoder
+from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.text import short_value
 from schemas.errors import UserError, plain_text
 from schemas.store import AutoencoderInfo
@@ -30,21 +31,22 @@ def open_decoder(
     # the weights are unknown where a data set came with its latents
     if encoder.weights_sha256 not in (None, decoder.weights_sha256):
         raise _mismatch(encoder, option, "SHA-256", decoder.weights_sha256, encoder.weights_sha256)
-    factors = (decoder.scaling_factor, decoder.shift_factor)
-    expected = (encoder.scaling_factor, encoder.shift_factor)
-    if factors != expected:
-        raise _mismatch(encoder, option, "(scaling, shift) factor", factors, expected)
+    expected = normalisation_of(encoder)
+    for key, found in decoder.normalisation._asdict().items():
+        if found != getattr(expected, key):
+            raise _mismatch(encoder, option, key, found, getattr(expected, key))
     return decoder
 
 
 def decode_means(decoder: Autoencoder, encoder: AutoencoderInfo, mean_BChw: Tensor) -> Tensor:
     """uint8 (B, 3, R, R) on the decoder's device, for the posterior means of a store.
 
-    The means are scaled by the encoder's factors, as for a student, and unscaled by the decoder's.
+    The means are normalised by the encoder's numbers, as for a student, and the decoder undoes its
+    own.
     Raises ``UserError`` where the decoder does not accept latents of this shape.
     """
     mean = mean_BChw.to(next(decoder.parameters()).device, torch.float32)
-    return decode_scaled(decoder, (mean - encoder.shift_factor) * encoder.scaling_factor)
+    return decode_scaled(decoder, normalise(mean, normalisation_of(encoder)))
 
 
 def decode_scaled(decoder: Autoencoder, latents_BChw: Tensor) -> Tensor:

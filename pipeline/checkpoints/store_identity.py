@@ -34,6 +34,9 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
         "autoencoder.shift_factor": vae.shift_factor,
         "latents.columns": _columns(manifest.streams["latents"].columns),
     }
+    for key in ("latents_mean", "latents_std"):
+        if getattr(vae, key) is not None:
+            identity[f"autoencoder.{key}"] = list(getattr(vae, key))
     if alignment.active:
         name, stream = manifest.teacher_stream(alignment.stream)
         identity |= {
@@ -44,6 +47,11 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
             f"{TEACHER}tail.sha256": stream.tail.sha256 if stream.tail else None,
             f"{TEACHER}columns": _columns(stream.columns),
         }
+        if stream.teacher.statistics_of == "options":  # those of a model's name follow from it
+            identity[f"{TEACHER}mean"] = list(stream.teacher.mean)
+            identity[f"{TEACHER}std"] = list(stream.teacher.std)
+        if stream.teacher.resize != "bicubic":
+            identity[f"{TEACHER}resize"] = stream.teacher.resize
     return identity
 
 

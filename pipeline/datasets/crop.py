@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from schemas.errors import plain_text
 
 # Pillow warns at its pixel limit and raises at twice the limit; here the limit is an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+GREY_16_FORMATS = {"PNG", "TIFF", "JPEG2000", "IM", None}
+"""Formats whose greys of mode I;16 are unsigned (FITS has signed ones with an offset); None: not
+from a file."""
+SIGNED = 2
+"""TIFF's number for signed samples."""
 
 
 class BadImageError(Exception):
@@ -43,11 +50,52 @@ def decode_crop(data: bytes, resolution: int, *, cropped: bool = False) -> np.nd
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB. 16-bit greys are scaled; Pillow's own conversion would clip them."""
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    """8-bit RGB of an image of any mode. Raises ``BadImageError`` where its values have no known
+    range: floats, and integers that are signed or of 32 bits.
+
+    8-bit modes are converted by Pillow as they are for ADM: alpha is dropped, not blended with a
+    background; colour profiles are ignored; of several frames the first is taken. Greys of 9 to 16
+    bits are reduced to their upper 8 bits, as Pillow does with 16-bit colours; its own conversion
+    of greys would clip them.
+    """
+    image.load()  # some formats know their mode only now
+    problem = _unknown_range(image)
+    if problem is not None:
+        raise BadImageError(f"{problem}; convert it to 8 or 16 bits without sign")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.uint32) >> (_grey_bits(image) - 8)
+        # Pillow inverts such TIFFs of 8 bits, but not of 16.
+        inverted = _tiff_tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        image = Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
+    elif image.mode == "La":  # premultiplied; Pillow has no direct conversion
+        image = image.convert("LA")
     return image.convert("RGB")
+
+
+def _unknown_range(image: Image.Image) -> str | None:
+    """Reason why the values of an image cannot be scaled to 8 bits, None if they can."""
+    if image.mode == "F" or str(getattr(image, "pixel_format", "")).startswith("BC6H"):
+        return "has floating-point pixels, whose range is not known"
+    if image.mode == "I" and image.format != "PPM":  # Pillow scales PGMs to 16 bits
+        return "has 32-bit or signed integer pixels, whose range is not known"
+    if image.mode.startswith("I;16") and image.format not in GREY_16_FORMATS:
+        return f"is a 16-bit {image.format}, whose range is not known"
+    if max(_tiff_tag(image, TiffImagePlugin.SAMPLEFORMAT) or (1,)) == SIGNED:
+        return "has signed integer pixels, whose range is not known"
+    colours = _tiff_tag(image, TiffImagePlugin.COLORMAP)
+    if image.mode in {"P", "PA"} and colours and 0 < max(colours) < 256:
+        return "has a palette of 8-bit numbers, where TIFF has 16-bit ones"
+    return None
+
+
+def _grey_bits(image: Image.Image) -> int:
+    """Depth of an image in an integer mode of more than 8 bits."""
+    return int((_tiff_tag(image, TiffImagePlugin.BITSPERSAMPLE) or (16,))[0])
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> Any:
+    """Value of a TIFF's tag, None if it has none or the image is not a TIFF."""
+    return image.tag_v2.get(tag) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
 
 
 def center_crop(image: Image.Image, resolution: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from pipeline.datasets import Listing
 from pipeline.extract.tasks import stream_name
 from pipeline.store import Store
 from pipeline.targets.cuts import cut_columns
+from pipeline.teachers.vit import named_normalisation
 from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
@@ -64,7 +65,9 @@ def _teacher_defaults(
     teacher = streams.get(stream or "", next(iter(streams.values()))).teacher
     if given.get("model", teacher.model) != teacher.model:
         return {"teacher": {}}
-    options = {"model", "weights", "seed", "image_size", "model_args"}
+    options = {"model", "weights", "seed", "image_size", "model_args", "resize"}
+    if teacher.statistics_of == "options":
+        options |= {"mean", "std"}
     return {"teacher": teacher.model_dump(include=options), "layers": teacher.layers}
 
 
@@ -93,7 +96,16 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
             "teacher.model": (teacher.model, config.teacher.model),
             "teacher.seed": (teacher.seed, config.teacher.seed),
             "teacher.model_args": (teacher.model_args, config.teacher.model_args),
+            "teacher.resize": (teacher.resize, config.teacher.resize),
         }
+        if config.teacher.image_size is not None:
+            values["teacher.image_size"] = (teacher.image_size, config.teacher.image_size)
+        if teacher.model == config.teacher.model:
+            mean, std = named_normalisation(teacher.model)
+            values |= {
+                "teacher.mean": (teacher.mean, config.teacher.mean or mean),
+                "teacher.std": (teacher.std, config.teacher.std or std),
+            }
     for key, (stored, requested) in values.items():
         if stored != requested:
             raise _mismatch(store, key, stored, requested)

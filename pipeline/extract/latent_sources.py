@@ -18,6 +18,7 @@ from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.reader import UNREADABLE
 from pipeline.datasets.repa import first_latents
 from pipeline.datasets.stored_latents import MAX_BYTES, parse_moments
+from pipeline.diffusion.normalisation import Normalisation, read_normalisation
 from pipeline.storage.files import redact
 from pipeline.storage.npz import MAX_HEADER
 from schemas.errors import UserError
@@ -75,19 +76,18 @@ class StoredLatents:
 
     def __init__(self, config: ExtractConfig) -> None:
         self.name = config.autoencoder
-        self.scaling_factor, self.shift_factor = _scaling(self.name)
         self._read_file = open_reader(config)
         self._limit = MAX_BYTES
         self.shape = self._first_shape(config.source or "")
         self._limit = MAX_HEADER + 4 * int(np.prod(self.shape))
+        self.normalisation = _normalisation(self.name, self.shape[0] // 2)
 
     def info(self, resolution: int) -> AutoencoderInfo:
         return AutoencoderInfo(
             name=self.name,
             kind="AutoencoderKL",
             weights_sha256=None,
-            scaling_factor=self.scaling_factor,
-            shift_factor=self.shift_factor,
+            **self.normalisation._asdict(),
             latent_shape=(self.shape[0] // 2, self.shape[1], self.shape[2]),
         )
 
@@ -135,11 +135,11 @@ class StoredLatents:
             raise BadImageError(f"{item.latent}: is empty") from None
 
 
-def _scaling(name: str) -> tuple[float, float]:
-    """Scaling and shift factor of an autoencoder, from a config on this machine: nothing is
+def _normalisation(name: str, channels: int) -> Normalisation:
+    """Normalisation of an autoencoder's latents, from a config on this machine: nothing is
     downloaded, because the extraction does not need the weights. Raises ``UserError``."""
     if name in SD_AUTOENCODERS:
-        return SD_SCALING, 0.0
+        return Normalisation(SD_SCALING)
     folder = str(DEMO_AUTOENCODER) if name == "demo" else name
     try:
         config = diffusers.AutoencoderKL.load_config(folder, local_files_only=True)
@@ -153,5 +153,5 @@ def _scaling(name: str) -> tuple[float, float]:
             f"--autoencoder '{name}' is of class {config.get('_class_name')}; latents with mean "
             "and std, as in --source, come from an AutoencoderKL"
         )
-    scaling, shift = config.get("scaling_factor", SD_SCALING), config.get("shift_factor")
-    return float(scaling), float(shift or 0.0)
+    config = {"scaling_factor": SD_SCALING, **config}
+    return read_normalisation(config, channels, f"--autoencoder '{name}'")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import AlignedStudent
 from pipeline.alignment.losses import Targets
+from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.inspect.source_images import SourceImages
 from pipeline.inspect.summary import StoreSummary
 from pipeline.precision import choose_device
@@ -133,7 +134,7 @@ def measure_fidelity(
             torch.cuda.synchronize()
         found.decode_seconds += time.perf_counter() - began
         latents = torch.from_numpy(readers["latents"].read(*where)["mean"]).float()
-        latents = latents * store.manifest.autoencoder.scaling_factor
+        latents = normalise(latents, normalisation_of(store.manifest.autoencoder))
         _compare(found, exact, decoded)
         student.compare(found, latents.to(device), exact, decoded)
         found.images += len(where[0])

@@ -11,7 +11,7 @@ from pipeline.store import Store
 from pipeline.targets.cuts import codec_set_of, cut_columns
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
-from schemas.extract import Cut, ExtractConfig
+from schemas.extract import Cut, ExtractConfig, TeacherConfig
 from schemas.store import Manifest, TeacherStream
 
 DEFAULT_CUT: Cut = "activations"
@@ -74,6 +74,11 @@ def _teacher(stream: TeacherStream) -> Iterator[str]:
     teacher = stream.teacher
     yield from ("--teacher.model", teacher.model, "--teacher.weights", teacher.weights)
     yield from ("--teacher.image-size", str(teacher.image_size))
+    if teacher.statistics_of == "options":
+        yield from ("--teacher.mean", ",".join(map(str, teacher.mean)))
+        yield from ("--teacher.std", ",".join(map(str, teacher.std)))
+    if teacher.resize != TeacherConfig.model_fields["resize"].default:
+        yield from ("--teacher.resize", teacher.resize)
     if teacher.weights == "random":
         yield from ("--teacher.seed", str(teacher.seed))
     for key, value in teacher.model_args.items():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.storage.files import file_size
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
-from pipeline.text import describe_bytes
+from pipeline.text import describe_bytes, short_value
 from schemas.errors import escaped
-from schemas.store import Column, TeacherStream
+from schemas.store import AutoencoderInfo, Column, TeacherStream
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
         f"{m.dataset.num_classes} classes, {m.resolution} px",
         f"  samples      {summary.samples} in {m.num_shards} shards of {m.shard_size}, {m.format}",
         f"  autoencoder  {vae.name} ({origin}), latents "
-        f"{'x'.join(str(n) for n in vae.latent_shape)}, scaling factor {vae.scaling_factor:g}",
+        f"{'x'.join(str(n) for n in vae.latent_shape)}, {_normalisation(vae)}",
     ]
     for name, size in summary.bytes_per_stream.items():
         each = size / summary.samples if summary.samples else 0
@@ -107,6 +108,23 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
     return "\n".join(escaped(line) for line in lines)  # names come from the store
 
 
+def _normalisation(vae: AutoencoderInfo) -> str:
+    parts = [f"scaling factor {vae.scaling_factor:g}"]
+    if vae.shift_factor:
+        parts.append(f"shift factor {vae.shift_factor:g}")
+    for key in ("latents_mean", "latents_std"):
+        if getattr(vae, key) is not None:
+            parts.append(f"{key} {short_value(_listed(getattr(vae, key)))}")
+    return ", ".join(parts)
+
+
+SOURCES = {"model": "model's name", "options": "options"}
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
 def _describe_teacher(stream: TeacherStream) -> list[str]:
     teacher = stream.teacher
     layers = ", ".join(str(layer) for layer in teacher.layers)
@@ -116,6 +134,8 @@ def _describe_teacher(stream: TeacherStream) -> list[str]:
         f"    teacher    {teacher.model}, weights {teacher.weights} "
         f"({teacher.weights_sha256[:12]}), {teacher.grid[0]}x{teacher.grid[1]} tokens, "
         f"{teacher.heads} heads",
+        f"    input      {teacher.image_size} px, {teacher.resize}; mean {_listed(teacher.mean)}, "
+        f"std {_listed(teacher.std)} of the {SOURCES[teacher.statistics_of]}",
     ]
     if stream.converted_from:
         steps = (

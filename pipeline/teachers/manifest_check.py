@@ -30,6 +30,9 @@ def teacher_config(info: TeacherInfo) -> TeacherConfig:
         weights=info.weights,
         seed=info.seed,
         image_size=info.image_size,
+        mean=info.mean if info.statistics_of == "options" else None,
+        std=info.std if info.statistics_of == "options" else None,
+        resize=info.resize,
     )
 
 
@@ -48,9 +51,9 @@ def create_meta_teacher(info: TeacherInfo, resolution: int, where: str) -> Any:
         "grid": tuple(vit.patch_embed.grid_size),
         "image_size": vit.patch_embed.img_size[0],
         "prefix": vit.num_prefix_tokens,
-        "mean": mean,
-        "std": std,
     }
+    if info.statistics_of == "model":
+        actual |= {"mean": mean, "std": std}
     for key, value in actual.items():
         if getattr(info, key) != value:
             raise UserError(

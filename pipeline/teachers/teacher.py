@@ -73,7 +73,9 @@ class Teacher(nn.Module):
         self.weights_sha256 = sha256_of_arrays(
             (name, tensor.numpy()) for name, tensor in sorted(self.vit.state_dict().items())
         )
-        self.mean, self.std = normalisation(self.vit)
+        named = normalisation(self.vit)
+        self.mean, self.std = config.mean or named[0], config.std or named[1]
+        self.statistics_of = "model" if (self.mean, self.std) == named else "options"
         for name, values in (("pixel_mean", self.mean), ("pixel_std", self.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.image_size = int(self.vit.patch_embed.img_size[0])
@@ -97,6 +99,8 @@ class Teacher(nn.Module):
             "image_size": self.image_size,
             "mean": self.mean,
             "std": self.std,
+            "statistics_of": self.statistics_of,
+            "resize": self.config.resize,
             "depth": self.depth,
             "width": self.vit.embed_dim,
             "heads": self.heads,
@@ -110,13 +114,14 @@ class Teacher(nn.Module):
     def preprocess(self, images_B3RR: Tensor) -> Tensor:
         """uint8 crops to the teacher's input (B, 3, S, S), float32.
 
-        Normalises, then resizes bicubically without antialiasing, as REPA and HASTE do.
+        Normalises, then resizes, by default bicubically without antialiasing as REPA and HASTE do.
         """
         images = images_B3RR.float().div_(255)
         images = (images - self.pixel_mean) / self.pixel_std
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
-            images = F.interpolate(images, size=size, mode="bicubic")
+            mode, _, antialias = self.config.resize.partition("_")
+            images = F.interpolate(images, size=size, mode=mode, antialias=bool(antialias))
         return images
 
     def embed(self, pixels_B3SS: Tensor) -> Tensor:

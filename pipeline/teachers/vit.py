@@ -91,8 +91,17 @@ def create_meta_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitSha
 
 
 def normalisation(vit: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the pixels that a model was trained with."""
-    config: dict[str, Any] = vit.pretrained_cfg
+    """Mean and std of the pixels that timm's weights of a model were trained with."""
+    return _statistics(vit.pretrained_cfg)
+
+
+def named_normalisation(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As ``normalisation``, by the model's name."""
+    config = timm.models.get_pretrained_cfg(model)
+    return _statistics({} if config is None else config.to_dict())
+
+
+def _statistics(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean, std = config.get("mean") or IMAGENET_MEAN, config.get("std") or IMAGENET_STD
     return tuple(mean), tuple(std)
 

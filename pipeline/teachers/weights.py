@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import logging
 import os
 import pickle
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +18,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.assets import DEMO_TEACHER
+from pipeline.teachers.key_formats import FoundNetwork, find_network
 from schemas.errors import UserError, plain_text
 from schemas.extract import TeacherConfig
 
-NOT_NEEDED = ("head", "attn_pool.", "decoder")
-"""Prefixes of weights that no target needs: classifiers and CLIP's projection, SigLIP's pooling,
-MAE's decoder."""
+logger = logging.getLogger(__name__)
+
+NOT_NEEDED = (
+    *("head", "classifier.", "attn_pool.", "pooler.", "decoder", "projector", "predictor"),
+    *("dino_head", "ibot_head", "mask_token", "masked_embed"),
+)
+"""Prefixes of weights that no target needs: classifiers and CLIP's projection, SigLIP's and
+Transformers' pooling, MAE's decoder, heads of self-distillation, tokens of masked patches."""
+MOCO_SMALL_WIDTH, MOCO_SMALL_HEADS = 384, 12
+"""MoCo v3's ViT-S has twice as many heads as other ViT-S, which no tensor shows."""
 TAIL = ("blocks.", "norm.", "fc_norm.", "rope.")
 """Prefixes of the weights that run after a cut."""
 
@@ -31,14 +42,24 @@ def load_weights(vit: Any, config: TeacherConfig) -> None:
         randomise(vit, config.seed)
         return
     path = DEMO_TEACHER if config.weights == "demo" else Path(config.weights).expanduser()
-    state = read_state_dict(path, option="--teacher.weights")
+    content = read_state_dict(path, option="--teacher.weights")
+    prefix = ""
     try:
-        vit.load_state_dict(_to_timm_names(state, vit))
+        found = find_network(content)
+        if found is not None:
+            prefix = found.prefix
+            _check_shape(found, vit)
+        state = _to_timm_names(content if found is None else found.state, vit)
+        vit.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        raise UserError(_mismatch_message(path, config, _second_line(error))) from None
+        reason = _second_line(error)
+        raise UserError(_mismatch_message(path, config, reason, prefix, content)) from None
     except Exception:  # timm's converters raise any type for files of other content
         reason = "not a checkpoint in a format that timm knows for this model"
-        raise UserError(_mismatch_message(path, config, reason)) from None
+        raise UserError(_mismatch_message(path, config, reason, prefix, content)) from None
+    if found is not None and prefix:
+        left_out = ", ".join(found.left_out[:6]) or "nothing"
+        logger.info("--teacher.weights '%s': took '%s'; left out: %s", path, prefix, left_out)
 
 
 def load_tail_weights(vit: Any, state: Mapping[str, Tensor], *, complete: bool) -> None:
@@ -62,8 +83,31 @@ def _second_line(error: Exception) -> str:
     return lines[1] if len(lines) > 1 else lines[0]
 
 
-def _mismatch_message(path: Path, config: TeacherConfig, reason: str) -> str:
-    return f"--teacher.weights '{path}' do not fit '{config.model}': {reason[:200]}"
+def _mismatch_message(
+    path: Path, config: TeacherConfig, reason: str, prefix: str, content: Mapping[Any, Any]
+) -> str:
+    """One line with the names that were seen in the file."""
+    seen = f"below '{prefix}'" if prefix else ", ".join(f"'{key}'" for key in list(content)[:2])
+    return (
+        f"--teacher.weights '{path}' do not fit '{config.model}': {reason[:200]} (names seen: "
+        f"{plain_text(seen)[:100] or 'none'})"
+    )
+
+
+def _check_shape(found: FoundNetwork, vit: Any) -> None:
+    """Raises ``ValueError`` for differences that timm would resample or that no shape shows."""
+    size, expected = found.patches.shape[2:], vit.patch_embed.proj.weight.shape[2:]
+    if found.patches.ndim == 4 and size != expected:
+        raise ValueError(
+            f"its patches have {size[0]} pixels, the model's {expected[0]}; choose another model"
+        )
+    heads = getattr(vit.blocks[0].attn, "num_heads", None)
+    moco = {"base_encoder", "momentum_encoder"}.intersection(found.prefix.split("."))
+    if moco and vit.embed_dim == MOCO_SMALL_WIDTH and heads != MOCO_SMALL_HEADS:
+        raise ValueError(
+            f"MoCo v3's ViT-S has {MOCO_SMALL_HEADS} heads, the model {heads}; give "
+            f"--teacher.model-args.num_heads {MOCO_SMALL_HEADS}"
+        )
 
 
 def _to_timm_names(state: dict[str, Any], vit: Any) -> dict[str, Tensor]:
@@ -102,9 +146,13 @@ def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message advises to run the code
-        reason = "damaged, or more than tensors: no code is run"
+        # Plain values, which checkpoints of DINO and MAE have as their options.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own message advises to run the code
+        found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        what = f"it holds a {plain_text(found[1])[:100]}" if found else "damaged"
+        reason = f"{what}, or more than tensors: no code is run"
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except (OSError, RuntimeError, EOFError) as error:
         reason = plain_text(str(error))[:200]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
 from pipeline.alignment.losses import Targets
+from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
 from pipeline.models.projector import Projector
@@ -228,9 +229,8 @@ class Trainer:
             )
         columns = self.feed(_tensors(stored))
         drawn = SampleNoise(**self.feed((draws or self.draws(batch.positions))._asdict()))
-        vae = self.manifest.autoencoder
         latents = columns["mean"].float() + columns["std"].float() * drawn.posterior
-        latents = (latents - vae.shift_factor) * vae.scaling_factor
+        latents = normalise(latents, normalisation_of(self.manifest.autoencoder))
         labels = torch.where(drawn.drop_label, self.config.student.num_classes, columns["label"])
         t = drawn.t
         if time is not None:

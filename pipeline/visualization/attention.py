@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.interpolant import interpolate
+from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.models import SiT, Taps
 from pipeline.randomness import Purpose, generator
 from pipeline.store import Store
@@ -81,9 +82,8 @@ def student_attention(
 ) -> Tensor:
     """Attention of the last aligned block on a latent of noise level ``NOISE_TIME``, mean over
     the aligned heads: (N, N)."""
-    vae = store.manifest.autoencoder
     mean = torch.from_numpy(sample["mean"]).float().unsqueeze(0)
-    latents = (mean - vae.shift_factor) * vae.scaling_factor
+    latents = normalise(mean, normalisation_of(store.manifest.autoencoder))
     rng = generator(Purpose.SAMPLING, 0, 0)
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     t = torch.tensor([NOISE_TIME])

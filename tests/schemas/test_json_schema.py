@@ -11,7 +11,7 @@ from typing import Any
 from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
-DIGESTS = {2: "4e970717be37d6efb443795fcddf354ef2ab3687312ed43d25403903e742926e"}
+DIGESTS = {2: "2710dc863e0f92193cd079208071baccc6187df8119870114784cbfa90abc74a"}
 """Of the schema of each version, without its prose."""
 
 ADVICE = """

@@ -26,7 +26,7 @@ from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 THREADS = 8
 MAX_DECODED_AHEAD = 256
 """Images in memory that are decoded before they are needed; fewer where images are large."""

@@ -45,7 +45,7 @@ def test_another_network_under_the_name_of_the_encoder_is_refused(
     with pytest.raises(UserError, match=r"restore the original$"):
         open_decoder(None, other, option=None)
     change(folder, scaling_factor=2 * encoder.scaling_factor)
-    with pytest.raises(UserError, match=r"its \(scaling, shift\) factor"):
+    with pytest.raises(UserError, match=r"its scaling_factor is"):
         open_decoder(None, encoder)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 from pathlib import Path
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -92,6 +94,142 @@ def test_16_bit_greys_are_scaled_not_clipped(file_format: str) -> None:
     data = encoded(Image.fromarray(grey), file_format)
     assert Image.open(io.BytesIO(data)).mode.startswith("I;16")
     assert np.array_equal(decode_crop(data, 32), np.repeat((grey >> 8)[..., None], 3, -1))
+
+
+RAMP = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+LITTLE = RAMP.astype("<u2").tobytes()
+UPPER = (RAMP >> 8).astype(np.uint8)
+
+
+def tiff(data: bytes, bits: int, *, photometric: int = 1, sample_format: int = 1) -> bytes:
+    """A TIFF of 32 x 32 samples in one strip, written by the specification."""
+    tags = {256: 32, 257: 32, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 32}
+    tags |= {279: len(data), 339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in sorted(tags))
+    entries = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + entries
+
+
+def packed_12_bits(values: np.ndarray) -> bytes:
+    bits = (values.reshape(-1, 1) >> np.arange(12)[::-1]) & 1
+    return np.packbits(bits.astype(np.uint8)).tobytes()
+
+
+def pgm(maxval: int, plain: bool = False) -> bytes:
+    """The ramp scaled to ``maxval``."""
+    values = np.rint(RAMP.astype(np.float64) * maxval / 65535).astype(
+        ">u2" if maxval > 255 else "u1"
+    )
+    data = " ".join(map(str, values.ravel())).encode() if plain else values.tobytes()
+    return f"P{2 if plain else 5}\n32 32\n{maxval}\n".encode() + data
+
+
+@pytest.mark.parametrize(
+    ("data", "tolerance"),
+    [
+        (pgm(65535), 0),
+        (pgm(4095), 1),
+        (pgm(4095, plain=True), 1),
+        (pgm(1023), 1),
+        (pgm(15), 9),
+        (tiff(LITTLE, 16), 0),
+        (tiff((65535 - RAMP).astype("<u2").tobytes(), 16, photometric=0), 0),
+        (tiff(packed_12_bits(RAMP >> 4), 12), 0),
+    ],
+    ids=["pgm16", "pgm12", "plain12", "pgm10", "pgm4", "tiff16", "tiff16 inverted", "tiff12"],
+)
+def test_greys_of_every_depth_are_scaled(data: bytes, tolerance: int) -> None:
+    crop = decode_crop(data, 32).astype(int)
+    assert np.abs(crop - UPPER[..., None]).max() <= tolerance
+
+
+def dds_of_half_floats() -> bytes:
+    """A DDS of 4 x 4 pixels in BC6H."""
+    header = struct.pack("<7I44x", 124, 0x1007, 4, 4, 16, 0, 0)
+    pixel_format = struct.pack("<2I4s5I", 32, 4, b"DX10", 0, 0, 0, 0, 0)
+    caps = struct.pack("<5I", 0x1000, 0, 0, 0, 0)
+    return b"DDS " + header + pixel_format + caps + struct.pack("<5I", 95, 3, 0, 1, 0) + bytes(16)
+
+
+def eight_bit_palette() -> bytes:
+    """A TIFF whose palette has numbers of 8 bits, not 16."""
+    data = encoded(Image.fromarray(UPPER).quantize(16), "TIFF")
+    palette = Image.open(io.BytesIO(data)).tag_v2[320]
+    wide, narrow = (struct.pack("<768H", *(c // n for c in palette)) for n in (1, 256))
+    assert wide in data
+    return data.replace(wide, narrow)
+
+
+def fits16() -> bytes:
+    """Signed numbers with an offset, which Pillow does not read."""
+    cards = ["SIMPLE  = T", "BITPIX  = 16", "NAXIS   = 2", "NAXIS1  = 32", "NAXIS2  = 32", "END"]
+    return "".join(card.ljust(80) for card in cards).ljust(2880).encode() + LITTLE.ljust(
+        2880, b"\0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32-bit or signed integer"),
+        (tiff(RAMP.astype("<u4").tobytes(), 32, sample_format=1), "32-bit or signed integer"),
+        (tiff(LITTLE, 16, sample_format=2), "32-bit or signed integer"),
+        (tiff(UPPER.tobytes(), 8, sample_format=2), "signed integer"),
+        (encoded(Image.fromarray((RAMP / 65535).astype(np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray((RAMP / 65535).astype(np.float32)), "PPM"), "floating-point"),
+        (dds_of_half_floats(), "floating-point"),
+        (fits16(), "a 16-bit FITS"),
+        (eight_bit_palette(), "palette of 8-bit numbers"),
+    ],
+    ids=["int32", "uint32", "int16", "int8", "float", "pfm", "bc6h", "fits", "palette"],
+)
+def test_values_without_a_known_range_are_bad(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImageError, match=f"{reason}.*; convert it to 8 or 16 bits"):
+        decode_crop(data, 32)
+
+
+def test_colours_of_16_bits_are_scaled() -> None:
+    """Pillow itself reduces them to their upper 8 bits; by hand, because it writes none."""
+    wide = np.random.default_rng(0).integers(0, 65536, (32, 32, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in wide)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc32(kind + body))
+
+    head = chunk(b"IHDR", struct.pack(">2I5B", 32, 32, 16, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", compress(rows)) + chunk(b"IEND", b"")
+    assert np.array_equal(decode_crop(png, 32), wide >> 8)
+    ppm = b"P6\n32 32\n65535\n" + wide.tobytes()
+    assert np.array_equal(decode_crop(ppm, 32), np.rint(wide / 257))
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBX", "CMYK", "YCbCr", "LAB"])
+def test_modes_of_tiffs_become_rgb(mode: str) -> None:
+    """Colours without conversion to the bit, others to a few levels; opaque, so that premultiplied
+    values are the values themselves."""
+    image = Image.fromarray(noise(32, 32))
+    grey = Image.fromarray(UPPER)
+    expected, tolerance = np.asarray(image), 0
+    if mode in {"LA", "La"}:
+        image, expected = grey.convert("LA"), np.asarray(grey.convert("RGB"))
+    elif mode == "PA":
+        image = image.quantize(64)
+        expected = np.asarray(image.convert("RGB"))
+        image = image.convert("PA")
+    elif mode != "RGBX":
+        muted = Image.fromarray(64 + UPPER // 2)
+        image, tolerance = Image.merge("RGB", (muted, muted.rotate(90), muted.rotate(180))), 10
+        expected = np.asarray(image)
+    data = encoded(image if mode == "La" else image.convert(mode), "TIFF")
+    if mode == "La":  # ExtraSamples: unassociated to associated
+        data = data.replace(struct.pack("<HHII", 338, 3, 1, 2), struct.pack("<HHII", 338, 3, 1, 1))
+        assert Image.open(io.BytesIO(data)).mode == "La"
+    assert np.abs(decode_crop(data, 32).astype(int) - expected).max() <= tolerance
+
+
+def test_alpha_is_dropped_not_blended() -> None:
+    pixels = np.concatenate([noise(32, 32), np.zeros((32, 32, 1), np.uint8)], 2)
+    assert np.array_equal(decode_crop(encoded(Image.fromarray(pixels)), 32), pixels[..., :3])
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])

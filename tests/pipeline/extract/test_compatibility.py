@@ -20,6 +20,19 @@ from tests.encoded import encode
     [
         ({"compress": False}, "compression of features zstd, this extraction has none"),
         ({"codec": "small"}, "codec of features rms26, this extraction has rms8"),
+        (
+            {"teacher": {"mean": (0.5, 0.5, 0.5)}},
+            r"teacher\.mean 0\.485,0\.456,0\.406, this extraction has 0\.5,0\.5,0\.5",
+        ),
+        (
+            {"teacher": {"std": (0.5, 0.5, 0.5)}},
+            r"teacher\.std 0\.229,0\.224,0\.225, this extraction has 0\.5,0\.5,0\.5",
+        ),
+        (
+            {"teacher": {"resize": "bilinear"}},
+            r"teacher\.resize bicubic, this extraction has bilinear",
+        ),
+        ({"teacher": {"image_size": 64}}, r"teacher\.image_size 32, this extraction has 64"),
     ],
 )
 def test_the_setting_that_differs_is_named(

@@ -21,6 +21,7 @@ from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.digits import list_digits, read_digit
 from pipeline.datasets.folder import list_class_folders
 from pipeline.datasets.imagenet import list_imagenet
+from pipeline.diffusion.normalisation import Normalisation
 from pipeline.extract import latent_sources as latents_module
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.latent_sources import StoredLatents
@@ -239,12 +240,21 @@ def test_scaling_is_known_without_the_network(
         return StoredLatents(config_of("repa", source, tmp_path, autoencoder=name))
 
     default = stored(ExtractConfig().autoencoder)
-    assert (default.scaling_factor, default.shift_factor) == (0.18215, 0)
+    assert default.normalisation == Normalisation(0.18215)
     folder = tmp_path / "vae"
     folder.mkdir()
     text = '{"_class_name": "AutoencoderKL", "scaling_factor": 0.5, "shift_factor": 0.25}'
     (folder / "config.json").write_text(text)
-    assert (stored(str(folder)).scaling_factor, stored(str(folder)).shift_factor) == (0.5, 0.25)
+    assert stored(str(folder)).normalisation == Normalisation(0.5, 0.25)
+    (folder / "config.json").write_text(
+        text.replace(
+            '"shift_factor": 0.25', '"latents_mean": [1, 2, 3, 4], "latents_std": [2, 2, 2, 8]'
+        )
+    )
+    statistics = (1.0, 2.0, 3.0, 4.0), (2.0, 2.0, 2.0, 8.0)
+    assert stored(str(folder)).normalisation == Normalisation(0.5, 0.0, *statistics)
+    info = stored(str(folder)).info(32)
+    assert (info.latents_mean, info.latents_std) == statistics
     with pytest.raises(UserError, match="--autoencoder 'some/vae': is not a folder with"):
         stored("some/vae")
     (folder / "config.json").write_text(text.replace("KL", "Tiny"))

@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> Store:
     def change(values: dict[str, Any]) -> None:
         values["dataset"]["name"] = "demo"
         teacher = values["streams"]["maps"]["teacher"]
-        teacher.update(OWN.model_dump())
+        teacher.update(OWN.model_dump(exclude_none=True))
 
     edit_json(Path(store.root, "manifest.json"), change)
     return Store.open(store.url)
@@ -74,6 +74,17 @@ def test_single_options_change_the_stores_teacher(store: Store) -> None:
     )
     assert config.teacher == OWN.model_copy(update={"weights": "random", "seed": 5})
     assert config.layers == (0,)
+
+
+def test_input_of_the_stores_teacher_is_taken_over(store: Store) -> None:
+    def change(values: dict[str, Any]) -> None:
+        chosen = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "statistics_of": "options"}
+        values["streams"]["maps"]["teacher"].update(chosen, resize="bilinear")
+
+    edit_json(Path(store.root, "manifest.json"), change)
+    teacher = options_of(Store.open(store.url)).teacher
+    assert (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert teacher.resize == "bilinear"
 
 
 def test_another_model_takes_no_option_of_the_stores_teacher(store: Store) -> None:

@@ -179,6 +179,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "other shards": ({"shard_size": 11, "num_shards": 2}, "shard_size"),
     "other autoencoder": ({"autoencoder": {"weights_sha256": "5" * 64}}, "autoencoder.weights_sha"),
     "other scale": ({"autoencoder": {"scaling_factor": 0.7}}, "autoencoder.scaling_factor"),
+    "other statistics": (
+        {"autoencoder": {"latents_mean": (0.5,) * 4, "latents_std": (2.0,) * 4}},
+        "autoencoder.latents_mean",
+    ),
     "other latents": (
         {"streams": {"latents": {"columns": {"mean": {"codec": "float32"}}}}},
         "latents.columns",
@@ -186,6 +190,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "other teacher": (
         {"streams": {"maps": {"teacher": {"weights_sha256": "5" * 64}}}},
         "teacher.weights_sha256",
+    ),
+    "other input": (
+        {"streams": {"maps": {"teacher": {"mean": (0.5,) * 3, "statistics_of": "options"}}}},
+        "teacher.mean",
     ),
     "other codec": (
         {"streams": {"maps": {"columns": {"features": {"codec": "float32"}}}}},

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema, catch_up
+from pipeline.store import SampleOrder, Store
+from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.noise import draw
+from pipeline.train.trainer import Trainer
+from schemas.run import RunConfig
 
 
 def test_draws_depend_on_position_alone() -> None:
@@ -52,3 +59,24 @@ def test_ema_catches_up_in_closed_form() -> None:
     for _ in range(5):
         ema.update(module)
     torch.testing.assert_close(leaped["weight"], ema.module.state_dict()["weight"])
+
+
+def test_students_see_latents_normalised_by_the_manifest(
+    run_config: Callable[..., RunConfig], random_store: Store
+) -> None:
+    """A sample of the posterior, whose spread has no mean of its own, by each channel's numbers."""
+    manifest = random_store.manifest
+    mean, std = np.array([-1.5, 2.0, -1.25, 2.5]), np.array([8.5, 6.0, 6.5, 5.25])
+    statistics = {"latents_mean": tuple(mean), "latents_std": tuple(std)}
+    vae = manifest.autoencoder.model_copy(update=statistics)
+    store = Store(random_store.url, manifest.model_copy(update={"autoencoder": vae}))
+    trainer = Trainer(run_config(), store, ProcessGroup())
+    order = SampleOrder(0, random_store.index().samples_per_shard)
+    (batch,) = GradientProbe(trainer, store, order)._batches(22)
+    draws = trainer.draws(batch.positions)
+    found = trainer.inputs(batch, draws, time=0.0).noisy  # without noise
+    stored = batch.columns["latents"]
+    z = stored["mean"].astype(float) + stored["std"].astype(float) * draws.posterior.numpy()
+    expected = (z - mean[:, None, None]) * vae.scaling_factor / std[:, None, None]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+    trainer.close()

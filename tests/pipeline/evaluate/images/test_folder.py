@@ -11,6 +11,7 @@ from PIL import Image
 from pipeline.evaluate.images import sample_info
 from pipeline.evaluate.images.sources import open_images
 from pipeline.storage import npz
+from schemas.errors import UserError
 from tests.pipeline.evaluate.sets import about_samples, blobs
 
 
@@ -30,6 +31,19 @@ def test_batches_of_large_images_are_smaller(
     found = [batch.numpy() for batch in images.batches(9)]
     assert [len(batch) for batch in found] == [4, 4, 1]
     np.testing.assert_array_equal(np.concatenate(found), expected[0])
+
+
+@pytest.mark.parametrize("resolution", [None, 32])
+def test_pixels_are_those_of_extraction(tmp_path: Path, resolution: int | None) -> None:
+    """Greys of 12 bits are scaled; floats, whose range is not known, are refused."""
+    ramp = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
+    data = b"P5\n32 32\n4095\n" + ramp.astype(">u2").tobytes()
+    (tmp_path / "ramp.pgm").write_bytes(data)
+    (batch,) = open_images(str(tmp_path), "--samples", resolution=resolution).batches(1)
+    assert np.abs(batch.numpy().astype(int) - (ramp >> 4)).max() <= 1
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "ramp.tif")
+    with pytest.raises(UserError, match=r"ramp\.tif: has floating-point pixels"):
+        list(open_images(str(tmp_path), "--samples", resolution=resolution).batches(2))
 
 
 @pytest.mark.parametrize("known", [True, False])
