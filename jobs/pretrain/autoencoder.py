@@ -25,7 +25,14 @@ from torch.nn import functional as F
 if not __package__:  # run as a file: Python then searches this folder, not the repository root
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jobs.pretrain.common import logs_step, set_learning_rate, shuffled_batches, warmup_cosine
+from jobs.pretrain.common import (
+    check_losses,
+    check_weights,
+    logs_step,
+    set_learning_rate,
+    shuffled_batches,
+    warmup_cosine,
+)
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
@@ -131,8 +138,10 @@ def train_autoencoder(
         optimizer.step()
         if logs_step(step, config.steps):
             losses = reconstruction.item(), divergence.item()
+            check_losses(step, reconstruction=losses[0], divergence=losses[1])
             logger.info("step %5d  L1 %.4f  KL %.2f", step, *losses)
     model.eval().to(memory_format=torch.contiguous_format)
+    check_weights(model)
     equalise_channels(model, images)
     report = measure(model, images, held_out)
     return model.cpu(), report

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jobs.pretrain.common import (
+    check_losses,
+    check_weights,
     logs_step,
     normalise,
     parameter_groups,
@@ -69,8 +71,10 @@ def train_classifier(
         loss.backward()
         optimizer.step()
         if logs_step(step, config.steps):
-            seconds = time.perf_counter() - start
-            logger.info("step %5d  cross-entropy %.3f  %.0f s", step, loss.item(), seconds)
+            seconds, entropy = time.perf_counter() - start, loss.item()
+            check_losses(step, cross_entropy=entropy)
+            logger.info("step %5d  cross-entropy %.3f  %.0f s", step, entropy, seconds)
+    check_weights(model)
     return model.cpu().eval()
 
 

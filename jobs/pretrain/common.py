@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
+from schemas.errors import NonFiniteError
 
 LOG_EVERY = 100  # steps
 
@@ -47,6 +48,24 @@ def normalise(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, R, R) in [0, 1] to ImageNet's mean and std, as DINOv2 expects them."""
     mean = pixels.new_tensor(IMAGENET_MEAN)[:, None, None]
     return (pixels - mean) / pixels.new_tensor(IMAGENET_STD)[:, None, None]
+
+
+def check_losses(step: int, **losses: float) -> None:
+    """Raises ``NonFiniteError`` where a loss that is logged at ``step`` is not finite: weights that
+    became so at a step since the last log make all later losses so."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss '{name}' is not finite at step {step} (first at one of the last "
+                f"{LOG_EVERY} steps): give a lower learning rate"
+            )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ``NonFiniteError`` where trained weights or buffers are not finite."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise NonFiniteError(f"'{name}' is not finite: give a lower learning rate")
 
 
 def logs_step(step: int, steps: int) -> bool:

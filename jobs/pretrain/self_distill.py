@@ -31,6 +31,8 @@ if not __package__:  # run as a file: Python then searches this folder, not the 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs.pretrain.common import (
+    check_losses,
+    check_weights,
     logs_step,
     normalise,
     parameter_groups,
@@ -235,16 +237,19 @@ def self_distill(
 
         running = running + 0.02 * (loss.detach() - running) if step else loss.detach()
         if logs_step(step, config.steps):
+            mean_loss = running.item()
+            check_losses(step, distillation=mean_loss)
             logger.info(
                 "step %5d  loss %.3f  teacher entropy %.2f (of its mean %.2f)  %.0f s",
                 step,
-                running.item(),
+                mean_loss,
                 entropy(targets).mean().item(),
                 entropy(targets.mean(0)).item(),
                 time.perf_counter() - start,
             )
-    backbone = teacher.backbone.eval().cpu()
-    return backbone.half().float()
+    backbone = teacher.backbone.eval().cpu().half().float()
+    check_weights(backbone)
+    return backbone
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from pipeline.storage.files import (
     write_atomic,
 )
 from pipeline.storage.redaction import redacted_config
-from schemas.errors import StoppedError, UserError
+from schemas.errors import NonFiniteError, StoppedError, UserError
 from schemas.run import RunConfig
 
 METRICS = "metrics.jsonl"
@@ -79,7 +79,7 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if not self._local:
-            if self._owner and (error is None or isinstance(error, StoppedError)):
+            if self._owner and isinstance(error, StoppedError | NonFiniteError | None):
                 self.publish()
             shutil.rmtree(self.path, ignore_errors=True)
 

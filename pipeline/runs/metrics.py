@@ -22,6 +22,8 @@ NO_DISTANCE = "no evaluation"
 """Event of a row with the reason why there is no such distance."""
 BROKEN_SAMPLES = "broken samples"
 """Event of a row with the number of pictures of a grid that are not finite."""
+NOT_FINITE = "not finite"
+"""Event of a row with the reason why a run stopped: losses or weights that are not finite."""
 
 
 class MetricsLog:
