@@ -15,6 +15,7 @@ import yaml
 
 from pipeline.checkpoints.integrity import STATE, parse_state_json
 from pipeline.checkpoints.selection import checkpoint_name, steps_of
+from pipeline.cli.yaml12 import load_yaml
 from pipeline.runs.directory import CONFIG, METRICS, SAMPLES, SUMMARY
 from pipeline.runs.evaluations import EVALUATIONS
 from pipeline.runs.metrics import BROKEN_SAMPLES, EVALUATION, NO_DISTANCE, NOT_FINITE
@@ -215,7 +216,7 @@ def _read_config(record: Record, names: set[str]) -> None:
         record.warnings.append(f"there is no {CONFIG}: the run's options are unknown")
         return
     try:
-        values = yaml.safe_load(_read(record, CONFIG))
+        values = load_yaml(_read(record, CONFIG))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         record.warnings.append(f"{CONFIG} cannot be read: {plain_text(str(error))[:160]}")
         return
