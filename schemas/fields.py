@@ -107,8 +107,6 @@ def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list | tuple):
             values.extend(value)
         elif isinstance(value, str):
-            if value.lower() in ("yes", "no", "on", "off"):
-                raise ValueError(f"'{value}' is a text, which counts as true: write true or false")
             if len(value) > MAX_ARGUMENT:
                 raise ValueError(
                     f"text is {len(value)} characters; at most {MAX_ARGUMENT} are allowed"

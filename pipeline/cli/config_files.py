@@ -24,7 +24,7 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{file}: cannot read this config ({error.strerror})") from None
     except RepeatedKeyError as error:
         raise UserError(f"{file}: {plain_text(str(error))}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not YAML: {plain_text(str(error))}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):

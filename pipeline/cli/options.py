@@ -77,6 +77,9 @@ def parse_options(
     for file in files:
         values = read_yaml(file)
         check_keys(model, values, where=file)
+        for name, field in leaves.items():
+            if _is_mapping(field.annotation):
+                _check_words(_look_up(values, name, None), f"{file}: {name}")
         given = merge(given, values)
     for name, value in overrides:
         given = merge(given, _nest(name, value))
@@ -268,6 +271,16 @@ def _parse_word(text: str, option: str) -> Any:
             f"'\"{text}\"'"
         )
     return _parse_number(text, option)
+
+
+def _check_words(values: Any, where: str) -> None:
+    """Raises ``UserError`` where values that no model types hold a text such as no, which was false
+    in YAML 1.1 and which Python takes for true."""
+    inner = values.values() if isinstance(values, Mapping) else values
+    for value in inner if isinstance(values, Mapping | list) else ():
+        if isinstance(value, str) and value.lower() in BOOLEANS:
+            raise UserError(f"{where}: '{value}' is a text in YAML 1.2: write true or false")
+        _check_words(value, where)
 
 
 def _nest(name: str, value: Any) -> dict[str, Any]:

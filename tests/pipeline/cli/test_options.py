@@ -330,8 +330,10 @@ def test_yaml_of_version_1_1_is_refused(yaml_file: Any, text: str) -> None:
 
 @pytest.mark.parametrize("word", ["yes", "no", "on", "off", "No"])
 def test_a_text_that_counts_as_true_is_refused_among_arguments(yaml_file: Any, word: str) -> None:
-    file = yaml_file(f"teacher: {{model_args: {{qkv_bias: {word}}}}}")
-    assert "write true or false" in complaint(extraction, "--config", file)
+    for value in (word, f"[1, {word}]", f"{{x: {word}}}"):
+        file = yaml_file(f"teacher: {{model_args: {{no: 1, qkv_bias: {value}}}}}")
+        message = complaint(extraction, "--config", file)
+        assert message.startswith(f"{file}: teacher.model_args: '{word}' is a text")
 
 
 @pytest.mark.parametrize(
