@@ -75,9 +75,9 @@ def _with_kind(value: Any) -> Any:
 class AlignmentConfig(Strict):
     """The alignment losses (HASTE sections 2.1 and 2.3). Both weights 0: a vanilla run."""
 
-    feature_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    feature_weight: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the feature loss; 0 switches it off."""
-    attention_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    attention_weight: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the attention loss; 0 switches it off."""
     feature_depth: Annotated[int, Field(ge=1)] = 8
     """The student block whose output tokens are aligned, 1-based."""

@@ -20,15 +20,15 @@ OnBadShard = Literal["stop", "quarantine"]
 class OptimizerConfig(Strict):
     """AdamW, with the settings of SiT, REPA and HASTE."""
 
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Constant learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the moments."""
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    eps: Annotated[float, Field(gt=0)] = 1e-8
     """Epsilon of the denominator."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     """Global L2 norm to which gradients are clipped; inf: no clipping."""
 
 

@@ -140,11 +140,14 @@ def verify_finite(folder: Path) -> None:
     Raises ``DamagedCheckpointError``."""
     verify(folder)
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if not file.get_tensor(name).isfinite().all():
-                    raise NonFiniteCheckpointError(folder, f"{name} of {path.name} is")
-    for state in load_optimizer(folder)["state"].values():
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if not file.get_tensor(name).isfinite().all():
+                        raise NonFiniteCheckpointError(folder, f"{name} of {path.name} is")
+        except SafetensorError as error:
+            raise DamagedCheckpointError(folder, f"{path.name}: {error}") from None
+    for state in load_optimizer(folder).get("state", {}).values():
         if not all(value.isfinite().all() for value in state.values()):
             raise NonFiniteCheckpointError(folder, f"moments of {OPTIMIZER} are")
 

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.cli.log_setup import LEVELS
-from pipeline.cli.yaml12 import UniqueKeyLoader
+from pipeline.cli.yaml12 import RepeatedKeyError, UniqueKeyLoader
 from schemas.errors import UserError
 from schemas.validation import (
     M,
@@ -251,6 +251,8 @@ def _parse_untyped(text: str, option: str) -> Any:
     Loader.add_constructor("!word", lambda loader, node: _parse_word(node.value, option))
     try:
         return yaml.load(text, Loader)
+    except RepeatedKeyError as error:
+        raise UserError(f"option --{_dashed(option)}: {error}") from None
     except yaml.YAMLError:
         return text
 

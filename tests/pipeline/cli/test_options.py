@@ -239,9 +239,10 @@ def test_words_that_are_not_decimal_numbers_are_refused(path: str, text: str) ->
 
 @pytest.mark.parametrize("text", ["inf", "nan", "1e400"])
 @pytest.mark.parametrize(
-    "path", ["optimizer.learning_rate", "optimizer.betas", "alignment.feature_weight"]
+    "path",
+    ["optimizer.learning_rate", "optimizer.betas", "data.memory_gb", "samples.sampler.guidance"],
 )
-def test_numbers_of_a_dead_training_are_refused(path: str, text: str) -> None:
+def test_numbers_that_are_not_finite_are_refused(path: str, text: str) -> None:
     assert complaint(training, f"--{path}", f"0.9,{text}" if path.endswith("betas") else text)
 
 
@@ -347,6 +348,8 @@ def test_a_text_that_counts_as_true_is_refused_among_arguments(yaml_file: Any, w
 def test_a_repeated_key_is_named(yaml_file: Any, text: str, message: str) -> None:
     file = yaml_file(text)
     assert complaint(training, "--config", file) == f"{file}: {message}"
+    message = complaint(extraction, "--teacher.model-args={depth: 1, depth: 2}")
+    assert message.startswith("option --teacher.model-args: key 'depth' is there twice")
 
 
 def test_merged_keys_are_not_repeated_ones(yaml_file: Any) -> None:
