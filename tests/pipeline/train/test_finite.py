@@ -269,12 +269,14 @@ def test_a_skipped_step_was_never_taken(
     assert {float(value) for name, value in moments.items() if name.endswith(".step")} == {3.0}
 
 
-def test_rows_count_skipped_steps_and_leave_them_out(run_config: Make, tmp_path: Path) -> None:
+def test_rows_count_skipped_steps_and_leave_them_out(
+    run_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A row of steps 1 to 4, of which 2 is skipped, and a row of steps 5 and 6, both skipped. The
     losses of a step do not depend on whether a row is written after it."""
     config = run_config(train={"on_nan": "skip_step"}, alignment=OFF)
     bad = {2, 5, 6}
-    with spoiled(0, bad):
+    with spoiled(0, bad), caplog.at_level(logging.INFO):
         run(config, tmp_path / "each")
         run(config.model_copy(update={"log_every": 4}), tmp_path / "mean")
     each = losses(tmp_path / "each")
@@ -286,6 +288,7 @@ def test_rows_count_skipped_steps_and_leave_them_out(run_config: Make, tmp_path:
     text = (tmp_path / "mean" / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert [row["skipped_steps"] for row in map(json.loads, text.splitlines())] == [1, 2]
+    assert "  1 steps skipped  " in caplog.text
 
 
 def test_a_resumed_row_counts_skipped_steps(run_config: Make, tmp_path: Path) -> None:
