@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
         argv,
         command="python jobs/evaluate.py",
         about="Compare generated images with real ones: FID, sFID, Inception score, precision, "
-        "recall, FD-DINOv2.",
+        "recall, FD-DINOv2. The Inception score depends on the order of the samples, so it is "
+        "computed after a shuffle by a fixed seed, as in torch-fidelity.",
     )
     evaluation = evaluate(config, choose_device(config.device))
     if evaluation is not None:

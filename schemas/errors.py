@@ -7,6 +7,10 @@ class UserError(Exception):
     """Bad input. The message is one line: what was wrong, where, and what to do about it."""
 
 
+class NonFiniteError(UserError):
+    """Losses, gradients or weights of a run that are not finite: training on is of no use."""
+
+
 class StoppedError(Exception):
     """The command was asked to stop and has saved its state: the message says how to continue."""
 

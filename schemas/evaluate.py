@@ -88,6 +88,7 @@ class Evaluation(Strict):
     sfid: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     """Fréchet distance on Inception's spatial features."""
     inception_score: Annotated[float, Field(allow_inf_nan=False)] | None
+    """Mean over ten splits of the samples, which are shuffled by a fixed seed."""
     precision: Annotated[float, Field(ge=0, le=1)] | None
     """Null only if the reference consists of moments."""
     recall: Annotated[float, Field(ge=0, le=1)] | None

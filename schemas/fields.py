@@ -10,16 +10,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+_NUMBER = r"(\d+(?:_\d+)*)"
+"""A decimal number, as on a command line: zeros before it mean nothing."""
+
 
 def parse_layers(value: Any) -> Any:
     """``"7-11"``, ``"2,3,4"``, an int or a sequence, as a tuple of 0-based layer numbers."""
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     if not isinstance(value, str):
         return value
     layers: list[int] = []
     for part in value.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(rf"\s*{_NUMBER}\s*(?:-\s*{_NUMBER}\s*)?", part, re.ASCII)
         if match is None:
             raise ValueError(f"'{value}' is not a list of layers such as 7-11 or 7,9,11")
         first, last = int(match[1]), int(match[2] or match[1])

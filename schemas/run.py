@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from schemas.alignment import AlignmentConfig
 from schemas.base import Strict
@@ -13,6 +13,7 @@ from schemas.fields import Layers, ModelArguments, ModelId
 from schemas.student import StudentConfig
 
 Positive = Annotated[int, Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 OnBadShard = Literal["stop", "quarantine"]
 
 
@@ -21,14 +22,14 @@ class OptimizerConfig(Strict):
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Constant learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Epsilon of the denominator."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Global L2 norm to which gradients are clipped."""
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    """Global L2 norm to which gradients are clipped; inf: no clipping."""
 
 
 class DataConfig(Strict):
@@ -54,6 +55,17 @@ class DataConfig(Strict):
     of a node. Whole files are fetched for it, so cache_gb should hold all files that they read."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
     """Maximum size of cache_dir, in GB; the least recently used files are deleted."""
+
+
+class TrainConfig(Strict):
+    """Handling of steps whose loss or gradient norm is not finite."""
+
+    on_nan: Literal["stop", "skip_step"] = "stop"
+    """Handling of a step whose loss or gradient norm is not finite on any worker: 'stop' ends the
+    run within log_every steps and writes no checkpoint after it; 'skip_step' leaves weights,
+    averages and optimizer unchanged by it. A run whose weights are not finite always stops."""
+    max_skipped: Positive = 10
+    """Steps in a row that 'skip_step' skips; the run stops at the next one."""
 
 
 class WorkersConfig(Strict):
@@ -204,11 +216,20 @@ class RunConfig(Strict):
     diffusion: DiffusionConfig = DiffusionConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     workers: WorkersConfig = WorkersConfig()
     compute: ComputeConfig = ComputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
+
+    @model_serializer(mode="wrap")
+    def _without_added_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out ``train`` where it has its defaults, because names on disk are frozen."""
+        values: dict[str, Any] = serialize(self)
+        if self.train == TrainConfig():
+            values.pop("train", None)
+        return values
 
     @model_validator(mode="after")
     def _alignment_fits_student(self) -> RunConfig:

@@ -52,6 +52,9 @@ def check_keys(
     for key, value in values.items():
         if key not in fields:
             raise UserError(f"{where}: unknown key '{at}{key}'{suggest(str(key), list(fields))}")
+        members = union_members(fields[key].annotation)
+        if isinstance(value, bool) and {int, float} & {*members} and bool not in members:
+            raise UserError(f"{where}: {at}{key}: {str(value).lower()} is not a number")
         inner = inner_models(fields[key].annotation)
         if len(inner) == 1 and isinstance(value, Mapping):
             check_keys(inner[0], value, where=where, at=f"{at}{key}.")

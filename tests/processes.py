@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,28 @@ from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
+Around = Callable[[int], AbstractContextManager[object]]
 
-def train_on(world_size: int, config: RunConfig, folder: Path, stop_at: int | None = None) -> None:
+
+def train_on(
+    world_size: int,
+    config: RunConfig,
+    folder: Path,
+    stop_at: int | None = None,
+    around: Around | None = None,
+) -> None:
     """Train on ``world_size`` processes with gloo, from the latest checkpoint on. The last process
-    requests a stop before step ``stop_at``."""
+    requests a stop before step ``stop_at``. Every rank trains in the context ``around(rank)``."""
     resume = latest_checkpoint(folder)
     if world_size == 1:
-        _train(config, folder, resume, ProcessGroup(), stop_at)
+        with around(0) if around else nullcontext():
+            _train(config, folder, resume, ProcessGroup(), stop_at)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    arguments = (world_size, address, config.model_dump(mode="json"), folder, resume, stop_at)
+    values = config.model_dump(mode="json")
+    arguments = (world_size, address, values, folder, resume, stop_at, around)
     # the fork server imports torch once for all processes
     multiprocessing.set_forkserver_preload(["tests.processes"])
     mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
@@ -48,6 +59,7 @@ def _process(
     folder: Path,
     resume: Path | None,
     stop_at: int | None,
+    around: Around | None,
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -58,7 +70,8 @@ def _process(
         timeout=timedelta(seconds=60),
     )
     config = RunConfig.model_validate(values)
-    _train(config, folder, resume, ProcessGroup(rank, world_size), stop_at)
+    with around(rank) if around else nullcontext():
+        _train(config, folder, resume, ProcessGroup(rank, world_size), stop_at)
     dist.destroy_process_group()
 
 

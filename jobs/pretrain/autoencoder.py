@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.pretrain.common import Updater, shuffled_batches
+from jobs.pretrain.common import Updater, check_weights, shuffled_batches
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
@@ -99,7 +99,7 @@ def train_autoencoder(
     model = create_autoencoder(config, images.shape[-1]).to(
         device, memory_format=torch.channels_last
     )
-    updater = Updater(model.parameters(), config, clip=1.0, betas=(0.9, 0.95))
+    updater = Updater("autoencoder", model.parameters(), config, clip=1.0, betas=(0.9, 0.95))
     batches = shuffled_batches(len(training), config.batch_size)
     model.train()
     for step in range(config.steps):
@@ -111,6 +111,7 @@ def train_autoencoder(
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         updater.update(step, reconstruction + config.kl_weight * divergence)
     model.eval().to(memory_format=torch.contiguous_format)
+    check_weights(model)
     equalise_channels(model, images)
     report = measure(model, images, held_out)
     return model.cpu(), report

@@ -14,7 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.pretrain.common import Updater, normalise, parameter_groups, shuffled_batches
+from jobs.pretrain.common import (
+    Updater,
+    check_weights,
+    normalise,
+    parameter_groups,
+    shuffled_batches,
+)
 from schemas.base import Strict
 
 
@@ -43,13 +49,14 @@ def train_classifier(
     classes = int(labels.max()) + 1
     model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=classes)
     model.to(device).train()
-    updater = Updater(parameter_groups(model, config.weight_decay), config)
+    updater = Updater("classifier", parameter_groups(model, config.weight_decay), config)
     batches = shuffled_batches(len(images), config.batch_size)
     for step in range(config.steps):
         batch = next(batches)
         pixels = _augment(images[batch].to(device).float() / 255, config.shift)
         scores = model(normalise(pixels))
         updater.update(step, F.cross_entropy(scores, labels[batch].to(device)))
+    check_weights(model)
     return model.cpu().eval()
 
 

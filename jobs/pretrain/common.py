@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
+from schemas.errors import NonFiniteError
 
 logger = logging.getLogger("jobs.pretrain")
 
@@ -39,20 +40,22 @@ class Updater:
 
     def __init__(
         self,
+        name: str,
         parameters: Any,
         schedule: Schedule,
         *,
         clip: float = math.inf,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        """``parameters``: groups with their weight decay, or tensors without one. ``clip``: largest
+        """``name`` of what is trained, for messages; ``parameters``: groups with their weight decay, or tensors without one. ``clip``: largest
         norm of the gradient."""
         self.optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=0.0)
-        self.schedule, self.clip = schedule, clip
+        self.name, self.schedule, self.clip = name, schedule, clip
         self._start = time.perf_counter()
 
     def update(self, step: int, loss: Tensor) -> None:
-        """One step down the gradient of ``loss``; logs every ``LOG_EVERY``-th one and the last."""
+        """One step down the gradient of ``loss``; logs every ``LOG_EVERY``-th loss and the last.
+        Raises ``NonFiniteError`` where such a loss is not finite."""
         steps = self.schedule.steps
         factor = min(1.0, (step + 1) / self.schedule.warmup_steps)
         factor *= 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -65,8 +68,13 @@ class Updater:
             nn.utils.clip_grad_norm_(parameters, self.clip)
         self.optimizer.step()
         if step % LOG_EVERY == 0 or step == steps - 1:
-            seconds = time.perf_counter() - self._start
-            logger.info("step %5d  loss %.4f  %.0f s", step, loss.item(), seconds)
+            value, seconds = loss.item(), time.perf_counter() - self._start
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"the {self.name}'s loss is not finite at step {step} (first at one of the last "
+                    f"{LOG_EVERY} steps): give a lower learning rate"
+                )
+            logger.info("%s: step %5d  loss %.4f  %.0f s", self.name, step, value, seconds)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -83,3 +91,10 @@ def normalise(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, R, R) in [0, 1] to ImageNet's mean and std, as DINOv2 expects them."""
     mean = pixels.new_tensor(IMAGENET_MEAN)[:, None, None]
     return (pixels - mean) / pixels.new_tensor(IMAGENET_STD)[:, None, None]
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ``NonFiniteError`` where trained weights or buffers are not finite."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise NonFiniteError(f"'{name}' is not finite: give a lower learning rate")

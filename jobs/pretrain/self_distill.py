@@ -29,7 +29,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.pretrain.common import Updater, normalise, parameter_groups, shuffled_batches
+from jobs.pretrain.common import (
+    Updater,
+    check_weights,
+    normalise,
+    parameter_groups,
+    shuffled_batches,
+)
 from pipeline.assets import DEMO_TEACHER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
@@ -194,7 +200,9 @@ def self_distill(
     torch.manual_seed(config.seed)
     student = Network(config).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    updater = Updater(parameter_groups(student, config.weight_decay), config, clip=config.clip)
+    updater = Updater(
+        "teacher", parameter_groups(student, config.weight_decay), config, clip=config.clip
+    )
     centre = torch.zeros(config.prototypes, device=device)
     batches = shuffled_batches(len(images), config.batch_size)
 
@@ -212,8 +220,9 @@ def self_distill(
         loss = distillation_loss(outputs, targets.chunk(2), config.student_temperature)
         updater.update(step, loss)
         update_teacher(teacher, student, teacher_momentum(step, config))
-    backbone = teacher.backbone.eval().cpu()
-    return backbone.half().float()
+    backbone = teacher.backbone.eval().cpu().half().float()
+    check_weights(backbone)
+    return backbone
 
 
 def teacher_momentum(step: int, config: SelfDistillConfig) -> float:

@@ -10,6 +10,7 @@ due at its step only, not at every later one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +41,15 @@ class Decision(NamedTuple):
     observation: dict[str, Any]
     """Evidence: written to the metrics file and, on termination, into the checkpoint."""
 
+    @property
+    def not_finite(self) -> list[str]:
+        """Names of observed numbers that are not finite: they decide nothing."""
+        return [
+            name
+            for name, value in self.observation.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+
 
 class StepLosses(NamedTuple):
     """This rank's part of one step's losses, 0-d tensors. Their sums over ranks are means over the
@@ -67,8 +77,9 @@ class Trigger(Protocol):
     def known_step(self) -> int | None:
         """The termination step if it is fixed in advance, else None."""
 
-    def record(self, losses: StepLosses) -> None:
-        """Record the losses of one step. Must not synchronise with the device."""
+    def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
+        """Record the losses of one step. Must not synchronise with the device. ``skipped``, bool
+        and equal on all ranks: if the step counts for nothing."""
 
     def wants(self, step: int) -> bool:
         """True if ``observe`` is due at the boundary before ``step``."""
@@ -91,7 +102,7 @@ class _Stateless:
     def known_step(self) -> int | None:
         return None
 
-    def record(self, losses: StepLosses) -> None:
+    def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
         """No state to update."""
 
     def state_dict(self, gather: Gather) -> dict[str, Any]:
@@ -145,7 +156,8 @@ class GradientCosineTrigger(_Stateless):
         observation: dict[str, Any] = {"trigger": "gradient_cosine", "gradient_cosine": mean}
         for time, cosine in zip(self.config.times, cosines, strict=True):
             observation[f"gradient_cosine_t{time:g}"] = cosine
-        return Decision(mean < self.config.threshold, observation)
+        terminate = all(map(math.isfinite, cosines)) and mean < self.config.threshold
+        return Decision(terminate, observation)
 
 
 class ResidualPlateauTrigger:
@@ -167,11 +179,12 @@ class ResidualPlateauTrigger:
         )  # the 1 of "1 + feature loss", added after the sum
         self._decays = torch.tensor([config.fast, config.slow], dtype=torch.float64)
         self._averages: Tensor | None = None  # fast and slow, of this rank's part
+        self._skipped: Tensor | int = 0
 
     def known_step(self) -> int | None:
         return None
 
-    def record(self, losses: StepLosses) -> None:
+    def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
         feature_weight, attention_weight = self.weights
         residual = feature_weight * losses.feature + attention_weight * (
             losses.attention - losses.teacher_entropy
@@ -181,7 +194,11 @@ class ResidualPlateauTrigger:
             self._averages = torch.zeros(2, dtype=torch.float64)
         # moved to the losses' device once, because a copy to a GPU waits for its queued work
         self._averages, self._decays = (x.to(value.device) for x in (self._averages, self._decays))
-        self._averages = self._decays * self._averages + (1 - self._decays) * value
+        averages = self._decays * self._averages + (1 - self._decays) * value
+        if skipped is not None:
+            averages = torch.where(skipped, self._averages, averages)
+            self._skipped = self._skipped + skipped
+        self._averages = averages
         self.steps += 1
 
     def wants(self, step: int) -> bool:
@@ -189,7 +206,8 @@ class ResidualPlateauTrigger:
 
     def observe(self, step: int, probe: Probe, sum_over_ranks: Sum) -> Decision:
         fast, slow = self._corrected(sum_over_ranks)
-        agree = abs(fast - slow) <= self.config.tolerance * abs(slow)
+        finite = math.isfinite(fast) and math.isfinite(slow)
+        agree = finite and abs(fast - slow) <= self.config.tolerance * abs(slow)
         return Decision(
             agree,
             {"trigger": "residual_plateau", "residual_fast": fast, "residual_slow": slow},
@@ -199,19 +217,26 @@ class ResidualPlateauTrigger:
         averages = self._averages
         if averages is None:
             averages = torch.zeros(2, dtype=torch.float64)
-        return {"steps": self.steps, "averages": gather(averages)}
+        return {"steps": self._counted_steps(), "averages": gather(averages)}
 
     def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ScatterSaved) -> None:
         self._averages = torch.tensor(scatter_saved(state["averages"]), dtype=torch.float64)
-        self.steps = int(state["steps"])
+        self.steps, self._skipped = int(state["steps"]), 0
+
+    def _counted_steps(self) -> int:
+        """Recorded steps without skipped ones; waits for the device if steps may be skipped."""
+        return self.steps - int(self._skipped)
 
     def _corrected(self, sum_over_ranks: Sum) -> tuple[float, float]:
         """Bias-corrected fast and slow average over all ranks."""
         assert self._averages is not None
         totals = sum_over_ranks(self._averages.clone()).tolist()
         decays = (self.config.fast, self.config.slow)
+        steps = self._counted_steps()
+        if not steps:
+            return math.nan, math.nan
         fast, slow = (
-            total / (1 - decay**self.steps) + self._constant
+            total / (1 - decay**steps) + self._constant
             for total, decay in zip(totals, decays, strict=True)
         )
         return fast, slow

@@ -26,6 +26,13 @@ class DamagedCheckpointError(UserError):
         super().__init__(f"checkpoint '{where}' is damaged: {what}")
 
 
+class NonFiniteCheckpointError(DamagedCheckpointError):
+    """A checkpoint holds numbers that are not finite: its files are whole, its run had died."""
+
+    def __init__(self, where: str | Path, what: str) -> None:
+        UserError.__init__(self, f"checkpoint '{where}' cannot be continued: {what} not finite")
+
+
 class UnfinishedCheckpointError(DamagedCheckpointError):
     """Files of an interrupted upload, which never were a checkpoint."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,16 +65,16 @@ class LocalCheckpoints:
         return self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path, check: Callable[[Path], object] = verify) -> Path | None:
     """The latest valid checkpoint of a run's folder, or ``folder`` itself if it is a checkpoint.
 
-    Its checksums are verified here. None where there is none; raises ``UserError`` where none is
-    valid.
+    Its checksums are verified here, or what else ``check`` examines. None where there is none;
+    raises ``UserError`` where none is valid.
     """
     if (folder / STATE).exists() or (folder.is_dir() and steps_of([folder.name])):
-        verify(folder)
+        check(folder)
         return folder
-    found = latest_valid(LocalCheckpoints(folder, keep=1), folder)
+    found = latest_valid(LocalCheckpoints(folder, keep=1), folder, check)
     return found[1] if found else None
 
 

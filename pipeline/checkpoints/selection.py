@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -61,9 +61,12 @@ def to_prune(steps: Iterable[int], newest: int, keep: int) -> list[int]:
     return earlier[:-keep] + [step for step in steps if step > newest]
 
 
-def latest_valid(checkpoints: Checkpoints, scratch: Path) -> tuple[int, Path] | None:
-    """Step and local folder of the latest checkpoint all of whose checksums are right; None where
-    the run has none yet (an interrupted upload is not a checkpoint).
+def latest_valid(
+    checkpoints: Checkpoints, scratch: Path, check: Callable[[Path], object] = verify
+) -> tuple[int, Path] | None:
+    """Step and local folder of the latest checkpoint that passes ``check``, by default one all of
+    whose checksums are right; None where the run has none yet (an interrupted upload is not a
+    checkpoint).
 
     Damaged ones are logged and skipped. Raises ``UserError`` where all are damaged.
     """
@@ -72,7 +75,7 @@ def latest_valid(checkpoints: Checkpoints, scratch: Path) -> tuple[int, Path] | 
     for step in reversed(steps):
         try:
             folder = checkpoints.fetch(step, scratch)
-            verify(folder)
+            check(folder)
         except DamagedCheckpointError as error:
             _log_damage(error, step, steps)
             damaged = damaged or not isinstance(error, UnfinishedCheckpointError)

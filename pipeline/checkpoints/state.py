@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError, verify, write_state
+from pipeline.checkpoints.integrity import (
+    STATE,
+    DamagedCheckpointError,
+    NonFiniteCheckpointError,
+    verify,
+    write_state,
+)
 from pipeline.checkpoints.store_identity import STREAM
 from schemas.errors import UserError
 from schemas.run import RunConfig
@@ -127,6 +133,23 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedCheckpointError(folder, f"{path.name}: {reason}") from None
     return state
+
+
+def verify_finite(folder: Path) -> None:
+    """``verify``, and that all weights and moments are finite, for a run that trains on from here.
+    Raises ``DamagedCheckpointError``."""
+    verify(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if not file.get_tensor(name).isfinite().all():
+                        raise NonFiniteCheckpointError(folder, f"{name} of {path.name} is")
+        except SafetensorError as error:
+            raise DamagedCheckpointError(folder, f"{path.name}: {error}") from None
+    for state in load_optimizer(folder).get("state", {}).values():
+        if not all(value.isfinite().all() for value in state.values()):
+            raise NonFiniteCheckpointError(folder, f"moments of {OPTIMIZER} are")
 
 
 def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.cli.yaml12 import RepeatedKeyError, load_yaml
 from schemas.alignment import DEFAULT_KIND
 from schemas.errors import UserError, plain_text
 
@@ -18,10 +19,12 @@ def read_yaml(path: str | Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file.resolve() in _seen:
         raise UserError(f"{file}: 'base' leads back to this file")
     try:
-        values = yaml.safe_load(file.read_text())
+        values = load_yaml(file.read_text())
     except OSError as error:
         raise UserError(f"{file}: cannot read this config ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RepeatedKeyError as error:
+        raise UserError(f"{file}: {plain_text(str(error))}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not YAML: {plain_text(str(error))}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):

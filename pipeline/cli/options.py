@@ -1,7 +1,8 @@
 """Command-line options that fill a pydantic model.
 
 One rule for every command: a YAML file gives a nested mapping, ``--a.b VALUE`` overrides one leaf,
-the model gives types, defaults and help.
+the model gives types, defaults and help. Numbers on a command line are decimal: ``018`` is 18,
+``1_000`` is 1000, ``1e3`` is 1000 where an integer is asked for, ``0x10`` and ``1:30`` are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.cli.log_setup import LEVELS
+from pipeline.cli.yaml12 import RepeatedKeyError, UniqueKeyLoader
 from schemas.errors import UserError
 from schemas.validation import (
     M,
@@ -28,6 +30,10 @@ from schemas.validation import (
     union_members,
     validate,
 )
+
+BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})
+"""Words that an option without a needed value takes from the words behind it."""
+ASCII_ANY = re.ASCII | re.IGNORECASE
 
 
 def parse_options(
@@ -71,6 +77,9 @@ def parse_options(
     for file in files:
         values = read_yaml(file)
         check_keys(model, values, where=file)
+        for name, field in leaves.items():
+            if _is_mapping(field.annotation):
+                _check_words(_look_up(values, name, None), f"{file}: {name}")
         given = merge(given, values)
     for name, value in overrides:
         given = merge(given, _nest(name, value))
@@ -170,7 +179,7 @@ def _split_arguments(
             raise UserError(f"unknown option --{option}{hint}; --help lists them all")
         if not equals:
             flag = name in leaves and leaves[name].annotation is bool
-            if flag and (not rest or rest[0].lower() not in {"true", "false"}):
+            if flag and (not rest or rest[0].lower() not in BOOLEANS):
                 value = "true"
             elif not rest or rest[0].startswith("--"):
                 raise UserError(f"option --{option} needs a value")
@@ -190,15 +199,16 @@ def _split_arguments(
                 )
             yield name, None
         elif in_table:
-            yield table, {entry: _parse_scalar(value)}
+            yield table, {entry: _parse_untyped(value, name)}
         else:
-            yield name, _parse_value(value, leaves[name].annotation)
+            yield name, _parse_value(value, leaves[name].annotation, name)
     if several:
         yield places[0], several
 
 
-def _parse_value(text: str, annotation: Any) -> Any:
-    """Convert an argument to the form that pydantic validates for ``annotation``."""
+def _parse_value(text: str, annotation: Any, option: str) -> Any:
+    """Convert an argument to the form that pydantic validates for ``annotation``. Raises
+    ``UserError`` that names ``option``."""
     if _accepts(annotation, str) and not _accepts(annotation, type(None)):
         return text
     if text.lower() in {"null", "none"} and _accepts(annotation, type(None)):
@@ -209,21 +219,73 @@ def _parse_value(text: str, annotation: Any) -> Any:
         if re.search(r"\d\s*-\s*\d", text):  # a range such as 7-11, for the model to read
             return text
         if not text.startswith("["):
-            return [_parse_scalar(part) for part in text.split(",") if part]
-    return _parse_scalar(text)
+            return [_parse_number(part, option) for part in text.split(",")]
+    if text.startswith("[") or _is_mapping(annotation):
+        return _parse_untyped(text, option)
+    return _parse_number(text, option)
 
 
-def _parse_scalar(text: str) -> Any:
+def _parse_number(text: str, option: str) -> int | float | str:
+    """A decimal number, other words as they are. Raises ``UserError`` for NaN."""
+    word = text.strip()
+    if re.fullmatch(r"[+-]?\d+(_\d+)*", word, re.ASCII):
+        return int(word) if len(word) < 400 else text  # Python converts a bounded number of digits
+    if re.fullmatch(r"[+-]?(\d+(_\d+)*\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?\.?inf", word, ASCII_ANY):
+        return float(word.lower().replace(".inf", "inf"))
+    if re.fullmatch(r"[+-]?\.?nan", word, ASCII_ANY):
+        raise UserError(f"option --{_dashed(option)}: '{text}' is not a number")
+    return text
+
+
+def _parse_untyped(text: str, option: str) -> Any:
+    """A word whose type no model knows: a decimal number, true, false, null, text, or a list or
+    mapping of such words in YAML's brackets. Raises ``UserError`` for a word that could be meant
+    as a number or as true or false, and is not written as one."""
+
+    class Loader(UniqueKeyLoader):
+        """Reader of words of a command line."""
+
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            plain = kind is yaml.ScalarNode and implicit[0]
+            return "!word" if plain else super().resolve(kind, value, implicit)
+
+    if not text.strip():
+        return text
+    Loader.add_constructor("!word", lambda loader, node: _parse_word(node.value, option))
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, Loader)
+    except RepeatedKeyError as error:
+        raise UserError(f"option --{_dashed(option)}: {error}") from None
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+
+
+def _parse_word(text: str, option: str) -> Any:
+    constants = {"true": True, "false": False, "null": None, "~": None}
+    word = text.lower()
+    if word in constants:
+        return constants[word]
+    if word in BOOLEANS:
+        raise UserError(
+            f"option --{_dashed(option)}: '{text}' may mean true or false: write one of them, or "
+            f"'\"{text}\"' for the text"
+        )
+    if re.fullmatch(r"[+-]?(0[xob][0-9a-f_]+|\d+(:\d+)+(\.\d*)?)", word, re.ASCII):
+        raise UserError(
+            f"option --{_dashed(option)}: '{text}' is not a decimal number; for the text, write "
+            f"'\"{text}\"'"
+        )
+    return _parse_number(text, option)
+
+
+def _check_words(values: Any, where: str) -> None:
+    """Raises ``UserError`` where values that no model types hold a text such as no, which was false
+    in YAML 1.1 and which Python takes for true."""
+    inner = values.values() if isinstance(values, Mapping) else values
+    for value in inner if isinstance(values, Mapping | list) else ():
+        if isinstance(value, str) and value.lower() in BOOLEANS:
+            raise UserError(f"{where}: '{value}' is a text in YAML 1.2: write true or false")
+        _check_words(value, where)
 
 
 def _nest(name: str, value: Any) -> dict[str, Any]:

@@ -20,9 +20,12 @@ class Ema(Generic[M]):
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: nn.Module, skipped: Tensor | None = None) -> None:
+        """One step. ``skipped``, a bool on the device: if the average stays as it is."""
         averages: list[Tensor] = list(self.module.parameters())
         weights: list[Tensor] = [p.data for p in module.parameters()]
+        if skipped is not None:
+            weights = [torch.where(skipped, e, w) for e, w in zip(averages, weights, strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.checkpoints.remote import RemoteCheckpoints
 from pipeline.checkpoints.selection import Checkpoints
+from pipeline.cli.yaml12 import dump_yaml
 from pipeline.runs.evaluations import EVALUATIONS, add_rows
 from pipeline.storage.files import (
     absolute_url,
@@ -28,7 +28,7 @@ from pipeline.storage.files import (
     write_atomic,
 )
 from pipeline.storage.redaction import redacted_config
-from schemas.errors import StoppedError, UserError
+from schemas.errors import NonFiniteError, StoppedError, UserError
 from schemas.run import RunConfig
 
 METRICS = "metrics.jsonl"
@@ -79,7 +79,7 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if not self._local:
-            if self._owner and (error is None or isinstance(error, StoppedError)):
+            if self._owner and isinstance(error, StoppedError | NonFiniteError | None):
                 self.publish()
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -127,7 +127,7 @@ class RunFolder:
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write the resolved config, without credentials, to a local run folder."""
     values = redacted_config(config.model_dump(mode="json"))
-    _write(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+    _write(folder / CONFIG, dump_yaml(values))
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

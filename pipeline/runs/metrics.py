@@ -22,6 +22,8 @@ NO_DISTANCE = "no evaluation"
 """Event of a row with the reason why there is no such distance."""
 BROKEN_SAMPLES = "broken samples"
 """Event of a row with the number of pictures of a grid that are not finite."""
+NOT_FINITE = "not finite"
+"""Event of a row with the reason why a run stopped: losses or weights that are not finite."""
 
 
 class MetricsLog:
@@ -71,6 +73,7 @@ class MetricsLog:
             for name in ("denoising", "feature", "attention")
             if name in row
         ]
+        parts += [f"{row['skipped_steps']} steps skipped"] if row.get("skipped_steps") else []
         parts += [f"{rate:.2f} steps/s", f"data wait {row['data_wait_share']:.0%}"]
         return "  ".join(
             [*parts, f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"]

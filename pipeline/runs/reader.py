@@ -15,9 +15,10 @@ import yaml
 
 from pipeline.checkpoints.integrity import STATE, parse_state_json
 from pipeline.checkpoints.selection import checkpoint_name, steps_of
+from pipeline.cli.yaml12 import load_yaml
 from pipeline.runs.directory import CONFIG, METRICS, SAMPLES, SUMMARY
 from pipeline.runs.evaluations import EVALUATIONS
-from pipeline.runs.metrics import BROKEN_SAMPLES, EVALUATION, NO_DISTANCE
+from pipeline.runs.metrics import BROKEN_SAMPLES, EVALUATION, NO_DISTANCE, NOT_FINITE
 from pipeline.storage.files import (
     absolute_url,
     is_local,
@@ -153,9 +154,10 @@ def _read_metrics(record: Record) -> None:
     rows = _read_rows(record, METRICS)
     record.rows = _by_step({r["step"]: r for r in rows if "event" not in r}.values())  # last wins
     events = _by_step(row for row in rows if isinstance(row.get("event"), str))
-    others = {EVALUATION, NO_DISTANCE, BROKEN_SAMPLES}  # evaluations have a file of their own
+    # evaluations have a file of their own
+    others = {EVALUATION, NO_DISTANCE, BROKEN_SAMPLES, NOT_FINITE}
     record.events = [row for row in events if row["event"] not in others]
-    for kind in (NO_DISTANCE, BROKEN_SAMPLES):
+    for kind in (NO_DISTANCE, BROKEN_SAMPLES, NOT_FINITE):
         found = [row for row in events if row["event"] == kind]
         if found:
             reason = plain_text(str(found[0].get("reason", "")))[:200]
@@ -214,7 +216,7 @@ def _read_config(record: Record, names: set[str]) -> None:
         record.warnings.append(f"there is no {CONFIG}: the run's options are unknown")
         return
     try:
-        values = yaml.safe_load(_read(record, CONFIG))
+        values = load_yaml(_read(record, CONFIG))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         record.warnings.append(f"{CONFIG} cannot be read: {plain_text(str(error))[:160]}")
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.alignment.termination import Trigger, make_trigger
+from pipeline.checkpoints.integrity import NonFiniteCheckpointError
 from pipeline.checkpoints.state import CheckpointState, load_optimizer, load_weights, read_state
 from pipeline.checkpoints.store_identity import check_store_identity, store_identity
 from pipeline.distributed.process_group import ProcessGroup
@@ -17,6 +18,7 @@ from pipeline.runs.directory import write_config
 from pipeline.runs.metrics import MetricsLog
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.reading.batch_loader import loader_options
+from pipeline.train.finite import all_finite
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.profiler import StepTrace
 from pipeline.train.step_meter import PhaseClock, StepMeter, Throughput
@@ -155,6 +157,9 @@ def _load_trainer(folder: Path, state: CheckpointState, trainer: Trainer) -> Non
             "optimizer": load_optimizer(folder),
         }
     )
+    for name, tensors in trainer.tensors().items():
+        if not all_finite(tensors, trainer.group.device):
+            raise NonFiniteCheckpointError(folder, f"its {name} is")
 
 
 def _open_loader(

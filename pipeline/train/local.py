@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
+from pipeline.checkpoints.state import verify_finite
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import StopSignals
 from pipeline.train.loop import train
@@ -24,7 +25,7 @@ def train_here(
     checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
     with StopSignals() as signals:
         try:
-            resume = latest_checkpoint(folder)
+            resume = latest_checkpoint(folder, verify_finite)
             return train(config, folder, checkpoints.save, group=group, resume=resume, poll=signals)
         except StoppedError as stop:
             raise StoppedError(str(stop), signals.exit_code) from None

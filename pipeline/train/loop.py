@@ -8,16 +8,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from pipeline.alignment.termination import StepLosses
+from pipeline.alignment.termination import Decision, StepLosses
 from pipeline.checkpoints.state import CheckpointContents, read_state
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import PollRequest, StopRequest, no_request
 from pipeline.runs.compatibility import resolve_run
 from pipeline.runs.directory import write_summary
+from pipeline.runs.metrics import NOT_FINITE
 from pipeline.storage.redaction import redacted_config
 from pipeline.store import Store
 from pipeline.train.assembly import RunParts, build_run
-from schemas.errors import StoppedError
+from pipeline.train.finite import FiniteWatch
+from schemas.errors import NonFiniteError, StoppedError
 from schemas.run import RunConfig
 
 SaveCheckpoint = Callable[[int, CheckpointContents], None]
@@ -77,6 +79,7 @@ class TrainingLoop:
         self.trainer = parts.trainer
         self.group = parts.group
         self.meter = parts.meter
+        self.finite = FiniteWatch(parts.group, self.config.train.max_skipped)
         self.save_checkpoint = save_checkpoint
         self.saved_step = parts.trainer.step
         self.validated_step = parts.progress.validated_step
@@ -87,7 +90,8 @@ class TrainingLoop:
         self._paused = False
 
     def run_to_end(self) -> dict[str, Any]:
-        """Train up to ``config.steps``. Returns the summary; raises ``StoppedError``."""
+        """Train up to ``config.steps``. Returns the summary; raises ``StoppedError`` and
+        ``NonFiniteError``."""
         config, trainer, parts = self.config, self.trainer, self.parts
         batches = iter(parts.loader)
         self.meter.restart_clock()
@@ -103,9 +107,11 @@ class TrainingLoop:
             if batch.step != trainer.step:
                 raise RuntimeError(f"batch of step {batch.step} at step {trainer.step}")
             result = trainer.train_step(batch)
-            self.meter.add(result, waited)
+            self.finite.note(trainer.step, result, trainer.skipped)
+            self.meter.add(result, waited, trainer.skipped)
             if trainer.aligned:
-                parts.trigger.record(StepLosses(*(result[1:4] / config.global_batch)))
+                losses = result[1:4] / config.global_batch
+                parts.trigger.record(StepLosses(*losses), trainer.skipped)
             parts.clock.tick(1 if trainer.aligned else 2)
             if trainer.step % config.log_every == 0 or trainer.step == config.steps:
                 self._log_row()
@@ -132,7 +138,10 @@ class TrainingLoop:
             return
         if trainer.step % self.config.log_every and self.meter.steps:
             self._log_row()  # so that no row mixes the phases or times a measurement
+        self._require_finite()
         decision = trigger.observe(trainer.step, self.parts.probe, self.group.sum)
+        if decision.not_finite:
+            decision = self._no_decision(decision)
         config = self.config.alignment.termination
         terminates = decision.terminate and config is not None and not config.dry
         event = "trigger observation"
@@ -144,6 +153,35 @@ class TrainingLoop:
         self.meter.restart()
         self.parts.clock.pause()
 
+    def _no_decision(self, decision: Decision) -> Decision:
+        """An observation of numbers that are not finite ends the run, or where bad steps are
+        skipped decides nothing."""
+        broken = decision.not_finite
+        reason = f"the trigger's {', '.join(broken)} after step {self.trainer.step} is not finite"
+        if self.config.train.on_nan == "stop":
+            raise self._stopped(reason)
+        return Decision(
+            False, {**decision.observation, **dict.fromkeys(broken), "reason": f"{reason}: ignored"}
+        )
+
+    def _require_finite(self, *, weights: bool = False) -> None:
+        """Raises ``NonFiniteError`` on all ranks if any step so far, or with ``weights`` anything
+        that a checkpoint would hold, is not finite. Waits for the device."""
+        try:
+            self.finite.check(self.trainer.tensors() if weights else {})
+        except NonFiniteError as error:
+            raise self._stopped(str(error)) from None
+
+    def _stopped(self, reason: str) -> NonFiniteError:
+        """The error of a run that cannot go on, with a row in the metrics."""
+        saved = self.saved_step
+        advice = "give a lower --optimizer.learning-rate under another --name"
+        if self.config.train.on_nan == "stop":
+            advice += ", or --train.on-nan skip_step if single batches are the cause"
+        newest = f"its newest checkpoint is of step {saved}" if saved else "it has no checkpoint"
+        self._log_event({"event": NOT_FINITE, "reason": reason})
+        return NonFiniteError(f"run '{self.config.name}' stopped: {reason}; {newest}; {advice}")
+
     def _terminate(self, evidence: Mapping[str, Any]) -> None:
         """End the alignment on this rank: after this, no byte of a teacher stream is read."""
         self.parts.loader.close_streams(self.parts.teacher_streams)
@@ -151,6 +189,7 @@ class TrainingLoop:
         self.bytes_at_termination = self._bytes_now()
 
     def _log_row(self) -> None:
+        self._require_finite()
         row: dict[str, Any] = {"step": self.trainer.step, "phase": 1 if self.trainer.aligned else 2}
         row.update(self.meter.take(self._measured_losses()))
         row.update(self.parts.throughput.rates(row["images_per_second"]))
@@ -173,6 +212,7 @@ class TrainingLoop:
         step, validator = self.trainer.step, self.parts.validator
         if validator is None or not validator.due(step):
             return
+        self._require_finite(weights=True)
         with self._outside_training():
             pause = self._save_or_stop_if_requested
             for event in validator.run(self.trainer.ema.module, step, pause):
@@ -210,6 +250,7 @@ class TrainingLoop:
         return counts
 
     def _save(self) -> None:
+        self._require_finite(weights=True)
         contents = self._checkpoint()
         with self._outside_training():
             self.save_checkpoint(self.trainer.step, contents)

@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.checkpoints.integrity import verify
 from pipeline.checkpoints.selection import Checkpoints, latest_valid
-from pipeline.checkpoints.state import CheckpointContents
+from pipeline.checkpoints.state import CheckpointContents, verify_finite
 from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.ray_cluster import require, total
@@ -303,7 +303,7 @@ def _latest(
     one is fetched, and verified, by one worker of each node."""
     scratch = Path(tempfile.gettempdir())
     scratch /= f"haste-checkpoint-{group.broadcast_int(random.getrandbits(48))}"
-    found = latest_valid(checkpoints, scratch) if group.is_main else None
+    found = latest_valid(checkpoints, scratch, verify_finite) if group.is_main else None
     step = group.broadcast_int(-1 if found is None else found[0])
     if step < 0:
         yield None

@@ -22,6 +22,7 @@ class StepMeter:
         self.group = group
         self.global_batch = global_batch
         self._sums: Tensor | None = None
+        self._skipped: Tensor | None = None  # steps that count for no mean, on the device
         self.steps = 0
         self._timed_steps = 0  # steps of this process only
         self._waited = 0.0
@@ -29,8 +30,12 @@ class StepMeter:
         self.seconds = 0.0
         """Duration of the last row."""
 
-    def add(self, losses_and_norm: Tensor, waited: float) -> None:
-        """Add the result of ``Trainer.train_step``, and the seconds spent waiting for data."""
+    def add(self, losses_and_norm: Tensor, waited: float, skipped: Tensor | None = None) -> None:
+        """Add the result of ``Trainer.train_step``, the seconds spent waiting for data, and
+        ``Trainer.skipped``."""
+        if skipped is not None:
+            losses_and_norm = torch.where(skipped, 0, losses_and_norm)
+            self._skipped = skipped.long() if self._skipped is None else self._skipped + skipped
         self._sums = losses_and_norm if self._sums is None else self._sums + losses_and_norm
         self.steps += 1
         self._timed_steps += 1
@@ -46,10 +51,15 @@ class StepMeter:
         world = self.group.world_size
         row: dict[str, float] = {}
         *sums, norms, waits = values
-        for name, total in zip(LOSSES, sums, strict=True):
-            if name in names:
-                row[name] = total / (self.steps * self.global_batch)
-        row["grad_norm"] = norms / (self.steps * world)  # the same on every rank
+        skipped = 0 if self._skipped is None else int(self._skipped)
+        measured = self.steps - skipped
+        if measured:
+            for name, total in zip(LOSSES, sums, strict=True):
+                if name in names:
+                    row[name] = total / (measured * self.global_batch)
+            row["grad_norm"] = norms / (measured * world)  # the same on every rank
+        if self._skipped is not None:
+            row["skipped_steps"] = skipped
         row["steps_per_second"] = self._timed_steps / seconds
         row["images_per_second"] = self._timed_steps * self.global_batch / seconds
         row["data_wait_share"] = min(waits / (world * seconds), 1.0)
@@ -66,14 +76,15 @@ class StepMeter:
 
     def restart(self) -> None:
         """Drop all sums; measure time from now on."""
-        self._sums, self.steps, self._waited = None, 0, 0.0
+        self._sums, self._skipped, self.steps, self._waited = None, None, 0, 0.0
         self._timed_steps = 0
         self.restart_clock()
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of the row that is not written yet. Every rank calls it."""
         sums = None if self._sums is None else self.group.gather(self._sums)
-        return {"steps": self.steps, "sums": sums}
+        skipped = {} if self._skipped is None else {"skipped": int(self._skipped)}
+        return {"steps": self.steps, "sums": sums, **skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the row of ``state_dict()``. Its rates are those of the steps from now on."""
@@ -83,6 +94,8 @@ class StepMeter:
             norms = state["sums"][0][-1]  # not a sum over ranks: each adds the same norm
             self._sums = torch.tensor([*sums, norms], device=self.group.device)
             self.steps = int(state["steps"])
+        if "skipped" in state:
+            self._skipped = torch.tensor(int(state["skipped"]), device=self.group.device)
 
 
 class PhaseClock:

@@ -58,6 +58,9 @@ class Trainer:
         self.step = 0
         self.aligned = config.alignment.active
         self.termination: dict[str, Any] | None = None
+        self.skipped: Tensor | None = None
+        """If the last step was skipped: bool, on the device, equal on all ranks. None unless
+        ``train.on_nan`` is skip_step."""
 
         teacher = None
         if config.alignment.active:
@@ -110,13 +113,27 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.module.parameters(), config.optimizer.max_grad_norm
         )
-        self.optimizer.step()
+        result = torch.cat([losses, norm.detach().view(1)])
+        if config.train.on_nan == "skip_step":
+            broken = (~result.isfinite()).any().float()
+            self.skipped = self.group.sum(broken) > 0
+        self._optimizer_step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.module.student)
+        self.ema.update(self.module.student, self.skipped)
         if self.module.projector is not None and self.projector_ema is not None:
-            self.projector_ema.update(self.module.projector)
+            self.projector_ema.update(self.module.projector, self.skipped)
         self.step += 1
-        return torch.cat([losses, norm.detach().view(1)])
+        return result
+
+    def _optimizer_step(self) -> None:
+        """AdamW's step, without effect where ``skipped``."""
+        if self.skipped is None:
+            self.optimizer.step()
+        elif self.optimizer.param_groups[0]["fused"]:  # as a gradient scaler does
+            self.optimizer.found_inf = self.skipped.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not self.skipped:  # waits for the device, as the plain form has no such flag
+            self.optimizer.step()
 
     def _accumulate(self, batch: Batch, draws: SampleNoise) -> Tensor:
         """Add the gradients of some samples; their sums of ``LOSSES``, (4,)."""
@@ -173,6 +190,15 @@ class Trainer:
             modules["projector"] = self.projector
             modules["projector_ema"] = self.projector_ema.module
         return modules
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Tensors of everything that a checkpoint holds, by a name for messages."""
+        found = {
+            f"{name.replace('_', ' ')} weights": list(module.state_dict().values())
+            for name, module in self.modules().items()
+        }
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return {**found, "optimizer state": moments}
 
     def state_dict(self) -> dict[str, Any]:
         """State beside the modules: step, termination and AdamW's state."""

@@ -71,8 +71,8 @@ class RunEvaluation:
 
     def measure(self, student: SiT, step: int, pause: Pause) -> dict[str, Any]:
         """Every rank calls this. Returns, on the main rank, the event for the metrics, and adds a
-        row to ``evaluations.jsonl``; no row where the samples have no distance, because a student
-        that diverged must not end the run."""
+        row to ``evaluations.jsonl``; no row where the samples have no distance, because samples
+        that overflow do not end a run whose weights are finite."""
         sampler, group = self.sampler, self.sampler.group
         # with one common shift, sums can be added over the workers
         found = FeatureStatistics(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.cli.options import leaf_fields, parse_options
+from pipeline.cli.yaml12 import dump_yaml, load_yaml
 from schemas.alignment import FixedStep, ResidualPlateau
 from schemas.errors import UserError, plain_text
 from schemas.extract import PRESETS, ExtractConfig
@@ -145,6 +148,249 @@ def test_layers_are_lists_and_ranges(text: str, layers: tuple[int, ...]) -> None
 @pytest.mark.parametrize("text", ["11-7", "a", "", "3,1", "[1,", "-1", "0-100000"])
 def test_layers_that_make_no_sense_are_refused(text: str) -> None:
     assert "layers" in complaint(extraction, f"--layers={text}")
+
+
+def value_of(config: Any, path: str) -> Any:
+    for part in path.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("steps", "018", 18),
+        ("steps", "010", 10),
+        ("steps", "+5", 5),
+        ("steps", "1_000", 1000),
+        ("steps", "1e3", 1000),
+        ("steps", "1.5e3", 1500),
+        ("steps", " 7 ", 7),
+        ("seed", "-007", -7),
+        ("seed", "9007199254740993", 9007199254740993),
+        ("workers.min_count", "01", 1),
+        ("optimizer.eps", ".5", 0.5),
+        ("optimizer.eps", "5.", 5.0),
+        ("optimizer.eps", "010.5", 10.5),
+        ("optimizer.eps", "08", 8.0),
+        ("optimizer.max_grad_norm", "inf", math.inf),
+        ("optimizer.max_grad_norm", ".inf", math.inf),
+        ("optimizer.betas", "0.010,00.9", (0.01, 0.9)),
+        ("optimizer.betas", "[.010, 0.9]", (0.01, 0.9)),
+        ("samples.classes", "010-012", (10, 11, 12)),
+        ("samples.classes", "010,012", (10, 12)),
+        ("samples.classes", "010, 08-09", (10, 8, 9)),
+        ("samples.classes", "[010, 011]", (10, 11)),
+        ("samples.classes", "017", (17,)),
+        ("samples.classes", "1_000-1_001", (1000, 1001)),
+        ("name", "018", "018"),
+        ("store", "1:30", "1:30"),
+        ("store", "2020-01-01", "2020-01-01"),
+        ("data.verify", "off", False),
+        ("data.verify", "no", False),
+        ("data.verify", "yes", True),
+        ("data.verify", "On", True),
+        ("compute.compile", "off", "off"),
+        ("compute.compile", "on", "on"),
+    ],
+)
+def test_numbers_on_a_command_line_are_decimal(path: str, text: str, value: object) -> None:
+    found = value_of(training(f"--{path}", text), path)
+    assert found == value
+    assert type(found) is type(value)
+    assert value_of(training(f"--{path}={text}"), path) == value
+
+
+@pytest.mark.parametrize("path", ["steps", "optimizer.eps", "samples.classes", "workers.min_count"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1:30",
+        "0x10",
+        "0b1",
+        "0o17",
+        "1__0",
+        "_1",
+        "yes",
+        "on",
+        "true",
+        "~",
+        "",
+        "2020-01-01",
+        "nan",
+        "NaN",
+        ".nan",
+        "1:2-1:4",
+        "0x1-0x3",
+        "٣",
+        "1,,2",
+        "1,2,",
+        "--1",
+        "1 2",
+        "1-2-3",
+        "1_-2",
+        "1e2-1e3",
+    ],
+)
+def test_words_that_are_not_decimal_numbers_are_refused(path: str, text: str) -> None:
+    message = complaint(training, f"--{path}={text}")
+    assert path.rpartition(".")[2].replace("_", "-") in message.replace("_", "-")
+
+
+@pytest.mark.parametrize("text", ["inf", "nan", "1e400"])
+@pytest.mark.parametrize(
+    "path",
+    ["optimizer.learning_rate", "optimizer.betas", "data.memory_gb", "samples.sampler.guidance"],
+)
+def test_numbers_that_are_not_finite_are_refused(path: str, text: str) -> None:
+    assert complaint(training, f"--{path}", f"0.9,{text}" if path.endswith("betas") else text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("018", 18),
+        ("1e3", 1000.0),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("none", "none"),
+        ("2020-01-01", "2020-01-01"),
+        ("[010, 1_0]", [10, 10]),
+        ("{a: 010, b: [1e-3]}", {"a": 10, "b": [0.001]}),
+        ("'010'", "010"),
+        ('"1:30"', "1:30"),
+        ("token", "token"),
+    ],
+)
+def test_words_without_a_type(text: str, value: object) -> None:
+    config = extraction(f"--teacher.model-args.x={text}")
+    assert config.teacher.model_args["x"] == value
+    assert type(config.teacher.model_args["x"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1:30", "0x10", "0b1", "0o17", "yes", "Off", "[1, no]", "{a: 0x1F}", "{a: 1:30}", "nan"],
+)
+def test_words_without_a_type_that_may_mean_another_thing_are_refused(text: str) -> None:
+    message = complaint(extraction, f"--teacher.model-args.x={text}")
+    assert message.startswith("option --teacher.model-args.x: '")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("steps: 017", "steps", 17),
+        ("steps: 018", "steps", 18),
+        ("steps: 0o17", "steps", 15),
+        ("steps: 0x10", "steps", 16),
+        ("steps: 1e3", "steps", 1000),
+        ("optimizer: {eps: 1e-3}", "optimizer.eps", 1e-3),
+        ("optimizer: {eps: .5}", "optimizer.eps", 0.5),
+        ("optimizer: {max_grad_norm: .inf}", "optimizer.max_grad_norm", math.inf),
+        ("compute: {compile: on}", "compute.compile", "on"),
+        ("compute: {compile: off}", "compute.compile", "off"),
+        ("name: off", "name", "off"),
+        ("store: 2020-01-01", "store", "2020-01-01"),
+        ("store: 1:30", "store", "1:30"),
+        ("data: {verify: false}", "data.verify", False),
+        ("data: {verify: no}", "data.verify", False),
+        ("samples: {classes: 010-012}", "samples.classes", (10, 11, 12)),
+        ("samples: {classes: [010, 0o17]}", "samples.classes", (10, 15)),
+        ("wandb: ~", "wandb", None),
+        ("wandb:", "wandb", None),
+        ("data: &d {window: 3}", "data.window", 3),
+        ("data: {<<: {window: 3, prefetch: 4}, window: 5}", "data.window", 5),
+    ],
+)
+def test_yaml_follows_version_1_2(yaml_file: Any, text: str, path: str, value: object) -> None:
+    found = value_of(training("--config", yaml_file(text)), path)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps: 1:30",
+        "steps: yes",
+        "steps: true",
+        "steps: 0b11",
+        "steps: 2020-01-01",
+        "name: 017",
+        "samples: {classes: 1:30}",
+        "samples: {classes: true}",
+        "optimizer: {eps: on}",
+    ],
+)
+def test_yaml_of_version_1_1_is_refused(yaml_file: Any, text: str) -> None:
+    assert complaint(training, "--config", yaml_file(text)).startswith(yaml_file(text))
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off", "No"])
+def test_a_text_that_counts_as_true_is_refused_among_arguments(yaml_file: Any, word: str) -> None:
+    for value in (word, f"[1, {word}]", f"{{x: {word}}}"):
+        file = yaml_file(f"teacher: {{model_args: {{no: 1, qkv_bias: {value}}}}}")
+        message = complaint(extraction, "--config", file)
+        assert message.startswith(f"{file}: teacher.model_args: '{word}' is a text")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 3\nseed: 1\nsteps: 4", "key 'steps' is there twice, on lines 1 and 3"),
+        ('optimizer:\n  eps: 1\n  "eps": 2', "key 'eps' is there twice, on lines 2 and 3"),
+        ("data: {window: 2, window: 2}", "key 'window' is there twice, on lines 1 and 1"),
+    ],
+)
+def test_a_repeated_key_is_named(yaml_file: Any, text: str, message: str) -> None:
+    file = yaml_file(text)
+    assert complaint(training, "--config", file) == f"{file}: {message}"
+    message = complaint(extraction, "--teacher.model-args={depth: 1, depth: 2}")
+    assert message.startswith("option --teacher.model-args: key 'depth' is there twice")
+
+
+def test_merged_keys_are_not_repeated_ones(yaml_file: Any) -> None:
+    """A merged mapping is itself merged into another."""
+    text = """
+x: &a {samples: 3}
+y: &b {<<: *a, samples: 4}
+z: {<<: *b, samples: 5}
+w: {<<: *b}
+"""
+    assert load_yaml(text) == {n: {"samples": s} for n, s in zip("xyzw", (3, 4, 5, 4), strict=True)}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *[
+            "018",
+            "0o17",
+            "0x1F",
+            "1e3",
+            "1:30",
+            "on",
+            "no",
+            "~",
+            "",
+            "null",
+            "2020-01-01",
+            "1_000",
+            ".5",
+            "text",
+        ],
+        *(True, None, 17, 0.1, 1e-8, 1e30, math.inf, [1, "1"]),
+    ],
+)
+def test_both_versions_of_yaml_read_what_is_written(value: object) -> None:
+    text = dump_yaml({"key": value})
+    for read in (load_yaml, yaml.safe_load):
+        (found,) = read(text).values()
+        assert found == value
+        assert type(found) is type(value)
 
 
 def test_entries_of_a_table_add_up() -> None:

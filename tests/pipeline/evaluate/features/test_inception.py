@@ -54,7 +54,6 @@ def _torch_fidelity(weights: Path, sets: list[torch.Tensor], **metrics: Any) -> 
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weights),
         cuda=False,
-        samples_shuffle=False,
         verbose=False,
         cache=False,
         save_cpu_ram=True,
