@@ -47,8 +47,8 @@ class Updater:
         clip: float = math.inf,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        """``name`` of what is trained, for messages; ``parameters``: groups with their weight decay, or tensors without one. ``clip``: largest
-        norm of the gradient."""
+        """``name``: of the network, for messages. ``parameters``: groups with their weight decay,
+        or tensors without one. ``clip``: largest norm of the gradient."""
         self.optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=0.0)
         self.name, self.schedule, self.clip = name, schedule, clip
         self._start = time.perf_counter()
@@ -71,8 +71,8 @@ class Updater:
             value, seconds = loss.item(), time.perf_counter() - self._start
             if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"the {self.name}'s loss is not finite at step {step} (first at one of the last "
-                    f"{LOG_EVERY} steps): give a lower learning rate"
+                    f"the {self.name}'s loss is not finite at step {step} (first at one of the "
+                    f"last {LOG_EVERY} steps): give a lower learning rate"
                 )
             logger.info("%s: step %5d  loss %.4f  %.0f s", self.name, step, value, seconds)
 
