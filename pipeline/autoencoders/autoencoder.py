@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.hashing import sha256_of_module
+from pipeline.precision import check_finite
 from schemas.errors import UserError, plain_text
 from schemas.store import AutoencoderInfo
 
@@ -25,6 +26,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.name = name
         self.model, self.kind = _load(name, option)
+        check_finite(self.model.state_dict(), f"{option} '{name}'")
         self.weights_sha256 = sha256_of_module(self.model)
         self.scaling_factor = float(self.model.config.scaling_factor)
         self.shift_factor = float(getattr(self.model.config, "shift_factor", None) or 0.0)

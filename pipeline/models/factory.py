@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.models.dit import DiT
 from pipeline.models.sit import SiT
 from schemas.student import StudentConfig
@@ -9,6 +11,6 @@ from schemas.student import StudentConfig
 STUDENTS = {"SiT": SiT, "DiT": DiT}
 
 
-def make_student(config: StudentConfig) -> SiT:
-    """A newly initialised network of type ``config.model``."""
-    return STUDENTS[config.family](config)
+def make_student(config: StudentConfig, **variant: Any) -> SiT:
+    """A newly initialised network of type ``config.model``; ``variant``: keywords of ``SiT``."""
+    return STUDENTS[config.family](config, **variant)

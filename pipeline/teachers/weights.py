@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.assets import DEMO_TEACHER
+from pipeline.text import unpickling_fault
 from schemas.errors import UserError, plain_text
 from schemas.extract import TeacherConfig
 
@@ -103,8 +104,8 @@ def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message advises to run the code
-        reason = "damaged, or more than tensors: no code is run"
+    except pickle.UnpicklingError as error:
+        reason = unpickling_fault(error)
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except (OSError, RuntimeError, EOFError) as error:
         reason = plain_text(str(error))[:200]
