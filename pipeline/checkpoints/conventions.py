@@ -120,10 +120,12 @@ def count_classes(rows: int, args: Mapping[str, Any], option: int | None) -> tup
     said = args.get("num_classes")
     if said is None:
         classes = rows - 1 if option is None else option
-    elif isinstance(said, int) and (option is None or option == said):
-        classes = said
+    elif not isinstance(said, int):
+        raise ValueError(f"its args say num_classes {said!r}, which is not a number")
+    elif option not in (None, said):
+        raise ValueError(f"its args say num_classes {said}, --num-classes says {option}")
     else:
-        raise ValueError(f"its args say num_classes {said!r}, --num-classes says {option}")
+        classes = said
     if classes < 1 or rows - classes not in (0, 1):
         raise ValueError(f"its label table has {rows} rows, for {classes} classes")
     return classes, rows > classes

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoints.conventions import (
@@ -74,6 +75,8 @@ def _exported_run(content: Any, path: Path) -> ExportedRun | None:
 
 def _load(path: Path) -> Any:
     try:
+        if path.suffix == ".safetensors":  # weights alone
+            return load_file(path)
         # HASTE and REPA store the command line under 'args'
         with torch.serialization.safe_globals([argparse.Namespace]):
             # memory-mapped, because two thirds of such a file are optimizer state
@@ -105,11 +108,15 @@ def _choose_weights(content: Any, path: Path, weights: str) -> Parts:
             f"checkpoint '{path}' is neither a state dict nor a mapping with 'model' and 'ema' "
             f"(found {_keys(content)})"
         )
-    return split_state(state)
+    try:
+        return split_state(state)
+    except ValueError as error:
+        raise UserError(f"checkpoint '{path}': {error}") from None
 
 
 def split_state(state: Mapping[str, Tensor]) -> Parts:
-    """Split into student and projector, under this project's names."""
+    """Split into student and projector, under this project's names. Raises ``ValueError`` where two
+    weights differ by a prefix only."""
     student: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -117,7 +124,7 @@ def split_state(state: Mapping[str, Tensor]) -> Parts:
             name = name.partition(".")[2]
         part = projector if name.startswith(PROJECTOR) else student
         if name.removeprefix(PROJECTOR) in part:
-            raise UserError(f"a checkpoint has two weights of the name {name}")
+            raise ValueError(f"two of its weights have the name {name}")
         part[name.removeprefix(PROJECTOR)] = tensor
     return Parts(student, projector)
 

@@ -52,10 +52,15 @@ def draw_images(
     precision: Arithmetic = "float32",
 ) -> Tensor:
     """uint8 (B, 3, R, R) on the CPU. Image i depends only on the seed, ``first_index + i`` and its
-    label, so that any split into batches or workers draws the same images."""
+    label, so that any split into batches or workers draws the same images. Raises ``UserError``
+    where the latents are not finite."""
     latents = draw_latents(
         student, labels, config, path=path, first_index=first_index, precision=precision
     )
+    if not latents.isfinite().all():
+        raise UserError(
+            f"latents are not finite: has the training diverged? (precision {precision})"
+        )
     with arithmetic(precision):
         return decode_scaled(autoencoder, latents).cpu()
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor, nn
 
@@ -226,7 +227,11 @@ def test_weights_alone_are_drawn_as_the_options_say(
     options = FileOptions.model_validate(
         {"checkpoint_format": form, "path_type": "cosine", "prediction": prediction}
     )
-    student = student_from_file(save(tmp_path, state), "SiT-S/2", options=options).eval()
+    path = save(tmp_path, state)
+    if form == "sit":  # another kind of file
+        path = tmp_path / "weights.safetensors"
+        save_file(state, path)
+    student = student_from_file(path, "SiT-S/2", options=options).eval()
     latents = draw_latents(student, LABELS, SamplerConfig(method="ode", steps=STEPS))
     arguments = {"repa": form == "repa", "method": "ode", "guidance": 1.0}
     right = integrate(network(state), "cosine", prediction, **arguments)
@@ -328,6 +333,12 @@ REFUSED: dict[str, Refusal] = {
     "DiT's args": (with_sigma, argparse.Namespace(model="DiT-S/2"), {}, "model DiT-S/2"),
     "more classes than rows": (dict, repa_args(num_classes=7), {}, "has 6 rows, for 7 classes"),
     "fewer classes than rows": (dict, repa_args(num_classes=4), {}, "has 6 rows, for 4 classes"),
+    "the same weight twice": (
+        changed(lambda state: state.update({"module.pos_embed": state["pos_embed"]})),
+        repa_args(),
+        {},
+        "two of its weights have the name pos_embed",
+    ),
     "a number in words": (dict, repa_args(num_classes="5"), {}, "num_classes '5'"),
     "one row": (rows(1), with_sigma, {}, "has 1 rows, for 0 classes"),
     "no norms": (dict, repa_args(qk_norm=True), {}, "say qk_norm, and its blocks have no norms"),
