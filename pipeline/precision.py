@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from schemas.errors import UserError
 from schemas.extract import Precision
@@ -64,3 +65,14 @@ def arithmetic(precision: Arithmetic) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, convolution.allow_tf32 = before
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises ``UserError`` naming a weight from ``where`` that is not finite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"{where}: {count} of {tensor.numel()} numbers of {name} are not finite; use "
+                "weights from before the training diverged"
+            )

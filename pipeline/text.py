@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def describe_bytes(count: float) -> str:
     """A number of bytes with three digits and a unit."""
@@ -46,3 +48,11 @@ def short_value(value: object, length: int = 80) -> str:
         return "none"
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def unpickling_fault(error: Exception) -> str:
+    """Reason why ``torch.load(weights_only=True)`` refuses a file; its own message advises to run
+    the code in the file."""
+    found = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
+    held = f"it holds a {found[1]}" if found else "damaged, or more than tensors"
+    return f"{held}: no code is run"

@@ -9,9 +9,22 @@ from pydantic import Field, model_validator
 from schemas.base import Strict
 
 Path = Literal["linear", "cosine"]
+Prediction = Literal["velocity", "noise", "score"]
 
 DDPM_STEPS = 1000
 """Timesteps of the diffusion that DiT is trained on."""
+
+
+class Convention(Strict):
+    """Meaning of a SiT's time and output."""
+
+    path: Path = "linear"
+    """The interpolant between data and noise."""
+    prediction: Prediction = "velocity"
+    """Output of the network; the velocity is the derivative by the network's time."""
+    data_time: Literal[0, 1] = 0
+    """The network's time at data; noise is at the other end. 0 in REPA, HASTE and here, 1 in SiT's
+    own repository."""
 
 
 class DiffusionConfig(Strict):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from schemas.base import Strict
-from schemas.diffusion import Path, SamplerConfig
+from schemas.diffusion import Convention, Path, Prediction, SamplerConfig
 from schemas.extract import Precision
 from schemas.fields import DIGEST, MAX_TEXT, Digest, Layers, Sha256, format_layers, text_or_digest
 from schemas.student import ModelName
@@ -18,6 +18,7 @@ Positive = Annotated[int, Field(ge=1)]
 Labels = Literal["random", "balanced"]
 Weights = Literal["ema", "model"]
 Arithmetic = Literal["tf32"] | Precision
+CheckpointFormat = Literal["sit", "repa"]
 
 ABOUT_FILE, LABELS_FILE = "about.json", "labels.npy"
 """Files next to the images in a folder."""
@@ -47,15 +48,35 @@ class SampleWorkers(Strict):
     """Maximum number of attempts at a batch whose worker dies."""
 
 
+class FileOptions(Strict):
+    """Facts about a .pt file that it does not say itself; see the options of the same names."""
+
+    checkpoint_format: CheckpointFormat | None = None
+    path_type: Path | None = None
+    prediction: Prediction | None = None
+    num_classes: Positive | None = None
+
+
 class SampleConfig(Strict):
     """The images to generate, and how."""
 
     checkpoint: str | None = None
-    """Folder or URL of a run or of one checkpoint, or a .pt file of the SiT, REPA or HASTE
+    """Folder or URL of a run or of one checkpoint, or a .pt file of the SiT, DiT, REPA or HASTE
     repositories. Of a run the newest checkpoint is used, or the one with which unfinished images
     began."""
     model: ModelName | None = None
-    """Model in a .pt file, for example SiT-XL/2."""
+    """Model in a .pt file, for example SiT-XL/2. Not needed for files of jobs/export.py."""
+    checkpoint_format: CheckpointFormat | None = None
+    """Time of the SiT in a .pt file that does not say it (weights alone): 'sit', data at time 1, as
+    in SiT's own repository, or 'repa', data at time 0, as in REPA and HASTE."""
+    path_type: Path | None = None
+    """Interpolant of the SiT in a .pt file that does not say it; by default linear. SiT's GVP is
+    cosine."""
+    prediction: Prediction | None = None
+    """Output of the SiT in a .pt file that does not say it; by default its velocity."""
+    num_classes: Positive | None = None
+    """Classes of a .pt file that does not say it. By default all rows of its label table but the
+    last, which is for "no class"."""
     png: str | None = None
     """Image file to write: a grid of --per-class images of each of --classes, generated in this
     process."""
@@ -97,6 +118,11 @@ class SampleConfig(Strict):
     a private local one."""
     as_json: Annotated[bool, Field(alias="json")] = False
     """Print one line of JSON on stdout."""
+
+    @property
+    def file_options(self) -> FileOptions:
+        """What the command line says about a .pt file."""
+        return FileOptions(**{name: getattr(self, name) for name in FileOptions.model_fields})
 
 
 class Sampling(Strict):
@@ -143,6 +169,8 @@ class SampleAbout(Strict):
     weights: Weights
     weights_sha256: Sha256
     path: Path
+    prediction: Prediction = "velocity"
+    data_time: Literal[0, 1] = 0
     autoencoder: str
     autoencoder_sha256: Sha256
     image_size: int
@@ -157,6 +185,11 @@ class SampleAbout(Strict):
     sampler: SamplerConfig
     version: str
     """Version of this software."""
+
+    @property
+    def convention(self) -> Convention:
+        """Meaning of the network's time and output."""
+        return Convention(path=self.path, prediction=self.prediction, data_time=self.data_time)
 
     @property
     def sampling(self) -> Sampling:

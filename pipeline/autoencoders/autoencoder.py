@@ -20,6 +20,7 @@ from pipeline.diffusion.normalisation import (
     read_normalisation,
 )
 from pipeline.hashing import sha256_of_module
+from pipeline.precision import check_finite
 from schemas.errors import UserError, plain_text
 from schemas.store import AutoencoderInfo, AutoencoderKind
 
@@ -49,6 +50,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.name = name
         self.model, self.kind = _load(name, option)
+        check_finite(self.model.state_dict(), f"{option} '{name}'")
         self.weights_sha256 = sha256_of_module(self.model)
         self.normalisation = _normalisation(self.model, self.kind, f"{option} '{name}'")
         if self.kind not in FRAMES:

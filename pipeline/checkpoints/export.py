@@ -17,6 +17,7 @@ from pipeline.checkpoints.state import load_optimizer, read_state
 from pipeline.models import make_student
 from pipeline.models.ema import catch_up
 from pipeline.models.projector import Projector
+from pipeline.precision import check_finite
 from schemas.errors import UserError
 
 
@@ -24,6 +25,7 @@ def export_checkpoint(folder: Path, out: Path) -> None:
     """Write weights, averages and AdamW's state of a checkpoint's folder to the file ``out``.
 
     A run without feature loss has no projector; its file has none either, like SiT's own files.
+    Raises ``UserError`` where a weight is not finite.
     """
     state = read_state(folder)
     with torch.device("meta"):  # only for the order of names, which safetensors loses
@@ -41,6 +43,8 @@ def export_checkpoint(folder: Path, out: Path) -> None:
             ema.projector, model.projector, state.config.ema_decay, state.projector_ema_lag
         )
     )
+    for weights, parts in (("model", model), ("ema", ema)):
+        check_finite(join_state(parts), f"checkpoint '{folder}', {weights}")
     names = [name for name, _ in student.named_parameters()]
     names += [name for name in reference_names if name not in model.student]
     optimizer = load_optimizer(folder)
@@ -50,7 +54,10 @@ def export_checkpoint(folder: Path, out: Path) -> None:
         ema=ema,
         optimizer=_renumber(optimizer, names, reference_names),
         steps=state.step,
-        args=state.config.model_dump(mode="json"),
+        args={
+            **state.config.model_dump(mode="json"),
+            "autoencoder": state.autoencoder.model_dump(mode="json"),
+        },
     )
 
 

@@ -1,14 +1,15 @@
-"""Checkpoints in the file format of the SiT, REPA and HASTE repositories.
+"""Checkpoints in the file format of the SiT, DiT, REPA and HASTE repositories.
 
 A ``.pt`` or ``.pth`` file with ``model``, ``ema``, ``opt``, and ``steps`` or ``args``, or one bare
 state dict. A state dict holds the student under the names of this project's students, and the
-projector as ``projectors.0.{0,2,4}``; all names may have the prefix ``module.`` (DDP).
+projectors as ``projectors.N.{0,2,4}``; all names may have the prefix ``module.`` (DDP).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -16,20 +17,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.checkpoints.conventions import (
+    ExportedRun,
+    args_of,
+    count_classes,
+    exported_run,
+    find_convention,
+    unknown_part,
+)
 from pipeline.models.factory import make_student
 from pipeline.models.sit import SiT
+from pipeline.precision import check_finite
+from pipeline.text import unpickling_fault
+from schemas.diffusion import Convention
 from schemas.errors import UserError, plain_text
+from schemas.sample import FileOptions
 from schemas.student import SIZES, StudentConfig
 
-PROJECTOR = "projectors.0."
+PROJECTOR, PROJECTORS = "projectors.0.", "projectors."
 WRAPPERS = ("module.", "_orig_mod.")  # DDP, torch.compile
 SETS = ("model", "ema")
 
 
 class Parts(NamedTuple):
-    """A state dict, split into student and projector."""
+    """A state dict, split into student and projector; further projectors stay with the student."""
 
     student: dict[str, Tensor]
     projector: dict[str, Tensor]
@@ -41,16 +55,45 @@ def read_file(path: Path, weights: str = "ema") -> Parts:
 
     No pickled code is run. Raises ``UserError``.
     """
+    return _choose_weights(_load(path), path, weights)
+
+
+def read_export(path: Path) -> ExportedRun | None:
+    """Facts in a file of ``export_checkpoint``; None for any other. Raises ``UserError``."""
+    return _exported_run(_load(path), path)
+
+
+def _exported_run(content: Any, path: Path) -> ExportedRun | None:
     try:
+        return exported_run(args_of(content))
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint '{path}': its args are of another version of this software "
+            f"({plain_text(str(error))[:200]})"
+        ) from None
+
+
+def _load(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":  # weights alone
+            return load_file(path)
         # HASTE and REPA store the command line under 'args'
         with torch.serialization.safe_globals([argparse.Namespace]):
             # memory-mapped, because two thirds of such a file are optimizer state
-            content = torch.load(
+            return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint '{path}': cannot read it ({unpickling_fault(error)}); ask its authors for "
+            "a file of weights alone"
+        ) from None
     except Exception as error:  # a damaged file makes torch raise any kind
         reason = "no such file" if not path.exists() else plain_text(str(error))[:200]
         raise UserError(f"checkpoint '{path}': cannot read it ({reason})") from None
+
+
+def _choose_weights(content: Any, path: Path, weights: str) -> Parts:
     state = content
     if isinstance(content, dict) and any(name in content for name in SETS):
         if weights not in content:
@@ -65,20 +108,24 @@ def read_file(path: Path, weights: str = "ema") -> Parts:
             f"checkpoint '{path}' is neither a state dict nor a mapping with 'model' and 'ema' "
             f"(found {_keys(content)})"
         )
-    return split_state(state)
+    try:
+        return split_state(state)
+    except ValueError as error:
+        raise UserError(f"checkpoint '{path}': {error}") from None
 
 
 def split_state(state: Mapping[str, Tensor]) -> Parts:
-    """Split into student and projector, under this project's names."""
+    """Split into student and projector, under this project's names. Raises ``ValueError`` where two
+    weights differ by a prefix only."""
     student: dict[str, Tensor] = {}
     projector: dict[str, Tensor] = {}
     for name, tensor in state.items():
         while name.startswith(WRAPPERS):
             name = name.partition(".")[2]
-        if name.startswith(PROJECTOR):
-            projector[name.removeprefix(PROJECTOR)] = tensor
-        else:
-            student[name] = tensor
+        part = projector if name.startswith(PROJECTOR) else student
+        if name.removeprefix(PROJECTOR) in part:
+            raise ValueError(f"two of its weights have the name {name}")
+        part[name.removeprefix(PROJECTOR)] = tensor
     return Parts(student, projector)
 
 
@@ -91,33 +138,163 @@ def join_state(parts: Parts) -> dict[str, Tensor]:
     return first | projector | last
 
 
-def student_from_file(path: Path, model: str, weights: str = "ema") -> SiT:
-    """Load a student from a checkpoint file. ``model`` is its published name, such as SiT-XL/2,
-    because the file does not record the number of heads. Raises ``UserError``."""
-    state = read_file(path, weights).student
+def student_from_file(
+    path: Path, model: str | None, weights: str = "ema", options: FileOptions | None = None
+) -> SiT:
+    """Load a student from a checkpoint file, with its convention.
+
+    ``model`` is its published name, such as SiT-XL/2, because the files of other repositories do
+    not record the number of heads; None is for a file of ``export_checkpoint``. ``options`` are
+    facts that the file does not say. Raises ``UserError`` naming what cannot be drawn.
+    """
+    content, options = _load(path), options or FileOptions()
+    parts = _choose_weights(content, path, weights)
+    args = args_of(content)
+    if (part := unknown_part(parts.student)) is not None:
+        raise UserError(f"checkpoint '{path}' cannot be drawn: its student has {part}")
+    run = _exported_run(content, path)
+    shown = model or ("file of a student" if run is None else run.student.model)
     try:
-        config = student_config(state, model)
+        state = {k: tensor for k, tensor in parts.student.items() if not k.startswith(PROJECTORS)}
+        if run is None:
+            student, state = _foreign_student(state, model, args, options)
+        else:
+            student = _student_of_run(run, model, options)
+        student.load_state_dict(state)
     except KeyError as error:
-        raise UserError(f"checkpoint '{path}' is not a {model}: it lacks {error}") from None
+        raise UserError(f"checkpoint '{path}' is not a {shown}: it lacks {error}") from None
     except (ValueError, IndexError) as error:
-        reason = plain_text(str(error))[:200]
-        raise UserError(f"checkpoint '{path}' is not a {model}: {reason}") from None
-    student = make_student(config)
-    try:
-        student.load_state_dict(drop_learned_sigma(state, config))
+        reason = plain_text(str(error))[:400]
+        raise UserError(f"checkpoint '{path}' is not a {shown}: {reason}") from None
     except RuntimeError as error:
         lines = [" ".join(line.split()) for line in str(error).splitlines()]
         reason = lines[min(1, len(lines) - 1)][:200]
-        raise UserError(f"checkpoint '{path}' is not a {model}: {reason}") from None
+        raise UserError(f"checkpoint '{path}' is not a {shown}: {reason}") from None
+    if run is None:
+        _set_convention(student, path, args, join_state(parts), options)
+    check_finite(student.state_dict(), f"checkpoint '{path}'")
     return student
 
 
-def student_config(state: Mapping[str, Tensor], model: str) -> StudentConfig:
-    """The config of a ``model`` with the shapes in ``state``. Raises ``ValueError`` for a state of
-    another model, ``KeyError`` if it is not a diffusion transformer."""
+def _student_of_run(run: ExportedRun, model: str | None, options: FileOptions) -> SiT:
+    """A student for the weights of an exported run. Raises ``ValueError`` for options that its file
+    does not need."""
+    given = options.model_dump(exclude_none=True)
+    if model not in (None, run.student.model):
+        raise ValueError(f"its args say {run.student.model}")
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise ValueError(f"--{option} is for files that do not say it; this one does: leave it out")
+    student = make_student(run.student, convention=Convention(path=run.diffusion.path))
+    if run.diffusion.label_drop == 0:
+        student.null_label = None
+    return student
+
+
+def _foreign_student(
+    state: Mapping[str, Tensor], model: str | None, args: Mapping[str, Any], options: FileOptions
+) -> tuple[SiT, dict[str, Tensor]]:
+    """A student for the weights of another repository, without a convention, and the weights that
+    it loads. Raises ``ValueError``, and ``KeyError`` for the name of a missing weight."""
+    if model is None:
+        raise ValueError("it does not record its architecture: add --model")
+    _check_named_model(args.get("model"), model)
+    own = _without_legacy_names(state)
+    config, null_row = student_config(own, model, args, options)
+    parts = _outputs(own, config)
+    if config.family == "DiT" and parts == 1:
+        raise ValueError("it has no outputs for the variance")
+    student = make_student(config, null_row=null_row, qk_norm=_has_qk_norm(own, config, args))
+    return student, drop_learned_sigma(own, config)
+
+
+def _outputs(state: Mapping[str, Tensor], config: StudentConfig) -> int:
+    """Predicted tensors of the latent's shape: 2 with SiT's ``learn_sigma`` and DiT's variance.
+    Raises ``ValueError``."""
+    outputs = len(state["final_layer.linear.weight"])
+    parts, rest = divmod(outputs, config.size.patch_size**2 * config.latent_channels)
+    if rest or parts not in (1, 2):
+        raise ValueError(
+            f"its final layer has {outputs} outputs, for {config.latent_channels} channels and "
+            f"patch {config.size.patch_size}"
+        )
+    return parts
+
+
+def _set_convention(
+    student: SiT,
+    path: Path,
+    args: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    options: FileOptions,
+) -> None:
+    """Set the convention of a student of another repository. Raises ``UserError``."""
+    try:
+        if student.config.family == "DiT":
+            _check_dit(args, options)
+            return
+        learned_sigma = _outputs(state, student.config) == 2
+        student.convention = find_convention(
+            args, state, learned_sigma=learned_sigma, options=options
+        )
+    except ValueError as error:
+        raise UserError(f"checkpoint '{path}': {plain_text(str(error))}") from None
+
+
+def _check_named_model(said: Any, model: str) -> None:
+    """Raises ``ValueError`` where ``args.model`` is another one, apart from punctuation."""
+    if said is not None and re.sub(r"\W|_", "", str(said)) != re.sub(r"\W", "", model):
+        raise ValueError(f"its args say model {plain_text(str(said))[:60]}")
+
+
+def _check_dit(args: Mapping[str, Any], options: FileOptions) -> None:
+    """Raises ``ValueError`` where a file or an option says more than DiT has: noise and variance at
+    1000 timesteps."""
+    for name in ("checkpoint_format", "path_type", "prediction"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for SiT; DiT predicts noise")
+        if args.get(name) is not None:
+            raise ValueError(f"its args say {name} {args[name]!r}, an option of SiT, not of DiT")
+
+
+def _has_qk_norm(
+    state: Mapping[str, Tensor], config: StudentConfig, args: Mapping[str, Any]
+) -> bool:
+    """True where every block normalises queries and keys (REPA's --qk-norm). Raises
+    ``ValueError`` where ``args`` disagree."""
+    leaves = [f"{norm}.{leaf}" for norm in ("q_norm", "k_norm") for leaf in ("weight", "bias")]
+    found = all(
+        f"blocks.{block}.attn.{leaf}" in state
+        for block in range(config.size.depth)
+        for leaf in leaves
+    )
+    if args.get("qk_norm") and not found:
+        raise ValueError("its args say qk_norm, and its blocks have no norms of queries and keys")
+    return found
+
+
+def _without_legacy_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's early files call the blocks behind the aligned one ``decoder_blocks`` and number them
+    from 0."""
+    encoder = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    renamed = {}
+    for name, tensor in state.items():
+        if name.startswith("decoder_blocks."):
+            _, number, rest = name.split(".", 2)
+            name = f"blocks.{encoder + int(number)}.{rest}"
+        renamed[name] = tensor
+    return renamed
+
+
+def student_config(
+    state: Mapping[str, Tensor], model: str, args: Mapping[str, Any], options: FileOptions
+) -> tuple[StudentConfig, bool]:
+    """The config of a ``model`` with the shapes in ``state``, and True if its label table has a row
+    for "no class". Raises ``ValueError`` for a state of another model, ``KeyError`` if it is not a
+    diffusion transformer."""
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
+    rows = state["y_embedder.embedding_table.weight"].shape[0]
     tokens = state["pos_embed"].shape[1]
     family, size, named_patch = re.split("[-/]", model)
     if (depth, width) != SIZES[size][:2] or patch != int(named_patch):
@@ -126,12 +303,16 @@ def student_config(state: Mapping[str, Tensor], model: str) -> StudentConfig:
             f"it has {depth} blocks of width {width} and patch {patch}"
             + (f", which is {family}-{fitting[0]}/{patch}" if fitting else "")
         )
-    return StudentConfig(
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"its {tokens} positions are not a square")
+    classes, null_row = count_classes(rows, args, options.num_classes)
+    config = StudentConfig(
         model=model,
         latent_size=math.isqrt(tokens) * patch,
         latent_channels=channels,
         num_classes=classes,
     )
+    return config, null_row
 
 
 def drop_learned_sigma(state: Mapping[str, Tensor], config: StudentConfig) -> dict[str, Tensor]:

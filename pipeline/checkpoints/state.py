@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.checkpoints.integrity import (
     write_state,
 )
 from pipeline.checkpoints.store_identity import STREAM
+from pipeline.text import unpickling_fault
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import AutoencoderInfo
@@ -129,6 +131,8 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpointError(folder, f"{path.name}: {unpickling_fault(error)}") from None
     except Exception as error:  # damaged bytes make torch and pickle raise any kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedCheckpointError(folder, f"{path.name}: {reason}") from None

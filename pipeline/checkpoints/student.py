@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checkpoints.local import latest_checkpoint
-from pipeline.checkpoints.reference_format import student_from_file
+from pipeline.checkpoints.reference_format import read_export, student_from_file
 from pipeline.checkpoints.state import CheckpointState, load_weights, read_state
 from pipeline.models import SiT, make_student
-from schemas.diffusion import Path as DiffusionPath
+from pipeline.precision import check_finite
+from schemas.diffusion import Convention
 from schemas.errors import UserError
+from schemas.sample import FileOptions
 from schemas.store import AutoencoderInfo
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,33 +24,56 @@ class LoadedStudent:
     """A student and the facts that sampling needs."""
 
     student: SiT
-    path: DiffusionPath
     encoder: AutoencoderInfo | None
-    """Autoencoder of the training latents; None for a .pt file, which does not record it."""
+    """Autoencoder of the training latents; None for a .pt file that does not record it."""
     step: int | None
     """Training step; None for a .pt file, which does not record it."""
 
 
 def load_trained_student(
-    checkpoint: Path, weights: str = "ema", model: str | None = None
+    checkpoint: Path,
+    weights: str = "ema",
+    model: str | None = None,
+    options: FileOptions | None = None,
 ) -> LoadedStudent:
-    """Load from the folder of a run or of one checkpoint, or from a .pt file of the SiT, REPA or
-    HASTE repositories, whose architecture ``model`` names. Raises ``UserError``."""
+    """Load from the folder of a run or of one checkpoint, or from a .pt file of this project or of
+    the SiT, DiT, REPA or HASTE repositories, whose architecture ``model`` names and whose facts
+    ``options`` complete. Raises ``UserError``."""
     if is_weights_file(checkpoint):
-        if model is None:
+        return _load_file(checkpoint, weights, model, options)
+    given = {"model": model, **(options or FileOptions()).model_dump()}
+    for name, value in given.items():
+        if value is not None:
             raise UserError(
-                f"--checkpoint '{checkpoint}' does not record its architecture: add --model, for "
-                "example --model SiT-XL/2"
+                f"--{name.replace('_', '-')} is for a .pt file; --checkpoint '{checkpoint}' is a "
+                "folder that says what it holds"
             )
-        student = student_from_file(checkpoint, model, weights)
-        return LoadedStudent(student.requires_grad_(False).eval(), "linear", None, None)
-    if model is not None:
-        raise UserError(
-            f"--model is for a .pt file; --checkpoint '{checkpoint}' is a folder that says what "
-            "it holds"
-        )
     student, state = load_student(checkpoint, weights)
-    return LoadedStudent(student, state.config.diffusion.path, state.autoencoder, state.step)
+    return LoadedStudent(student, state.autoencoder, state.step)
+
+
+def _load_file(
+    file: Path, weights: str, model: str | None, options: FileOptions | None
+) -> LoadedStudent:
+    run = read_export(file)
+    if run is None and model is None:
+        raise UserError(
+            f"--checkpoint '{file}' does not record its architecture: add --model, for example "
+            "--model SiT-XL/2"
+        )
+    student = student_from_file(file, model, weights, options).requires_grad_(False).eval()
+    if student.config.family == "SiT":
+        convention = student.convention
+        logger.info(
+            "'%s' is drawn as a %s path, %s, data at time %d, %d classes%s",
+            file.name,
+            convention.path,
+            convention.prediction,
+            convention.data_time,
+            student.config.num_classes,
+            "" if student.null_label is not None else ' without "no class"',
+        )
+    return LoadedStudent(student, None if run is None else run.autoencoder, None)
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:
@@ -54,8 +82,13 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointSta
     if latest is None:
         raise UserError(f"--checkpoint '{folder}' holds no checkpoint")
     state = read_state(latest)
-    student = make_student(state.config.student)
+    student = make_student(
+        state.config.student, convention=Convention(path=state.config.diffusion.path)
+    )
+    if state.config.diffusion.label_drop == 0:
+        student.null_label = None
     load_weights(latest, weights, student)
+    check_finite(student.state_dict(), f"checkpoint '{latest}', {weights}.safetensors")
     return student.requires_grad_(False).eval(), state
 
 

@@ -15,12 +15,16 @@ from pipeline.models.taps import QueriesKeys
 class Attention(nn.Module):
     """Multi-head self-attention that can also return queries and keys of its first heads."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
+        """``qk_norm``: queries and keys of each head are layer-normalised (REPA's option)."""
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2)
+        )
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, tapped_heads: int = 0) -> tuple[Tensor, QueriesKeys | None]:
@@ -29,6 +33,7 @@ class Attention(nn.Module):
         The output always comes from the fused kernel, never from explicit logits.
         """
         q, k, v = split_heads(self.qkv(x_BND), self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(out), first_heads(q, k, tapped_heads)
 
@@ -82,11 +87,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Embedding table with one row per class and a last row for "no class"."""
+    """Embedding table with one row per class and, with ``null_row``, a last row for "no class"."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, *, null_row: bool = True) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(num_classes + null_row, width)
 
     def forward(self, y_B: Tensor) -> Tensor:
         """(B,) -> (B, D)."""

@@ -20,30 +20,47 @@ from pipeline.models.layers import (
     unpatchify,
 )
 from pipeline.models.taps import QueriesKeys, StudentOutput, Taps
+from schemas.diffusion import Convention
 from schemas.student import StudentConfig
 
 NO_TAPS = Taps()
 
 
 class SiT(nn.Module):
-    """Predicts the velocity of a noisy latent, given its time and class."""
+    """Predicts the velocity of a noisy latent, given its time and class.
+
+    ``convention`` says how samplers must read the output of weights from other repositories.
+    ``null_label`` is the label for "no class", None where the weights know no such label.
+    """
 
     pos_embed: Tensor
     parts = 1
     """Number of predicted tensors of the latent's shape."""
 
-    def __init__(self, config: StudentConfig) -> None:
+    def __init__(
+        self,
+        config: StudentConfig,
+        *,
+        convention: Convention | None = None,
+        null_row: bool = True,
+        qk_norm: bool = False,
+    ) -> None:
+        """``null_row`` and ``qk_norm``: see ``LabelEmbedder`` and ``Attention``."""
         super().__init__()
         self.config = config
+        self.convention = convention or Convention()
+        self.null_label = config.num_classes if null_row else None
         size = config.size
         grid = config.latent_size // size.patch_size
         self.patch_size = size.patch_size
         self.grid = (grid, grid)
         self.x_embedder = PatchEmbed(size.patch_size, config.latent_channels, size.width)
         self.t_embedder = TimestepEmbedder(size.width)
-        self.y_embedder = LabelEmbedder(config.num_classes, size.width)
+        self.y_embedder = LabelEmbedder(config.num_classes, size.width, null_row=null_row)
         self.register_buffer("pos_embed", position_table(size.width, grid, grid))
-        self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(
+            Block(size.width, size.heads, qk_norm=qk_norm) for _ in range(size.depth)
+        )
         self.final_layer = FinalLayer(
             size.width, size.patch_size, self.parts * config.latent_channels
         )
@@ -72,10 +89,10 @@ class SiT(nn.Module):
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, 4 * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.autoencoders import Autoencoder
+from pipeline.autoencoders import Autoencoder, decode_scaled
 from pipeline.diffusion.samplers import sample
 from pipeline.models import SiT
 from pipeline.precision import arithmetic, autocast_dtype
 from pipeline.randomness import Purpose, generator
-from schemas.diffusion import Path, SamplerConfig
+from schemas.diffusion import Convention, Path, SamplerConfig
 from schemas.errors import UserError
 from schemas.sample import Arithmetic
 from schemas.student import StudentConfig
@@ -31,23 +31,38 @@ def check_sampler(
         )
 
 
+def check_guidance(null_label: int | None, sampler: SamplerConfig, *, option: str) -> None:
+    """Raises ``UserError`` where guidance asks for "no class", which a student was not trained on;
+    ``option`` names the guidance."""
+    if sampler.guidance != 1 and null_label is None:
+        raise UserError(
+            f"{option} {sampler.guidance:g} needs a student that was also trained without classes "
+            "(a label drop above 0); this one was not: use 1"
+        )
+
+
 def draw_images(
     student: SiT,
     autoencoder: Autoencoder,
     labels: Sequence[int],
     config: SamplerConfig,
     *,
-    path: Path = "linear",
+    path: Path | None = None,
     first_index: int = 0,
     precision: Arithmetic = "float32",
 ) -> Tensor:
     """uint8 (B, 3, R, R) on the CPU. Image i depends only on the seed, ``first_index + i`` and its
-    label, so that any split into batches or workers draws the same images."""
+    label, so that any split into batches or workers draws the same images. Raises ``UserError``
+    where the latents are not finite."""
     latents = draw_latents(
         student, labels, config, path=path, first_index=first_index, precision=precision
     )
+    if not latents.isfinite().all():
+        raise UserError(
+            f"latents are not finite: has the training diverged? (precision {precision})"
+        )
     with arithmetic(precision):
-        return autoencoder.decode(latents).cpu()
+        return decode_scaled(autoencoder, latents).cpu()
 
 
 def draw_latents(
@@ -55,12 +70,14 @@ def draw_latents(
     labels: Sequence[int],
     config: SamplerConfig,
     *,
-    path: Path = "linear",
+    path: Path | None = None,
     first_index: int = 0,
     precision: Arithmetic = "float32",
 ) -> Tensor:
-    """Scaled latents of the same images, float32 (B, C, h, w) on the student's device."""
+    """Scaled latents of the same images, float32 (B, C, h, w) on the student's device. ``path`` is
+    that of a student in training; by default the one in its convention."""
     check_sampler(student.config, config)
+    check_guidance(student.null_label, config, option="--sampler.guidance")
     device = next(student.parameters()).device
     shape = student.config.latent_shape
     dtype = autocast_dtype(precision)
@@ -85,8 +102,8 @@ def draw_latents(
             normals(0),
             torch.tensor(labels, device=device),
             config,
-            null_label=student.config.num_classes,
-            path=path,
+            null_label=student.null_label,
+            convention=student.convention if path is None else Convention(path=path),
             step_noise=lambda step: normals(step + 1),
         )
     return latents.float()

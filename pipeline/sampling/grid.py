@@ -15,7 +15,7 @@ from pipeline.checkpoints.resolve import find_checkpoint, local_copy
 from pipeline.checkpoints.student import load_trained_student
 from pipeline.precision import choose_arithmetic, choose_device
 from pipeline.sampling.batches import choose_classes, plan_batches
-from pipeline.sampling.generate import draw_images
+from pipeline.sampling.generate import check_guidance, check_sampler, draw_images
 from pipeline.visualization.image_grid import save_grid
 from schemas.errors import UserError
 from schemas.sample import SampleConfig
@@ -44,8 +44,12 @@ def draw_grid(config: SampleConfig) -> GridSummary:
     started = time.perf_counter()
     png = _make_folder_of(config)  # a path that cannot be written fails before the sampling
     with local_copy(find_checkpoint(config.checkpoint), config.weights) as checkpoint:
-        trained = load_trained_student(checkpoint, config.weights, config.model)
+        trained = load_trained_student(
+            checkpoint, config.weights, config.model, config.file_options
+        )
     student = trained.student
+    check_sampler(student.config, config.sampler)
+    check_guidance(student.null_label, config.sampler, option="--sampler.guidance")
     requested = (0,) if config.classes is None else config.classes
     classes = choose_classes(requested, student.config.num_classes)
     device = choose_device(config.device)
@@ -60,7 +64,6 @@ def draw_grid(config: SampleConfig) -> GridSummary:
             autoencoder,
             labels[batch.first : batch.first + batch.count],
             config.sampler,
-            path=trained.path,
             first_index=batch.first,
             precision=precision,
         )

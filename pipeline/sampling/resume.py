@@ -84,12 +84,12 @@ def _has_options(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bo
 def _has_weights(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bool:
     """True where student and decoder are those of the images."""
     with local_copy(checkpoint, config.weights) as folder:
-        trained = load_trained_student(folder, config.weights, config.model)
+        trained = load_trained_student(folder, config.weights, config.model, config.file_options)
     student = trained.student
     same_student = (
         info.weights_sha256 == sha256_of_module(student)
         and info.model == student.config.model
-        and info.path == trained.path
+        and info.convention == student.convention
         and info.classes == choose_classes(config.classes, student.config.num_classes)
     )
     if not same_student:

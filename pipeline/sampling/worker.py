@@ -18,8 +18,9 @@ from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.hashing import sha256_of_module
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import ImageBatch
-from pipeline.sampling.generate import check_sampler, draw_latents
+from pipeline.sampling.generate import check_guidance, check_sampler, draw_latents
 from schemas.diffusion import Path as DiffusionPath
+from schemas.diffusion import Prediction
 from schemas.errors import UserError
 from schemas.sample import Arithmetic, SampleConfig
 
@@ -33,6 +34,8 @@ class WorkerInfo:
     num_classes: int
     weights_sha256: str
     path: DiffusionPath
+    prediction: Prediction
+    data_time: Literal[0, 1]
     autoencoder: str
     autoencoder_sha256: str
     image_size: int
@@ -84,9 +87,12 @@ class SampleWorker:
     ) -> WorkerInfo:
         self.config = config
         self.precision = choose_arithmetic(config.precision, device)
-        trained = load_trained_student(Path(checkpoint), config.weights, config.model)
-        self.student, self.path = trained.student, trained.path
+        trained = load_trained_student(
+            Path(checkpoint), config.weights, config.model, config.file_options
+        )
+        self.student = trained.student
         check_sampler(self.student.config, config.sampler)
+        check_guidance(self.student.null_label, config.sampler, option="--sampler.guidance")
         self.autoencoder = open_decoder(config.autoencoder, trained.encoder)
         weights = sha256_of_module(self.student)
         self.student.to(device)
@@ -96,7 +102,9 @@ class SampleWorker:
             model=self.student.config.model,
             num_classes=self.student.config.num_classes,
             weights_sha256=weights,
-            path=self.path,
+            path=self.student.convention.path,
+            prediction=self.student.convention.prediction,
+            data_time=self.student.convention.data_time,
             autoencoder=self.autoencoder.name,
             autoencoder_sha256=self.autoencoder.weights_sha256,
             image_size=self._image_size(device),
@@ -115,7 +123,6 @@ class SampleWorker:
             self.student,
             labels,
             self.config.sampler,
-            path=self.path,
             first_index=batch.first,
             precision=self.precision,
         )

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import pickle
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.assets import DEMO_TEACHER
 from pipeline.teachers.key_formats import FoundNetwork, find_network
+from pipeline.text import unpickling_fault
 from schemas.errors import UserError, plain_text
 from schemas.extract import TeacherConfig
 
@@ -149,10 +149,8 @@ def read_state_dict(path: Path, *, option: str) -> dict[str, Tensor]:
         # Plain values, which checkpoints of DINO and MAE have as their options.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own message advises to run the code
-        found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
-        what = f"it holds a {plain_text(found[1])[:100]}" if found else "damaged"
-        reason = f"{what}, or more than tensors: no code is run"
+    except pickle.UnpicklingError as error:
+        reason = unpickling_fault(error)
         raise UserError(f"{option} '{path}': cannot read these weights ({reason})") from None
     except (OSError, RuntimeError, EOFError) as error:
         reason = plain_text(str(error))[:200]

@@ -18,6 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 
 from pipeline.evaluate.features.base import NetworkOutput, full_precision
 from pipeline.hashing import sha256_of_module
+from pipeline.precision import check_finite
 from pipeline.storage.files import redact
 from pipeline.teachers.weights import read_state_dict
 from schemas.errors import UserError, plain_text
@@ -60,6 +61,7 @@ class InceptionNetwork:
                 f"{OPTION} '{self.shown_weights}' are not weights of the Inception network of FIDs "
                 f"({lines[min(1, len(lines) - 1)][:160]}); {DOWNLOAD_HINT}"
             ) from None
+        check_finite(self._model.state_dict(), f"{OPTION} '{self.shown_weights}'")
         self.weights_sha256 = sha256_of_module(self._model)
         self.device = torch.device(device)
         self._model.to(self.device)

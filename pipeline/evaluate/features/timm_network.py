@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 
 from pipeline.evaluate.features.base import NetworkOutput, full_precision
 from pipeline.hashing import sha256_of_module
+from pipeline.precision import check_finite
 from pipeline.storage.files import redact
 from pipeline.teachers.vit import normalisation
 from pipeline.teachers.weights import randomise, read_state_dict
@@ -51,6 +52,7 @@ class FeatureNetwork:
             randomise(model, seed)
         elif weights != "hub":
             _load(model, name, weights, f"{option}-weights")
+        check_finite(model.state_dict(), f"{option}-weights '{redact(weights)}'")
         self.weights_sha256 = sha256_of_module(model)
         self._weights, self._arguments = weights, dict(arguments or {})
         self._interpolation = InterpolationMode(config.get("interpolation") or "bicubic")

@@ -14,7 +14,7 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models import SiT
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import plan_batches
-from pipeline.sampling.generate import check_sampler, draw_latents
+from pipeline.sampling.generate import check_guidance, check_sampler, draw_latents
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import Manifest
@@ -51,6 +51,8 @@ class DistributedSampler:
         self.path = config.diffusion.path
         self.group = group
         check_sampler(config.student, self.options.sampler, option="--samples.sampler.method")
+        null_label = config.student.num_classes if config.diffusion.label_drop else None
+        check_guidance(null_label, self.options.sampler, option="--samples.sampler.guidance")
         self.autoencoder = open_decoder(
             self.options.autoencoder, manifest.autoencoder, option="--samples.autoencoder"
         )

@@ -87,6 +87,12 @@ def test_bad_networks_and_weights_are_named(tmp_path: Path, classifier: torch.nn
     torch.save(classifier.state_dict(), wrong)
     with pytest.raises(UserError, match=r"--network-weights '.*wrong.pt' do not fit 'resnet34'"):
         FeatureNetwork("resnet34", str(wrong))
+    state = {**classifier.state_dict(), "bn1.weight": torch.full((64,), torch.nan)}
+    torch.save(state, wrong)
+    with pytest.raises(
+        UserError, match=r"wrong.pt': 64 of 64 numbers of bn1.weight are not finite"
+    ):
+        FeatureNetwork("resnet18", str(wrong))
     with pytest.raises(UserError, match=r"--dinov2 .* does not accept images of 32 pixels"):
         FeatureNetwork(
             "vit_tiny_patch16_224",
