@@ -53,8 +53,13 @@ class ExtractConfig(Strict):
     store: str | None = None
     """Folder or fsspec URL of the store to make or complete."""
     synsets: str | None = None
-    """ImageNet only: a file of WNIDs, one per line, such as LOC_synset_mapping.txt. The class
-    index is the position in this list, even if the source lacks some of its classes."""
+    """ImageNet only: a file of WNIDs, one per line, each once, such as LOC_synset_mapping.txt. The
+    class number is the position in this list, counted from 0, even if the source lacks some of its
+    classes. Default: the rank of the class folder."""
+    allow_empty_classes: bool = False
+    """Keep class folders without images, and classes whose every image was skipped as bad, as
+    classes without images. By default they are errors, because the numbers of later classes depend
+    on them."""
     resolution: Resolution = 256
     """Pixels per side of the centre crop."""
     teacher: TeacherConfig = TeacherConfig()

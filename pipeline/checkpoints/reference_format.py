@@ -20,12 +20,16 @@ from torch import Tensor
 
 from pipeline.models.factory import make_student
 from pipeline.models.sit import SiT
+from schemas.classes import ClassTable
 from schemas.errors import UserError, plain_text
 from schemas.student import SIZES, StudentConfig
+from schemas.validation import validate
 
 PROJECTOR = "projectors.0."
 WRAPPERS = ("module.", "_orig_mod.")  # DDP, torch.compile
 SETS = ("model", "ema")
+CLASSES = "classes"
+"""Key of the classes of a run, in ``args`` and in ``state.json``."""
 
 
 class Parts(NamedTuple):
@@ -41,16 +45,7 @@ def read_file(path: Path, weights: str = "ema") -> Parts:
 
     No pickled code is run. Raises ``UserError``.
     """
-    try:
-        # HASTE and REPA store the command line under 'args'
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # memory-mapped, because two thirds of such a file are optimizer state
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except Exception as error:  # a damaged file makes torch raise any kind
-        reason = "no such file" if not path.exists() else plain_text(str(error))[:200]
-        raise UserError(f"checkpoint '{path}': cannot read it ({reason})") from None
+    content = _load(path)
     state = content
     if isinstance(content, dict) and any(name in content for name in SETS):
         if weights not in content:
@@ -66,6 +61,36 @@ def read_file(path: Path, weights: str = "ema") -> Parts:
             f"(found {_keys(content)})"
         )
     return split_state(state)
+
+
+def read_classes(path: Path, count: int) -> ClassTable:
+    """The classes that ``jobs/export.py`` noted in a file; without a note ``count`` classes without
+    names. Raises ``UserError``."""
+    content = _load(path)
+    args = content.get("args") if isinstance(content, dict) else None
+    noted = args.get(CLASSES) if isinstance(args, dict) else None
+    if not isinstance(noted, dict) or "count" not in noted:  # not a note of this project
+        return ClassTable(count=count)
+    where = f"checkpoint '{path}', args.{CLASSES}"
+    classes = validate(ClassTable, noted, where=where)
+    if classes.count > count:
+        raise UserError(f"{where}: {classes.count} classes, its student has {count}")
+    return classes
+
+
+def _load(path: Path) -> Any:
+    """Content of a checkpoint file. No pickled code is run. Raises ``UserError``."""
+    try:
+        # HASTE and REPA store the command line under 'args'
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # memory-mapped, because two thirds of such a file are optimizer state
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as error:  # a damaged file makes torch raise any kind
+        reason = "no such file" if not path.exists() else plain_text(str(error))[:200]
+        raise UserError(f"checkpoint '{path}': cannot read it ({reason})") from None
+    return content
 
 
 def split_state(state: Mapping[str, Tensor]) -> Parts:

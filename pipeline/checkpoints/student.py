@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checkpoints.local import latest_checkpoint
-from pipeline.checkpoints.reference_format import student_from_file
+from pipeline.checkpoints.reference_format import read_classes, student_from_file
 from pipeline.checkpoints.state import CheckpointState, load_weights, read_state
 from pipeline.models import SiT, make_student
+from schemas.classes import ClassTable
 from schemas.diffusion import Path as DiffusionPath
 from schemas.errors import UserError
 from schemas.store import AutoencoderInfo
@@ -24,6 +25,8 @@ class LoadedStudent:
     """Autoencoder of the training latents; None for a .pt file, which does not record it."""
     step: int | None
     """Training step; None for a .pt file, which does not record it."""
+    classes: ClassTable
+    """Classes that the student was trained on, as far as the checkpoint records them."""
 
 
 def load_trained_student(
@@ -38,14 +41,16 @@ def load_trained_student(
                 "example --model SiT-XL/2"
             )
         student = student_from_file(checkpoint, model, weights)
-        return LoadedStudent(student.requires_grad_(False).eval(), "linear", None, None)
+        classes = read_classes(checkpoint, student.config.num_classes)
+        return LoadedStudent(student.requires_grad_(False).eval(), "linear", None, None, classes)
     if model is not None:
         raise UserError(
             f"--model is for a .pt file; --checkpoint '{checkpoint}' is a folder that says what "
             "it holds"
         )
     student, state = load_student(checkpoint, weights)
-    return LoadedStudent(student, state.config.diffusion.path, state.autoencoder, state.step)
+    path = state.config.diffusion.path
+    return LoadedStudent(student, path, state.autoencoder, state.step, state.classes)
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.datasets.digits import list_digits, read_digit
 from pipeline.datasets.folder import list_class_folders
 from pipeline.datasets.imagenet import list_imagenet
@@ -17,16 +19,24 @@ from schemas.extract import ExtractConfig
 __all__ = ["ImageItem", "Listing", "list_images", "open_reader"]
 
 
-def list_images(config: ExtractConfig) -> Listing:
-    """All images of ``config.dataset`` in the order of the store. Raises ``UserError``."""
+def list_images(config: ExtractConfig, class_names: Sequence[str] = ()) -> Listing:
+    """All images of ``config.dataset`` in the order of the store. ``class_names`` are those of an
+    existing store, which its ImageNet has without --synsets too. Raises ``UserError``."""
+    if config.synsets is not None and config.dataset != "imagenet":
+        raise UserError(f"--synsets is for --dataset imagenet, not for {config.dataset}")
     if config.dataset == "demo":
         listing = list_digits()
     else:
         source = _source(config)
         if config.dataset == "imagenet":
-            listing = list_imagenet(source, config.synsets)
+            listing = list_imagenet(
+                source,
+                config.synsets,
+                class_names=class_names,
+                allow_empty=config.allow_empty_classes,
+            )
         elif config.dataset == "folder":
-            listing = list_class_folders(source)
+            listing = list_class_folders(source, allow_empty=config.allow_empty_classes)
         elif config.dataset == "repa":
             listing = list_repa(source)
         else:

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pipeline.datasets.folder import escape_dots, list_files
-from pipeline.datasets.listing import ImageItem, Listing
+from pipeline.datasets.listing import ImageItem, Listing, numbered_listing
 from pipeline.datasets.listing_check import short_name
 from pipeline.storage.files import is_local, open_url, redact, retrying
 from pipeline.storage.redaction import without_secrets
@@ -46,7 +46,7 @@ def list_tars(source: str) -> Listing:
         items.append(ImageItem(name, member.label, path, member.offset, member.length))
     if not items:
         raise UserError(f"--source '{shown}' has no samples")
-    return Listing(items, num_classes=max(item.label for item in items) + 1)
+    return numbered_listing(items, shown)
 
 
 def _scan(source: str, path: str) -> dict[str, _Member]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from pipeline.autoencoders import open_decoder
 from pipeline.checkpoints.resolve import find_checkpoint, local_copy
 from pipeline.checkpoints.student import load_trained_student
+from pipeline.datasets.class_names import row_name
 from pipeline.precision import choose_arithmetic, choose_device
 from pipeline.sampling.batches import choose_classes, plan_batches
 from pipeline.sampling.generate import draw_images
@@ -46,8 +47,8 @@ def draw_grid(config: SampleConfig) -> GridSummary:
     with local_copy(find_checkpoint(config.checkpoint), config.weights) as checkpoint:
         trained = load_trained_student(checkpoint, config.weights, config.model)
     student = trained.student
-    requested = (0,) if config.classes is None else config.classes
-    classes = choose_classes(requested, student.config.num_classes)
+    requested = trained.classes.trained[:1] if config.classes is None else config.classes
+    classes = choose_classes(requested, trained.classes)
     device = choose_device(config.device)
     precision = choose_arithmetic(config.precision, device)
     autoencoder = open_decoder(config.autoencoder, trained.encoder)
@@ -67,7 +68,7 @@ def draw_grid(config: SampleConfig) -> GridSummary:
         for batch in tqdm(plan_batches(len(labels), config.batch_size), unit="batch", desc="sample")
     ]
     try:
-        names = [str(label) for label in classes]
+        names = [row_name(label, trained.classes) for label in classes]
         save_grid(torch.cat(images), png, columns=config.per_class, row_names=names)
     except OSError as error:
         raise _unwritable(png, error) from None

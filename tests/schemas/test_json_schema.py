@@ -11,7 +11,7 @@ from typing import Any
 from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
-DIGESTS = {2: "4e970717be37d6efb443795fcddf354ef2ab3687312ed43d25403903e742926e"}
+DIGESTS = {2: "1b08745577e79b8a4f5ae548d0dbcc3718bf869e7c17901f0a56c4daaf34932c"}
 """Of the schema of each version, without its prose."""
 
 ADVICE = """
