@@ -28,7 +28,7 @@ def parse_classes(value: Any) -> Any:
     that is called 7. A name with a comma needs a sequence.
     """
     if isinstance(value, str):
-        items: list[Any] = [part for part in value.split(",") if part.strip()]
+        items: list[Any] = [part.strip() for part in value.split(",") if part.strip()]
     elif isinstance(value, list | tuple):
         items = list(value)
     else:
@@ -37,7 +37,7 @@ def parse_classes(value: Any) -> Any:
     for item in items:
         if isinstance(item, bool) or not isinstance(item, int | str):
             raise ValueError(f"{item!r} is neither a class number nor a name: write it in quotes")
-        chosen.extend([item] if isinstance(item, int) else _parse_word(item.strip()))
+        chosen.extend([item] if isinstance(item, int) else _parse_word(item))
         if len(chosen) > MAX_CHOSEN:
             raise ValueError(f"more than {MAX_CHOSEN} classes are named")
     return tuple(chosen)

@@ -55,7 +55,8 @@ class ExtractConfig(Strict):
     synsets: str | None = None
     """ImageNet only: a file of WNIDs, one per line, each once, such as LOC_synset_mapping.txt. The
     class number is the position in this list, counted from 0, even if the source lacks some of its
-    classes. Default: the rank of the class folder."""
+    classes. Default: the rank of the class folder. With 'webdataset' and 'repa', whose classes are
+    numbered, the list names them."""
     allow_empty_classes: bool = False
     """Keep class folders without images, and classes whose every image was skipped as bad, as
     classes without images. By default they are errors, because the numbers of later classes depend

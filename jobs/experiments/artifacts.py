@@ -135,9 +135,11 @@ def unpack(source: str, held_out: int, folder: Path) -> dict[str, Any]:
             by_class: dict[str, list[str]] = {}
             for name in sorted(zipped.namelist()):
                 parts = name.split("/")
-                if len(parts) < 3 or parts[0] != "train" or any(p.startswith(".") for p in parts):
+                if len(parts) < 3 or parts[0] != "train" or parts[1].startswith("."):
                     continue
                 images = by_class.setdefault(parts[1], [])  # of an entry of a folder, too
+                if parts[2].startswith("."):
+                    continue
                 if len(parts) > 3:
                     raise UserError(
                         f"--source '{source}': '{name}' is in a folder inside a class; expected "

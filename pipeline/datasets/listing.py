@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from schemas.errors import UserError
 from schemas.fields import MAX_CLASSES
 
 logger = logging.getLogger(__name__)
@@ -69,3 +70,16 @@ def numbered_listing(items: Sequence[ImageItem], shown: str) -> Listing:
     # labels are untrusted: ``check_listing`` refuses a number that would fill the memory
     empty = (n for n in range(count) if n not in labels) if count <= MAX_CLASSES else ()
     return Listing(items, count, empty_classes=tuple(empty))
+
+
+def with_names(listing: Listing, names: Sequence[str], shown: str) -> Listing:
+    """A numbered listing with all classes of a list, the source's and others. Raises ``UserError``
+    if the list is too short."""
+    if listing.num_classes > len(names):
+        raise UserError(
+            f"'{shown}' has an image of class {listing.num_classes - 1}; --synsets has classes 0 "
+            f"to {len(names) - 1}"
+        )
+    more = range(listing.num_classes, len(names))
+    empty = (*listing.empty_classes, *more)
+    return replace(listing, num_classes=len(names), class_names=tuple(names), empty_classes=empty)

@@ -127,9 +127,8 @@ def _describe_classes(classes: ClassTable) -> list[str]:
     """Numbers and names of the first classes, and those without images."""
     lines = []
     if classes.names:
-        shown = [
-            f"{number} {shortened(name, MAX_NAME)}" for number, name in enumerate(classes.names)
-        ]
+        names = (shortened(name, MAX_NAME) for name in classes.names)
+        shown = [str(n) if name == str(n) else f"{n} {name}" for n, name in enumerate(names)]
         lines.append(f"  classes      {_first(shown)}")
     if classes.empty:
         empty = [str(number) for number in classes.empty]

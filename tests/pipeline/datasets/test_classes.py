@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 import pytest
 from torchvision.datasets import ImageFolder
 
-from pipeline.datasets import Listing, list_images
+from pipeline.datasets import Listing, list_images, open_reader
 from pipeline.datasets.class_names import class_numbers
+from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.folder import list_class_folders
 from pipeline.datasets.imagenet import list_imagenet
 from schemas.classes import ClassTable, parse_classes
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.fields import format_layers
+from tests.pipeline.datasets.test_tar_shards import sample, write_tar
 
 WNIDS = ("n01440764", "n02102040", "n07753592")
 
@@ -153,6 +156,17 @@ def test_folders_of_an_archive_count_as_they_do_on_disk(tmp_path: Path) -> None:
     assert kept.class_names == ("a", "b", "c")
 
 
+def test_a_link_to_nothing_in_an_archive_is_a_bad_image(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        link = tarfile.TarInfo("a/1.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "gone.png"
+        tar.addfile(link)
+    config = ExtractConfig(dataset="folder", source=f"tar://::{tmp_path}/set.tar")
+    (item,) = list_images(config).items
+    with pytest.raises(BadImageError, match="a link to a file that its archive lacks"):
+        open_reader(config)(item)
+
+
 def test_an_empty_wnid_keeps_its_number(tmp_path: Path) -> None:
     source = make_tree(tmp_path, f"train/{WNIDS[0]}/1.JPEG", f"train/{WNIDS[2]}/2.JPEG")
     (source / "train" / WNIDS[1]).mkdir()
@@ -182,8 +196,31 @@ def test_a_list_of_classes_is_followed_and_each_is_named_once(tmp_path: Path) ->
     with pytest.raises(UserError, match=rf"line 4: {WNIDS[0]} is in line 1, too"):
         list_imagenet(source, str(file))
     config = ExtractConfig(dataset="folder", source=source, synsets=str(file))
-    with pytest.raises(UserError, match="--synsets is for --dataset imagenet, not for folder"):
+    with pytest.raises(UserError, match="--synsets is for ImageNet, not for --dataset folder"):
         list_images(config)
+
+
+def test_numbers_of_tars_stay_and_can_be_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [part for n in (4, 1) for part in sample(f"s{n}", n, b"image")]
+    write_tar(tmp_path / "set" / "a.tar", members)
+    options = {"dataset": "webdataset", "source": str(tmp_path / "set")}
+    listing = list_images(ExtractConfig.model_validate(options))
+    assert {item.key: item.label for item in listing.items} == {"s4": 4, "s1": 1}
+    assert (listing.num_classes, listing.class_names) == (5, ())
+    assert listing.empty_classes == (0, 2, 3)
+    assert "3 of 5 class numbers have no images" in caplog.text
+    names = tuple(f"n{n:08d}" for n in range(7))
+    (tmp_path / "names").write_text("\n".join(names))
+    options["synsets"] = str(tmp_path / "names")
+    named = list_images(ExtractConfig.model_validate(options))
+    assert named.items == listing.items
+    assert (named.num_classes, named.class_names) == (7, names)
+    assert named.empty_classes == (0, 2, 3, 5, 6)
+    (tmp_path / "names").write_text("\n".join(names[:4]))
+    with pytest.raises(UserError, match="an image of class 4; --synsets has classes 0 to 3"):
+        list_images(ExtractConfig.model_validate(options))
 
 
 IMAGENET = ClassTable(count=3, names=WNIDS)
