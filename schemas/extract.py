@@ -106,8 +106,8 @@ class ExtractConfig(Strict):
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """GPUs of one actor. Default: 1 where the cluster has GPUs, else 0."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """Handling of files that are not images: 'stop' reports them and does not commit their shard;
-    'skip' leaves them out and lists them in the manifest."""
+    """Handling of files that are not images or cannot be read: 'stop' reports them and does not
+    commit their shard; 'skip' leaves them out and lists them in the manifest."""
     order_seed: int = 0
     """Seed of the permutation that spreads the classes over the shards."""
     max_attempts: Annotated[int, Field(ge=1)] = 3

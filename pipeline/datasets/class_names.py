@@ -8,7 +8,7 @@ from pipeline.datasets.imagenet import WNID
 from pipeline.datasets.listing_check import short_name
 from pipeline.text import shortened
 from schemas.classes import NAME, ClassTable
-from schemas.errors import UserError, plain_text
+from schemas.errors import UserError, escaped, plain_text
 from schemas.validation import suggest
 
 
@@ -36,8 +36,8 @@ def class_numbers(
             )
         if hint:
             raise UserError(
-                f"{option}: class number {number} is {NAME}{table.names[number]}{hint}; write "
-                "which of them is meant"
+                f"{option}: class number {number} is {NAME}{short_name(table.names[number])}"
+                f"{hint}; write which of them is meant"
             )
         if number in empty:
             raise UserError(
@@ -51,11 +51,8 @@ def class_numbers(
 def row_name(number: int, table: ClassTable) -> str:
     """Number and name of a class for a row of a picture."""
     name = table.names[number] if table.names else ""
-    return (
-        f"{number} {shortened(plain_text(name), 20)}"
-        if name not in ("", str(number))
-        else str(number)
-    )
+    named = name not in ("", str(number))
+    return f"{number} {shortened(plain_text(name), 20)}" if named else str(number)
 
 
 def _number_of(one: str, names: Mapping[str, int], table: ClassTable, option: str) -> int:
@@ -73,7 +70,7 @@ def _number_of(one: str, names: Mapping[str, int], table: ClassTable, option: st
     if found:
         several = ", ".join(_shown(number, table) for number in found)
         raise UserError(f"{option}: '{short_name(name)}' means classes {several}: give one of them")
-    hint = suggest(name, list(names))
+    hint = escaped(suggest(name, list(names)))
     raise UserError(
         f"{option}: there is no class '{short_name(name)}'{hint}; python -m pipeline.inspect STORE "
         "lists them"

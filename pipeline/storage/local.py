@@ -134,7 +134,7 @@ def folders_in(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
     errors."""
     if is_local(filesystem):
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+            return sorted(entry.name for entry in entries if os.path.isdir(entry.path))
     filesystem.invalidate_cache()
     found = filesystem.ls(path, detail=True)
     folders = (str(info["name"]) for info in found if info["type"] == "directory")

@@ -93,6 +93,7 @@ def test_only_some_of_many_broken_links_are_named_and_hidden_ones_are_ignored(
 ) -> None:
     source = make_tree(tmp_path, "a/1.png")
     (source / "a" / ".#lock").symlink_to("user@host.123")
+    (source / ".me").symlink_to(".me")
     assert labels(list_class_folders(str(source))) == {"a/1.png": 0}
     for number in range(9):
         (source / "a" / f"{number}.jpg").symlink_to("/nowhere")
