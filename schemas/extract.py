@@ -69,8 +69,14 @@ class ExtractConfig(Strict):
     store: str | None = None
     """Folder or fsspec URL of the store to make or complete."""
     synsets: str | None = None
-    """ImageNet only: a file of WNIDs, one per line, such as LOC_synset_mapping.txt. The class
-    index is the position in this list, even if the source lacks some of its classes."""
+    """ImageNet only: a file of WNIDs, one per line, each once, such as LOC_synset_mapping.txt. The
+    class number is the position in this list, counted from 0, even if the source lacks some of its
+    classes. Default: the rank of the class folder. With 'webdataset' and 'repa', whose classes are
+    numbered, the list names them."""
+    allow_empty_classes: bool = False
+    """Keep class folders without images, and classes whose every image was skipped as bad, as
+    classes without images. By default they are errors, because the numbers of later classes depend
+    on them."""
     resolution: Resolution = 256
     """Pixels per side of the centre crop."""
     teacher: TeacherConfig = TeacherConfig()
@@ -118,8 +124,8 @@ class ExtractConfig(Strict):
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """GPUs of one actor. Default: 1 where the cluster has GPUs, else 0."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """Handling of files that are not images: 'stop' reports them and does not commit their shard;
-    'skip' leaves them out and lists them in the manifest."""
+    """Handling of files that are not images or cannot be read: 'stop' reports them and does not
+    commit their shard; 'skip' leaves them out and lists them in the manifest."""
     order_seed: int = 0
     """Seed of the permutation that spreads the classes over the shards."""
     max_attempts: Annotated[int, Field(ge=1)] = 3

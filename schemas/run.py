@@ -8,8 +8,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from schemas.alignment import AlignmentConfig
 from schemas.base import Strict
+from schemas.classes import Classes
 from schemas.diffusion import DiffusionConfig, SamplerConfig
-from schemas.fields import Layers, ModelArguments, ModelId
+from schemas.fields import ModelArguments, ModelId
 from schemas.student import StudentConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -164,8 +165,9 @@ class SamplesConfig(Strict):
     every: Positive | None = None
     """Steps between grids of samples (samples/step-STEP.png in the run's folder); the last step
     writes one too. Default: no grids."""
-    classes: Layers | None = None
-    """Class numbers, one per row of the grid: 1,2,3 or 0-9. Default: the first eight."""
+    classes: Classes | None = None
+    """Numbers or names of classes, one per row of the grid: 1,2,3 or 0-9 or tabby,otter; name:7 is
+    the class called 7. Default: the first eight with images."""
     per_class: Annotated[int, Field(ge=1, le=100)] = 4
     """Images per class."""
     batch_size: Positive = 16

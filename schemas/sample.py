@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from schemas.base import Strict
+from schemas.classes import DistinctClasses
 from schemas.diffusion import Convention, Path, Prediction, SamplerConfig
 from schemas.extract import Precision
-from schemas.fields import DIGEST, MAX_TEXT, Digest, Layers, Sha256, format_layers, text_or_digest
+from schemas.fields import DIGEST, MAX_TEXT, Digest, Sha256, format_layers, text_or_digest
 from schemas.student import ModelName
 
 Positive = Annotated[int, Field(ge=1)]
@@ -22,17 +22,6 @@ CheckpointFormat = Literal["sit", "repa"]
 
 ABOUT_FILE, LABELS_FILE = "about.json", "labels.npy"
 """Files next to the images in a folder."""
-
-
-def _each_once(classes: tuple[int, ...]) -> tuple[int, ...]:
-    """Repeated classes are refused, because they would get more images than the others."""
-    for number, times in Counter(classes).items():
-        if times > 1:
-            raise ValueError(f"class {number} is named {times} times: name each class once")
-    return classes
-
-
-Classes = Annotated[Layers, AfterValidator(_each_once)]
 
 
 class SampleWorkers(Strict):
@@ -93,9 +82,10 @@ class SampleConfig(Strict):
     labels: Labels = "random"
     """With --num: classes of the images, 'random' (uniform, from the seed and the image's number)
     or 'balanced' (the numbers of images per class differ by at most one)."""
-    classes: Classes | None = None
-    """Class numbers, each once: 1,2,3 or 0-9. One per row of the grid, by default class 0; with
-    --num the classes to sample from, by default all."""
+    classes: DistinctClasses | None = None
+    """Numbers or names of classes, each once: 1,2,3 or 0-9 or tabby,otter. Numbers and ranges are
+    class numbers; name:7 is the class called 7. One per row of the grid, by default the first
+    class; with --num the classes to sample from, by default all that were trained on."""
     per_class: Annotated[int, Field(ge=1, le=1000)] = 8
     """Images per class in the grid."""
     weights: Weights = "ema"

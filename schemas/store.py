@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from schemas.base import Strict
+from schemas.classes import ClassName, ClassNumber, ClassTable, check_classes
 from schemas.codecs import CodecName, Lossless
 from schemas.cuts import cut_shapes
 from schemas.errors import UserError
@@ -62,6 +69,10 @@ class Column(Strict):
         return shape
 
 
+ADDED_KEYS = ("class_names", "empty_classes")
+"""Keys of ``DatasetInfo`` that stores of earlier versions lack."""
+
+
 class DatasetInfo(Strict):
     name: Dataset
     source: Place | None
@@ -72,6 +83,26 @@ class DatasetInfo(Strict):
     fingerprint: Sha256
     """SHA-256 of every (key, label) in order."""
     order_seed: int
+    class_names: tuple[ClassName, ...] = ()
+    """Names of the classes, in the order of class numbers: class folders, ImageNet's WNIDs. Empty
+    where the source has numbers only, and in stores of earlier versions."""
+    empty_classes: tuple[ClassNumber, ...] = ()
+    """Numbers of the classes without images, rising; not known in stores of earlier versions."""
+
+    @model_validator(mode="after")
+    def _names_each_class(self) -> DatasetInfo:
+        check_classes(self.num_classes, self.class_names, self.empty_classes)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that earlier versions did not write are left out where they hold nothing."""
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if k not in ADDED_KEYS or v}
+
+    @property
+    def classes(self) -> ClassTable:
+        return ClassTable(count=self.num_classes, names=self.class_names, empty=self.empty_classes)
 
 
 class WeightsFile(Strict):

@@ -43,7 +43,8 @@ class StudentConfig(Strict):
     latent_channels: Positive = 4
     """Channels of the latent."""
     num_classes: Positive = 1000
-    """Classes of the data set."""
+    """Classes of the data set. Default: the number of the store; 1000 where there is none
+    (--plan)."""
     depth: Positive | None = None
     """Blocks. Default: those of the published size."""
     width: Positive | None = None

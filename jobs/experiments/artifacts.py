@@ -29,6 +29,7 @@ from jobs.pretrain.classifier import ClassifierConfig, accuracy, train_classifie
 from jobs.pretrain.self_distill import SelfDistillConfig, knn_accuracies, self_distill
 from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
+from pipeline.datasets.folder import list_class_folders
 from pipeline.evaluate.evaluator import evaluate
 from pipeline.evaluate.features.factory import open_network
 from pipeline.evaluate.reference_statistics import load_moments, moments_digest
@@ -38,6 +39,7 @@ from pipeline.storage.files import TEMPORARY
 from pipeline.storage.locks import exclusive_lock
 from pipeline.storage.npz import Archive
 from pipeline.store import Store
+from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.evaluate import EvaluateConfig
 from schemas.extract import ExtractConfig
@@ -126,13 +128,25 @@ def unpack(source: str, held_out: int, folder: Path) -> dict[str, Any]:
             by_class: dict[str, list[str]] = {}
             for name in sorted(zipped.namelist()):
                 parts = name.split("/")
-                if len(parts) == 3 and parts[0] == "train" and parts[2]:
-                    by_class.setdefault(parts[1], []).append(name)
-            fewest = min((len(names) for names in by_class.values()), default=0)
+                if len(parts) < 3 or parts[0] != "train" or parts[1].startswith("."):
+                    continue
+                images = by_class.setdefault(parts[1], [])  # of an entry of a folder, too
+                if parts[2].startswith("."):
+                    continue
+                if len(parts) > 3:
+                    raise UserError(
+                        f"--source '{source}': '{name}' is in a folder inside a class; expected "
+                        "train/CLASS/NAME.jpg"
+                    )
+                if parts[2]:
+                    images.append(name)
+            smallest = min(by_class, key=lambda name: len(by_class[name]), default="none")
+            fewest = len(by_class.get(smallest, ()))
             if fewest <= held_out:
                 raise UserError(
                     f"--source '{source}': expected train/CLASS/NAME.jpg with more than {held_out} "
-                    f"images of each class; found {len(by_class)} classes, the smallest of {fewest}"
+                    f"images of each class; found {len(by_class)} classes, the smallest of "
+                    f"{fewest} ({short_value(smallest)})"
                 )
             for class_name, names in by_class.items():
                 if class_name in (".", ".."):
@@ -149,17 +163,18 @@ def unpack(source: str, held_out: int, folder: Path) -> dict[str, Any]:
 
 
 def read_images(folder: Path) -> Images:
-    """All images of ``folder/CLASS``. Raises ``UserError`` if one is damaged."""
-    pixels, labels = [], []
-    for label, class_folder in enumerate(sorted(p for p in folder.iterdir() if p.is_dir())):
-        for path in sorted(class_folder.iterdir()):
-            try:
-                pixels.append(decode_crop(path.read_bytes(), RESOLUTION))
-            except (OSError, BadImageError) as error:
-                raise UserError(f"'{path}' cannot be used: {error}") from None
-            labels.append(label)
+    """All images of ``folder/CLASS``, with the labels of their store. Raises ``UserError`` if one
+    is damaged, and for a class without images."""
+    listing = list_class_folders(str(folder))
+    pixels = []
+    for item in listing.items:
+        path = folder / item.path
+        try:
+            pixels.append(decode_crop(path.read_bytes(), RESOLUTION))
+        except (OSError, BadImageError) as error:
+            raise UserError(f"'{path}' cannot be used: {error}") from None
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return Images(stacked, torch.tensor(labels))
+    return Images(stacked, torch.tensor([item.label for item in listing.items]))
 
 
 def make_teacher(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints.integrity import DamagedCheckpointError
 from pipeline.checkpoints.reference_format import Parts, join_state, write_file
-from pipeline.checkpoints.state import load_optimizer, read_state
+from pipeline.checkpoints.state import classes_to_save, load_optimizer, read_state
 from pipeline.models import make_student
 from pipeline.models.ema import catch_up
 from pipeline.models.projector import Projector
@@ -57,6 +57,7 @@ def export_checkpoint(folder: Path, out: Path) -> None:
         args={
             **state.config.model_dump(mode="json"),
             "autoencoder": state.autoencoder.model_dump(mode="json"),
+            **classes_to_save(state.classes, state.config),
         },
     )
 

@@ -32,14 +32,18 @@ from pipeline.models.factory import make_student
 from pipeline.models.sit import SiT
 from pipeline.precision import check_finite
 from pipeline.text import unpickling_fault
+from schemas.classes import ClassTable
 from schemas.diffusion import Convention
 from schemas.errors import UserError, plain_text
 from schemas.sample import FileOptions
 from schemas.student import SIZES, StudentConfig
+from schemas.validation import validate
 
 PROJECTOR, PROJECTORS = "projectors.0.", "projectors."
 WRAPPERS = ("module.", "_orig_mod.")  # DDP, torch.compile
 SETS = ("model", "ema")
+CLASSES = "classes"
+"""Key of the classes of a run, in ``args`` and in ``state.json``."""
 
 
 class Parts(NamedTuple):
@@ -112,6 +116,21 @@ def _choose_weights(content: Any, path: Path, weights: str) -> Parts:
         return split_state(state)
     except ValueError as error:
         raise UserError(f"checkpoint '{path}': {error}") from None
+
+
+def read_classes(path: Path, count: int) -> ClassTable:
+    """The classes that ``jobs/export.py`` noted in a file; without a note ``count`` classes without
+    names. Raises ``UserError``."""
+    content = _load(path)
+    args = content.get("args") if isinstance(content, dict) else None
+    noted = args.get(CLASSES) if isinstance(args, dict) else None
+    if not isinstance(noted, dict) or "count" not in noted:  # not a note of this project
+        return ClassTable(count=count)
+    where = f"checkpoint '{path}', args.{CLASSES}"
+    classes = validate(ClassTable, noted, where=where)
+    if classes.count > count:
+        raise UserError(f"{where}: {classes.count} classes, its student has {count}")
+    return classes
 
 
 def split_state(state: Mapping[str, Tensor]) -> Parts:

@@ -20,8 +20,10 @@ from pipeline.checkpoints.integrity import (
     verify,
     write_state,
 )
+from pipeline.checkpoints.reference_format import CLASSES
 from pipeline.checkpoints.store_identity import STREAM
 from pipeline.text import unpickling_fault
+from schemas.classes import ClassTable
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import AutoencoderInfo
@@ -82,6 +84,8 @@ class CheckpointState:
     """Rows of the metrics file that were written before the checkpoint."""
     looked: bool
     """True if the validation of this step was finished when the checkpoint was written."""
+    classes: ClassTable
+    """Classes of the store; in checkpoints that do not record them, those of the student."""
     data: dict[str, Any]
     """``BatchLoader.state()``: shards that are left out."""
 
@@ -106,9 +110,10 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
                 f"checkpoint '{where}' is of version {state['version']}, newer than "
                 f"this software knows ({VERSION}); update it"
             )
+        config = validate(RunConfig, state["config"], where=f"{where}/{STATE}")
         return CheckpointState(
             step=int(state["step"]),
-            config=validate(RunConfig, state["config"], where=f"{where}/{STATE}"),
+            config=config,
             autoencoder=AutoencoderInfo(**state["autoencoder"]),
             store=state["store"],
             termination=state["termination"],
@@ -117,10 +122,21 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
             meter=state["meter"],
             metrics_rows=int(state["metrics_rows"]),
             looked=bool(state.get("looked", True)),  # earlier versions validated first
+            classes=validate(
+                ClassTable,
+                state.get(CLASSES, {"count": config.student.num_classes}),
+                where=f"{where}/{STATE}, {CLASSES}",
+            ),
             data=state.get("data", {}),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(where, f"{STATE}: {error}") from None
+
+
+def classes_to_save(classes: ClassTable, config: RunConfig) -> dict[str, Any]:
+    """The entry of ``state.json`` for classes of which more is known than the student's number."""
+    known = classes.names or classes.empty or classes.count != config.student.num_classes
+    return {CLASSES: classes.model_dump(mode="json")} if known else {}
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.checkpoints.local import latest_checkpoint
-from pipeline.checkpoints.reference_format import read_export, student_from_file
+from pipeline.checkpoints.reference_format import read_classes, read_export, student_from_file
 from pipeline.checkpoints.state import CheckpointState, load_weights, read_state
 from pipeline.models import SiT, make_student
 from pipeline.precision import check_finite
+from schemas.classes import ClassTable
 from schemas.diffusion import Convention
 from schemas.errors import UserError
 from schemas.sample import FileOptions
@@ -28,6 +29,8 @@ class LoadedStudent:
     """Autoencoder of the training latents; None for a .pt file that does not record it."""
     step: int | None
     """Training step; None for a .pt file, which does not record it."""
+    classes: ClassTable
+    """Classes that the student was trained on, as far as the checkpoint records them."""
 
 
 def load_trained_student(
@@ -49,7 +52,7 @@ def load_trained_student(
                 "folder that says what it holds"
             )
     student, state = load_student(checkpoint, weights)
-    return LoadedStudent(student, state.autoencoder, state.step)
+    return LoadedStudent(student, state.autoencoder, state.step, state.classes)
 
 
 def _load_file(
@@ -73,7 +76,8 @@ def _load_file(
             student.config.num_classes,
             "" if student.null_label is not None else ' without "no class"',
         )
-    return LoadedStudent(student, None if run is None else run.autoencoder, None)
+    classes = read_classes(file, student.config.num_classes)
+    return LoadedStudent(student, None if run is None else run.autoencoder, None, classes)
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:

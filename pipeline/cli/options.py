@@ -215,6 +215,8 @@ def _parse_value(text: str, annotation: Any, option: str) -> Any:
         return None
     if _accepts(annotation, str):
         return text
+    if _takes_words(annotation) and not text.startswith("["):
+        return text
     if any(_accepts(annotation, kind) for kind in (tuple, list)):
         if re.search(r"\d\s*-\s*\d", text):  # a range such as 7-11, for the model to read
             return text
@@ -335,6 +337,12 @@ def _accepts(annotation: Any, kind: type) -> bool:
 def _is_texts(annotation: Any) -> bool:
     """True for options that take several words: ``--option A B`` or ``--option A,B``."""
     return any(typing.get_args(member) == (str, ...) for member in union_members(annotation))
+
+
+def _takes_words(annotation: Any) -> bool:
+    """True for sequences of numbers or words, whose text the model parses."""
+    items = (item for member in union_members(annotation) for item in typing.get_args(member))
+    return any(str in (kinds := union_members(item)) and len(kinds) > 1 for item in items)
 
 
 def _is_mapping(annotation: Any) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.datasets.digits import list_digits, read_digit
 from pipeline.datasets.folder import list_class_folders
-from pipeline.datasets.imagenet import list_imagenet
-from pipeline.datasets.listing import ImageItem, Listing
+from pipeline.datasets.imagenet import list_imagenet, read_synsets
+from pipeline.datasets.listing import ImageItem, Listing, with_names
 from pipeline.datasets.listing_check import check_listing
 from pipeline.datasets.reader import FileReader, Reader
 from pipeline.datasets.repa import list_repa
@@ -18,20 +20,28 @@ from schemas.extract import ExtractConfig
 __all__ = ["ImageItem", "Listing", "list_images", "open_reader"]
 
 
-def list_images(config: ExtractConfig) -> Listing:
-    """All images of ``config.dataset`` in the order of the store. Raises ``UserError``."""
+def list_images(config: ExtractConfig, class_names: Sequence[str] = ()) -> Listing:
+    """All images of ``config.dataset`` in the order of the store. ``class_names`` are those of an
+    existing store, whose list holds without --synsets, too. Raises ``UserError``."""
+    if config.synsets is not None and config.dataset in ("folder", "demo"):
+        raise UserError(f"--synsets is for ImageNet, not for --dataset {config.dataset}")
     if config.dataset == "demo":
         listing = list_digits()
     else:
         source = _source(config)
         if config.dataset == "imagenet":
-            listing = list_imagenet(source, config.synsets)
+            listing = list_imagenet(
+                source,
+                config.synsets,
+                class_names=class_names,
+                allow_empty=config.allow_empty_classes,
+            )
         elif config.dataset == "folder":
-            listing = list_class_folders(source)
-        elif config.dataset == "repa":
-            listing = list_repa(source)
+            listing = list_class_folders(source, allow_empty=config.allow_empty_classes)
         else:
-            listing = list_tars(source)
+            listing = list_repa(source) if config.dataset == "repa" else list_tars(source)
+            names = read_synsets(config.synsets) if config.synsets else class_names
+            listing = with_names(listing, names, redact(source)) if names else listing
         check_listing(listing, redact(_root(config)))
     return listing.shuffled(config.order_seed)
 

@@ -57,7 +57,7 @@ def list_digits() -> Listing:
         ImageItem(key=f"digit-{i:04d}", label=int(label), path=f"digit-{i:04d}.png")
         for i, label in enumerate(labels)
     ]
-    return Listing(items, num_classes=10)
+    return Listing(items, num_classes=10, class_names=tuple("0123456789"))
 
 
 def read_digit(item: ImageItem) -> bytes:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+
+from schemas.errors import UserError
+from schemas.fields import MAX_CLASSES
+
+logger = logging.getLogger(__name__)
 
 
 class ImageItem(NamedTuple):
@@ -39,12 +45,16 @@ class Listing:
 
     items: Sequence[ImageItem]
     num_classes: int
+    class_names: tuple[str, ...] = ()
+    """Names in the order of class numbers; empty where the source has numbers only."""
+    empty_classes: tuple[int, ...] = ()
+    """Numbers of classes without images."""
 
     def shuffled(self, seed: int) -> Listing:
         """A fixed permutation, because sources list class after class and the trainer's shuffle
         window could not mix shards of one class."""
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(self.items))
-        return Listing([self.items[i] for i in order], self.num_classes)
+        return replace(self, items=[self.items[i] for i in order])
 
     def fingerprint(self) -> str:
         """SHA-256 of all (key, label) in order; equal listings give the same store."""
@@ -52,3 +62,31 @@ class Listing:
         for item in self.items:
             digest.update(f"{item.key}\t{item.label}\n".encode())
         return digest.hexdigest()
+
+
+def numbered_listing(items: Sequence[ImageItem], shown: str) -> Listing:
+    """The listing of a source that numbers its classes itself, up to the largest label. Numbers
+    without images stay classes, because sources are often parts of larger ones. ``shown`` is the
+    redacted source."""
+    labels = {item.label for item in items}
+    count = max(labels) + 1
+    if count - len(labels) > 0:
+        logger.warning(
+            "'%s': %d of %d class numbers have no images", shown, count - len(labels), count
+        )
+    # labels are untrusted: ``check_listing`` refuses a number that would fill the memory
+    empty = (n for n in range(count) if n not in labels) if count <= MAX_CLASSES else ()
+    return Listing(items, count, empty_classes=tuple(empty))
+
+
+def with_names(listing: Listing, names: Sequence[str], shown: str) -> Listing:
+    """A numbered listing with all classes of a list, the source's and others. Raises ``UserError``
+    if the list is too short."""
+    if listing.num_classes > len(names):
+        raise UserError(
+            f"'{shown}' has an image of class {listing.num_classes - 1}; --synsets has classes 0 "
+            f"to {len(names) - 1}"
+        )
+    more = range(listing.num_classes, len(names))
+    empty = (*listing.empty_classes, *more)
+    return replace(listing, num_classes=len(names), class_names=tuple(names), empty_classes=empty)

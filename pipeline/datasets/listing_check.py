@@ -29,6 +29,10 @@ def check_listing(listing: Listing, shown: str) -> None:
             where = plain_text(f"{shown}/{item.path}".rstrip("/"))
             raise UserError(f"{where}: sample '{short_name(item.key)}' {problem}")
         seen.add(item.key)
+    for name in listing.class_names:
+        problem = _problem(name)
+        if problem is not None:
+            raise UserError(f"{shown}: class folder '{short_name(name)}' {problem}")
     if listing.num_classes > MAX_CLASSES:
         raise UserError(
             f"--source '{shown}' has {listing.num_classes} classes; the limit is {MAX_CLASSES}"

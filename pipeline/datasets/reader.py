@@ -39,7 +39,10 @@ class FileReader:
             return _read_local(path, item)
         length = MAX_BYTES + 1 if item.length is None else item.length
         ranges = [(item.offset, item.offset + length)]
-        (part,) = read_ranges(self.filesystem, path, ranges)
+        try:
+            (part,) = read_ranges(self.filesystem, path, ranges)
+        except KeyError:  # of fsspec's archives
+            raise BadImageError("a link to a file that its archive lacks") from None
         if item.length is not None and len(part) != item.length:
             raise UserError(
                 f"'{redact(path)}': {len(part)} bytes came instead of the {item.length} of sample "

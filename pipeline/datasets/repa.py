@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from pipeline.datasets.listing import ImageItem, Listing
+from pipeline.datasets.listing import ImageItem, Listing, numbered_listing
 from pipeline.storage.files import file_size, open_url, read_bytes, read_ranges, redact
 from pipeline.text import short_value
 from schemas.errors import UserError
@@ -53,7 +53,7 @@ def list_repa(source: str) -> Listing:
                 "latents were made from other images"
             )
         items.append(ImageItem(key, label, f"images/{key}.png", latent=f"vae-sd/{name}"))
-    return Listing(items, num_classes=max(labels.values()) + 1)
+    return numbered_listing(items, shown)
 
 
 def first_latents(source: str) -> Iterator[ImageItem]:

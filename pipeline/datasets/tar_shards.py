@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from pipeline.datasets.folder import escape_dots, list_files
-from pipeline.datasets.listing import ImageItem, Listing
+from pipeline.datasets.listing import ImageItem, Listing, numbered_listing
 from pipeline.datasets.listing_check import short_name
 from pipeline.datasets.tar_source import choose_tars, expand_pattern, split_pattern
 from pipeline.storage.files import is_local, open_url, redact, retrying
@@ -83,8 +83,7 @@ def list_tars(source: str) -> Listing:
         items.append(ImageItem(name, member.label, path, member.offset, member.length))
     if not items:
         raise UserError(f"--source '{redact(source)}' has no samples")
-    _report_absent_classes({item.label for item in items}, redact(source))
-    return Listing(items, num_classes=max(item.label for item in items) + 1)
+    return numbered_listing(items, redact(source))
 
 
 def _incomplete(key: str, member: _Member) -> str:
@@ -101,23 +100,6 @@ def _incomplete(key: str, member: _Member) -> str:
     if any(len(parts) > 2 and parts[-1] in wanted for parts in dotted):
         return f"{text}: WebDataset ends a sample's name at the first dot, rename the files"
     return text
-
-
-def _report_absent_classes(labels: set[int], shown: str) -> None:
-    """Log the numbers below the largest one that no sample has: they are classes, too."""
-    count = max(labels) + 1 - len(labels)
-    if count:
-        absent = (n for n in range(max(labels)) if n not in labels)
-        named = ", ".join(str(n) for n, _ in zip(absent, range(MAX_NAMED), strict=False))
-        more = ", ..." if count > MAX_NAMED else ""
-        logger.warning(
-            "--source '%s' has no sample of %d of its %d classes (%s%s): class numbers begin at 0",
-            shown,
-            count,
-            max(labels) + 1,
-            named,
-            more,
-        )
 
 
 def _scan(source: str, path: str) -> dict[str, _Member]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing
@@ -49,6 +49,7 @@ def with_stores_options(config: ExtractConfig, store: Store) -> ExtractConfig:
         **_teacher_defaults(given.get("teacher", {}), config.add_stream, manifest),
         **store_values,
         "source": dataset.source,
+        "allow_empty_classes": bool(dataset.empty_classes),
     }
     values = merge(defaults, {name: value for name, value in given.items() if value is not None})
     return validate(ExtractConfig, values, where=f"--add-stream to store '{store.shown_url}'")
@@ -80,6 +81,8 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
         "format": (manifest.format, config.format),
         "shard_size": (manifest.shard_size, config.shard_size),
         "order_seed": (manifest.dataset.order_seed, config.order_seed),
+        "the number of classes": (manifest.dataset.num_classes, listing.num_classes),
+        **_class_names(manifest.dataset.class_names, listing.class_names),
         "the images": (manifest.dataset.fingerprint[:12], listing.fingerprint()[:12]),
     }
     name = stream_name(config)
@@ -126,6 +129,16 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
             if column != requested_column:  # only compression is left: shapes are equal by now
                 key = f"compression of {name}"
                 raise _mismatch(store, key, column.lossless, requested_column.lossless)
+
+
+def _class_names(
+    stored: Sequence[str], requested: Sequence[str]
+) -> dict[str, tuple[object, object]]:
+    """The first class whose names differ; stores of earlier versions have no names."""
+    for number, (old, new) in enumerate(zip(stored, requested, strict=False)):
+        if old != new:
+            return {f"class {number}": (old, new)}
+    return {}
 
 
 def _mismatch(store: Store, key: str, stored: object, requested: object) -> UserError:

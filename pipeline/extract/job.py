@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.listing import describe_image
+from pipeline.datasets.listing_check import short_name
 from pipeline.distributed.log_relay import ProgressHandler
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.distributed.resources import OptionNames, choose_resources
@@ -65,7 +67,7 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
     config = with_absolute_paths(
         config, ["store", "source"], folders=["autoencoder"], weights=["teacher.weights"]
     )
-    listing = list_images(config)
+    listing = list_images(config, _stored_names(config, existing))
     name = stream_name(config)
     if existing is not None:
         check_request(config, listing, existing)
@@ -73,7 +75,8 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
         known = name in existing.manifest.streams and _same_weight_names(config, existing.manifest)
         if known and not existing.missing_shards(name) and not lacks_tail(existing, name):
             if not exists(existing.filesystem, f"{existing.root}/{INDEX}"):
-                existing.finish()
+                _finish(existing, listing)
+            _check_left_empty(config, listing, existing)
             return ExtractionSummary(0, 0.0, existing)
     with ray_cluster(config.ray_address):
         return _run(config, listing, existing)
@@ -138,7 +141,8 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
     finally:
         pool.close()
     _report_bad_images(bad, config)
-    store.finish()
+    _finish(store, listing)
+    _check_left_empty(config, listing, store)
     return ExtractionSummary(encoded, seconds, store)
 
 
@@ -161,6 +165,40 @@ def _report_statistics(config: ExtractConfig, teacher: TeacherInfo) -> None:
         std,
         teacher.model,
         teacher.weights,
+    )
+
+
+def _stored_names(config: ExtractConfig, store: Store | None) -> Sequence[str]:
+    """Class names of the store that gets another stream, which has its classes."""
+    return () if store is None or config.add_stream is None else store.manifest.dataset.class_names
+
+
+def _finish(store: Store, listing: Listing) -> None:
+    """Finish the store; classes whose every image was skipped are without images from now on."""
+
+    def empty_classes(skipped: Collection[str]) -> list[int]:
+        stored = {item.label for item in listing.items if item.key not in skipped}
+        emptied = {item.label for item in listing.items} - stored
+        return sorted({*listing.empty_classes, *emptied})
+
+    store.finish(empty_classes)
+
+
+def _check_left_empty(config: ExtractConfig, listing: Listing, store: Store) -> None:
+    """Raises ``UserError`` naming a class whose every image was skipped as bad."""
+    if config.allow_empty_classes or config.add_stream is not None:
+        return
+    left = sorted(set(store.manifest.dataset.empty_classes) - set(listing.empty_classes))
+    if not left:
+        return
+    name = short_name(listing.class_names[left[0]]) if listing.class_names else left[0]
+    images = {item.key for item in listing.items if item.label == left[0]}
+    first = next(image for image in store.manifest.skipped if image.key in images)
+    more = f" and {len(left) - 1} more classes" if len(left) > 1 else ""
+    raise UserError(
+        f"class '{name}'{more} of store '{store.shown_url}' has no image left: all {len(images)} "
+        f"were skipped, first {first.path} ({first.error}); repair them and use another --store, "
+        "or keep it as a class without images with --allow-empty-classes"
     )
 
 

@@ -84,6 +84,8 @@ def make_manifest(config: ExtractConfig, listing: Listing, description: Descript
             num_classes=listing.num_classes,
             fingerprint=listing.fingerprint(),
             order_seed=config.order_seed,
+            class_names=listing.class_names,
+            empty_classes=listing.empty_classes,
         ),
         resolution=config.resolution,
         autoencoder=description.autoencoder,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.suggest_extraction import suggest_extraction
-from pipeline.runs.compatibility import check_latents
+from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
 from pipeline.targets.sources import check_fit
 from pipeline.targets.tail import check_tail
@@ -60,6 +60,7 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
         return Answer(file, False, str(error).removeprefix(f"{file}: "))
     try:
         check_latents(config, store.manifest)
+        check_classes(with_classes(config, store.manifest), store.manifest)
     except UserError as error:
         return Answer(file, False, f"it needs another store: {error}")
     if not config.alignment.active:

@@ -40,9 +40,10 @@ class SourceImages:
                 "dataset": dataset.name,
                 "source": None if location is None else absolute_url(location),
                 "resolution": self._resolution,
+                "allow_empty_classes": True,
             }
         )
-        self._items = {item.key: item for item in list_images(config).items}
+        self._items = {item.key: item for item in list_images(config, dataset.class_names).items}
         self._read = open_reader(config)
         self._shown = redact(location or "its package")
 

@@ -8,9 +8,15 @@ from dataclasses import dataclass
 from pipeline.storage.files import file_size
 from pipeline.store import Store
 from pipeline.store.layout import MANIFEST
-from pipeline.text import describe_bytes, short_value
+from pipeline.text import describe_bytes, short_value, shortened
+from schemas.classes import ClassTable
 from schemas.errors import escaped
 from schemas.store import AutoencoderInfo, Column, TeacherStream
+
+MAX_SHOWN = 10
+"""Classes that the page shows; ``--json`` has all."""
+MAX_NAME = 40
+"""Characters of a class name on the page."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class StoreSummary:
     """Missing shards of streams that were added later."""
     fixed_bytes: int
     """Bytes that do not depend on the number of images: teacher tails and the manifest."""
+    classes: ClassTable
 
     @property
     def complete(self) -> bool:
@@ -42,6 +49,8 @@ class StoreSummary:
             "streams": self.bytes_per_stream,
             "bytes_per_image": self.bytes_per_image,
             "fixed_bytes": self.fixed_bytes,
+            **({"class_names": self.classes.names} if self.classes.names else {}),
+            **({"empty_classes": self.classes.empty} if self.classes.empty else {}),
         }
 
 
@@ -55,7 +64,12 @@ def summarise(store: Store) -> StoreSummary:
     fixed = sum(tail.bytes for tail in tails if tail is not None)
     fixed += file_size(store.filesystem, f"{store.root}/{MANIFEST}")
     return StoreSummary(
-        sum(index.samples_per_shard), index.bytes_per_stream, missing, incomplete, fixed
+        sum(index.samples_per_shard),
+        index.bytes_per_stream,
+        missing,
+        incomplete,
+        fixed,
+        store.manifest.dataset.classes,
     )
 
 
@@ -82,6 +96,7 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
         f"{store.shown_url}: {state}",
         f"  data set     {m.dataset.name} from {m.dataset.source or 'its package'}, "
         f"{m.dataset.num_classes} classes, {m.resolution} px",
+        *_describe_classes(m.dataset.classes),
         f"  samples      {summary.samples} in {m.num_shards} shards of {m.shard_size}, {m.format}",
         f"  autoencoder  {vae.name} ({origin}), latents "
         f"{'x'.join(str(n) for n in vae.latent_shape)}, {_normalisation(vae)}",
@@ -123,6 +138,24 @@ SOURCES = {"model": "model's name", "options": "options"}
 
 def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+def _describe_classes(classes: ClassTable) -> list[str]:
+    """Numbers and names of the first classes, and those without images."""
+    lines = []
+    if classes.names:
+        names = (shortened(name, MAX_NAME) for name in classes.names)
+        shown = [str(n) if name == str(n) else f"{n} {name}" for n, name in enumerate(names)]
+        lines.append(f"  classes      {_first(shown)}")
+    if classes.empty:
+        empty = [str(number) for number in classes.empty]
+        lines.append(f"  no images    {len(empty)} classes: {_first(empty)}")
+    return lines
+
+
+def _first(items: Sequence[str]) -> str:
+    more = f", and {len(items) - MAX_SHOWN} more" if len(items) > MAX_SHOWN else ""
+    return f"{', '.join(items[:MAX_SHOWN])}{more}"
 
 
 def _describe_teacher(stream: TeacherStream) -> list[str]:

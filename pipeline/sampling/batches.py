@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.datasets.class_names import class_numbers
 from pipeline.randomness import Purpose, generator
+from schemas.classes import ClassTable
 from schemas.errors import UserError
 from schemas.sample import Labels
 
@@ -30,18 +32,18 @@ def plan_batches(num: int, batch_size: int) -> list[ImageBatch]:
     return [ImageBatch(n, first, min(batch_size, num - first)) for n, first in enumerate(firsts)]
 
 
-def choose_classes(requested: Sequence[int] | None, num_classes: int) -> tuple[int, ...]:
-    """The requested classes, by default all. Raises ``UserError`` where the model lacks one."""
+def choose_classes(requested: Sequence[int | str] | None, classes: ClassTable) -> tuple[int, ...]:
+    """Numbers of the requested classes, by default all that were trained on. Raises ``UserError``
+    where the model lacks one."""
     if requested is None:
-        return tuple(range(num_classes))
+        return classes.trained
     if not requested:
-        raise UserError("--classes is empty: name class numbers such as 1,2,3")
-    if max(requested) >= num_classes:
-        raise UserError(
-            f"--classes asks for class {max(requested)}; the model has classes 0 to "
-            f"{num_classes - 1}"
-        )
-    return tuple(requested)
+        raise UserError("--classes is empty: name classes such as 1,2,3")
+    numbers = class_numbers(requested, classes, option="--classes")
+    twice = next((number for number in numbers if numbers.count(number) > 1), None)
+    if twice is not None:
+        raise UserError(f"--classes names class {twice} twice, by different words: name it once")
+    return numbers
 
 
 def choose_labels(

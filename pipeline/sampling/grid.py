@@ -13,6 +13,7 @@ from tqdm import tqdm
 from pipeline.autoencoders import open_decoder
 from pipeline.checkpoints.resolve import find_checkpoint, local_copy
 from pipeline.checkpoints.student import load_trained_student
+from pipeline.datasets.class_names import row_name
 from pipeline.precision import choose_arithmetic, choose_device
 from pipeline.sampling.batches import choose_classes, plan_batches
 from pipeline.sampling.generate import check_guidance, check_sampler, draw_images
@@ -50,8 +51,8 @@ def draw_grid(config: SampleConfig) -> GridSummary:
     student = trained.student
     check_sampler(student.config, config.sampler)
     check_guidance(student.null_label, config.sampler, option="--sampler.guidance")
-    requested = (0,) if config.classes is None else config.classes
-    classes = choose_classes(requested, student.config.num_classes)
+    requested = trained.classes.trained[:1] if config.classes is None else config.classes
+    classes = choose_classes(requested, trained.classes)
     device = choose_device(config.device)
     precision = choose_arithmetic(config.precision, device)
     autoencoder = open_decoder(config.autoencoder, trained.encoder)
@@ -70,7 +71,7 @@ def draw_grid(config: SampleConfig) -> GridSummary:
         for batch in tqdm(plan_batches(len(labels), config.batch_size), unit="batch", desc="sample")
     ]
     try:
-        names = [str(label) for label in classes]
+        names = [row_name(label, trained.classes) for label in classes]
         save_grid(torch.cat(images), png, columns=config.per_class, row_names=names)
     except OSError as error:
         raise _unwritable(png, error) from None

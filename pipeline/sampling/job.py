@@ -91,8 +91,8 @@ def sample_many(config: SampleConfig) -> SampleSummary:
 
 def describe_images(config: SampleConfig, checkpoint: str, worker: WorkerInfo) -> SampleAbout:
     """Contents of ``about.json`` for the images that such workers draw."""
-    values = asdict(worker)
-    classes = choose_classes(config.classes, values.pop("num_classes"))
+    values = {key: value for key, value in asdict(worker).items() if key != "classes"}
+    classes = choose_classes(config.classes, worker.classes)
     assert config.num is not None
     return SampleAbout(
         **values,

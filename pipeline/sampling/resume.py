@@ -90,7 +90,7 @@ def _has_weights(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bo
         info.weights_sha256 == sha256_of_module(student)
         and info.model == student.config.model
         and info.convention == student.convention
-        and info.classes == choose_classes(config.classes, student.config.num_classes)
+        and info.classes == choose_classes(config.classes, trained.classes)
     )
     if not same_student:
         return False

@@ -19,6 +19,7 @@ from pipeline.hashing import sha256_of_module
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import ImageBatch
 from pipeline.sampling.generate import check_guidance, check_sampler, draw_latents
+from schemas.classes import ClassTable
 from schemas.diffusion import Path as DiffusionPath
 from schemas.diffusion import Prediction
 from schemas.errors import UserError
@@ -31,7 +32,7 @@ class WorkerInfo:
 
     step: int | None
     model: str
-    num_classes: int
+    classes: ClassTable
     weights_sha256: str
     path: DiffusionPath
     prediction: Prediction
@@ -100,7 +101,7 @@ class SampleWorker:
         return WorkerInfo(
             step=trained.step,
             model=self.student.config.model,
-            num_classes=self.student.config.num_classes,
+            classes=trained.classes,
             weights_sha256=weights,
             path=self.student.convention.path,
             prediction=self.student.convention.prediction,

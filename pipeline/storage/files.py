@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -26,13 +26,16 @@ from pipeline.storage.filesystem import (
     open_url,
     upload_options,
 )
-from pipeline.storage.local import files_below, open_regular, read_range
+from pipeline.storage.local import files_below, folders_in, open_regular, read_range
 from pipeline.storage.redaction import redact
 from pipeline.storage.retry import RETRY_SECONDS, RETRY_VARIABLE, StorageError, retrying, shown
+from pipeline.text import short_value
+from schemas.errors import UserError, plain_text
 
 T = TypeVar("T")
 
 __all__ = [
+    "MAX_NAMED",
     "RETRY_SECONDS",
     "RETRY_VARIABLE",
     "TEMPORARY",
@@ -43,6 +46,8 @@ __all__ = [
     "file_size",
     "is_local",
     "list_folder",
+    "list_folders",
+    "list_source",
     "list_tree",
     "open_url",
     "publish",
@@ -58,6 +63,8 @@ __all__ = [
 
 TEMPORARY = ".tmp-"
 """Prefix of the names of temporary files, which stay if their writer is killed."""
+MAX_NAMED = 5
+"""Files or folders that an error names."""
 
 
 def read_bytes(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes:
@@ -222,6 +229,41 @@ def list_tree(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, int
         )
     except FileNotFoundError:
         return {}
+
+
+def list_folders(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Sorted names of the folders directly in a folder, empty ones too."""
+    return retrying(lambda: folders_in(filesystem, path), filesystem, path, doing="list")
+
+
+def list_source(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Sorted paths, relative to a folder, of every file below it that is not hidden; empty if the
+    folder does not exist. Raises ``UserError`` naming links that lead nowhere, because without
+    their files it would be another data set."""
+    links: list[str] = []
+    try:
+        found = retrying(
+            lambda: files_below(filesystem, path, links),
+            filesystem,
+            path,
+            doing="list what is below",
+        )
+    except FileNotFoundError:
+        return []
+    broken = _relative(links, path)
+    if broken:
+        named = ", ".join(plain_text(short_value(link, 200)) for link in broken[:MAX_NAMED])
+        more = f" and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
+        raise UserError(
+            f"links that lead nowhere: {named}{more}; restore what they point to, or remove them"
+        )
+    return _relative(found, path)
+
+
+def _relative(paths: Iterable[str], folder: str) -> list[str]:
+    """Sorted paths relative to a folder, without hidden files and folders."""
+    names = sorted({path[len(folder) :].lstrip("/") for path in paths})
+    return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def remove(filesystem: fsspec.AbstractFileSystem, path: str) -> None:

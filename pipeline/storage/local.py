@@ -113,10 +113,13 @@ def _skip(buffers: list[Buffer], count: int) -> list[Buffer]:
     return []
 
 
-def files_below(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, int]:
-    """Full path and size of each file; raises the backend's errors."""
+def files_below(
+    filesystem: fsspec.AbstractFileSystem, path: str, broken: list[str] | None = None
+) -> dict[str, int]:
+    """Full path and size of each file; raises the backend's errors. Links that lead nowhere are
+    appended to ``broken``."""
     if is_local(filesystem):  # fsspec's walk silently skips unreadable folders
-        return dict(_walk(path, frozenset()))
+        return dict(_walk(path, frozenset(), broken))
     filesystem.invalidate_cache()
     found = filesystem.find(path, detail=True)
     return {
@@ -126,7 +129,22 @@ def files_below(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, i
     }
 
 
-def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+def folders_in(filesystem: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Names of the folders directly in a folder, and of links to folders; raises the backend's
+    errors."""
+    if is_local(filesystem):
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if os.path.isdir(entry.path))
+    filesystem.invalidate_cache()
+    found = filesystem.ls(path, detail=True)
+    folders = (str(info["name"]) for info in found if info["type"] == "directory")
+    below = {name.strip("/") for name in folders} - {path.strip("/")}
+    return sorted(name.rpartition("/")[2] for name in below)
+
+
+def _walk(
+    folder: str, above: frozenset[tuple[int, int]], broken: list[str] | None
+) -> Iterator[tuple[str, int]]:
     """Follows links to folders, for stores spread over disks, but not in cycles."""
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
@@ -136,8 +154,12 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str,
         for entry in sorted(entries, key=lambda entry: entry.name):
             try:
                 if entry.is_dir():
-                    yield from _walk(entry.path, above | {here})
+                    yield from _walk(entry.path, above | {here}, broken)
                 else:
                     yield entry.path, entry.stat().st_size
-            except FileNotFoundError:  # renamed or removed in the meantime
-                continue
+            except OSError as error:
+                nowhere = error.errno in (errno.ENOENT, errno.ELOOP) and entry.is_symlink()
+                if nowhere and broken is not None:
+                    broken.append(entry.path)
+                elif error.errno != errno.ENOENT:  # else renamed or removed in the meantime
+                    raise

@@ -13,7 +13,9 @@ from schemas.store import Manifest
 def check_same_store(saved: Manifest, wanted: Manifest, url: str) -> None:
     """Raises ``UserError`` when shards extracted now would not fit those that a store has. Paths
     and URLs are not compared, because they do not change what the files contain."""
-    ignore = ["skipped", "dataset.source"]
+    ignore = ["skipped", "dataset.source", "dataset.empty_classes"]
+    if not saved.dataset.class_names:  # of an earlier version
+        ignore.append("dataset.class_names")
     if None not in (saved.autoencoder.weights_sha256, wanted.autoencoder.weights_sha256):
         ignore.append("autoencoder.name")
     for name in saved.streams:

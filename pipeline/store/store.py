@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -161,13 +161,20 @@ class Store:
                     sizes[name] += sum(file.bytes for file in files)
         return StoreIndex(version=STORE_VERSION, samples_per_shard=counts, bytes_per_stream=sizes)
 
-    def finish(self) -> None:
-        """Write the index and the list of skipped images; called after the last commit."""
+    def finish(
+        self, empty_classes: Callable[[Collection[str]], Sequence[int]] | None = None
+    ) -> None:
+        """Write the index and the list of skipped images; called after the last commit.
+        ``empty_classes`` gives all classes without stored images from the keys of skipped ones."""
         index = self.build_index()
         skipped: list[SkippedImage] = []
         for shard in range(self.manifest.num_shards):
             skipped.extend(self.record(shard).skipped)
-        manifest = self.manifest.model_copy(update={"skipped": tuple(skipped)})
+        dataset = self.manifest.dataset
+        if empty_classes is not None:
+            empty = tuple(empty_classes({image.key for image in skipped}))
+            dataset = dataset.model_copy(update={"empty_classes": empty})
+        manifest = self.manifest.model_copy(update={"skipped": tuple(skipped), "dataset": dataset})
         if manifest != self.manifest:
             self.create(self.url, manifest)
             self.manifest = manifest

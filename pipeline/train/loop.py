@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.alignment.termination import Decision, StepLosses
-from pipeline.checkpoints.state import CheckpointContents, read_state
+from pipeline.checkpoints.state import CheckpointContents, classes_to_save, read_state
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import PollRequest, StopRequest, no_request
 from pipeline.runs.compatibility import resolve_run
@@ -275,6 +275,7 @@ class TrainingLoop:
                 "metrics_rows": parts.metrics.rows if parts.metrics is not None else 0,
                 "looked": self.validated_step == trainer.step,
                 "store": parts.identity,
+                **classes_to_save(parts.store.manifest.dataset.classes, self.config),
                 "data": parts.loader.state(),
                 "autoencoder": parts.store.manifest.autoencoder.model_dump(),
                 "config": redacted_config(self.config.model_dump(mode="json")),

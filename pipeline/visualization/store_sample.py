@@ -10,6 +10,7 @@ import torch
 
 from pipeline.alignment.losses import Targets
 from pipeline.autoencoders import decode_means, open_decoder
+from pipeline.datasets.class_names import row_name
 from pipeline.store import Store, StreamReader
 from pipeline.targets.sources import Wanted, read_targets
 from schemas.errors import UserError
@@ -58,7 +59,10 @@ def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -
     request = Wanted(features=True, layers=teacher.layers, heads=teacher.heads)
     targets = read_targets(store, np.array([shard]), np.array([row]), request, stream)
     figure = _draw_targets(teacher, targets, image)
-    figure.suptitle(f"{key} (class {int(sample['label'])})", fontsize=9)
+    figure.suptitle(
+        f"{key} (class {row_name(int(sample['label']), store.manifest.dataset.classes)})",
+        fontsize=9,
+    )
     figure.tight_layout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
 from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.reader import FileReader
 from pipeline.evaluate.images.sample_info import read_folder_info
-from pipeline.storage.files import list_tree, open_url, redact
+from pipeline.storage.files import list_source, open_url, redact
 from pipeline.storage.npz import fitting_rows
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError, plain_text
@@ -45,14 +45,12 @@ class FolderImages:
         self._resolution = resolution
         filesystem, root = open_url(place, what=option)
         try:
-            tree = list_tree(filesystem, root)
-        except UserError:
-            raise
+            names = list_source(filesystem, root)
+        except UserError as error:
+            raise UserError(f"{self._where}: {error}") from None
         except Exception as error:  # fsspec backends raise their own types
             reason = plain_text(without_secrets(str(error), place))[:200]
             raise UserError(f"{self._where} cannot be listed: {reason}") from None
-        names = sorted(str(path)[len(root) :].lstrip("/") for path in tree)
-        names = [name for name in names if not any(p.startswith(".") for p in name.split("/"))]
         images = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
         if not images:
             raise UserError(

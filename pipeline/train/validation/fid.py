@@ -57,7 +57,7 @@ class RunEvaluation:
             )
         if sampler.group.is_main:
             check_rows(folder)
-        self.classes = range(sampler.num_classes)
+        self.classes = sampler.classes.trained
         self.sampling = Sampling.of(
             config.samples.sampler,
             labels="random",

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.datasets.class_names import row_name
 from pipeline.models import SiT
+from pipeline.runs.compatibility import grid_classes
 from pipeline.runs.directory import SAMPLES
 from pipeline.runs.metrics import BROKEN_SAMPLES
 from pipeline.storage.files import TEMPORARY
 from pipeline.train.validation.sampling import DistributedSampler, Pause, is_due
 from pipeline.visualization.image_grid import save_grid
-from schemas.errors import UserError
 from schemas.run import RunConfig
 
 
@@ -24,7 +25,7 @@ class SampleGrids:
 
     def __init__(self, config: RunConfig, sampler: DistributedSampler, folder: Path) -> None:
         self.every, self.last = config.samples.every, config.steps
-        self.classes = grid_classes(config, sampler.num_classes)
+        self.classes = grid_classes(config, sampler.classes)
         self.per_class = config.samples.per_class
         self.sampler = sampler
         self.folder = folder / SAMPLES
@@ -54,19 +55,6 @@ class SampleGrids:
     def _write(self, images: Tensor, step: int) -> None:
         path = self.folder / f"step-{step:09d}.png"
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
-        names = [str(label) for label in self.classes]
+        names = [row_name(label, self.sampler.classes) for label in self.classes]
         save_grid(images, temporary, columns=self.per_class, row_names=names)
         os.replace(temporary, path)
-
-
-def grid_classes(config: RunConfig, num_classes: int) -> tuple[int, ...]:
-    """Classes, one per row of the grid. Raises ``UserError`` where the store lacks one."""
-    classes = config.samples.classes
-    if classes is None:
-        return tuple(range(min(8, num_classes)))
-    if not classes or max(classes) >= num_classes:
-        raise UserError(
-            f"--samples.classes {','.join(map(str, classes))}: the store has classes 0 to "
-            f"{num_classes - 1}; name at least one of them"
-        )
-    return classes

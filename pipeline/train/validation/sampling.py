@@ -58,7 +58,7 @@ class DistributedSampler:
         )
         self.precision = choose_arithmetic("auto", group.device.type)
         self.resolution = manifest.resolution
-        self.num_classes = manifest.dataset.num_classes
+        self.classes = manifest.dataset.classes
 
     def sample(self, student: SiT, labels: Sequence[int], pause: Pause) -> Iterator[SampledBatch]:
         """Batches of this rank's share of one image per label. Every rank calls it and consumes it

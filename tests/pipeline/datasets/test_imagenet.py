@@ -49,14 +49,14 @@ def test_other_folders_are_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", ["", " name, other name"])
 def test_synset_list_fixes_ranks_and_the_number_of_classes(tmp_path: Path, words: str) -> None:
-    """1,000 WNIDs of which the source has three; the list need not be sorted."""
+    """1,000 WNIDs of which the source has three; the number is the position in the list."""
     wnids = sorted({*WNIDS, *(f"n{i:08d}" for i in range(997))})
     file = tmp_path / "synsets.txt"
     file.write_text("".join(f"{wnid}{words}\n" for wnid in reversed(wnids)))
     listing = list_imagenet(make_tree(tmp_path, "train"), str(file))
     assert listing.num_classes == 1000
     ranks = {key.split("/")[0]: label for key, label in keys(listing).items()}
-    assert ranks == dict(zip(WNIDS, (997, 998, 999), strict=True))
+    assert ranks == dict(zip(WNIDS, (2, 1, 0), strict=True))
 
 
 def test_a_class_that_the_synset_list_lacks_is_named(tmp_path: Path) -> None:

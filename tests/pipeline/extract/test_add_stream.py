@@ -100,7 +100,7 @@ def run_on(store: Store, stream: str | None) -> RunConfig:
                 "width": 24,
                 "heads": 6,
                 "latent_size": 8,
-                "num_classes": 10,
+                "num_classes": 2,
             },
             "alignment": {
                 "feature_depth": 2,

@@ -79,7 +79,7 @@ def extraction(command: str) -> ExtractConfig:
         {"student": {"heads": 2}},
         {"student": {"heads": 6, "width": 48}},
         {"student": {"model": "DiT-S/2"}},
-        {"student": {"depth": 7, "num_classes": 1000}},
+        {"student": {"depth": 7}},
     ],
 )
 def test_what_a_store_serves_without_copying(
@@ -166,6 +166,7 @@ def test_a_stream_whose_shards_are_missing_is_completed_as_it_was_begun(
     [
         ({"student": {"latent_size": 16}}, "it needs another store: the store holds latents 4x8x8"),
         ({"student": {"num_classes": 4}}, "it needs another store: the store has 5 classes"),
+        ({"student": {"num_classes": 1000}}, "student.num_classes is 1000: set --student.num-cla"),
         ({"alignment": {"teacher_layers": [9, 1]}}, "the store's teacher has layers 0 to 3 only"),
         ({"stepz": 5}, "unknown key 'stepz' (did you mean 'steps'?)"),
         ({"steps": 0}, "steps: "),

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from pipeline.sampling.batches import ImageBatch, choose_classes, choose_labels, plan_batches
+from schemas.classes import ClassTable
 from schemas.errors import UserError
 
 
@@ -41,9 +42,13 @@ def test_random_labels_are_uniform_over_the_requested_classes() -> None:
 
 
 def test_classes() -> None:
-    assert choose_classes(None, 3) == (0, 1, 2)
-    assert choose_classes([2, 1], 3) == (2, 1)
+    three = ClassTable(count=3, names=("a", "b", "c"))
+    assert choose_classes(None, three) == (0, 1, 2)
+    assert choose_classes(None, three.model_copy(update={"empty": (1,)})) == (0, 2)
+    assert choose_classes([2, "b"], three) == (2, 1)
     with pytest.raises(UserError, match="class 3; the model has classes 0 to 2"):
-        choose_classes((3,), 3)
+        choose_classes((3,), three)
     with pytest.raises(UserError, match="--classes is empty"):
-        choose_classes((), 3)
+        choose_classes((), three)
+    with pytest.raises(UserError, match="names class 1 twice"):
+        choose_classes(("b", 1), three)

@@ -18,6 +18,7 @@ import torch
 from numcodecs import Zstd
 
 from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.cli.config_files import merge
 from pipeline.inspect.fidelity import measure_fidelity
 from pipeline.store import Store, StreamReader
 from pipeline.store.arrays import check_columns
@@ -507,7 +508,8 @@ def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
     """On a GPU they would kill the process without a word."""
     store = make_random_store(tmp_path / "store", samples=6, shard_size=3)  # labels 0 to 4
     edit_json(tmp_path / "store" / "manifest.json", lambda m: m["dataset"].update(num_classes=2))
-    config = RunConfig.model_validate({**tiny_run(), "store": store.url})
+    values = merge(tiny_run(), {"store": store.url, "student": {"num_classes": 2}})
+    config = RunConfig.model_validate(values)
     with pytest.raises(UserError, match="a label outside its 2 classes"):
         train(config, tmp_path / "run", LocalCheckpoints(tmp_path / "run", keep=1).save)
 

@@ -71,3 +71,11 @@ def test_large_descriptions_are_not_read(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "pictures" / "about.json").write_text(about_samples(num=4).model_dump_json())
     monkeypatch.setattr(sample_info, "MAX_ABOUT", 100)
     assert open_images(str(tmp_path / "pictures"), "--samples").info is None
+
+
+@pytest.mark.parametrize("target", ["/nowhere.png", "/nowhere"])
+def test_links_that_lead_nowhere_are_named(tmp_path: Path, target: str) -> None:
+    save_images(tmp_path / "images", 3)
+    (tmp_path / "images" / "link").symlink_to(target)
+    with pytest.raises(UserError, match=r"--samples '.*': links that lead nowhere: link; "):
+        open_images(str(tmp_path / "images"), "--samples")
