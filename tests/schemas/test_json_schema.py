@@ -11,7 +11,7 @@ from typing import Any
 from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
-DIGESTS = {2: "2710dc863e0f92193cd079208071baccc6187df8119870114784cbfa90abc74a"}
+DIGESTS = {2: "7847637428d0e856e683502b09ba0a595e7af6431968c5ea2bec1574da919b02"}
 """Of the schema of each version, without its prose."""
 
 ADVICE = """
