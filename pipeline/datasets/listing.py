@@ -70,13 +70,15 @@ def numbered_listing(items: Sequence[ImageItem], shown: str) -> Listing:
     redacted source."""
     labels = {item.label for item in items}
     count = max(labels) + 1
-    if count - len(labels) > 0:
-        logger.warning(
-            "'%s': %d of %d class numbers have no images", shown, count - len(labels), count
-        )
     # labels are untrusted: ``check_listing`` refuses a number that would fill the memory
-    empty = (n for n in range(count) if n not in labels) if count <= MAX_CLASSES else ()
-    return Listing(items, count, empty_classes=tuple(empty))
+    numbers = range(count) if count <= MAX_CLASSES else ()
+    empty = tuple(n for n in numbers if n not in labels)
+    if empty:
+        named = ", ".join(str(n) for n in empty[:4]) + (", ..." if len(empty) > 4 else "")
+        logger.warning(
+            "'%s': %d of %d class numbers have no images (%s)", shown, len(empty), count, named
+        )
+    return Listing(items, count, empty_classes=empty)
 
 
 def with_names(listing: Listing, names: Sequence[str], shown: str) -> Listing:

@@ -428,7 +428,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert "1 files that are not .tar are not read, such as stats.json" in said
     assert "empty.tar has no samples" in said
-    assert "no sample of 4 of its 6 classes (0, 1, 2, 4)" in said
+    assert "4 of 6 class numbers have no images (0, 1, 2, 4)" in said
 
 
 def test_a_damaged_image_is_named_by_tar_and_sample(tmp_path: Path) -> None:

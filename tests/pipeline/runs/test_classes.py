@@ -203,7 +203,7 @@ def test_foreign_files_take_numbers_only(config: MakeConfig, tmp_path: Path) -> 
         ({"classes": {"count": 99}}, "99 classes, its student has 5"),
         ({"classes": {"count": 2, "names": ["a"]}}, "there are 1 names of 2 classes"),
     ):
-        torch.save({**content, "args": args}, tmp_path / "file.pt")
+        torch.save({**content, "args": {"path_type": "linear", **args}}, tmp_path / "file.pt")
         if message is None:
             classes = load_trained_student(tmp_path / "file.pt", model="SiT-S/2").classes
             assert choose_classes(None, classes) == (0, 1, 2, 3, 4)
