@@ -231,7 +231,7 @@ def _make_store(
     if Store.exists(config.store):
         store = Store.open(config.store)
     else:
-        tail = encoder.save_tail(config.store)
+        tail = encoder.save_tail(config.store)  # under the cache's lock
         store = Store.create(config.store, with_tail(manifest, stream_name(config), tail))
     missing = set(store.missing_shards(stream_name(config)))
     tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in missing]

@@ -20,6 +20,8 @@ from pipeline.extract.tasks import (
     make_stream,
     make_tasks,
     stream_name,
+    with_new_stream,
+    with_stream,
     with_tail,
 )
 from pipeline.storage.files import absolute_url, exists
@@ -29,7 +31,7 @@ from pipeline.store.layout import INDEX
 from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest, SkippedImage, TeacherStream
+from schemas.store import Manifest, SkippedImage, TeacherStream, WeightsFile
 
 RESOURCE_OPTIONS = OptionNames("--actors", "--cpus-per-actor", "--gpus-per-actor")
 logger = logging.getLogger(__name__)
@@ -118,26 +120,32 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
 def _open_store(
     config: ExtractConfig, listing: Listing, existing: Store | None, pool: EncoderPool
 ) -> Store:
-    """The store with its manifest and the teacher's tail, ready for shards."""
+    """The store with its manifest and the teacher's tail, ready for shards. The manifest comes
+    first, and is compared even if it is new: of two commands that start at once, one writes it."""
     description = pool.describe()
     name = stream_name(config)
-    if existing is None:
-        assert config.store is not None
-        manifest = make_manifest(config, listing, description)
-        tail = pool.save_tail(config.store)
-        return Store.create(config.store, with_tail(manifest, name, tail))
-    manifest = existing.manifest
     if config.add_stream is None:
-        check_same_store(manifest, make_manifest(config, listing, description), existing.shown_url)
+        wanted = make_manifest(config, listing, description)
+        if existing is None:
+            assert config.store is not None
+            tail = pool.describe_tail()
+            existing = Store.create(config.store, with_tail(wanted, name, tail))
+            check_request(config, listing, existing)
     else:
+        assert existing is not None
         stream = make_stream(config, description)
-        expected = manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})
-        if name not in manifest.streams:
-            tail = pool.save_tail(existing.url)
-            return Store.create(existing.url, with_tail(expected, name, tail))
-        check_same_store(manifest, expected, existing.shown_url)
-    if _lacks_tail(existing, name):
-        pool.save_tail(existing.url)
+        if name not in existing.manifest.streams:
+            tail = pool.describe_tail()
+            added = stream.model_copy(update={"tail": tail})
+            existing = existing.update(lambda now: with_new_stream(now, name, added))
+            check_request(config, listing, existing)
+        wanted = with_stream(existing.manifest, name, stream)
+    check_same_store(existing.manifest, wanted, existing.shown_url)
+    if _lacks_tail(existing, name) and pool.save_tail(existing.url) != _tail(existing, name):
+        raise UserError(
+            f"store '{existing.shown_url}' was made with another tail of the teacher of stream "
+            f"'{name}', and has lost it: use another --store"
+        )
     return existing
 
 
@@ -156,9 +164,13 @@ def _missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> lis
 
 def _lacks_tail(store: Store, name: str) -> bool:
     """True if the manifest names the tail of a stream whose file does not exist."""
-    stream = store.manifest.streams[name]
-    tail = stream.tail if isinstance(stream, TeacherStream) else None
+    tail = _tail(store, name)
     return tail is not None and not exists(store.filesystem, f"{store.root}/{tail.file}")
+
+
+def _tail(store: Store, name: str) -> WeightsFile | None:
+    stream = store.manifest.streams[name]
+    return stream.tail if isinstance(stream, TeacherStream) else None
 
 
 def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:

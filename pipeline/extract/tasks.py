@@ -104,6 +104,16 @@ def make_stream(config: ExtractConfig, description: Description) -> TeacherStrea
     )
 
 
+def with_stream(manifest: Manifest, name: str, stream: TeacherStream) -> Manifest:
+    """The manifest with the stream ``name``, which it may have already."""
+    return manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})
+
+
+def with_new_stream(manifest: Manifest, name: str, stream: TeacherStream) -> Manifest:
+    """The manifest with the stream ``name``, unchanged if it has one of that name."""
+    return manifest if name in manifest.streams else with_stream(manifest, name, stream)
+
+
 def with_tail(manifest: Manifest, name: str, tail: WeightsFile | None) -> Manifest:
     """The manifest with the weights file of a stream's tail."""
     stream = manifest.streams[name].model_copy(update={"tail": tail})

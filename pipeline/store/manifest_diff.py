@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from pipeline.store import Store
 from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.store import Manifest
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
 
 
 def check_same_store(saved: Manifest, wanted: Manifest, url: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
+from pipeline.storage.conditional import update_file, write_new
 from pipeline.storage.files import (
     absolute_url,
     exists,
@@ -23,6 +25,7 @@ from pipeline.storage.redaction import without_secrets
 from pipeline.store.arrays import check_columns, stream_parts
 from pipeline.store.errors import UncommittedShardError
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
+from pipeline.store.manifest_diff import require_equal
 from schemas.errors import UserError, plain_text
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, StoreIndex
 
@@ -77,17 +80,39 @@ class Store:
 
     @staticmethod
     def create(url: str, manifest: Manifest) -> Store:
-        """Write the manifest of a new store, of one that is being completed, or of one that gets
-        another stream."""
+        """Write the manifest of a new store. If another command was first, the store is opened with
+        the manifest that this one has written: callers compare it, as on a resume."""
         store = Store(url, manifest)
+        path = f"{store.root}/{MANIFEST}"
         try:
-            for path, data in store.zarr_metadata().items():
-                write_atomic(store.filesystem, f"{store.root}/{path}", data)
-            text = manifest.model_dump_json(indent=1).encode()
-            write_atomic(store.filesystem, f"{store.root}/{MANIFEST}", text)
+            created = write_new(store.filesystem, path, _as_json(manifest))
+            if created:
+                store._write_zarr_metadata()
         except Exception as error:  # every fsspec backend raises its own types
             raise _unreachable(url, error) from None
+        return store if created else Store.open(url)
+
+    def update(self, change: Callable[[Manifest], Manifest]) -> Store:
+        """Replace the manifest by ``change(manifest)`` and return the store with it. Changes that
+        other commands make at the same time are all made; ``change`` may be called again."""
+        updated = self.manifest
+
+        def rewrite(data: bytes | None) -> bytes:
+            nonlocal updated
+            if data is None:
+                raise UserError(f"'{self.shown_url}/{MANIFEST}' was deleted in the meantime")
+            current = _parse(Manifest, data, f"{self.shown_url}/{MANIFEST}")
+            updated = change(current)
+            return data if updated == current else _as_json(updated)
+
+        update_file(self.filesystem, f"{self.root}/{MANIFEST}", rewrite)
+        store = Store(self.url, updated)
+        store._write_zarr_metadata()
         return store
+
+    def _write_zarr_metadata(self) -> None:
+        for path, data in self.zarr_metadata().items():
+            write_atomic(self.filesystem, f"{self.root}/{path}", data)
 
     def committed_shards(self, stream: str = "latents") -> set[int]:
         """Numbers of the committed shards of ``stream``, by listing their records."""
@@ -159,16 +184,35 @@ class Store:
         return StoreIndex(version=STORE_VERSION, samples_per_shard=counts, bytes_per_stream=sizes)
 
     def finish(self) -> None:
-        """Write the index and the list of skipped images; called after the last commit."""
-        index = self.build_index()
+        """Write the index and the list of skipped images; called after the last commit. Raises
+        ``UserError`` if another command has replaced the manifest since this store was opened."""
         skipped: list[SkippedImage] = []
         for shard in range(self.manifest.num_shards):
             skipped.extend(self.record(shard).skipped)
-        manifest = self.manifest.model_copy(update={"skipped": tuple(skipped)})
-        if manifest != self.manifest:
-            self.create(self.url, manifest)
-            self.manifest = manifest
-        write_atomic(self.filesystem, f"{self.root}/{INDEX}", index.model_dump_json().encode())
+        opened = self.manifest
+
+        def complete(current: Manifest) -> Manifest:
+            require_equal(
+                current,
+                opened,
+                [
+                    "skipped",
+                    *(f"streams.{name}" for name in current.streams.keys() - opened.streams),
+                ],
+                where=f"store '{self.shown_url}'",
+                what="this command",
+                remedy="two commands wrote to it at once; delete it and run one of them again",
+            )
+            return current.model_copy(update={"skipped": tuple(skipped)})
+
+        self.update(complete)
+
+        def index(_: bytes | None) -> bytes:
+            """Built after the old one was read, so that the last writer has seen all commits."""
+            self.manifest = Store.open(self.url).manifest
+            return self.build_index().model_dump_json().encode()
+
+        update_file(self.filesystem, f"{self.root}/{INDEX}", index)
 
     def record(self, shard: int, stream: str = "latents") -> CommitRecord:
         """The commit record of a shard of ``stream``. Raises ``UncommittedShardError`` when there
@@ -256,6 +300,10 @@ def _parse(model: type[M], text: bytes, where: str) -> M:
         message = first["msg"].removeprefix("Value error, ")
         reason = plain_text(f"{key}: {message}" if key else message)[:300]  # keys are untrusted
         raise UserError(f"{where} is damaged: {reason}") from None
+
+
+def _as_json(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(indent=1).encode()
 
 
 def _version_of(text: bytes) -> int:
