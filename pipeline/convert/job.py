@@ -60,7 +60,7 @@ def convert(config: ConvertConfig) -> Conversion:
     wanted = _manifest(config, source.manifest, plans, device)
     existing = Store.open(url) if Store.exists(url) else None
     if existing is not None:
-        check_same_conversion(existing, wanted)
+        check_same_conversion(existing.manifest, wanted, existing.shown_url)
     target, shards = existing, 0
     groups = _groups(plans)
     if existing is None or _lacks(existing, groups):
@@ -137,7 +137,7 @@ def _open_target(
             if tail is not None:
                 streams[plan.name] = streams[plan.name].model_copy(update={"tail": tail})
         existing = Store.create(url, wanted.model_copy(update={"streams": streams}))
-        check_same_conversion(existing, wanted)
+        check_same_conversion(existing.manifest, wanted, existing.shown_url)
     for plan in plans:
         stream = existing.manifest.streams[plan.name]
         was = stream.tail if isinstance(stream, TeacherStream) else None
