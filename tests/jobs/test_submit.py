@@ -73,21 +73,26 @@ def dashboard(
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
     try:
-        _wait_for_port(dashboard_port)
-        yield f"http://127.0.0.1:{dashboard_port}"
+        address = f"http://127.0.0.1:{dashboard_port}"
+        _wait(address, environment)
+        yield address
     finally:
         head.send_signal(signal.SIGTERM)
         head.wait(60)
 
 
-def _wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+def _wait(dashboard: str, environment: dict[str, str]) -> None:
+    """Until a job starts: the agent that starts jobs comes up after the dashboard."""
+    deadline = time.monotonic() + 240
+    while True:
+        arguments = ["ray", "job", "submit", "--address", dashboard, "--", "true"]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        booting = "No available agent" in done.stderr or "Failed to connect" in done.stderr
+        if not booting or time.monotonic() > deadline:
+            raise RuntimeError(done.stderr)
         time.sleep(0.5)
-    raise TimeoutError("Ray's dashboard did not come up")
 
 
 @pytest.fixture
