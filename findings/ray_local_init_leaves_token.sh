@@ -29,7 +29,7 @@ unset RAY_AUTH_MODE RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH RAY_ADDRESS RAY_API_SERVE
 mkdir "$HOME"
 
 free_port() {
-    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+    python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
 # Submits a job to a new one-node cluster, started and used with Ray's defaults; its output to $1.
@@ -37,7 +37,8 @@ submit_to_new_cluster() {
     local dashboard
     dashboard=$(free_port)
     ray start --head --block --num-cpus=1 --port="$(free_port)" --dashboard-host=127.0.0.1 \
-        --dashboard-port="$dashboard" >"$work/head.log" 2>&1 &
+        --dashboard-port="$dashboard" --dashboard-agent-listen-port="$(free_port)" \
+        >"$work/head.log" 2>&1 &
     head_pid=$!
     for _ in $(seq 120); do # the agent that starts jobs comes up after the dashboard
         if ray job submit --address "http://127.0.0.1:$dashboard" -- true >"$1" 2>&1; then break; fi
@@ -52,7 +53,8 @@ submit_to_new_cluster() {
 submit_to_new_cluster "$work/before"
 grep -q succeeded "$work/before" || { cat "$work/before"; echo "a new home does not work"; exit 1; }
 
-python -c 'import ray; ray.init(num_cpus=1); ray.shutdown()' >"$work/init.log" 2>&1
+python -c 'import ray; ray.init(num_cpus=1); ray.shutdown()' >"$work/init.log" 2>&1 ||
+    { cat "$work/init.log"; exit 1; }
 [ -s "$HOME/.ray/auth_token" ] || { echo "changed: ray.init() leaves no token"; exit 1; }
 
 submit_to_new_cluster "$work/after"

@@ -133,8 +133,8 @@ def _open_target(
     if existing is None:
         streams = dict(wanted.streams)
         for plan in plans:
-            tail = _tail(source, plan, tails.get(plan.name))
-            if tail is not None:
+            if isinstance(plan.after, TeacherStream):
+                tail = _tail(source, plan, tails.get(plan.name))
                 streams[plan.name] = streams[plan.name].model_copy(update={"tail": tail})
         existing = Store.create(url, wanted.model_copy(update={"streams": streams}))
         check_same_conversion(existing.manifest, wanted, existing.shown_url)
@@ -159,8 +159,8 @@ def _tail(
     source: Store, plan: StreamPlan, teacher: Teacher | None, *, write_to: str | None = None
 ) -> WeightsFile | None:
     """The file of the target's tail, None if the stream has none; written to a store if given."""
-    if not (isinstance(plan.before, TeacherStream) and isinstance(plan.after, TeacherStream)):
-        return None
+    assert isinstance(plan.before, TeacherStream)
+    assert isinstance(plan.after, TeacherStream)
     first = first_tail_block(plan.after.cut, plan.after.teacher.layers)
     if first is None or plan.before.tail is None:
         return None

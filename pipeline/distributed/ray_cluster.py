@@ -22,6 +22,8 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 TOKEN_FILE = Path(".ray") / "auth_token"
 """Ray's token below the home folder."""
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+REFUSED = ("InvalidAuthToken", "Unauthenticated", "UNAUTHENTICATED", "authentication token")
+"""Words of messages of a cluster that refuses a token."""
 
 _token = secrets.token_hex(32)
 """Token of this process's own clusters; one for all, because Ray caches it."""
@@ -36,7 +38,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         with relayed_logs():
             yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     # Later versions of Ray will not change CUDA_VISIBLE_DEVICES of actors without GPUs, and warn
     # about it today; this code works with both.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -46,12 +48,12 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     if not debug:  # it says that the token is used
         logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)
     with ExitStack() as stack:
-        if not address:
+        if address == "local":
             stack.enter_context(_own_token())
         try:
-            ray.init(address=address or "local", logging_level=level, log_to_driver=debug)
+            ray.init(address=address, logging_level=level, log_to_driver=debug)
         except Exception as error:  # Ray raises its own types, Python's, and bare ones
-            where = f"'{address}'" if address else "on this machine"
+            where = "on this machine" if address == "local" else f"'{address}'"
             raise UserError(f"no Ray cluster {where}: {_reason(error)}") from None
         stack.callback(ray.shutdown)
         for name in ("ray.train", "ray.data"):
@@ -89,12 +91,14 @@ def _has_token_file() -> bool:
 
 def _reason(error: Exception) -> str:
     """An error of Ray in one line."""
-    if isinstance(error, AuthenticationError):
-        return (
-            f"{plain_text(error.message)[:200]}: give the cluster's token in {TOKEN} or "
-            f"{TOKEN_PATH}, and {MODE}=token, here and on every node"
+    message = error.message if isinstance(error, AuthenticationError) else str(error)
+    text = plain_text(message)[:200] or type(error).__name__
+    if isinstance(error, AuthenticationError) or any(word in message for word in REFUSED):
+        text += (
+            f": give the cluster's token in {TOKEN} or {TOKEN_PATH}, and {MODE}=token, here and on "
+            "every node"
         )
-    return plain_text(str(error))[:200] or type(error).__name__
+    return text
 
 
 def total(resource: str) -> float:

@@ -192,16 +192,15 @@ class Store:
         opened = self.manifest
 
         def complete(current: Manifest) -> Manifest:
+            added = current.streams.keys() - opened.streams.keys()
             require_equal(
                 current,
                 opened,
-                [
-                    "skipped",
-                    *(f"streams.{name}" for name in current.streams.keys() - opened.streams),
-                ],
+                ["skipped", *(f"streams.{name}" for name in added)],
                 where=f"store '{self.shown_url}'",
                 what="this command",
-                remedy="two commands wrote to it at once; delete it and run one of them again",
+                remedy="another command has replaced its manifest; delete the store and run one of "
+                "them again",
             )
             return current.model_copy(update={"skipped": tuple(skipped)})
 

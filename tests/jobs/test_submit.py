@@ -68,6 +68,7 @@ def dashboard(
         *("--block", "--num-cpus=2", "--disable-usage-stats"),
         f"--port={port}",
         f"--dashboard-port={dashboard_port}",
+        f"--dashboard-agent-listen-port={free_port()}",  # another cluster may have the default one
         f"--temp-dir={Path('/tmp') / f'haste-{port}'}",  # long socket paths fail
     ]
     with (folder / "head.log").open("w") as log:

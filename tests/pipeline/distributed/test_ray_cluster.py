@@ -46,8 +46,8 @@ def seen(home: Path, monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 
 def test_a_local_cluster_has_a_secret_token_that_ends_with_it(home: Path, seen: Seen) -> None:
-    for _ in range(2):  # Ray caches the first token of a process
-        with ray_cluster(None):
+    for address in (None, "local"):  # Ray caches the first token of a process
+        with ray_cluster(address):
             pass
         assert authentication() == {}
     first, second = seen
@@ -120,6 +120,12 @@ def test_a_cluster_elsewhere_gets_no_token_of_ours(seen: Seen) -> None:
             "10.0.0.1:6379",
             "no Ray cluster '10.0.0.1:6379': no authentication token was found: give the cluster's "
             "token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, and RAY_AUTH_MODE=token",
+        ),
+        (
+            RuntimeError("Failed to connect to GCS: InvalidAuthToken"),
+            "10.0.0.1:6379",
+            "no Ray cluster '10.0.0.1:6379': Failed to connect to GCS: InvalidAuthToken: give the "
+            "cluster's token in RAY_AUTH_TOKEN or",
         ),
         (
             PermissionError(13, "Permission denied", "/home/me/.ray"),

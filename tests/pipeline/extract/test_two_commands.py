@@ -179,7 +179,7 @@ def test_a_replaced_manifest_is_told_of(tmp_path: Path) -> None:
     """As on storage that has no conditional requests."""
     store = make_random_store(tmp_path / "store")
     store.update(lambda manifest: manifest.model_copy(update={"resolution": 32}))
-    with pytest.raises(UserError, match=r"made with resolution 32, this command has \d+: two comm"):
+    with pytest.raises(UserError, match=r"made with resolution 32, this command has \d+: another"):
         store.finish()
 
 
