@@ -5,7 +5,7 @@
 # cluster is enabled by setting RAY_AUTH_MODE=token before it is started, and other ways of starting
 # than ray.init() need a token that the user has generated first.
 #
-# Seen: with RAY_AUTH_MODE unset, ray.init() writes ~/.ray/auth_token and leaves it there after
+# Seen: with RAY_AUTH_MODE unset, ray.init("local") writes ~/.ray/auth_token and leaves it there after
 # ray.shutdown(). From then on `ray start --head` requires that token, and `ray job submit` in the
 # same home and environment does not send it:
 #
@@ -53,7 +53,7 @@ submit_to_new_cluster() {
 submit_to_new_cluster "$work/before"
 grep -q succeeded "$work/before" || { cat "$work/before"; echo "a new home does not work"; exit 1; }
 
-python -c 'import ray; ray.init(num_cpus=1); ray.shutdown()' >"$work/init.log" 2>&1 ||
+python -c 'import ray; ray.init("local", num_cpus=1); ray.shutdown()' >"$work/init.log" 2>&1 ||
     { cat "$work/init.log"; exit 1; }
 [ -s "$HOME/.ray/auth_token" ] || { echo "changed: ray.init() leaves no token"; exit 1; }
 
