@@ -4,6 +4,8 @@ ones complete, and of two added streams none is lost."""
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tests.s3 import SeaweedFS
 from tests.stores import add_random_stream, make_random_store
 
 SAMPLES = 5
+ROOT = Path(__file__).parents[3]
 
 
 class LocalPool:
@@ -210,3 +213,37 @@ def test_two_conversions_to_one_target(tmp_path: Path, monkeypatch: pytest.Monke
     assert all_files(tmp_path / "target") == before
     assert verify_store(target).damaged == []
     assert np.sum(target.index().samples_per_shard) == SAMPLES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("seeds", "codes"), [((1, 2), [0, 2]), ((1, 1), [0, 0])])
+def test_two_processes(seeds: tuple[int, int], codes: list[int], images: Path) -> None:
+    """The commands as users type them, each with its own Ray cluster."""
+    store = images.parent / "store"
+    network = {"patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 2}
+    arguments = [
+        *("--dataset", "folder", "--source", str(images), "--store", str(store), "--actors", "1"),
+        *("--resolution", "32", "--teacher.image-size", "32", "--teacher.weights", "random"),
+        *("--teacher.model", "vit_small_patch14_dinov2.lvd142m", "--autoencoder", "demo"),
+        *("--layers", "0,1", "--cut", "image", "--shard-size", "3"),
+        *(text for key, n in network.items() for text in (f"--teacher.model-args.{key}", str(n))),
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipeline.extract", *arguments, "--teacher.seed", str(seed)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in seeds
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == codes, errors
+    found = Store.open(str(store))
+    assert verify_store(found).damaged == []
+    winner = next(s for s, p in zip(seeds, processes, strict=True) if p.returncode == 0)
+    assert found.manifest.teacher_streams["image"].teacher.seed == winner
+    if codes == [0, 2]:
+        (lost,) = (e for e, p in zip(errors, processes, strict=True) if p.returncode == 2)
+        assert f"was made with teacher.seed {winner}, this extraction has" in lost
