@@ -130,6 +130,7 @@ def _open_target(
 ) -> Store:
     """The target with its manifest and tails written, ready for shards. The manifest comes first,
     and is compared even if it is new: of two commands that start at once, one writes it."""
+    is_new = existing is None
     if existing is None:
         streams = dict(wanted.streams)
         for plan in plans:
@@ -141,7 +142,7 @@ def _open_target(
     for plan in plans:
         stream = existing.manifest.streams[plan.name]
         was = stream.tail if isinstance(stream, TeacherStream) else None
-        if was is None or _tail_exists(existing, was):
+        if was is None or (not is_new and _tail_exists(existing, was)):
             continue
         if _tail(source, plan, tails.get(plan.name), write_to=url) != was:
             raise UserError(

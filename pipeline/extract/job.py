@@ -124,6 +124,7 @@ def _open_store(
     first, and is compared even if it is new: of two commands that start at once, one writes it."""
     description = pool.describe()
     name = stream_name(config)
+    is_new = existing is None or name not in existing.manifest.streams  # a file there is of others
     if config.add_stream is None:
         wanted = make_manifest(config, listing, description)
         if existing is None:
@@ -141,7 +142,8 @@ def _open_store(
             check_request(config, listing, existing)
         wanted = with_stream(existing.manifest, name, stream)
     check_same_store(existing.manifest, wanted, existing.shown_url)
-    if _lacks_tail(existing, name) and pool.save_tail(existing.url) != _tail(existing, name):
+    lacks_tail = is_new or _lacks_tail(existing, name)
+    if lacks_tail and pool.save_tail(existing.url) != _tail(existing, name):
         raise UserError(
             f"store '{existing.shown_url}' was made with another tail of the teacher of stream "
             f"'{name}', and has lost it: use another --store"

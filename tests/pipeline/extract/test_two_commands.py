@@ -90,6 +90,8 @@ def test_two_different_extractions_of_one_new_store(
     winner = of_seed(tmp_path / "store", 1, cut="activations", format=format)
     alone = run(winner.model_copy(update={"store": str(tmp_path / "alone")}), monkeypatch)
     loser = of_seed(tmp_path / "store", 2, cut="activations", format=format)
+    (tmp_path / "store").mkdir()  # weights of an extraction that died before its manifest
+    (tmp_path / "store" / "activations_teacher_tail.safetensors").write_bytes(b"other weights")
     with pytest.raises(UserError, match=r"made with teacher.seed 1, this extraction has 2"):
         run(loser, monkeypatch, rival=lambda: run(winner, monkeypatch))
     assert all_files(tmp_path / "store") == all_files(Path(alone.root))
