@@ -66,6 +66,22 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     config = for_workers(config)
     store = Store.open(config.store)
     run = RunFolder(config)
+    _, summary = _resolve(config, run, store)
+    if not summary:
+        with run.lock():
+            # again, because another command may have trained the run until now
+            config, summary = _resolve(config, run, store)
+            if not summary:
+                with ray_cluster(config.ray_address):
+                    fit(config)
+    return summary or run.summary()
+
+
+def _resolve(
+    config: RunConfig, run: RunFolder, store: Store
+) -> tuple[RunConfig, dict[str, Any] | None]:
+    """The config as workers take it, and the summary if the run has its steps. Raises
+    ``UserError``."""
     state = latest_state(run.checkpoints)
     where = None if state is None else run.checkpoints.where(state.step)
     config = resolve_run(config, store.manifest, state, where)
@@ -77,10 +93,8 @@ def train_run(config: RunConfig) -> dict[str, Any]:
         done = run.summary() if state.step >= config.steps and run.has_summary else {}
         if done.get("steps", 0) >= config.steps:  # else it is of a shorter run
             logger.info("run '%s' already has its %d steps", config.name, state.step)
-            return done
-    with ray_cluster(config.ray_address):
-        fit(config)
-    return run.summary()
+            return config, done
+    return config, None
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def with_added_stream(store: Store, **given: Any) -> None:
     manifest = store.manifest.model_copy(
         update={"streams": {**store.manifest.streams, name: stream}}
     )
-    grown = Store.create(store.url, with_tail(manifest, name, encoder.save_tail(store.url)))
+    tail = encoder.save_tail(store.url)
+    grown = store.update(lambda _: with_tail(manifest, name, tail))
     for task in make_tasks(digits(config), SHARD):
         encoder.encode_shard(grown.url, grown.manifest, task)
     grown.finish()

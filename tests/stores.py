@@ -121,7 +121,7 @@ def add_random_stream(store: Store, name: str, **teacher: object) -> Store:
     layers = len(stream["teacher"]["layers"])
     stream["columns"]["attention"]["shape"] = (layers, HEADS, tokens, tokens)
     values["streams"][name] = stream
-    store = Store.create(store.url, Manifest.model_validate(values))
+    store = store.update(lambda _: Manifest.model_validate(values))
     rng = np.random.default_rng(1)
     for shard in range(store.manifest.num_shards):
         with ShardWriter(store.url, store.manifest, shard, added=name) as writer:

@@ -34,7 +34,8 @@ from pipeline.evaluate.evaluator import evaluate
 from pipeline.evaluate.features.factory import open_network
 from pipeline.evaluate.reference_statistics import load_moments, moments_digest
 from pipeline.extract.encoder import Encoder
-from pipeline.extract.tasks import missing_tasks, open_store, stream_name
+from pipeline.extract.target_store import missing_tasks, open_store
+from pipeline.extract.tasks import stream_name
 from pipeline.storage.files import TEMPORARY
 from pipeline.storage.locks import exclusive_lock
 from pipeline.storage.npz import Archive

@@ -21,7 +21,14 @@ from pipeline.storage.files import absolute_url, exists, is_local, open_url
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from pipeline.store.manifest_diff import check_same_conversion
-from pipeline.targets.tail import copy_tail, first_tail_block, load_tail, save_tail
+from pipeline.targets.tail import (
+    copy_tail,
+    describe_copy,
+    describe_tail,
+    first_tail_block,
+    load_tail,
+    save_tail,
+)
 from pipeline.teachers import Teacher
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
@@ -52,7 +59,7 @@ def convert(config: ConvertConfig) -> Conversion:
     wanted = _manifest(config, source.manifest, plans, device)
     existing = Store.open(url) if Store.exists(url) else None
     if existing is not None:
-        check_same_conversion(existing, wanted)
+        check_same_conversion(existing.manifest, wanted, existing.shown_url)
     target, shards = existing, 0
     groups = _groups(plans)
     if existing is None or _lacks(existing, groups):
@@ -118,41 +125,50 @@ def _open_target(
     plans: Sequence[StreamPlan],
     tails: dict[str, Teacher],
 ) -> Store:
-    """The target with its manifest and tails written, ready for shards."""
-    streams = dict(wanted.streams)
+    """The target with its manifest and tails written, ready for shards. The manifest comes first,
+    and is compared even if it is new: of two commands that start at once, one writes it."""
+    is_new = existing is None
+    if existing is None:
+        streams = dict(wanted.streams)
+        for plan in plans:
+            if isinstance(plan.after, TeacherStream):
+                tail = _tail(source, plan, tails.get(plan.name))
+                streams[plan.name] = streams[plan.name].model_copy(update={"tail": tail})
+        existing = Store.create(url, wanted.model_copy(update={"streams": streams}))
+        check_same_conversion(existing.manifest, wanted, existing.shown_url)
     for plan in plans:
-        if not isinstance(plan.after, TeacherStream):
+        stream = existing.manifest.streams[plan.name]
+        was = stream.tail if isinstance(stream, TeacherStream) else None
+        if was is None or (not is_new and _tail_exists(existing, was)):
             continue
-        was = None if existing is None else existing.manifest.teacher_streams[plan.name].tail
-        if existing is not None and (was is None or _tail_exists(existing, was)):
-            continue
-        tail = _write_tail(source, url, plan, tails.get(plan.name))
-        if existing is not None and tail != was:
+        if _tail(source, plan, tails.get(plan.name), write_to=url) != was:
             raise UserError(
                 f"store '{existing.shown_url}' was made with another tail of the teacher of "
                 f"stream '{plan.name}', and has lost it: name another target"
             )
-        streams[plan.name] = streams[plan.name].model_copy(update={"tail": tail})
-    if existing is not None:
-        return existing
-    return Store.create(url, wanted.model_copy(update={"streams": streams}))
+    return existing
 
 
 def _tail_exists(store: Store, tail: WeightsFile) -> bool:
     return exists(store.filesystem, f"{store.root}/{tail.file}")
 
 
-def _write_tail(
-    source: Store, url: str, plan: StreamPlan, teacher: Teacher | None
+def _tail(
+    source: Store, plan: StreamPlan, teacher: Teacher | None, *, write_to: str | None = None
 ) -> WeightsFile | None:
+    """The file of the target's tail, None if the stream has none; written to a store if given."""
     assert isinstance(plan.before, TeacherStream)
     assert isinstance(plan.after, TeacherStream)
     first = first_tail_block(plan.after.cut, plan.after.teacher.layers)
     if first is None or plan.before.tail is None:
         return None
     if teacher is None or teacher.first_block == first:
-        return copy_tail(source, plan.source, url, plan.name)
-    return save_tail(teacher, url, plan.name, first)
+        if write_to is None:
+            return describe_copy(source, plan.source, plan.name)
+        return copy_tail(source, plan.source, write_to, plan.name)
+    if write_to is None:
+        return describe_tail(teacher, plan.name, first)
+    return save_tail(teacher, write_to, plan.name, first)
 
 
 def _convert_missing(

@@ -21,7 +21,7 @@ from pipeline.extract.tasks import Description, ShardTask, stream_name
 from pipeline.precision import choose_precision
 from pipeline.store import ShardWriter
 from pipeline.targets.cuts import NotFiniteError, cut_values, encode_values
-from pipeline.targets.tail import first_tail_block, save_tail
+from pipeline.targets.tail import describe_tail, first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision
@@ -82,13 +82,19 @@ class Encoder:
             ),
         )
 
-    def save_tail(self, url: str) -> WeightsFile | None:
-        """Write the blocks after the cut, which training needs, to the store; None if there are
-        none."""
+    def describe_tail(self) -> WeightsFile | None:
+        """The file of the blocks after the cut, which training needs; None if there are none."""
         first = first_tail_block(self.config.cut, self.config.layers)
-        if first is None:
-            return None
-        return save_tail(self.teacher, url, stream_name(self.config), first)
+        return None if first is None else describe_tail(self.teacher, self._stream, first)
+
+    def save_tail(self, url: str) -> WeightsFile | None:
+        """Write that file to the store, whose manifest names it."""
+        first = first_tail_block(self.config.cut, self.config.layers)
+        return None if first is None else save_tail(self.teacher, url, self._stream, first)
+
+    @property
+    def _stream(self) -> str:
+        return stream_name(self.config)
 
     def encode_shard(
         self,

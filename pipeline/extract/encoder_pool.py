@@ -24,6 +24,9 @@ class EncoderActor:
         self.encoder = Encoder(config, device=device, threads=threads)
         return self.encoder.describe()
 
+    def describe_tail(self) -> WeightsFile | None:
+        return self.encoder.describe_tail()
+
     def save_tail(self, url: str) -> WeightsFile | None:
         return self.encoder.save_tail(url)
 
@@ -56,10 +59,18 @@ class EncoderPool(Actors[Description]):
             check_same=_check_same,
         )
 
+    def describe_tail(self) -> WeightsFile | None:
+        """The file of the teacher's tail, if the cut has one; call ``describe`` first. Raises the
+        actor's ``UserError``, or one after ``max_attempts`` failures."""
+        tail: WeightsFile | None = self.call_one(
+            lambda actor: actor.describe_tail.remote(),
+            failed="the teacher's weights for training could not be read",
+            again="the teacher's weights are read once more",
+        )
+        return tail
+
     def save_tail(self, url: str) -> WeightsFile | None:
-        """Let one actor write the teacher's tail to the store, if the cut has one; call
-        ``describe`` first. Raises the actor's ``UserError``, or one after ``max_attempts``
-        failures."""
+        """Let one actor write the teacher's tail to the store. Raises as ``describe_tail`` does."""
         tail: WeightsFile | None = self.call_one(
             lambda actor: actor.save_tail.remote(url),
             failed="the teacher's weights for training could not be written",

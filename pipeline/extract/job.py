@@ -21,7 +21,8 @@ from pipeline.distributed.resources import OptionNames, choose_resources
 from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.encoder import ShardResult
 from pipeline.extract.encoder_pool import EncoderPool
-from pipeline.extract.tasks import lacks_tail, missing_tasks, open_store, stream_name
+from pipeline.extract.target_store import lacks_tail, missing_tasks, open_store
+from pipeline.extract.tasks import stream_name
 from pipeline.storage.files import absolute_url, exists
 from pipeline.storage.filesystem import with_absolute_paths
 from pipeline.store import Store

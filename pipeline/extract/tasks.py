@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from pipeline.datasets import ImageItem, Listing
-from pipeline.storage.files import absolute_url, exists, redact
-from pipeline.store import Store
-from pipeline.store.manifest_diff import check_same_store
+from pipeline.storage.files import absolute_url, redact
 from pipeline.targets.cuts import cut_columns
 from schemas.extract import ExtractConfig
 from schemas.store import (
@@ -40,13 +38,6 @@ class Description:
     autoencoder: AutoencoderInfo | None
     """None if only a teacher stream is added."""
     compute: ComputeInfo
-
-
-class Describes(Protocol):
-    """An encoder, or a pool of equal ones."""
-
-    def describe(self) -> Description: ...
-    def save_tail(self, url: str) -> WeightsFile | None: ...
 
 
 def make_tasks(listing: Listing, shard_size: int) -> list[ShardTask]:
@@ -115,57 +106,17 @@ def make_stream(config: ExtractConfig, description: Description) -> TeacherStrea
     )
 
 
+def with_stream(manifest: Manifest, name: str, stream: TeacherStream) -> Manifest:
+    """The manifest with the stream ``name``, which it may have already."""
+    return manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})
+
+
+def with_new_stream(manifest: Manifest, name: str, stream: TeacherStream) -> Manifest:
+    """The manifest with the stream ``name``, unchanged if it has one of that name."""
+    return manifest if name in manifest.streams else with_stream(manifest, name, stream)
+
+
 def with_tail(manifest: Manifest, name: str, tail: WeightsFile | None) -> Manifest:
     """The manifest with the weights file of a stream's tail."""
     stream = manifest.streams[name].model_copy(update={"tail": tail})
     return manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})
-
-
-def open_store(
-    config: ExtractConfig,
-    listing: Listing,
-    existing: Store | None,
-    encoder: Describes,
-) -> Store:
-    """The store with its manifest and the teacher's tail, ready for shards. Raises ``UserError``
-    where ``existing`` was made with other options or weights."""
-    description = encoder.describe()
-    name = stream_name(config)
-    if existing is None:
-        assert config.store is not None
-        manifest = make_manifest(config, listing, description)
-        tail = encoder.save_tail(config.store)
-        return Store.create(config.store, with_tail(manifest, name, tail))
-    manifest = existing.manifest
-    if config.add_stream is None:
-        check_same_store(manifest, make_manifest(config, listing, description), existing.shown_url)
-    else:
-        stream = make_stream(config, description)
-        expected = manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})
-        if name not in manifest.streams:
-            tail = encoder.save_tail(existing.url)
-            return Store.create(existing.url, with_tail(expected, name, tail))
-        check_same_store(manifest, expected, existing.shown_url)
-    if lacks_tail(existing, name):
-        encoder.save_tail(existing.url)
-    return existing
-
-
-def missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> list[ShardTask]:
-    """Tasks of the shards that the stream lacks; an added stream has the samples of the store."""
-    missing = set(store.missing_shards(stream_name(config)))
-    tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in missing]
-    if config.add_stream is None:
-        return tasks
-    stored = []
-    for task in tasks:
-        keys = set(store.record(task.shard).keys)
-        stored.append(ShardTask(task.shard, tuple(i for i in task.items if i.key in keys)))
-    return stored
-
-
-def lacks_tail(store: Store, name: str) -> bool:
-    """True if the manifest names the tail of a stream whose file does not exist."""
-    stream = store.manifest.streams[name]
-    tail = stream.tail if isinstance(stream, TeacherStream) else None
-    return tail is not None and not exists(store.filesystem, f"{store.root}/{tail.file}")

@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import tempfile
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,7 @@ from pipeline.storage.files import (
     redact,
     write_atomic,
 )
+from pipeline.storage.locks import exclusive_lock
 from pipeline.storage.redaction import redacted_config
 from schemas.errors import NonFiniteError, StoppedError, UserError
 from schemas.run import RunConfig
@@ -52,6 +53,8 @@ class RunFolder:
         self._owner = owner
         self._sent: dict[Path, tuple[int, int]] = {}
         """Size and modification time of every file as it was last uploaded."""
+        self._config: bytes | None = None
+        """``CONFIG`` as it was uploaded."""
         self.path = Path(self._root)
         self.checkpoints: Checkpoints
         if self._local:
@@ -83,10 +86,20 @@ class RunFolder:
                 self.publish()
             shutil.rmtree(self.path, ignore_errors=True)
 
+    def lock(self) -> AbstractContextManager[None]:
+        """Exclude other commands that train this run. Object stores have no locks: there,
+        ``publish`` detects a command that began later with other options. Raises ``UserError``."""
+        if not self._local:
+            return nullcontext()
+        return exclusive_lock(self.path, what=f"run '{self.path}'", remedy="choose another --name")
+
     def publish(self) -> None:
-        """Upload the small files that are new or changed; nothing to do for a local output."""
+        """Upload the small files that are new or changed; nothing to do for a local output. Raises
+        ``UserError`` if another command has begun the run with other options since."""
         if self._local:
             return
+        if self._config is not None:
+            self._check_config()
         for file in self.path.rglob("*"):
             if file.is_file():
                 stamp = _stamp(file)  # before reading: later changes are sent next time
@@ -94,13 +107,27 @@ class RunFolder:
                     self._send(file)
                     self._sent[file] = stamp
 
+    def _check_config(self) -> None:
+        try:
+            stored = read_bytes(self._filesystem, f"{self._root}/{CONFIG}")
+        except FileNotFoundError:
+            return
+        if stored != self._config:
+            where = redact(str(self._filesystem.unstrip_protocol(self._root)))
+            raise UserError(
+                f"another command trains run '{where}' with other options ({CONFIG} has changed): "
+                "this one ends; choose another --name"
+            )
+
     def _send(self, file: Path) -> None:
         if file == self.path / EVALUATIONS:  # other commands may have added rows meanwhile
             rows = [json.loads(line) for line in file.read_text().splitlines()]
             add_rows(self._filesystem, self._root, rows)
             return
-        path = f"{self._root}/{file.relative_to(self.path)}"
-        write_atomic(self._filesystem, path, file.read_bytes())
+        data = file.read_bytes()
+        write_atomic(self._filesystem, f"{self._root}/{file.relative_to(self.path)}", data)
+        if file == self.path / CONFIG:
+            self._config = data
 
     def require_shared(self) -> None:
         """Raises ``UserError`` if this node does not see the folder that the driver made, because

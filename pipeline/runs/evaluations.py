@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from pipeline.storage.conditional import update_file
 from pipeline.storage.files import (
     absolute_url,
     is_local,
@@ -17,9 +17,7 @@ from pipeline.storage.files import (
     open_url,
     read_bytes,
     redact,
-    write_atomic,
 )
-from pipeline.storage.locks import wait_lock
 from schemas.errors import UserError
 from schemas.evaluate import RecordedEvaluation
 
@@ -67,16 +65,17 @@ def add_rows(
 ) -> None:
     """Add rows to a run's evaluations, ordered by step.
 
-    On a local disk, a run and any number of ``jobs/evaluate.py --record`` may add rows at once. An
-    object store has no locks: of two writers at the same moment, one row is lost. Raises
+    A run and any number of ``jobs/evaluate.py --record`` may add rows at once: none is lost. Raises
     ``UserError``.
     """
-    with wait_lock(Path(root)) if is_local(filesystem) else nullcontext():
-        present = _read_rows(filesystem, root)
+
+    def add(data: bytes | None) -> bytes:
+        present = _parse_rows(data or b"", _where(filesystem, root))
         rows = [one for one in present if not any(_replaces(row, one) for row in new)]
         rows = sorted([*rows, *new], key=lambda one: int(one["step"]))
-        text = "".join(json.dumps(one, allow_nan=False) + "\n" for one in rows)
-        write_atomic(filesystem, f"{root}/{EVALUATIONS}", text.encode())
+        return "".join(json.dumps(one, allow_nan=False) + "\n" for one in rows).encode()
+
+    update_file(filesystem, f"{root}/{EVALUATIONS}", add)
 
 
 def _replaces(new: dict[str, Any], old: dict[str, Any]) -> bool:
@@ -92,18 +91,26 @@ def _refuse_constant(name: str) -> None:
 
 
 def _read_rows(filesystem: fsspec.AbstractFileSystem, root: str) -> list[dict[str, Any]]:
-    where = (
-        f"{root}/{EVALUATIONS}"
-        if is_local(filesystem)
-        else filesystem.unstrip_protocol(f"{root}/{EVALUATIONS}")
-    )
+    where = _where(filesystem, root)
     try:
-        lines = read_bytes(filesystem, f"{root}/{EVALUATIONS}").decode().splitlines()
+        data = read_bytes(filesystem, f"{root}/{EVALUATIONS}")
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"'{where}' cannot be read ({reason})") from None
+    except OSError as error:
+        raise UserError(f"'{where}' cannot be read ({error.strerror})") from None
+    return _parse_rows(data, where)
+
+
+def _where(filesystem: fsspec.AbstractFileSystem, root: str) -> str:
+    path = f"{root}/{EVALUATIONS}"
+    return path if is_local(filesystem) else str(filesystem.unstrip_protocol(path))
+
+
+def _parse_rows(data: bytes, where: str) -> list[dict[str, Any]]:
+    try:
+        lines = data.decode().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"'{where}' cannot be read (not text)") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:

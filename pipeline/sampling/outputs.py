@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.sampling.batches import ImageBatch
 from pipeline.sampling.worker import SampledBatch
+from pipeline.storage.conditional import write_new
 from pipeline.storage.files import (
     TEMPORARY,
     exists,
@@ -282,8 +283,9 @@ def _claim_folder(
                 "name an empty or a new folder"
             )
         text = info.model_dump_json(indent=1) + "\n"
-        write_atomic(filesystem, f"{folder}/{ABOUT_FILE}", text.encode())
-        return
+        if write_new(filesystem, f"{folder}/{ABOUT_FILE}", text.encode()):
+            return
+        values = _read_info(filesystem, folder)  # of a command that began at the same time
     check_same_images(values, info, where=shown, remedy=remedy)
 
 

@@ -106,6 +106,20 @@ def is_beyond_the_end(error: BaseException) -> bool:
     return status == 416 or code in {"InvalidRange", "416"}
 
 
+def is_precondition_failed(error: BaseException) -> bool:
+    """True if a conditional write was refused because of its condition. s3fs raises
+    ``FileExistsError`` only where the answer names the condition, which most servers leave out."""
+    code, status = _answer(error)
+    return isinstance(error, FileExistsError) or status == 412 or code == "PreconditionFailed"
+
+
+def is_unsupported(error: BaseException) -> bool:
+    """True if the backend or its service does not know the operation."""
+    code, status = _answer(error)
+    unknown = isinstance(error, NotImplementedError | TypeError)
+    return unknown or status == 501 or code == "NotImplemented"
+
+
 def reason_of(error: BaseException) -> str:
     """The error's message on one line, without credentials."""
     return plain_text(redact(str(error)))[:300] or type(error).__name__

@@ -157,7 +157,7 @@ def write_atomic(filesystem: fsspec.AbstractFileSystem, path: str, data: bytes) 
 
     def write() -> None:
         if is_local(filesystem):
-            _write_local(Path(path), lambda file: file.write(data))
+            write_local(Path(path), lambda file: file.write(data))
         else:  # object stores publish complete objects only
             filesystem.pipe_file(path, data, **upload_options(filesystem, len(data)))
 
@@ -300,8 +300,13 @@ def _read_local(path: str) -> bytes:
     raise OSError(number, reason, path)
 
 
-def _write_local(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """``write`` to a temporary file in the same folder and rename it; on failure it is removed."""
+def write_local(
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    place: Callable[[Path, Path], object] = os.replace,
+) -> None:
+    """``write`` to a temporary file in the same folder and ``place`` (temporary, path) it; the
+    temporary file is removed if it is left."""
     _make_parent(path)
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
@@ -309,10 +314,9 @@ def _write_local(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        place(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def _make_parent(path: Path) -> None:
@@ -334,5 +338,5 @@ def _move(local: Path, path: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         with local.open("rb") as source:  # from another disk
-            _write_local(path, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+            write_local(path, lambda file: shutil.copyfileobj(source, file, 1 << 20))
         local.unlink()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numcodecs import Blosc, Zstd
+from numcodecs import Blosc, Zstd, blosc
 
 from pipeline.storage.npz import npy_header
 from pipeline.store.codecs import MAIN, find_codec, part_name
@@ -91,8 +91,16 @@ def compress(part: StoredArray, data: bytes | np.ndarray) -> bytes:
     if part.lossless == "zstd":
         return bytes(Zstd(level=ZSTD_LEVEL).encode(data))
     if part.lossless == "blosc":
+        use_one_blosc_thread()
         return bytes(Blosc(**SHUFFLED).encode(data))
     return bytes(data)
+
+
+def use_one_blosc_thread() -> None:
+    """Compress in the calling thread, because two writers of one shard must make equal bytes, and
+    those of several threads differ from call to call. The setting belongs to the process: any
+    library may have changed it."""
+    blosc.use_threads = False
 
 
 def decompress(

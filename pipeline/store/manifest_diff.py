@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.store import Store
 from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.store import Manifest
@@ -32,15 +31,15 @@ def check_same_store(saved: Manifest, wanted: Manifest, url: str) -> None:
     )
 
 
-def check_same_conversion(existing: Store, wanted: Manifest) -> None:
+def check_same_conversion(saved: Manifest, wanted: Manifest, url: str) -> None:
     """Raises ``UserError`` when shards converted now would not fit those that the target has.
     Skipped images and tails are not compared, because they are written later."""
-    ignore = ["skipped", *(f"streams.{name}.tail" for name in existing.manifest.streams)]
+    ignore = ["skipped", *(f"streams.{name}.tail" for name in saved.streams)]
     require_equal(
-        existing.manifest,
+        saved,
         wanted,
         ignore,
-        where=f"store '{existing.shown_url}'",
+        where=f"store '{url}'",
         what="this conversion",
         remedy="name another target, or the same source and options",
     )

@@ -11,6 +11,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
+from pipeline.storage.conditional import update_file, write_new
 from pipeline.storage.files import (
     absolute_url,
     exists,
@@ -24,6 +25,7 @@ from pipeline.storage.redaction import without_secrets
 from pipeline.store.arrays import check_columns, stream_parts
 from pipeline.store.errors import UncommittedShardError
 from pipeline.store.layout import INDEX, MANIFEST, commit_folder, commit_path
+from pipeline.store.manifest_diff import require_equal
 from schemas.errors import UserError, plain_text
 from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage, StoreIndex
 
@@ -78,18 +80,36 @@ class Store:
 
     @staticmethod
     def create(url: str, manifest: Manifest) -> Store:
-        """Write the manifest of a new store, of one that is being completed, or of one that gets
-        another stream."""
+        """Write the manifest of a new store. If another command was first, the store is opened with
+        the manifest that this one has written: callers compare it, as on a resume."""
         store = Store(url, manifest)
-        counts = None
-        if manifest.format == "zarr" and store.has_index():
-            counts = store.index().samples_per_shard
+        path = f"{store.root}/{MANIFEST}"
         try:
-            store._write_zarr_metadata(counts)
-            text = manifest.model_dump_json(indent=1).encode()
-            write_atomic(store.filesystem, f"{store.root}/{MANIFEST}", text)
+            created = write_new(store.filesystem, path, _as_json(manifest))
+            if created:
+                store._write_zarr_metadata(None)
         except Exception as error:  # every fsspec backend raises its own types
             raise _unreachable(url, error) from None
+        return store if created else Store.open(url)
+
+    def update(self, change: Callable[[Manifest], Manifest]) -> Store:
+        """Replace the manifest by ``change(manifest)`` and return the store with it. Changes that
+        other commands make at the same time are all made; ``change`` may be called again."""
+        updated = self.manifest
+
+        def rewrite(data: bytes | None) -> bytes:
+            nonlocal updated
+            if data is None:
+                raise UserError(f"'{self.shown_url}/{MANIFEST}' was deleted in the meantime")
+            current = _parse(Manifest, data, f"{self.shown_url}/{MANIFEST}")
+            updated = change(current)
+            return data if updated == current else _as_json(updated)
+
+        update_file(self.filesystem, f"{self.root}/{MANIFEST}", rewrite)
+        store = Store(self.url, updated)
+        if updated.format == "zarr":
+            complete = store.has_index()
+            store._write_zarr_metadata(store.index().samples_per_shard if complete else None)
         return store
 
     def committed_shards(self, stream: str = "latents") -> set[int]:
@@ -165,21 +185,41 @@ class Store:
         self, empty_classes: Callable[[Collection[str]], Sequence[int]] | None = None
     ) -> None:
         """Write the index and the list of skipped images; called after the last commit.
-        ``empty_classes`` gives all classes without stored images from the keys of skipped ones."""
-        index = self.build_index()
+        ``empty_classes`` gives all classes without stored images from the keys of skipped ones.
+        Raises ``UserError`` if another command has replaced the manifest since this store was
+        opened."""
         skipped: list[SkippedImage] = []
         for shard in range(self.manifest.num_shards):
             skipped.extend(self.record(shard).skipped)
-        dataset = self.manifest.dataset
+        opened = self.manifest
+        changed: dict[str, object] = {"skipped": tuple(skipped)}
         if empty_classes is not None:
             empty = tuple(empty_classes({image.key for image in skipped}))
-            dataset = dataset.model_copy(update={"empty_classes": empty})
-        manifest = self.manifest.model_copy(update={"skipped": tuple(skipped), "dataset": dataset})
-        if manifest != self.manifest:
-            self.create(self.url, manifest)
-            self.manifest = manifest
-        self._write_zarr_metadata(index.samples_per_shard)
-        write_atomic(self.filesystem, f"{self.root}/{INDEX}", index.model_dump_json().encode())
+            changed["dataset"] = opened.dataset.model_copy(update={"empty_classes": empty})
+
+        def complete(current: Manifest) -> Manifest:
+            added = current.streams.keys() - opened.streams.keys()
+            require_equal(
+                current,
+                opened,
+                ["skipped", "dataset.empty_classes", *(f"streams.{name}" for name in added)],
+                where=f"store '{self.shown_url}'",
+                what="this command",
+                remedy="another command has replaced its manifest; delete the store and run one of "
+                "them again",
+            )
+            return current.model_copy(update=changed)
+
+        self.update(complete)
+
+        def index(_: bytes | None) -> bytes:
+            """Built after the old one was read, so that the last writer has seen all commits."""
+            self.manifest = Store.open(self.url).manifest
+            built = self.build_index()
+            self._write_zarr_metadata(built.samples_per_shard)
+            return built.model_dump_json().encode()
+
+        update_file(self.filesystem, f"{self.root}/{INDEX}", index)
 
     def record(self, shard: int, stream: str = "latents") -> CommitRecord:
         """The commit record of a shard of ``stream``. Raises ``UncommittedShardError`` when there
@@ -273,6 +313,10 @@ def _parse(model: type[M], text: bytes, where: str) -> M:
         message = first["msg"].removeprefix("Value error, ")
         reason = plain_text(f"{key}: {message}" if key else message)[:300]  # keys are untrusted
         raise UserError(f"{where} is damaged: {reason}") from None
+
+
+def _as_json(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(indent=1).encode()
 
 
 def _version_of(text: bytes) -> int:

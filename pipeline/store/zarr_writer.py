@@ -23,7 +23,7 @@ import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, StoredArray
+from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, StoredArray, use_one_blosc_thread
 from pipeline.store.layout import array_rows, chunk_path
 from schemas.store import StreamFile
 
@@ -167,6 +167,7 @@ def _shard_bytes(part: StoredArray, values: np.ndarray, shard_size: int) -> byte
     """One zarr shard with the rows ``values``, followed by rows that were never written."""
     files: dict[str, Any] = {}
     array = _create(MemoryStore(files), "x", part, shard_size, shard_size)
+    use_one_blosc_thread()
     array[: len(values)] = values
     data: bytes = files["x/c/0" + "/0" * len(part.shape)].to_bytes()
     return data

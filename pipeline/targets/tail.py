@@ -35,12 +35,15 @@ def first_tail_block(cut: Cut, layers: Sequence[int]) -> int | None:
     return layers[0] if cut == "activations" else None
 
 
+def describe_tail(teacher: Teacher, stream: str, first_block: int) -> WeightsFile:
+    """The file that ``save_tail`` writes, for a manifest that is written before it."""
+    return _describe(_encode(teacher, first_block), stream)
+
+
 def save_tail(teacher: Teacher, url: str, stream: str, first_block: int) -> WeightsFile:
     """Write the teacher's weights from ``first_block`` on into a store. The teacher may be a tail
     itself, if its first block is ``first_block`` or an earlier one."""
-    state = tail_state(teacher.vit, first_block - teacher.first_block)
-    data = save({name: value.cpu().contiguous() for name, value in state.items()})
-    return _write(data, url, stream)
+    return _write(_encode(teacher, first_block), url, stream)
 
 
 def copy_tail(store: Store, stream: str, url: str, name: str) -> WeightsFile:
@@ -50,11 +53,27 @@ def copy_tail(store: Store, stream: str, url: str, name: str) -> WeightsFile:
     return _write(_read(store, stream), url, name)
 
 
+def describe_copy(store: Store, stream: str, name: str) -> WeightsFile:
+    """The file that ``copy_tail`` writes. Raises ``UserError`` as that does."""
+    check_tail(store, stream)
+    return _describe(_read(store, stream), name)
+
+
+def _encode(teacher: Teacher, first_block: int) -> bytes:
+    state = tail_state(teacher.vit, first_block - teacher.first_block)
+    return save({name: value.cpu().contiguous() for name, value in state.items()})
+
+
+def _describe(data: bytes, stream: str) -> WeightsFile:
+    digest = hashlib.sha256(data).hexdigest()
+    return WeightsFile(file=tail_file(stream), bytes=len(data), sha256=digest)
+
+
 def _write(data: bytes, url: str, stream: str) -> WeightsFile:
     filesystem, root = open_url(url, what="--store")
-    file = tail_file(stream)
-    write_atomic(filesystem, f"{root}/{file}", data)
-    return WeightsFile(file=file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    info = _describe(data, stream)
+    write_atomic(filesystem, f"{root}/{info.file}", data)
+    return info
 
 
 def check_tail(store: Store, stream: str) -> None:

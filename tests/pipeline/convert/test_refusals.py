@@ -125,7 +125,7 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path) -> None:
         **store.manifest.streams,
         "maps": maps.model_copy(update={"columns": columns}),
     }
-    liar = Store.create(store.url, store.manifest.model_copy(update={"streams": streams}))
+    liar = store.update(lambda manifest: manifest.model_copy(update={"streams": streams}))
     assert "does not hold what its cut 'maps' keeps" in refusal(liar, tmp_path / "b")
 
 

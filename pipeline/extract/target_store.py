@@ -1,0 +1,91 @@
+"""The store that an extraction writes to: its manifest, the teacher's tail, missing shards."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pipeline.datasets import Listing
+from pipeline.extract.compatibility import check_request
+from pipeline.extract.tasks import (
+    Description,
+    ShardTask,
+    make_manifest,
+    make_stream,
+    make_tasks,
+    stream_name,
+    with_new_stream,
+    with_stream,
+    with_tail,
+)
+from pipeline.storage.files import exists
+from pipeline.store import Store
+from pipeline.store.manifest_diff import check_same_store
+from schemas.errors import UserError
+from schemas.extract import ExtractConfig
+from schemas.store import TeacherStream, WeightsFile
+
+
+class Encodes(Protocol):
+    """An encoder, or a pool of equal ones."""
+
+    def describe(self) -> Description: ...
+    def describe_tail(self) -> WeightsFile | None: ...
+    def save_tail(self, url: str) -> WeightsFile | None: ...
+
+
+def open_store(
+    config: ExtractConfig, listing: Listing, existing: Store | None, encoder: Encodes
+) -> Store:
+    """The store with its manifest and the teacher's tail, ready for shards. The manifest comes
+    first, and is compared even if it is new: of two commands that start at once, one writes it."""
+    description = encoder.describe()
+    name = stream_name(config)
+    is_new = existing is None or name not in existing.manifest.streams  # a file there is of others
+    if config.add_stream is None:
+        wanted = make_manifest(config, listing, description)
+        if existing is None:
+            assert config.store is not None
+            tail = encoder.describe_tail()
+            existing = Store.create(config.store, with_tail(wanted, name, tail))
+            check_request(config, listing, existing)
+    else:
+        assert existing is not None
+        stream = make_stream(config, description)
+        if name not in existing.manifest.streams:
+            tail = encoder.describe_tail()
+            added = stream.model_copy(update={"tail": tail})
+            existing = existing.update(lambda now: with_new_stream(now, name, added))
+            check_request(config, listing, existing)
+        wanted = with_stream(existing.manifest, name, stream)
+    check_same_store(existing.manifest, wanted, existing.shown_url)
+    writes_tail = is_new or lacks_tail(existing, name)
+    if writes_tail and encoder.save_tail(existing.url) != _tail(existing, name):
+        raise UserError(
+            f"store '{existing.shown_url}' was made with another tail of the teacher of stream "
+            f"'{name}', and has lost it: use another --store"
+        )
+    return existing
+
+
+def missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> list[ShardTask]:
+    """Tasks of the shards that the stream lacks; an added stream has the samples of the store."""
+    missing = set(store.missing_shards(stream_name(config)))
+    tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in missing]
+    if config.add_stream is None:
+        return tasks
+    stored = []
+    for task in tasks:
+        keys = set(store.record(task.shard).keys)
+        stored.append(ShardTask(task.shard, tuple(i for i in task.items if i.key in keys)))
+    return stored
+
+
+def lacks_tail(store: Store, name: str) -> bool:
+    """True if the manifest names the tail of a stream whose file does not exist."""
+    tail = _tail(store, name)
+    return tail is not None and not exists(store.filesystem, f"{store.root}/{tail.file}")
+
+
+def _tail(store: Store, name: str) -> WeightsFile | None:
+    stream = store.manifest.streams[name]
+    return stream.tail if isinstance(stream, TeacherStream) else None
