@@ -340,7 +340,7 @@ REFUSED: dict[str, Refusal] = {
         "two of its weights have the name pos_embed",
     ),
     "a number in words": (dict, repa_args(num_classes="5"), {}, "num_classes '5'"),
-    "one row": (rows(1), with_sigma, {}, "has 1 rows, for 0 classes"),
+    "one row": (rows(1), None, {}, "has 1 rows, for 0 classes"),
     "no norms": (dict, repa_args(qk_norm=True), {}, "say qk_norm, and its blocks have no norms"),
     "RMS norms": (
         changed(
@@ -402,7 +402,7 @@ REFUSED: dict[str, Refusal] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_drawn_is_one_line_that_names_it(tmp_path: Path, case: str) -> None:
     change, args, options, message = REFUSED[case]
-    path = save(tmp_path, change(random_state()), None if callable(args) else args)
+    path = save(tmp_path, change(random_state()), args)
     with pytest.raises(UserError, match=message) as caught:
         student_from_file(path, "SiT-S/2", options=FileOptions.model_validate(options))
     assert str(path) in str(caught.value)
