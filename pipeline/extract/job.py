@@ -14,6 +14,7 @@ from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.distributed.resources import OptionNames, choose_resources
 from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.encoder_pool import EncoderPool
+from pipeline.extract.hints import log_hints
 from pipeline.extract.tasks import (
     ShardTask,
     make_manifest,
@@ -27,10 +28,9 @@ from pipeline.storage.filesystem import with_absolute_paths
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from pipeline.store.manifest_diff import check_same_store
-from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest, SkippedImage, TeacherInfo, TeacherStream
+from schemas.store import Manifest, SkippedImage, TeacherStream
 
 RESOURCE_OPTIONS = OptionNames("--actors", "--cpus-per-actor", "--gpus-per-actor")
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _open_store(
 ) -> Store:
     """The store with its manifest and the teacher's tail, ready for shards."""
     description = pool.describe()
-    _report_statistics(config, description.teacher)
+    log_hints(config, listing, description)
     name = stream_name(config)
     if existing is None:
         assert config.store is not None
@@ -141,28 +141,6 @@ def _open_store(
     if _lacks_tail(existing, name):
         pool.save_tail(existing.url)
     return existing
-
-
-def _report_statistics(config: ExtractConfig, teacher: TeacherInfo) -> None:
-    """Log mean and std of the input of a teacher from a file, because a file does not name its
-    own; a warning where the model's name has others than ImageNet's, which most files have."""
-    if config.teacher.weights in {"hub", "demo", "random"}:
-        return
-    mean, std = (", ".join(f"{n:g}" for n in numbers) for numbers in (teacher.mean, teacher.std))
-    if teacher.statistics_of == "options":
-        logger.info("the teacher's input has mean %s and std %s, of options", mean, std)
-        return
-    usual = (teacher.mean, teacher.std) == (IMAGENET_MEAN, IMAGENET_STD)
-    logger.log(
-        logging.INFO if usual else logging.WARNING,
-        "the teacher's input has mean %s and std %s, of the name '%s'; if %s was trained with "
-        "others, such as ImageNet's (0.485,0.456,0.406 and 0.229,0.224,0.225), give --teacher.mean "
-        "and --teacher.std",
-        mean,
-        std,
-        teacher.model,
-        teacher.weights,
-    )
 
 
 def _missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> list[ShardTask]:

@@ -182,8 +182,8 @@ def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fused(state: Mapping[str, Tensor], *, no_key_bias: bool) -> dict[str, Tensor]:
-    """Queries, keys and values of a layer as one tensor. With ``no_key_bias`` that of the keys is 0.
-    Raises ``ValueError`` where one lacks."""
+    """Queries, keys and values of a layer as one tensor. With ``no_key_bias`` that of the keys is
+    0. Raises ``ValueError`` where one lacks."""
     fused = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)
