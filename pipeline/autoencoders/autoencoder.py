@@ -40,8 +40,6 @@ LACKS = {
 """Classes of images that are not supported, and why."""
 OWN_ATTRIBUTES = {"AutoencoderTiny": {"block_out_channels"}}
 """Attributes that the constructor of a class writes into its config and does not read again."""
-
-
 WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors",)
 
 
@@ -158,7 +156,8 @@ def _load_from(path: str, name: str, option: str) -> tuple[Any, AutoencoderKind]
     ignored = {key for key in config if not key.startswith("_")} - own
     ignored -= inspect.signature(network.__init__).parameters.keys()
     for key in sorted(ignored):
-        if any(word in key for word in ("mean", "std", "shift", "scal")):
+        numbers = any(word in key for word in ("mean", "std", "shift", "scal"))
+        if numbers and config[key] is not None:
             raise UserError(
                 f"{option} '{name}': its config.json has {key}, which this version's {kind} "
                 "does not use; it may be a normalisation of its latents"

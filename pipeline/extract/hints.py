@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 from collections.abc import Iterator
@@ -102,7 +103,9 @@ def _short_sides(config: ExtractConfig, listing: Listing) -> Iterator[int]:
     read = open_reader(config)
     for item in listing.items[:EXAMINED_IMAGES]:
         try:
-            with Image.open(io.BytesIO(read(item))) as image:
-                yield min(image.size)
-        except Exception:
-            logger.debug("cannot examine %s", item.path, exc_info=True)
+            data = read(item)
+        except Exception:  # of the storage, which has been tried for minutes, or of the file
+            logger.debug("cannot read %s", item.path, exc_info=True)
+            return
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
+            yield min(image.size)

@@ -100,8 +100,11 @@ def normalisation(vit: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def named_normalisation(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """As ``normalisation``, by the model's name."""
-    config = timm.models.get_pretrained_cfg(model)
+    """As ``normalisation``, by the model's name. Raises ``UserError`` for an unknown one."""
+    try:
+        config = timm.models.get_pretrained_cfg(model)
+    except RuntimeError as error:
+        raise UserError(f"--teacher.model '{model}': {plain_text(str(error))[:200]}") from None
     return _statistics({} if config is None else config.to_dict())
 
 
