@@ -32,8 +32,9 @@ class TeacherConfig(Strict):
     """Any timm id of a vision transformer: DINOv2, DINOv3, CLIP, MAE, SigLIP, ... (Use
     the quickgelu variants of OpenAI's CLIP, which was trained with that activation.)"""
     weights: str = "hub"
-    """'hub' (timm's own download), a path to a .pth, .pt or .safetensors file in the authors' key
-    format or timm's, 'demo' (included in the project), or 'random' (seeded, with layer scales and
+    """'hub' (timm's own download), a path to a .pth, .pt or .safetensors file with the names of the
+    authors, timm or Transformers, also within the checkpoint of a training (teacher.backbone.,
+    module., ...), 'demo' (included in the project), or 'random' (seeded, with layer scales and
     logits as large as a trained model's; for tests)."""
     seed: Seed = 0
     """Seed of weights 'random'."""

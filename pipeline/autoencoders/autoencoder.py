@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from pipeline.diffusion.normalisation import (
 )
 from pipeline.hashing import sha256_of_module
 from pipeline.precision import check_finite
+from pipeline.storage.hub import HubUnreachableError, hub_access, is_hub_id
 from schemas.errors import UserError, plain_text
 from schemas.store import AutoencoderInfo, AutoencoderKind
 
@@ -39,6 +41,7 @@ LACKS = {
 """Classes of images that are not supported, and why."""
 OWN_ATTRIBUTES = {"AutoencoderTiny": {"block_out_channels"}}
 """Attributes that the constructor of a class writes into its config and does not read again."""
+WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors",)
 
 
 class Autoencoder(nn.Module):
@@ -122,6 +125,19 @@ class Autoencoder(nn.Module):
 
 def _load(name: str, option: str) -> tuple[Any, AutoencoderKind]:
     path = str(DEMO_AUTOENCODER) if name == "demo" else name
+    if os.path.isdir(path) or not is_hub_id(path):
+        return _load_from(path, name, option)
+    try:
+        with hub_access(path, WEIGHTS_FILES):
+            return _load_from(path, name, option)
+    except HubUnreachableError as error:
+        raise UserError(
+            f"{option} '{name}' is neither a folder with a diffusers config.json nor an available "
+            f"hub model: it {error}; give a folder, or a cache folder that has it (HF_HUB_CACHE)"
+        ) from None
+
+
+def _load_from(path: str, name: str, option: str) -> tuple[Any, AutoencoderKind]:
     try:
         config = diffusers.AutoencoderKL.load_config(path)
     except (OSError, ValueError) as error:
@@ -142,7 +158,8 @@ def _load(name: str, option: str) -> tuple[Any, AutoencoderKind]:
     ignored = {key for key in config if not key.startswith("_")} - own
     ignored -= inspect.signature(network.__init__).parameters.keys()
     for key in sorted(ignored):
-        if any(word in key for word in ("mean", "std", "shift", "scal")):
+        numbers = any(word in key for word in ("mean", "std", "shift", "scal"))
+        if numbers and config[key] is not None:
             raise UserError(
                 f"{option} '{name}': its config.json has {key}, which this version's {kind} "
                 "does not use; it may be a normalisation of its latents"

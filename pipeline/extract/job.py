@@ -21,16 +21,16 @@ from pipeline.distributed.resources import OptionNames, choose_resources
 from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.encoder import ShardResult
 from pipeline.extract.encoder_pool import EncoderPool
+from pipeline.extract.hints import log_hints
 from pipeline.extract.target_store import lacks_tail, missing_tasks, open_store
 from pipeline.extract.tasks import stream_name
 from pipeline.storage.files import absolute_url, exists
 from pipeline.storage.filesystem import with_absolute_paths
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
-from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest, SkippedImage, TeacherInfo, TeacherStream
+from schemas.store import Manifest, SkippedImage, TeacherStream
 
 RESOURCE_OPTIONS = OptionNames("--actors", "--cpus-per-actor", "--gpus-per-actor")
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
         gpus=workers.gpus,
     )
     try:
-        _report_statistics(config, pool.describe().teacher)
+        log_hints(config, listing, pool.describe())
         store = open_store(config, listing, existing, pool)
         tasks = missing_tasks(config, listing, store)
         images = sum(len(task.items) for task in tasks)
@@ -145,28 +145,6 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
     _finish(store, listing)
     _check_left_empty(config, listing, store)
     return ExtractionSummary(encoded, seconds, store)
-
-
-def _report_statistics(config: ExtractConfig, teacher: TeacherInfo) -> None:
-    """Log mean and std of the input of a teacher from a file, because a file does not name its
-    own; a warning where the model's name has others than ImageNet's, which most files have."""
-    if config.teacher.weights in {"hub", "demo", "random"}:
-        return
-    mean, std = (", ".join(f"{n:g}" for n in numbers) for numbers in (teacher.mean, teacher.std))
-    if teacher.statistics_of == "options":
-        logger.info("the teacher's input has mean %s and std %s, of options", mean, std)
-        return
-    usual = (teacher.mean, teacher.std) == (IMAGENET_MEAN, IMAGENET_STD)
-    logger.log(
-        logging.INFO if usual else logging.WARNING,
-        "the teacher's input has mean %s and std %s, of the name '%s'; if %s was trained with "
-        "others, such as ImageNet's (0.485,0.456,0.406 and 0.229,0.224,0.225), give --teacher.mean "
-        "and --teacher.std",
-        mean,
-        std,
-        teacher.model,
-        teacher.weights,
-    )
 
 
 def _stored_names(config: ExtractConfig, store: Store | None) -> Sequence[str]:

@@ -43,7 +43,6 @@ WRAPPINGS = frozenset(PREFERRED) | {
     *("vision_tower", "base_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit_mae"),
 }
 """Parts of names that may stand before a network's own."""
-MAX_NESTING = 5
 
 RENAMED = (
     (r"^embeddings\.patch_embeddings?\.(projection\.)?", "patch_embed.proj."),
@@ -111,15 +110,18 @@ def find_network(content: Mapping[Any, Any]) -> FoundNetwork | None:
     return FoundNetwork(prefix, _without_chunks(state), patches, tuple(sorted(left_out)))
 
 
-def _flatten(
-    content: Mapping[Any, Any], above: tuple[str, ...] = ()
-) -> Iterator[tuple[str, Tensor]]:
-    for key, value in content.items():
-        parts = (*above, *(part for part in str(key).split(".") if part not in INVISIBLE))
-        if isinstance(value, Tensor):
-            yield ".".join(parts), value
-        elif isinstance(value, Mapping) and len(above) < MAX_NESTING:
-            yield from _flatten(value, parts)
+def _flatten(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Dotted names of all tensors in nested dicts, each of which is looked into once."""
+    seen = {id(content)}
+    waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
+    for above, mapping in waiting:  # grows as it is walked through
+        for key, value in mapping.items():
+            parts = (*above, *(part for part in str(key).split(".") if part not in INVISIBLE))
+            if isinstance(value, Tensor):
+                yield ".".join(parts), value
+            elif isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((parts, value))
 
 
 def _networks(name: str) -> Iterator[tuple[str, str]]:
@@ -182,8 +184,8 @@ def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fused(state: Mapping[str, Tensor], *, no_key_bias: bool) -> dict[str, Tensor]:
-    """Queries, keys and values of a layer as one tensor. With ``no_key_bias`` that of the keys is 0.
-    Raises ``ValueError`` where one lacks."""
+    """Queries, keys and values of a layer as one tensor. With ``no_key_bias`` that of the keys is
+    0. Raises ``ValueError`` where one lacks."""
     fused = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)

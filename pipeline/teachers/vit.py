@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import timm
@@ -11,6 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from pipeline.storage.hub import HubUnreachableError, hub_access
 from pipeline.teachers.attention_tap import AttentionTap
 from pipeline.teachers.weights import load_tail_weights, load_weights
 from schemas.errors import UserError, plain_text
@@ -19,6 +21,8 @@ from schemas.extract import TeacherConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+HUB_FILES = ("pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Names of timm's weights on the hub, where they are not model.safetensors."""
 PIXELS_PER_TOKEN = (
     16  # pixels of the crop per side: the autoencoder's 8 times the student's patch of 2
 )
@@ -38,7 +42,7 @@ def create_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
     Raises ``UserError``; a model that cannot be tapped is refused before its weights are fetched.
     """
     shape, size = _sizes(config, resolution)
-    vit = _create(config, img_size=size, pretrained=config.weights == "hub")
+    vit = _download(config, size) if config.weights == "hub" else _create(config, img_size=size)
     vit.attn_pool = None  # SigLIP's pooling, which no target needs
     if config.weights != "hub":
         load_weights(vit, config)
@@ -96,14 +100,29 @@ def normalisation(vit: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def named_normalisation(model: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """As ``normalisation``, by the model's name."""
-    config = timm.models.get_pretrained_cfg(model)
+    """As ``normalisation``, by the model's name. Raises ``UserError`` for an unknown one."""
+    try:
+        config = timm.models.get_pretrained_cfg(model)
+    except RuntimeError as error:
+        raise UserError(f"--teacher.model '{model}': {plain_text(str(error))[:200]}") from None
     return _statistics({} if config is None else config.to_dict())
 
 
 def _statistics(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean, std = config.get("mean") or IMAGENET_MEAN, config.get("std") or IMAGENET_STD
     return tuple(mean), tuple(std)
+
+
+@contextlib.contextmanager
+def weights_access(model: str) -> Iterator[None]:
+    """Let timm load its weights of ``model``. Raises ``HubUnreachableError``."""
+    known = timm.models.get_pretrained_cfg(model)
+    if known is None or not known.hf_hub_id:
+        yield
+        return
+    files = (known.hf_hub_filename or "model.safetensors", *HUB_FILES)
+    with hub_access(known.hf_hub_id, files):
+        yield
 
 
 def embed(vit: Any, pixels_B3SS: Tensor) -> Tensor:
@@ -149,6 +168,18 @@ def _sizes(config: TeacherConfig, resolution: int) -> tuple[VitShape, int]:
             f"--teacher.image-size {size} is not a multiple of the teacher's patch size {patch}"
         )
     return shape, size
+
+
+def _download(config: TeacherConfig, size: int) -> Any:
+    """The model with timm's weights, from the hub or its local cache. Raises ``UserError``."""
+    try:
+        with weights_access(config.model):
+            return _create(config, img_size=size, pretrained=True)
+    except HubUnreachableError as error:
+        raise UserError(
+            f"--teacher.model '{config.model}': its file {error}; give --teacher.weights FILE, a "
+            "cache folder that has it (HF_HUB_CACHE), or, for a test, --teacher.weights random"
+        ) from None
 
 
 def _create(config: TeacherConfig, **kwargs: Any) -> Any:

@@ -59,7 +59,12 @@ def load_weights(vit: Any, config: TeacherConfig) -> None:
         raise UserError(_mismatch_message(path, config, reason, prefix, content)) from None
     if found is not None and prefix:
         left_out = ", ".join(found.left_out[:6]) or "nothing"
-        logger.info("--teacher.weights '%s': took '%s'; left out: %s", path, prefix, left_out)
+        logger.info(
+            "--teacher.weights '%s': took '%s'; left out: %s",
+            path,
+            plain_text(prefix),
+            plain_text(left_out)[:300],
+        )
 
 
 def load_tail_weights(vit: Any, state: Mapping[str, Tensor], *, complete: bool) -> None:

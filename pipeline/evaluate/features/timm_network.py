@@ -18,7 +18,7 @@ from pipeline.evaluate.features.base import NetworkOutput, full_precision
 from pipeline.hashing import sha256_of_module
 from pipeline.precision import check_finite
 from pipeline.storage.files import redact
-from pipeline.teachers.vit import normalisation
+from pipeline.teachers.vit import normalisation, weights_access
 from pipeline.teachers.weights import randomise, read_state_dict
 from schemas.errors import UserError, plain_text
 
@@ -122,7 +122,10 @@ def _create(
             fixed = meta_model.pretrained_cfg.get("fixed_input_size")
             if fixed and default and default[-1] != size:
                 arguments = {"img_size": size, **arguments}
-        with contextlib.redirect_stdout(sys.stderr):
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            weights_access(name) if hub else contextlib.nullcontext(),
+        ):
             model = timm.create_model(name, pretrained=hub, num_classes=0, **arguments)
     except Exception as error:  # errors of the model's constructor or of the hub
         reason = plain_text(str(error))[:200] or type(error).__name__

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.cli.options import parse_options
-from pipeline.extract.job import _report_statistics
+from pipeline.extract.hints import report_statistics
 from pipeline.inspect.suggest_extraction import _teacher as suggested
 from pipeline.inspect.summary import _describe_teacher
 from pipeline.teachers import Teacher
@@ -107,7 +107,7 @@ def test_a_file_is_reported_with_the_statistics_that_were_taken(
         caplog.set_level(logging.INFO)
         teacher = config(**{"weights": path, **options})
         info = Teacher(teacher, resolution=48, layers=(1,)).info()
-        _report_statistics(ExtractConfig(teacher=teacher), info)
+        report_statistics(ExtractConfig(teacher=teacher), info)
         return (caplog.records[-1].levelname, caplog.text) if caplog.records else ("", "")
 
     level, text = logged()

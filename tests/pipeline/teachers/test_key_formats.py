@@ -376,6 +376,13 @@ def test_biases_of_nested_dinov3_are_not_lost(
     assert "_qkvb" in refusal("vit_base_patch16_dinov3", tmp_path / "weights.pth")
 
 
+def test_dicts_that_hold_themselves_are_looked_into_once(tmp_path: Path) -> None:
+    circle: dict[str, Any] = {}
+    circle.update({f"part{number}": circle for number in range(50)})
+    torch.save({"model": circle}, tmp_path / "weights.pth")
+    assert "do not fit" in refusal(PLAIN, tmp_path / "weights.pth")
+
+
 def test_moco_s_small_model_has_twelve_heads(tmp_path: Path) -> None:
     """Its file has the shapes of other ViT-S, which have six."""
 
