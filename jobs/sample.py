@@ -1,4 +1,4 @@
-"""Draw images from a trained checkpoint: a grid to look at, or many single images to evaluate.
+"""Draw images from a trained checkpoint: a grid, or many single images for an evaluation.
 
 python jobs/sample.py --checkpoint runs/demo --classes 1,2,3 --png samples.png
 python jobs/sample.py --checkpoint FILE.pt --model SiT-XL/2 --classes 207,360 --png samples.png

@@ -3,7 +3,7 @@
     python jobs/train_haste.py --config jobs/configs/sit_xl2_haste.yaml --store URL
 
 Every option of the config can be overridden, for example --steps 1000 --alignment.feature-weight 0.
-With --plan, it only says what every cut of the teacher would cost this run (--plan --help).
+With --plan, only print the estimated cost of every cut for this run (--plan --help).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""HASTE as a pipeline: run the teacher once, stream what it saw, train, let it go."""
+"""HASTE as a pipeline: run the teacher once, store its outputs, train on them without it."""
 
 from schemas.installation import report_missing_packages
 

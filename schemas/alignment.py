@@ -93,7 +93,7 @@ class AlignmentConfig(Strict):
         Annotated[TerminationConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)]
         | None
     ) = None
-    """When the alignment ends; none: it lasts for the whole run."""
+    """Trigger that ends the alignment; none: the whole run is aligned."""
 
     @property
     def active(self) -> bool:

@@ -41,9 +41,9 @@ class EvaluateConfig(Strict):
     dinov2_size: Annotated[int, Field(ge=8, le=2048)] = 224
     """Pixels per side of the input of --dinov2; published distances are at 224."""
     k: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Nearest neighbour that sets the radius of the balls of precision and recall."""
+    """k of the k-nearest-neighbour radius of precision and recall."""
     manifold_images: Annotated[int, Field(ge=2, le=1 << 20)] = 50_000
-    """Maximum number of images for precision and recall: evenly spread ones of a larger set. Their
+    """Maximum number of images for precision and recall; a larger set is subsampled evenly. Their
     features are stored in $TMPDIR, and in the file of --save-reference."""
     max_images: Annotated[int, Field(ge=2)] | None = None
     """Use only the first images of each set, up to this number, for a quick test."""
@@ -54,8 +54,8 @@ class EvaluateConfig(Strict):
     """Decoder of a store that has no crops: hub id or folder. Default: the one that encoded it."""
     record: str | None = None
     """Folder or URL of the training run that made the samples: a row is added to its
-    evaluations.jsonl. Samples whose metadata name other weights than the run's checkpoint of their
-    step are refused, and if that checkpoint was deleted, samples of another run's folder."""
+    evaluations.jsonl. Samples of other weights than the run's checkpoint at the same step are
+    refused. If that checkpoint was deleted, the samples' metadata must name this run's folder."""
     step: Annotated[int, Field(ge=0)] | None = None
     """Training step of the samples, where their metadata do not name it."""
     weights: Literal["ema", "model"] | None = None
@@ -74,7 +74,7 @@ class NetworkIdentity(Strict):
     """Properties that are equal if features come from the same network."""
 
     size: int
-    """Pixels per side of what it sees."""
+    """Pixels per side of its input."""
     weights_sha256: Digest
     arguments: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     """Arguments of timm.create_model as JSON, a digest if they are long, empty if none."""

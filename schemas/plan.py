@@ -37,9 +37,9 @@ class PlanOptions(Strict):
     """Aligned runs that share the store. Default: the five aligned configs of a student in
     jobs/configs/, and three more for seeds or a sweep."""
     gb_per_second: Positive = 2.0
-    """Bandwidth in 10^9 bytes per second of one worker that reads the store, and of one encoder
-    that writes it. Default: about the rate at which one process copies into batches (measured: 1.7
-    to 1.9); a node of eight GPUs needs local disks or a 200 Gbit/s network for it."""
+    """Bandwidth in 10^9 bytes per second of one reading worker or one writing encoder. Default:
+    about the rate at which one process copies into batches (measured: 1.7 to 1.9); a node of eight
+    GPUs needs local disks or a 200 Gbit/s network for it."""
     device: Literal["auto", "cpu"] = "auto"
     """Device of the estimate: 'auto' is this machine's GPU, timed, or without one an assumed GPU of
     200 TFLOP/s (an H100 in bfloat16); 'cpu' is this machine's CPU cores."""
@@ -50,7 +50,7 @@ class PlanOptions(Strict):
     @model_validator(mode="after")
     def _one_device(self) -> PlanOptions:
         if self.device == "cpu" and self.tflops is not None:
-            raise ValueError("tflops plans for another device than device cpu: give one of them")
+            raise ValueError("tflops and device cpu exclude each other: give one")
         return self
 
 

@@ -146,10 +146,10 @@ class RunEvaluationConfig(Strict):
         if self.network is None and (self.network_size or self.network_args):
             raise ValueError("network_size and network_args go with a network")
         if self.network is not None and self.inception_weights is not None:
-            raise ValueError("network and inception_weights: the distance is of one of them")
+            raise ValueError("network and inception_weights exclude each other")
         if self.images is None:
             if self.every is not None:
-                raise ValueError("images is missing: how many to draw each time")
+                raise ValueError("images is missing: the number of images per evaluation")
             return self
         if self.reference is None:
             raise ValueError("reference is missing: statistics of jobs/evaluate.py")
@@ -180,7 +180,7 @@ class SamplesConfig(Strict):
     @model_validator(mode="after")
     def _evaluation_has_steps(self) -> SamplesConfig:
         if self.evaluate.images is not None and (self.evaluate.every or self.every) is None:
-            raise ValueError("evaluate.images without evaluate.every: say how often")
+            raise ValueError("evaluate.images needs evaluate.every")
         return self
 
 

@@ -51,8 +51,8 @@ class SampleConfig(Strict):
 
     checkpoint: str | None = None
     """Folder or URL of a run or of one checkpoint, or a .pt file of the SiT, DiT, REPA or HASTE
-    repositories. Of a run the newest checkpoint is used, or the one with which unfinished images
-    began."""
+    repositories. For a run, the latest checkpoint is used; unfinished images are continued with
+    the checkpoint that they were started with."""
     model: ModelName | None = None
     """Model in a .pt file, for example SiT-XL/2. Not needed for files of jobs/export.py."""
     checkpoint_format: CheckpointFormat | None = None

@@ -318,7 +318,7 @@ class Manifest(Strict):
                     "teacher"
                 )
             if stream.cut == "image" and stream.columns["crop"].codec != "uint8":
-                raise ValueError(f"stream '{name}' does not hold its crops as uint8")
+                raise ValueError(f"stream '{name}' stores crops in another codec than uint8")
         return self
 
     @property

@@ -48,7 +48,7 @@ class AutoencoderConfig(Strict):
     kl_weight: Annotated[float, Field(ge=0)] = 1e-4
     """Weight of the divergence per latent value; L1 is per pixel value."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction of the images that are only measured on."""
+    """Fraction of the images held out for the measurements."""
     seed: int = 0
 
 

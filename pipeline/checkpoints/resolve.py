@@ -66,7 +66,8 @@ def local_copy(place: str, weights: Weights | None) -> Iterator[Path]:
         except (FileNotFoundError, UnfinishedCheckpointError):
             raise UserError(
                 f"--checkpoint '{shown}' does not exist any more, or is not visible from this "
-                "machine: a run removes its older checkpoints while it trains; name one that stays"
+                "machine: a run removes its older checkpoints while it trains; name one "
+                "that is kept"
             ) from None
         try:
             yield copy

@@ -91,8 +91,8 @@ class CheckpointState:
 
     @property
     def projector_ema_lag(self) -> int:
-        """Steps by which ``projector_ema.safetensors`` is behind: since the termination it is
-        brought up to date only where it is read."""
+        """Steps that ``projector_ema.safetensors`` lacks, because the average is not updated after
+        the termination until it is read."""
         terminated = self.termination
         return 0 if terminated is None else self.step - int(terminated["terminated_at_step"])
 

@@ -13,7 +13,7 @@ FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 class StderrHandler(logging.Handler):
-    """Writes to ``sys.stderr`` as it is at the time, above any progress bar that is shown."""
+    """Writes to the current ``sys.stderr``, above any progress bar that is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

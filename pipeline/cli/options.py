@@ -50,9 +50,9 @@ def parse_options(
 
     ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults, for the table
     of the option (``a`` of ``a.b``). They are defaults: ``model_fields_set`` contains only fields
-    that a file or an option sets. ``positional`` names the options that arguments without dashes
-    set, in this order; one that takes several words takes all that remain. Prints the help and
-    exits with code 0 on ``--help``; raises ``UserError`` for invalid arguments.
+    that a file or an option sets. ``positional``: names of positional arguments,
+    in order; the last may take several words. Prints the help and exits with code 0 on ``--help``;
+    raises ``UserError`` for invalid arguments.
     """
     places = [positional] if isinstance(positional, str) else list(positional)
     table, _, _ = preset_key.rpartition(".")

@@ -10,9 +10,10 @@ from pipeline.convert import convert
 from schemas.convert import ConvertConfig
 
 ABOUT = """\
-Re-encode a complete store to another format, a coarser codec or a later cut of the teacher. The
-teacher itself is not needed; a target that needs it is refused. Run it again after an interruption:
-only missing shards are converted. Latents, labels and keys are copied unchanged.
+Re-encode a complete store to another format, a coarser codec or a later cut of the teacher. Only
+the teacher's tail in the store is used; a target that needs more of the teacher is refused. Run it
+again after an interruption: only missing shards are converted. Latents, labels and keys are copied
+unchanged.
 To inspect a store: python -m pipeline.inspect STORE"""
 
 

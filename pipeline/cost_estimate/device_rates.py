@@ -1,6 +1,6 @@
 """Sustained rates of a device, measured on a few batches.
 
-Random numbers stand in for weights and images, because only shapes decide the time of a product.
+Random numbers replace weights and images, because only shapes decide the time of a product.
 Two equal blocks of the teacher are timed, and on a CPU of the student; the rest follows from FLOPs.
 """
 

@@ -24,7 +24,7 @@ def check_listing(listing: Listing, shown: str) -> None:
         if problem is None and item.label >= MAX_CLASSES:
             problem = f"is of class {item.label}; the largest is {MAX_CLASSES - 1}"
         if problem is None and item.key in seen:
-            problem = "has a key that another one has, too"
+            problem = "has the key of another sample"
         if problem is not None:
             where = plain_text(f"{shown}/{item.path}".rstrip("/"))
             raise UserError(f"{where}: sample '{short_name(item.key)}' {problem}")
@@ -51,5 +51,5 @@ def _problem(key: str) -> str | None:
     if len(key.encode()) > MAX_KEY_BYTES:
         return f"has a name of more than {MAX_KEY_BYTES} bytes"
     if not key or key.startswith("/") or ".." in key.split("/"):
-        return "has a name that leads out of its folder"
+        return "has an absolute name or '..' in it"
     return None

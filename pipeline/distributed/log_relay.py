@@ -37,7 +37,7 @@ progress_logger.propagate = False
 progress_logger.setLevel(logging.INFO)
 progress_logger.addHandler(logging.NullHandler())
 
-_handle: Any = None  # the actor ends with its last handle, but one that was found by name is none
+_handle: Any = None  # Ray ends an actor with its last handle; handles from get_actor() do not count
 
 
 class LogRelay:

@@ -26,7 +26,7 @@ class Measurements:
     count: int
     """Number of images in the moments."""
     kind: str
-    """Description of the images, for people and files."""
+    """Description of the images, for logs and files."""
     moments: Moments
     """Moments of the network's features."""
     features: np.ndarray | None

@@ -108,7 +108,7 @@ class StoredLatents:
         """Shape of the first readable latent; damaged ones are reported later, as bad images.
         Raises ``UserError`` if there is none."""
         shown = redact(source)
-        problem = f"--source '{shown}': vae-sd/dataset.json does not begin with names of latents"
+        problem = f"--source '{shown}': vae-sd/dataset.json lists no latents at its beginning"
         for item in first_latents(source):
             try:
                 return self._parse(item).shape

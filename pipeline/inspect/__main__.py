@@ -1,5 +1,5 @@
 """`python -m pipeline.inspect STORE [--json]`: summary of a store; with `--sample KEY --png FILE`,
-`--fidelity N`, `--verify`, `--gc` or `--check CONFIG...` further questions."""
+`--fidelity N`, `--verify`, `--gc` or `--check CONFIG...` further checks."""
 
 from __future__ import annotations
 

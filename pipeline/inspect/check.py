@@ -23,7 +23,7 @@ class Answer(NamedTuple):
     """The file, as the user named it."""
     ok: bool
     reason: str | None = None
-    """Why it cannot be trained; or, where it can, the option to set."""
+    """Reason why it cannot be trained; if it can, an option to set."""
     command: str | None = None
     """Command that adds only what is missing; None where another store is needed."""
 

@@ -41,7 +41,7 @@ def check_index(
     sizes: Mapping[str, int],
     all_read: bool,
 ) -> list[Damage]:
-    """Damages of the index, which training trusts, compared with the commit records: ``committed``
+    """Differences between the index and the commit records: ``committed``
     shards by stream, ``samples`` by shard and bytes by stream (``sizes``); the bytes are compared
     only if all records could be read (``all_read``)."""
     try:

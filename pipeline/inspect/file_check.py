@@ -95,15 +95,17 @@ def check_file(
         found.append((None, f"has {size} bytes, not {file.bytes}"))
     ranges = sorted(_ranges(file))
     if any(a.end > b.begin for a, b in itertools.pairwise(ranges)):
-        return [*found, (None, "its record gives two samples the same bytes")]
+        return [*found, (None, "its record assigns the same bytes to two samples")]
     digest, checksums = hashlib.sha256(), _Checksums(ranges)
     for begin, data in _read_chunks(filesystem, path, file.bytes):
         digest.update(data)
         checksums.feed(begin, data)
         on_bytes(len(data))
     intact = digest.hexdigest() == file.sha256
-    cause = "has a wrong checksum" if not intact else "has another checksum in the record"
-    damaged = [(r, "is cut off") for r in checksums.missing] + [(r, cause) for r in checksums.wrong]
+    cause = "has a wrong checksum" if not intact else "differs from the checksum in its record"
+    damaged = [(r, "is truncated") for r in checksums.missing] + [
+        (r, cause) for r in checksums.wrong
+    ]
     found += _by_sample(damaged, keys)
     if not found and not intact:
         where = "a header of the tar" if path.endswith(".tar") else "its index or padding"

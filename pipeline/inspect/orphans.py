@@ -1,7 +1,7 @@
 """`--gc`: find and remove orphans, the files of a store that crashes leave without a commit record.
 
 A file is an orphan if its name is one that this project gives and neither the manifest nor a commit
-record accounts for it. All other files that do not belong to the store are only reported.
+record lists it. All other files that do not belong to the store are only reported.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _orphan_reason(
     folder, _, name = path.rpartition("/")
     if name.startswith(TEMPORARY):
         known = folder.partition("/")[0] in {"", COMMITS, *streams, *former_streams}
-        return "its writer stopped before it was complete" if known else None
+        return "temporary file of an interrupted writer" if known else None
     for pattern in (RECORD, TAR, CHUNK, METADATA, TAIL):
         match = pattern.fullmatch(path)
         if match is None:
@@ -156,7 +156,7 @@ def _orphan_reason(
             return None
         if shard is not None and int(shard) >= store.manifest.num_shards:
             return f"the store has only {store.manifest.num_shards} shards"
-        return "no commit record accounts for it" if shard else "the manifest does not name it"
+        return "not listed in a commit record" if shard else "the manifest does not name it"
     return None
 
 

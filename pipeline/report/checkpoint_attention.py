@@ -62,7 +62,7 @@ def _why_not(record: Record, remote_stores: bool) -> str | None:
     if config is None or config.store is None:
         return "its config, which names store and student, is not known"
     if not config.alignment.attention_weight:
-        return "its attention was never aligned with a teacher's"
+        return "it has no attention alignment"
     if record.folder is None:
         return "its checkpoints are not on this machine"
     if not remote_stores and not _is_local_path(config.store):

@@ -80,9 +80,9 @@ def choose_steps(
     common, union = set.intersection(*sets), set.union(*sets)
     chosen = _evenly(sorted(common or union), count)
     if not common:
-        return chosen, "The runs have no step in common: each shows what it drew."
+        return chosen, "The runs have no step in common: each step shows the runs that have it."
     if common != union:
-        return chosen, "Some steps were not drawn by all runs: only common steps are shown."
+        return chosen, "Some steps are missing in some runs: only common steps are shown."
     return chosen, ""
 
 

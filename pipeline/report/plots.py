@@ -23,7 +23,7 @@ from pipeline.text import describe_bytes, short_number, shortened
 from schemas.errors import plain_text
 
 SIZE = (5.0, 2.9)
-"""Inches of 72 units, which are CSS pixels where the page is as wide as a phone."""
+"""Inches of 72 units, which are CSS pixels on a phone."""
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2, 3, 2)))
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text remains text: small, and in the reader's font

@@ -11,7 +11,7 @@ from pipeline.report.evaluation_groups import EvaluationGroup, describe_group, g
 from pipeline.runs.reader import Record, Row, number
 
 MAX_POINTS = 400
-"""Points of one line: more than a phone has pixels."""
+"""Points of one line: more than a small plot has pixels."""
 MAX_PANELS = 48
 """Panels of evaluations or of streams, because the files of a run may name any number."""
 MAX_OBSERVATIONS = 6

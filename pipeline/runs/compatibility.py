@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def resolve_run(
     config: RunConfig, manifest: Manifest, saved: CheckpointState | None, where: str | Path | None
 ) -> RunConfig:
-    """The config as workers take it: its teacher stream named, checked against the store, and
+    """The config for the workers: its teacher stream named, checked against the store, and
     against the state ``saved`` of the checkpoint ``where`` from which the run continues. Drivers
     call this once; workers trust the result. Raises ``UserError``."""
     config = with_stream(config, manifest, None if saved is None else saved.store)

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint_to_resume(config: SampleConfig, outputs: Sequence[Output]) -> str:
-    """The result of ``find_checkpoint``, but for a run with unfinished images the checkpoint of
-    those images, because the run may have continued since. Raises ``UserError``, also where the
+    """The checkpoint of ``config``; if unfinished images of a run exist, the checkpoint that they
+    were started with, because the run may have continued since. Raises ``UserError``, also if the
     run has deleted that checkpoint."""
     infos = ((output, output.read_info()) for output in outputs if not output.is_finished())
     output, info = next(((output, info) for output, info in infos if info), (None, None))

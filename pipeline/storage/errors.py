@@ -133,7 +133,7 @@ def suggest_fix(error: BaseException) -> str:
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, PermissionError) or status in {401, 403}:
-        return "check the credentials and what they allow there"
+        return "check the credentials and their permissions"
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return "free space there and run the same command again"
     return "correct that and run the same command again"

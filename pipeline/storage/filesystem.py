@@ -38,7 +38,7 @@ _S3_WITH_CREDENTIALS = re.compile(r"\bs3a?://(?!arn:)[^/]*[:@]")
 
 def open_url(url: str, *, what: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of an fsspec URL and the path on it. ``what`` names the option in errors."""
-    retry_limit()  # reports a wrong value now, not as an error of storage
+    retry_limit()  # a wrong value is reported here
     protocols = {part.partition("://")[0] for part in url.split("::")} & {"s3", "s3a"}
     if protocols and _S3_WITH_CREDENTIALS.search(url):
         raise UserError(

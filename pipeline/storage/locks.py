@@ -42,7 +42,7 @@ def exclusive_lock(folder: Path, *, what: str, remedy: str) -> Iterator[None]:
         own_file = path.stat()
     except Timeout:
         raise UserError(
-            f"{what} is being written by {_holder(path)}: wait until that has ended, or {remedy}"
+            f"{what} is being written by {_holder(path)}: wait until it ends, or {remedy}"
         ) from None
     except OSError as error:
         lock.release()

@@ -209,7 +209,7 @@ def check_fit(alignment: AlignmentConfig, manifest: Manifest) -> None:
         if missing:
             raise UserError(
                 f"alignment.teacher_layers asks for teacher layer {_join(missing)}; the "
-                f"store holds {_join(teacher.layers)}: extract it with --layers that include it"
+                f"store holds {_join(teacher.layers)}: extract again with --layers that include it"
             )
 
 

@@ -115,7 +115,7 @@ def _declared(store: Store, stream: str) -> tuple[TeacherInfo, WeightsFile, int]
     info = store.manifest.teacher_streams[stream]
     first_block = first_tail_block(info.cut, info.teacher.layers)
     if info.tail is None or first_block is None:
-        raise UserError(f"store '{store.shown_url}' carries no weights of its teacher")
+        raise UserError(f"store '{store.shown_url}' contains no weights of the teacher")
     return info.teacher, info.tail, first_block
 
 

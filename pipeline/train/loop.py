@@ -43,7 +43,7 @@ def train(
     assert config.store is not None
     saved = None if resume is None else read_state(resume)
     config = resolve_run(config, Store.open(config.store).manifest, saved, resume)
-    checkpoint = nullcontext(resume)  # a Path is a context manager by accident
+    checkpoint = nullcontext(resume)  # a Path is a context manager itself, which does nothing
     return run_training(config, folder, save_checkpoint, checkpoint, group=group, poll=poll)
 
 
@@ -132,12 +132,12 @@ class TrainingLoop:
             )
 
     def _terminate_if_due(self) -> None:
-        """Ask the trigger at the boundary before a step; terminate if it decides so."""
+        """Evaluate the trigger before a step, and end the alignment if it decides so."""
         trainer, trigger = self.trainer, self.parts.trigger
         if not trainer.aligned or not trigger.wants(trainer.step):
             return
         if trainer.step % self.config.log_every and self.meter.steps:
-            self._log_row()  # so that no row mixes the phases or times a measurement
+            self._log_row()  # so that no row spans two phases or includes the measurement's time
         self._require_finite()
         decision = trigger.observe(trainer.step, self.parts.probe, self.group.sum)
         if decision.not_finite:
@@ -221,7 +221,7 @@ class TrainingLoop:
 
     @contextmanager
     def _outside_training(self) -> Iterator[None]:
-        """Time spent inside counts for no rate. May be nested."""
+        """Exclude the time inside from all rates. May be nested."""
         outermost, self._paused = not self._paused, True
         start = time.perf_counter()
         try:

@@ -27,7 +27,8 @@ class NoisePrefetcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
 
     def __call__(self, positions: np.ndarray) -> SampleNoise:
-        """The draws of the samples at ``positions``, made now unless they were expected."""
+        """The draws of the samples at ``positions``, from the thread if ``expect`` named these
+        positions, else drawn now."""
         if self._expected is not None:
             expected, draws = self._expected
             if np.array_equal(expected, positions):

@@ -62,7 +62,7 @@ class RunControl:
         self._failure: str | None = None
 
     def fail(self, message: str) -> None:
-        """Report an error of a worker that no restart can mend."""
+        """Report an error of a worker that a restart cannot fix."""
         self._failure = message
 
     def failure(self) -> str | None:
@@ -207,8 +207,7 @@ def scaling(config: RunConfig, gpus: float) -> ScalingConfig:
 def _fit_and_watch(trainer: TorchTrainer, control: Any, signals: StopSignals) -> ray.train.Result:
     """Run ``trainer.fit()`` in a thread (in the main thread, Ray would handle Ctrl-C and abort).
 
-    This thread waits for signals, and for errors that each of ``workers.max_failures`` restarts
-    would only meet again.
+    This thread waits for signals, and for errors that every restart would meet again.
     """
     future: Future[ray.train.Result] = Future()
 

@@ -9,10 +9,11 @@ from pipeline.distributed.signals import PollRequest, StopRequest
 
 
 class StopConsensus:
-    """Makes all ranks serve a request at the same step boundary, whichever of them received it.
+    """Makes all ranks serve a request at the same step boundary, on whichever rank it arrived.
 
     Ranks vote at every boundary and act on the vote of the boundary before: its reduction has
-    finished by then, so that no device is waited for. The cost is one small reduction per step.
+    finished by then, so the loop does not wait for the device. The cost is one small reduction
+    per step.
     """
 
     def __init__(self, group: ProcessGroup, poll: PollRequest) -> None:

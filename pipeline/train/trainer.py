@@ -164,8 +164,8 @@ class Trainer:
         """End the alignment before step ``self.step``.
 
         Taps are off; the projector leaves the graph, DDP and the optimizer, and stays here for
-        checkpoints; the teacher's tail and pinned memory are freed. ``evidence`` says why; a
-        resumed run passes that of its checkpoint.
+        checkpoints; the teacher's tail and pinned memory are freed. ``evidence``: the
+        trigger's observation; a resumed run passes that of its checkpoint.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.module.release_alignment()

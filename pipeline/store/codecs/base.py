@@ -56,8 +56,8 @@ class Codec(Protocol):
 
     @property
     def lossless(self) -> Lossless:
-        """The lossless compression that pays for ``MAIN``. Quantised numbers are far from uniform,
-        and so are the exponents of bfloat16; shuffling bits would cost quantised ones a quarter."""
+        """The lossless compression that pays for ``MAIN``: entropy coding, because codes are not
+        uniform, without bit shuffling, which makes quantised codes a quarter larger."""
 
     def arrays(self, shape: Shape) -> dict[str, Array]:
         """The arrays stored for a sample of ``shape``: ``MAIN`` and others. Raises ``ValueError``

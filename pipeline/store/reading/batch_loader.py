@@ -208,7 +208,7 @@ class BatchLoader:
 
     def _read_ahead(self) -> None:
         """Submit batches until ``prefetch`` of them are being read. With quarantine, no batch that
-        reaches into the next epoch: which shards it leaves out is known only at the epoch's end."""
+        reaches into the next epoch: its shards are known only when the epoch ends."""
         while self._open and len(self._pending) < self._prefetch:
             step = self._next_step
             quarantine, next_batch = self._quarantine, (step + 1) * self._global_batch

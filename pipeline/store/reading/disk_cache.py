@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 TOTAL = ".total"
 """Upper bound of the bytes of the folder's files; changed only while its lock is held."""
 ABANDONED_SECONDS = 3600.0
-"""Age, since the last write, at which a temporary file was left behind by a dead process."""
+"""Age at which a temporary file counts as left by a dead process."""
 FILL_LOCKS = 1024
 
 

@@ -27,7 +27,7 @@ MAX_TRACKED_FILES = 1 << 14
 """Files whose read-ahead or disk cache attempt is remembered; current windows hold fewer."""
 
 FetchWhole = Callable[[int, int], bool]
-"""(bytes of a file, its samples) -> whether to fetch it whole and cache it until its window ends,
+"""(bytes of a file, its samples) -> True to fetch it whole and cache it until its window ends,
 instead of reading the ranges of the requested rows."""
 
 

@@ -56,9 +56,9 @@ class RowReader:
         self._targets: list[_Target] = []
 
     def read(self, descriptor: int, layout: FixedLayout, request: RowRequest) -> tuple[bool, int]:
-        """Read the request's rows from an open file. Returns whether all of them are what the
-        manifest and the checksums to verify promise, and the payload bytes read. On failure the
-        contents of ``out`` at the request's places are undefined."""
+        """Read the request's rows from an open file. Returns True if all rows match the
+        manifest and the checksums to verify, and the payload bytes read. On failure the contents of
+        ``out`` at the request's places are undefined."""
         file, rows, check = request.file, request.rows, request.check
         targets = self._prepare(layout.arrays)
         sizes = file.sizes[rows].tolist()

@@ -41,7 +41,7 @@ class SampleOrder:
     Each epoch permutes the shards, then shuffles samples inside windows of ``window`` consecutive
     shards, so that a reader needs only that many shards at a time. ``position`` counts samples
     since the start of the run and is the whole state of the data; epochs follow without a gap.
-    Work and memory depend on the number of shards, once per epoch, and never on the position.
+    An epoch costs time and memory in proportion to its shards; the position does not matter.
 
     Safe to call from several threads, except ``leave_out``.
     """

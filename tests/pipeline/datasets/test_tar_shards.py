@@ -149,9 +149,9 @@ def test_incomplete_samples_are_named(
     [
         ("x", 20_000_000, r"sample 'x' is of class 20000000; the largest is 16777215"),
         ("x", 99999999999999999999, r"sample 'x' is of class 99999999999999999999; the largest"),
-        ("../../x", 1, r"sample '\.\./\.\./x' has a name that leads out of its folder"),
-        ("a/../x", 1, r"sample 'a/\.\./x' has a name that leads out of its folder"),
-        ("/x", 1, r"sample '/x' has a name that leads out of its folder"),
+        ("../../x", 1, r"sample '\.\./\.\./x' has an absolute name or '..' in it"),
+        ("a/../x", 1, r"sample 'a/\.\./x' has an absolute name or '..' in it"),
+        ("/x", 1, r"sample '/x' has an absolute name or '..' in it"),
         ("a\nb", 1, r"sample 'a b' has a name with control characters"),
         ("\x1b[31mx", 1, r"sample '\\x1b\[31mx' has a name with control characters"),
         (os.fsdecode(b"x\xff"), 1, r"sample 'x\\udcff' has a name .* not UTF-8"),

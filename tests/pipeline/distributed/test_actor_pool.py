@@ -92,7 +92,7 @@ def test_who_cannot_load_is_given_up_and_the_others_go_on(
         assert double(made, range(5)) == [0, 2, 4, 6, 8]
     again, given_up = caplog.messages
     assert again.startswith("an actor for testing died while loading, another is started: Actor")
-    assert "2 times in a row, and is given up; the others go on: Actor" in given_up
+    assert "2 times in a row, and is not replaced; the others continue: Actor" in given_up
 
 
 def test_where_nobody_can_load_that_is_the_end(

@@ -23,21 +23,21 @@ from tests.stores import add_random_stream, make_random_store
 Capture = pytest.CaptureFixture[str]
 
 ORPHANS = {
-    ".tmp-0a": "its writer stopped before it was complete",
-    "commits/.tmp-0b": "its writer stopped before it was complete",
-    "maps/.tmp-0c": "its writer stopped before it was complete",
-    "maps/features/c/.tmp-0d": "its writer stopped before it was complete",
+    ".tmp-0a": "temporary file of an interrupted writer",
+    "commits/.tmp-0b": "temporary file of an interrupted writer",
+    "maps/.tmp-0c": "temporary file of an interrupted writer",
+    "maps/features/c/.tmp-0d": "temporary file of an interrupted writer",
     "maps/shard-000004.tar": "the store has only 4 shards",
     "commits/shard-000123.json": "the store has only 4 shards",
     "commits/gone/shard-000000.json": "the manifest has no stream 'gone'",
     "gone/shard-000000.tar": "the manifest has no stream 'gone'",
-    "gone/.tmp-0e": "its writer stopped before it was complete",
+    "gone/.tmp-0e": "temporary file of an interrupted writer",
     "old_teacher_tail.safetensors": "the manifest has no stream 'old'",
     "old/features/c/0/0/0": "the manifest has no stream 'old'",
     "old/features.step/zarr.json": "the manifest has no stream 'old'",
     "maps_teacher_tail.safetensors": "the manifest does not name it",
-    "commits/maps/shard-000001.json": "no commit record accounts for it",
-    "maps/features/c/1/0/0": "no commit record accounts for it",
+    "commits/maps/shard-000001.json": "not listed in a commit record",
+    "maps/features/c/1/0/0": "not listed in a commit record",
 }
 """In a store of tars that nothing was added to."""
 
@@ -106,7 +106,7 @@ def test_json_lists_what_became_of_everything(known_store: Store, capsys: Captur
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found["removed"] == [
-        {"path": "maps/.tmp-old", "bytes": 5, "reason": "its writer stopped before it was complete"}
+        {"path": "maps/.tmp-old", "bytes": 5, "reason": "temporary file of an interrupted writer"}
     ]
     assert [file["path"] for file in found["kept"]] == ["maps/.tmp-new"]
     assert "only 0.5 h old" in found["kept"][0]["reason"]

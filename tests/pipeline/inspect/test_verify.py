@@ -120,7 +120,7 @@ def test_all_damage_is_listed_in_one_walk(known_store: Store, capsys: Capture) -
         "'features' has a wrong checksum; column 'attention' has a wrong checksum",
         "  stream 'latents', shard 1, latents/shard-000001.tar: is missing",
         "  stream 'maps', shard 3, maps/shard-000003.tar: has ",
-        f"sample '{known_key(3, 3)}', maps/shard-000003.tar: column 'features' is cut off",
+        f"sample '{known_key(3, 3)}', maps/shard-000003.tar: column 'features' is truncated",
         "to repair it, delete commits/shard-000000.json, commits/shard-000001.json, commits/shard",
     ):
         assert line in page
@@ -204,7 +204,7 @@ def swap_files(values: dict[str, Any]) -> None:
         (
             change_record(lambda v: v["streams"]["maps"][0]["crc32"]["features"].reverse()),
             "maps/shard-000001.tar",
-            "has another checksum in the record",
+            "differs from the checksum in its record",
         ),
         (
             change_record(
@@ -323,7 +323,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_read_to_its_end(
     size, *samples = verify(known_store.url).damaged
     assert size.problem.startswith("has 0 bytes, not ")
     assert {damage.sample for damage in samples} == set(known_store.record(1).keys)
-    assert all("is cut off" in damage.problem for damage in samples)
+    assert all("is truncated" in damage.problem for damage in samples)
 
 
 def test_shards_are_verified_while_others_are_written(known_store: Store) -> None:

@@ -186,7 +186,7 @@ def test_no_byte_of_a_row_can_be_missing(store: Store, stream: str) -> None:
             if length < end:
                 with pytest.raises(DamagedShardError, match="too short"):
                     StreamReader(store, stream).read(*last)
-            else:  # what is cut off is nobody's
+            else:  # truncated bytes belong to no member
                 found = StreamReader(store, stream).read(*last)
                 for column, array in found.items():
                     assert np.array_equal(array, expected[column])
