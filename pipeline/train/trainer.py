@@ -16,7 +16,7 @@ from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
 from pipeline.models.projector import Projector
-from pipeline.precision import precision_dtype
+from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
 from pipeline.targets.sources import TargetSource, aligned_heads, open_targets, wanted_targets
 from pipeline.train.device_transfer import DevicePrefetcher
@@ -66,6 +66,8 @@ class Trainer:
         if config.alignment.active:
             teacher = manifest.teacher_stream(config.alignment.stream)[1].teacher
         self._heads = aligned_heads(config.student, teacher) if teacher else 0
+        if config.compute.deterministic and group.device.type == "cuda":
+            use_deterministic_kernels()
         torch.manual_seed(config.seed)
         self.module = AlignedStudent(
             config.student,
