@@ -19,6 +19,7 @@ from pipeline.models.projector import Projector
 from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
 from pipeline.targets.sources import TargetSource, aligned_heads, open_targets, wanted_targets
+from pipeline.train.compile_limit import report_compile_limit
 from pipeline.train.device_transfer import DevicePrefetcher
 from pipeline.train.noise import NoisePrefetcher, SampleNoise
 from schemas.errors import UserError
@@ -93,6 +94,7 @@ class Trainer:
             group.device,
         )
         if self._compiles:
+            report_compile_limit()
             self.module.compile_parts()
         self.wrapped: nn.Module = group.wrap(self.module)
 
