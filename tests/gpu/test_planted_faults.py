@@ -49,7 +49,7 @@ def layers_by_a_list(self: Any, name: str, columns: Any, layers: Tensor) -> Tens
     return decode({part: columns[part][:, [0, 1]] for part in decode.names.values()}).float()
 
 
-def average_on_the_cpu(self: Ema, module: torch.nn.Module) -> None:
+def average_on_the_cpu(self: Ema, module: torch.nn.Module, *_: object) -> None:
     for average, weight in zip(self.module.parameters(), module.parameters(), strict=True):
         average.data.lerp_(weight.detach().cpu().to(CUDA), 0.1)
 

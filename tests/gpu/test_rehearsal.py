@@ -90,8 +90,11 @@ TRIGGERS = {
 
 
 @pytest.mark.parametrize("kind", TRIGGERS)
-def test_run(stores: Callable[..., Store], tmp_path: Path, kind: str) -> None:
+def test_run(
+    stores: Callable[..., Store], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows, the trigger, checkpoints and validation may wait, between steps only."""
+    monkeypatch.setattr("pipeline.train.finite.NEVER", 0)  # all that comes back is 0
     store = stores("maps")
     changes: dict[str, Any] = {
         "steps": 3,
@@ -146,7 +149,7 @@ def test_samplers(method: str) -> None:
         gpu.waits.clear()
         images = draw_images(student, autoencoder, [1, 2, 3], sampler, precision="bfloat16")
     assert images.shape == (3, 3, 32, 32)
-    assert ["draw_images" in event.place[0] for event in gpu.waits] == [True]
+    assert {event.place[0].split(":")[1] for event in gpu.waits} == {"draw_images"}
     assert gpu.races == []
 
 
