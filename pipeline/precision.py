@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -76,3 +77,20 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
                 f"{where}: {count} of {tensor.numel()} numbers of {name} are not finite; use "
                 "weights from before the training diverged"
             )
+
+
+def use_deterministic_kernels() -> None:
+    """Restrict torch, in this process, to GPU kernels whose results are equal in every run.
+
+    Attention is flash or plain, because the backward passes of the other kernels add in any order.
+    Inductor does not choose kernels by their time, because another choice is another order of sums.
+    """
+    from torch._inductor import config as inductor  # takes seconds
+
+    # read by cuBLAS when it is first used; another value makes it choose workspaces at random
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True

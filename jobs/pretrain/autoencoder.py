@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.pretrain.common import Updater, check_weights, shuffled_batches
+from jobs.pretrain.common import Updater, autocast, check_weights, copied_batches
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
@@ -100,15 +100,16 @@ def train_autoencoder(
         device, memory_format=torch.channels_last
     )
     updater = Updater("autoencoder", model.parameters(), config, clip=1.0, betas=(0.9, 0.95))
-    batches = shuffled_batches(len(training), config.batch_size)
+    batches = copied_batches({"images": images[training]}, config.batch_size, device)
     model.train()
     for step in range(config.steps):
-        pixels = to_pixels(images[training[next(batches)]].to(device))
-        posterior = model.encode(pixels).latent_dist
-        decoded = model.decode(posterior.sample()).sample
-        reconstruction = F.l1_loss(decoded, pixels)
-        # diffusers sums the divergence over an image; the mean does not depend on the grid size.
-        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        pixels = to_pixels(next(batches)["images"])
+        with autocast(device):  # which computes exponentials, squares and losses in float32
+            posterior = model.encode(pixels).latent_dist
+            decoded = model.decode(posterior.sample()).sample
+            reconstruction = F.l1_loss(decoded, pixels)
+            # diffusers sums the divergence over an image; the mean does not depend on the grid size
+            divergence = posterior.kl().mean() / posterior.mean[0].numel()
         updater.update(step, reconstruction + config.kl_weight * divergence)
     model.eval().to(memory_format=torch.contiguous_format)
     check_weights(model)

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from jobs.pretrain.common import (
     Updater,
+    autocast,
     check_weights,
+    copied_batches,
     normalise,
     parameter_groups,
-    shuffled_batches,
 )
 from schemas.base import Strict
 
@@ -50,12 +51,13 @@ def train_classifier(
     model: nn.Module = timm.create_model(config.name, pretrained=False, num_classes=classes)
     model.to(device).train()
     updater = Updater("classifier", parameter_groups(model, config.weight_decay), config)
-    batches = shuffled_batches(len(images), config.batch_size)
+    batches = copied_batches({"images": images, "labels": labels}, config.batch_size, device)
     for step in range(config.steps):
         batch = next(batches)
-        pixels = _augment(images[batch].to(device).float() / 255, config.shift)
-        scores = model(normalise(pixels))
-        updater.update(step, F.cross_entropy(scores, labels[batch].to(device)))
+        pixels = _augment(batch["images"].float() / 255, config.shift)
+        with autocast(device):
+            scores = model(normalise(pixels))
+        updater.update(step, F.cross_entropy(scores.float(), batch["labels"]))
     check_weights(model)
     return model.cpu().eval()
 

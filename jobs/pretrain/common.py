@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.train.device_transfer import DevicePrefetcher
 from schemas.errors import NonFiniteError
 
 logger = logging.getLogger("jobs.pretrain")
@@ -25,6 +27,22 @@ def shuffled_batches(count: int, size: int) -> Iterator[Tensor]:
     size = min(size, count)
     while True:
         yield from torch.randperm(count)[: count // size * size].split(size)
+
+
+def copied_batches(
+    tensors: Mapping[str, Tensor], size: int, device: torch.device | str
+) -> Iterator[dict[str, Tensor]]:
+    """Rows of ``tensors`` (N, ...) in ``shuffled_batches``, on the device. Python waits for none:
+    a GPU copies the next batch while it computes the present step."""
+    feed = DevicePrefetcher(torch.device(device))
+    for batch in shuffled_batches(len(next(iter(tensors.values()))), size):
+        yield feed({name: tensor[batch] for name, tensor in tensors.items()})
+
+
+def autocast(device: torch.device | str) -> torch.autocast:
+    """bfloat16 on a GPU; unchanged arithmetic on a CPU."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
 
 
 class Schedule(Protocol):
@@ -89,8 +107,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def normalise(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, R, R) in [0, 1] to ImageNet's mean and std, as DINOv2 expects them."""
-    mean = pixels.new_tensor(IMAGENET_MEAN)[:, None, None]
-    return (pixels - mean) / pixels.new_tensor(IMAGENET_STD)[:, None, None]
+    mean, std = _imagenet_statistics(pixels.device, pixels.dtype)
+    return (pixels - mean) / std
+
+
+@cache
+def _imagenet_statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and std, each (3, 1, 1), copied to a device once, because Python waits for the copy."""
+    mean, std = (
+        torch.tensor(values, dtype=dtype).to(device)[:, None, None]
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return mean, std
 
 
 def check_weights(model: nn.Module) -> None:

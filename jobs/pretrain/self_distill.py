@@ -31,10 +31,11 @@ from torch.nn import functional as F
 
 from jobs.pretrain.common import (
     Updater,
+    autocast,
     check_weights,
+    copied_batches,
     normalise,
     parameter_groups,
-    shuffled_batches,
 )
 from pipeline.assets import DEMO_TEACHER
 from pipeline.cli.command import run_command
@@ -152,8 +153,12 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D) to cosines with the prototypes, (B, K)."""
-        # DINO's weight-normed layer with its gain fixed at 1 equals a layer of normalised rows.
-        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
+        x = self.mlp(x)
+        # in float32, because a temperature of 0.04 multiplies rounding errors by 25
+        with torch.autocast(x.device.type, enabled=False):
+            # DINO's weight-normed layer with its gain fixed at 1 equals a layer of normalised rows.
+            rows = F.normalize(self.prototypes, dim=-1)
+            return F.linear(F.normalize(x.float(), dim=-1), rows)
 
 
 class Network(nn.Module):
@@ -204,17 +209,19 @@ def self_distill(
         "teacher", parameter_groups(student, config.weight_decay), config, clip=config.clip
     )
     centre = torch.zeros(config.prototypes, device=device)
-    batches = shuffled_batches(len(images), config.batch_size)
+    batches = copied_batches({"images": images}, config.batch_size, device)
 
     for step in range(config.steps):
         student.head.prototypes.requires_grad_(step >= config.frozen_last_steps)
-        views, local = sample_crops(images[next(batches)].to(device).float() / 255, config)
-        outputs = list(student(views).chunk(2))
-        if local:
-            outputs += student(torch.cat(local)).chunk(len(local))
+        views, local = sample_crops(next(batches)["images"].float() / 255, config)
+        with autocast(device):
+            outputs = list(student(views).chunk(2))
+            if local:
+                outputs += student(torch.cat(local)).chunk(len(local))
 
         with torch.no_grad():
-            cosines = teacher(views)
+            with autocast(device):
+                cosines = teacher(views)
             targets = ((cosines - centre) / teacher_temperature(step, config)).softmax(-1)
             centre.lerp_(cosines.mean(0), 1 - config.centre_momentum)
         loss = distillation_loss(outputs, targets.chunk(2), config.student_temperature)

@@ -177,7 +177,6 @@ class ResidualPlateauTrigger:
         self._constant = float(
             alignment.feature_weight
         )  # the 1 of "1 + feature loss", added after the sum
-        self._decays = torch.tensor([config.fast, config.slow], dtype=torch.float64)
         self._averages: Tensor | None = None  # fast and slow, of this rank's part
         self._skipped: Tensor | int = 0
 
@@ -191,12 +190,15 @@ class ResidualPlateauTrigger:
         )
         value = residual.detach().double()
         if self._averages is None:
-            self._averages = torch.zeros(2, dtype=torch.float64)
-        # moved to the losses' device once, because a copy to a GPU waits for its queued work
-        self._averages, self._decays = (x.to(value.device) for x in (self._averages, self._decays))
-        averages = self._decays * self._averages + (1 - self._decays) * value
+            self._averages = torch.zeros(2, dtype=torch.float64, device=value.device)
+        before = self._averages.to(value.device)  # a copy in the first step of a resumed run only
+        # decays are Python numbers, because a copy to a GPU waits for its queued work
+        decays = (self.config.fast, self.config.slow)
+        averages = torch.stack(
+            [d * average + (1 - d) * value for d, average in zip(decays, before, strict=True)]
+        )
         if skipped is not None:
-            averages = torch.where(skipped, self._averages, averages)
+            averages = torch.where(skipped, before, averages)
             self._skipped = self._skipped + skipped
         self._averages = averages
         self.steps += 1

@@ -20,9 +20,16 @@ from pipeline.extract.latent_sources import LatentSource, open_latents
 from pipeline.extract.tasks import Description, ShardTask, stream_name
 from pipeline.precision import choose_precision
 from pipeline.store import ShardWriter
-from pipeline.targets.cuts import NotFiniteError, cut_values, encode_values
+from pipeline.targets.cuts import (
+    NotFiniteError,
+    check_finite,
+    cut_values,
+    encode_unchecked,
+    not_finite,
+)
 from pipeline.targets.tail import describe_tail, first_tail_block, save_tail
 from pipeline.teachers import Teacher
+from pipeline.train.device_transfer import DevicePrefetcher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision
 from schemas.store import ComputeInfo, Manifest, SkippedImage, WeightsFile
@@ -30,6 +37,9 @@ from schemas.store import ComputeInfo, Manifest, SkippedImage, WeightsFile
 VERSIONED = ("torch", "timm", "diffusers", "numpy", "numcodecs", "pillow")
 BATCHES_AHEAD = 2  # decoded while the networks compute an earlier batch
 MAX_QUEUED_BATCHES = 2  # computed, not yet compressed and written
+NOT_FINITE = "(not finite)"
+"""Key, not the name of a stream, of the results of ``not_finite`` in ``Arrays``: they travel with
+the copies back, because Python would wait for the device to judge them there."""
 
 Arrays = dict[str, dict[str, np.ndarray]]
 """stream -> stored array -> (B, ...)"""
@@ -53,6 +63,7 @@ class Encoder:
         torch.backends.cudnn.benchmark = False  # autotuned kernels affect them, too
         self.config = config
         self.device = torch.device(device)
+        self.feed = DevicePrefetcher(self.device)
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.precision: Precision = choose_precision(config.precision, device)
         self.threads = threads
@@ -117,14 +128,7 @@ class Encoder:
             for items, images, moments in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # decode the other batches only to list their bad images
-                try:
-                    arrays = self._copy_to_host(self._encode(manifest, images, moments))
-                except NotFiniteError as error:
-                    item = items[error.rows[0]]
-                    raise UserError(
-                        f"shard {task.shard}, sample '{item.key}' ({item.path}): the teacher's "
-                        f"{error}; try --precision float32, or check its weights"
-                    ) from None
+                arrays = self._copy_to_host(self._encode(manifest, images, moments))
                 background.submit(_write, writer, items, arrays)
                 encoded += len(items)
                 progress(encoded + len(bad))
@@ -138,20 +142,23 @@ class Encoder:
     def _encode(
         self, manifest: Manifest, images: np.ndarray, moments: list[np.ndarray]
     ) -> dict[str, dict[str, Tensor]]:
-        """Arrays to store, stream -> array -> (B, ...), on the device.
+        """Arrays to store, stream -> array -> (B, ...), and ``NOT_FINITE``, on the device. Python
+        waits for none of it.
 
         ``images`` is uint8 (B, R, R, 3); ``moments`` is what the latent source read for each.
         """
-        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
+        pixels = self.feed({"images": torch.from_numpy(images)})["images"].permute(0, 3, 1, 2)
         name = stream_name(self.config)
         arrays = {}
-        if self.latents is not None:  # first: encoding the targets waits for the device
+        if self.latents is not None:
             mean, std = self.latents.latents(moments, pixels)
             arrays["latents"] = {"mean": mean, "std": std}
         dtype = getattr(torch, self.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             values = cut_values(self.config.cut, self.teacher, pixels)
-        arrays[name] = encode_values(manifest.streams[name].columns, values)
+        columns = manifest.streams[name].columns
+        arrays[name] = encode_unchecked(columns, values)
+        arrays[NOT_FINITE] = not_finite(columns, values)
         return arrays
 
     def _copy_to_host(self, tensors: dict[str, dict[str, Tensor]]) -> Callable[[], Arrays]:
@@ -218,7 +225,10 @@ class Encoder:
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
-    """Copy in pinned memory, valid after the device's current stream has done the copy."""
+    """Copy in pinned memory, valid after the device's current stream has done the copy; tensors on
+    the CPU, as stored latents are, unchanged."""
+    if tensor.device.type == "cpu":
+        return tensor
     # Another stream may own the tensor: its memory must not be reused before the copy.
     tensor.record_stream(torch.cuda.current_stream(tensor.device))
     memory = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -228,6 +238,15 @@ def _pinned_copy(tensor: Tensor) -> Tensor:
 def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Arrays]) -> None:
     """Add a batch to the shard. Raises ``UserError`` if a value cannot be stored."""
     arrays = wait()
+    flags = arrays.pop(NOT_FINITE)
+    try:
+        check_finite({column: torch.from_numpy(rows) for column, rows in flags.items()})
+    except NotFiniteError as error:
+        item = items[error.rows[0]]
+        raise UserError(
+            f"shard {writer.shard}, sample '{item.key}' ({item.path}): the teacher's {error}; try "
+            "--precision float32, or check its weights"
+        ) from None
     for row, item in enumerate(items):
         sample: dict[str, dict[str, np.ndarray | int]] = {
             stream: {part: values[row] for part, values in parts.items()}

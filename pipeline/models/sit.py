@@ -77,7 +77,10 @@ class SiT(nn.Module):
         attended = []
         for number, block in enumerate(self.blocks):
             heads = taps.heads if number in taps.attention_layers else 0
-            x, operands = block(x, c, heads)
+            assert isinstance(block, Block)
+            # not an argument: the compiler makes integers symbolic that differ between calls
+            block.tapped_heads = heads
+            x, operands = block(x, c)
             if operands is not None:
                 attended.append(operands)
             if number + 1 == taps.feature_depth:
@@ -89,6 +92,9 @@ class SiT(nn.Module):
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning."""
 
+    tapped_heads = 0
+    """Number of heads, from the first, whose queries and keys are returned; 0: None instead."""
+
     def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -97,11 +103,9 @@ class Block(nn.Module):
         self.mlp = Mlp(width, 4 * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(
-        self, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
-    ) -> tuple[Tensor, QueriesKeys | None]:
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> tuple[Tensor, QueriesKeys | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        out, attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), tapped_heads)
+        out, attended = self.attn(modulate(self.norm1(x_BND), shift1, scale1), self.tapped_heads)
         x = x_BND + gate1.unsqueeze(1) * out
         x = x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x, attended

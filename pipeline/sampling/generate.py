@@ -90,7 +90,7 @@ def draw_latents(
             )
             for i in range(len(labels))
         ]
-        return torch.from_numpy(np.stack(numbers)).to(device)
+        return _to_device(torch.from_numpy(np.stack(numbers)), device)
 
     def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -100,10 +100,18 @@ def draw_latents(
         latents = sample(
             predict,
             normals(0),
-            torch.tensor(labels, device=device),
+            _to_device(torch.tensor(labels), device),
             config,
             null_label=student.null_label,
             convention=student.convention if path is None else Convention(path=path),
             step_noise=lambda step: normals(step + 1),
         )
     return latents.float()
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a GPU from pinned memory, because Python would wait for a copy from other memory and
+    for all work queued before it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -14,7 +14,6 @@ from PIL import Image
 from pipeline.autoencoders import decode_scaled, open_decoder
 from pipeline.checkpoints.resolve import local_copy
 from pipeline.checkpoints.student import load_trained_student
-from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.hashing import sha256_of_module
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import ImageBatch
@@ -63,6 +62,8 @@ class SampleWorker:
     ) -> WorkerInfo:
         """Load the checkpoint at a path or URL that ``find_checkpoint`` returned. Raises
         ``UserError``."""
+        from pipeline.distributed.log_relay import set_up_worker_logging  # needs Ray
+
         set_up_worker_logging()
         torch.set_num_threads(threads)
         try:

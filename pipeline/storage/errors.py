@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
+from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from http.client import IncompleteRead
-
-import aiohttp
-from botocore import exceptions as boto  # type: ignore[import-untyped]
-from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
 from pipeline.storage.redaction import redact
 from schemas.errors import plain_text
@@ -49,20 +47,19 @@ _TRANSIENT_CODES = frozenset(
     }
 )
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 522, 524, 529})
-_TRANSIENT_TYPES = (
-    boto.ConnectionError,
-    boto.HTTPClientError,
-    boto.IncompleteReadError,
-    boto.ChecksumError,
-    boto.FlexibleChecksumError,
-    ResponseParserError,
-    aiohttp.ClientConnectionError,
-    aiohttp.ClientPayloadError,
-    ConnectionError,
-    TimeoutError,
-    IncompleteRead,
-    socket.gaierror,
-)
+_TRANSIENT_TYPES = (ConnectionError, TimeoutError, IncompleteRead, socket.gaierror)
+_TRANSIENT_SERVICE_TYPES = {
+    "botocore.exceptions": (
+        "ConnectionError",
+        "HTTPClientError",
+        "IncompleteReadError",
+        "ChecksumError",
+        "FlexibleChecksumError",
+    ),
+    "botocore.parsers": ("ResponseParserError",),
+    "aiohttp": ("ClientConnectionError", "ClientPayloadError"),
+}
+"""Names of types by module: only ``s3://`` and ``http://`` URLs need these packages."""
 _TRANSIENT_ERRNOS = frozenset(
     {
         errno.EAGAIN,
@@ -79,7 +76,10 @@ _TRANSIENT_ERRNOS = frozenset(
         errno.ESTALE,
     }
 )
-_STORAGE_TYPES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError)
+_STORAGE_SERVICE_TYPES = {
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "aiohttp": ("ClientError",),
+}
 
 
 def fault_of(error: BaseException) -> Fault:
@@ -91,13 +91,13 @@ def fault_of(error: BaseException) -> Fault:
         return Fault.PERMANENT if code == "NoSuchBucket" else Fault.MISSING
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return Fault.PERMANENT
-    if isinstance(error, _TRANSIENT_TYPES):
+    if isinstance(error, _TRANSIENT_TYPES) or _is_one_of(error, _TRANSIENT_SERVICE_TYPES):
         return Fault.TRANSIENT
     if status is not None:
         return Fault.PERMANENT
     if isinstance(error, OSError):
         return Fault.TRANSIENT if error.errno in _TRANSIENT_ERRNOS else Fault.PERMANENT
-    return Fault.PERMANENT if isinstance(error, _STORAGE_TYPES) else Fault.NOT_STORAGE
+    return Fault.PERMANENT if _is_one_of(error, _STORAGE_SERVICE_TYPES) else Fault.NOT_STORAGE
 
 
 def is_beyond_the_end(error: BaseException) -> bool:
@@ -130,13 +130,25 @@ def suggest_fix(error: BaseException) -> str:
     code, status = _answer(error)
     if code == "NoSuchBucket":
         return "create the bucket or correct the URL"
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+    missing = ("NoCredentialsError", "PartialCredentialsError")
+    if _is_one_of(error, {"botocore.exceptions": missing}):
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, PermissionError) or status in {401, 403}:
         return "check the credentials and their permissions"
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return "free space there and run the same command again"
     return "correct that and run the same command again"
+
+
+def _is_one_of(error: BaseException, types: Mapping[str, Sequence[str]]) -> bool:
+    """True if ``error`` has a type of one of these modules, by name. A module that is not loaded
+    has raised nothing."""
+    return any(
+        isinstance(error, getattr(sys.modules[module], name, ()))
+        for module, names in types.items()
+        if module in sys.modules
+        for name in names
+    )
 
 
 def _answer(error: BaseException) -> tuple[str, int | None]:

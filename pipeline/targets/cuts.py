@@ -142,17 +142,40 @@ def later_cut_values(
 def encode_values(columns: Mapping[str, Column], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The stored arrays of a batch of a cut's tensors, on their device.
 
-    Raises ``NotFiniteError`` for samples with NaN or infinities, which cannot be stored.
+    Waits for the device. Raises ``NotFiniteError`` for samples with NaN or infinities, which cannot
+    be stored.
     """
+    check_finite(not_finite(columns, values))
+    return encode_unchecked(columns, values)
+
+
+def encode_unchecked(
+    columns: Mapping[str, Column], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """``encode_values`` without its check; arrays of samples that ``not_finite`` marks are
+    undefined."""
     stored: dict[str, Tensor] = {}
     for name, column in columns.items():
-        tensor = values[name]
-        if tensor.is_floating_point():
-            bad = (~torch.isfinite(tensor)).flatten(1).any(1).nonzero().flatten().tolist()
-            if bad:
-                raise NotFiniteError(name, bad)
-        stored |= encode_column(name, column, tensor)
+        stored |= encode_column(name, column, values[name])
     return stored
+
+
+def not_finite(columns: Mapping[str, Column], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each column of floating-point tensors, (B,) bool on their device: True for samples with
+    NaN or infinities."""
+    return {
+        name: (~torch.isfinite(values[name])).flatten(1).any(1)
+        for name in columns
+        if values[name].is_floating_point()
+    }
+
+
+def check_finite(flags: Mapping[str, Tensor]) -> None:
+    """Raises ``NotFiniteError`` if one of the results of ``not_finite`` is True."""
+    for name, bad in flags.items():
+        rows: list[int] = bad.nonzero().flatten().tolist()
+        if rows:
+            raise NotFiniteError(name, rows)
 
 
 class NotFiniteError(ValueError):

@@ -37,7 +37,13 @@ class MapsTargets:
     """Targets from the ``maps`` cut, which stores them as the losses need them."""
 
     def __init__(
-        self, name: str, stream: TeacherStream, wanted: Wanted, *, compiled: bool = False
+        self,
+        name: str,
+        stream: TeacherStream,
+        wanted: Wanted,
+        *,
+        device: torch.device | str = "cpu",
+        compiled: bool = False,
     ) -> None:
         self.stream = name
         self.wanted = wanted
@@ -46,7 +52,8 @@ class MapsTargets:
         maps = stream.columns.get("attention")
         self._normalise = maps is not None and not sums_to_one(maps.codec)
         places = [stream.teacher.layers.index(layer) for layer in wanted.layers]
-        self._index = torch.tensor(places, dtype=torch.int64)
+        # on the device from the start: a copy during a step would wait for the device
+        self._index = torch.tensor(places, dtype=torch.int64, device=device)
         self._attention = _compiled(self.decode_attention) if compiled else self.decode_attention
 
     def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
@@ -54,9 +61,6 @@ class MapsTargets:
         if self.wanted.features:
             features = self._decoders["features"](columns).float()
         if self.wanted.layers:
-            device = next(iter(columns.values())).device
-            if self._index.device != device:  # once; indexing by a list would copy it at every step
-                self._index = self._index.to(device)
             attention = self._attention(
                 # bfloat16 is stored as uint16, which GPUs cannot index
                 {
@@ -184,7 +188,7 @@ def open_targets(
         teacher = load_tail(store, name, sorted(set(wanted.layers)))
         return ReplayedTargets(name, stream, teacher.to(device), wanted, compiled=compiled)
     kind = MapsTargets if stream.cut == "maps" else QkTargets
-    return kind(name, stream, wanted, compiled=compiled)
+    return kind(name, stream, wanted, device=device, compiled=compiled)
 
 
 def read_targets(

@@ -16,9 +16,10 @@ from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
 from pipeline.models.projector import Projector
-from pipeline.precision import precision_dtype
+from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
 from pipeline.targets.sources import TargetSource, aligned_heads, open_targets, wanted_targets
+from pipeline.train.compile_limit import report_compile_limit
 from pipeline.train.device_transfer import DevicePrefetcher
 from pipeline.train.noise import NoisePrefetcher, SampleNoise
 from schemas.errors import UserError
@@ -66,6 +67,8 @@ class Trainer:
         if config.alignment.active:
             teacher = manifest.teacher_stream(config.alignment.stream)[1].teacher
         self._heads = aligned_heads(config.student, teacher) if teacher else 0
+        if config.compute.deterministic and group.device.type == "cuda":
+            use_deterministic_kernels()
         torch.manual_seed(config.seed)
         self.module = AlignedStudent(
             config.student,
@@ -91,6 +94,7 @@ class Trainer:
             group.device,
         )
         if self._compiles:
+            report_compile_limit()
             self.module.compile_parts()
         self.wrapped: nn.Module = group.wrap(self.module)
 

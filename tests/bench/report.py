@@ -47,8 +47,16 @@ def machine() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)),
         "processor": _processor(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in VERSIONED},
+        **{name: version for name in VERSIONED if (version := _version(name)) is not None},
     }
+
+
+def _version(package: str) -> str | None:
+    """None: not installed, as s3fs on a machine without network."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def as_json(name: str, report: Report) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def make_data(folder: Path, options: Any, batch: int) -> Data:
     """A store without shards, and a batch with the contents of its shards."""
     teacher, tail = _teacher(folder, options.cut)
     spec = StoreSpec(options.cut, options.cut, "faithful", True, 1, batch)
-    manifest = make_manifest(spec, "webdataset", teacher, tail)
+    device = Clock.of(options.device).device.type
+    manifest = make_manifest(spec, "webdataset", teacher, tail, device)
     samples = make_samples(manifest)
     columns: dict[str, dict[str, np.ndarray]] = {}
     for stream in manifest.streams:

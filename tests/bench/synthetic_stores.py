@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.precision import choose_precision
 from pipeline.store import ShardWriter, Store
 from pipeline.store.writer import Values
 from pipeline.targets.cuts import cut_columns, encode_values
@@ -59,9 +60,14 @@ def dinov2_b(layers: Sequence[int] = (8, 9, 10, 11)) -> TeacherInfo:
 
 
 def make_manifest(
-    spec: StoreSpec, format: Format, teacher: TeacherInfo, tail: WeightsFile | None = None
+    spec: StoreSpec,
+    format: Format,
+    teacher: TeacherInfo,
+    tail: WeightsFile | None = None,
+    device: str = "cpu",
 ) -> Manifest:
-    """Manifest of a store of 256-pixel images."""
+    """Manifest of a store of 256-pixel images, extracted on ``device``."""
+    compute = {**COMPUTE, "device": device, "precision": choose_precision("auto", device)}
     columns = cut_columns(spec.cut, teacher, 256, spec.codec, compress=spec.compress)
     latent = Column(shape=LATENT, codec="float16")
     base = random_manifest(spec.shards * spec.shard_size, spec.shard_size, format)
@@ -70,13 +76,13 @@ def make_manifest(
     values["streams"] = {
         "latents": {
             "kind": "latents",
-            "compute": COMPUTE,
+            "compute": compute,
             "columns": {"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
         },
         spec.cut: {
             "kind": "teacher",
             "cut": spec.cut,
-            "compute": COMPUTE,
+            "compute": compute,
             "teacher": teacher,
             "columns": columns,
             "tail": tail,

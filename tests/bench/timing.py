@@ -53,11 +53,13 @@ class Clock:
 
 
 def peak_of(make: Callable[[], Any]) -> float:
-    """Peak bytes of GPU memory while the stepper that ``make`` returns takes a few steps alone."""
+    """Peak bytes of GPU memory while the stepper that ``make`` returns takes a few steps alone,
+    after those in which Inductor times kernels with buffers of its own."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     stepper = make()
+    stepper.take(3)
+    torch.cuda.reset_peak_memory_stats()
     stepper.take(3)
     peak = float(torch.cuda.max_memory_allocated())
     del stepper

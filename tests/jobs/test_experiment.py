@@ -23,6 +23,7 @@ from schemas.errors import UserError
 from schemas.run import RunConfig
 
 CPU = DEFAULTS.with_name("cifar10_cpu.yaml")
+SHORT = DEFAULTS.with_name("cifar10_short.yaml")
 TINY: dict[str, Any] = {
     "held_out": 6,
     "device": "cpu",
@@ -85,7 +86,7 @@ def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_arms_differ_in_the_options_that_their_names_state() -> None:
-    for file in (DEFAULTS, CPU):
+    for file in (DEFAULTS, CPU, SHORT):
         config = Cifar10Config.model_validate(read_yaml(file))
         runs = {
             arm: RunConfig.model_validate(

@@ -20,7 +20,6 @@ import pytest
 import webdataset
 
 from pipeline.datasets import Listing, list_images, open_reader
-from pipeline.extract.job import _report_bad_images
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import SkippedImage
@@ -432,6 +431,8 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_a_damaged_image_is_named_by_tar_and_sample(tmp_path: Path) -> None:
+    from pipeline.extract.job import _report_bad_images  # needs Ray
+
     config = ExtractConfig(dataset="webdataset", source=str(tmp_path))
     bad = [SkippedImage(key="1", path="a.tar", error="image file is truncated")]
     with pytest.raises(UserError, match=r"bad image a\.tar: sample '1' \(image file is truncated"):

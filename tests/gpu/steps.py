@@ -1,0 +1,86 @@
+"""Steps of both phases on a device, as the training loop takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.cli.config_files import merge
+from pipeline.distributed.process_group import ProcessGroup
+from pipeline.store import Batch, BatchLoader, SampleOrder, Store
+from pipeline.train.gradient_probe import GradientProbe
+from pipeline.train.trainer import Trainer
+from schemas.run import RunConfig
+
+RUN: dict[str, Any] = {
+    "steps": 6,
+    "global_batch": 4,
+    "log_every": 1,
+    "student": {
+        "model": "SiT-S/2",
+        "depth": 3,
+        "width": 48,
+        "heads": 6,
+        "num_classes": 10,
+        "latent_size": 8,
+    },
+    "alignment": {
+        "feature_depth": 2,
+        "student_layers": [0, 1],
+        "teacher_layers": [3, 5],
+        "projector_width": 32,
+        "termination": {"kind": "fixed", "step": 3},
+    },
+    "compute": {"compile": "off"},
+    "data": {"window": 1, "threads": 1},
+}
+"""A run on stores of ``tests.encoded``."""
+
+
+def run_config(store: Store, changes: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(merge({**RUN, "store": store.url}, changes))
+
+
+class Steps:
+    """A trainer with its loader, both opened."""
+
+    def __init__(self, store: Store, config: RunConfig, device: torch.device) -> None:
+        group = ProcessGroup(device=device)
+        self.trainer = Trainer(config, store, group, measure_entropy=config.alignment.active)
+        self.order = SampleOrder(config.seed, store.index().samples_per_shard, config.data.window)
+        source = self.trainer.targets
+        self.teacher_streams = [] if source is None else [source.stream]
+        self.loader = BatchLoader(
+            store,
+            ["latents", *self.teacher_streams],
+            self.order,
+            global_batch=config.global_batch,
+            threads=config.data.threads,
+            allocate=self.trainer.feed.allocate,
+        )
+        self.probe = GradientProbe(self.trainer, store, self.order)
+        self._batches: Iterator[Batch] = iter(self.loader)
+
+    def take(self, count: int) -> Tensor:
+        """The results of so many steps, (count, 5), on the device."""
+        return torch.stack([self.trainer.train_step(next(self._batches)) for _ in range(count)])
+
+    def terminate(self) -> None:
+        self.loader.close_streams(self.teacher_streams)
+        self.trainer.terminate({})
+
+
+@contextmanager
+def open_steps(
+    store: Store, device: torch.device, changes: dict[str, Any] | None = None
+) -> Iterator[Steps]:
+    steps = Steps(store, run_config(store, changes or {}), device)
+    try:
+        yield steps
+    finally:
+        steps.loader.close()
+        steps.trainer.close()

@@ -1,0 +1,91 @@
+"""Graphs that torch.compile makes of a run: none is split, none is made after the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo import config as dynamo
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
+
+from pipeline.sampling.generate import draw_latents
+from pipeline.store import Store
+from schemas.diffusion import SamplerConfig
+from tests.gpu.steps import open_steps
+
+CPU = torch.device("cpu")
+symbolic: list[torch.SymInt] = []
+
+
+@pytest.fixture(autouse=True)
+def trace_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Dynamo and autograd work as on a GPU; kernels are not compiled. Reaching Dynamo's limit, from
+    which on a function is run uncompiled, is an error."""
+    original = torch.compile
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        symbolic.extend(value for value in values if isinstance(value, torch.SymInt))
+        return aot_eager(graph, inputs)
+
+    def compile(*arguments: Any, **options: Any) -> Any:
+        return original(*arguments, **{**options, "backend": backend})
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch._dynamo.reset()
+    counters.clear()
+    symbolic.clear()
+    with dynamo.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("cut", ["maps", "activations"])
+def test_graphs_of_a_run(stores: Callable[..., Store], cut: str) -> None:
+    changes: dict[str, Any] = {
+        "steps": 9,
+        "student": {"depth": 5},
+        "alignment": {"student_layers": [1, 2]},  # the first block is not tapped, as in papers
+        "compute": {"compile": "on"},
+        "precision": "bfloat16",
+    }
+    made: dict[str, int] = {}
+
+    def count(name: str, call: Callable[[], object]) -> None:
+        before = graphs()
+        call()
+        made[name] = graphs() - before
+
+    sampler = SamplerConfig.model_validate({"method": "ode", "steps": 1, "guidance": 1.5})
+    with open_steps(stores(cut), CPU, changes) as steps:
+        student = steps.trainer.ema.module
+        count("first step", lambda: steps.take(1))
+        count("second step", lambda: steps.take(1))
+        count("probe", lambda: steps.probe.gradient_cosines([0.1], 3))
+        count("sampling", lambda: draw_latents(student, [1, 2, 3], sampler))
+        count("third step", lambda: steps.take(1))
+        count("termination", steps.terminate)
+        count("Phase II", lambda: steps.take(2))
+    assert made.pop("first step") == 5
+    assert set(made.values()) == {0}, made
+    assert sum(counters["graph_break"].values()) == 0
+    assert symbolic == []  # sizes are constants
+
+
+def test_a_fall_back_to_uncompiled_code_is_reported(
+    stores: Callable[..., Store], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tapped and untapped blocks are two variants."""
+    limits = dynamo.patch(recompile_limit=1, fail_on_recompile_limit_hit=False)
+    with limits, open_steps(stores("maps"), CPU, {"compute": {"compile": "on"}}) as steps:
+        steps.take(1)
+    (warning,) = [r.getMessage() for r in caplog.records if "--compute.compile" in r.getMessage()]
+    assert "'forward'" in warning
+    assert "\n" not in warning
