@@ -28,7 +28,7 @@ def parse_classes(value: Any) -> Any:
     that is called 7. A name with a comma needs a sequence.
     """
     if isinstance(value, str):
-        items: list[Any] = [part.strip() for part in value.split(",") if part.strip()]
+        items: list[Any] = [part.strip() for part in value.split(",")] if value.strip() else []
     elif isinstance(value, list | tuple):
         items = list(value)
     else:
@@ -50,6 +50,8 @@ _NUMERIC = re.compile(
 
 
 def _parse_word(word: str) -> list[int] | list[str]:
+    if not word:
+        raise ValueError("a class between two commas, or at an end, is missing")
     match = re.fullmatch(r"([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?", word)
     if match is None:
         if _NUMERIC.fullmatch(word):

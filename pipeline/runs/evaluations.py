@@ -52,6 +52,15 @@ def check_rows(folder: Path) -> None:
     _read_rows(*open_url(absolute_url(str(folder)), what="--record"))
 
 
+def find_evaluation(folder: Path, evaluation: RecordedEvaluation) -> dict[str, Any] | None:
+    """The row that ``evaluation`` would replace and that has the same weights, or None. Raises
+    ``UserError``."""
+    row = evaluation.model_dump(mode="json")
+    rows = _read_rows(*open_url(absolute_url(str(folder)), what="--record"))
+    of_weights = [one for one in rows if one.get("weights_sha256") == row["weights_sha256"]]
+    return next((one for one in of_weights if _replaces(row, one)), None)
+
+
 def record_evaluation(run: str | Path, evaluation: RecordedEvaluation) -> dict[str, Any]:
     """Add a row to the evaluations of the run at a path or URL, and return it. Raises
     ``UserError``."""

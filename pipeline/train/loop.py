@@ -96,7 +96,7 @@ class TrainingLoop:
         batches = iter(parts.loader)
         self.meter.restart_clock()
         if trainer.step and self.validated_step != trainer.step:
-            self._validate_if_due()
+            self._validate_if_due(resumed=True)
         while trainer.step < config.steps:
             self._save_or_stop_if_requested()
             self._terminate_if_due()
@@ -117,7 +117,7 @@ class TrainingLoop:
                 self._log_row()
             if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
                 self._save()
-            self._validate_if_due()
+            self._validate_if_due(resumed=False)
         parts.trace.close()
         return self._summarise()
 
@@ -205,17 +205,17 @@ class TrainingLoop:
         if self.parts.metrics is not None:
             self.parts.metrics.row({"step": self.trainer.step, **values})
 
-    def _validate_if_due(self) -> None:
+    def _validate_if_due(self, *, resumed: bool) -> None:
         """Validate after the checkpoint of the same step, because it may take minutes in which this
-        worker may be killed. Requests to save or stop are served between batches of samples. A
-        resumed run validates the step of its checkpoint again if that was interrupted."""
+        worker may be killed. Requests to save or stop are served between batches of samples. A run
+        that has just ``resumed`` validates the step of its checkpoint if that was interrupted."""
         step, validator = self.trainer.step, self.parts.validator
         if validator is None or not validator.due(step):
             return
         self._require_finite(weights=True)
         with self._outside_training():
             pause = self._save_or_stop_if_requested
-            for event in validator.run(self.trainer.ema.module, step, pause):
+            for event in validator.run(self.trainer.ema.module, step, pause, resumed=resumed):
                 self._log_event(event)
             self.validated_step = step
 

@@ -14,7 +14,7 @@ from pipeline.evaluate.metrics import SampleOrigin, evaluation_row
 from pipeline.evaluate.reference_statistics import load_moments
 from pipeline.hashing import sha256_of_module
 from pipeline.models import SiT
-from pipeline.runs.evaluations import check_rows, record_evaluation
+from pipeline.runs.evaluations import check_rows, find_evaluation, record_evaluation
 from pipeline.runs.metrics import EVALUATION, NO_DISTANCE
 from pipeline.sampling.batches import choose_labels
 from pipeline.storage.npz import Archive
@@ -69,6 +69,16 @@ class RunEvaluation:
     def due(self, step: int) -> bool:
         return is_due(step, self.every, self.last)
 
+    def recorded(self, student: SiT, step: int) -> dict[str, Any] | None:
+        """The event that ``measure`` returned for this student, if ``evaluations.jsonl`` has its
+        row, else None. Every rank calls this; only the main rank reads the numbers."""
+        group, row = self.sampler.group, None
+        if group.is_main:
+            row = find_evaluation(self.folder, self._row(student, step))
+        if not group.broadcast_int(row is not None):
+            return None
+        return _event(row or {"fid": None, "samples": self.images, "network": self.network.name})
+
     def measure(self, student: SiT, step: int, pause: Pause) -> dict[str, Any]:
         """Every rank calls this. Returns, on the main rank, the event for the metrics, and adds a
         row to ``evaluations.jsonl``; no row where the samples have no distance, because samples
@@ -102,8 +112,7 @@ class RunEvaluation:
                 return {"event": NO_DISTANCE, "reason": plain_text(str(error))[:200]}
             row = self._row(student, step).model_copy(update={"fid": distance})
             record_evaluation(self.folder, row)
-        network = self.network.name
-        return {"event": EVALUATION, "fid": distance, "samples": self.images, "network": network}
+        return _event({"fid": distance, "samples": self.images, "network": self.network.name})
 
     def _row(self, student: SiT, step: int) -> RecordedEvaluation:
         """The row that ``jobs/evaluate.py --record`` would write for the same images, with a
@@ -128,3 +137,7 @@ class RunEvaluation:
         if not math.isfinite(distance):
             raise ValueError("the distance is not finite")
         return distance
+
+
+def _event(row: dict[str, Any]) -> dict[str, Any]:
+    return {"event": EVALUATION, **{name: row[name] for name in ("fid", "samples", "network")}}

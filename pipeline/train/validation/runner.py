@@ -31,12 +31,14 @@ class Validator:
         evaluation = self.evaluation
         return self.grids.due(step) or (evaluation is not None and evaluation.due(step))
 
-    def run(self, student: SiT, step: int, pause: Pause) -> list[dict[str, Any]]:
+    def run(self, student: SiT, step: int, pause: Pause, *, resumed: bool) -> list[dict[str, Any]]:
         """Every rank calls this where it is due. Returns, on the main rank, events for the metrics
-        without their step. ``pause`` is called between batches and may raise."""
+        without their step. ``pause`` is called between batches and may raise. ``resumed``: an
+        interrupted validation of this step may have recorded its distance already."""
         events: list[dict[str, Any]] = []
         if self.grids.due(step):
             events += self.grids.draw(student, step, pause)
         if self.evaluation is not None and self.evaluation.due(step):
-            events.append(self.evaluation.measure(student, step, pause))
+            found = self.evaluation.recorded(student, step) if resumed else None
+            events.append(found or self.evaluation.measure(student, step, pause))
         return events

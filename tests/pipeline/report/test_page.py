@@ -164,6 +164,7 @@ def test_a_student_above_the_limits_is_not_built(
     empty = ("store", "termination", "trigger", "bytes_read", "meter")
     state: dict[str, Any] = {key: {} for key in empty}
     state |= {"version": 2, "step": 400, "metrics_rows": 0, "autoencoder": autoencoder}
+    state["classes"] = {"count": 3}  # of the store, fewer than the student's
     state["config"] = RunConfig.model_validate({"student": student}).model_dump(mode="json")
     (run / "checkpoint-000000400").mkdir()
     write_state(run / "checkpoint-000000400", state)

@@ -284,7 +284,7 @@ def test_a_reference_of_another_network_is_named(config: RunConfig, tmp_path: Pa
     ("samples", "message"),
     [
         ({"evaluate": {"images": 10, "every": 5}}, "reference is missing"),
-        ({"evaluate": {"images": 10, "reference": "r.npz"}}, "say how often"),
+        ({"evaluate": {"images": 10, "reference": "r.npz"}}, "needs evaluate.every"),
         (
             {"every": 5, "evaluate": {"images": 10, "reference": "r.npz", "network": "resnet18"}},
             "network_weights go together",
