@@ -106,7 +106,7 @@ class ComputeConfig(Strict):
     optimizer: Literal["fused", "plain"] = "fused"
     """'fused' updates all weights in one kernel; 'plain' loops over them. A resumed run continues
     with the choice in its checkpoint."""
-    deterministic: bool = False
+    deterministic: bool = Field(default=False, exclude_if=lambda value: value is False)
     """Use only GPU kernels that add in a fixed order, so that a run repeats to the last bit, as on
     CPUs; slower. An operation without such a kernel ends the run."""
 

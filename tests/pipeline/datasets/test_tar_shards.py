@@ -177,7 +177,7 @@ def test_a_key_of_two_images_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [*sample("x", 1, b"one"), *sample("b%2Etar/x", 1, b"two")])
     write_tar(tmp_path / "b.tar", sample("x", 1, b"three"))
     with pytest.raises(
-        UserError, match=r"\.tar: sample 'b%2Etar/x' has a key that another one has"
+        UserError, match=r"\.tar: sample 'b%2Etar/x' has the key of another sample"
     ):
         listed(tmp_path)
 

@@ -213,7 +213,7 @@ def swap_files(values: dict[str, Any]) -> None:
                 )
             ),
             "maps/shard-000001.tar",
-            "gives two samples the same bytes",
+            "assigns the same bytes to two samples",
         ),
         (
             lambda root: (root / "commits" / "shard-000001.json").unlink(),
