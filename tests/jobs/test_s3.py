@@ -90,6 +90,7 @@ def train(store: str, output: str, steps: int) -> subprocess.Popen[str]:
         "checkpoint.every": 4,
         "alignment.termination.step": 4,
         "alignment.projector-width": 16,
+        "student.num-classes": 2,
     }
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return command("jobs/train_haste.py", *arguments)

@@ -176,9 +176,7 @@ def test_a_key_of_two_images_is_named(tmp_path: Path) -> None:
     """A key of several tars gets a prefix, and the result may equal another key."""
     write_tar(tmp_path / "a.tar", [*sample("x", 1, b"one"), *sample("b%2Etar/x", 1, b"two")])
     write_tar(tmp_path / "b.tar", sample("x", 1, b"three"))
-    with pytest.raises(
-        UserError, match=r"\.tar: sample 'b%2Etar/x' has the key of another sample"
-    ):
+    with pytest.raises(UserError, match=r"\.tar: sample 'b%2Etar/x' has the key of another sample"):
         listed(tmp_path)
 
 

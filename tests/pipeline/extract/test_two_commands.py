@@ -6,7 +6,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ class LocalPool:
         pass
 
 
-def listing_of(config: ExtractConfig) -> Listing:
-    everything = list_images(config)
-    return Listing(everything.items[:SAMPLES], everything.num_classes)
+def listing_of(config: ExtractConfig, class_names: Sequence[str] = ()) -> Listing:
+    everything = list_images(config, class_names)
+    return replace(everything, items=everything.items[:SAMPLES])
 
 
 def run(
