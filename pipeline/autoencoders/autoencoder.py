@@ -39,7 +39,10 @@ LACKS = {
     "AutoencoderKLTemporalDecoder": "its decoder needs a number of frames",
 }
 """Classes of images that are not supported, and why."""
-OWN_ATTRIBUTES = {"AutoencoderTiny": {"block_out_channels"}}
+OWN_ATTRIBUTES = {
+    "AutoencoderTiny": {"block_out_channels"},
+    "AsymmetricAutoencoderKL": {"block_out_channels", "force_upcast"},
+}
 """Attributes that the constructor of a class writes into its config and does not read again."""
 WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors",)
 

@@ -117,7 +117,12 @@ def find_convention(
 def count_classes(rows: int, args: Mapping[str, Any], option: int | None) -> tuple[int, bool]:
     """Number of classes of a label table, and True if its last row is "no class". Raises
     ``ValueError``."""
-    said = args.get("num_classes")
+    said, drop = args.get("num_classes"), args.get("cfg_prob", args.get("class_dropout_prob"))
+    if said is None and option is None and (drop == 0 or rows % 10 == 0):
+        raise ValueError(
+            f"its label table has {rows} rows: are they {rows} classes (--num-classes {rows}), or "
+            f"{rows - 1} and one for no class (--num-classes {rows - 1})?"
+        )
     if said is None:
         classes = rows - 1 if option is None else option
     elif not isinstance(said, int):
@@ -128,6 +133,8 @@ def count_classes(rows: int, args: Mapping[str, Any], option: int | None) -> tup
         classes = said
     if classes < 1 or rows - classes not in (0, 1):
         raise ValueError(f"its label table has {rows} rows, for {classes} classes")
+    if isinstance(drop, int | float) and drop > 0 and rows == classes:
+        raise ValueError(f"it drops labels ({drop:g}), so {classes} classes need {rows + 1} rows")
     return classes, rows > classes
 
 

@@ -62,7 +62,7 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
         check_latents(config, store.manifest)
         check_classes(with_classes(config, store.manifest), store.manifest)
     except UserError as error:
-        return Answer(file, False, f"it needs another store: {error}")
+        return Answer(file, False, f"it does not fit this store: {error}")
     if not config.alignment.active:
         return Answer(file, True)
     return _answer_alignment(store, file, config.alignment, incomplete)

@@ -103,10 +103,9 @@ def grid_classes(config: RunConfig, classes: ClassTable) -> tuple[int, ...]:
     chosen = config.samples.classes
     if chosen is None:
         return classes.trained[:8]
-    if not chosen or any(isinstance(one, int) and one >= classes.count for one in chosen):
+    if not chosen:
         raise UserError(
-            f"--samples.classes {','.join(map(str, chosen))}: the store has classes 0 to "
-            f"{classes.count - 1}; name at least one of them"
+            f"--samples.classes is empty: the store has classes 0 to {classes.count - 1}"
         )
     return class_numbers(chosen, classes, option="--samples.classes")
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.assets import DEMO_TEACHER
+from pipeline.precision import check_finite
 from pipeline.teachers.key_formats import FoundNetwork, find_network
 from pipeline.text import unpickling_fault
 from schemas.errors import UserError, plain_text
@@ -57,6 +58,7 @@ def load_weights(vit: Any, config: TeacherConfig) -> None:
     except Exception:  # timm's converters raise any type for files of other content
         reason = "not a checkpoint in a format that timm knows for this model"
         raise UserError(_mismatch_message(path, config, reason, prefix, content)) from None
+    check_finite(vit.state_dict(), f"--teacher.weights '{path}'")
     if found is not None and prefix:
         left_out = ", ".join(found.left_out[:6]) or "nothing"
         logger.info(

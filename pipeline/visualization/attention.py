@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.interpolant import interpolate
 from pipeline.diffusion.normalisation import normalisation_of, normalise
+from pipeline.diffusion.objective import make_objective
 from pipeline.models import SiT, Taps
 from pipeline.randomness import Purpose, generator
 from pipeline.store import Store
 from pipeline.targets.sources import Wanted, aligned_heads, read_targets
 from pipeline.visualization.store_sample import decode_latent, read_latents
 from schemas.alignment import AlignmentConfig
+from schemas.diffusion import DiffusionConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -51,17 +52,17 @@ def draw_attention(
         sample = read_latents(store, 0, row)
         image = decode_latent(store, sample["mean"])
         query = _brightest_token(image, grid)
-        maps = [targets.attention[line, 0, :, query].mean(0).numpy()]
-        maps += [
-            student_attention(store, student, alignment, sample, heads)[query].numpy()
-            for student in students.values()
-        ]
+        maps = [targets.attention[line, 0, :, query].mean(0).reshape(grid)]
+        for student in students.values():
+            attention = student_attention(store, student, alignment, sample, heads)
+            own_query = _same_place(query, grid, student.grid)
+            maps.append(attention[own_query].reshape(student.grid))
         axes[line, 0].imshow(image)
         x = (query % grid[1] + 0.5) * image.shape[1] / grid[1]
         y = (query // grid[1] + 0.5) * image.shape[0] / grid[0]
         axes[line, 0].plot(x, y, "r+", markersize=10, mew=2)
         for axis, attention in zip(axes[line, 1:], maps, strict=True):
-            axis.imshow(attention.reshape(grid), cmap="viridis")
+            axis.imshow(attention.numpy(), cmap="viridis")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
     for axis in axes.flat:
@@ -80,18 +81,26 @@ def student_attention(
     sample: Mapping[str, np.ndarray],
     heads: int,
 ) -> Tensor:
-    """Attention of the last aligned block on a latent of noise level ``NOISE_TIME``, mean over
-    the aligned heads: (N, N)."""
+    """Attention of the last aligned block on a latent at time ``NOISE_TIME`` of the student's own
+    path, mean over the aligned heads: (N, N)."""
     mean = torch.from_numpy(sample["mean"]).float().unsqueeze(0)
     latents = normalise(mean, normalisation_of(store.manifest.autoencoder))
     rng = generator(Purpose.SAMPLING, 0, 0)
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-    t = torch.tensor([NOISE_TIME])
-    x_t, _ = interpolate("linear", latents, noise, t)
+    diffusion = DiffusionConfig(path=student.convention.path)
+    objective = make_objective(student.config, diffusion)
+    x_t, t, _ = objective.corrupt(latents, noise, torch.tensor([NOISE_TIME]))
     label = torch.tensor([int(sample["label"])])
     taps = Taps(attention_layers=(alignment.student_layers[-1],), heads=heads)
     logits = student(x_t, t, label, taps).attention_logits
     return torch.softmax(logits[0, 0], dim=-1).mean(0)
+
+
+def _same_place(token: int, grid: tuple[int, int], other: tuple[int, int]) -> int:
+    """Index of the token of another grid at the centre of a token of ``grid``."""
+    row, column = divmod(token, grid[1])
+    row = (2 * row + 1) * other[0] // (2 * grid[0])
+    return row * other[1] + (2 * column + 1) * other[1] // (2 * grid[1])
 
 
 def _brightest_token(image_RR3: np.ndarray, grid: tuple[int, int]) -> int:

@@ -164,8 +164,11 @@ def test_a_stream_whose_shards_are_missing_is_completed_as_it_was_begun(
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        ({"student": {"latent_size": 16}}, "it needs another store: the store holds latents 4x8x8"),
-        ({"student": {"num_classes": 4}}, "it needs another store: the store has 5 classes"),
+        (
+            {"student": {"latent_size": 16}},
+            "it does not fit this store: the store holds latents 4x8x8",
+        ),
+        ({"student": {"num_classes": 4}}, "it does not fit this store: the store has 5 classes"),
         ({"student": {"num_classes": 1000}}, "student.num_classes is 1000: set --student.num-cla"),
         ({"alignment": {"teacher_layers": [9, 1]}}, "the store's teacher has layers 0 to 3 only"),
         ({"stepz": 5}, "unknown key 'stepz' (did you mean 'steps'?)"),
@@ -255,7 +258,7 @@ def test_the_projects_own_configs_are_told_what_a_small_store_is_not(store: Stor
     files = tuple(str(f) for f in sorted(Path("jobs/configs").glob("sit_*.yaml")))
     assert len(files) > 10
     for answer in check_configs(store, files):
-        assert "needs another store" in str(answer.reason)
+        assert "does not fit this store" in str(answer.reason)
 
 
 def test_one_question_at_a_time(store: Store) -> None:

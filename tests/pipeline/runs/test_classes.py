@@ -150,7 +150,7 @@ def test_sampling_and_validation_draw_from_the_same_classes(
         ("dog", r"--samples.classes asks for class 3 \(dog\), which has no images"),
         ([3], "which has no images"),
         ("cat", "--samples.classes: there is no class 'cat'"),
-        ("9", "--samples.classes 9: the store has classes 0 to 4"),
+        ("9", "--samples.classes asks for class 9; the model has classes 0 to 4"),
     ],
 )
 def test_classes_of_the_grid_are_checked_before_training(

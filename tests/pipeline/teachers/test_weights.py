@@ -283,6 +283,15 @@ def test_missing_file(tmp_path: Path) -> None:
         assert "no such file" in refusal("vit_base_patch14_dinov2", tmp_path / name)
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    """Also for the cut 'image', whose extraction does not run the teacher."""
+    state = make_teacher("vit_small_patch14_dinov2.lvd142m").vit.state_dict()
+    state["blocks.1.mlp.fc1.bias"][3] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    message = refusal("vit_small_patch14_dinov2.lvd142m", tmp_path / "nan.safetensors")
+    assert "1 of 192 numbers of blocks.1.mlp.fc1.bias are not finite" in message
+
+
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
     assert "cannot read these weights" in refusal("vit_base_patch14_dinov2", tmp_path)
 
