@@ -35,8 +35,9 @@ def choose_tars(source: str, paths: Sequence[str]) -> list[str]:
     tars = [path for path in paths if path.lower().endswith(".tar") or path == ""]
     others = sorted(set(paths) - set(tars))
     if not tars:
+        missing = "has" if others else "does not exist, or has"
         what = f", only {len(others)} others" if others else ""
-        raise UserError(f"--source '{redact(source)}' has no .tar files{what}")
+        raise UserError(f"--source '{redact(source)}' {missing} no .tar files{what}")
     if others:
         logger.info(
             "--source '%s': %d files that are not .tar are not read, such as %s",
