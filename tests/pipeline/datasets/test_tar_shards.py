@@ -401,7 +401,7 @@ def test_patterns_name_tars(tmp_path: Path, pattern: str, numbers: list[int], me
         ("*.tgz", r"000\.tgz is compressed"),
         ("9*.tar", r"has no \.tar files"),
         ("000.tar::000.tar", r"not by '::'"),
-        ("missing", r"missing' has no \.tar files"),
+        ("missing", r"missing' does not exist, or has no \.tar files"),
     ],
 )
 def test_patterns_that_name_no_tars_are_refused(tmp_path: Path, pattern: str, reason: str) -> None:
