@@ -111,7 +111,7 @@ class SampleConfig(Strict):
 
     @property
     def file_options(self) -> FileOptions:
-        """What the command line says about a .pt file."""
+        """Options that complete the facts in a .pt file."""
         return FileOptions(**{name: getattr(self, name) for name in FileOptions.model_fields})
 
 

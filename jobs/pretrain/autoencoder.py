@@ -67,7 +67,7 @@ class AutoencoderReport(BaseModel):
     """Measurements of a trained autoencoder."""
 
     psnr_db: float
-    """Of sampled latents of held-out images."""
+    """PSNR of decoded samples of the posteriors of held-out images."""
     scaling_factor: float
     channel_std: list[float]
     """Standard deviation of each channel of the scaled latents of all images."""

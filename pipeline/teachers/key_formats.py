@@ -125,7 +125,7 @@ def _flatten(content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _networks(name: str) -> Iterator[tuple[str, str]]:
-    """What stands before the network's own names, and the name of its patch embedding's weight, if
+    """The text before the network's own names, and the name of its patch embedding's weight, if
     ``name`` is the latter."""
     for weight in PATCH_WEIGHTS:
         if name == weight or name.endswith(f".{weight}"):

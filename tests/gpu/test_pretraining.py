@@ -45,7 +45,7 @@ class Trained(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("module", LOOPS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_no_step_waits(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four steps, the first is logged."""
+    """The first of four steps is logged."""
     loop = LOOPS[module]
     waits: list[int] = []
     dtypes: set[torch.dtype] = set()

@@ -49,6 +49,6 @@ def test_every_kind_of_program_is_tried() -> None:
 
 @pytest.mark.parametrize("missing", ["import nothing_like_it", "import schemas.nothing"])
 def test_other_failed_imports_are_tracebacks(missing: str, tmp_path: Path) -> None:
-    """Of another program that uses the project, and of the project's own names."""
+    """Missing modules of another program that uses the project, and of the project itself."""
     text = run("-c", f"import schemas\n{missing}", code=1)
     assert text.startswith("Traceback")

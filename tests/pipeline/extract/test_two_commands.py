@@ -71,7 +71,7 @@ def listing_of(config: ExtractConfig, class_names: Sequence[str] = ()) -> Listin
 def run(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, rival: Callable[[], object] = int
 ) -> Store:
-    """What `python -m pipeline.extract` does, without Ray."""
+    """Run `python -m pipeline.extract` without Ray."""
     with monkeypatch.context() as patch:
         patch.setattr(job, "list_images", listing_of)
         patch.setattr(job, "ray_cluster", lambda _: patch.context())

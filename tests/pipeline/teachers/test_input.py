@@ -1,4 +1,4 @@
-"""What a teacher sees: mean, std and interpolation, from a model's name or from options."""
+"""The teacher's input: mean, std and interpolation, from a model's name or from options."""
 
 from __future__ import annotations
 

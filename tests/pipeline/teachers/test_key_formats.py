@@ -310,7 +310,7 @@ def test_transformers_gated_dinov2(tmp_path: Path) -> None:
     assert_same_network("vit_giant_patch14_dinov2.lvd142m", convert, tmp_path)
 
 
-# What is not certain
+# Files whose mapping is not certain
 
 
 def without(name: str) -> Callable[[State], State]:
