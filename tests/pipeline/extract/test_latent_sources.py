@@ -187,7 +187,7 @@ def test_a_source_without_one_good_latent_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none of its first latents can be read: vae-sd/.*5\.npy"):
         StoredLatents(config)
     (source / "vae-sd" / "dataset.json").write_text("{}")
-    with pytest.raises(UserError, match=r"vae-sd/dataset\.json does not begin with"):
+    with pytest.raises(UserError, match=r"vae-sd/dataset\.json lists no latents at its beginning"):
         StoredLatents(config)
 
 
