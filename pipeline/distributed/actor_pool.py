@@ -1,9 +1,8 @@
 """A pool of Ray actors that survives deaths of actors.
 
-Actors do not restart by themselves, because Ray would retry a task that kills its actor without
-end. The driver requeues the task, up to a limit, and starts another actor. An actor that dies while
-loading is replaced up to the same limit and then given up, so that a bad node does not stop the
-others.
+Actors do not restart by themselves, because Ray would retry a task that kills its actor forever.
+The driver requeues the task, up to a limit, and starts another actor. An actor that dies while
+loading is replaced up to the same limit, so that a bad node does not stop the others.
 """
 
 from __future__ import annotations
@@ -225,8 +224,8 @@ class Actors(Generic[A]):
         if not (self._idle or self._working or hopeful):
             raise UserError(f"{self.kind} actors die while loading: {reason}")
         logger.warning(
-            "an actor for %s died while loading, %d times in a row, and is given up; the others go "
-            "on: %s",
+            "an actor for %s died while loading, %d times in a row, and is not replaced; the others "
+            "continue: %s",
             self.kind,
             deaths,
             reason,
