@@ -224,8 +224,8 @@ class Actors(Generic[A]):
         if not (self._idle or self._working or hopeful):
             raise UserError(f"{self.kind} actors die while loading: {reason}")
         logger.warning(
-            "an actor for %s died while loading, %d times in a row, and is not replaced; the others "
-            "continue: %s",
+            "an actor for %s died while loading, %d times in a row, and is not replaced; the "
+            "others continue: %s",
             self.kind,
             deaths,
             reason,
