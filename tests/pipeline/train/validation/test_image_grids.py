@@ -91,7 +91,10 @@ def test_grids_do_not_change_the_run(config: RunConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": (3, 10)}, r"--samples.classes asks for class 10; the model has classes 0 to 9"),
+        (
+            {"classes": (3, 10)},
+            r"--samples.classes asks for class 10; the model has classes 0 to 9",
+        ),
         ({"autoencoder": "/nowhere"}, r"--samples.autoencoder '/nowhere'"),
         ({"sampler": {"method": "ddpm"}}, r"set --samples.sampler.method sde, ode or ode_heun"),
     ],
