@@ -54,7 +54,7 @@ class Touch(logging.Handler):
         self.folder = folder
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "given up" in record.getMessage():
+        if "is not replaced" in record.getMessage():
             (self.folder / "given up").touch()
 
 
