@@ -1,4 +1,7 @@
-"""`pytest tests/parity --golden DIR`: parity with the numbers of the authors' code."""
+"""`pytest tests/parity --golden DIR --recipes DIR`: parity with the numbers of the authors' code.
+
+``--golden`` holds HASTE's SiT, teacher and samplers; ``--recipes`` REG, iREPA and REPA's variants.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.reference import COPIED, SHARED, Golden
+from tests.parity.reference import COPIED, COPIED_RECIPES, SHARED, SHARED_RECIPES, Golden
 
 KINDS = {
     # fixture name: what the directory has of that kind
@@ -31,27 +34,40 @@ KINDS = {
 }
 
 
+RECIPE_KINDS = {
+    "irepa_run": lambda recipes: list(recipes.configs["irepa"]["runs"]),
+    "repa2_run": lambda recipes: list(recipes.values("repa2_loss_values")),
+    "reg_sampler_run": lambda recipes: list(recipes.configs["reg_sampler"]["runs"]),
+    "reg_path": lambda recipes: list(recipes.values("reg_loss_values")),
+}
+SETS = {"golden": (SHARED, COPIED), "recipes": (SHARED_RECIPES, COPIED_RECIPES)}
+"""Option: its default beside the project, and the copy in it."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--golden",
-        metavar="DIR",
-        default=None,
-        help="directory of reference numbers (default: the folder `shared` beside the project, "
-        "else the copy in tests/parity/golden)",
-    )
+    for name in SETS:
+        parser.addoption(
+            f"--{name}",
+            metavar="DIR",
+            default=None,
+            help="directory of reference numbers (default: the folder `shared` beside the project, "
+            "else the copy in tests/parity)",
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    folder = _folder(config)
-    if not (folder / "README.json").is_file():
-        raise pytest.UsageError(f"--golden {folder}: no README.json of reference numbers there")
+    for name in SETS:
+        folder = _folder(config, name)
+        if not (folder / "README.json").is_file():
+            raise pytest.UsageError(f"--{name} {folder}: no README.json of reference numbers there")
 
 
-def _folder(config: pytest.Config) -> Path:
+def _folder(config: pytest.Config, name: str) -> Path:
     # the default stands here too: a plain `pytest` reads this file after its command line
-    given = config.getoption("--golden", default=None)
+    given = config.getoption(f"--{name}", default=None)
     if given is None:
-        return SHARED if SHARED.is_dir() else COPIED
+        shared, copied = SETS[name]
+        return shared if shared.is_dir() else copied
     return Path(config.invocation_params.dir, given)
 
 
@@ -60,22 +76,29 @@ def _open(folder: Path) -> Golden:
     return Golden(folder)
 
 
-def _golden(config: pytest.Config) -> Golden:
-    return _open(_folder(config))
+def _golden(config: pytest.Config, name: str = "golden") -> Golden:
+    return _open(_folder(config, name))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each path, sampler run, crop and teacher that the directory has."""
-    for name in KINDS.keys() & set(metafunc.fixturenames):
-        cases = KINDS[name](_golden(metafunc.config))
-        ids = [case["file"] if isinstance(case, dict) else case or "plain" for case in cases]
-        metafunc.parametrize(name, cases, ids=ids)
+    for source, kinds in {"golden": KINDS, "recipes": RECIPE_KINDS}.items():
+        for name in kinds.keys() & set(metafunc.fixturenames):
+            cases = kinds[name](_golden(metafunc.config, source))
+            ids = [case["file"] if isinstance(case, dict) else case or "plain" for case in cases]
+            metafunc.parametrize(name, cases, ids=ids)
 
 
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Golden:
     """The reference numbers."""
     return _golden(request.config)
+
+
+@pytest.fixture(scope="session")
+def recipes(request: pytest.FixtureRequest) -> Golden:
+    """The reference numbers of REG, iREPA and REPA's variants."""
+    return _golden(request.config, "recipes")
 
 
 @pytest.fixture(autouse=True)

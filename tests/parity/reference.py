@@ -16,6 +16,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared" / "golden"
 COPIED = HERE / "golden"
+SHARED_RECIPES = HERE.parents[2] / "shared" / "golden_recipes"
+COPIED_RECIPES = HERE / "golden_recipes"
 
 # How far float32 arithmetic in another order may stray. README.json gives, for every forward
 # tensor and gradient, the distance of the reference's own float32 run to its float64 run, and asks
