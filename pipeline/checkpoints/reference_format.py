@@ -1,4 +1,4 @@
-"""Checkpoints in the file format of the SiT, DiT, REPA and HASTE repositories.
+"""Checkpoints in the file format of the SiT, DiT, REPA, HASTE and REG repositories.
 
 A ``.pt`` or ``.pth`` file with ``model``, ``ema``, ``opt``, and ``steps`` or ``args``, or one bare
 state dict. A state dict holds the student under the names of this project's students, and the
@@ -41,6 +41,8 @@ from schemas.validation import validate
 
 PROJECTOR, PROJECTORS = "projectors.0.", "projectors."
 WRAPPERS = ("module.", "_orig_mod.")  # DDP, torch.compile
+CLASS_TOKEN = ("cls_projectors2.", "wg_norm.", "final_layer.linear_cls.")
+"""First letters of the weights of REG's class token."""
 SETS = ("model", "ema")
 CLASSES = "classes"
 """Key of the classes of a run, in ``args`` and in ``state.json``."""
@@ -150,9 +152,10 @@ def split_state(state: Mapping[str, Tensor]) -> Parts:
 
 def join_state(parts: Parts) -> dict[str, Tensor]:
     """The inverse of ``split_state``, in the order of SiT in the authors' code, where the
-    projector precedes the final layer."""
+    projector precedes the final layer and the entry of the class token."""
     projector = {PROJECTOR + name: tensor for name, tensor in parts.projector.items()}
-    last = {name: t for name, t in parts.student.items() if name.startswith("final_layer.")}
+    behind = ("final_layer.", *CLASS_TOKEN)
+    last = {name: t for name, t in parts.student.items() if name.startswith(behind)}
     first = {name: t for name, t in parts.student.items() if name not in last}
     return first | projector | last
 
@@ -322,16 +325,33 @@ def student_config(
             f"it has {depth} blocks of width {width} and patch {patch}"
             + (f", which is {family}-{fitting[0]}/{patch}" if fitting else "")
         )
+    class_token = _class_token(state)
+    if class_token is not None:
+        tokens -= 1
     if math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"its {tokens} positions are not a square")
+        counted = f"{tokens} positions" + (" beside the class token's" if class_token else "")
+        raise ValueError(f"its {counted} are not a square")
     classes, null_row = count_classes(rows, args, options.num_classes)
     config = StudentConfig(
         model=model,
         latent_size=math.isqrt(tokens) * patch,
         latent_channels=channels,
         num_classes=classes,
+        class_token=class_token,
     )
     return config, null_row
+
+
+def _class_token(state: Mapping[str, Tensor]) -> int | None:
+    """Width of the class token that a state denoises with the latent (REG); None without one.
+    Raises ``KeyError`` for the first of its weights that is missing."""
+    if not any(name.startswith(CLASS_TOKEN) for name in state):
+        return None
+    for part in CLASS_TOKEN:
+        for leaf in ("weight", "bias"):
+            if part + leaf not in state:
+                raise KeyError(part + leaf)
+    return state["cls_projectors2.weight"].shape[1]
 
 
 def drop_learned_sigma(state: Mapping[str, Tensor], config: StudentConfig) -> dict[str, Tensor]:

@@ -98,6 +98,7 @@ def _alignment(run: RunConfig, geometry: Geometry, heads: int) -> int:
         with torch.device("meta"):
             projector = Projector(width, alignment.projector_width, geometry.width)
             # student tokens are resampled to the teacher's grid before the projector
-            features = torch.empty(1, geometry.patches, width)
+            tokens = geometry.patches + (run.student.class_token is not None)
+            features = torch.empty(1, tokens, width)
         total += count(lambda: projector(features))[1]
     return total

@@ -69,7 +69,7 @@ class MMDiT(nn.Module):
                 attended.append(operands)
             if number + 1 == taps.feature_depth:
                 features = x
-        prediction = unpatchify(self.final_layer(x, c), self.grid, self.config.patch_size)
+        prediction = unpatchify(self.final_layer(x, c)[0], self.grid, self.config.patch_size)
         return StudentOutput(prediction, features, tuple(attended))
 
 

@@ -29,6 +29,10 @@ class QueriesKeys(NamedTuple):
     keys: Tensor
     """(B, heads, N, d)."""
 
+    def patches(self) -> QueriesKeys:
+        """Without the class token at index 0."""
+        return QueriesKeys(self.queries[:, :, 1:], self.keys[:, :, 1:])
+
     @property
     def logits(self) -> Tensor:
         """q k^T / sqrt(d), before the softmax: (B, heads, N, N), float32."""
@@ -46,9 +50,12 @@ class StudentOutput(NamedTuple):
     prediction: Tensor
     """SiT: velocity (B, C, h, w). DiT: noise, then variance (B, 2 C, h, w)."""
     features: Tensor | None
-    """(B, N, D) output tokens of the block at the feature depth; None without that tap."""
+    """(B, N, D) output tokens of the block at the feature depth; None without that tap. With a
+    class token (B, 1 + N, D): it precedes the patches."""
     attended: tuple[QueriesKeys, ...]
-    """Queries and keys of each tapped block."""
+    """Queries and keys of the patches in each tapped block."""
+    class_prediction: Tensor | None = None
+    """(B, E) velocity of the class token; None without one."""
 
     @property
     def attention_logits(self) -> Tensor | None:
