@@ -16,11 +16,13 @@ from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import Cut, Format
 from schemas.store import (
+    ClassStream,
     Column,
     ComputeInfo,
     LatentsStream,
     Manifest,
     Origin,
+    Stream,
     TeacherInfo,
     TeacherStream,
 )
@@ -47,12 +49,12 @@ class StreamPlan:
     """Its name in the source."""
     name: str
     """Its name in the target."""
-    before: LatentsStream | TeacherStream
-    after: LatentsStream | TeacherStream
+    before: Stream
+    after: Stream
 
     @property
     def added(self) -> bool:
-        return isinstance(self.before, TeacherStream) and self.before.added
+        return not isinstance(self.before, LatentsStream) and self.before.added
 
     @property
     def tail_moves(self) -> bool:
@@ -101,10 +103,11 @@ def plan_streams(config: ConvertConfig, store: Store) -> list[StreamPlan]:
         teachers = {chosen: teacher}
     plans = []
     for name, stream in manifest.streams.items():
-        if isinstance(stream, LatentsStream):
+        if isinstance(stream, TeacherStream):
+            if name in teachers:
+                plans.append(_plan_teacher(config, store, name, stream))
+        elif isinstance(stream, LatentsStream) or config.stream is None or _is_of(stream, teachers):
             plans.append(StreamPlan(name, name, stream, stream))
-        elif name in teachers:
-            plans.append(_plan_teacher(config, store, name, stream))
     names = [plan.name for plan in plans]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -114,6 +117,10 @@ def plan_streams(config: ConvertConfig, store: Store) -> list[StreamPlan]:
             f"'{twice}': choose one of them with --stream"
         )
     return plans
+
+
+def _is_of(stream: ClassStream, teachers: Mapping[str, TeacherStream]) -> bool:
+    return any(stream.teacher.same_network(one.teacher) for one in teachers.values())
 
 
 def _plan_teacher(
@@ -222,9 +229,7 @@ def _join(layers: tuple[int, ...] | list[int]) -> str:
     return ",".join(str(layer) for layer in layers)
 
 
-def computed_stream(
-    plan: StreamPlan, device: torch.device, format: Format
-) -> LatentsStream | TeacherStream:
+def computed_stream(plan: StreamPlan, device: torch.device, format: Format) -> Stream:
     """The stream after a conversion on this machine, without its tail.
 
     Copied arrays keep the compute info of the source; only their bytes are packed again. Computed
