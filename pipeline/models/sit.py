@@ -74,7 +74,7 @@ class SiT(nn.Module):
         x = self.x_embedder(x_BChw) + self.pos_embed
         c = self.t_embedder(t_B) + self.y_embedder(y_B)
         features = None
-        attended = []
+        attended, others = [], []
         for number, block in enumerate(self.blocks):
             heads = taps.heads if number in taps.attention_layers else 0
             assert isinstance(block, Block)
@@ -85,8 +85,10 @@ class SiT(nn.Module):
                 attended.append(operands)
             if number + 1 == taps.feature_depth:
                 features = x
+            if number + 1 in taps.other_depths:
+                others.append(x)
         prediction = unpatchify(self.final_layer(x, c), self.grid, self.patch_size)
-        return StudentOutput(prediction, features, tuple(attended))
+        return StudentOutput(prediction, features, tuple(attended), tuple(others))
 
 
 class Block(nn.Module):

@@ -19,6 +19,8 @@ class Taps:
     """0-based blocks whose queries and keys are returned."""
     heads: int = 0
     """Number of heads of those blocks, from the first."""
+    other_depths: tuple[int, ...] = ()
+    """Further 1-based blocks whose output tokens are returned, lowest first."""
 
 
 class QueriesKeys(NamedTuple):
@@ -49,6 +51,8 @@ class StudentOutput(NamedTuple):
     """(B, N, D) output tokens of the block at the feature depth; None without that tap."""
     attended: tuple[QueriesKeys, ...]
     """Queries and keys of each tapped block."""
+    other_features: tuple[Tensor, ...] = ()
+    """(B, N, D) output tokens of the blocks at the other depths."""
 
     @property
     def attention_logits(self) -> Tensor | None:
