@@ -39,7 +39,7 @@ from schemas.sample import FileOptions
 from schemas.student import SIZES, StudentConfig
 from schemas.validation import validate
 
-PROJECTOR, PROJECTORS = "projectors.0.", "projectors."
+PROJECTORS = "projectors."
 WRAPPERS = ("module.", "_orig_mod.")  # DDP, torch.compile
 CLASS_TOKEN = ("cls_projectors2.", "wg_norm.", "final_layer.linear_cls.")
 """First letters of the weights of REG's class token."""
@@ -49,11 +49,13 @@ CLASSES = "classes"
 
 
 class Parts(NamedTuple):
-    """A state dict, split into student and projector; further projectors stay with the student."""
+    """A state dict, split into student and projectors."""
 
     student: dict[str, Tensor]
     projector: dict[str, Tensor]
-    """Empty if the file has none (SiT's own checkpoints)."""
+    """The first; empty if the file has none (SiT's own checkpoints)."""
+    others: tuple[dict[str, Tensor], ...] = ()
+    """Further projectors, of REPA's runs with several encoders, in their order."""
 
 
 def read_file(path: Path, weights: str = "ema") -> Parts:
@@ -136,28 +138,36 @@ def read_classes(path: Path, count: int) -> ClassTable:
 
 
 def split_state(state: Mapping[str, Tensor]) -> Parts:
-    """Split into student and projector, under this project's names. Raises ``ValueError`` where two
-    weights differ by a prefix only."""
+    """Split into student and projectors, under this project's names. Raises ``ValueError`` where
+    two weights differ by a prefix only."""
     student: dict[str, Tensor] = {}
-    projector: dict[str, Tensor] = {}
+    projectors: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         while name.startswith(WRAPPERS):
             name = name.partition(".")[2]
-        part = projector if name.startswith(PROJECTOR) else student
-        if name.removeprefix(PROJECTOR) in part:
+        match = re.fullmatch(rf"{re.escape(PROJECTORS)}(\d+)\.(.+)", name, re.ASCII)
+        part, key = (
+            (projectors.setdefault(int(match[1]), {}), match[2]) if match else (student, name)
+        )
+        if key in part:
             raise ValueError(f"two of its weights have the name {name}")
-        part[name.removeprefix(PROJECTOR)] = tensor
-    return Parts(student, projector)
+        part[key] = tensor
+    first, *others = [projectors[number] for number in sorted(projectors)] or [{}]
+    return Parts(student, first, tuple(others))
 
 
 def join_state(parts: Parts) -> dict[str, Tensor]:
     """The inverse of ``split_state``, in the order of SiT in the authors' code, where the
-    projector precedes the final layer and the entry of the class token."""
-    projector = {PROJECTOR + name: tensor for name, tensor in parts.projector.items()}
+    projectors precede the final layer and the entry of the class token."""
+    projectors = {
+        f"{PROJECTORS}{number}.{name}": tensor
+        for number, projector in enumerate((parts.projector, *parts.others))
+        for name, tensor in projector.items()
+    }
     behind = ("final_layer.", *CLASS_TOKEN)
     last = {name: t for name, t in parts.student.items() if name.startswith(behind)}
     first = {name: t for name, t in parts.student.items() if name not in last}
-    return first | projector | last
+    return first | projectors | last
 
 
 def student_from_file(
@@ -177,7 +187,7 @@ def student_from_file(
     run = _exported_run(content, path)
     shown = model or ("file of a student" if run is None else run.student.model)
     try:
-        state = {k: tensor for k, tensor in parts.student.items() if not k.startswith(PROJECTORS)}
+        state = parts.student
         if run is None:
             student, state = _foreign_student(state, model, args, options)
         else:

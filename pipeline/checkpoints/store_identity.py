@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.store import Store
@@ -15,7 +15,11 @@ from schemas.store import Column, Manifest
 
 TEACHER = "teacher."
 """Prefix of the properties that only Phase I depends on."""
-STREAM = f"{TEACHER}stream"
+
+
+def _prefix(number: int) -> str:
+    """Prefix of the properties of the stream with this number in ``AlignmentConfig.streams``."""
+    return f"{TEACHER}{number}." if number else TEACHER
 
 
 def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
@@ -37,36 +41,54 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
     for key in ("latents_mean", "latents_std"):
         if getattr(vae, key) is not None:
             identity[f"autoencoder.{key}"] = list(getattr(vae, key))
-    if alignment.active:
-        name, stream = manifest.teacher_stream(alignment.stream)
+    for number, options in enumerate(alignment.streams):
+        name, stream = manifest.teacher_stream(options.stream)
+        at = _prefix(number)
         identity |= {
-            STREAM: name,
-            f"{TEACHER}cut": stream.cut,
-            f"{TEACHER}model": stream.teacher.model,
-            f"{TEACHER}weights_sha256": stream.teacher.weights_sha256,
-            f"{TEACHER}tail.sha256": stream.tail.sha256 if stream.tail else None,
-            f"{TEACHER}columns": _columns(stream.columns),
+            f"{at}stream": name,
+            f"{at}cut": stream.cut,
+            f"{at}model": stream.teacher.model,
+            f"{at}weights_sha256": stream.teacher.weights_sha256,
+            f"{at}tail.sha256": stream.tail.sha256 if stream.tail else None,
+            f"{at}columns": _columns(stream.columns),
         }
         if stream.teacher.statistics_of == "options":  # those of a model's name follow from it
-            identity[f"{TEACHER}mean"] = list(stream.teacher.mean)
-            identity[f"{TEACHER}std"] = list(stream.teacher.std)
+            identity[f"{at}mean"] = list(stream.teacher.mean)
+            identity[f"{at}std"] = list(stream.teacher.std)
         if stream.teacher.resize != "bicubic":
-            identity[f"{TEACHER}resize"] = stream.teacher.resize
+            identity[f"{at}resize"] = stream.teacher.resize
     return identity
 
 
 def with_stream(
     config: RunConfig, manifest: Manifest, saved: Mapping[str, Any] | None
 ) -> RunConfig:
-    """The config with its teacher stream named: the stream in ``saved``, the ``store_identity`` of
+    """The config with its teacher streams named: those in ``saved``, the ``store_identity`` of
     the run's checkpoint, else the only one of the store. Streams that are added to a store later
     do not change runs that have begun. Raises ``UserError``."""
-    if not config.alignment.active or config.alignment.stream is not None:
-        return config
-    name = (saved or {}).get(STREAM) or manifest.teacher_stream()[0]
-    return config.model_copy(
-        update={"alignment": config.alignment.model_copy(update={"stream": name})}
+    alignment = with_saved_streams(config.alignment, saved or {})
+    if any(options.stream is None for options in alignment.streams):
+        alignment = _map_streams(alignment, lambda _: manifest.teacher_stream()[0])
+    return config.model_copy(update={"alignment": alignment})
+
+
+def with_saved_streams(alignment: AlignmentConfig, saved: Mapping[str, Any]) -> AlignmentConfig:
+    """The alignment with the streams of a ``store_identity``, where it does not name them."""
+    return _map_streams(alignment, lambda number: saved.get(f"{_prefix(number)}stream"))
+
+
+def _map_streams(
+    alignment: AlignmentConfig, name_of: Callable[[int], str | None]
+) -> AlignmentConfig:
+    """The alignment with ``name_of(number)`` as the name of each stream that has none."""
+    named = [options.stream or name_of(number) for number, options in enumerate(alignment.streams)]
+    if not named:
+        return alignment
+    others = tuple(
+        options.model_copy(update={"stream": name})
+        for options, name in zip(alignment.others, named[1:], strict=True)
     )
+    return alignment.model_copy(update={"stream": named[0], "others": others})
 
 
 def check_store_identity(

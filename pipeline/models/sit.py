@@ -100,7 +100,7 @@ class SiT(nn.Module):
         x = x + self.pos_embed
         c = self.t_embedder(t_B) + self.y_embedder(y_B)
         features = None
-        attended = []
+        attended, others = [], []
         for number, block in enumerate(self.blocks):
             heads = taps.heads if number in taps.attention_layers else 0
             assert isinstance(block, Block)
@@ -111,9 +111,11 @@ class SiT(nn.Module):
                 attended.append(operands.patches() if has_class_token else operands)
             if number + 1 == taps.feature_depth:
                 features = x
+            if number + 1 in taps.other_depths:
+                others.append(x)
         patches, class_prediction = self.final_layer(x, c)
         prediction = unpatchify(patches, self.grid, self.patch_size)
-        return StudentOutput(prediction, features, tuple(attended), class_prediction)
+        return StudentOutput(prediction, features, tuple(attended), tuple(others), class_prediction)
 
 
 class Block(nn.Module):

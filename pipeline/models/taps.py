@@ -19,6 +19,8 @@ class Taps:
     """0-based blocks whose queries and keys are returned."""
     heads: int = 0
     """Number of heads of those blocks, from the first."""
+    other_depths: tuple[int, ...] = ()
+    """Further 1-based blocks whose output tokens are returned, lowest first."""
 
 
 class QueriesKeys(NamedTuple):
@@ -54,6 +56,8 @@ class StudentOutput(NamedTuple):
     class token (B, 1 + N, D): it precedes the patches."""
     attended: tuple[QueriesKeys, ...]
     """Queries and keys of the patches in each tapped block."""
+    other_features: tuple[Tensor, ...] = ()
+    """Output tokens of the blocks at the other depths, as ``features``."""
     class_prediction: Tensor | None = None
     """(B, E) velocity of the class token; None without one."""
 

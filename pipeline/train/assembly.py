@@ -104,7 +104,7 @@ def build_run(
     store = Store.open(config.store)
     trigger = make_trigger(config.alignment.termination, config.alignment)
     trainer = Trainer(config, store, group, measure_entropy=trigger.needs_entropy)
-    meter = StepMeter(group, config.global_batch)
+    meter = StepMeter(group, config.global_batch, trainer.module.losses)
     identity = store_identity(store, config.alignment)
     progress = Progress()
     with checkpoint as path:
@@ -171,13 +171,9 @@ def _open_loader(
     trigger: Trigger,
 ) -> tuple[BatchLoader, list[str]]:
     """The loader and its teacher streams, which are not read ahead beyond a known last step."""
-    teacher_streams: list[str] = []
-    needed_until: dict[str, int] = {}
-    if trainer.targets is not None:
-        teacher_streams.append(trainer.targets.stream)
-        last = trigger.known_step()
-        if last is not None:
-            needed_until[trainer.targets.stream] = last
+    teacher_streams = trainer.teacher_streams
+    last = trigger.known_step()
+    needed_until = {} if last is None else dict.fromkeys(teacher_streams, last)
     loader = BatchLoader(
         store,
         ["latents", *teacher_streams],

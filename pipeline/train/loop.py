@@ -79,7 +79,9 @@ class TrainingLoop:
         self.trainer = parts.trainer
         self.group = parts.group
         self.meter = parts.meter
-        self.finite = FiniteWatch(parts.group, self.config.train.max_skipped)
+        self.finite = FiniteWatch(
+            parts.group, self.config.train.max_skipped, parts.trainer.module.losses
+        )
         self.save_checkpoint = save_checkpoint
         self.saved_step = parts.trainer.step
         self.validated_step = parts.progress.validated_step
@@ -238,9 +240,13 @@ class TrainingLoop:
             return ["denoising"]
         alignment = self.config.alignment
         names = ["denoising"]
-        names += ["feature"] if alignment.feature_weight else []
-        names += ["attention"] if alignment.attention_weight else []
-        return names + (["teacher_entropy"] if self.parts.trigger.needs_entropy else [])
+        names += ["feature"] if alignment.feature_weights else []
+        names += ["attention"] if alignment.attention_weights else []
+        names += ["teacher_entropy"] if self.parts.trigger.needs_entropy else []
+        for label, stream in zip(alignment.labels, alignment.streams, strict=True):
+            names += [f"feature_{label}"] if stream.feature_weight else []
+            names += [f"attention_{label}"] if stream.attention_weight else []
+        return names
 
     def _bytes_now(self) -> dict[str, int]:
         """Bytes that this process has read, per open stream."""

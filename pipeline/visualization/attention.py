@@ -17,7 +17,7 @@ from pipeline.randomness import Purpose, generator
 from pipeline.store import Store
 from pipeline.targets.sources import Wanted, aligned_heads, read_targets
 from pipeline.visualization.store_sample import decode_latent, read_latents
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import StreamAlignment
 from schemas.diffusion import DiffusionConfig
 
 matplotlib.use("Agg")
@@ -29,7 +29,7 @@ NOISE_TIME = 0.2  # noise level of the latent that the student receives
 def draw_attention(
     store: Store,
     students: Mapping[str, SiT],
-    alignment: AlignmentConfig,
+    alignment: StreamAlignment,
     rows: Sequence[int],
     path: Path,
 ) -> None:
@@ -77,7 +77,7 @@ def draw_attention(
 def student_attention(
     store: Store,
     student: SiT,
-    alignment: AlignmentConfig,
+    alignment: StreamAlignment,
     sample: Mapping[str, np.ndarray],
     heads: int,
 ) -> Tensor:
