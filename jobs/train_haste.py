@@ -86,6 +86,8 @@ def _resolve(
     where = None if state is None else run.checkpoints.where(state.step)
     config = resolve_run(config, store.manifest, state, where)
     streams = ["latents"]
+    if config.diffusion.class_stream is not None:  # read in both phases
+        streams.append(config.diffusion.class_stream)
     if state is None or state.termination is None:
         streams += [str(options.stream) for options in config.alignment.streams]
     store.require_complete(*streams)

@@ -237,6 +237,12 @@ class RunConfig(Strict):
         return values
 
     @model_validator(mode="after")
+    def _class_stream_has_a_reader(self) -> RunConfig:
+        if self.diffusion.class_stream is not None and self.student.class_token is None:
+            raise ValueError("diffusion.class_stream is read with student.class_token only")
+        return self
+
+    @model_validator(mode="after")
     def _alignment_fits_student(self) -> RunConfig:
         depth = self.student.size.depth
         for number, stream in enumerate(self.alignment.streams):

@@ -23,6 +23,8 @@ LOSSES = ("denoising", "feature", "attention", "teacher_entropy")
 """Outputs of ``AlignedStudent``, with several teacher streams their means weighted by the streams'
 weights. The last is not a loss but the lower bound of the attention loss, measured if a trigger
 needs it."""
+CLASS_TOKEN_LOSS = "class_token"
+"""One more output, the last, of a student with a class token: its denoising loss."""
 
 DEFAULT_DIFFUSION = DiffusionConfig()
 
@@ -37,6 +39,17 @@ class AlignedTeacher(NamedTuple):
     """Rows and columns of its tokens; None: the student's grid."""
 
 
+class ClassToken(NamedTuple):
+    """Class tokens of B samples, which are denoised with the latents (REG, arXiv 2507.01467)."""
+
+    noisy: Tensor
+    """(B, E), at the times of the latents."""
+    target: Tensor
+    """(B, E), the target of its denoising loss."""
+    clean: Tensor
+    """(B, E), the target of its alignment."""
+
+
 class AlignedStream(NamedTuple):
     """One teacher stream of the alignment."""
 
@@ -49,13 +62,14 @@ class AlignedStream(NamedTuple):
     """If the attention loss is computed by ``fused_attention_loss``."""
 
 
-def loss_names(alignment: AlignmentConfig) -> tuple[str, ...]:
-    """Names of the outputs of an ``AlignedStudent``: ``LOSSES``, and with several teacher streams
-    each stream's feature and attention loss."""
+def loss_names(alignment: AlignmentConfig, *, class_token: bool = False) -> tuple[str, ...]:
+    """Names of the outputs of an ``AlignedStudent``: ``LOSSES``, with several teacher streams each
+    stream's feature and attention loss, and ``CLASS_TOKEN_LOSS`` for a student that has one."""
+    last = (CLASS_TOKEN_LOSS,) if class_token else ()
     if len(alignment.streams) < 2:
-        return LOSSES
+        return (*LOSSES, *last)
     single = (f"{loss}_{label}" for label in alignment.labels for loss in ("feature", "attention"))
-    return (*LOSSES, *single)
+    return (*LOSSES, *single, *last)
 
 
 class AlignedStudent(nn.Module):
@@ -83,7 +97,7 @@ class AlignedStudent(nn.Module):
         self.objective = make_objective(student, diffusion)
         self.alignment = alignment
         self.measure_entropy = measure_entropy
-        self.losses = loss_names(alignment)
+        self.losses = loss_names(alignment, class_token=student.class_token is not None)
         self.compiled = False
         self.projector: Projector | None = None
         """That of the first stream."""
@@ -135,27 +149,45 @@ class AlignedStudent(nn.Module):
         self.projector, self.other_projectors = None, nn.ModuleDict()
 
     def forward(
-        self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, target_BChw: Tensor, *targets: Targets
+        self,
+        x_BChw: Tensor,
+        t_B: Tensor,
+        y_B: Tensor,
+        target_BChw: Tensor,
+        *targets: Targets,
+        class_token: ClassToken | None = None,
     ) -> Tensor:
         """Sums over the batch of the quantities in ``self.losses``, (4,) or more, float32; disabled
         ones are 0.
 
         ``x``, ``t`` and ``target`` are the outputs of ``objective.corrupt``; ``targets`` those of
-        each stream, ignored after ``release_alignment``.
+        each stream, ignored after ``release_alignment``. ``class_token`` goes with a student that
+        has one, in both phases.
         """
-        out = self.student(x_BChw, t_B, y_B, self.taps)
+        if class_token is None:
+            out = self.student(x_BChw, t_B, y_B, self.taps)
+        else:
+            out = self.student(x_BChw, t_B, y_B, self.taps, class_token.noisy)
         denoising = self.objective.loss(out.prediction, x_BChw, t_B, target_BChw).sum()
         zero = torch.zeros_like(denoising)
         found = [
             self._stream_losses(stream, out, one, zero)
             for stream, one in zip(self.streams, targets, strict=False)
         ]
+        last = []
+        if class_token is not None:
+            last = [
+                self.objective.loss(
+                    out.class_prediction, class_token.noisy, t_B, class_token.target
+                ).sum()
+            ]
         if len(found) == 1:
-            return torch.stack([denoising, *found[0]])
+            return torch.stack([denoising, *found[0], *last])
         single = [loss for one in found for loss in one[:2]]
         totals = self._weighted_means(found) if found else [zero] * 3
         losses = [denoising, *totals, *single]
-        return torch.stack(losses + [zero] * (len(self.losses) - len(losses)))
+        blank = [zero] * (len(self.losses) - len(losses) - len(last))
+        return torch.stack([*losses, *blank, *last])
 
     def _stream_losses(
         self, stream: AlignedStream, out: StudentOutput, targets: Targets, zero: Tensor
@@ -164,8 +196,14 @@ class AlignedStudent(nn.Module):
         feature = attention = entropy = zero
         if stream.options.feature_weight:
             assert targets.features is not None
-            features = resample_features(self._features(stream, out), *stream.grids)
-            feature = feature_loss(self._projected(stream, features), targets.features).sum()
+            features, wanted = self._features(stream, out), targets.features
+            if out.class_prediction is None:
+                features = resample_features(features, *stream.grids)
+            else:
+                features = self._with_class_token(stream, features, targets)
+            if targets.class_token is not None:
+                wanted = torch.cat([targets.class_token.unsqueeze(1), wanted], dim=1)
+            feature = feature_loss(self._projected(stream, features), wanted).sum()
         if stream.options.attention_weight:
             assert targets.attention is not None
             attention = self._attention_losses(stream, out, targets.attention).sum()
@@ -180,6 +218,15 @@ class AlignedStudent(nn.Module):
             assert out.features is not None
             return out.features
         return out.other_features[self.taps.other_depths.index(depth)]
+
+    def _with_class_token(
+        self, stream: AlignedStream, features_BND: Tensor, targets: Targets
+    ) -> Tensor:
+        """Patches on the teacher's grid, behind the class token where that is aligned too."""
+        patches = resample_features(features_BND[:, 1:], *stream.grids)
+        if targets.class_token is None:
+            return patches
+        return torch.cat([features_BND[:, :1], patches], dim=1)
 
     def _projected(self, stream: AlignedStream, features_BND: Tensor) -> Tensor:
         if stream.number == 0:

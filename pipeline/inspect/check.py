@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pipeline.checkpoints.store_identity import choose_class_stream
 from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
@@ -63,10 +64,25 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
         check_classes(with_classes(config, store.manifest), store.manifest)
     except UserError as error:
         return Answer(file, False, f"it does not fit this store: {error}")
-    if not config.alignment.active:
-        return Answer(file, True)
-    streams = enumerate(config.alignment.streams)
-    return _combine([_answer_stream(store, file, one, incomplete, place(n)) for n, one in streams])
+    answers = [
+        _answer_stream(store, file, one, incomplete, place(number))
+        for number, one in enumerate(config.alignment.streams)
+    ]
+    if config.student.class_token is not None:
+        answers.append(_answer_class_token(store, file, config, incomplete))
+    return _combine(answers) if answers else Answer(file, True)
+
+
+def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: set[str]) -> Answer:
+    """The answer for the class stream of a student with a class token."""
+    try:
+        name = choose_class_stream(config, store.manifest, config.diffusion.class_stream)
+    except UserError as error:
+        return Answer(file, False, str(error))
+    if name in incomplete:
+        missing = len(store.missing_shards(name))
+        return Answer(file, False, f"class stream '{name}' lacks {missing} shards")
+    return Answer(file, True)
 
 
 def _combine(answers: list[Answer]) -> Answer:

@@ -81,8 +81,8 @@ def _draw(record: Record, checkpoint: Path) -> bytes:
     with tempfile.TemporaryDirectory(prefix="haste-report-") as folder:
         path = Path(folder) / "attention.png"
         students = {f"student at step {state.step}": student}
-        alignment = state.config.alignment
-        draw_attention(store, students, alignment.attended or alignment, rows, path)
+        alignment, tokens = state.config.alignment, state.config.diffusion.class_stream
+        draw_attention(store, students, alignment.attended or alignment, rows, path, tokens)
         return path.read_bytes()
 
 

@@ -105,7 +105,8 @@ def build_run(
     trigger = make_trigger(config.alignment.termination, config.alignment)
     trainer = Trainer(config, store, group, measure_entropy=trigger.needs_entropy)
     meter = StepMeter(group, config.global_batch, trainer.module.losses)
-    identity = store_identity(store, config.alignment)
+    tokens = trainer.class_tokens
+    identity = store_identity(store, config.alignment, None if tokens is None else tokens.stream)
     progress = Progress()
     with checkpoint as path:
         if path is not None:
@@ -176,7 +177,7 @@ def _open_loader(
     needed_until = {} if last is None else dict.fromkeys(teacher_streams, last)
     loader = BatchLoader(
         store,
-        ["latents", *teacher_streams],
+        [*trainer.data_streams, *teacher_streams],
         order,
         global_batch=config.global_batch,
         rank=group.rank,

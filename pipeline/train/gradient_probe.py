@@ -50,7 +50,7 @@ class GradientProbe:
                     inputs = trainer.inputs(batch, time=time)
                     losses = trainer.losses(trainer.module, inputs, targets)
                     row[0] += _gradient(trainer.alignment_loss(losses), parameters, keep=True)
-                    row[1] += _gradient(losses[0], parameters, keep=False)
+                    row[1] += _gradient(trainer.denoising_loss(losses), parameters, keep=False)
         trainer.group.sum(sums)
         cosines: list[float] = torch.cosine_similarity(sums[:, 0], sums[:, 1], dim=1).tolist()
         return cosines
@@ -64,7 +64,7 @@ class GradientProbe:
         begin, end = rank_slice(total, trainer.group.rank, trainer.group.world_size)
         readers = {  # scattered samples: never fetch a whole file for one
             name: StreamReader(self.store, name, whole_file_limit=0)
-            for name in ("latents", *trainer.teacher_streams)
+            for name in (*trainer.data_streams, *trainer.teacher_streams)
         }
         chunk = min(CHUNK, trainer.config.workers.micro_batch or CHUNK)
         for start in range(begin, end, chunk):

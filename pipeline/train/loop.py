@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
 from pipeline.alignment.termination import Decision, StepLosses
 from pipeline.checkpoints.state import CheckpointContents, classes_to_save, read_state
 from pipeline.distributed.process_group import ProcessGroup
@@ -236,10 +237,11 @@ class TrainingLoop:
 
     def _measured_losses(self) -> list[str]:
         """Names of the losses that are computed in the present phase."""
-        if not self.trainer.aligned:
-            return ["denoising"]
-        alignment = self.config.alignment
         names = ["denoising"]
+        names += [CLASS_TOKEN_LOSS] if self.config.student.class_token is not None else []
+        if not self.trainer.aligned:
+            return names
+        alignment = self.config.alignment
         names += ["feature"] if alignment.feature_weights else []
         names += ["attention"] if alignment.attention_weights else []
         names += ["teacher_entropy"] if self.parts.trigger.needs_entropy else []

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.alignment.aligned_student import AlignedStudent, AlignedTeacher
+from pipeline.alignment.aligned_student import AlignedStudent, AlignedTeacher, ClassToken
 from pipeline.alignment.losses import Targets
 from pipeline.checkpoints.state import projector_files
 from pipeline.diffusion.normalisation import normalisation_of, normalise
@@ -18,6 +18,7 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
 from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
+from pipeline.targets.class_token import ClassTokens
 from pipeline.targets.sources import TargetSource, aligned_heads, open_targets, wanted_targets
 from pipeline.train.compile_limit import report_compile_limit
 from pipeline.train.device_transfer import DevicePrefetcher
@@ -37,6 +38,8 @@ class Inputs(NamedTuple):
     """(B,) classes; ``num_classes`` where the label was dropped."""
     target: Tensor
     """(B, C, h, w) the denoising target."""
+    class_token: ClassToken | None = None
+    """None for a student without a class token."""
 
 
 class Trainer:
@@ -70,6 +73,12 @@ class Trainer:
             for teacher in teachers
         ]
         self._heads = [teacher.heads for teacher in aligned]
+        self.class_tokens: ClassTokens | None = None
+        """Source of the class tokens, in both phases; None for a student without them."""
+        if config.student.class_token is not None:
+            self.class_tokens = ClassTokens(manifest, config.diffusion.class_stream)
+            own = manifest.class_streams[self.class_tokens.stream].teacher
+            self._aligns_class_token = [teacher.same_network(own) for teacher in teachers]
         first = aligned[0] if aligned else AlignedTeacher(0, 0)
         if config.compute.deterministic and group.device.type == "cuda":
             use_deterministic_kernels()
@@ -101,6 +110,7 @@ class Trainer:
             config.student.latent_shape,
             config.diffusion.label_drop,
             group.device,
+            config.student.class_token,
         )
         if self._compiles:
             report_compile_limit()
@@ -159,11 +169,26 @@ class Trainer:
 
     def losses(self, module: nn.Module, inputs: Inputs, targets: Sequence[Targets]) -> Tensor:
         """Sums over the samples of what ``module.losses`` names, from ``module``: the wrapped one,
-        or the bare one where no gradients are to be averaged."""
-        dtype = self.autocast_dtype
+        or the bare one where no gradients are to be averaged.
+
+        A class token is aligned in the streams of its own teacher, as in REG; other streams align
+        patches alone.
+        """
+        dtype, token = self.autocast_dtype, inputs.class_token
+        if token is not None and targets:
+            targets = [
+                one._replace(class_token=token.clean) if own else one
+                for one, own in zip(targets, self._aligns_class_token, strict=True)
+            ]
         with torch.autocast(self.group.device.type, dtype, enabled=dtype is not None):
-            losses: Tensor = module(*inputs, *targets)
+            losses: Tensor = module(*inputs[:-1], *targets, class_token=token)
         return losses
+
+    def denoising_loss(self, losses: Tensor) -> Tensor:
+        """That of the latents, and of the class token with its weight (REG, arXiv 2507.01467)."""
+        if self.class_tokens is None:
+            return losses[0]
+        return losses[0] + self.config.diffusion.class_weight * losses[-1]
 
     def alignment_loss(self, losses: Tensor) -> Tensor:
         """The weighted alignment losses (HASTE section 2.4)."""
@@ -172,7 +197,7 @@ class Trainer:
 
     def total(self, losses: Tensor) -> Tensor:
         """The loss that is minimised."""
-        return losses[0] + self.alignment_loss(losses)
+        return self.denoising_loss(losses) + self.alignment_loss(losses)
 
     def terminate(self, evidence: Mapping[str, Any]) -> None:
         """End the alignment before step ``self.step``.
@@ -255,6 +280,11 @@ class Trainer:
         return self._targets
 
     @property
+    def data_streams(self) -> list[str]:
+        """Names of the streams that are read in both phases."""
+        return ["latents"] + ([] if self.class_tokens is None else [self.class_tokens.stream])
+
+    @property
     def teacher_streams(self) -> list[str]:
         """Names of the streams that the targets are read from, each once."""
         return list(dict.fromkeys(source.stream for source in self.targets))
@@ -277,7 +307,10 @@ class Trainer:
                 f"the store holds a label outside its {classes} classes: it is damaged"
             )
         columns = self.feed(_tensors(stored))
-        drawn = SampleNoise(**self.feed((draws or self.draws(batch.positions))._asdict()))
+        draws = draws or self.draws(batch.positions)
+        drawn = SampleNoise(
+            **self.feed({k: values for k, values in draws._asdict().items() if values is not None})
+        )
         latents = columns["mean"].float() + columns["std"].float() * drawn.posterior
         latents = normalise(latents, normalisation_of(self.manifest.autoencoder))
         labels = torch.where(drawn.drop_label, self.config.student.num_classes, columns["label"])
@@ -285,7 +318,17 @@ class Trainer:
         if time is not None:
             t = torch.full_like(t, time)
         noisy, network_time, target = self.module.objective.corrupt(latents, drawn.noise, t)
-        return Inputs(noisy, network_time, labels, target)
+        return Inputs(noisy, network_time, labels, target, self._class_token(batch, drawn, t))
+
+    def _class_token(self, batch: Batch, drawn: SampleNoise, t_B: Tensor) -> ClassToken | None:
+        """Class tokens at the times of the latents, unscaled, with noise of their own (REG)."""
+        if self.class_tokens is None:
+            return None
+        assert drawn.class_noise is not None
+        stored = batch.columns[self.class_tokens.stream]
+        clean = self.class_tokens(self.feed(_tensors(stored)))
+        noisy, _, target = self.module.objective.corrupt(clean, drawn.class_noise, t_B)
+        return ClassToken(noisy, target, clean)
 
     def targets_of(self, batch: Batch) -> list[Targets]:
         """Alignment targets of a batch for each stream, on the device."""
@@ -311,7 +354,7 @@ def split_batch(
         }
         yield (
             Batch(batch.step, batch.positions[part], columns),
-            SampleNoise(*(values[part] for values in draws)),
+            draws.each(lambda values, part=part: values[part]),
         )
 
 

@@ -55,7 +55,7 @@ class Steps:
         self.teacher_streams = self.trainer.teacher_streams
         self.loader = BatchLoader(
             store,
-            ["latents", *self.teacher_streams],
+            [*self.trainer.data_streams, *self.teacher_streams],
             self.order,
             global_batch=config.global_batch,
             threads=config.data.threads,
