@@ -10,32 +10,24 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from jobs.train_haste import train_run
-from pipeline.checkpoints.student import load_student
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
 from pipeline.cli.options import parse_options
-from pipeline.distributed.ray_cluster import ray_cluster
-from pipeline.extract.job import ExtractionSummary, extract
-from pipeline.inspect.summary import describe, summarise
-from pipeline.report.page import write_report
-from pipeline.report.plots import draw_curves
-from pipeline.runs.reader import ATTENTION, SAMPLES, read_run
-from pipeline.sampling.grid import draw_grid
-from pipeline.store import Store
-from pipeline.visualization.attention import draw_attention
-from pipeline.visualization.store_sample import first_of_each_class
 from schemas.base import Strict
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.report import ReportConfig
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig
 from schemas.validation import validate
+
+if TYPE_CHECKING:
+    from pipeline.extract.job import ExtractionSummary
+    from pipeline.store import Store
 
 logger = logging.getLogger("jobs.demo")
 
@@ -47,6 +39,13 @@ REPORT = RUN / "report.html"
 def main(argv: list[str]) -> int:
     about = "Extract, train and sample on scikit-learn's digits. Replaces the folder runs/demo."
     parse_options(Strict, argv, command="python jobs/demo.py", about=about)
+    # Ray and torch take seconds to import
+    from jobs.train_haste import train_run
+    from pipeline.distributed.ray_cluster import ray_cluster
+    from pipeline.extract.job import extract
+    from pipeline.inspect.summary import describe, summarise
+    from pipeline.report.page import write_report
+
     shutil.rmtree(RUN, ignore_errors=True)
     config = _run_config()
     with ray_cluster(None):
@@ -71,6 +70,13 @@ def _run_config() -> RunConfig:
 
 def _draw_images(config: RunConfig, store: Store, trained: dict[str, Any]) -> list[Path]:
     """Samples, loss curves, and attention at the termination and at the end of the training."""
+    from pipeline.checkpoints.student import load_student
+    from pipeline.report.plots import draw_curves
+    from pipeline.runs.reader import ATTENTION, SAMPLES, read_run
+    from pipeline.sampling.grid import draw_grid
+    from pipeline.visualization.attention import draw_attention
+    from pipeline.visualization.store_sample import first_of_each_class
+
     grid, curves, attention = RUN / "samples.png", RUN / "losses.png", RUN / "attention.png"
     sampling = {
         "checkpoint": str(RUN),

@@ -15,9 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.evaluate.evaluator import evaluate
-from pipeline.precision import choose_device
-from pipeline.storage.files import redact
 from schemas.evaluate import EvaluateConfig, Evaluation
 
 
@@ -30,6 +27,13 @@ def main(argv: list[str]) -> int:
         "recall, FD-DINOv2. The Inception score depends on the order of the samples, so it is "
         "computed after a shuffle by a fixed seed, as in torch-fidelity.",
     )
+    from pipeline.evaluate.options import check_options
+
+    check_options(config)
+    from pipeline.evaluate.evaluator import evaluate  # torch takes seconds to import
+    from pipeline.precision import choose_device
+    from pipeline.storage.files import redact
+
     evaluation = evaluate(config, choose_device(config.device))
     if evaluation is not None:
         print(evaluation.model_dump_json() if config.as_json else _table(evaluation))

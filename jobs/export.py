@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.checkpoints.export import export_checkpoint
 from pipeline.checkpoints.resolve import find_checkpoint, local_copy
-from pipeline.checkpoints.student import is_weights_file
+from pipeline.checkpoints.selection import is_weights_file
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from schemas.errors import UserError
@@ -36,6 +35,8 @@ def main(argv: list[str]) -> int:
             f"--checkpoint '{config.checkpoint}' is already a .pt file: name a run or one of its "
             "checkpoints"
         )
+    from pipeline.checkpoints.export import export_checkpoint  # torch takes seconds to import
+
     out = Path(config.out).expanduser()
     with local_copy(checkpoint, weights=None) as folder:
         export_checkpoint(folder, out)

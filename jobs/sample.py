@@ -18,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.sampling.grid import draw_grid
-from schemas.errors import UserError
 from schemas.sample import SampleConfig
 
 
@@ -31,16 +29,17 @@ def main(argv: list[str]) -> int:
         about="Draw from a trained checkpoint: with --png a grid, one row for each class; with "
         "--num single images, by workers of a Ray cluster.",
     )
-    if config.png is None and config.num is None:
-        raise UserError("give --png FILE for a grid, or --num N with --npz FILE or --folder DIR")
-    if config.png is not None and config.num is not None:
-        raise UserError("--png draws a grid and --num single images: give one of them")
+    from pipeline.sampling.options import check_options
+
+    check_options(config)
     with redirect_stdout(sys.stderr):  # Ray's workers and other libraries may print
         summary: Any
         if config.num is None:
+            from pipeline.sampling.grid import draw_grid  # torch takes seconds to import
+
             summary = draw_grid(config)
         else:
-            from pipeline.sampling.job import sample_many  # Ray takes seconds to import
+            from pipeline.sampling.job import sample_many
 
             summary = sample_many(config)
     print(json.dumps(asdict(summary)) if config.as_json else "\n".join(summary.files))

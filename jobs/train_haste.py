@@ -12,38 +12,38 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.checkpoints.selection import latest_state
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
-from pipeline.distributed.ray_cluster import ray_cluster
-from pipeline.runs.compatibility import resolve_run
-from pipeline.runs.directory import RunFolder
-from pipeline.storage.filesystem import with_absolute_paths
-from pipeline.store import Store
-from pipeline.train.ray_trainer import fit
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
+if TYPE_CHECKING:
+    from pipeline.runs.directory import RunFolder
+    from pipeline.store import Store
+
 logger = logging.getLogger("jobs.train_haste")
+
+ABOUT = """\
+Train a diffusion transformer with HASTE on a store that pipeline.extract made. The same command
+resumes an interrupted run. --plan prints the cost of every cut of the teacher for this run instead;
+--plan --help lists its options."""
 
 
 def main(argv: list[str]) -> int:
     if wants_plan(argv):
-        from pipeline.cost_estimate.command import (
-            plan_training,  # diffusers takes seconds to import
-        )
+        from pipeline.cost_estimate.command import plan_training
 
         return plan_training(argv)
     config = parse_options(
         RunConfig,
         argv,
         command="python jobs/train_haste.py",
-        about="Train a diffusion transformer with HASTE on a store that pipeline.extract made.",
+        about=ABOUT,
     )
     print(json.dumps(train_run(config), indent=1))
     return 0
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
 
 def for_workers(config: RunConfig) -> RunConfig:
     """The config with absolute local paths, because Ray workers run in another folder."""
+    from pipeline.storage.filesystem import with_absolute_paths
+
     return with_absolute_paths(
         config,
         ["store", "output", "data.cache_dir", "samples.evaluate.reference"],
@@ -63,6 +65,9 @@ def train_run(config: RunConfig) -> dict[str, Any]:
     """Check what can be checked without workers, then train. Returns the run's summary."""
     if config.store is None:
         raise UserError("--store is missing: the folder or URL of the store to train on")
+    from pipeline.runs.directory import RunFolder
+    from pipeline.store import Store
+
     config = for_workers(config)
     store = Store.open(config.store)
     run = RunFolder(config)
@@ -72,6 +77,9 @@ def train_run(config: RunConfig) -> dict[str, Any]:
             # again, because another command may have trained the run until now
             config, summary = _resolve(config, run, store)
             if not summary:
+                from pipeline.distributed.ray_cluster import ray_cluster
+                from pipeline.train.ray_trainer import fit
+
                 with ray_cluster(config.ray_address):
                     fit(config)
     return summary or run.summary()
@@ -82,6 +90,9 @@ def _resolve(
 ) -> tuple[RunConfig, dict[str, Any] | None]:
     """The config as workers take it, and the summary if the run has its steps. Raises
     ``UserError``."""
+    from pipeline.checkpoints.selection import latest_state
+    from pipeline.runs.compatibility import resolve_run  # torch takes seconds to import
+
     state = latest_state(run.checkpoints)
     where = None if state is None else run.checkpoints.where(state.step)
     config = resolve_run(config, store.manifest, state, where)

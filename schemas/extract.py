@@ -18,6 +18,8 @@ Resolution = Annotated[int, Field(ge=16, le=4096)]
 """Pixels per side of a crop."""
 TeacherSize = Annotated[int, Field(ge=1, le=1 << 13)]
 """Pixels per side of the teacher's input."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 Resize = Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"]

@@ -4,6 +4,7 @@ languages and to detect accidental changes of the format."""
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def schema_text() -> str:
     return json.dumps(store_schema(), indent=1, sort_keys=True) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    ArgumentParser(
+        "python -m schemas.json_schema",
+        description=f"Write {SCHEMA_FILE.name}, the "
+        "JSON Schema of a store's files, beside this module.",
+    ).parse_args()
     SCHEMA_FILE.write_text(schema_text())
     print(f"wrote {SCHEMA_FILE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from jobs.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
-from jobs.pretrain.classifier import ClassifierConfig, accuracy, train_classifier
-from jobs.pretrain.self_distill import SelfDistillConfig, knn_accuracies, self_distill
+from jobs.pretrain.classifier import accuracy, train_classifier
+from jobs.pretrain.kl_autoencoder import train_autoencoder
+from jobs.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
+from jobs.pretrain.self_distillation import knn_accuracies, self_distill
 from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.folder import list_class_folders

@@ -6,11 +6,10 @@ aligned to that teacher. This classifier is trained on labels, independently of 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import timm
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,23 +21,7 @@ from jobs.pretrain.common import (
     normalise,
     parameter_groups,
 )
-from schemas.base import Strict
-
-
-class ClassifierConfig(Strict):
-    """Architecture and training of the classifier."""
-
-    name: str = "resnet18"
-    """timm's name of the network."""
-    steps: Annotated[int, Field(gt=0)] = 3000
-    batch_size: Annotated[int, Field(gt=0)] = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup_steps: Annotated[int, Field(gt=0)] = 100
-    """Steps of the learning rate's linear rise."""
-    shift: Annotated[int, Field(ge=0)] = 4
-    """Largest random translation of an image, pixels."""
-    seed: int = 1
+from jobs.pretrain.options import ClassifierConfig
 
 
 def train_classifier(

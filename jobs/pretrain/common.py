@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.train.device_transfer import DevicePrefetcher
 from schemas.errors import NonFiniteError
+from schemas.extract import IMAGENET_MEAN, IMAGENET_STD
 
 logger = logging.getLogger("jobs.pretrain")
 

@@ -12,11 +12,24 @@ import fsspec
 from pipeline.checkpoints.integrity import STATE, UnfinishedCheckpointError
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.remote import PartialCheckpoints, download, fetch_partial
-from pipeline.checkpoints.selection import checkpoint_name, latest_valid
-from pipeline.checkpoints.student import is_weights_file
+from pipeline.checkpoints.selection import checkpoint_name, is_weights_file, latest_valid
 from pipeline.storage.files import absolute_url, exists, file_size, is_local, open_url, redact
 from schemas.errors import UserError
 from schemas.sample import Weights
+
+
+def require_checkpoint(name: str | None) -> str:
+    """``--checkpoint``, given and, where it is local, existing: what can be known without reading
+    it. Raises ``UserError``."""
+    if name is None:
+        raise UserError(
+            "--checkpoint is missing: the folder or URL of a run or of one checkpoint, or a .pt "
+            "file"
+        )
+    path = Path(absolute_url(name))
+    if "://" not in name and not path.exists() and not is_weights_file(path):
+        raise UserError(f"--checkpoint '{name}' holds no checkpoint")
+    return name
 
 
 def find_checkpoint(name: str | None, step: int | None = None) -> str:
@@ -25,11 +38,7 @@ def find_checkpoint(name: str | None, step: int | None = None) -> str:
 
     Only the state of a remote checkpoint is fetched. Raises ``UserError``.
     """
-    if name is None:
-        raise UserError(
-            "--checkpoint is missing: the folder or URL of a run or of one checkpoint, or a .pt "
-            "file"
-        )
+    name = require_checkpoint(name)
     if "://" in name:
         filesystem, root = open_url(name, what="--checkpoint")
         if not is_local(filesystem):

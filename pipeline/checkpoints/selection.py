@@ -43,6 +43,11 @@ class Checkpoints(Protocol):
         """A local folder with all files of a checkpoint: its own, or a copy below ``scratch``."""
 
 
+def is_weights_file(checkpoint: Path) -> bool:
+    """True for a .pt file, False for the folder of a checkpoint or a run."""
+    return checkpoint.is_file() or checkpoint.suffix in (".pt", ".pth")
+
+
 def checkpoint_name(step: int) -> str:
     return f"{PREFIX}{step:09d}"
 

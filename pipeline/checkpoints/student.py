@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.reference_format import read_classes, read_export, student_from_file
+from pipeline.checkpoints.selection import is_weights_file
 from pipeline.checkpoints.state import CheckpointState, load_weights, read_state
 from pipeline.models import SiT, make_student
 from pipeline.precision import check_finite
@@ -94,8 +95,3 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointSta
     load_weights(latest, weights, student)
     check_finite(student.state_dict(), f"checkpoint '{latest}', {weights}.safetensors")
     return student.requires_grad_(False).eval(), state
-
-
-def is_weights_file(checkpoint: Path) -> bool:
-    """True for a .pt file, False for the folder of a checkpoint or a run."""
-    return checkpoint.is_file() or checkpoint.suffix in (".pt", ".pth")

@@ -8,7 +8,9 @@ the model gives types, defaults and help. Numbers on a command line are decimal:
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,6 +35,8 @@ from schemas.validation import (
 
 BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})
 """Words that an option without a needed value takes from the words behind it."""
+OPTION, TEXT = "  ", "      "
+"""Indents of the help page: of an option, and of the text below it."""
 ASCII_ANY = re.ASCII | re.IGNORECASE
 
 
@@ -121,15 +125,13 @@ def help_text(
 ) -> str:
     """The ``--help`` page, from field names, defaults and docstrings. ``presets`` maps values of
     the option ``preset_key`` to other defaults, nested like the model."""
-    lines = [
-        f"usage: {command} [--config FILE.yaml] [--option VALUE ...]",
-        "",
-        about,
-        "",
-        "options:",
-    ]
-    lines.append(f"  --log-level {{{','.join(LEVELS)}}}  (default info)")
-    lines.append("      Lowest level of the messages on stderr.")
+    usage = f"{command} [--config FILE.yaml] [--option VALUE ...]"
+    lines = [*_wrapped(usage, "usage: ", TEXT), ""]
+    for paragraph in about.split("\n\n"):
+        lines += [*_wrapped(paragraph), ""]
+    lines.append("options:")
+    lines += _wrapped(f"--log-level {{{','.join(LEVELS)}}}  (default info)", OPTION, TEXT)
+    lines += _wrapped("Lowest level of the messages on stderr.", TEXT, TEXT)
     same_name: dict[str, list[FieldInfo]] = {}  # kinds of one thing share option names
     for name, field in leaf_fields(model):
         same_name.setdefault(name, []).append(field)
@@ -145,10 +147,26 @@ def help_text(
                 default += f"; with --{_dashed(preset_key)} {chosen}: {_show(preset)}"
         choices = list(dict.fromkeys(choice for f in fields for choice in _choices(f.annotation)))
         shown = " {" + ",".join(choices) + "}" if choices else ""
-        lines.append(f"  --{_dashed(name)}{shown}  ({default})")
+        lines += _wrapped(f"--{_dashed(name)}{shown}  ({default})", OPTION, TEXT)
         if first.description:
-            lines.append(f"      {' '.join(first.description.split())}")
+            lines += _wrapped(" ".join(first.description.split()), TEXT, TEXT)
     return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str = "", below: str = "") -> list[str]:
+    """``text`` in lines of the terminal's width, those after the first indented by ``below``. Words
+    are not broken. Into a pipe or file, lines stay whole, so that ``grep`` finds their words."""
+    columns = shutil.get_terminal_size((0, 0)).columns
+    if not columns:
+        return [indent + line for line in text.splitlines()]
+    return textwrap.wrap(
+        text.replace("\n", " "),
+        max(40, columns),
+        initial_indent=indent,
+        subsequent_indent=below,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _split_arguments(

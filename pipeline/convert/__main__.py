@@ -6,7 +6,6 @@ import sys
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.convert import convert
 from schemas.convert import ConvertConfig
 
 ABOUT = """\
@@ -14,6 +13,7 @@ Re-encode a complete store to another format, a coarser codec or a later cut of 
 the teacher's tail in the store is used; a target that needs more of the teacher is refused. Run it
 again after an interruption: only missing shards are converted. Latents, labels and keys are copied
 unchanged.
+
 To inspect a store: python -m pipeline.inspect STORE"""
 
 
@@ -25,6 +25,11 @@ def main(argv: list[str]) -> int:
         about=ABOUT,
         positional=("source", "target"),
     )
+    from pipeline.convert.request import open_source
+
+    open_source(config)  # a missing store is reported before torch is imported, for seconds
+    from pipeline.convert.job import convert
+
     done = convert(config)
     store = done.store
     samples = sum(store.index().samples_per_shard)

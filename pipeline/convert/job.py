@@ -14,10 +14,11 @@ import torch
 from tqdm import tqdm
 
 from pipeline.convert.converters import open_converter
+from pipeline.convert.request import open_source
 from pipeline.convert.shard import Group, convert_shard
 from pipeline.convert.streams import StreamPlan, computed_stream, plan_streams
 from pipeline.precision import choose_device
-from pipeline.storage.files import absolute_url, exists, is_local, open_url
+from pipeline.storage.files import exists
 from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from pipeline.store.manifest_diff import check_same_conversion
@@ -49,10 +50,7 @@ class Conversion:
 
 def convert(config: ConvertConfig) -> Conversion:
     """Create or complete the target that ``config`` describes. Raises ``UserError``."""
-    if config.source is None or config.target is None:
-        raise UserError("name two stores: the existing one and the one to create")
-    source, url = Store.open(config.source), absolute_url(config.target)
-    _check_places(source, url)
+    source, url = open_source(config)
     plans = plan_streams(config, source)
     source.require_complete("latents", *(plan.source for plan in plans if plan.added))
     device = _device(config, plans)
@@ -228,20 +226,3 @@ def _bytes_per_image(index: StoreIndex, streams: Sequence[str]) -> float:
     """Bytes per image of these streams."""
     total = sum(index.bytes_per_stream[name] for name in streams)
     return total / max(1, sum(index.samples_per_shard))
-
-
-def _check_places(source: Store, target: str) -> None:
-    """Raises ``UserError`` when one of the two stores would lie at or inside the other."""
-    filesystem, root = open_url(absolute_url(target), what="the target")
-    if type(filesystem) is not type(source.filesystem):
-        return
-    if not is_local(filesystem):
-        places = [source.root, root]
-    else:
-        places = [os.path.realpath(source.root), os.path.realpath(root)]
-    a, b = (f"{place.rstrip('/')}/" for place in places)
-    if a.startswith(b) or b.startswith(a):
-        what = "is the store to convert" if a == b else "lies inside the other store"
-        if a != b and a.startswith(b):
-            what = "holds the store to convert"
-        raise UserError(f"the target '{target}' {what}: name another place")

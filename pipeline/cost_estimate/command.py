@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from typing import TypeVar, get_args
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.cli.config_files import read_yaml
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import FLAG
-from pipeline.cost_estimate.costs import (
-    GIGA,
-    ONLINE,
-    Scenario,
-    StoreLayout,
-    compare_layouts,
-    latent_bytes,
-    stored_bytes,
-)
-from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasured_device
-from pipeline.cost_estimate.flops import image_flops
-from pipeline.cost_estimate.meta_models import Geometry, MetaModels, build_meta_models
-from pipeline.cost_estimate.report import Estimate, as_json, describe
-from pipeline.datasets import list_images
 from pipeline.storage.files import absolute_url
-from pipeline.store import Store
-from pipeline.targets.cuts import codec_set_of
 from schemas.alignment import AlignmentConfig, FixedStep
-from schemas.codecs import CodecSet
-from schemas.errors import UserError
-from schemas.extract import PRESETS, Cut, ExtractConfig, TeacherConfig
-from schemas.fields import element_count
-from schemas.plan import ExtractPlan, PlanOptions, TrainPlan
+from schemas.extract import PRESETS
+from schemas.plan import ExtractPlan, TrainPlan
 from schemas.run import RunConfig
 from schemas.validation import validate
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from pipeline.cost_estimate.report import Estimate
 
-COMPARED_CODECS: tuple[CodecSet, ...] = ("faithful", "small", "float16")
-"""Codec sets shown in every estimate, in addition to that of ``--codec``."""
-IMAGENET_IMAGES = 1_281_167  # training set of ILSVRC 2012
 DEFAULT_TRAINER = RunConfig(
     name="sit_xl2_haste",
     steps=500_000,
@@ -62,6 +37,8 @@ def plan_extraction(argv: list[str]) -> int:
     trainer, run = config.plan.trainer, DEFAULT_TRAINER
     if trainer is not None:
         run = validate(RunConfig, read_yaml(trainer), where=trainer)
+    from pipeline.cost_estimate.estimate import make_estimate  # torch takes seconds to import
+
     return _print(make_estimate(config, run, config.plan, config.plan.images), config.as_json)
 
 
@@ -69,173 +46,20 @@ def plan_training(argv: list[str]) -> int:
     """``jobs/train_haste.py --plan``."""
     command = "python jobs/train_haste.py --plan"
     config = _parse(TrainPlan, argv, command, preset_key="extract.dataset")
+    from pipeline.store import Store
+
+    store = None if config.store is None else Store.open(absolute_url(config.store))
+    # torch takes seconds to import
+    from pipeline.cost_estimate.estimate import existing_layout, extraction_config, make_estimate
+
     extraction, images, existing = config.extract, config.images, None
-    if config.store is not None:
-        store = Store.open(absolute_url(config.store))
+    if store is not None:
         store.require_complete()
         samples = sum(store.index().samples_per_shard)
-        extraction, existing = _extraction_config(store), _existing_layout(store, samples)
+        extraction, existing = extraction_config(store), existing_layout(store, samples)
         images = images or samples
-    return _print(make_estimate(extraction, config, config.plan, images, existing), config.as_json)
-
-
-def make_estimate(
-    config: ExtractConfig,
-    run: RunConfig,
-    options: PlanOptions,
-    images: int | None = None,
-    existing: StoreLayout | None = None,
-) -> Estimate:
-    """Raises ``UserError`` where the run cannot be trained on such a store."""
-    if not run.alignment.active:
-        raise UserError("this run has no alignment: there is nothing to estimate")
-    images = images or _count_images(config)
-    models = build_meta_models(config)
-    _check_compatible(config, run, models.geometry)
-
-    device = _device(config, run, options, models)
-    flops = image_flops(models, run)
-    scenario = _scenario(config, run, options, images, device)
-    layouts = candidate_layouts(config, models.geometry)
-    if existing is not None:
-        layouts.insert(0, existing)
-    costs = compare_layouts(layouts, flops, device.rates, scenario)
-    return Estimate(
-        config, run, device, scenario, flops, costs, (*models.notes, *_notes(config, run))
-    )
-
-
-def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLayout]:
-    """Every cut in the requested codec (the candidates) and in others for comparison."""
-    latents = latent_bytes(geometry)
-    layouts = []
-    for cut in get_args(Cut):
-        codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
-        for codec in dict.fromkeys(codecs):
-            size = latents + stored_bytes(cut, codec, geometry, compress=config.compress)
-            name = "uint8" if cut == ONLINE else codec
-            layouts.append(StoreLayout(cut, name, size, candidate=codec == config.codec))
-    return layouts
-
-
-def aligned_steps(run: RunConfig) -> int:
-    """Steps with alignment: all of them unless the termination step is fixed."""
-    termination = run.alignment.termination
-    if isinstance(termination, FixedStep) and not termination.dry:
-        return min(termination.step, run.steps)
-    return run.steps
-
-
-def _device(
-    config: ExtractConfig, run: RunConfig, options: PlanOptions, models: MetaModels
-) -> Device:
-    gpu = options.device != "cpu" and torch.cuda.is_available()
-    if options.tflops is None and (gpu or options.device == "cpu"):
-        logger.info("timing a few batches on this machine")
-        return measure_device(config, run, models, gpu=gpu)
-    return unmeasured_device(options.tflops, config.resolution)
-
-
-def _scenario(
-    config: ExtractConfig, run: RunConfig, options: PlanOptions, images: int, device: Device
-) -> Scenario:
-    price = options.prices.device_hour
-    if price is None:
-        price = 0.05 * device.cores if device.kind == "cpu" else 3.0
-    return Scenario(
-        images=images,
-        aligned_images_per_run=aligned_steps(run) * run.global_batch,
-        images_per_run=run.steps * run.global_batch,
-        encoders=_encoders(config, device),
-        workers=run.workers.count,
-        bytes_per_second_per_worker=round(options.gb_per_second * GIGA),
-        device_hour=price,
-        tb_month=options.prices.tb_month,
-        months=options.months,
-        runs=options.runs,
-    )
-
-
-def _encoders(config: ExtractConfig, device: Device) -> float:
-    """Devices of the extraction. On a CPU an actor is a fraction of a device."""
-    if device.kind == "cpu" and config.actors is not None:
-        return config.actors * (config.cpus_per_actor or 1) / device.cores
-    return config.actors or 1
-
-
-def _count_images(config: ExtractConfig) -> int:
-    if config.source is not None or config.dataset == "demo":
-        return len(list_images(config).items)
-    if config.dataset == "imagenet":
-        return IMAGENET_IMAGES
-    raise UserError(
-        f"a plan for --dataset {config.dataset} needs --source to count its images, or their "
-        "number: --plan.images"
-    )
-
-
-def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry) -> None:
-    if geometry.latent_shape != run.student.latent_shape:
-        stored, expected = (
-            "x".join(map(str, shape)) for shape in (geometry.latent_shape, run.student.latent_shape)
-        )
-        raise UserError(
-            f"the store would hold latents {stored} of {config.resolution} px images; the "
-            f"trainer's {run.student.model} expects {expected}: name the run's config by "
-            "--plan.trainer, or another --resolution"
-        )
-    streams = [options for options in run.alignment.streams if options.attention_weight]
-    needed = {layer for options in streams for layer in options.teacher_layers}
-    missing = sorted(needed - set(config.layers))
-    if missing:
-        raise UserError(
-            f"the trainer's alignment.teacher_layers needs teacher layer {missing[0]}; "
-            f"the extraction's --layers stores {', '.join(map(str, config.layers))}"
-        )
-
-
-def _notes(config: ExtractConfig, run: RunConfig) -> Iterator[str]:
-    if config.column_codecs:
-        yield "--column-codecs are ignored: sizes are of --codec alone"
-    if run.alignment.others:
-        yield (
-            "the run aligns to several streams: bytes are those of one, and its teacher stands for "
-            "all"
-        )
-    termination = run.alignment.termination
-    if not isinstance(termination, FixedStep) or termination.dry:
-        yield "the termination step is not fixed: all steps are assumed to be aligned"
-
-
-def _extraction_config(store: Store) -> ExtractConfig:
-    """The options that an estimate needs, from the manifest of a store."""
-    manifest = store.manifest
-    _, stream = manifest.teacher_stream()
-    teacher = stream.teacher
-    values = {
-        "dataset": manifest.dataset.name,
-        "resolution": manifest.resolution,
-        "teacher": TeacherConfig(
-            model=teacher.model, model_args=teacher.model_args, image_size=teacher.image_size
-        ),
-        "autoencoder": manifest.autoencoder.name,
-        "layers": teacher.layers,
-        "batch_size": stream.compute.batch_size,
-        "precision": "auto",
-    }
-    return ExtractConfig.model_validate(values)
-
-
-def _existing_layout(store: Store, samples: int) -> StoreLayout:
-    """Layout and measured size of a complete store; the codec of the largest tensor where the
-    stream has no codec set."""
-    if not samples:
-        raise UserError(f"store '{store.shown_url}' holds no samples")
-    _, stream = store.manifest.teacher_stream()
-    largest = max(stream.columns.values(), key=lambda column: element_count(column.shape))
-    size = -(-sum(store.index().bytes_per_stream.values()) // samples)
-    codec = codec_set_of(stream.columns) or largest.codec
-    return StoreLayout(stream.cut, codec, size, exists=True)
+    estimate = make_estimate(extraction, config, config.plan, images, existing)
+    return _print(estimate, config.as_json)
 
 
 def _parse(model: type[Options], argv: list[str], command: str, *, preset_key: str) -> Options:
@@ -250,5 +74,7 @@ def _parse(model: type[Options], argv: list[str], command: str, *, preset_key: s
 
 
 def _print(estimate: Estimate, json_wanted: bool) -> int:
+    from pipeline.cost_estimate.report import as_json, describe
+
     print(json.dumps(as_json(estimate)) if json_wanted else describe(estimate))
     return 0

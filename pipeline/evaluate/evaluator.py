@@ -10,6 +10,7 @@ from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.evaluate.images.sources import IMAGES, Images, open_images
 from pipeline.evaluate.measure import Measurements, measure
 from pipeline.evaluate.metrics import SampleOrigin, compare, evaluation_row
+from pipeline.evaluate.options import check_options
 from pipeline.evaluate.reference_statistics import (
     INCEPTION,
     has_points,
@@ -35,7 +36,7 @@ def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
     """Compare ``config.samples`` with ``config.reference``, and add a row to the run
     ``config.record``. None without samples: only the reference's statistics are written. Raises
     ``UserError``, also where the samples' description says that they are of another run."""
-    place = _check_options(config)
+    place = check_options(config)
     samples = None
     if config.samples is not None:
         has_features = not place.endswith(".npz") or has_points(Archive(place, "--reference"))
@@ -59,30 +60,6 @@ def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
         row = evaluation_row(numbers, origin, network, reference.moments, place)
         record_evaluation(run, row)
     return numbers
-
-
-def _check_options(config: EvaluateConfig) -> str:
-    """Path or URL of the reference, after checking the combination of options."""
-    if config.reference is None:
-        raise UserError("--reference is missing: an .npz, a folder of images or a store")
-    if config.samples is None and config.save_reference is None:
-        raise UserError("--samples is missing: an .npz, a folder of images or a store")
-    if config.record is not None and config.samples is None:
-        raise UserError("--record adds an evaluation of samples to a run: give --samples")
-    if config.save_reference is not None and not config.save_reference.endswith(".npz"):
-        raise UserError(f"--save-reference '{config.save_reference}' must end in .npz")
-    if config.network is None:
-        for key in ("network_weights", "network_size", "network_args"):
-            if getattr(config, key):
-                option = key.replace("_", "-")
-                raise UserError(f"--{option} needs --network ID, which is missing")
-    elif config.network_weights is None:
-        raise UserError(
-            f"--network-weights is missing: FILE, hub or random for --network {config.network}"
-        )
-    elif config.inception_weights is not None:
-        raise UserError("--network and --inception-weights: fid uses one network, give one option")
-    return config.reference
 
 
 def _open_networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetwork | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
-from pipeline.extract.job import extract
 from schemas.extract import PRESETS, ExtractConfig
 
 ABOUT = """\
@@ -16,7 +15,6 @@ cost of every cut instead; --plan --help lists its options."""
 
 def main(argv: list[str]) -> int:
     if wants_plan(argv):
-        # Imported here because only a plan needs its dependencies.
         from pipeline.cost_estimate.command import plan_extraction
 
         return plan_extraction(argv)
@@ -28,6 +26,8 @@ def main(argv: list[str]) -> int:
         presets=PRESETS,
         preset_key="dataset",
     )
+    from pipeline.extract.job import extract  # Ray takes a second to import
+
     summary = extract(config)
     store = summary.store
     index = store.index()

@@ -9,7 +9,6 @@ from pipeline.datasets import Listing
 from pipeline.extract.tasks import stream_name
 from pipeline.store import Store
 from pipeline.targets.cuts import cut_columns
-from pipeline.teachers.vit import named_normalisation
 from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
@@ -104,6 +103,8 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
         if config.teacher.image_size is not None:
             values["teacher.image_size"] = (teacher.image_size, config.teacher.image_size)
         if teacher.model == config.teacher.model:
+            from pipeline.teachers.vit import named_normalisation  # timm takes seconds to import
+
             mean, std = named_normalisation(teacher.model)
             values |= {
                 "teacher.mean": (teacher.mean, config.teacher.mean or mean),

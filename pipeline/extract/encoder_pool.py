@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.log_relay import send_progress, set_up_worker_logging
-from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.tasks import Description, ShardTask
 from pipeline.store.manifest_diff import differences
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest, WeightsFile
 
+if TYPE_CHECKING:
+    from pipeline.extract.encoder import ShardResult
+
 
 class EncoderActor:
     """An encoder in its own process."""
 
     def load(self, config: ExtractConfig, device: str, threads: int) -> Description:
+        # here, because the driver would import torch, timm and diffusers for seconds without use
+        from pipeline.extract.encoder import Encoder
+
         set_up_worker_logging()
         self.encoder = Encoder(config, device=device, threads=threads)
         return self.encoder.describe()

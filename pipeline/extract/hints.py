@@ -11,8 +11,7 @@ from PIL import Image
 
 from pipeline.datasets import Listing, open_reader
 from pipeline.extract.tasks import Description
-from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
-from schemas.extract import ExtractConfig
+from schemas.extract import IMAGENET_MEAN, IMAGENET_STD, ExtractConfig
 from schemas.store import AutoencoderInfo, TeacherInfo
 
 FEW_TOKENS = 8

@@ -8,20 +8,14 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.listing import describe_image
 from pipeline.datasets.listing_check import short_name
-from pipeline.distributed.log_relay import ProgressHandler
-from pipeline.distributed.ray_cluster import ray_cluster
-from pipeline.distributed.resources import OptionNames, choose_resources
 from pipeline.extract.compatibility import check_request, with_stores_options
-from pipeline.extract.encoder import ShardResult
-from pipeline.extract.encoder_pool import EncoderPool
-from pipeline.extract.hints import log_hints
 from pipeline.extract.target_store import lacks_tail, missing_tasks, open_store
 from pipeline.extract.tasks import stream_name
 from pipeline.storage.files import absolute_url, exists
@@ -32,7 +26,9 @@ from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.store import Manifest, SkippedImage, TeacherStream
 
-RESOURCE_OPTIONS = OptionNames("--actors", "--cpus-per-actor", "--gpus-per-actor")
+if TYPE_CHECKING:
+    from pipeline.extract.encoder import ShardResult
+
 logger = logging.getLogger(__name__)
 
 
@@ -79,6 +75,8 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
                 _finish(existing, listing)
             _check_left_empty(config, listing, existing)
             return ExtractionSummary(0, 0.0, existing)
+    from pipeline.distributed.ray_cluster import ray_cluster  # Ray takes a second to import
+
     with ray_cluster(config.ray_address):
         return _run(config, listing, existing)
 
@@ -109,9 +107,17 @@ class _Progress:
 
 
 def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> ExtractionSummary:
+    from pipeline.distributed.log_relay import ProgressHandler
+    from pipeline.distributed.resources import OptionNames, choose_resources
+    from pipeline.extract.encoder_pool import EncoderPool
+    from pipeline.extract.hints import log_hints
+
     name = stream_name(config)
     workers = choose_resources(
-        config.actors, config.cpus_per_actor, config.gpus_per_actor, options=RESOURCE_OPTIONS
+        config.actors,
+        config.cpus_per_actor,
+        config.gpus_per_actor,
+        options=OptionNames("--actors", "--cpus-per-actor", "--gpus-per-actor"),
     )
     shards = -(-len(listing.items) // config.shard_size)
     if existing is not None and name in existing.manifest.streams:

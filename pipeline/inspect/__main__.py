@@ -6,21 +6,15 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.inspect.orphans import (
-    count_and_size,
-    describe_removal,
-    find_orphans,
-    is_cheap_to_list,
-    remove_orphans,
-)
-from pipeline.inspect.summary import describe, summarise
-from pipeline.inspect.verify import describe_verification, verify_store
-from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.inspect import InspectConfig
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
 
 logger = logging.getLogger("pipeline.inspect")
 
@@ -42,6 +36,9 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--{chosen[0]} cannot be combined with --verify, --gc, --check, --sample or --fidelity"
         )
+    from pipeline.inspect.summary import describe, summarise
+    from pipeline.store import Store
+
     store = Store.open(config.store)
     if config.verify:
         return _verify(store, config)
@@ -72,6 +69,8 @@ def main(argv: list[str]) -> int:
 
 
 def _verify(store: Store, config: InspectConfig) -> int:
+    from pipeline.inspect.verify import describe_verification, verify_store
+
     found = verify_store(store, threads=config.threads)
     page = describe_verification(store, found)
     print(json.dumps(found.as_json()) if config.as_json else page)
@@ -88,6 +87,8 @@ def _check(store: Store, config: InspectConfig) -> int:
 
 
 def _remove_orphans(store: Store, config: InspectConfig) -> int:
+    from pipeline.inspect.orphans import describe_removal, remove_orphans
+
     done = remove_orphans(store, hours=config.gc_age)
     page = describe_removal(store, done, hours=config.gc_age)
     print(json.dumps(done.as_json()) if config.as_json else page)
@@ -96,6 +97,8 @@ def _remove_orphans(store: Store, config: InspectConfig) -> int:
 
 def _count_orphans(store: Store) -> str | None:
     """Number and size of the orphans; None without any, or if listing the store is expensive."""
+    from pipeline.inspect.orphans import count_and_size, find_orphans, is_cheap_to_list
+
     orphans = find_orphans(store).removable if is_cheap_to_list(store) else []
     return count_and_size(orphans) if orphans else None
 

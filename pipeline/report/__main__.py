@@ -7,7 +7,6 @@ import logging
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.storage.files import redact
 from schemas.errors import plain_text
 from schemas.report import ReportConfig
 
@@ -22,7 +21,8 @@ def main(argv: list[str]) -> int:
         about="Write one page that compares runs: curves, samples, attention, speed, options.",
         positional="runs",
     )
-    from pipeline.report.page import write_report  # loads matplotlib and torch, which takes seconds
+    from pipeline.report.page import write_report
+    from pipeline.storage.files import redact
 
     report, size = write_report(config)
     for warning in report.warnings:

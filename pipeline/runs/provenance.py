@@ -7,8 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoints.resolve import local_copy
-from pipeline.checkpoints.selection import checkpoint_name
-from pipeline.checkpoints.student import is_weights_file
+from pipeline.checkpoints.selection import checkpoint_name, is_weights_file
 from pipeline.hashing import sha256_of_arrays
 from pipeline.storage.files import absolute_url, exists, is_local, open_url, redact
 from schemas.errors import UserError, plain_text

@@ -17,12 +17,10 @@ from pipeline.datasets.class_names import row_name
 from pipeline.precision import choose_arithmetic, choose_device
 from pipeline.sampling.batches import choose_classes, plan_batches
 from pipeline.sampling.generate import check_guidance, check_sampler, draw_images
+from pipeline.sampling.options import check_options
 from pipeline.visualization.image_grid import save_grid
 from schemas.errors import UserError
 from schemas.sample import SampleConfig
-
-NOT_FOR_A_GRID = ("npz", "folder", "labels", "workers", "ray_address")
-"""Options of single images only."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class GridSummary:
 def draw_grid(config: SampleConfig) -> GridSummary:
     """Draw ``config.per_class`` images of each class and write them to ``config.png``, one row for
     each class. Raises ``UserError``."""
-    _check_options(config)
+    check_options(config)
     started = time.perf_counter()
     png = _make_folder_of(config)  # a path that cannot be written fails before the sampling
     with local_copy(find_checkpoint(config.checkpoint), config.weights) as checkpoint:
@@ -76,12 +74,6 @@ def draw_grid(config: SampleConfig) -> GridSummary:
     except OSError as error:
         raise _unwritable(png, error) from None
     return GridSummary(len(labels), str(png), time.perf_counter() - started)
-
-
-def _check_options(config: SampleConfig) -> None:
-    for key in NOT_FOR_A_GRID:
-        if key in config.model_fields_set:
-            raise UserError(f"--{key.replace('_', '-')} is for --num, not for the grid of --png")
 
 
 def _make_folder_of(config: SampleConfig) -> Path:

@@ -18,6 +18,7 @@ from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.distributed.resources import OptionNames, WorkerResources, choose_resources
 from pipeline.distributed.signals import StopSignals
 from pipeline.sampling.batches import ImageBatch, choose_classes, choose_labels, plan_batches
+from pipeline.sampling.options import check_options
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
 from pipeline.sampling.resume import find_checkpoint_to_resume, info_of_complete_images
 from pipeline.sampling.worker import SampledBatch, SampleWorker, WorkerInfo
@@ -57,7 +58,7 @@ class SampleSummary:
 def sample_many(config: SampleConfig) -> SampleSummary:
     """Draw those of the requested images that do not exist yet. Raises ``UserError``, and
     ``StoppedError`` after SIGTERM or Ctrl-C."""
-    _check_options(config)
+    check_options(config)
     config = with_absolute_paths(config, ["npz", "folder"], folders=["autoencoder"])
     assert config.num is not None
     outputs = _open_outputs(config)
@@ -105,15 +106,6 @@ def describe_images(config: SampleConfig, checkpoint: str, worker: WorkerInfo) -
         sampler=config.sampler,
         version=importlib.metadata.version("haste-pipeline"),
     )
-
-
-def _check_options(config: SampleConfig) -> None:
-    if config.npz is None and config.folder is None:
-        raise UserError("--num needs --npz FILE or --folder DIR for its images")
-    if config.npz is not None and config.npz.endswith("/"):
-        raise UserError(f"--npz '{config.npz}' is the name of a folder: name a file")
-    if "per_class" in config.model_fields_set:
-        raise UserError("--per-class is for --png; with --num, use --labels balanced")
 
 
 def _open_outputs(config: SampleConfig) -> list[Output]:

@@ -16,16 +16,16 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
-from zarr.codecs import BloscCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, StoredArray, use_one_blosc_thread
 from pipeline.store.layout import array_rows, chunk_path
 from schemas.store import StreamFile
+
+if TYPE_CHECKING:
+    from zarr.storage import MemoryStore
 
 ABSENT = (1 << 64) - 1  # offset, in a shard's index, of a chunk that was never written
 
@@ -39,6 +39,9 @@ def metadata_files(
 ) -> dict[str, bytes]:
     """Every ``zarr.json`` of a store, by path below its root. Without ``samples_per_shard``, which
     only a complete store has, arrays have rows for full shards."""
+    import zarr  # here and below, because stores of tars need none
+    from zarr.storage import MemoryStore
+
     files: dict[str, Any] = {}
     memory = MemoryStore(files)
     rows = num_shards * shard_size
@@ -127,6 +130,9 @@ def _create(
     rows: int,
     attributes: Mapping[str, int] | None = None,
 ) -> Any:
+    import zarr
+    from zarr.codecs import BloscCodec, ZstdCodec
+
     compressors: list[Any] = []
     if part.lossless == "zstd":
         compressors = [ZstdCodec(level=ZSTD_LEVEL)]
@@ -165,6 +171,8 @@ def _fill_value(part: StoredArray) -> float:
 
 def _shard_bytes(part: StoredArray, values: np.ndarray, shard_size: int) -> bytes:
     """One zarr shard with the rows ``values``, followed by rows that were never written."""
+    from zarr.storage import MemoryStore
+
     files: dict[str, Any] = {}
     array = _create(MemoryStore(files), "x", part, shard_size, shard_size)
     use_one_blosc_thread()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pipeline.store.codecs import encode_column, find_codec
-from pipeline.teachers import Teacher
 from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut
 from schemas.store import Column
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.teachers import Teacher
 
 Kind = Literal["activations", "features", "factors", "probabilities", "vector"]
 """Kinds of tensors, which decide the codec."""
@@ -120,6 +121,8 @@ def later_cut_values(
 ) -> dict[str, Tensor]:
     """The same for a cut other than ``image``, from the tokens (B, P + N, D) that enter the
     teacher's block ``start``."""
+    import torch  # here, because drivers that only name columns need none
+
     if cut == "activations":
         tokens, _ = teacher.run_blocks(tokens, start, teacher.layers[0])
         return {"tokens": tokens.float()}
@@ -164,7 +167,7 @@ def not_finite(columns: Mapping[str, Column], values: Mapping[str, Tensor]) -> d
     """For each column of floating-point tensors, (B,) bool on their device: True for samples with
     NaN or infinities."""
     return {
-        name: (~torch.isfinite(values[name])).flatten(1).any(1)
+        name: (~values[name].isfinite()).flatten(1).any(1)
         for name in columns
         if values[name].is_floating_point()
     }

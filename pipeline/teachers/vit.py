@@ -16,10 +16,7 @@ from pipeline.storage.hub import HubUnreachableError, hub_access
 from pipeline.teachers.attention_tap import AttentionTap
 from pipeline.teachers.weights import load_tail_weights, load_weights
 from schemas.errors import UserError, plain_text
-from schemas.extract import TeacherConfig
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from schemas.extract import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
 
 HUB_FILES = ("pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names of timm's weights on the hub, where they are not model.safetensors."""

@@ -9,7 +9,7 @@ from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from schemas.errors import UserError
 from schemas.validation import suggest
-from tests.bench.report import as_json, page
+from tests.bench.options import OPTIONS
 
 BENCHES = {
     "frontier": "cut x codec: bytes, errors of targets and gradients, decoding time",
@@ -23,8 +23,8 @@ BENCHES = {
     "growth": "1.3 and 100 million samples: time to open, order and read a first batch; memory",
     "shuffle": "label entropy of batches by shuffle window, against a full shuffle",
 }
-"""Modules of this package, each with ``Options``, a subclass of ``BenchOptions``, and
-``run(options) -> Report``."""
+"""Modules of this package, each with ``run(options) -> Report``; their options are in
+``tests.bench.options``."""
 
 
 def main(argv: list[str]) -> int:
@@ -35,10 +35,12 @@ def main(argv: list[str]) -> int:
     name, *rest = argv
     if name not in BENCHES:
         raise UserError(f"there is no bench '{name}'{suggest(name, list(BENCHES))}; --help")
-    bench = importlib.import_module(f"tests.bench.{name}")
     command = f"python -m tests.bench {name}"
-    options = parse_options(bench.Options, rest, command=command, about=BENCHES[name])
-    report = bench.run(options)
+    options = parse_options(OPTIONS[name], rest, command=command, about=BENCHES[name])
+    # torch takes seconds to import
+    from tests.bench.report import as_json, page
+
+    report = importlib.import_module(f"tests.bench.{name}").run(options)
     print(json.dumps(as_json(name, report)) if options.as_json else page(report))
     return 0
 

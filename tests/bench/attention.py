@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from pipeline.alignment.fused_attention_loss import fused_attention_loss
 from pipeline.alignment.losses import attention_loss
 from pipeline.models.taps import QueriesKeys
-from tests.bench.options import BenchOptions
+from tests.bench.options import AttentionOptions as Options
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.timing import Clock
 
@@ -25,27 +23,6 @@ HEADINGS = (
     Heading("gradient_error", "gradient error", ".1e"),
 )
 MEBI = 1 << 20
-
-
-class Options(BenchOptions):
-    """Shapes, device and repetitions."""
-
-    batch: int | None = Field(default=None, ge=1)
-    """Samples. Default: 4 on a CPU, 32 on a GPU."""
-    layers: int = Field(default=4, ge=1)
-    """Tapped layers."""
-    heads: int = Field(default=12, ge=1)
-    """Heads per layer that the loss reads."""
-    tokens: int = Field(default=256, ge=1)
-    """Patches of the student and of the teacher."""
-    head_width: int = Field(default=72, ge=1)
-    """Head width of the student: 72 in SiT-XL, 64 in SiT-B."""
-    rounds: int = Field(default=7, ge=1)
-    """Rounds in which each variant is timed once; medians are reported."""
-    compiled: bool = True
-    """Also time the compiled loss."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Default: the GPU where one is available; operands are bfloat16 there."""
 
 
 def run(options: Options) -> Report:

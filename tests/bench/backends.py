@@ -12,17 +12,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 
 from pipeline.storage.files import is_local, list_tree
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import Format
 from schemas.store import Manifest
-from tests.bench.options import BenchOptions
+from tests.bench.options import BackendsOptions as Options
 from tests.bench.read_methods import data_files, read_methods
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.synthetic_stores import (
@@ -51,19 +50,6 @@ HEADINGS = (
         )
     ),
 )
-
-
-class Options(BenchOptions):
-    """Places, stores and repetitions."""
-
-    places: tuple[Literal["disk", "s3"], ...] = ("disk", "s3")
-    """'disk' is a temporary folder of this machine, 's3' SeaweedFS on its loopback."""
-    forms: tuple[Literal["tiny", *tuple(STORE_SPECS)], ...] = tuple(STORE_SPECS)  # type: ignore[valid-type]
-    """Stores to measure."""
-    repeats: int = Field(default=3, ge=1)
-    """Rounds in which each method is timed once; medians are reported."""
-    cache: Literal["warm", "cold"] = "warm"
-    """On disk: 'cold' drops the files from the page cache before each timing."""
 
 
 class Timing(NamedTuple):

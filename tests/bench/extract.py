@@ -7,13 +7,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
 from pipeline.cli.config_files import merge
@@ -24,9 +23,9 @@ from pipeline.extract.latent_sources import AutoencoderLatents
 from pipeline.extract.tasks import make_manifest, make_tasks, with_tail
 from pipeline.store import Store
 from pipeline.targets.cuts import cut_values
-from schemas.extract import PRESETS, Cut, ExtractConfig
+from schemas.extract import PRESETS, ExtractConfig
 from tests.bench.images import load_crops
-from tests.bench.options import BenchOptions
+from tests.bench.options import ExtractOptions as Options
 from tests.bench.report import Heading, Report, Table
 from tests.bench.timing import Clock
 
@@ -36,26 +35,6 @@ HEADINGS = (
     Heading("share", "/ networks alone", ".3f"),
     Heading("spread", "from .. to"),
 )
-
-
-class Options(BenchOptions):
-    """Networks, device and number of images."""
-
-    networks: Literal["imagenet", "demo"] = "imagenet"
-    """'imagenet': DINOv2-B and Stable Diffusion's autoencoder at 256 px, with random weights;
-    'demo': the demo's small ones at 32 px."""
-    cut: Cut = "activations"
-    """Cut of the teacher that is stored."""
-    images: int | None = Field(default=None, ge=1)
-    """Images of a round. Default: 4 on a CPU, 1024 on a GPU."""
-    batch: int | None = Field(default=None, ge=1)
-    """Images of a forward pass. Default: 2 on a CPU, 64 on a GPU."""
-    rounds: int = Field(default=3, ge=1)
-    """Rounds in which both are timed once; shares are of one round, medians are reported."""
-    decoders: int = Field(default=8, ge=1)
-    """Decoding threads on a GPU; on a CPU --threads is used."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Default: the GPU where one is available."""
 
 
 def run(options: Options) -> Report:

@@ -9,10 +9,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,13 +22,12 @@ from pipeline.targets.sources import MapsTargets, QkTargets, ReplayedTargets, Ta
 from pipeline.targets.tail import first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
-from schemas.extract import Cut, TeacherConfig
-from schemas.fields import Layers
+from schemas.extract import Cut
 from schemas.store import Column, ComputeInfo, TeacherStream
 from tests.bench.codec_variants import CodecVariant, codec_variants
 from tests.bench.errors import Judge
 from tests.bench.images import load_crops
-from tests.bench.options import BenchOptions
+from tests.bench.options import FrontierOptions as Options
 from tests.bench.outlier_weights import describe, plant_outliers
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.tar_members import decode_all, latent_bytes, read_members, tar_bytes, write_members
@@ -53,43 +51,6 @@ HEADINGS = (
     Heading("encode_ms", "encode", ".1f"),
     Heading("meets", "target"),
 )
-
-
-class Options(BenchOptions):
-    """Images, teachers and codec variants."""
-
-    images: str | None = None
-    """Folder of photographs. Default: shared/data/imagenet_sample beside the project where it is,
-    else cut-outs of scikit-learn's photographs."""
-    count: int = Field(default=8, ge=1)
-    """Number of images."""
-    weights: tuple[str, ...] = ("plain", "planted")
-    """'plain' (the project's random weights, whose attention is as spread as a trained model's),
-    'planted' (the same with massive channels and loud tokens), 'hub' or a file: see
-    --teacher.weights of pipeline.extract."""
-    sharpness: float = 0.8
-    """Factor on queries and keys of 'planted', which keeps attention no sharper than a trained
-    model's."""
-    teacher: TeacherConfig = TeacherConfig()
-    """Shape of the teacher. Its weights are those of --weights."""
-    resolution: int = 256
-    """Pixels per side of the crops."""
-    layers: Layers = (7, 8, 9, 10, 11)
-    """Layers that a store of activations serves: its tokens enter the first of them."""
-    measured: Layers = (8, 9, 10, 11)
-    """Layers that a run reads; stores of maps and factors hold only these."""
-    cuts: tuple[Literal["activations", "qk", "maps", "image"], ...] = CUTS
-    """Cuts to measure."""
-    singles: bool = True
-    """Also measure single codecs, not only the sets of --codec."""
-    match: str = ""
-    """Regular expression: only variants whose name matches it are measured."""
-
-    @model_validator(mode="after")
-    def _check_layers(self) -> Options:
-        if not set(self.measured) <= set(self.layers):
-            raise ValueError("measured layers must be among the stored layers")
-        return self
 
 
 def run(options: Options) -> Report:

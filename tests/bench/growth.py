@@ -19,13 +19,12 @@ from unittest.mock import patch
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import Field
 
 from pipeline.storage.files import read_at_most
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.layout import INDEX, MANIFEST
 from schemas.store import STORE_VERSION, StoreIndex
-from tests.bench.options import BenchOptions
+from tests.bench.options import GrowthOptions as Options
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.timing import peak_memory
 from tests.helpers import write_known_store
@@ -52,17 +51,6 @@ STEADY = (
     Heading("memory_mib", "MiB of the process", ".1f"),
     Heading("held_mib", "MiB of whole files", ".1f"),
 )
-
-
-class Options(BenchOptions):
-    """Sizes of data sets, and length of the memory measurement."""
-
-    samples: tuple[int, ...] = (1_281_167, 100_000_000)
-    """Samples of the simulated data sets."""
-    batch: int = Field(default=256, ge=1)
-    """Samples of a step of one worker."""
-    steps: int = Field(default=10_000, ge=5)
-    """Steps over which memory is measured, over many epochs of a small store."""
 
 
 def run(options: Options) -> Report:

@@ -15,11 +15,10 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.reading.shard_index import shard_table
-from tests.bench.options import BenchOptions
+from tests.bench.options import LoaderOptions as Options
 from tests.bench.read_methods import data_files, samples_of, stock_webdataset
 from tests.bench.report import Heading, Report, Table
 from tests.bench.synthetic_stores import (
@@ -45,24 +44,6 @@ SPEC_NAMES = (*STORE_SPECS, "tiny")
 RAW, STOCK = "one readinto per file", "stock webdataset .decode()"
 BARE = "one preadv per sample"
 QUICK, WHOLE = "loader, checksums off", "loader"
-
-
-class Options(BenchOptions):
-    """Stores and repetitions."""
-
-    forms: tuple[str, ...] = ("activations int8 uncompressed", "activations faithful")
-    """Stores to measure; ratios of the first one are the headline."""
-    rounds: int = Field(default=5, ge=1)
-    """Rounds in which each method reads the store once; ratios are of one round, medians are
-    reported."""
-    batch: int = Field(default=32, ge=1)
-    """Samples of a batch of the loader."""
-    workers: int = Field(default=1, ge=1)
-    """Threads of the loader. All share one core, except where waiting is measured."""
-    rate: float = Field(default=600.0, gt=0)
-    """Samples per second of the consumer whose waiting is measured."""
-    seconds: float = Field(default=3.0, gt=0)
-    """Duration of that measurement."""
 
 
 def run(options: Options) -> Report:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from pipeline.models import make_student
 from pipeline.models.ema import Ema
-from schemas.student import ModelName, StudentConfig
-from tests.bench.options import BenchOptions
+from schemas.student import StudentConfig
+from tests.bench.options import OptimizerOptions as Options
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.timing import Clock
 
@@ -24,19 +23,6 @@ HEADINGS = (
     Heading("ratio", "/ plain", ".2f"),
     Heading("ns_per_weight", "ns per weight", ".3f"),
 )
-
-
-class Options(BenchOptions):
-    """Student, device and repetitions."""
-
-    student: ModelName = "SiT-B/2"
-    """Model whose weights are updated."""
-    depth: int | None = Field(default=None, ge=1)
-    """Blocks of the student, for a quick measurement."""
-    rounds: int = Field(default=7, ge=1)
-    """Rounds in which each variant is timed once; medians are reported."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Default: the GPU where one is available."""
 
 
 def run(options: Options) -> Report:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from pipeline.store import SampleOrder
-from tests.bench.options import BenchOptions
+from tests.bench.options import ShuffleOptions as Options
 from tests.bench.report import Heading, Report, Row, Table
 
 HEADINGS = (
@@ -18,23 +17,6 @@ HEADINGS = (
     Heading("sorted", "sorted by class", ".3f"),
     Heading("sorted_of_full", "of a full shuffle", ".1%"),
 )
-
-
-class Options(BenchOptions):
-    """Labels of a data set, and the batches drawn from it."""
-
-    samples: int = Field(default=1_281_167, ge=1)
-    """Samples of the store."""
-    classes: int = Field(default=1000, ge=1)
-    """Classes, of about equal size."""
-    shard_size: int = Field(default=64, ge=1)
-    """Samples of a shard."""
-    batch: int = Field(default=256, ge=1)
-    """Samples of a step, over all workers."""
-    batches: int = Field(default=200, ge=1)
-    """Number of measured steps, spread over an epoch."""
-    windows: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024)
-    """Shards whose samples are shuffled together."""
 
 
 def run(options: Options) -> Report:

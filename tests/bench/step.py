@@ -7,14 +7,12 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from pipeline.models.flops import STEP, student_flops
-from schemas.student import ModelName
-from tests.bench.options import BenchOptions
+from tests.bench.options import StepOptions as Options
 from tests.bench.peers import peer_step
 from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.steps import Stepper, batch_of, make_data, make_stepper, run_configs
@@ -28,40 +26,6 @@ HEADINGS = (
     Heading("tflops", "TFLOP/s of the student", ".2f"),
     Heading("memory", "peak memory / vanilla", ".3f"),
 )
-
-
-class Options(BenchOptions):
-    """Step, device and repetitions."""
-
-    student: ModelName = "SiT-B/2"
-    """The student, at its published size and with its published alignment."""
-    cut: Literal["maps", "qk", "activations", "image"] = "maps"
-    """Cut of the teacher in the store (DINOv2-B, 256 px)."""
-    batch: int | None = Field(default=None, ge=1)
-    """Samples of a step. Default: 4 on a CPU, 128 on a GPU."""
-    rounds: int = Field(default=7, ge=1)
-    """Rounds in which each step is timed once; ratios are of one round, medians are reported."""
-    steps: int | None = Field(default=None, ge=1)
-    """Steps of one timing. Default: 1 on a CPU, 10 on a GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Default: the GPU where one is available."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast dtype, as in training."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Same as compute.compile in training."""
-    plain: bool = True
-    """Also measure Phase I with the plain attention loss and optimizer."""
-    memory: bool = True
-    """Also measure peak memory; on a CPU that takes a new process for each step."""
-    depth: int | None = Field(default=None, ge=2)
-    """Blocks of the student, for a quick measurement."""
-    width: int | None = Field(default=None, ge=4)
-    """Width of the student, for a quick measurement."""
-    peer: Path | None = None
-    """Checkout of the HASTE or REPA repository: also measure its step, with an online teacher, on
-    the same shapes."""
-    profile: Path | None = None
-    """Folder for traces of two steps of each phase, for chrome://tracing."""
 
 
 def run(options: Options) -> Report:

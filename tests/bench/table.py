@@ -6,12 +6,10 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
-from pydantic import Field
 
-from tests.bench.options import BenchOptions
+from tests.bench.options import TableOptions as Options
 from tests.bench.report import Heading, Report, Row, Table
 
 HEADINGS = (
@@ -43,17 +41,6 @@ CPU = (
 TINY = ("optimizer --student SiT-S/2 --depth 1 --rounds 1",)
 MIN_SECONDS = 20.0
 """Remaining time below which no further bench is started."""
-
-
-class Options(BenchOptions):
-    """Benches and time budget."""
-
-    budget: float = Field(default=570.0, gt=0)
-    """Seconds for all of them; benches without time left are named."""
-    only: str = ""
-    """Only benches whose command contains this text; 'tiny' is a smoke test."""
-    peer: Path | None = None
-    """Checkout of the HASTE or REPA repository, for the steps with cut 'maps'."""
 
 
 def run(options: Options) -> Report:

@@ -17,9 +17,7 @@ from schemas.validation import suggest
 from tests.faults.faults import FAULTS
 from tests.faults.options import FaultOptions
 from tests.faults.plan import draw
-from tests.faults.reference import Reference
 from tests.faults.results_log import Result, ResultsLog
-from tests.faults.session import Session
 from tests.faults.table import as_json, page
 
 MAX_EMPTY = 10
@@ -49,6 +47,9 @@ def disturb(options: FaultOptions) -> list[Result]:
     url = absolute_url(options.store)
     if "://" in url:
         raise UserError("--store: give a local folder; the harness starts its own S3 server")
+    from tests.faults.reference import Reference  # torch takes seconds to import
+    from tests.faults.session import Session
+
     root = Path(url)
     root.mkdir(parents=True, exist_ok=True)
     results_log = ResultsLog(root, options.seed)

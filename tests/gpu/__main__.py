@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
-from pipeline.precision import choose_device
 from schemas.base import Strict
 from schemas.errors import UserError
 from tests.gpu.results import write_section
@@ -35,11 +33,14 @@ class CheckOptions(Strict):
 def main(argv: list[str]) -> int:
     name, *rest = argv or [""]
     if name == "checks":
-        from tests.gpu.checks import run_checks
-
         options = parse_options(
             CheckOptions, rest, command="python -m tests.gpu checks", about="Check a GPU."
         )
+        import torch  # takes seconds
+
+        from pipeline.precision import choose_device
+        from tests.gpu.checks import run_checks
+
         device = torch.device(choose_device(options.device))
         report = run_checks(device, options.budget, Path(options.out))
         return int(any(check["status"] == "FAILED" for check in report["checks"].values()))

@@ -13,7 +13,8 @@ import torch
 
 from jobs.train_haste import main as train_main
 from pipeline.cli.config_files import read_yaml
-from pipeline.cost_estimate.command import DEFAULT_TRAINER, aligned_steps
+from pipeline.cost_estimate.command import DEFAULT_TRAINER
+from pipeline.cost_estimate.estimate import aligned_steps
 from pipeline.cost_estimate.report import WIDTH
 from pipeline.extract.__main__ import main as extract_main
 from schemas.alignment import FixedStep, ResidualPlateau
