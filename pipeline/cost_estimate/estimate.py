@@ -19,6 +19,7 @@ from pipeline.cost_estimate.costs import (
 )
 from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasured_device
 from pipeline.cost_estimate.flops import image_flops
+from pipeline.cost_estimate.memory import step_memory
 from pipeline.cost_estimate.meta_models import Geometry, MetaModels, build_meta_models
 from pipeline.cost_estimate.report import Estimate
 from pipeline.datasets import list_images
@@ -45,8 +46,11 @@ def make_estimate(
     options: PlanOptions,
     images: int | None = None,
     existing: StoreLayout | None = None,
+    *,
+    memory: bool = False,
 ) -> Estimate:
-    """Raises ``UserError`` where the run cannot be trained on such a store."""
+    """``memory``: also count that of a step. Raises ``UserError`` where the run cannot be trained
+    on such a store."""
     if not run.alignment.active:
         raise UserError("this run has no alignment: there is nothing to estimate")
     images = images or _count_images(config)
@@ -60,9 +64,13 @@ def make_estimate(
     if existing is not None:
         layouts.insert(0, existing)
     costs = compare_layouts(layouts, flops, device.rates, scenario)
-    return Estimate(
-        config, run, device, scenario, flops, costs, (*models.notes, *_notes(config, run))
-    )
+    notes = (*models.notes, *_notes(config, run))
+    needed = None
+    if memory:
+        logger.info("counting what a step keeps for its backward pass")
+        tail = flops.tail_weights.get(existing.cut if existing else config.cut, 0)
+        needed = step_memory(run, models.geometry, tail)
+    return Estimate(config, run, device, scenario, flops, costs, notes, needed)
 
 
 def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLayout]:
