@@ -183,7 +183,7 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         if isinstance(part, FinalLayer):
-            for layer in (part.linear, part.linear_cls):
-                if layer is not None:
-                    nn.init.zeros_(layer.weight)
-                    nn.init.zeros_(layer.bias)
+            for head in (part.linear, part.linear_cls):
+                if head is not None:
+                    nn.init.zeros_(head.weight)
+                    nn.init.zeros_(head.bias)

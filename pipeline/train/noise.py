@@ -77,7 +77,14 @@ class SampleNoise(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> SampleNoise:
         """The numbers with ``change`` applied to each tensor."""
-        return SampleNoise(*(None if values is None else change(values) for values in self))
+        token = self.class_noise
+        return SampleNoise(
+            t=change(self.t),
+            drop_label=change(self.drop_label),
+            posterior=change(self.posterior),
+            noise=change(self.noise),
+            class_noise=None if token is None else change(token),
+        )
 
 
 def draw(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -354,7 +355,7 @@ def split_batch(
         }
         yield (
             Batch(batch.step, batch.positions[part], columns),
-            draws.each(lambda values, part=part: values[part]),
+            draws.each(itemgetter(part)),
         )
 
 
