@@ -194,8 +194,10 @@ def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry)
             f"trainer's {run.student.model} expects {expected}: name the run's config by "
             "--plan.trainer, or another --resolution"
         )
-    missing = sorted(set(run.alignment.teacher_layers) - set(config.layers))
-    if run.alignment.attention_weight and missing:
+    streams = [options for options in run.alignment.streams if options.attention_weight]
+    needed = {layer for options in streams for layer in options.teacher_layers}
+    missing = sorted(needed - set(config.layers))
+    if missing:
         raise UserError(
             f"the trainer's alignment.teacher_layers needs teacher layer {missing[0]}; "
             f"the extraction's --layers stores {', '.join(map(str, config.layers))}"
@@ -205,6 +207,11 @@ def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry)
 def _notes(config: ExtractConfig, run: RunConfig) -> Iterator[str]:
     if config.column_codecs:
         yield "--column-codecs are ignored: sizes are of --codec alone"
+    if run.alignment.others:
+        yield (
+            "the run aligns to several streams: bytes are those of one, and its teacher stands for "
+            "all"
+        )
     termination = run.alignment.termination
     if not isinstance(termination, FixedStep) or termination.dry:
         yield "the termination step is not fixed: all steps are assumed to be aligned"
