@@ -111,7 +111,7 @@ class Trainer:
             config.student.latent_shape,
             config.diffusion.label_drop,
             group.device,
-            config.student.class_token,
+            class_token=config.student.class_token,
         )
         if self._compiles:
             report_compile_limit()
