@@ -13,6 +13,7 @@ from pipeline.cost_estimate.costs import (
     ONLINE,
     Scenario,
     StoreLayout,
+    class_stream_bytes,
     compare_layouts,
     latent_bytes,
     stored_bytes,
@@ -20,11 +21,17 @@ from pipeline.cost_estimate.costs import (
 from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasured_device
 from pipeline.cost_estimate.flops import image_flops
 from pipeline.cost_estimate.memory import step_memory
-from pipeline.cost_estimate.meta_models import Geometry, MetaModels, build_meta_models
+from pipeline.cost_estimate.meta_models import (
+    Geometry,
+    MetaModels,
+    build_meta_models,
+    writes_class_stream,
+)
 from pipeline.cost_estimate.report import Estimate
 from pipeline.datasets import list_images
 from pipeline.store import Store
 from pipeline.targets.cuts import codec_set_of
+from pipeline.text import describe_bytes
 from schemas.alignment import FixedStep
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
@@ -58,13 +65,14 @@ def make_estimate(
     _check_compatible(config, run, models.geometry)
 
     device = _device(config, run, options, models)
-    flops = image_flops(models, run)
+    with_class = writes_class_stream(config, models.geometry)
+    flops = image_flops(models, run, class_token=with_class)
     scenario = _scenario(config, run, options, images, device)
     layouts = candidate_layouts(config, models.geometry)
     if existing is not None:
         layouts.insert(0, existing)
     costs = compare_layouts(layouts, flops, device.rates, scenario)
-    notes = (*models.notes, *_notes(config, run))
+    notes = (*models.notes, *_notes(config, run), *_class_notes(costs[0].class_bytes))
     needed = None
     if memory:
         logger.info("counting what a step keeps for its backward pass")
@@ -81,8 +89,11 @@ def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLa
         codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
         for codec in dict.fromkeys(codecs):
             size = latents + stored_bytes(cut, codec, geometry, compress=config.compress)
+            tokens = 0
+            if writes_class_stream(config, geometry):
+                tokens = class_stream_bytes(codec, geometry, compress=config.compress)
             name = "uint8" if cut == ONLINE else codec
-            layouts.append(StoreLayout(cut, name, size, candidate=codec == config.codec))
+            layouts.append(StoreLayout(cut, name, size, tokens, candidate=codec == config.codec))
     return layouts
 
 
@@ -175,6 +186,15 @@ def _notes(config: ExtractConfig, run: RunConfig) -> Iterator[str]:
         yield "the termination step is not fixed: all steps are assumed to be aligned"
 
 
+def _class_notes(each: int) -> Iterator[str]:
+    if each:
+        yield (
+            f"sizes of all images include class tokens, {describe_bytes(each)} per image, which "
+            "only recipes such as REG read; 'activations' and 'image' are extracted with all "
+            "blocks of the teacher for them (--class-token none: neither)"
+        )
+
+
 def extraction_config(store: Store) -> ExtractConfig:
     """The options that an estimate needs, from the manifest of a store."""
     manifest = store.manifest
@@ -201,6 +221,8 @@ def existing_layout(store: Store, samples: int) -> StoreLayout:
         raise UserError(f"store '{store.shown_url}' holds no samples")
     _, stream = store.manifest.teacher_stream()
     largest = max(stream.columns.values(), key=lambda column: element_count(column.shape))
-    size = -(-sum(store.index().bytes_per_stream.values()) // samples)
+    sizes = store.index().bytes_per_stream
+    tokens = sum(size for name, size in sizes.items() if name in store.manifest.class_streams)
+    size = -(-(sum(sizes.values()) - tokens) // samples)
     codec = codec_set_of(stream.columns) or largest.codec
-    return StoreLayout(stream.cut, codec, size, exists=True)
+    return StoreLayout(stream.cut, codec, size, -(-tokens // samples), exists=True)

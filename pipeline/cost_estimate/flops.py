@@ -60,8 +60,9 @@ def autoencoder_flops(autoencoder: Any, resolution: int) -> int:
     return count(lambda: encode(autoencoder, pixels))[1]
 
 
-def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
-    """FLOPs of an extraction's networks and of the run that reads its store."""
+def image_flops(models: MetaModels, run: RunConfig, *, class_token: bool = False) -> ImageFlops:
+    """FLOPs of an extraction's networks and of the run that reads its store. With
+    ``class_token`` the extraction runs all blocks of the teacher for every cut."""
     geometry = models.geometry
     teacher = teacher_flops(models.vit, geometry)
     heads = min(run.student.size.heads, geometry.heads)
@@ -75,8 +76,8 @@ def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
         extraction={
             "maps": teacher.through(0, depth, len(geometry.layers)),
             "qk": teacher.through(0, depth, 0),
-            "activations": teacher.through(0, first, 0),
-            "image": 0,
+            "activations": teacher.through(0, depth if class_token else first, 0),
+            "image": teacher.through(0, depth, 0) if class_token else 0,
         },
         training={
             "maps": 0,

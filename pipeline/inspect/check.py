@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, NamedTuple
 
 from pipeline.checkpoints.store_identity import choose_class_stream
@@ -13,7 +14,9 @@ from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
 from schemas.alignment import StreamAlignment, place
 from schemas.errors import UserError
+from schemas.fields import class_stream_name
 from schemas.run import RunConfig
+from schemas.store import Manifest
 from schemas.validation import validate
 
 
@@ -78,11 +81,32 @@ def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: 
     try:
         name = choose_class_stream(config, store.manifest, config.diffusion.class_stream)
     except UserError as error:
-        return Answer(file, False, str(error))
+        wanted = _missing_class_stream(store.manifest, config)
+        if wanted is None:
+            return Answer(file, False, str(error))
+        reason = "the store holds no class tokens of the teacher"
+        return Answer(file, False, reason, _class_stream_command(store, wanted))
     if name in incomplete:
-        missing = len(store.missing_shards(name))
-        return Answer(file, False, f"class stream '{name}' lacks {missing} shards")
+        reason = f"class stream '{name}' lacks {len(store.missing_shards(name))} shards"
+        return Answer(file, False, reason, _class_stream_command(store, name))
     return Answer(file, True)
+
+
+def _missing_class_stream(manifest: Manifest, config: RunConfig) -> str | None:
+    """Name for the class stream of the teacher that a config aligns to, by default of the store's
+    first; None where it is there, or the config names another stream."""
+    held = manifest.teacher_streams
+    name = config.alignment.stream or next(iter(held), None)
+    if config.diffusion.class_stream is not None or name is None or name not in held:
+        return None
+    if any(s.teacher.same_network(held[name].teacher) for s in manifest.class_streams.values()):
+        return None
+    return class_stream_name(name, added=held[name].added)
+
+
+def _class_stream_command(store: Store, name: str) -> str:
+    options = ["--store", store.shown_url, "--add-stream", name]
+    return shlex.join(["python", "-m", "pipeline.extract", *options])
 
 
 def _combine(answers: list[Answer]) -> Answer:

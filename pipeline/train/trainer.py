@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,7 +111,7 @@ class Trainer:
             config.student.latent_shape,
             config.diffusion.label_drop,
             group.device,
-            config.student.class_token,
+            class_token=config.student.class_token,
         )
         if self._compiles:
             report_compile_limit()
@@ -354,7 +355,7 @@ def split_batch(
         }
         yield (
             Batch(batch.step, batch.positions[part], columns),
-            draws.each(lambda values, part=part: values[part]),
+            draws.each(itemgetter(part)),
         )
 
 

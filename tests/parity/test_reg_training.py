@@ -164,8 +164,9 @@ def test_final_tensors(recipes: Golden, run: SimpleNamespace) -> None:
         for third in thirds:
             ours, theirs = _third(getattr(run, kind), third), _third({parameter: io[name]}, third)
             tolerance = {"model": MODEL, "ema": EMA}[kind]
-            # no element strays further than the whole change may
-            check_close(name, ours, theirs, _allowed(sums[third], kind, tolerance))
+            # no element strays further than the whole change may, or than both may by rounding
+            allowed = _allowed(sums[third], kind, tolerance)
+            check_close(name, ours, theirs, allowed + 2 * recipes.noise("reg_train_io", name))
 
 
 def _allowed(numbers: dict[str, float], kind: str, tolerance: float) -> float:
