@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from schemas.base import Strict
 
 Path = Literal["linear", "cosine"]
+TimeDistribution = Literal["uniform", "lognormal"]
 Prediction = Literal["velocity", "noise", "score"]
 
 DDPM_STEPS = 1000
@@ -32,6 +33,9 @@ class DiffusionConfig(Strict):
 
     path: Path = "linear"
     """SiT: the interpolant between data and noise. DiT has its own noise schedule."""
+    time: TimeDistribution = Field(default="uniform", exclude_if=lambda value: value == "uniform")
+    """SiT: distribution of the training times; 'lognormal' is that of the ratio of noise to data
+    (REPA's --weighting lognormal)."""
     label_drop: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Probability of training a sample without its class, for classifier-free guidance."""
 

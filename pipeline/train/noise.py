@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from pipeline.randomness import Purpose, generator
 
+Times = Callable[[Tensor], Tensor]
+"""Timesteps (B,) in [0, 1) from uniform numbers (B,) in [0, 1)."""
+
 
 class NoisePrefetcher:
     """Draws the noise of the next step in a thread while the present step computes.
@@ -19,9 +23,16 @@ class NoisePrefetcher:
     """
 
     def __init__(
-        self, seed: int, latent_shape: tuple[int, ...], label_drop: float, device: torch.device
+        self,
+        seed: int,
+        latent_shape: tuple[int, ...],
+        label_drop: float,
+        device: torch.device,
+        times: Times | None = None,
     ) -> None:
+        """``times``: see ``draw``."""
         self._arguments = (seed, latent_shape, label_drop)
+        self._times = times
         self._pinned = device.type == "cuda"
         self._expected: tuple[np.ndarray, Future[SampleNoise]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
@@ -48,7 +59,7 @@ class NoisePrefetcher:
 
     def _draw(self, positions: np.ndarray) -> SampleNoise:
         seed, shape, label_drop = self._arguments
-        draws = draw(seed, positions, shape, label_drop)
+        draws = draw(seed, positions, shape, label_drop, self._times)
         return (
             SampleNoise(*(values.contiguous().pin_memory() for values in draws))
             if self._pinned
@@ -60,7 +71,7 @@ class SampleNoise(NamedTuple):
     """Random numbers of B samples."""
 
     t: Tensor
-    """(B,) timesteps, uniform on [0, 1)."""
+    """(B,) timesteps in [0, 1)."""
     drop_label: Tensor
     """(B,) bool: train this sample without its class."""
     posterior: Tensor
@@ -70,11 +81,16 @@ class SampleNoise(NamedTuple):
 
 
 def draw(
-    seed: int, positions: np.ndarray, latent_shape: tuple[int, ...], label_drop: float
+    seed: int,
+    positions: np.ndarray,
+    latent_shape: tuple[int, ...],
+    label_drop: float,
+    times: Times | None = None,
 ) -> SampleNoise:
     """All draws of the samples at ``positions``, on the CPU, in float32.
 
-    The order of draws within a sample is fixed: timestep, label drop, posterior, noise.
+    The order of draws within a sample is fixed: timestep, label drop, posterior, noise. ``times``
+    maps the uniform numbers drawn for the timesteps to another distribution.
     """
     count = len(positions)
     uniform = np.empty((count, 2), np.float32)
@@ -84,4 +100,5 @@ def draw(
         rng.random(out=uniform[i], dtype=np.float32)
         rng.standard_normal(out=normal[i], dtype=np.float32)
     uniforms, normals = torch.from_numpy(uniform), torch.from_numpy(normal)
-    return SampleNoise(uniforms[:, 0], uniforms[:, 1] < label_drop, normals[:, 0], normals[:, 1])
+    t = uniforms[:, 0] if times is None else times(uniforms[:, 0])
+    return SampleNoise(t, uniforms[:, 1] < label_drop, normals[:, 0], normals[:, 1])
