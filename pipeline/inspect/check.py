@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.checkpoints.store_identity import choose_class_stream
@@ -9,10 +11,13 @@ from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
+from pipeline.store.layout import MANIFEST
 from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
+from pipeline.teachers.manifest_check import has_class_token
 from schemas.alignment import StreamAlignment, place
 from schemas.errors import UserError
+from schemas.fields import class_stream_name
 from schemas.run import RunConfig
 from schemas.validation import validate
 
@@ -37,6 +42,7 @@ class Answer(NamedTuple):
 
 def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
     """An answer for each config file, in their order."""
+    files = config_files(files)
     base = store.missing_shards()
     if base:
         missing = f"{len(base)} of the store's {store.manifest.num_shards} shards are missing"
@@ -44,6 +50,21 @@ def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
         return [Answer(file, False, reason) for file in files]
     incomplete = {name for name in store.added_streams if store.missing_shards(name)}
     return [_answer(store, file, incomplete) for file in files]
+
+
+def config_files(named: tuple[str, ...]) -> tuple[str, ...]:
+    """The config files that --check names: a folder stands for its YAML files. Raises
+    ``UserError``."""
+    files: list[str] = []
+    for name in named:
+        if not Path(name).is_dir():
+            files.append(name)
+            continue
+        found = sorted(str(path) for path in Path(name).glob("*.yaml"))
+        if not found:
+            raise UserError(f"--check {name}: the folder holds no .yaml file")
+        files += found
+    return tuple(files)
 
 
 def answers_as_json(answers: list[Answer]) -> dict[str, Any]:
@@ -78,11 +99,45 @@ def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: 
     try:
         name = choose_class_stream(config, store.manifest, config.diffusion.class_stream)
     except UserError as error:
-        return Answer(file, False, str(error))
+        added = _computable_class_stream(store, config)
+        if added is None:
+            return Answer(file, False, str(error))
+        return Answer(file, False, "the store holds no class tokens", _compute(store, added))
     if name in incomplete:
         missing = len(store.missing_shards(name))
-        return Answer(file, False, f"class stream '{name}' lacks {missing} shards")
+        computed = store.manifest.class_streams[name].converted_from
+        reason = f"class stream '{name}' lacks {missing} shards"
+        return Answer(file, False, reason, _compute(store, name) if computed else None)
     return Answer(file, True)
+
+
+def _computable_class_stream(store: Store, config: RunConfig) -> str | None:
+    """Name of the class stream that the config needs, if it can be computed from the store's own
+    teacher stream, which has a class token of that width; None if the store has it, or cannot."""
+    manifest = store.manifest
+    if config.diffusion.class_stream is not None:
+        return None
+    wanted = config.alignment.stream if config.alignment.active else None
+    held = manifest.teacher_streams
+    source = wanted or next((name for name, stream in held.items() if not stream.added), None)
+    if source not in held or any(
+        stream.teacher.same_network(held[source].teacher)
+        for stream in manifest.class_streams.values()
+    ):
+        return None
+    teacher = held[source].teacher
+    where = f"{store.shown_url}/{MANIFEST}: streams.{source}.teacher"
+    try:
+        own = has_class_token(teacher, manifest.resolution, where)
+    except UserError:
+        return None
+    fits = own and teacher.width == config.student.class_token
+    return class_stream_name(source, added=held[source].added) if fits else None
+
+
+def _compute(store: Store, name: str) -> str:
+    words = ["python", "-m", "pipeline.extract", "--store", store.shown_url, "--add-stream", name]
+    return shlex.join(words)
 
 
 def _combine(answers: list[Answer]) -> Answer:
