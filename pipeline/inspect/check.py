@@ -11,14 +11,13 @@ from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
-from pipeline.store.layout import MANIFEST
 from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
-from pipeline.teachers.manifest_check import has_class_token
 from schemas.alignment import StreamAlignment, place
 from schemas.errors import UserError
 from schemas.fields import class_stream_name
 from schemas.run import RunConfig
+from schemas.store import Manifest
 from schemas.validation import validate
 
 
@@ -99,45 +98,38 @@ def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: 
     try:
         name = choose_class_stream(config, store.manifest, config.diffusion.class_stream)
     except UserError as error:
-        added = _computable_class_stream(store, config)
-        if added is None:
+        wanted = _missing_class_stream(store.manifest, config)
+        if wanted is None:
             return Answer(file, False, str(error))
-        return Answer(file, False, "the store holds no class tokens", _compute(store, added))
+        reason = "the store holds no class tokens of the teacher"
+        return Answer(file, False, reason, _class_stream_command(store, wanted))
     if name in incomplete:
-        missing = len(store.missing_shards(name))
+        reason = f"class stream '{name}' lacks {len(store.missing_shards(name))} shards"
         computed = store.manifest.class_streams[name].converted_from
-        reason = f"class stream '{name}' lacks {missing} shards"
-        return Answer(file, False, reason, _compute(store, name) if computed else None)
+        command = _class_stream_command(store, name) if computed else None
+        return Answer(file, False, reason, command)
     return Answer(file, True)
 
 
-def _computable_class_stream(store: Store, config: RunConfig) -> str | None:
-    """Name of the class stream that the config needs, if it can be computed from the store's own
-    teacher stream, which has a class token of that width; None if the store has it, or cannot."""
-    manifest = store.manifest
-    if config.diffusion.class_stream is not None:
-        return None
-    wanted = config.alignment.stream if config.alignment.active else None
+def _missing_class_stream(manifest: Manifest, config: RunConfig) -> str | None:
+    """Name for the class stream of the teacher that a config aligns to, by default of the store's
+    first; None where it is there, the teacher has no class token of the student's width, or the
+    config names another stream."""
     held = manifest.teacher_streams
-    source = wanted or next((name for name, stream in held.items() if not stream.added), None)
-    if source not in held or any(
-        stream.teacher.same_network(held[source].teacher)
-        for stream in manifest.class_streams.values()
-    ):
+    name = config.alignment.stream or next(iter(held), None)
+    if config.diffusion.class_stream is not None or name is None or name not in held:
         return None
-    teacher = held[source].teacher
-    where = f"{store.shown_url}/{MANIFEST}: streams.{source}.teacher"
-    try:
-        own = has_class_token(teacher, manifest.resolution, where)
-    except UserError:
+    teacher = held[name].teacher
+    if not teacher.prefix or teacher.width != config.student.class_token:
         return None
-    fits = own and teacher.width == config.student.class_token
-    return class_stream_name(source, added=held[source].added) if fits else None
+    if any(s.teacher.same_network(held[name].teacher) for s in manifest.class_streams.values()):
+        return None
+    return class_stream_name(name, added=held[name].added)
 
 
-def _compute(store: Store, name: str) -> str:
-    words = ["python", "-m", "pipeline.extract", "--store", store.shown_url, "--add-stream", name]
-    return shlex.join(words)
+def _class_stream_command(store: Store, name: str) -> str:
+    options = ["--store", store.shown_url, "--add-stream", name]
+    return shlex.join(["python", "-m", "pipeline.extract", *options])
 
 
 def _combine(answers: list[Answer]) -> Answer:

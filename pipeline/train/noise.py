@@ -25,10 +25,12 @@ class NoisePrefetcher:
         latent_shape: tuple[int, ...],
         label_drop: float,
         device: torch.device,
+        *,
         class_token: int | None = None,
     ) -> None:
         """``class_token``: width of the class tokens that get noise too; None: there are none."""
-        self._arguments = (seed, latent_shape, label_drop, class_token)
+        self._arguments = (seed, latent_shape, label_drop)
+        self._class_token = class_token
         self._pinned = device.type == "cuda"
         self._expected: tuple[np.ndarray, Future[SampleNoise]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
@@ -54,8 +56,8 @@ class NoisePrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def _draw(self, positions: np.ndarray) -> SampleNoise:
-        seed, shape, label_drop, class_token = self._arguments
-        draws = draw(seed, positions, shape, label_drop, class_token)
+        seed, shape, label_drop = self._arguments
+        draws = draw(seed, positions, shape, label_drop, class_token=self._class_token)
         if self._pinned:
             return draws.each(lambda values: values.contiguous().pin_memory())
         return draws
@@ -92,6 +94,7 @@ def draw(
     positions: np.ndarray,
     latent_shape: tuple[int, ...],
     label_drop: float,
+    *,
     class_token: int | None = None,
 ) -> SampleNoise:
     """All draws of the samples at ``positions``, on the CPU, in float32.

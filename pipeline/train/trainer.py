@@ -76,10 +76,11 @@ class Trainer:
         self._heads = [teacher.heads for teacher in aligned]
         self.class_tokens: ClassTokens | None = None
         """Source of the class tokens, in both phases; None for a student without them."""
+        class_streams: list[int] = []
         if config.student.class_token is not None:
             self.class_tokens = ClassTokens(manifest, config.diffusion.class_stream)
             own = manifest.class_streams[self.class_tokens.stream].teacher
-            self._aligns_class_token = [teacher.same_network(own) for teacher in teachers]
+            class_streams = [n for n, t in enumerate(teachers) if t.same_network(own)]
         first = aligned[0] if aligned else AlignedTeacher(0, 0)
         if config.compute.deterministic and group.device.type == "cuda":
             use_deterministic_kernels()
@@ -94,6 +95,7 @@ class Trainer:
             diffusion=config.diffusion,
             measure_entropy=measure_entropy,
             fused=config.compute.attention_loss == "fused",
+            class_streams=class_streams,
         ).to(group.device)
         self.ema = Ema(self.module.student, config.ema_decay)
         self.projectors: dict[int, nn.Module] = dict(self.module.projectors())
@@ -111,7 +113,7 @@ class Trainer:
             config.student.latent_shape,
             config.diffusion.label_drop,
             group.device,
-            config.student.class_token,
+            class_token=config.student.class_token,
         )
         if self._compiles:
             report_compile_limit()
@@ -170,19 +172,10 @@ class Trainer:
 
     def losses(self, module: nn.Module, inputs: Inputs, targets: Sequence[Targets]) -> Tensor:
         """Sums over the samples of what ``module.losses`` names, from ``module``: the wrapped one,
-        or the bare one where no gradients are to be averaged.
-
-        A class token is aligned in the streams of its own teacher, as in REG; other streams align
-        patches alone.
-        """
-        dtype, token = self.autocast_dtype, inputs.class_token
-        if token is not None and targets:
-            targets = [
-                one._replace(class_token=token.clean) if own else one
-                for one, own in zip(targets, self._aligns_class_token, strict=True)
-            ]
+        or the bare one where no gradients are to be averaged."""
+        dtype = self.autocast_dtype
         with torch.autocast(self.group.device.type, dtype, enabled=dtype is not None):
-            losses: Tensor = module(*inputs[:-1], *targets, class_token=token)
+            losses: Tensor = module(*inputs[:-1], *targets, class_token=inputs.class_token)
         return losses
 
     def denoising_loss(self, losses: Tensor) -> Tensor:

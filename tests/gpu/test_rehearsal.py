@@ -22,7 +22,7 @@ from schemas.evaluate import EvaluateConfig
 from schemas.student import StudentConfig
 from tests.encoded import encode
 from tests.gpu.fake_gpu import CUDA, FakeGpu, needs_cuda_build
-from tests.gpu.steps import RUN, open_steps, run_config
+from tests.gpu.steps import RUN, open_steps, reg, run_config
 
 pytestmark = needs_cuda_build
 
@@ -70,6 +70,14 @@ def test_steps(
     stores: Callable[..., Store], cut: str, options: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     gpu = rehearse(stores(cut, **options), changes)
+    assert gpu.waits == []
+    assert gpu.races == []
+
+
+@pytest.mark.parametrize("changes", [{}, MICRO, VANILLA], ids=["one part", "parts", "no teacher"])
+def test_steps_of_reg(stores: Callable[..., Store], changes: dict[str, Any]) -> None:
+    store, options = reg(stores("maps"))
+    gpu = rehearse(store, {**options, **changes})
     assert gpu.waits == []
     assert gpu.races == []
 
@@ -137,11 +145,15 @@ def test_stored_latents_are_not_copied() -> None:
         assert _pinned_copy(mean) is mean
 
 
-@pytest.mark.parametrize("method", ["sde", "ode", "ode_heun", "ddpm"])
-def test_samplers(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "class_token"),
+    [*((method, None) for method in ("sde", "ode", "ode_heun", "ddpm")), ("sde", 20), ("ode", 20)],
+)
+def test_samplers(method: str, class_token: int | None) -> None:
     """Only the finished images are waited for."""
     family = "DiT" if method == "ddpm" else "SiT"
-    config = StudentConfig.model_validate({**RUN["student"], "model": f"{family}-S/2"})
+    options = {"model": f"{family}-S/2", "class_token": class_token}
+    config = StudentConfig.model_validate({**RUN["student"], **options})
     sampler = SamplerConfig.model_validate({"method": method, "steps": 3, "guidance": 1.5})
     with FakeGpu() as gpu:
         student = make_student(config).to(CUDA).eval()

@@ -341,7 +341,7 @@ def test_missing_class_tokens_are_named_with_the_command_that_computes_them(tmp_
         edit_json(path, lambda values: values["streams"].pop("class"))
     Path(store.root, "index.json").unlink()
     answer = check(store, "jobs/configs/sit_b2_reg.yaml")
-    assert (answer.ok, answer.reason) == (False, "the store holds no class tokens")
+    assert (answer.ok, answer.reason) == (False, "the store holds no class tokens of the teacher")
     asked = extraction(str(answer.command))
     assert asked.model_fields_set == {"store", "add_stream"}
     assert (asked.store, asked.add_stream) == (store.url, "class")
