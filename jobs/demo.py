@@ -1,5 +1,5 @@
 """The whole pipeline on a small data set: images to shards to a student trained with HASTE, or with
-another recipe (jobs/configs/demo_RECIPE.yaml) on the same shards.
+another recipe (jobs/configs/demo/RECIPE.yaml) on the same shards.
 
 `make demo` runs this. All parts are real but small: scikit-learn's digits, a teacher self-distilled
 on them and an autoencoder trained on them (jobs/pretrain/), Ray actors, Ray Train with 2 workers.
@@ -53,9 +53,9 @@ class DemoConfig(Strict):
     """The demo."""
 
     recipe: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = HASTE
-    """Recipe of the training: haste, or the NAME of a file jobs/configs/demo_NAME.yaml: repa, reg,
-    reg_haste. Others than haste use the shards in runs/demo, are written to runs/demo_NAME, and
-    their report compares them with the recipes that were run before."""
+    """Recipe of the training: haste, or the NAME of a file jobs/configs/demo/NAME.yaml (irepa, repa,
+    reg, reg_haste). Others than haste use the shards in runs/demo and are written to
+    runs/demo_NAME; their report compares them with the recipes that were run before."""
 
 
 def main(argv: list[str]) -> int:
@@ -84,9 +84,9 @@ def main(argv: list[str]) -> int:
 
 def _run_config(recipe: str) -> RunConfig:
     """Raises ``UserError`` for a recipe without a file."""
-    name = "demo.yaml" if recipe == HASTE else f"demo_{recipe}.yaml"
+    name = "demo.yaml" if recipe == HASTE else f"demo/{recipe}.yaml"
     if not (CONFIGS / name).exists():
-        others = sorted(path.stem.removeprefix("demo_") for path in CONFIGS.glob("demo_*.yaml"))
+        others = sorted(path.stem for path in CONFIGS.glob("demo/*.yaml"))
         raise UserError(f"--recipe {recipe} is not one of {HASTE}, {', '.join(others)}")
     return validate(RunConfig, read_yaml(CONFIGS / name), where=f"jobs/configs/{name}")
 

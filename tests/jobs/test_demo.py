@@ -21,7 +21,7 @@ def test_help_and_unknown_options_leave_the_last_demo_alone(
     assert (tmp_path / "samples.png").exists()
 
 
-@pytest.mark.parametrize("recipe", ["haste", "repa", "reg", "reg_haste"])
+@pytest.mark.parametrize("recipe", ["haste", "repa", "irepa", "reg", "reg_haste"])
 def test_every_recipe_is_a_config(recipe: str) -> None:
     config = demo._run_config(recipe)
     assert config.name == ("demo" if recipe == "haste" else f"demo_{recipe}")
