@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from jobs.sample import main as draw_command
 from pipeline.checkpoints.export import export_checkpoint
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.reference_format import join_state, read_file
@@ -374,6 +376,16 @@ def test_an_export_is_drawn_as_its_run(reg_config: Make, tmp_path: Path) -> None
     labels = [1, 4]
     images = draw_latents(one, labels, sampler)
     assert torch.equal(draw_latents(other, labels, sampler), images)
+
+    pictures = []
+    for source in (checkpoint, out):
+        png = tmp_path / "grid.png"
+        argv = ["--checkpoint", str(source), "--png", str(png), "--classes", "0,4"]
+        argv += ["--per-class", "1", "--sampler.steps", "3", "--autoencoder", "demo"]
+        argv += ["--sampler.guidance", "2.3", "--sampler.class-guidance", "0", "--device", "cpu"]
+        assert draw_command(argv) == 0
+        pictures.append(np.asarray(Image.open(png)))
+    assert np.array_equal(*pictures)
 
     names = list(join_state(read_file(out)))
     assert names[-4:] == [f"{n}.{leaf}" for n in ("cls_projectors2", "wg_norm") for leaf in LEAVES]
