@@ -13,7 +13,7 @@ from pipeline.alignment.losses import Targets, attention_entropy, attention_loss
 from pipeline.alignment.resample import Grid, resample_features, resample_logits
 from pipeline.diffusion.objective import make_objective
 from pipeline.models import StudentOutput, Taps, make_student
-from pipeline.models.projector import Projector
+from pipeline.models.projector import make_projector
 from pipeline.models.taps import QueriesKeys
 from schemas.alignment import AlignmentConfig, StreamAlignment
 from schemas.diffusion import DiffusionConfig
@@ -104,7 +104,7 @@ class AlignedStudent(nn.Module):
         self.measure_entropy = measure_entropy
         self.losses = loss_names(alignment, class_token=student.class_token is not None)
         self.compiled = False
-        self.projector: Projector | None = None
+        self.projector: nn.Module | None = None
         """That of the first stream."""
         self.other_projectors = nn.ModuleDict()
         """Those of further streams, by the stream's number; see ``projectors``."""
@@ -116,7 +116,7 @@ class AlignedStudent(nn.Module):
             own = number in class_streams
             streams.append(AlignedStream(number, options, teacher.heads, grids, kernel, own))
             if options.feature_weight:
-                projector = Projector(student.size.width, options.projector_width, teacher.width)
+                projector = make_projector(options, student.size.width, teacher.width, grids[1])
                 if number == 0:
                     self.projector = projector
                 else:
@@ -235,8 +235,10 @@ class AlignedStudent(nn.Module):
     def _projected(self, stream: AlignedStream, features_BND: Tensor) -> Tensor:
         if stream.number == 0:
             assert self.projector is not None
-            return self.projector(features_BND)
-        projected: Tensor = self.other_projectors[f"{stream.number}"](features_BND)
+            projector = self.projector
+        else:
+            projector = self.other_projectors[f"{stream.number}"]
+        projected: Tensor = projector(features_BND)
         return projected
 
     def _attention_losses(

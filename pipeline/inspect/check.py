@@ -11,10 +11,12 @@ from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
+from pipeline.targets.kinds import TARGET_KINDS
 from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
 from schemas.alignment import StreamAlignment, place
 from schemas.errors import UserError
+from schemas.extract import Cut
 from schemas.fields import class_stream_name
 from schemas.run import RunConfig
 from schemas.store import Manifest
@@ -184,7 +186,9 @@ def _answer_stream(
             _missing_layers(store, name, alignment) or reasons[name] for name in names
         )
     try:
-        suggested = suggest_extraction(store, requested, alignment.teacher_layers)
+        layers = {*alignment.teacher_layers, *(alignment.target_layers or ())}
+        cut: Cut | None = "activations" if TARGET_KINDS[alignment.target].replayed else None
+        suggested = suggest_extraction(store, requested, sorted(layers), cut)
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:

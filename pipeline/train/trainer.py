@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from pipeline.alignment.aligned_student import AlignedStudent, AlignedTeacher, C
 from pipeline.alignment.losses import Targets
 from pipeline.checkpoints.state import projector_files
 from pipeline.diffusion.normalisation import normalisation_of, normalise
+from pipeline.diffusion.times import times_of
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
 from pipeline.precision import precision_dtype, use_deterministic_kernels
@@ -60,6 +62,9 @@ class Trainer:
         self.group = group
         self.step = 0
         self.aligned = config.alignment.active
+        self.factor = 1.0
+        """Factor of the alignment's weights in the next step, see ``alignment_factor``. A Python
+        number: it needs no copy to the device and no graph of its own."""
         self.termination: dict[str, Any] | None = None
         self.skipped: Tensor | None = None
         """If the last step was skipped: bool, on the device, equal on all ranks. None unless
@@ -113,6 +118,7 @@ class Trainer:
             config.student.latent_shape,
             config.diffusion.label_drop,
             group.device,
+            partial(times_of, config.diffusion),
             class_token=config.student.class_token,
         )
         if self._compiles:
@@ -191,7 +197,8 @@ class Trainer:
 
     def total(self, losses: Tensor) -> Tensor:
         """The loss that is minimised."""
-        return self.denoising_loss(losses) + self.alignment_loss(losses)
+        denoising, alignment = self.denoising_loss(losses), self.alignment_loss(losses)
+        return denoising + (alignment if self.factor == 1 else self.factor * alignment)
 
     def terminate(self, evidence: Mapping[str, Any]) -> None:
         """End the alignment before step ``self.step``.

@@ -28,6 +28,17 @@ pytestmark = needs_cuda_build
 
 MICRO = {"workers": {"micro_batch": 3}}
 PLAIN = {"compute": {"attention_loss": "plain", "optimizer": "plain"}}
+IREPA = {"projector": "conv", "projector_kernel": 3, "normalisation": "spatial"}
+SECOND = {"feature_weight": 0.25, "feature_depth": 1, "student_layers": [2], "teacher_layers": [4]}
+RECIPES = {
+    "alignment": {
+        **IREPA,
+        "normalisation_strength": 0.6,
+        "others": [SECOND],
+        "warmup": {"kind": "cosine", "steps": 4},
+        "termination": {"ramp": {"steps": 2}},
+    }
+}
 VANILLA = {"alignment": {"feature_weight": 0, "attention_weight": 0, "termination": None}}
 
 
@@ -61,6 +72,8 @@ def rehearse(store: Store, changes: dict[str, Any]) -> FakeGpu:
         ("activations", {"precision": "bfloat16"}, MICRO),
         ("activations", {"codec": "int8"}, {**PLAIN, "student": {"model": "SiT-S/4"}}),
         ("image", {}, MICRO),
+        ("maps", {}, RECIPES),
+        ("activations", {}, RECIPES),
         ("maps", {}, VANILLA),
         ("maps", {}, {"student": {"model": "DiT-S/2"}}),
     ],
@@ -91,7 +104,7 @@ SAMPLES = {
     "sampler": {"method": "ode", "steps": 1},
 }
 TRIGGERS = {
-    "fixed": {"step": 2},
+    "fixed": {"step": 2, "ramp": {"steps": 2}},
     "gradient_cosine": {"start": 1, "every": 1, "samples": 2, "times": [0.1], "threshold": 1},
     "residual_plateau": {"start": 2, "every": 1},
 }

@@ -130,12 +130,10 @@ def test_a_resumed_run_is_bit_identical(
         assert summary["bytes_read"][stream]["after"] == 0
     for stop in (2, 4, 6):  # in both phases
         train_here(two(run_config, two_streams, steps=stop), parts)
-    names = {"projector.0.weight", "projector_1.0.weight", "projector_ema_1.4.bias"}
     newest = latest_checkpoint(whole)
     assert newest is not None
     files = {path.stem for path in newest.glob("projector*.safetensors")}
     assert files == {"projector", "projector_ema", "projector_1", "projector_ema_1"}
-    assert names
     assert_same_weights(weights(parts), weights(whole))
     rows = [
         [(r["step"], r.get("feature"), r.get("feature_second"), r["grad_norm"]) for r in rows_of(f)]
