@@ -301,9 +301,11 @@ class _RandomStudent(nn.Module):
     def _set_mean(self, exact: Targets) -> None:
         """Make the projector predict the teacher's mean feature at first: the cosine of a random
         student is near 0, and a relative error of it would have no meaning."""
-        if self.has_mean or self.aligned.projector is None or exact.features is None:
+        projector = self.aligned.projector
+        if self.has_mean or projector is None or exact.features is None:
             return
-        last = self.aligned.projector[-1]
+        assert isinstance(projector, nn.Sequential)
+        last = projector[-1]
         assert isinstance(last, nn.Linear)
         mean = exact.features.mean((0, 1))
         last.bias.copy_(mean)
