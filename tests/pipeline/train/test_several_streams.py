@@ -14,6 +14,7 @@ from pipeline.alignment.losses import Targets, attention_loss, feature_loss
 from pipeline.checkpoints.export import export_checkpoint
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.reference_format import read_file
+from pipeline.cli.options import parse_options
 from pipeline.models import Taps
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store
@@ -235,3 +236,30 @@ def test_one_stream_is_saved_as_before(run_config: Make) -> None:
         "stream",
         "termination",
     ]
+
+
+def options(*argv: str) -> RunConfig:
+    return parse_options(RunConfig, list(argv), command="train", about="")
+
+
+def test_further_streams_on_a_command_line() -> None:
+    given = "[{stream: clip, feature_weight: 0.25, student_layers: 1-2, teacher_layers: '3,5'}]"
+    (other,) = options("--alignment.others", given).alignment.others
+    assert (other.stream, other.feature_weight) == ("clip", 0.25)
+    assert (other.student_layers, other.teacher_layers) == ((1, 2), (3, 5))
+    assert options("--alignment.others", "[]") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("clip", r"others: expected a list of mappings such as \[\{stream: NAME"),
+        ("none", r"others: expected a list of mappings"),
+        ("[{steam: clip}]", r"unknown key 'alignment\.others\.0\.steam' \(did you mean 'stream'"),
+        ("[{stream: Clip}]", r"others\.0\.stream: String should match"),
+    ],
+)
+def test_bad_lists_of_streams_are_refused(given: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as error:
+        options("--alignment.others", given)
+    assert "\n" not in str(error.value)
