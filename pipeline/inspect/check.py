@@ -154,6 +154,7 @@ def _answer_stream(
     store: Store, file: str, alignment: StreamAlignment, incomplete: set[str], at: str
 ) -> Answer:
     """The answer for the options of one stream; ``at``: their key."""
+    option = "--alignment.stream" if at == "alignment" else f"{at}.stream"
     manifest = store.manifest
     held = manifest.teacher_streams
     requested = alignment.stream
@@ -171,7 +172,7 @@ def _answer_stream(
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
         choose = requested is None and len(held) > 1
-        return Answer(file, True, f"with --{at}.stream {complete[0]}" if choose else None)
+        return Answer(file, True, f"with {option} {complete[0]}" if choose else None)
     if suitable:
         name = suitable[0]
         reason = f"stream '{name}' lacks {len(store.missing_shards(name))} shards"
@@ -192,7 +193,7 @@ def _answer_stream(
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:
-        reason += f"; once it is added, train with --{at}.stream {suggested.stream}"
+        reason += f"; once it is added, train with {option} {suggested.stream}"
     return Answer(file, False, reason, suggested.command)
 
 
