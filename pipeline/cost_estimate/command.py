@@ -69,6 +69,11 @@ def plan_training(argv: list[str]) -> int:
     """``jobs/train_haste.py --plan``."""
     command = "python jobs/train_haste.py --plan"
     config = _parse(TrainPlan, argv, command, preset_key="extract.dataset")
+    return _print(estimate_training(config), config.as_json)
+
+
+def estimate_training(config: TrainPlan) -> Estimate:
+    """The costs of every cut for a run, and where it has a store, of that. Raises ``UserError``."""
     extraction, images, existing = config.extract, config.images, None
     if config.store is not None:
         store = Store.open(absolute_url(config.store))
@@ -76,7 +81,7 @@ def plan_training(argv: list[str]) -> int:
         samples = sum(store.index().samples_per_shard)
         extraction, existing = _extraction_config(store), _existing_layout(store, samples)
         images = images or samples
-    return _print(make_estimate(extraction, config, config.plan, images, existing), config.as_json)
+    return make_estimate(extraction, config, config.plan, images, existing)
 
 
 def make_estimate(
