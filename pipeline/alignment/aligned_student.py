@@ -59,8 +59,9 @@ class AlignedStudent(nn.Module):
                 heads=heads,
             )
 
-    def compile_parts(self) -> None:
-        """Compile each block, the final layer and the projector separately.
+    def compile_parts(self, *, sharded: bool = False) -> None:
+        """Compile each block, the final layer and the projector separately; ``sharded``: before
+        they are sharded.
 
         Equal blocks share their code, and after the termination only the variant without taps is
         needed.
@@ -73,9 +74,17 @@ class AlignedStudent(nn.Module):
         # DDP would split each block's graph at gradient bucket boundaries to overlap communication;
         # blocks are small enough to reduce their gradients after the whole block.
         torch._dynamo.config.optimize_ddp = False
-        for part in (*self.student.blocks, self.student.final_layer, self.projector):
-            if part is not None:
+        for part in self.parts:
+            if sharded:  # hooks that gather weights stay outside of the graph
+                part.forward = torch.compile(part.forward)
+            else:
                 part.compile()
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Blocks, final layer and projector."""
+        parts = [*self.student.blocks, self.student.final_layer, self.projector]
+        return [part for part in parts if part is not None]
 
     def release_alignment(self) -> Projector | None:
         """Disable the taps and remove the projector, which is returned."""

@@ -14,6 +14,8 @@ from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
 from pipeline.alignment.losses import Targets
 from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.distributed.sharding import local, save_whole, save_whole_optimizer, shard, whole
+from pipeline.models import SiT, make_student
 from pipeline.models.ema import Ema
 from pipeline.models.projector import Projector
 from pipeline.precision import precision_dtype, use_deterministic_kernels
@@ -85,7 +87,15 @@ class Trainer:
         self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
         self._store = store
         self._targets: TargetSource | None = None
+        self._sharded = config.compute.shard == "fsdp2" and group.world_size > 1
+        if self._compiles:
+            report_compile_limit()
+            self.module.compile_parts(sharded=self._sharded)
+        if self._sharded:
+            self._shard()
         self.optimizer = _make_optimizer(self.module, config)
+        if self._sharded:
+            save_whole_optimizer(self.optimizer)
         self.feed = DevicePrefetcher(group.device)
         self.draws = NoisePrefetcher(
             config.seed,
@@ -93,9 +103,6 @@ class Trainer:
             config.diffusion.label_drop,
             group.device,
         )
-        if self._compiles:
-            report_compile_limit()
-            self.module.compile_parts()
         self.wrapped: nn.Module = group.wrap(self.module)
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -117,7 +124,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.module.parameters(), config.optimizer.max_grad_norm
         )
-        result = torch.cat([losses, norm.detach().view(1)])
+        result = torch.cat([losses, whole(norm.detach()).to(losses.device).view(1)])
         if config.train.on_nan == "skip_step":
             broken = (~result.isfinite()).any().float()
             self.skipped = self.group.sum(broken) > 0
@@ -179,7 +186,7 @@ class Trainer:
             for parameter in group["params"]:
                 self.optimizer.state.pop(parameter, None)
         del self.optimizer.param_groups[1:]
-        if self.group.world_size > 1:
+        if self.group.world_size > 1 and not self._sharded:
             self.wrapped = self.module  # frees the old reducer and its hooks before a new one
             gc.collect()
             self.wrapped = self.group.wrap(self.module)
@@ -195,13 +202,45 @@ class Trainer:
             modules["projector_ema"] = self.projector_ema.module
         return modules
 
+    def averaged_student(self) -> SiT:
+        """The student with averaged weights, for sampling: a whole copy where they are sharded.
+        Every rank calls it."""
+        if not self._sharded:
+            return self.ema.module
+        student = make_student(self.config.student).to(self.group.device)
+        student.load_state_dict(self.ema.module.state_dict())
+        return student.requires_grad_(False).eval()
+
+    def _shard(self) -> None:
+        """Divide weights and averages. Ranks gather weights together, so that all must take
+        equally many forward passes."""
+        config, workers = self.config, self.group.world_size
+        shares = {config.global_batch // workers, -(-config.global_batch // workers)}
+        size = config.workers.micro_batch or config.global_batch
+        if len({-(-share // size) for share in shares}) > 1:
+            raise UserError(
+                f"compute.shard fsdp2 needs equally many micro-batches of all workers: {workers} "
+                f"share {config.global_batch} samples, {min(shares)} or {max(shares)} each, in "
+                f"parts of {size}; choose another --workers.micro-batch or --global-batch"
+            )
+        shard(self.module, self.module.parts, self.group.device)
+        shard(self.ema.module, (), self.group.device)
+        if self.projector_ema is not None:
+            shard(self.projector_ema.module, (), self.group.device)
+        for module in self.modules().values():
+            save_whole(module)
+
     def tensors(self) -> dict[str, list[Tensor]]:
-        """Tensors of everything that a checkpoint holds, by a name for messages."""
+        """Tensors of everything that a checkpoint holds, by a name for messages; where they are
+        sharded, this rank's slices."""
         found = {
-            f"{name.replace('_', ' ')} weights": list(module.state_dict().values())
+            f"{name.replace('_', ' ')} weights": [
+                local(tensor.data) for tensor in (*module.parameters(), *module.buffers())
+            ]
             for name, module in self.modules().items()
         }
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        states = self.optimizer.state.values()
+        moments = [local(value) for state in states for value in state.values()]
         return {**found, "optimizer state": moments}
 
     def state_dict(self) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def run(options: Options) -> Report:
     }
     about = {
         "counted for": f"{options.batch} samples, bfloat16, one H100; predicted, not measured",
-        "rates": f"{options.tflops:g} TFLOP/s of products, {options.tb_per_second:g} TB/s of others",
+        "rates": f"{options.tflops:g} TFLOP/s of products, {options.tb_per_second:g} TB/s else",
     }
     return Report(about, [Table(options.student, headings, rows)], total)
 
@@ -232,7 +232,7 @@ def _graphs(
 
 def _tail(options: Options) -> Iterator[Part]:
     """One block of DINOv2-B in the trainer, for cuts 'activations' and 'image', uncompiled."""
-    vit, shape = create_meta_vit(ExtractConfig().teacher, ExtractConfig().resolution)
+    vit, _ = create_meta_vit(ExtractConfig().teacher, ExtractConfig().resolution)
     tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
     with fake_h100(), torch.no_grad():
         block = vit.blocks[-1].to_empty(device=CUDA)

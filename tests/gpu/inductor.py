@@ -1,8 +1,8 @@
 """Kernels that Inductor writes for an H100, made and assembled without a GPU.
 
-A function is traced with fake CUDA tensors, lowered with an H100's properties, and each Triton kernel
-of the result is compiled for sm_90 by the ptxas in triton's wheel. Nothing runs. Inductor's internals
-are used; ``missing()`` says why they cannot be, where they have moved.
+A function is traced with fake CUDA tensors, lowered with an H100's properties, and each Triton
+kernel of the result is compiled for sm_90 by the ptxas in triton's wheel. Nothing runs. Inductor's
+internals are used; ``missing()`` says why they cannot be, where they have moved.
 """
 
 from __future__ import annotations
