@@ -121,10 +121,7 @@ class Trainer:
             # Ranks may have unequal numbers of parts; each averages once, with its last part.
             with self.group.sync_gradients(self.wrapped, enabled=number == len(parts)):
                 losses += self._accumulate(*part)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.module.parameters(), config.optimizer.max_grad_norm
-        )
-        result = torch.cat([losses, whole(norm.detach()).to(losses.device).view(1)])
+        result = torch.cat([losses, self._clip_gradients().view(1)])
         if config.train.on_nan == "skip_step":
             broken = (~result.isfinite()).any().float()
             self.skipped = self.group.sum(broken) > 0
@@ -135,6 +132,27 @@ class Trainer:
             self.projector_ema.update(self.module.projector, self.skipped)
         self.step += 1
         return result
+
+    def _clip_gradients(self) -> Tensor:
+        """The global norm of the gradients, which are then clipped to ``max_grad_norm``.
+
+        On a GPU the fused optimizer divides by ``grad_scale`` where it reads the gradients anyway.
+        This rounds a quotient instead of a product; unclipped gradients keep every bit.
+        """
+        limit = self.config.optimizer.max_grad_norm
+        if not self._clips_in_optimizer:
+            norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+            return whole(norm.detach()).to(self.group.device)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # inverse of clip_grad_norm_'s factor
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        return norm
+
+    @property
+    def _clips_in_optimizer(self) -> bool:
+        fused = self.optimizer.param_groups[0]["fused"]
+        return bool(fused) and self.group.device.type == "cuda" and not self._sharded
 
     def _optimizer_step(self) -> None:
         """AdamW's step, without effect where ``skipped``."""
