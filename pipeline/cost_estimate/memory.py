@@ -133,7 +133,6 @@ def saved_bytes(run: RunConfig, geometry: Geometry, samples: int, *, compiled: b
         token, width = None, run.student.class_token
         if width is not None:
             token = ClassToken(*(torch.empty(samples, width) for _ in ClassToken._fields))
-            targets = [one._replace(class_token=token.clean) for one in targets]
         given = [noisy, time, labels, target, *_tensors([*targets, token or ()])]
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         with _saved([*module.parameters(), *module.buffers(), *given]) as saved, autocast:
@@ -155,6 +154,11 @@ def make_module(run: RunConfig, geometry: Geometry) -> AlignedStudent:
         others=[teacher] * len(run.alignment.others),
         diffusion=run.diffusion,
         fused=run.compute.attention_loss == "fused",
+        class_streams=[
+            number
+            for number, options in enumerate(run.alignment.streams)
+            if run.student.class_token and (options.projector, options.target) == ("mlp", "final")
+        ],
     )
 
 

@@ -107,7 +107,6 @@ def inputs(run: RunConfig, samples: int = SAMPLES) -> tuple[Any, ...]:
     targets, token = make_targets(run, GEOMETRY, samples), None
     if run.student.class_token is not None:
         token = ClassToken(*(torch.zeros(samples, run.student.class_token) for _ in range(3)))
-        targets = [one._replace(class_token=token.clean) for one in targets]
     return latents, time, labels, torch.zeros_like(latents), *targets, token
 
 
