@@ -100,9 +100,14 @@ def step_memory(run: RunConfig, geometry: Geometry, tail_weights: int) -> StepMe
         module = make_module(run, geometry)
         targets = make_targets(run, geometry, 1)
     weights = FLOAT32 * sum(parameter.numel() for parameter in module.parameters())
+    gathered = 0
+    if run.compute.shard == "fsdp2" and run.workers.count > 1:
+        # the weights of two parts, of which one is fetched ahead, and the gradients of one
+        largest = max(sum(p.numel() for p in part.parameters()) for part in module.parts)
+        weights, gathered = -(-weights // run.workers.count), 3 * FLOAT32 * largest
     share = -(-run.global_batch // run.workers.count)
     return StepMemory(
-        weights=weights,
+        weights=weights + gathered,
         averages=weights,
         optimizer=2 * weights,
         gradients=weights,

@@ -265,6 +265,27 @@ def memory(**changes: int) -> StepMemory:
     return replace(made, **changes)
 
 
+def test_shards_are_divided_among_the_workers() -> None:
+    off = {"compile": "off"}
+    one = step_memory(run_config(compute=off), GEOMETRY, tail_weights=7)
+    sharded = {**off, "shard": "fsdp2"}
+    alone = step_memory(run_config(compute=sharded), GEOMETRY, tail_weights=7)
+    assert alone == one
+    workers = {"count": 4}
+    four = step_memory(run_config(compute=sharded, workers=workers), GEOMETRY, tail_weights=7)
+    assert four.optimizer == pytest.approx(one.optimizer / 4)
+    assert four.averages == four.gradients == pytest.approx(one.gradients / 4)
+    largest = 4 * max(sum(p.numel() for p in b.parameters()) for b in _parts(run_config()))
+    assert four.weights == four.gradients + 3 * largest
+    assert (four.teacher_tail, four.kept_per_sample) == (28, one.kept_per_sample)
+
+
+def _parts(run: RunConfig) -> list[torch.nn.Module]:
+    module = make_module(run, GEOMETRY)
+    assert module.projector is not None
+    return [*module.student.blocks, module.student.final_layer, module.projector]
+
+
 def test_the_largest_micro_batch() -> None:
     assert memory().peak(36) == 40_000_000_000
     assert memory().largest_micro_batch(40) == 36
