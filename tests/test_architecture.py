@@ -30,7 +30,15 @@ LAYERS = {
         "cost_estimate",
     ),
     "artifacts": ("store", "targets", "checkpoints", "runs"),
-    "science": ("models", "diffusion", "alignment", "teachers", "autoencoders", "datasets"),
+    "science": (
+        "models",
+        "diffusion",
+        "alignment",
+        "teachers",
+        "autoencoders",
+        "datasets",
+        "text_encoders",
+    ),
     "ground": (
         "storage",
         "distributed",

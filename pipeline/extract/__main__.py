@@ -6,6 +6,7 @@ from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
 from pipeline.extract.job import extract
+from pipeline.store.captions import caption_lines
 from schemas.extract import PRESETS, ExtractConfig
 
 ABOUT = """\
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> int:
             f"{store.shown_url} is complete: {samples} samples in {store.manifest.num_shards} "
             f"shards; {summary.images} encoded at {summary.images_per_second:.1f} images/s"
         )
+    for line in caption_lines(store.manifest):
+        print(line)
     if store.manifest.skipped:
         print(f"{len(store.manifest.skipped)} bad images were skipped; the manifest lists them")
     return 0

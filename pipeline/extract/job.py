@@ -18,11 +18,12 @@ from pipeline.datasets.listing_check import short_name
 from pipeline.distributed.log_relay import ProgressHandler
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.distributed.resources import OptionNames, choose_resources
+from pipeline.extract.caption_sources import text_stream_name, with_captions
 from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.encoder import ShardResult
 from pipeline.extract.encoder_pool import EncoderPool
 from pipeline.extract.hints import log_hints
-from pipeline.extract.target_store import lacks_tail, missing_tasks, open_store
+from pipeline.extract.target_store import lacks_tail, lost_nulls, missing_tasks, open_store
 from pipeline.extract.tasks import stream_name
 from pipeline.storage.files import absolute_url, exists
 from pipeline.storage.filesystem import with_absolute_paths
@@ -30,7 +31,7 @@ from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest, SkippedImage, TeacherStream
+from schemas.store import Manifest, SkippedImage, TeacherStream, TextStream
 
 RESOURCE_OPTIONS = OptionNames("--actors", "--cpus-per-actor", "--gpus-per-actor")
 logger = logging.getLogger(__name__)
@@ -66,15 +67,20 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
     if config.dataset != "demo" and config.source is None:
         raise UserError("--source is missing: the folder or URL of the images")
     config = with_absolute_paths(
-        config, ["store", "source"], folders=["autoencoder"], weights=["teacher.weights"]
+        config,
+        ["store", "source", *(["captions"] if config.dataset == "folder" else [])],
+        folders=["autoencoder", "text.encoder", "text.tokenizer"],
+        weights=["teacher.weights", "text.weights"],
     )
     listing = list_images(config, _stored_names(config, existing))
+    config = with_captions(config, listing)
     name = stream_name(config)
     if existing is not None:
         check_request(config, listing, existing)
         # Weights of another name may have the same values: only loading them shows it.
         known = name in existing.manifest.streams and _same_weight_names(config, existing.manifest)
-        if known and not existing.missing_shards(name) and not lacks_tail(existing, name):
+        lost = lacks_tail(existing, name) or text_stream_name(config) in lost_nulls(existing)
+        if known and not existing.missing_shards(name) and not lost:
             if not exists(existing.filesystem, f"{existing.root}/{INDEX}"):
                 _finish(existing, listing)
             _check_left_empty(config, listing, existing)
@@ -183,6 +189,8 @@ def _check_left_empty(config: ExtractConfig, listing: Listing, store: Store) -> 
 
 def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:
     stream = manifest.streams[stream_name(config)]
+    if isinstance(stream, TextStream):
+        return config.text.weights == stream.encoder.weights
     assert isinstance(stream, TeacherStream)
     same = config.teacher.weights == stream.teacher.weights
     return same and (stream.added or config.autoencoder == manifest.autoencoder.name)

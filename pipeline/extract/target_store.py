@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 from pipeline.datasets import Listing
+from pipeline.extract.caption_sources import adds_captions, text_stream_name
 from pipeline.extract.compatibility import check_request
 from pipeline.extract.tasks import (
     Description,
     ShardTask,
+    make_captions,
     make_manifest,
     make_stream,
     make_tasks,
@@ -19,10 +21,11 @@ from pipeline.extract.tasks import (
 )
 from pipeline.storage.files import exists
 from pipeline.store import Store
+from pipeline.store.captions import write_null
 from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import TeacherStream, WeightsFile
+from schemas.store import TeacherStream, TextStream, WeightsFile
 
 
 class Encodes(Protocol):
@@ -31,6 +34,7 @@ class Encodes(Protocol):
     def describe(self) -> Description: ...
     def describe_tail(self) -> WeightsFile | None: ...
     def save_tail(self, url: str) -> WeightsFile | None: ...
+    def null_caption(self) -> bytes | None: ...
 
 
 def open_store(
@@ -50,14 +54,20 @@ def open_store(
             check_request(config, listing, existing)
     else:
         assert existing is not None
-        stream = make_stream(config, description)
+        captions = adds_captions(config)
+        stream: TeacherStream | TextStream = (
+            make_captions(config, listing, description)
+            if captions
+            else make_stream(config, description)
+        )
         if name not in existing.manifest.streams:
             tail = encoder.describe_tail()
-            added = stream.model_copy(update={"tail": tail})
+            added = stream if captions else stream.model_copy(update={"tail": tail})
             existing = existing.update(lambda now: with_new_stream(now, name, added))
             check_request(config, listing, existing)
         wanted = with_stream(existing.manifest, name, stream)
     check_same_store(existing.manifest, wanted, existing.shown_url)
+    save_null(config, existing, encoder, is_new=is_new)
     writes_tail = is_new or lacks_tail(existing, name)
     if writes_tail and encoder.save_tail(existing.url) != _tail(existing, name):
         raise UserError(
@@ -65,6 +75,25 @@ def open_store(
             f"'{name}', and has lost it: use another --store"
         )
     return existing
+
+
+def save_null(
+    config: ExtractConfig, store: Store, encoder: Encodes, *, is_new: bool = False
+) -> None:
+    """Write the null caption of the extraction's stream, if the store lacks it. Raises
+    ``UserError``."""
+    name = text_stream_name(config)
+    if is_new or name in lost_nulls(store):
+        null = encoder.null_caption()
+        if null is not None:
+            write_null(store, name, null)
+
+
+def lost_nulls(store: Store) -> set[str]:
+    """Streams of captions whose null caption has no file."""
+    streams = store.manifest.text_streams.items()
+    files = {name: f"{store.root}/{stream.null.file}" for name, stream in streams}
+    return {name for name, path in files.items() if not exists(store.filesystem, path)}
 
 
 def missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> list[ShardTask]:

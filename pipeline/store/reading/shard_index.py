@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,16 @@ class FileTable(NamedTuple):
     crc32: np.ndarray
     """uint32 (n, P)"""
 
+    def of(self, names: Collection[str]) -> FileTable:
+        """The table of these arrays alone."""
+        kept = [place for place, name in enumerate(self.names) if name in names]
+        return self._replace(
+            names=tuple(self.names[place] for place in kept),
+            offsets=self.offsets[:, kept],
+            sizes=self.sizes[:, kept],
+            crc32=self.crc32[:, kept],
+        )
+
 
 class ShardTable(NamedTuple):
     """One stream of one shard."""
@@ -35,6 +46,11 @@ class ShardTable(NamedTuple):
     @property
     def names(self) -> set[str]:
         return {name for file in self.files for name in file.names}
+
+    def of(self, names: Collection[str]) -> ShardTable:
+        """The table of these arrays alone."""
+        files = (file.of(names) for file in self.files)
+        return self._replace(files=tuple(file for file in files if file.names))
 
 
 def shard_table(record: CommitRecord, stream: str) -> ShardTable:

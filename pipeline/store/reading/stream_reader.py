@@ -65,12 +65,14 @@ class StreamReader:
         store: Store,
         stream: str,
         *,
+        columns: Sequence[str] | None = None,
         verify: bool = True,
         whole_file_limit: int = 8 << 20,
         cache_files: int = 8,
         source: FileSource | None = None,
         allocate: Allocate = allocate,
     ) -> None:
+        """``columns`` are the only ones to read. Raises ``UserError``."""
         manifest = store.manifest
         if stream not in manifest.streams:
             raise UserError(
@@ -79,7 +81,16 @@ class StreamReader:
             )
         self.store = store
         self.stream = stream
-        self.parts = stream_parts(manifest.streams[stream].columns)
+        held = manifest.streams[stream].columns
+        unknown = set(columns or ()) - held.keys()
+        if unknown:
+            raise UserError(
+                f"stream '{stream}' of store '{store.shown_url}' has no column "
+                f"'{min(unknown)}'; it holds: {', '.join(held)}"
+            )
+        self._recorded = stream_parts(held).keys()
+        chosen = held if columns is None else {name: held[name] for name in columns}
+        self.parts = stream_parts(chosen)
         self.verify = verify
         self.cache_files = cache_files
         self._allocate = allocate
@@ -287,6 +298,8 @@ class StreamReader:
             except UserError as error:
                 raise LostShardError(f"{self._where(shard)}: {error}") from None
             table = self._checked(shard, shard_table(record, self.stream))
+            if self._recorded != self.parts.keys():
+                table = table.of(self.parts.keys())
             if not self.source.is_direct:
                 return _Shard(table, [None] * len(table.files))
             return _Shard(table, [find_fixed_layout(file, self._arrays) for file in table.files])
@@ -301,11 +314,11 @@ class StreamReader:
         where = f"{self._where(shard)}: its record"
         if table.samples > self.store.manifest.shard_size:
             raise DamagedShardError(f"{where} lists {table.samples} samples")
-        if table.samples and table.names != self.parts.keys():
+        if table.samples and table.names != self._recorded:
             raise DamagedShardError(f"{where} lists other columns")
         for file in table.files:
             for name, size in zip(file.names, file.sizes.max(0, initial=0), strict=True):
-                limit = max_stored_size(self.parts[name])
+                limit = max_stored_size(self.parts[name]) if name in self.parts else size
                 if size > limit:
                     raise DamagedShardError(
                         f"{where} gives a sample of column '{name}' {size} bytes, more than the "
