@@ -61,9 +61,9 @@ class TeacherConfig(Strict):
 class TextConfig(Strict):
     """Text encoder of captions."""
 
-    keep: Literal["embeddings", "tokens", "none"] = "embeddings"
+    keep: Literal["embeddings", "tokens", "none"] | None = None
     """Stored form of captions: 'embeddings' (the encoder's last hidden state), 'tokens' (ids, and
-    the trainer runs the encoder) or 'none'."""
+    the trainer runs the encoder) or 'none'. Default: embeddings where the data set has captions."""
     encoder: str = "openai/clip-vit-large-patch14"
     """Hub id or folder of an encoder of Transformers: CLIP, T5, BERT, ... It runs in float32."""
     weights: str = "hub"

@@ -23,7 +23,7 @@ TINY = {
     "intermediate_size": 24,
     "num_hidden_layers": 1,
 }
-TEXT = {"weights": "random", "model_args": TINY}
+TEXT = {"keep": "embeddings", "weights": "random", "model_args": TINY}
 CAPTIONS = {
     30: ["a red car", "A car, in RED", "one car"],
     7: ["two dogs"],
@@ -46,8 +46,8 @@ def write_coco(
     files: Sequence[int] | None = None,
     **changes: object,
 ) -> Path:
-    """COCO's layout with the ``files`` of image ids (default: all) and the captions of image ids, listed from the
-    last id to the first and each caption after those of the other images."""
+    """COCO's layout with the ``files`` of image ids (default: all), and captions of image ids: the
+    first of each image in the order of ``captions``, then the second of each, and so on."""
     captions = CAPTIONS if captions is None else captions
     folder = root / f"{split}2014"
     folder.mkdir(parents=True, exist_ok=True)

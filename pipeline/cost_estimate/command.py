@@ -17,6 +17,7 @@ from pipeline.cost_estimate.costs import (
     ONLINE,
     Scenario,
     StoreLayout,
+    caption_bytes,
     compare_layouts,
     latent_bytes,
     stored_bytes,
@@ -25,10 +26,12 @@ from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasur
 from pipeline.cost_estimate.flops import image_flops
 from pipeline.cost_estimate.meta_models import Geometry, MetaModels, build_meta_models
 from pipeline.cost_estimate.report import Estimate, as_json, describe
-from pipeline.datasets import list_images
+from pipeline.datasets import COCO, list_images
 from pipeline.storage.files import absolute_url
 from pipeline.store import Store
 from pipeline.targets.cuts import codec_set_of
+from pipeline.text import describe_bytes
+from pipeline.text_encoders import encoder_size
 from schemas.alignment import AlignmentConfig, FixedStep
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
@@ -43,6 +46,9 @@ logger = logging.getLogger(__name__)
 COMPARED_CODECS: tuple[CodecSet, ...] = ("faithful", "small", "float16")
 """Codec sets shown in every estimate, in addition to that of ``--codec``."""
 IMAGENET_IMAGES = 1_281_167  # training set of ILSVRC 2012
+COCO_IMAGES = {"train": 82_783, "val": 40_504}
+USUAL_CAPTIONS = 5.0
+"""Captions of an image of MS-COCO."""
 DEFAULT_TRAINER = RunConfig(
     name="sit_xl2_haste",
     steps=500_000,
@@ -89,25 +95,32 @@ def make_estimate(
     """Raises ``UserError`` where the run cannot be trained on such a store."""
     if not run.alignment.active:
         raise UserError("this run has no alignment: there is nothing to estimate")
-    images = images or _count_images(config)
+    captions = USUAL_CAPTIONS if config.dataset in COCO else 0.0
+    if images is None:
+        images, captions = _count_images(config)
     models = build_meta_models(config)
     _check_compatible(config, run, models.geometry)
 
     device = _device(config, run, options, models)
     flops = image_flops(models, run)
     scenario = _scenario(config, run, options, images, device)
-    layouts = candidate_layouts(config, models.geometry)
+    layouts = candidate_layouts(config, models.geometry, captions)
     if existing is not None:
         layouts.insert(0, existing)
     costs = compare_layouts(layouts, flops, device.rates, scenario)
-    return Estimate(
-        config, run, device, scenario, flops, costs, (*models.notes, *_notes(config, run))
-    )
+    notes = (*models.notes, *_notes(config, run), *_caption_notes(config, captions))
+    return Estimate(config, run, device, scenario, flops, costs, notes)
 
 
-def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLayout]:
-    """Every cut in the requested codec (the candidates) and in others for comparison."""
+def candidate_layouts(
+    config: ExtractConfig, geometry: Geometry, captions: float = 0.0
+) -> list[StoreLayout]:
+    """Every cut in the requested codec (the candidates) and in others for comparison; ``captions``
+    are those of an image, on average."""
     latents = latent_bytes(geometry)
+    if captions:
+        size = encoder_size(config.text)
+        latents += caption_bytes(config.text, size, captions, compress=config.compress)
     layouts = []
     for cut in get_args(Cut):
         codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
@@ -163,11 +176,39 @@ def _encoders(config: ExtractConfig, device: Device) -> float:
     return config.actors or 1
 
 
-def _count_images(config: ExtractConfig) -> int:
+def _caption_notes(config: ExtractConfig, captions: float) -> tuple[str, ...]:
+    """The price of captions in each form, which the layouts do not compare."""
+    if not captions or config.text.keep == "none":
+        return ()
+    size = encoder_size(config.text)
+    forms = {
+        f"embeddings in {codec}": config.text.model_copy(
+            update={"keep": "embeddings", "codec": codec}
+        )
+        for codec in dict.fromkeys((config.text.codec, "float16", "float32"))
+    }
+    forms["tokens"] = config.text.model_copy(update={"keep": "tokens"})
+    sizes = ", ".join(
+        f"{describe_bytes(caption_bytes(text, size, captions, compress=config.compress))} as {form}"
+        for form, text in forms.items()
+    )
+    return (
+        f"the {captions:.3g} captions of an image take {sizes} (with tokens the trainer runs the "
+        f"text encoder); the sizes above include them as {config.text.keep or 'embeddings'}, and "
+        "not the time of the text encoder",
+    )
+
+
+def _count_images(config: ExtractConfig) -> tuple[int, float]:
+    """Images, and captions of an image on average."""
     if config.source is not None or config.dataset == "demo":
-        return len(list_images(config).items)
+        listing = list_images(config)
+        found = 0 if listing.captions is None else listing.captions.captions
+        return len(listing.items), found / max(1, len(listing.items))
     if config.dataset == "imagenet":
-        return IMAGENET_IMAGES
+        return IMAGENET_IMAGES, 0.0
+    if config.dataset in COCO:
+        return COCO_IMAGES[config.split or "train"], USUAL_CAPTIONS
     raise UserError(
         f"a plan for --dataset {config.dataset} needs --source to count its images, or their "
         "number: --plan.images"

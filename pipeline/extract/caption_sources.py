@@ -63,12 +63,14 @@ def adds_captions(config: ExtractConfig) -> bool:
 
 def keeps_captions(config: ExtractConfig) -> bool:
     """True if the extraction writes a stream of captions."""
-    return config.text.keep != "none" and (config.add_stream is None or adds_captions(config))
+    return config.text.keep in ("embeddings", "tokens") and (
+        config.add_stream is None or adds_captions(config)
+    )
 
 
 def with_captions(config: ExtractConfig, listing: Listing) -> ExtractConfig:
-    """The options with ``text.keep: none`` where the data set has no captions. Raises
-    ``UserError`` where captions are to be added."""
+    """The options with ``text.keep``: embeddings by default, none where the data set has no
+    captions. Raises ``UserError`` where it has none and captions are to be added."""
     if adds_captions(config) and (listing.captions is None or config.text.keep == "none"):
         raise UserError(
             f"--add-stream {config.add_stream} adds captions, and "
@@ -78,9 +80,8 @@ def with_captions(config: ExtractConfig, listing: Listing) -> ExtractConfig:
                 else f"--dataset {config.dataset} of this source has none"
             )
         )
-    if listing.captions is not None:
-        return config
-    return config.model_copy(update={"text": config.text.model_copy(update={"keep": "none"})})
+    keep = "none" if listing.captions is None else config.text.keep or "embeddings"
+    return config.model_copy(update={"text": config.text.model_copy(update={"keep": keep})})
 
 
 def open_captions(config: ExtractConfig, device: torch.device) -> CaptionSource | None:
@@ -100,7 +101,7 @@ def make_text_stream(
     compute: ComputeInfo,
 ) -> TextStream:
     """The manifest's entry of the captions. Raises ``UserError``."""
-    assert config.text.keep != "none"
+    assert config.text.keep in ("embeddings", "tokens")
     embeds = config.text.keep == "embeddings"
     taken_over = any(item.contexts for item in listing.items)
     sizes = [len(pack_texts(item.captions)) for item in listing.items]

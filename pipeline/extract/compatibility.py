@@ -145,14 +145,15 @@ def _captions(
     if config.add_stream is not None and not adds_captions(config):
         return {}
     stream = manifest.text_streams.get(text_stream_name(config))
-    if stream is None or config.text.keep == "none":
+    kept = config.text.keep or "none"
+    if stream is None or kept == "none":
         if adds_captions(config):  # a new stream
             return {}
         stored = "none" if stream is None or stream.added else stream.keeps
-        return {"text.keep": (stored, config.text.keep)}
+        return {"text.keep": (stored, kept)}
     text, held = config.text, stream.encoder
     values: dict[str, tuple[object, object]] = {
-        "text.keep": (stream.keeps, text.keep),
+        "text.keep": (stream.keeps, kept),
         "text.encoder": (held.encoder, text.encoder),
         "captions": (stream.captions_sha256[:12], listing.captions_sha256()[:12]),
     }

@@ -44,6 +44,17 @@ T5_V1_1 = {
 """The same of T5 version 1.1."""
 
 
+def encoder_size(config: TextConfig) -> tuple[int, int]:
+    """Tokens of a caption and width of the encoder, without its weights; of known encoders also
+    without Transformers. Raises ``UserError``."""
+    known = {**OPENAI_CLIP, **T5_V1_1}.get(config.encoder)
+    if known is not None and not config.model_args and not os.path.isdir(config.encoder):
+        return config.max_tokens or USUAL_TOKENS, known[0]
+    settings = _settings(config)
+    tokens = config.max_tokens or _position_limit(settings) or USUAL_TOKENS
+    return tokens, int(settings.hidden_size)
+
+
 class TextEncoder(nn.Module):
     """A text encoder in float32, because its rounding error would be in every run; with
     ``keep: tokens`` only its tokenizer."""
@@ -62,11 +73,19 @@ class TextEncoder(nn.Module):
         self.tokenizer = CaptionTokenizer(_tokenizer_place(config), tokens)
         self.model: Any = None
         self.weights_sha256: str | None = None
-        if config.keep == "embeddings":
+        if config.keep != "tokens":
             self.model = _load(config, settings)
             check_finite(self.model.state_dict(), f"--text.encoder '{config.encoder}'")
             self.weights_sha256 = sha256_of_module(self.model)
         self.requires_grad_(False).eval()
+        if self.model is not None:
+            try:
+                self.encode(self.tokenizer([""]))
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                reason = plain_text(str(error))[:200]
+                raise UserError(
+                    f"--text.encoder '{config.encoder}' cannot encode a caption ({reason})"
+                ) from None
 
     def info(self) -> TextEncoderInfo:
         config = self.config

@@ -58,7 +58,9 @@ def text_config(recipes: Golden, weights: str) -> TextConfig:
     skipped = {"released", "positions", "vocab_size"}
     arguments = {name: value for name, value in settings.items() if name not in skipped}
     arguments["max_position_embeddings"] = settings["positions"]
-    return TextConfig(weights=weights, tokenizer="open_clip", model_args=arguments)
+    return TextConfig(
+        keep="embeddings", weights=weights, tokenizer="open_clip", model_args=arguments
+    )
 
 
 def captions(recipes: Golden) -> list[str]:
