@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -72,8 +72,8 @@ def _with_kind(value: Any) -> Any:
     return {"kind": DEFAULT_KIND, **value} if isinstance(value, dict) else value
 
 
-class AlignmentConfig(Strict):
-    """The alignment losses (HASTE sections 2.1 and 2.3). Both weights 0: a vanilla run."""
+class StreamAlignment(Strict):
+    """The alignment losses of one teacher stream (HASTE sections 2.1 and 2.3)."""
 
     feature_weight: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the feature loss; 0 switches it off."""
@@ -89,19 +89,14 @@ class AlignmentConfig(Strict):
     """Hidden width of the projector MLP."""
     stream: Name | None = None
     """Teacher stream to align to, where the store holds several."""
-    termination: (
-        Annotated[TerminationConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)]
-        | None
-    ) = None
-    """Trigger that ends the alignment; none: the whole run is aligned."""
 
     @property
     def active(self) -> bool:
-        """True if the run needs a teacher."""
+        """True if one of the losses is on."""
         return bool(self.feature_weight or self.attention_weight)
 
     @model_validator(mode="after")
-    def _layers_pair_up(self) -> AlignmentConfig:
+    def _layers_pair_up(self) -> Self:
         if len(self.student_layers) != len(self.teacher_layers):
             raise ValueError(
                 f"{len(self.student_layers)} student_layers and {len(self.teacher_layers)} "
@@ -109,8 +104,73 @@ class AlignmentConfig(Strict):
             )
         if self.attention_weight and not self.student_layers:
             raise ValueError("the attention loss needs student_layers and teacher_layers")
-        if self.termination is not None and not self.active:
-            raise ValueError("a run without alignment has nothing to terminate: termination none")
         if list(self.student_layers) != sorted(set(self.student_layers)):
             raise ValueError("name each of student_layers once, lowest first")
+        return self
+
+
+def place(number: int) -> str:
+    """Key of the options of the stream with this number in ``AlignmentConfig.streams``."""
+    return f"alignment.others.{number - 1}" if number else "alignment"
+
+
+class AlignmentConfig(StreamAlignment):
+    """The alignment of a run. Options outside of ``others`` are those of the first teacher stream;
+    both of its weights 0: a vanilla run.
+
+    The alignment loss is the sum of all streams' losses, each times its weight. REPA averages over
+    its encoders: its coefficient 0.5 for two encoders is a feature_weight of 0.25 for each.
+    """
+
+    others: tuple[StreamAlignment, ...] = Field(default=(), exclude_if=lambda value: not value)
+    """Further teacher streams, a list of mappings with the options of the first (feature_weight to
+    stream), each with a projector of its own."""
+    termination: (
+        Annotated[TerminationConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)]
+        | None
+    ) = None
+    """Trigger that ends the alignment; none: the whole run is aligned."""
+
+    @property
+    def streams(self) -> tuple[StreamAlignment, ...]:
+        """The options of each teacher stream, the first's included; empty for a vanilla run."""
+        return (self, *self.others) if self.active else ()
+
+    @property
+    def attended(self) -> StreamAlignment | None:
+        """The first stream with an attention loss, None without one."""
+        return next((options for options in self.streams if options.attention_weight), None)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A distinct name for each of ``streams``: that of its stream, with its number where an
+        earlier one has the same."""
+        names = [stream.stream or f"{number}" for number, stream in enumerate(self.streams)]
+        return tuple(
+            f"{name}.{number}" if name in names[:number] else name
+            for number, name in enumerate(names)
+        )
+
+    @property
+    def feature_weights(self) -> float:
+        """Sum of all streams' weights of the feature loss."""
+        return sum(stream.feature_weight for stream in self.streams)
+
+    @property
+    def attention_weights(self) -> float:
+        """Sum of all streams' weights of the attention loss."""
+        return sum(stream.attention_weight for stream in self.streams)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> AlignmentConfig:
+        if self.termination is not None and not self.active:
+            raise ValueError("a run without alignment has nothing to terminate: termination none")
+        if self.others and not self.active:
+            raise ValueError(
+                "both weights of the first stream are 0 and others are named: move one of others "
+                "into its place, or set others to []"
+            )
+        for number, stream in enumerate(self.others):
+            if not stream.active:
+                raise ValueError(f"others.{number}: both weights are 0; leave it out")
         return self

@@ -26,6 +26,7 @@ TeacherSize = Annotated[int, Field(ge=1, le=1 << 13)]
 
 Resize = Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ClassTokenOption = Literal["class", "mean", "none"]
 PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
@@ -141,6 +142,12 @@ class ExtractConfig(Strict):
     layers: RisingLayers = (7, 8, 9, 10, 11)
     """Teacher layers whose attention is stored, 0-based. 7-11 covers the layer maps of the
     paper."""
+    class_token: ClassTokenOption = "class"
+    """Vector of the teacher, after the final norm, that a stream 'class' holds beside the cut:
+    recipes with a class token, as REG, read it at every step (1.5 KB per image of DINOv2-B).
+    'class' is the class token (no such stream is written for a teacher without one), 'mean' the
+    mean of the patch tokens, 'none' saves the blocks after the cuts 'activations' and 'image',
+    which the extraction runs for it."""
     codec: CodecSet = "faithful"
     """Codecs of the teacher's tensors: 'faithful' (quantised with an error of 1e-4 in the direction
     of gradients, then entropy-coded), 'small' (coarser, fewest bytes), 'int8' (scaled by the
@@ -157,8 +164,10 @@ class ExtractConfig(Strict):
     add_stream: StreamName | None = None
     """Name of a teacher stream to add to an existing store: another teacher, cut, codec or other
     layers. Latents, keys and shards do not change. Data set, source, teacher and layers default to
-    the store's, all other options to the defaults of its data set. A name that is 'text' or begins
-    with 'text_' adds captions (--text.*)."""
+    the store's, all other options to the defaults of its data set. 'class', or the name of a
+    teacher stream with '_class' behind it, computes that teacher's class tokens from the store
+    itself, without images and teacher. A name that is 'text' or begins with 'text_' adds captions
+    (--text.*)."""
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Samples per shard."""
     batch_size: Annotated[int, Field(ge=1)] = 32

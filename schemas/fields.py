@@ -65,6 +65,8 @@ def format_layers(numbers: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
+MAX_NAME = 64
+"""Characters of a name."""
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 """Name of a stream or a column; also a folder name, so it contains no dots or slashes."""
 

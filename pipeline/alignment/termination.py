@@ -172,11 +172,9 @@ class ResidualPlateauTrigger:
 
     def __init__(self, config: ResidualPlateau, alignment: AlignmentConfig) -> None:
         self.config = config
-        self.weights = (alignment.feature_weight, alignment.attention_weight)
+        self.weights = (alignment.feature_weights, alignment.attention_weights)
         self.steps = 0
-        self._constant = float(
-            alignment.feature_weight
-        )  # the 1 of "1 + feature loss", added after the sum
+        self._constant = float(self.weights[0])  # the 1 of "1 + feature loss", after the sum
         self._averages: Tensor | None = None  # fast and slow, of this rank's part
         self._skipped: Tensor | int = 0
 

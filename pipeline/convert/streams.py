@@ -51,6 +51,8 @@ class StreamPlan:
     """Its name in the target."""
     before: Stream
     after: Stream
+    reads: tuple[str, ...] | None = None
+    """Columns of the source that are read; None for all."""
 
     @property
     def added(self) -> bool:
@@ -85,8 +87,9 @@ class StreamPlan:
     def copies(self, column: str) -> bool:
         """True if a column's stored arrays, or some of their layers, are copied bit for bit."""
         was = self.before.columns.get(column)
-        same = was is not None and was.codec == self.after.columns[column].codec
-        return same and not self.replays
+        if was is None or (self.reads is not None and column not in self.reads):
+            return False
+        return was.codec == self.after.columns[column].codec and not self.replays
 
     @property
     def computes(self) -> bool:
@@ -251,17 +254,20 @@ def computed_stream(plan: StreamPlan, device: torch.device, format: Format) -> S
             "threads": 0 if device.type == "cuda" else 1,  # threads of the arithmetic of one batch
         }
     )
-    origin = Origin(
-        cut=before.cut,
-        layers=before.teacher.layers,
-        codecs={name: column.codec for name, column in before.columns.items()},
-        compute=before.compute,
-    )
     return after.model_copy(
         update={
             "compute": _with_packers(here, versions, format),
-            "converted_from": (*before.converted_from, origin),
+            "converted_from": (*before.converted_from, origin_of(before)),
         }
+    )
+
+
+def origin_of(stream: TeacherStream) -> Origin:
+    return Origin(
+        cut=stream.cut,
+        layers=stream.teacher.layers,
+        codecs={name: column.codec for name, column in stream.columns.items()},
+        compute=stream.compute,
     )
 
 

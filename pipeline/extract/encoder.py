@@ -6,6 +6,7 @@ import importlib.metadata
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,20 @@ from pipeline.extract.caption_sources import (
     text_stream_name,
 )
 from pipeline.extract.latent_sources import LatentSource, open_latents
-from pipeline.extract.tasks import Description, ShardTask, TextDescription, stream_name
+from pipeline.extract.tasks import (
+    Description,
+    ShardTask,
+    TextDescription,
+    class_name,
+    extracted_class_stream,
+    stream_name,
+)
 from pipeline.precision import choose_precision
 from pipeline.store import ShardWriter
 from pipeline.targets.cuts import (
     NotFiniteError,
     check_finite,
+    class_values,
     cut_values,
     encode_unchecked,
     not_finite,
@@ -39,7 +48,7 @@ from pipeline.teachers import Teacher
 from pipeline.train.device_transfer import DevicePrefetcher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision
-from schemas.store import ComputeInfo, Manifest, SkippedImage, WeightsFile
+from schemas.store import ClassToken, ComputeInfo, Manifest, SkippedImage, WeightsFile
 
 VERSIONED = ("torch", "timm", "diffusers", "numpy", "numcodecs", "pillow")
 BATCHES_AHEAD = 2  # decoded while the networks compute an earlier batch
@@ -93,8 +102,16 @@ class Encoder:
             compute=describe_compute(
                 self.config, self.device, self.precision, self.threads, VERSIONED
             ),
+            class_token=self._class_token,
             **describe_text(self.config, self.device, self.threads, self.captions),
         )
+
+    @property
+    def _class_token(self) -> ClassToken | None:
+        wanted = self.config.class_token
+        if wanted == "none" or (wanted == "class" and not self.teacher.has_class_token):
+            return None
+        return wanted
 
     def describe_tail(self) -> WeightsFile | None:
         """The file of the blocks after the cut, which training needs; None if there are none."""
@@ -128,10 +145,12 @@ class Encoder:
         """
         bad: list[SkippedImage] = []
         encoded = 0
-        with (
-            ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer,
-            BackgroundWriter(MAX_QUEUED_BATCHES) as background,
-        ):
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(ShardWriter(url, manifest, task.shard, added=added))
+                for added in self._added(manifest)
+            ]
+            background = stack.enter_context(BackgroundWriter(MAX_QUEUED_BATCHES))
             for items, images, moments, contexts in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # decode the other batches only to list their bad images
@@ -141,14 +160,21 @@ class Encoder:
                     stream = manifest.text_streams[name]
                     tensors[name] = text_arrays(self.captions, stream, items, contexts)
                 arrays = self._copy_to_host(tensors)
-                background.submit(_write, writer, items, arrays)
+                background.submit(_write, writers, items, arrays)
                 encoded += len(items)
                 progress(encoded + len(bad))
             background.finish()
             if bad and self.config.on_bad_image == "stop":
                 return ShardResult(task.shard, 0, tuple(bad), committed=False)
-            record = writer.commit(skipped=bad)
+            *_, record = [writer.commit(skipped=bad) for writer in writers]
         return ShardResult(task.shard, record.samples, tuple(bad), committed=True)
+
+    def _added(self, manifest: Manifest) -> list[str | None]:
+        """Streams with commit records of their own, or None for those of the latents."""
+        added: list[str | None] = [self.config.add_stream]
+        if self.config.add_stream and extracted_class_stream(self.config, manifest):
+            added.append(class_name(self.config))
+        return added
 
     @torch.inference_mode()
     def _encode(
@@ -166,11 +192,19 @@ class Encoder:
             mean, std = self.latents.latents(moments, pixels)
             arrays["latents"] = {"mean": mean, "std": std}
         dtype = getattr(torch, self.precision)
+        stored: dict[str, dict[str, Tensor]] = {}
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            values = cut_values(self.config.cut, self.teacher, pixels)
-        columns = manifest.streams[name].columns
-        arrays[name] = encode_unchecked(columns, values)
-        arrays[NOT_FINITE] = not_finite(columns, values)
+            cut, tokens = self.config.cut, extracted_class_stream(self.config, manifest)
+            stored[name] = values = cut_values(cut, self.teacher, pixels)
+            if tokens is not None:
+                stored[class_name(self.config)] = class_values(
+                    tokens.token, cut, self.teacher, values
+                )
+        arrays[NOT_FINITE] = {}
+        for stream, tensors in stored.items():
+            columns = manifest.streams[stream].columns
+            arrays[stream] = encode_unchecked(columns, tensors)
+            arrays[NOT_FINITE] |= not_finite(columns, tensors)
         return arrays
 
     def _copy_to_host(self, tensors: dict[str, dict[str, Tensor]]) -> Callable[[], Arrays]:
@@ -278,14 +312,16 @@ class CaptionEncoder:
         with ShardWriter(url, manifest, task.shard, added=name) as writer:
             for start in range(0, len(task.items), self.config.batch_size):
                 items = list(task.items[start : start + self.config.batch_size])
-                try:
-                    contexts = [self.captions.read(item) for item in items]
-                except BadImageError as error:
-                    first = items[0]
-                    bad.append(SkippedImage(key=first.key, path=first.path, error=str(error)))
+                contexts = []
+                for item in items:
+                    try:
+                        contexts.append(self.captions.read(item))
+                    except BadImageError as error:
+                        bad.append(SkippedImage(key=item.key, path=item.path, error=str(error)))
+                if bad:  # the samples are those of the store: none can be left out
                     return ShardResult(task.shard, 0, tuple(bad), committed=False)
                 arrays = text_arrays(self.captions, stream, items, contexts)
-                _write(writer, items, _rows_of(name, arrays))
+                _write([writer], items, _rows_of(name, arrays))
                 progress(start + len(items))
             record = writer.commit()
         return ShardResult(task.shard, record.samples, (), committed=True)
@@ -339,7 +375,9 @@ def _pinned_copy(tensor: Tensor) -> Tensor:
     return memory.copy_(tensor, non_blocking=True)
 
 
-def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Arrays]) -> None:
+def _write(
+    writers: Sequence[ShardWriter], items: list[ImageItem], wait: Callable[[], Arrays]
+) -> None:
     """Add a batch to the shard. Raises ``UserError`` if a value cannot be stored."""
     arrays = wait()
     flags = arrays.pop(NOT_FINITE, {})
@@ -348,8 +386,8 @@ def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Array
     except NotFiniteError as error:
         item = items[error.rows[0]]
         raise UserError(
-            f"shard {writer.shard}, sample '{item.key}' ({item.path}): the teacher's {error}; try "
-            "--precision float32, or check its weights"
+            f"shard {writers[0].shard}, sample '{item.key}' ({item.path}): the teacher's {error}; "
+            "try --precision float32, or check its weights"
         ) from None
     for row, item in enumerate(items):
         sample: dict[str, dict[str, np.ndarray | int]] = {
@@ -359,9 +397,10 @@ def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Array
         if "latents" in sample:
             sample["latents"]["label"] = item.label
         try:
-            writer.add(item.key, sample)
+            for writer in writers:
+                writer.add(item.key, sample)
         except ValueError as error:
-            raise UserError(f"shard {writer.shard}: {error}") from None
+            raise UserError(f"shard {writers[0].shard}: {error}") from None
 
 
 class BackgroundWriter:

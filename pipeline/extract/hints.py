@@ -36,6 +36,13 @@ def log_hints(config: ExtractConfig, listing: Listing, description: Description)
             "-1 to 1 where 0 to 1 is expected, so that all below middle grey is black; --dataset "
             "coco gives the teacher the true pictures"
         )
+    without = description.teacher is not None and description.class_token is None
+    if config.class_token == "class" and without:
+        logger.info(
+            "teacher '%s' has no class token: no class stream is written; --class-token mean "
+            "stores the mean of its patch tokens",
+            config.teacher.model,
+        )
     if description.autoencoder is not None:
         _report_latents(config, description.autoencoder)
     if config.dataset != "demo":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from pipeline.datasets import Listing
@@ -10,13 +11,15 @@ from pipeline.extract.compatibility import check_request
 from pipeline.extract.tasks import (
     Description,
     ShardTask,
+    class_name,
+    extracted_class_stream,
     make_captions,
     make_manifest,
-    make_stream,
+    make_streams,
     make_tasks,
     stream_name,
-    with_new_stream,
-    with_stream,
+    with_new_streams,
+    with_streams,
     with_tail,
 )
 from pipeline.storage.files import exists
@@ -25,7 +28,7 @@ from pipeline.store.captions import write_null
 from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import TeacherStream, TextStream, WeightsFile
+from schemas.store import Stream, TeacherStream, WeightsFile
 
 
 class Encodes(Protocol):
@@ -45,6 +48,12 @@ def open_store(
     description = encoder.describe()
     name = stream_name(config)
     is_new = existing is None or name not in existing.manifest.streams  # a file there is of others
+    if (
+        existing is not None
+        and not is_new
+        and not extracted_class_stream(config, existing.manifest)
+    ):
+        description = replace(description, class_token=None)  # begun without: an earlier version
     if config.add_stream is None:
         wanted = make_manifest(config, listing, description)
         if existing is None:
@@ -54,18 +63,19 @@ def open_store(
             check_request(config, listing, existing)
     else:
         assert existing is not None
-        captions = adds_captions(config)
-        stream: TeacherStream | TextStream = (
-            make_captions(config, listing, description)
-            if captions
-            else make_stream(config, description)
-        )
+        streams: dict[str, Stream]
+        if adds_captions(config):
+            streams = {name: make_captions(config, listing, description)}
+        else:
+            streams = make_streams(config, description)
         if name not in existing.manifest.streams:
-            tail = encoder.describe_tail()
-            added = stream if captions else stream.model_copy(update={"tail": tail})
-            existing = existing.update(lambda now: with_new_stream(now, name, added))
+            added = dict(streams)
+            if not adds_captions(config):
+                tail = encoder.describe_tail()
+                added[name] = streams[name].model_copy(update={"tail": tail})
+            existing = existing.update(lambda now: with_new_streams(now, added))
             check_request(config, listing, existing)
-        wanted = with_stream(existing.manifest, name, stream)
+        wanted = with_streams(existing.manifest, streams)
     check_same_store(existing.manifest, wanted, existing.shown_url)
     save_null(config, existing, encoder, is_new=is_new)
     writes_tail = is_new or lacks_tail(existing, name)
@@ -96,9 +106,17 @@ def lost_nulls(store: Store) -> set[str]:
     return {name for name, path in files.items() if not exists(store.filesystem, path)}
 
 
+def missing_shards(config: ExtractConfig, store: Store) -> set[int]:
+    """Shards that the extraction's teacher stream or its class stream lacks."""
+    missing = set(store.missing_shards(stream_name(config)))
+    if extracted_class_stream(config, store.manifest) is not None:
+        missing |= set(store.missing_shards(class_name(config)))
+    return missing
+
+
 def missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> list[ShardTask]:
     """Tasks of the shards that the stream lacks; an added stream has the samples of the store."""
-    missing = set(store.missing_shards(stream_name(config)))
+    missing = missing_shards(config, store)
     tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in missing]
     if config.add_stream is None:
         return tasks

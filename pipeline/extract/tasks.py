@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.datasets import COCO, ImageItem, Listing
 from pipeline.extract.caption_sources import make_text_stream
 from pipeline.storage.files import absolute_url, redact
-from pipeline.targets.cuts import cut_columns
+from pipeline.targets.cuts import class_columns, cut_columns
 from schemas.codecs import CodecName
+from schemas.cuts import TeacherShape
 from schemas.extract import ExtractConfig
-from schemas.fields import TEXT
+from schemas.fields import TEXT, class_stream_name
 from schemas.store import (
     STORE_VERSION,
     AutoencoderInfo,
+    ClassStream,
+    ClassToken,
     Column,
     ComputeInfo,
     DatasetInfo,
@@ -54,6 +58,8 @@ class Description:
     autoencoder: AutoencoderInfo | None
     """None if only a stream is added."""
     compute: ComputeInfo
+    class_token: ClassToken | None = None
+    """Vector of the class stream; None where none is written."""
     text: TextDescription | None = None
     """None if no captions are stored."""
 
@@ -73,6 +79,20 @@ def stream_name(config: ExtractConfig) -> str:
     return config.add_stream or config.cut
 
 
+def class_name(config: ExtractConfig) -> str:
+    """Name of the class stream that belongs to that teacher stream."""
+    return class_stream_name(stream_name(config), added=config.add_stream is not None)
+
+
+def extracted_class_stream(config: ExtractConfig, manifest: Manifest) -> ClassStream | None:
+    """The class stream that this extraction writes beside its teacher stream. One that was computed
+    from the store later is written by that command alone."""
+    stream = manifest.class_streams.get(class_name(config))
+    if stream is None or stream.converted_from or stream.added != (config.add_stream is not None):
+        return None
+    return stream
+
+
 def make_manifest(config: ExtractConfig, listing: Listing, description: Description) -> Manifest:
     """Manifest of this extraction's store, without the teacher's tail."""
     samples = len(listing.items)
@@ -86,8 +106,7 @@ def make_manifest(config: ExtractConfig, listing: Listing, description: Descript
         compute=description.compute,
     )
     source = None if config.source is None else redact(absolute_url(config.source))
-    streams: dict[str, Stream] = {"latents": latents}
-    streams[stream_name(config)] = make_stream(config, description)
+    streams: dict[str, Stream] = {"latents": latents, **make_streams(config, description)}
     if description.text is not None:
         streams[TEXT] = make_captions(config, listing, description)
     file = config.captions if config.dataset != "folder" else absolute_url(config.captions or "")
@@ -130,35 +149,67 @@ def make_captions(config: ExtractConfig, listing: Listing, description: Descript
     return make_text_stream(config, listing, text.info, text.null, text.compute)
 
 
+def make_streams(config: ExtractConfig, description: Description) -> dict[str, Stream]:
+    """Teacher stream of this extraction, without its tail, and its class stream."""
+    assert description.teacher is not None
+    streams: dict[str, Stream] = {stream_name(config): make_stream(config, description)}
+    if description.class_token is not None:
+        streams[class_name(config)] = ClassStream(
+            kind="class",
+            columns=class_columns_of(config, description.teacher.width),
+            token=description.class_token,
+            teacher=description.teacher.model_copy(update={"layers": ()}),
+            compute=description.compute,
+            added=config.add_stream is not None,
+        )
+    return streams
+
+
+def cut_columns_of(
+    config: ExtractConfig, teacher: TeacherShape, *, with_class_stream: bool
+) -> dict[str, Column]:
+    """Columns of the teacher stream. ``column_codecs.class_token`` is also that of the class
+    stream, whose cut need not have such a column. Raises ``UserError``."""
+    codecs = dict(config.column_codecs)
+    if with_class_stream and config.cut in {"activations", "image"}:
+        codecs.pop("class_token", None)
+    return cut_columns(
+        config.cut,
+        teacher,
+        config.resolution,
+        config.codec,
+        codecs,
+        compress=config.compress,
+    )
+
+
+def class_columns_of(config: ExtractConfig, width: int) -> dict[str, Column]:
+    return class_columns(width, config.codec, config.column_codecs, compress=config.compress)
+
+
 def make_stream(config: ExtractConfig, description: Description) -> TeacherStream:
     """Teacher stream of this extraction, without its tail."""
     assert description.teacher is not None
-    columns = cut_columns(
-        config.cut,
-        description.teacher,
-        config.resolution,
-        config.codec,
-        config.column_codecs,
-        compress=config.compress,
-    )
+    has_class = description.class_token is not None
     return TeacherStream(
         kind="teacher",
         cut=config.cut,
-        columns=columns,
+        columns=cut_columns_of(config, description.teacher, with_class_stream=has_class),
         teacher=description.teacher,
         compute=description.compute,
         added=config.add_stream is not None,
     )
 
 
-def with_stream(manifest: Manifest, name: str, stream: TeacherStream | TextStream) -> Manifest:
-    """The manifest with the stream ``name``, which it may have already."""
-    return manifest.model_copy(update={"streams": {**manifest.streams, name: stream}})
+def with_streams(manifest: Manifest, streams: Mapping[str, Stream]) -> Manifest:
+    """The manifest with these streams, which it may have already."""
+    return manifest.model_copy(update={"streams": {**manifest.streams, **streams}})
 
 
-def with_new_stream(manifest: Manifest, name: str, stream: TeacherStream | TextStream) -> Manifest:
-    """The manifest with the stream ``name``, unchanged if it has one of that name."""
-    return manifest if name in manifest.streams else with_stream(manifest, name, stream)
+def with_new_streams(manifest: Manifest, streams: Mapping[str, Stream]) -> Manifest:
+    """The manifest with these streams, unchanged if it has the first of them."""
+    known = next(iter(streams)) in manifest.streams
+    return manifest if known else with_streams(manifest, streams)
 
 
 def with_tail(manifest: Manifest, name: str, tail: WeightsFile | None) -> Manifest:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from pipeline.checkpoints.store_identity import choose_class_stream
 from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
-from pipeline.targets.sources import check_fit
+from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import StreamAlignment, place
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.validation import validate
@@ -63,14 +64,47 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
         check_classes(with_classes(config, store.manifest), store.manifest)
     except UserError as error:
         return Answer(file, False, f"it does not fit this store: {error}")
-    if not config.alignment.active:
-        return Answer(file, True)
-    return _answer_alignment(store, file, config.alignment, incomplete)
+    answers = [
+        _answer_stream(store, file, one, incomplete, place(number))
+        for number, one in enumerate(config.alignment.streams)
+    ]
+    if config.student.class_token is not None:
+        answers.append(_answer_class_token(store, file, config, incomplete))
+    return _combine(answers) if answers else Answer(file, True)
 
 
-def _answer_alignment(
-    store: Store, file: str, alignment: AlignmentConfig, incomplete: set[str]
+def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: set[str]) -> Answer:
+    """The answer for the class stream of a student with a class token."""
+    try:
+        name = choose_class_stream(config, store.manifest, config.diffusion.class_stream)
+    except UserError as error:
+        return Answer(file, False, str(error))
+    if name in incomplete:
+        missing = len(store.missing_shards(name))
+        return Answer(file, False, f"class stream '{name}' lacks {missing} shards")
+    return Answer(file, True)
+
+
+def _combine(answers: list[Answer]) -> Answer:
+    """One answer for a config with several streams: the reasons and commands of those that cannot
+    be trained on, or the options to set."""
+    failed = [answer for answer in answers if not answer.ok]
+    chosen = failed or answers
+    reasons = dict.fromkeys(answer.reason for answer in chosen if answer.reason is not None)
+    commands = dict.fromkeys(answer.command for answer in chosen if answer.command is not None)
+    separator = "; " if failed else " "
+    return Answer(
+        answers[0].config,
+        not failed,
+        separator.join(reasons) or None,
+        " && ".join(commands) or None,
+    )
+
+
+def _answer_stream(
+    store: Store, file: str, alignment: StreamAlignment, incomplete: set[str], at: str
 ) -> Answer:
+    """The answer for the options of one stream; ``at``: their key."""
     manifest = store.manifest
     held = manifest.teacher_streams
     requested = alignment.stream
@@ -78,7 +112,7 @@ def _answer_alignment(
     reasons: dict[str, str] = {}
     for name in names:
         try:
-            check_fit(alignment.model_copy(update={"stream": name}), manifest)
+            check_stream(alignment.model_copy(update={"stream": name}), manifest, at=at)
             if held[name].cut in {"activations", "image"}:
                 check_tail(store, name)
         except UserError as error:
@@ -88,7 +122,7 @@ def _answer_alignment(
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
         choose = requested is None and len(held) > 1
-        return Answer(file, True, f"with --alignment.stream {complete[0]}" if choose else None)
+        return Answer(file, True, f"with --{at}.stream {complete[0]}" if choose else None)
     if suitable:
         name = suitable[0]
         reason = f"stream '{name}' lacks {len(store.missing_shards(name))} shards"
@@ -107,11 +141,11 @@ def _answer_alignment(
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:
-        reason += f"; once it is added, train with --alignment.stream {suggested.stream}"
+        reason += f"; once it is added, train with --{at}.stream {suggested.stream}"
     return Answer(file, False, reason, suggested.command)
 
 
-def _missing_layers(store: Store, name: str, alignment: AlignmentConfig) -> str | None:
+def _missing_layers(store: Store, name: str, alignment: StreamAlignment) -> str | None:
     """Sentence about the layers that one stream lacks; None if it has all."""
     held = store.manifest.teacher_streams[name].teacher.layers
     missing_layers = (

@@ -16,7 +16,7 @@ from pipeline.store.codecs import decoder_of, sums_to_one
 from pipeline.targets.tail import load_tail
 from pipeline.teachers import Teacher
 from pipeline.teachers.attention_tap import qk_logits
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import AlignmentConfig, StreamAlignment, place
 from schemas.errors import UserError
 from schemas.fields import element_count
 from schemas.store import Manifest, TeacherInfo, TeacherStream
@@ -161,10 +161,10 @@ class Wanted(NamedTuple):
     """Number of heads of each layer, counted from the first."""
 
 
-def wanted_targets(alignment: AlignmentConfig, heads: int) -> Wanted:
-    """Targets that a run's losses need."""
-    layers = alignment.teacher_layers if alignment.attention_weight else ()
-    return Wanted(bool(alignment.feature_weight), layers, heads)
+def wanted_targets(options: StreamAlignment, heads: int) -> Wanted:
+    """Targets that the losses of a stream need."""
+    layers = options.teacher_layers if options.attention_weight else ()
+    return Wanted(bool(options.feature_weight), layers, heads)
 
 
 def open_targets(
@@ -207,13 +207,20 @@ def aligned_heads(student: StudentConfig, teacher: TeacherInfo) -> int:
 
 def check_fit(alignment: AlignmentConfig, manifest: Manifest) -> None:
     """Raises ``UserError`` when the store lacks teacher layers that the alignment needs."""
-    teacher = manifest.teacher_stream(alignment.stream)[1].teacher
-    if alignment.attention_weight:
-        missing = sorted(set(alignment.teacher_layers) - set(teacher.layers))
+    for number, options in enumerate(alignment.streams):
+        check_stream(options, manifest, at=place(number))
+
+
+def check_stream(options: StreamAlignment, manifest: Manifest, *, at: str = "alignment") -> None:
+    """``check_fit`` of one stream; ``at``: the key of its options."""
+    teacher = manifest.teacher_stream(options.stream)[1].teacher
+    if options.attention_weight:
+        missing = sorted(set(options.teacher_layers) - set(teacher.layers))
         if missing:
             raise UserError(
-                f"alignment.teacher_layers asks for teacher layer {_join(missing)}; the "
-                f"store holds {_join(teacher.layers)}: extract again with --layers that include it"
+                f"{at}.teacher_layers asks for teacher layer {_join(missing)}; the "
+                f"store holds {_join(teacher.layers)}: extract again with --layers that "
+                "include it"
             )
 
 

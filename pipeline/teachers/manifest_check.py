@@ -74,6 +74,12 @@ def create_meta_teacher(info: TeacherInfo, resolution: int, where: str) -> Any:
     return vit
 
 
+def has_class_token(info: TeacherInfo, resolution: int, where: str) -> bool:
+    """True if the first token of the manifest's teacher is a class token, not a register. Raises
+    ``UserError`` as ``create_meta_teacher`` does."""
+    return info.prefix > 0 and create_meta_teacher(info, resolution, where).cls_token is not None
+
+
 def tail_bytes(vit: Any, first_block: int) -> int:
     """Bytes of the weights that targets need from the tokens that enter ``first_block``."""
     return sum(tensor.nbytes for tensor in tail_state(vit, first_block).values())

@@ -81,6 +81,7 @@ class Teacher(nn.Module):
         self.image_size = int(self.vit.patch_embed.img_size[0])
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix = int(self.vit.num_prefix_tokens)
+        self.has_class_token = self.vit.cls_token is not None
         if self.layers and max(self.layers) >= self.depth:
             raise UserError(
                 f"--layers asks for layer {max(self.layers)}; teacher '{config.model}' has "
@@ -171,7 +172,7 @@ class Teacher(nn.Module):
         block."""
         tokens = final_norm(self.vit)(tokens).float()
         features = tokens[:, self.prefix :]
-        return features, features.mean(1) if self.vit.cls_token is None else tokens[:, 0]
+        return features, tokens[:, 0] if self.has_class_token else features.mean(1)
 
     def forward(self, images_B3RR: Tensor) -> TeacherTargets:
         """Targets of uint8 crops (B, 3, R, R)."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
 from pipeline.alignment.termination import Decision, StepLosses
 from pipeline.checkpoints.state import CheckpointContents, classes_to_save, read_state
 from pipeline.distributed.process_group import ProcessGroup
@@ -79,7 +80,9 @@ class TrainingLoop:
         self.trainer = parts.trainer
         self.group = parts.group
         self.meter = parts.meter
-        self.finite = FiniteWatch(parts.group, self.config.train.max_skipped)
+        self.finite = FiniteWatch(
+            parts.group, self.config.train.max_skipped, parts.trainer.module.losses
+        )
         self.save_checkpoint = save_checkpoint
         self.saved_step = parts.trainer.step
         self.validated_step = parts.progress.validated_step
@@ -234,13 +237,18 @@ class TrainingLoop:
 
     def _measured_losses(self) -> list[str]:
         """Names of the losses that are computed in the present phase."""
-        if not self.trainer.aligned:
-            return ["denoising"]
-        alignment = self.config.alignment
         names = ["denoising"]
-        names += ["feature"] if alignment.feature_weight else []
-        names += ["attention"] if alignment.attention_weight else []
-        return names + (["teacher_entropy"] if self.parts.trigger.needs_entropy else [])
+        names += [CLASS_TOKEN_LOSS] if self.config.student.class_token is not None else []
+        if not self.trainer.aligned:
+            return names
+        alignment = self.config.alignment
+        names += ["feature"] if alignment.feature_weights else []
+        names += ["attention"] if alignment.attention_weights else []
+        names += ["teacher_entropy"] if self.parts.trigger.needs_entropy else []
+        for label, stream in zip(alignment.labels, alignment.streams, strict=True):
+            names += [f"feature_{label}"] if stream.feature_weight else []
+            names += [f"attention_{label}"] if stream.attention_weight else []
+        return names
 
     def _bytes_now(self) -> dict[str, int]:
         """Bytes that this process has read, per open stream."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,9 +20,15 @@ class NoisePrefetcher:
     """
 
     def __init__(
-        self, seed: int, latent_shape: tuple[int, ...], label_drop: float, device: torch.device
+        self,
+        seed: int,
+        latent_shape: tuple[int, ...],
+        label_drop: float,
+        device: torch.device,
+        class_token: int | None = None,
     ) -> None:
-        self._arguments = (seed, latent_shape, label_drop)
+        """``class_token``: width of the class tokens that get noise too; None: there are none."""
+        self._arguments = (seed, latent_shape, label_drop, class_token)
         self._pinned = device.type == "cuda"
         self._expected: tuple[np.ndarray, Future[SampleNoise]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
@@ -47,13 +54,11 @@ class NoisePrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def _draw(self, positions: np.ndarray) -> SampleNoise:
-        seed, shape, label_drop = self._arguments
-        draws = draw(seed, positions, shape, label_drop)
-        return (
-            SampleNoise(*(values.contiguous().pin_memory() for values in draws))
-            if self._pinned
-            else draws
-        )
+        seed, shape, label_drop, class_token = self._arguments
+        draws = draw(seed, positions, shape, label_drop, class_token)
+        if self._pinned:
+            return draws.each(lambda values: values.contiguous().pin_memory())
+        return draws
 
 
 class SampleNoise(NamedTuple):
@@ -67,21 +72,48 @@ class SampleNoise(NamedTuple):
     """(B, C, h, w) standard normal, for the latent's posterior."""
     noise: Tensor
     """(B, C, h, w) standard normal, the diffusion noise."""
+    class_noise: Tensor | None = None
+    """(B, E) standard normal, the diffusion noise of the class token; None without one."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> SampleNoise:
+        """The numbers with ``change`` applied to each tensor."""
+        token = self.class_noise
+        return SampleNoise(
+            t=change(self.t),
+            drop_label=change(self.drop_label),
+            posterior=change(self.posterior),
+            noise=change(self.noise),
+            class_noise=None if token is None else change(token),
+        )
 
 
 def draw(
-    seed: int, positions: np.ndarray, latent_shape: tuple[int, ...], label_drop: float
+    seed: int,
+    positions: np.ndarray,
+    latent_shape: tuple[int, ...],
+    label_drop: float,
+    class_token: int | None = None,
 ) -> SampleNoise:
     """All draws of the samples at ``positions``, on the CPU, in float32.
 
-    The order of draws within a sample is fixed: timestep, label drop, posterior, noise.
+    The order of draws within a sample is fixed: timestep, label drop, posterior, noise, and the
+    noise of a class token of width ``class_token``.
     """
     count = len(positions)
     uniform = np.empty((count, 2), np.float32)
     normal = np.empty((count, 2, *latent_shape), np.float32)
+    tokens = np.empty((count, class_token or 0), np.float32)
     for i, position in enumerate(positions):
         rng = generator(Purpose.TRAINING, seed, int(position))
         rng.random(out=uniform[i], dtype=np.float32)
         rng.standard_normal(out=normal[i], dtype=np.float32)
+        if class_token is not None:
+            rng.standard_normal(out=tokens[i], dtype=np.float32)
     uniforms, normals = torch.from_numpy(uniform), torch.from_numpy(normal)
-    return SampleNoise(uniforms[:, 0], uniforms[:, 1] < label_drop, normals[:, 0], normals[:, 1])
+    return SampleNoise(
+        uniforms[:, 0],
+        uniforms[:, 1] < label_drop,
+        normals[:, 0],
+        normals[:, 1],
+        None if class_token is None else torch.from_numpy(tokens),
+    )

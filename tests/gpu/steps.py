@@ -52,11 +52,10 @@ class Steps:
         group = ProcessGroup(device=device)
         self.trainer = Trainer(config, store, group, measure_entropy=config.alignment.active)
         self.order = SampleOrder(config.seed, store.index().samples_per_shard, config.data.window)
-        source = self.trainer.targets
-        self.teacher_streams = [] if source is None else [source.stream]
+        self.teacher_streams = self.trainer.teacher_streams
         self.loader = BatchLoader(
             store,
-            ["latents", *self.teacher_streams],
+            [*self.trainer.data_streams, *self.teacher_streams],
             self.order,
             global_batch=config.global_batch,
             threads=config.data.threads,
