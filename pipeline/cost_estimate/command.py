@@ -127,8 +127,8 @@ def candidate_layouts(
     are those of an image, on average."""
     latents = latent_bytes(geometry)
     if captions:
-        size = encoder_size(config.text)
-        latents += caption_bytes(config.text, size, captions, compress=config.compress)
+        of_encoder = encoder_size(config.text)
+        latents += caption_bytes(config.text, of_encoder, captions, compress=config.compress)
     layouts = []
     for cut in get_args(Cut):
         codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
@@ -205,8 +205,8 @@ def _caption_notes(config: ExtractConfig, captions: float) -> tuple[str, ...]:
     )
     return (
         f"the {captions:.3g} captions of an image take {sizes} (with tokens the trainer runs the "
-        f"text encoder); the sizes above include them as {config.text.keep or 'embeddings'}, and "
-        "not the time of the text encoder",
+        f"text encoder); the sizes above include them as {config.text.keep or 'embeddings'}, not "
+        "the time of the text encoder; a visit reads one caption, the read rates above count all",
     )
 
 

@@ -88,8 +88,7 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
         check_request(config, listing, existing)
         # Weights of another name may have the same values: only loading them shows it.
         known = name in existing.manifest.streams and _same_weight_names(config, existing.manifest)
-        lost = lacks_tail(existing, name) or text_stream_name(config) in lost_nulls(existing)
-        if known and not missing_shards(config, existing) and not lost:
+        if known and not missing_shards(config, existing) and not _lost_files(config, existing):
             if not exists(existing.filesystem, f"{existing.root}/{INDEX}"):
                 _finish(existing, listing)
             _check_left_empty(config, listing, existing)
@@ -124,6 +123,12 @@ def _add_class_stream(config: ExtractConfig, store: Store) -> ExtractionSummary:
         codec=config.column_codecs.get("class_token"),
     )
     return ExtractionSummary(samples, time.perf_counter() - start, store)
+
+
+def _lost_files(config: ExtractConfig, store: Store) -> bool:
+    """True if the store lacks the tail or the null caption of the extraction's streams."""
+    captions = text_stream_name(config)
+    return lacks_tail(store, stream_name(config)) or captions in lost_nulls(store)
 
 
 class _Progress:

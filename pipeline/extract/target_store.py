@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from pipeline.datasets import Listing
-from pipeline.extract.caption_sources import adds_captions, text_stream_name
+from pipeline.extract.caption_sources import adds_captions, keeps_captions, text_stream_name
 from pipeline.extract.compatibility import check_request
 from pipeline.extract.tasks import (
     Description,
@@ -93,10 +93,10 @@ def save_null(
     """Write the null caption of the extraction's stream, if the store lacks it. Raises
     ``UserError``."""
     name = text_stream_name(config)
-    if is_new or name in lost_nulls(store):
+    if keeps_captions(config) and (is_new or name in lost_nulls(store)):
         null = encoder.null_caption()
-        if null is not None:
-            write_null(store, name, null)
+        assert null is not None
+        write_null(store, name, null)
 
 
 def lost_nulls(store: Store) -> set[str]:
