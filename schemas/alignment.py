@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from schemas.base import Strict
-from schemas.fields import Layers, Name
+from schemas.fields import Layers, Name, RisingLayers
+
+
+class Ramp(Strict):
+    """Gradual change of the weights of all alignment losses."""
+
+    kind: Literal["linear", "cosine"] = "linear"
+    """Course of the factor: a straight line, or half a period of a cosine."""
+    steps: Annotated[int, Field(ge=1)]
+    """Length in steps."""
+
+
+OptionalRamp = Annotated[Ramp | None, Field(exclude_if=lambda value: value is None)]
 
 
 class FixedStep(Strict):
@@ -19,6 +32,18 @@ class FixedStep(Strict):
     """Only log when the trigger would have terminated."""
     step: Annotated[int, Field(ge=0)]
     """fixed: the first step without alignment."""
+    ramp: OptionalRamp = None
+    """Fade the weights: with 'fixed' over the steps before its step, else from the step at which
+    the trigger fires on. The alignment ends when they reach 0."""
+
+    @model_validator(mode="after")
+    def _ramp_fits(self) -> FixedStep:
+        if self.ramp is not None and self.ramp.steps > self.step:
+            raise ValueError(
+                f"ramp.steps {self.ramp.steps} is longer than the alignment, which ends at step "
+                f"{self.step}"
+            )
+        return self
 
 
 class GradientCosine(Strict):
@@ -38,6 +63,9 @@ class GradientCosine(Strict):
     """gradient_cosine: diffusion times; the mean of their cosines is compared."""
     threshold: Annotated[float, Field(ge=-1, le=1)] = -0.05
     """gradient_cosine: terminate when the mean cosine is below this."""
+    ramp: OptionalRamp = None
+    """Fade the weights: with 'fixed' over the steps before its step, else from the step at which
+    the trigger fires on. The alignment ends when they reach 0."""
 
 
 class ResidualPlateau(Strict):
@@ -58,6 +86,9 @@ class ResidualPlateau(Strict):
     """residual_plateau: decay of the slow average."""
     tolerance: Annotated[float, Field(gt=0)] = 0.02
     """residual_plateau: relative difference at which the averages agree."""
+    ramp: OptionalRamp = None
+    """Fade the weights: with 'fixed' over the steps before its step, else from the step at which
+    the trigger fires on. The alignment ends when they reach 0."""
 
 
 TerminationConfig = FixedStep | GradientCosine | ResidualPlateau
@@ -70,6 +101,16 @@ DEFAULT_KIND: Final = "fixed"
 def _with_kind(value: Any) -> Any:
     """The default kind, because a discriminated union ignores the default of its key."""
     return {"kind": DEFAULT_KIND, **value} if isinstance(value, dict) else value
+
+
+ProjectorKind = Literal["mlp", "conv"]
+TargetKind = Literal["final", "unnormed", "sum_of_layers"]
+Normalisation = Literal["none", "spatial"]
+
+
+def _is(default: Any) -> Callable[[Any], bool]:
+    """If a value is this default: left out of saved files, because names on disk are frozen."""
+    return lambda value: value == default
 
 
 class StreamAlignment(Strict):
@@ -89,6 +130,23 @@ class StreamAlignment(Strict):
     """Hidden width of the projector MLP."""
     stream: Name | None = None
     """Teacher stream to align to, where the store holds several."""
+    projector: ProjectorKind = Field(default="mlp", exclude_if=_is("mlp"))
+    """'mlp': three linear layers (REPA, HASTE); 'conv': one convolution over the grid of tokens
+    (iREPA)."""
+    projector_kernel: Literal[1, 3] | None = Field(default=None, exclude_if=_is(None))
+    """conv: tokens per side of the kernel; 3 in iREPA's paper, 1 in its released SiT config."""
+    target: TargetKind = Field(default="final", exclude_if=_is("final"))
+    """Teacher tokens that features are aligned to: 'final', after its final norm; 'unnormed',
+    before it; 'sum_of_layers', the sum over target_layers, each after the final norm. The last two
+    need a stream of cut 'activations' or 'image'."""
+    target_layers: RisingLayers | None = Field(default=None, exclude_if=_is(None))
+    """sum_of_layers: teacher layers, 0-based, for example 19-23."""
+    normalisation: Normalisation = Field(default="none", exclude_if=_is("none"))
+    """'spatial': the target's channels are normalised over the tokens of each image (iREPA)."""
+    normalisation_strength: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, exclude_if=_is(None)
+    )
+    """spatial: share of the mean that is subtracted, 0.6 to 0.8 in iREPA."""
 
     @property
     def active(self) -> bool:
@@ -106,6 +164,21 @@ class StreamAlignment(Strict):
             raise ValueError("the attention loss needs student_layers and teacher_layers")
         if list(self.student_layers) != sorted(set(self.student_layers)):
             raise ValueError("name each of student_layers once, lowest first")
+        return self
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> Self:
+        """Each kind has its option and no other has it, so that no default is hidden."""
+        for key, kind, option in (
+            ("projector", "conv", "projector_kernel"),
+            ("target", "sum_of_layers", "target_layers"),
+            ("normalisation", "spatial", "normalisation_strength"),
+        ):
+            chosen, value = getattr(self, key), getattr(self, option)
+            if chosen == kind and value is None:
+                raise ValueError(f"{key} {kind} needs {option}")
+            if chosen != kind and value is not None:
+                raise ValueError(f"{option} is for {key} {kind}, not for {chosen}: set it to none")
         return self
 
 
@@ -130,6 +203,8 @@ class AlignmentConfig(StreamAlignment):
         | None
     ) = None
     """Trigger that ends the alignment; none: the whole run is aligned."""
+    warmup: OptionalRamp = None
+    """Raise the weights from 0 at the start of the run, to their full values at its last step."""
 
     @property
     def streams(self) -> tuple[StreamAlignment, ...]:
@@ -165,6 +240,8 @@ class AlignmentConfig(StreamAlignment):
     def _is_consistent(self) -> AlignmentConfig:
         if self.termination is not None and not self.active:
             raise ValueError("a run without alignment has nothing to terminate: termination none")
+        if self.warmup is not None and not self.active:
+            raise ValueError("a run without alignment has nothing to warm up: warmup none")
         if self.others and not self.active:
             raise ValueError(
                 "both weights of the first stream are 0 and others are named: move one of others "

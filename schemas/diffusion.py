@@ -10,6 +10,7 @@ from schemas.base import Strict
 from schemas.fields import Name
 
 Path = Literal["linear", "cosine"]
+TimeDistribution = Literal["uniform", "lognormal"]
 Prediction = Literal["velocity", "noise", "score"]
 
 DDPM_STEPS = 1000
@@ -37,6 +38,9 @@ class DiffusionConfig(Strict):
 
     path: Path = "linear"
     """SiT: the interpolant between data and noise. DiT has its own noise schedule."""
+    time: TimeDistribution = Field(default="uniform", exclude_if=lambda value: value == "uniform")
+    """SiT: distribution of the training times; 'lognormal' is that of the ratio of noise to data
+    (REPA's --weighting lognormal)."""
     label_drop: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Probability of training a sample without its class, for classifier-free guidance."""
     class_weight: Annotated[float, Field(ge=0)] = Field(

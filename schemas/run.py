@@ -262,6 +262,11 @@ class RunConfig(Strict):
                 f"diffusion.path {self.diffusion.path} is for SiT; {self.student.model} has a "
                 "noise schedule of its own"
             )
+        if self.student.family == "DiT" and self.diffusion.time != "uniform":
+            raise ValueError(
+                f"diffusion.time {self.diffusion.time} is for SiT; {self.student.model} is trained "
+                "on uniform timesteps"
+            )
         if self.global_batch < self.workers.count:
             raise ValueError(
                 f"global_batch {self.global_batch} leaves some of {self.workers.count} workers "

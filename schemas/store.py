@@ -58,7 +58,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # The largest models that timm knows are 64 blocks deep and 4096 numbers, or 32 heads, wide.
-Depth = Annotated[int, Field(ge=1, le=128)]
+MAX_DEPTH = 128
+Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=1 << 13)]
 Heads = Annotated[int, Field(ge=1, le=128)]
 GridSide = Annotated[int, Field(ge=1, le=256)]
@@ -201,7 +202,12 @@ class TeacherInfo(Strict):
             )
         if self.layers and self.layers[-1] >= self.depth:
             raise ValueError(f"there is no layer {self.layers[-1]} in a depth of {self.depth}")
-        arguments = {"depth": self.depth, "embed_dim": self.width, "num_heads": self.heads}
+        arguments = {"depth": self.depth}
+        if self.layers:  # others may have a neck, and blocks without heads
+            arguments |= {"embed_dim": self.width, "num_heads": self.heads}
+        for name in ("depth_token_only", "cls_attn_layers"):  # blocks of CaiT and XCiT
+            if name in self.model_args and self.model_args[name] not in range(MAX_DEPTH + 1):
+                raise ValueError(f"model_args.{name} is not a number of blocks")
         for name, value in arguments.items():
             if self.model_args.get(name, value) != value:
                 raise ValueError(f"model_args.{name} is not {value}, as the rest says")

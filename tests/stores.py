@@ -133,12 +133,14 @@ def add_random_stream(store: Store, name: str, **teacher: object) -> Store:
 
 
 def add_class_stream(store: Store, name: str = "class", **changes: object) -> Store:
-    """The store with random class tokens, complete; ``changes`` replace keys of the stream."""
+    """The store with random class tokens of its first teacher, complete; ``changes`` replace keys
+    of the stream."""
     values = store.manifest.model_dump()
+    teacher = next(iter(store.manifest.teacher_streams.values())).teacher
     values["streams"][name] = {
         "kind": "class",
-        "columns": {"class_token": {"shape": (WIDTH,), "codec": "float16"}},
-        "teacher": {key: value for key, value in TEACHER.items() if key != "layers"},
+        "columns": {"class_token": {"shape": (teacher.width,), "codec": "float16"}},
+        "teacher": teacher.model_dump(exclude={"layers"}),
         "compute": COMPUTE,
         "added": True,
         **changes,
@@ -148,7 +150,7 @@ def add_class_stream(store: Store, name: str = "class", **changes: object) -> St
     for shard in range(store.manifest.num_shards):
         with ShardWriter(store.url, store.manifest, shard, added=name) as writer:
             for key in store.record(shard).keys:
-                writer.add(key, {name: {"class_token": rng.standard_normal(WIDTH)}})
+                writer.add(key, {name: {"class_token": rng.standard_normal(teacher.width)}})
             writer.commit()
     store.finish()
     return store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from pipeline.alignment.losses import Targets, attention_entropy, attention_loss
 from pipeline.alignment.resample import Grid, resample_features, resample_logits
 from pipeline.diffusion.objective import make_objective
 from pipeline.models import StudentOutput, Taps, make_student
-from pipeline.models.projector import Projector
+from pipeline.models.projector import make_projector
 from pipeline.models.taps import QueriesKeys
 from schemas.alignment import AlignmentConfig, StreamAlignment
 from schemas.diffusion import DiffusionConfig
@@ -60,6 +60,8 @@ class AlignedStream(NamedTuple):
     """The student's and the teacher's."""
     fused: bool
     """If the attention loss is computed by ``fused_attention_loss``."""
+    class_token: bool = False
+    """If the feature loss aligns the class token too."""
 
 
 def loss_names(alignment: AlignmentConfig, *, class_token: bool = False) -> tuple[str, ...]:
@@ -88,10 +90,13 @@ class AlignedStudent(nn.Module):
         diffusion: DiffusionConfig = DEFAULT_DIFFUSION,
         measure_entropy: bool = False,
         fused: bool = True,
+        class_streams: Collection[int] = (),
     ) -> None:
         """``teacher_width``, ``heads`` and ``teacher_grid``: the ``AlignedTeacher`` of the first
         stream; ``others``: those of ``alignment.others``. ``fused``: use ``fused_attention_loss``,
-        which needs equal grids; ignored otherwise."""
+        which needs equal grids; ignored otherwise. ``class_streams``: numbers of the streams of the
+        teacher whose class token the student denoises: their feature losses align it too, as one
+        more token before the patches, as in REG; others align patches alone."""
         super().__init__()
         self.student = make_student(student)
         self.objective = make_objective(student, diffusion)
@@ -99,7 +104,7 @@ class AlignedStudent(nn.Module):
         self.measure_entropy = measure_entropy
         self.losses = loss_names(alignment, class_token=student.class_token is not None)
         self.compiled = False
-        self.projector: Projector | None = None
+        self.projector: nn.Module | None = None
         """That of the first stream."""
         self.other_projectors = nn.ModuleDict()
         """Those of further streams, by the stream's number; see ``projectors``."""
@@ -108,9 +113,10 @@ class AlignedStudent(nn.Module):
         for number, (options, teacher) in enumerate(zip(alignment.streams, teachers, strict=False)):
             grids = (student.grid, teacher.grid or student.grid)
             kernel = fused and grids[0] == grids[1]
-            streams.append(AlignedStream(number, options, teacher.heads, grids, kernel))
+            own = number in class_streams
+            streams.append(AlignedStream(number, options, teacher.heads, grids, kernel, own))
             if options.feature_weight:
-                projector = Projector(student.size.width, options.projector_width, teacher.width)
+                projector = make_projector(options, student.size.width, teacher.width, grids[1])
                 if number == 0:
                     self.projector = projector
                 else:
@@ -171,7 +177,7 @@ class AlignedStudent(nn.Module):
         denoising = self.objective.loss(out.prediction, x_BChw, t_B, target_BChw).sum()
         zero = torch.zeros_like(denoising)
         found = [
-            self._stream_losses(stream, out, one, zero)
+            self._stream_losses(stream, out, one, zero, class_token)
             for stream, one in zip(self.streams, targets, strict=False)
         ]
         last = []
@@ -190,19 +196,26 @@ class AlignedStudent(nn.Module):
         return torch.stack([*losses, *blank, *last])
 
     def _stream_losses(
-        self, stream: AlignedStream, out: StudentOutput, targets: Targets, zero: Tensor
+        self,
+        stream: AlignedStream,
+        out: StudentOutput,
+        targets: Targets,
+        zero: Tensor,
+        class_token: ClassToken | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Feature loss, attention loss and teacher's entropy of one stream, sums over the batch."""
         feature = attention = entropy = zero
         if stream.options.feature_weight:
             assert targets.features is not None
             features, wanted = self._features(stream, out), targets.features
-            if out.class_prediction is None:
+            if class_token is None:
                 features = resample_features(features, *stream.grids)
             else:
-                features = self._with_class_token(stream, features, targets)
-            if targets.class_token is not None:
-                wanted = torch.cat([targets.class_token.unsqueeze(1), wanted], dim=1)
+                patches = resample_features(features[:, 1:], *stream.grids)
+                if stream.class_token:
+                    wanted = torch.cat([class_token.clean.unsqueeze(1), wanted], dim=1)
+                    patches = torch.cat([features[:, :1], patches], dim=1)
+                features = patches
             feature = feature_loss(self._projected(stream, features), wanted).sum()
         if stream.options.attention_weight:
             assert targets.attention is not None
@@ -219,20 +232,13 @@ class AlignedStudent(nn.Module):
             return out.features
         return out.other_features[self.taps.other_depths.index(depth)]
 
-    def _with_class_token(
-        self, stream: AlignedStream, features_BND: Tensor, targets: Targets
-    ) -> Tensor:
-        """Patches on the teacher's grid, behind the class token where that is aligned too."""
-        patches = resample_features(features_BND[:, 1:], *stream.grids)
-        if targets.class_token is None:
-            return patches
-        return torch.cat([features_BND[:, :1], patches], dim=1)
-
     def _projected(self, stream: AlignedStream, features_BND: Tensor) -> Tensor:
         if stream.number == 0:
             assert self.projector is not None
-            return self.projector(features_BND)
-        projected: Tensor = self.other_projectors[f"{stream.number}"](features_BND)
+            projector = self.projector
+        else:
+            projector = self.other_projectors[f"{stream.number}"]
+        projected: Tensor = projector(features_BND)
         return projected
 
     def _attention_losses(

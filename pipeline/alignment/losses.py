@@ -16,9 +16,6 @@ class Targets(NamedTuple):
     """(B, N, D_teacher)."""
     attention: Tensor | None
     """(B, L, H, N, N) probabilities, rows summing to 1, float32."""
-    class_token: Tensor | None = None
-    """(B, D_teacher) target of the student's class token, which is then aligned as one more token
-    before the patches (REG, arXiv 2507.01467); None: it is not aligned."""
 
 
 def feature_loss(projected_BND: Tensor, teacher_BND: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pipeline.checkpoints.state import (
 )
 from pipeline.models import make_student
 from pipeline.models.ema import catch_up
-from pipeline.models.projector import Projector
+from pipeline.models.projector import make_projector
 from pipeline.precision import check_finite
 from schemas.errors import UserError
 
@@ -35,10 +35,12 @@ def export_checkpoint(folder: Path, out: Path) -> None:
     """
     state = read_state(folder)
     with torch.device("meta"):  # only for the order of names, which safetensors loses
-        student, projector = make_student(state.config.student), Projector(1, 1, 1)
+        student = make_student(state.config.student)
     projectors, averages = [], []
     for number, options in enumerate(state.config.alignment.streams):
         if options.feature_weight:
+            with torch.device("meta"):
+                projector = make_projector(options, 1, 1, (1, 1))
             own, average = (_read(folder, name, projector) for name in projector_files(number))
             lag = state.projector_ema_lag
             averages.append(catch_up(average, own, state.config.ema_decay, lag))

@@ -2,7 +2,9 @@
 
 A ``.pt`` or ``.pth`` file with ``model``, ``ema``, ``opt``, and ``steps`` or ``args``, or one bare
 state dict. A state dict holds the student under the names of this project's students, and the
-projectors as ``projectors.N.{0,2,4}``; all names may have the prefix ``module.`` (DDP).
+projectors as ``projectors.N.{0,2,4}``, in iREPA's files as ``projectors.N.projection_layer.`` with
+``{0,2,4}`` or a convolution's ``weight`` and ``bias``; all names may have the prefix ``module.``
+(DDP).
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ from schemas.student import SIZES, StudentConfig
 from schemas.validation import validate
 
 PROJECTORS = "projectors."
+IREPA = "projection_layer."
+"""Before the names of a projector's weights in iREPA's files, of a convolution and of an MLP."""
 WRAPPERS = ("module.", "_orig_mod.")  # DDP, torch.compile
 CLASS_TOKEN = ("cls_projectors2.", "wg_norm.", "final_layer.linear_cls.")
 """First letters of the weights of REG's class token."""
@@ -149,6 +153,7 @@ def split_state(state: Mapping[str, Tensor]) -> Parts:
         part, key = (
             (projectors.setdefault(int(match[1]), {}), match[2]) if match else (student, name)
         )
+        key = key.removeprefix(IREPA) if match else key
         if key in part:
             raise ValueError(f"two of its weights have the name {name}")
         part[key] = tensor
@@ -160,7 +165,8 @@ def join_state(parts: Parts) -> dict[str, Tensor]:
     """The inverse of ``split_state``, in the order of SiT in the authors' code, where the
     projectors precede the final layer and the entry of the class token."""
     projectors = {
-        f"{PROJECTORS}{number}.{name}": tensor
+        # iREPA's names for its convolution, REPA's and HASTE's for an MLP
+        f"{PROJECTORS}{number}.{IREPA if 'weight' in projector else ''}{name}": tensor
         for number, projector in enumerate((parts.projector, *parts.others))
         for name, tensor in projector.items()
     }

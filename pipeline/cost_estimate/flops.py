@@ -11,7 +11,7 @@ import torch
 from pipeline.cost_estimate.costs import ImageFlops
 from pipeline.cost_estimate.meta_models import Geometry, MetaModels, encode
 from pipeline.models.flops import STEP, count, logits_flops, student_flops, tapped_flops
-from pipeline.models.projector import Projector
+from pipeline.models.projector import make_projector
 from pipeline.teachers.vit import block_arguments, embed
 from schemas.run import RunConfig
 
@@ -98,7 +98,7 @@ def _alignment(run: RunConfig, geometry: Geometry, heads: int) -> int:
         if options.feature_weight:
             width = run.student.size.width
             with torch.device("meta"):
-                projector = Projector(width, options.projector_width, geometry.width)
+                projector = make_projector(options, width, geometry.width, geometry.grid)
                 # student tokens are resampled to the teacher's grid before the projector
                 tokens = geometry.patches + (run.student.class_token is not None)
                 features = torch.empty(1, tokens, width)

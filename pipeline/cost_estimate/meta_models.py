@@ -61,6 +61,8 @@ class MetaModels(NamedTuple):
 
 def build_meta_models(config: ExtractConfig) -> MetaModels:
     """Teacher and autoencoder of an extraction. Raises ``UserError`` where they do not fit."""
+    if not config.layers:
+        raise UserError("--plan compares cuts by the attention of --layers, which are none")
     vit, shape = create_meta_vit(config.teacher, config.resolution)
     if max(config.layers) >= shape.depth:
         raise UserError(

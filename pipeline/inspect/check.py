@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.checkpoints.store_identity import choose_class_stream
 from pipeline.cli.config_files import read_yaml
+from pipeline.inspect.codec_check import coarse_codec
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
+from pipeline.targets.kinds import TARGET_KINDS
 from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
 from schemas.alignment import StreamAlignment, place
 from schemas.errors import UserError
+from schemas.extract import Cut
+from schemas.fields import class_stream_name
 from schemas.run import RunConfig
+from schemas.store import Manifest
 from schemas.validation import validate
 
 
@@ -37,6 +44,7 @@ class Answer(NamedTuple):
 
 def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
     """An answer for each config file, in their order."""
+    files = config_files(files)
     base = store.missing_shards()
     if base:
         missing = f"{len(base)} of the store's {store.manifest.num_shards} shards are missing"
@@ -44,6 +52,21 @@ def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
         return [Answer(file, False, reason) for file in files]
     incomplete = {name for name in store.added_streams if store.missing_shards(name)}
     return [_answer(store, file, incomplete) for file in files]
+
+
+def config_files(named: tuple[str, ...]) -> tuple[str, ...]:
+    """The config files that --check names: a folder stands for its YAML files. Raises
+    ``UserError``."""
+    files: list[str] = []
+    for name in named:
+        if not Path(name).is_dir():
+            files.append(name)
+            continue
+        found = sorted(str(path) for path in Path(name).glob("*.yaml"))
+        if not found:
+            raise UserError(f"--check {name}: the folder holds no .yaml file")
+        files += found
+    return tuple(files)
 
 
 def answers_as_json(answers: list[Answer]) -> dict[str, Any]:
@@ -78,11 +101,38 @@ def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: 
     try:
         name = choose_class_stream(config, store.manifest, config.diffusion.class_stream)
     except UserError as error:
-        return Answer(file, False, str(error))
+        wanted = _missing_class_stream(store.manifest, config)
+        if wanted is None:
+            return Answer(file, False, str(error))
+        reason = "the store holds no class tokens of the teacher"
+        return Answer(file, False, reason, _class_stream_command(store, wanted))
     if name in incomplete:
-        missing = len(store.missing_shards(name))
-        return Answer(file, False, f"class stream '{name}' lacks {missing} shards")
+        reason = f"class stream '{name}' lacks {len(store.missing_shards(name))} shards"
+        computed = store.manifest.class_streams[name].converted_from
+        command = _class_stream_command(store, name) if computed else None
+        return Answer(file, False, reason, command)
     return Answer(file, True)
+
+
+def _missing_class_stream(manifest: Manifest, config: RunConfig) -> str | None:
+    """Name for the class stream of the teacher that a config aligns to, by default of the store's
+    first; None where it is there, the teacher has no class token of the student's width, or the
+    config names another stream."""
+    held = manifest.teacher_streams
+    name = config.alignment.stream or next(iter(held), None)
+    if config.diffusion.class_stream is not None or name is None or name not in held:
+        return None
+    teacher = held[name].teacher
+    if not teacher.prefix or teacher.width != config.student.class_token:
+        return None
+    if any(s.teacher.same_network(held[name].teacher) for s in manifest.class_streams.values()):
+        return None
+    return class_stream_name(name, added=held[name].added)
+
+
+def _class_stream_command(store: Store, name: str) -> str:
+    options = ["--store", store.shown_url, "--add-stream", name]
+    return shlex.join(["python", "-m", "pipeline.extract", *options])
 
 
 def _combine(answers: list[Answer]) -> Answer:
@@ -121,8 +171,12 @@ def _answer_stream(
     complete = [name for name in suitable if name not in incomplete]
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
-        choose = requested is None and len(held) > 1
-        return Answer(file, True, f"with --{at}.stream {complete[0]}" if choose else None)
+        notes = [f"with --{at}.stream {complete[0]}"] if requested is None and len(held) > 1 else []
+        try:
+            warning = coarse_codec(store, complete[0], alignment)
+        except UserError as error:  # a file of the stream cannot be read
+            return Answer(file, False, str(error))
+        return Answer(file, True, "; ".join([*notes, *([warning] if warning else [])]) or None)
     if suitable:
         name = suitable[0]
         reason = f"stream '{name}' lacks {len(store.missing_shards(name))} shards"
@@ -137,7 +191,9 @@ def _answer_stream(
             _missing_layers(store, name, alignment) or reasons[name] for name in names
         )
     try:
-        suggested = suggest_extraction(store, requested, alignment.teacher_layers)
+        layers = {*alignment.teacher_layers, *(alignment.target_layers or ())}
+        cut: Cut | None = "activations" if TARGET_KINDS[alignment.target].replayed else None
+        suggested = suggest_extraction(store, requested, sorted(layers), cut)
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:

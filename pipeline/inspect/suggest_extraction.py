@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from pipeline.store import Store
 from pipeline.targets.cuts import codec_set_of, cut_columns
+from pipeline.teachers.manifest_check import teacher_config
+from pipeline.teachers.vit import create_meta_vit
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
 from schemas.extract import Cut, ExtractConfig, TeacherConfig
@@ -26,10 +28,11 @@ class SuggestedExtraction(NamedTuple):
 
 
 def suggest_extraction(
-    store: Store, name: str | None, layers: Sequence[int]
+    store: Store, name: str | None, layers: Sequence[int], cut: Cut | None = None
 ) -> SuggestedExtraction:
     """``python -m pipeline.extract ... --add-stream NAME`` for a stream of the store's own teacher
-    with ``layers``. An incomplete stream ``name`` with these layers is completed with the options
+    with ``layers``, by default those that it has, and of ``cut``, by default its own. An incomplete
+    stream ``name`` with these layers is completed with the options
     that it was started with; if a stream ``name`` has other layers, a free name is chosen.
 
     Raises ``UserError`` if the teacher does not have these layers.
@@ -37,14 +40,21 @@ def suggest_extraction(
     manifest = store.manifest
     held = manifest.teacher_streams
     existing = held.get(name) if name is not None else None
-    if existing is not None and set(layers) != set(existing.teacher.layers):
-        existing = name = None
     pattern = existing or next(iter(held.values()), None)
-    cut = DEFAULT_CUT if pattern is None else pattern.cut
+    if pattern is not None:
+        layers = layers or pattern.teacher.layers
+    if existing is not None and (
+        set(layers) != set(existing.teacher.layers) or cut not in (None, existing.cut)
+    ):
+        existing = name = None
+        pattern = next(iter(held.values()))
+    cut = cut or (DEFAULT_CUT if pattern is None else pattern.cut)
     if pattern is not None:
         depth = pattern.teacher.depth
         if max(layers) >= depth:
             raise UserError(f"the store's teacher has layers 0 to {depth - 1} only")
+        if not pattern.teacher.layers:
+            _require_attention(pattern, manifest.resolution)
     chosen = sorted(set(layers))
     name = name or _free_name(manifest, cut, chosen)
     options = ["--store", store.shown_url, "--add-stream", name]
@@ -53,11 +63,25 @@ def suggest_extraction(
         options += ["--source", manifest.dataset.source]
     if pattern is not None:
         options += _teacher(pattern)
-        options += _codecs(pattern, manifest.resolution)
+        if cut == pattern.cut:
+            options += _codecs(pattern, manifest.resolution)
         if existing is not None:  # all shards of a stream must be computed in the same way
             options += ["--batch-size", str(existing.compute.batch_size)]
             options += ["--precision", existing.compute.precision]
     return SuggestedExtraction(name, shlex.join(["python", "-m", "pipeline.extract", *options]))
+
+
+def _require_attention(stream: TeacherStream, resolution: int) -> None:
+    """Raises ``UserError`` where a stream was extracted without layers because its teacher's
+    attention cannot be read."""
+    model = stream.teacher.model
+    try:
+        create_meta_vit(teacher_config(stream.teacher), resolution)
+    except UserError:
+        raise UserError(
+            f"the attention of the store's teacher '{model}' cannot be read: its stream serves "
+            "feature losses alone, attention_weight 0; for others add a stream of another teacher"
+        ) from None
 
 
 def _free_name(manifest: Manifest, cut: Cut, layers: Sequence[int]) -> str:

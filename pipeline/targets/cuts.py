@@ -141,6 +141,8 @@ def later_cut_values(
     tokens, attended = teacher.tap_blocks(tokens, start)
     features, class_token = teacher.normed(tokens)
     values = {"features": features, "class_token": class_token}
+    if not teacher.layers:
+        return values
     if cut == "maps":
         logits = [attended[layer].logits(teacher.prefix) for layer in teacher.layers]
         values["attention"] = torch.softmax(torch.stack(logits, dim=1), dim=-1)

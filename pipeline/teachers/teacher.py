@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.hashing import sha256_of_arrays
 from pipeline.storage.files import redact
 from pipeline.teachers.attention_tap import AttentionOperands, AttentionTap
+from pipeline.teachers.token_network import TokenNetwork
 from pipeline.teachers.vit import (
     block_arguments,
     create_tail,
@@ -66,9 +67,9 @@ class Teacher(nn.Module):
         self.layers = tuple(layers)
         self.first_block = first_block
         self.vit, (self.depth, self.heads, self.head_width) = (
-            create_vit(config, resolution)
+            create_vit(config, resolution, tapped=bool(layers))
             if tail is None
-            else create_tail(config, resolution, first_block, tail)
+            else create_tail(config, resolution, first_block, tail, tapped=bool(layers))
         )
         self.weights_sha256 = sha256_of_arrays(
             (name, tensor.numpy()) for name, tensor in sorted(self.vit.state_dict().items())
@@ -142,6 +143,8 @@ class Teacher(nn.Module):
     ) -> tuple[Tensor, dict[int, AttentionOperands]]:
         """As ``run_blocks``, with the attention operands of the tapped layers."""
         operands: dict[int, AttentionOperands] = {}
+        if isinstance(self.vit, TokenNetwork):
+            return tokens, operands
         arguments = block_arguments(self.vit)
         for number in range(start, self.depth if stop is None else stop):
             index = number - self.first_block

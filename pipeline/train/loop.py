@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
-from pipeline.alignment.termination import Decision, StepLosses
+from pipeline.alignment.termination import Decision, StepLosses, alignment_factor
 from pipeline.checkpoints.state import CheckpointContents, classes_to_save, read_state
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import PollRequest, StopRequest, no_request
@@ -109,6 +109,7 @@ class TrainingLoop:
             waited = time.perf_counter() - before
             if batch.step != trainer.step:
                 raise RuntimeError(f"batch of step {batch.step} at step {trainer.step}")
+            trainer.factor = alignment_factor(config.alignment, parts.trigger, trainer.step)
             result = trainer.train_step(batch)
             self.finite.note(trainer.step, result, trainer.skipped)
             self.meter.add(result, waited, trainer.skipped)
@@ -195,6 +196,8 @@ class TrainingLoop:
         self._require_finite()
         row: dict[str, Any] = {"step": self.trainer.step, "phase": 1 if self.trainer.aligned else 2}
         row.update(self.meter.take(self._measured_losses()))
+        if self.trainer.aligned and self._has_ramp:
+            row["alignment_factor"] = self.trainer.factor  # of the row's last step
         row.update(self.parts.throughput.rates(row["images_per_second"]))
         for name, count in self.group.sum_counts(self._bytes_now()).items():
             row[f"bytes_read_{name}"] = count
@@ -234,6 +237,12 @@ class TrainingLoop:
                 self._paused = False
                 self.meter.leave_out(time.perf_counter() - start)
                 self.parts.clock.pause()
+
+    @property
+    def _has_ramp(self) -> bool:
+        alignment = self.config.alignment
+        end = alignment.termination
+        return alignment.warmup is not None or (end is not None and end.ramp is not None)
 
     def _measured_losses(self) -> list[str]:
         """Names of the losses that are computed in the present phase."""

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from pipeline.randomness import Purpose, generator
 
+Times = Callable[[Tensor], Tensor]
+"""Timesteps (B,) in [0, 1) from uniform numbers (B,) in [0, 1)."""
+
 
 class NoisePrefetcher:
     """Draws the noise of the next step in a thread while the present step computes.
@@ -25,10 +28,14 @@ class NoisePrefetcher:
         latent_shape: tuple[int, ...],
         label_drop: float,
         device: torch.device,
+        times: Times | None = None,
+        *,
         class_token: int | None = None,
     ) -> None:
-        """``class_token``: width of the class tokens that get noise too; None: there are none."""
-        self._arguments = (seed, latent_shape, label_drop, class_token)
+        """``times``, ``class_token``: see ``draw``."""
+        self._arguments = (seed, latent_shape, label_drop)
+        self._times = times
+        self._class_token = class_token
         self._pinned = device.type == "cuda"
         self._expected: tuple[np.ndarray, Future[SampleNoise]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
@@ -54,8 +61,8 @@ class NoisePrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def _draw(self, positions: np.ndarray) -> SampleNoise:
-        seed, shape, label_drop, class_token = self._arguments
-        draws = draw(seed, positions, shape, label_drop, class_token)
+        seed, shape, label_drop = self._arguments
+        draws = draw(seed, positions, shape, label_drop, self._times, class_token=self._class_token)
         if self._pinned:
             return draws.each(lambda values: values.contiguous().pin_memory())
         return draws
@@ -65,7 +72,7 @@ class SampleNoise(NamedTuple):
     """Random numbers of B samples."""
 
     t: Tensor
-    """(B,) timesteps, uniform on [0, 1)."""
+    """(B,) timesteps in [0, 1)."""
     drop_label: Tensor
     """(B,) bool: train this sample without its class."""
     posterior: Tensor
@@ -92,12 +99,15 @@ def draw(
     positions: np.ndarray,
     latent_shape: tuple[int, ...],
     label_drop: float,
+    times: Times | None = None,
+    *,
     class_token: int | None = None,
 ) -> SampleNoise:
     """All draws of the samples at ``positions``, on the CPU, in float32.
 
     The order of draws within a sample is fixed: timestep, label drop, posterior, noise, and the
-    noise of a class token of width ``class_token``.
+    noise of a class token of width ``class_token``. ``times`` maps the uniform numbers drawn for
+    the timesteps to another distribution.
     """
     count = len(positions)
     uniform = np.empty((count, 2), np.float32)
@@ -111,7 +121,7 @@ def draw(
             rng.standard_normal(out=tokens[i], dtype=np.float32)
     uniforms, normals = torch.from_numpy(uniform), torch.from_numpy(normal)
     return SampleNoise(
-        uniforms[:, 0],
+        uniforms[:, 0] if times is None else times(uniforms[:, 0]),
         uniforms[:, 1] < label_drop,
         normals[:, 0],
         normals[:, 1],

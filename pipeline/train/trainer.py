@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from pipeline.alignment.aligned_student import AlignedStudent, AlignedTeacher, C
 from pipeline.alignment.losses import Targets
 from pipeline.checkpoints.state import projector_files
 from pipeline.diffusion.normalisation import normalisation_of, normalise
+from pipeline.diffusion.times import times_of
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
 from pipeline.precision import precision_dtype, use_deterministic_kernels
@@ -60,6 +62,9 @@ class Trainer:
         self.group = group
         self.step = 0
         self.aligned = config.alignment.active
+        self.factor = 1.0
+        """Factor of the alignment's weights in the next step, see ``alignment_factor``. A Python
+        number: it needs no copy to the device and no graph of its own."""
         self.termination: dict[str, Any] | None = None
         self.skipped: Tensor | None = None
         """If the last step was skipped: bool, on the device, equal on all ranks. None unless
@@ -76,10 +81,11 @@ class Trainer:
         self._heads = [teacher.heads for teacher in aligned]
         self.class_tokens: ClassTokens | None = None
         """Source of the class tokens, in both phases; None for a student without them."""
+        class_streams: list[int] = []
         if config.student.class_token is not None:
             self.class_tokens = ClassTokens(manifest, config.diffusion.class_stream)
             own = manifest.class_streams[self.class_tokens.stream].teacher
-            self._aligns_class_token = [teacher.same_network(own) for teacher in teachers]
+            class_streams = [n for n, t in enumerate(teachers) if t.same_network(own)]
         first = aligned[0] if aligned else AlignedTeacher(0, 0)
         if config.compute.deterministic and group.device.type == "cuda":
             use_deterministic_kernels()
@@ -94,6 +100,7 @@ class Trainer:
             diffusion=config.diffusion,
             measure_entropy=measure_entropy,
             fused=config.compute.attention_loss == "fused",
+            class_streams=class_streams,
         ).to(group.device)
         self.ema = Ema(self.module.student, config.ema_decay)
         self.projectors: dict[int, nn.Module] = dict(self.module.projectors())
@@ -111,7 +118,8 @@ class Trainer:
             config.student.latent_shape,
             config.diffusion.label_drop,
             group.device,
-            config.student.class_token,
+            partial(times_of, config.diffusion),
+            class_token=config.student.class_token,
         )
         if self._compiles:
             report_compile_limit()
@@ -170,19 +178,10 @@ class Trainer:
 
     def losses(self, module: nn.Module, inputs: Inputs, targets: Sequence[Targets]) -> Tensor:
         """Sums over the samples of what ``module.losses`` names, from ``module``: the wrapped one,
-        or the bare one where no gradients are to be averaged.
-
-        A class token is aligned in the streams of its own teacher, as in REG; other streams align
-        patches alone.
-        """
-        dtype, token = self.autocast_dtype, inputs.class_token
-        if token is not None and targets:
-            targets = [
-                one._replace(class_token=token.clean) if own else one
-                for one, own in zip(targets, self._aligns_class_token, strict=True)
-            ]
+        or the bare one where no gradients are to be averaged."""
+        dtype = self.autocast_dtype
         with torch.autocast(self.group.device.type, dtype, enabled=dtype is not None):
-            losses: Tensor = module(*inputs[:-1], *targets, class_token=token)
+            losses: Tensor = module(*inputs[:-1], *targets, class_token=inputs.class_token)
         return losses
 
     def denoising_loss(self, losses: Tensor) -> Tensor:
@@ -198,7 +197,8 @@ class Trainer:
 
     def total(self, losses: Tensor) -> Tensor:
         """The loss that is minimised."""
-        return self.denoising_loss(losses) + self.alignment_loss(losses)
+        denoising, alignment = self.denoising_loss(losses), self.alignment_loss(losses)
+        return denoising + (alignment if self.factor == 1 else self.factor * alignment)
 
     def terminate(self, evidence: Mapping[str, Any]) -> None:
         """End the alignment before step ``self.step``.

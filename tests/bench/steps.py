@@ -104,24 +104,24 @@ def run_configs(options: Any, store: Store | None) -> dict[str, RunConfig]:
     size = options.student.partition("-")[2].partition("/")[0].lower()
     published = CONFIGS / f"sit_{'b' if size == 's' else size}2_haste.yaml"
     student = {"model": options.student, "depth": options.depth, "width": options.width}
-    values = merge(
-        read_yaml(published),
-        {
-            "student": student,
-            "store": store.url if store is not None else None,
-            "precision": options.precision,
-            "compute": {"compile": options.compile},
-        },
-    )
+    changes: dict[str, Any] = {
+        "student": student,
+        "store": store.url if store is not None else None,
+        "precision": options.precision,
+        "compute": {"compile": options.compile},
+    }
     if options.depth is not None:  # the published pairs need more blocks
         pairs = {"feature_depth": 2, "student_layers": [0, 1], "teacher_layers": [10, 11]}
-        values = merge(values, {"alignment": pairs})
+        changes["alignment"] = pairs
+    values = merge(read_yaml(published), changes)
     vanilla = {"feature_weight": 0, "attention_weight": 0, "termination": None}
     configs = {
         "vanilla": merge(values, {"alignment": vanilla}),
         "phase 1": values,
         "phase 2": values,
     }
+    for recipe in options.recipe:
+        configs[f"phase 1, {recipe}"] = merge(read_yaml(CONFIGS / f"{recipe}.yaml"), changes)
     if options.plain:
         configs["phase 1, plain"] = merge(values, {"compute": PLAIN})
     return {name: RunConfig.model_validate(config) for name, config in configs.items()}

@@ -15,6 +15,7 @@ from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
+from tests.stores import add_class_stream
 
 RUN: dict[str, Any] = {
     "steps": 6,
@@ -39,6 +40,13 @@ RUN: dict[str, Any] = {
     "data": {"window": 1, "threads": 1},
 }
 """A run on stores of ``tests.encoded``."""
+
+
+def reg(store: Store) -> tuple[Store, dict[str, Any]]:
+    """A store with class tokens, and the option of a student that denoises them."""
+    store = store if store.manifest.class_streams else add_class_stream(store)
+    _, stream = store.manifest.class_stream()
+    return store, {"student": {"class_token": stream.teacher.width}}
 
 
 def run_config(store: Store, changes: dict[str, Any]) -> RunConfig:

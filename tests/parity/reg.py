@@ -56,6 +56,7 @@ def make_module(recipes: Golden, path: str = "linear") -> AlignedStudent:
         teacher_width=recipes.configs["reg"]["class_token_dim"],
         heads=1,
         diffusion=DiffusionConfig.model_validate({"path": path}),
+        class_streams=[0],
     )
     module.student, module.projector = student, projector
     return module

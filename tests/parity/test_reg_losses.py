@@ -33,7 +33,7 @@ def sums(recipes: Golden, module: Any, part: slice) -> Tensor:
     clean, t = io["cls_clean"][part], io["t"][part]
     noisy, _, target = objective.corrupt(io["latents"][part], io["noise"][part], t)
     noisy_token, _, token_target = objective.corrupt(clean, io["cls_noise"][part], t)
-    targets = Targets(io["patch_features"][part], None, clean)
+    targets = Targets(io["patch_features"][part], None)
     token = ClassToken(noisy_token, token_target, clean)
     return module(noisy, t, io["labels"][part], target, targets, class_token=token)
 

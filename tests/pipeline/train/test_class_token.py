@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from jobs.sample import main as draw_command
 from pipeline.checkpoints.export import export_checkpoint
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.reference_format import join_state, read_file
@@ -114,7 +116,7 @@ def test_losses_are_those_of_the_formula(reg_config: Make, tokens_store: Store, 
     for parameter in trainer.module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     batch = batch_of(tokens_store, config, ["latents", "class", "maps"])
-    draws = draw(config.seed, batch.positions, (4, 8, 8), 0.1, WIDTH)
+    draws = draw(config.seed, batch.positions, (4, 8, 8), 0.1, class_token=WIDTH)
     t = draws.t
     columns = {k: torch.from_numpy(v).float() for k, v in batch.columns["latents"].items()}
     latents = (columns["mean"] + columns["std"] * draws.posterior) * 0.5
@@ -172,14 +174,17 @@ def test_losses_are_those_of_the_formula(reg_config: Make, tokens_store: Store, 
 def test_draws_are_appended() -> None:
     """A run without class token keeps its draws; a token's noise is a function of the position."""
     positions = np.array([3, 11, 40])
-    plain, tokens = draw(1, positions, (4, 8, 8), 0.1), draw(1, positions, (4, 8, 8), 0.1, 12)
+    plain, tokens = (
+        draw(1, positions, (4, 8, 8), 0.1),
+        draw(1, positions, (4, 8, 8), 0.1, class_token=12),
+    )
     for one, other in zip(plain[:4], tokens[:4], strict=True):
         assert torch.equal(one, other)
     assert plain.class_noise is None
-    alone = draw(1, positions[1:2], (4, 8, 8), 0.1, 12)
+    alone = draw(1, positions[1:2], (4, 8, 8), 0.1, class_token=12)
     assert tokens.class_noise.shape == (3, 12)
     assert torch.equal(alone.class_noise[0], tokens.class_noise[1])
-    many = draw(0, np.arange(300), (1, 1, 1), 0.1, 100).class_noise
+    many = draw(0, np.arange(300), (1, 1, 1), 0.1, class_token=100).class_noise
     assert abs(many.mean().item()) < 0.03
     assert many.std().item() == pytest.approx(1, abs=0.02)
 
@@ -347,7 +352,10 @@ def test_check_names_what_a_store_lacks(
     assert "--student.class-token 12" in str(wrong.reason)
     (missing,) = check_configs(random_store, (files[0],))
     assert not missing.ok
-    assert "--add-stream class" in str(missing)
+    assert (
+        f"add it with: python -m pipeline.extract --store {random_store.url} --add-stream class"
+        in (str(missing))
+    )
 
 
 def test_options_without_a_class_token_are_refused(run_config: Make) -> None:
@@ -368,6 +376,16 @@ def test_an_export_is_drawn_as_its_run(reg_config: Make, tmp_path: Path) -> None
     labels = [1, 4]
     images = draw_latents(one, labels, sampler)
     assert torch.equal(draw_latents(other, labels, sampler), images)
+
+    pictures = []
+    for source in (checkpoint, out):
+        png = tmp_path / "grid.png"
+        argv = ["--checkpoint", str(source), "--png", str(png), "--classes", "0,4"]
+        argv += ["--per-class", "1", "--sampler.steps", "3", "--autoencoder", "demo"]
+        argv += ["--sampler.guidance", "2.3", "--sampler.class-guidance", "0", "--device", "cpu"]
+        assert draw_command(argv) == 0
+        pictures.append(np.asarray(Image.open(png)))
+    assert np.array_equal(*pictures)
 
     names = list(join_state(read_file(out)))
     assert names[-4:] == [f"{n}.{leaf}" for n in ("cls_projectors2", "wg_norm") for leaf in LEAVES]
