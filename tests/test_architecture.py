@@ -31,7 +31,15 @@ LAYERS = {
         "doctor",
     ),
     "artifacts": ("store", "targets", "checkpoints", "runs"),
-    "science": ("models", "diffusion", "alignment", "teachers", "autoencoders", "datasets"),
+    "science": (
+        "models",
+        "diffusion",
+        "alignment",
+        "teachers",
+        "autoencoders",
+        "datasets",
+        "text_encoders",
+    ),
     "ground": (
         "storage",
         "distributed",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
 from pipeline.cli.options import parse_options
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.inspect import InspectConfig
 from schemas.run import RunConfig
 from schemas.validation import validate
@@ -52,12 +52,18 @@ def main(argv: list[str]) -> int:
     if config.gc:
         return _remove_orphans(store, config)
     summary = summarise(store)
+    captions: list[str] = []
     if config.sample is not None and config.png is not None:
-        from pipeline.visualization.store_sample import draw_sample  # imports torch, slowly
+        # imports torch, slowly
+        from pipeline.visualization.store_sample import draw_sample, find_sample, read_captions
 
         draw_sample(store, config.sample, Path(config.png).expanduser(), config.stream)
         logger.info("wrote %s", config.png)
+        captions = read_captions(store, *find_sample(store, config.sample))
     report, page = summary.as_json(), describe(store, summary, _count_orphans(store))
+    if captions:
+        report["captions"] = captions
+        page += "".join(f"\n  caption {n}    {plain_text(text)}" for n, text in enumerate(captions))
     if config.fidelity is not None:
         from pipeline.inspect.fidelity import describe_fidelity, measure_config, measure_fidelity
 
