@@ -53,8 +53,8 @@ class DemoConfig(Strict):
     """The demo."""
 
     recipe: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = HASTE
-    """Recipe of the training: haste, or the NAME of a file jobs/configs/demo/NAME.yaml (irepa, repa,
-    reg, reg_haste). Others than haste use the shards in runs/demo and are written to
+    """Recipe of the training: haste, or the NAME of a file jobs/configs/demo/NAME.yaml (irepa,
+    repa, reg, reg_haste). Others than haste use the shards in runs/demo and are written to
     runs/demo_NAME; their report compares them with the recipes that were run before."""
 
 
