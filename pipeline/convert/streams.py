@@ -137,6 +137,8 @@ def _plan_teacher(
             f"{_WHAT[cut]} cannot be had again: {_extract(store, cut)}"
         )
     teacher = stream.teacher
+    if not teacher.layers and cut in {"qk", "activations"}:
+        raise UserError(f"--cut {cut}: {where} is without layers, which define this cut: use maps")
     if config.layers is not None:
         _check_layers(config.layers, stream, where, _extract(store, cut))
         teacher = teacher.model_copy(update={"layers": config.layers})

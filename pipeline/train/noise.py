@@ -32,8 +32,9 @@ class NoisePrefetcher:
         *,
         class_token: int | None = None,
     ) -> None:
-        """``times`` and ``class_token``: see ``draw``."""
-        self._arguments = (seed, latent_shape, label_drop, times)
+        """``times``, ``class_token``: see ``draw``."""
+        self._arguments = (seed, latent_shape, label_drop)
+        self._times = times
         self._class_token = class_token
         self._pinned = device.type == "cuda"
         self._expected: tuple[np.ndarray, Future[SampleNoise]] | None = None
@@ -60,9 +61,8 @@ class NoisePrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def _draw(self, positions: np.ndarray) -> SampleNoise:
-        seed, shape, label_drop, times = self._arguments
-        token = self._class_token
-        draws = draw(seed, positions, shape, label_drop, times, class_token=token)
+        seed, shape, label_drop = self._arguments
+        draws = draw(seed, positions, shape, label_drop, self._times, class_token=self._class_token)
         if self._pinned:
             return draws.each(lambda values: values.contiguous().pin_memory())
         return draws

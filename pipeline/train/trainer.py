@@ -206,9 +206,8 @@ class Trainer:
 
     def total(self, losses: Tensor) -> Tensor:
         """The loss that is minimised."""
-        alignment = self.alignment_loss(losses)
-        weighted = alignment if self.factor == 1 else self.factor * alignment
-        return self.denoising_loss(losses) + weighted
+        denoising, alignment = self.denoising_loss(losses), self.alignment_loss(losses)
+        return denoising + (alignment if self.factor == 1 else self.factor * alignment)
 
     def terminate(self, evidence: Mapping[str, Any]) -> None:
         """End the alignment before step ``self.step``.

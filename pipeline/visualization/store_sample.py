@@ -77,7 +77,6 @@ def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -
 def _draw_targets(teacher: TeacherInfo, targets: Targets, image: np.ndarray) -> Figure:
     """One line per query token: its position, then its attention in every layer, mean of heads."""
     assert targets.features is not None
-    assert targets.attention is not None
     grid, layers = teacher.grid, teacher.layers
     columns = 2 + len(layers)
     figure, axes = plt.subplots(
@@ -91,6 +90,7 @@ def _draw_targets(teacher: TeacherInfo, targets: Targets, image: np.ndarray) -> 
         _show(line[0], image, "decoded latent, query token")
         line[0].plot(*mark, "r+", markersize=9, markeredgewidth=2)
         for i, layer in enumerate(layers):
+            assert targets.attention is not None
             attention = targets.attention[0, i, :, row * grid[1] + column].mean(0).numpy()
             _show(line[2 + i], attention.reshape(grid), f"attention, layer {layer}")
     _show(axes[0, 1], feature_pca(targets.features[0].numpy(), grid), "feature PCA")
