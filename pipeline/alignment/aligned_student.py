@@ -176,6 +176,7 @@ class AlignedStudent(nn.Module):
             out = self.student(x_BChw, t_B, y_B, self.taps, class_token.noisy)
         denoising = self.objective.loss(out.prediction, x_BChw, t_B, target_BChw).sum()
         zero = torch.zeros_like(denoising)
+        assert not self.streams or len(targets) == len(self.streams)
         found = [
             self._stream_losses(stream, out, one, zero, class_token)
             for stream, one in zip(self.streams, targets, strict=False)

@@ -155,6 +155,7 @@ def _answer_stream(
     store: Store, file: str, alignment: StreamAlignment, incomplete: set[str], at: str
 ) -> Answer:
     """The answer for the options of one stream; ``at``: their key."""
+    option = "--alignment.stream" if at == "alignment" else f"{at}.stream"
     manifest = store.manifest
     held = manifest.teacher_streams
     requested = alignment.stream
@@ -171,7 +172,7 @@ def _answer_stream(
     complete = [name for name in suitable if name not in incomplete]
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
-        notes = [f"with --{at}.stream {complete[0]}"] if requested is None and len(held) > 1 else []
+        notes = [f"with {option} {complete[0]}"] if requested is None and len(held) > 1 else []
         try:
             warning = coarse_codec(store, complete[0], alignment)
         except UserError as error:  # a file of the stream cannot be read
@@ -197,7 +198,7 @@ def _answer_stream(
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:
-        reason += f"; once it is added, train with --{at}.stream {suggested.stream}"
+        reason += f"; once it is added, train with {option} {suggested.stream}"
     return Answer(file, False, reason, suggested.command)
 
 
