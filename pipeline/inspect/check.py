@@ -172,7 +172,7 @@ def _answer_stream(
     complete = [name for name in suitable if name not in incomplete]
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
-        notes = [f"with --{at}.stream {complete[0]}"] if requested is None and len(held) > 1 else []
+        notes = [f"with {option} {complete[0]}"] if requested is None and len(held) > 1 else []
         try:
             warning = coarse_codec(store, complete[0], alignment)
         except UserError as error:  # a file of the stream cannot be read
