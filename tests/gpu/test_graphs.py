@@ -55,12 +55,12 @@ RECIPES = {
     "normalisation_strength": 0.6,
     "others": [SECOND],
 }
-"""Two projectors, of which one is a convolution, and targets that are normalised."""
+"""Three more graphs: the other projector, other attention layers, and the normalisation."""
 
 
 @pytest.mark.parametrize(
     ("cut", "alignment", "first_step"),
-    [("maps", {}, 5), ("activations", {}, 5), ("maps", RECIPES, 7)],
+    [("maps", {}, 5), ("activations", {}, 5), ("maps", RECIPES, 8)],
 )
 def test_graphs_of_a_run(
     stores: Callable[..., Store], cut: str, alignment: dict[str, Any], first_step: int
