@@ -55,7 +55,7 @@ RECIPES = {
     "normalisation_strength": 0.6,
     "others": [SECOND],
 }
-"""Two projectors, of which one is a convolution, and targets that are normalised."""
+"""Three more graphs: the other projector, other attention layers, and the normalisation."""
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ RECIPES = {
         ("maps", False, {}, 5),
         ("activations", False, {}, 5),
         ("maps", True, {}, 5),
-        ("maps", False, RECIPES, 7),
+        ("maps", False, RECIPES, 8),
     ],
 )
 def test_graphs_of_a_run(
