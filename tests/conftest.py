@@ -92,7 +92,13 @@ def s3() -> Iterator[SeaweedFS]:
 def two_cpus() -> Iterator[None]:
     """A Ray cluster on this machine with exactly two CPUs."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(num_cpus=2, num_gpus=0, object_store_memory=100 << 20, log_to_driver=False)
+    ray.init(
+        num_cpus=2,
+        num_gpus=0,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        include_dashboard=False,
+    )
     yield
     ray.shutdown()
 
