@@ -1,4 +1,5 @@
-"""The whole pipeline on a small data set: images to shards to a student trained with HASTE.
+"""The whole pipeline on a small data set: images to shards to a student trained with HASTE, or with
+another recipe (jobs/configs/demo/RECIPE.yaml) on the same shards.
 
 `make demo` runs this. All parts are real but small: scikit-learn's digits, a teacher self-distilled
 on them and an autoencoder trained on them (jobs/pretrain/), Ray actors, Ray Train with 2 workers.
@@ -10,7 +11,9 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,6 +22,7 @@ from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
 from pipeline.cli.options import parse_options
 from schemas.base import Strict
+from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.report import ReportConfig
 from schemas.run import RunConfig
@@ -32,13 +36,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger("jobs.demo")
 
 RUN = ROOT / "runs" / "demo"
-STORE = RUN / "store"
-REPORT = RUN / "report.html"
+"""Folder of the default recipe; those of others have its name before theirs."""
+CONFIGS = ROOT / "jobs" / "configs"
+HASTE = "haste"
+
+
+class DemoConfig(Strict):
+    """The demo."""
+
+    recipe: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = HASTE
+    """Recipe of the training: haste, or the NAME of a file jobs/configs/demo/NAME.yaml (irepa,
+    repa, reg, reg_haste). Others than haste use the shards in runs/demo and are written to
+    runs/demo_NAME; their report compares them with the recipes that were run before."""
 
 
 def main(argv: list[str]) -> int:
-    about = "Extract, train and sample on scikit-learn's digits. Replaces the folder runs/demo."
-    parse_options(Strict, argv, command="python jobs/demo.py", about=about)
+    about = "Extract, train and sample on scikit-learn's digits. Replaces the folder of the recipe."
+    recipe = parse_options(DemoConfig, argv, command="python jobs/demo.py", about=about).recipe
+    config = _run_config(recipe)
     # Ray and torch take seconds to import
     from jobs.train_haste import train_run
     from pipeline.distributed.ray_cluster import ray_cluster
@@ -46,30 +61,38 @@ def main(argv: list[str]) -> int:
     from pipeline.inspect.summary import describe, summarise
     from pipeline.report.page import write_report
 
-    shutil.rmtree(RUN, ignore_errors=True)
-    config = _run_config()
+    run = RUN if recipe == HASTE else RUN.with_name(f"{RUN.name}_{recipe}")
+    shutil.rmtree(run, ignore_errors=True)
+    store, page = RUN / "store", run / "report.html"
+    config = config.model_copy(update={"store": str(store), "output": str(run.parent)})
     with ray_cluster(None):
         logger.info("1/3  extraction: teacher and autoencoder encode every image once")
-        options = {"dataset": "demo", "store": str(STORE), **PRESETS["demo"]}
+        options = {"dataset": "demo", "store": str(store), **PRESETS["demo"]}
         extraction = extract(validate(ExtractConfig, options, where="the demo's extraction"))
         logger.info("2/3  training of a small SiT: aligned first, then without the teacher")
         trained = train_run(config)
     logger.info("3/3  images and report")
-    images = _draw_images(config, extraction.store, trained)
-    write_report(ReportConfig(runs=(str(RUN),), html=str(REPORT)))
+    images = _draw_images(run, config, extraction.store, trained)
+    earlier = sorted(str(path.parent) for path in RUN.parent.glob(f"{RUN.name}*/summary.json"))
+    runs = [str(run)] if recipe == HASTE else earlier
+    write_report(ReportConfig(runs=tuple(runs), html=str(page)))
     print(describe(extraction.store, summarise(extraction.store)), "", sep="\n")
-    print(_result(extraction, trained, images))
+    print(_result(extraction, trained, [*images, page]))
     return 0
 
 
-def _run_config() -> RunConfig:
-    values = read_yaml(ROOT / "jobs" / "configs" / "demo.yaml")
-    values |= {"store": str(STORE), "output": str(RUN.parent)}
-    return validate(RunConfig, values, where="jobs/configs/demo.yaml")
+def _run_config(recipe: str) -> RunConfig:
+    """Raises ``UserError`` for a recipe without a file."""
+    name = "demo.yaml" if recipe == HASTE else f"demo/{recipe}.yaml"
+    if not (CONFIGS / name).exists():
+        others = sorted(path.stem for path in CONFIGS.glob("demo/*.yaml"))
+        raise UserError(f"--recipe {recipe} is not one of {HASTE}, {', '.join(others)}")
+    return validate(RunConfig, read_yaml(CONFIGS / name), where=f"jobs/configs/{name}")
 
 
-def _draw_images(config: RunConfig, store: Store, trained: dict[str, Any]) -> list[Path]:
-    """Samples, loss curves, and attention at the termination and at the end of the training."""
+def _draw_images(run: Path, config: RunConfig, store: Store, trained: dict[str, Any]) -> list[Path]:
+    """Samples, loss curves, and, for a recipe that aligns it, attention at the termination and at
+    the end of the training."""
     from pipeline.checkpoints.student import load_student
     from pipeline.report.plots import draw_curves
     from pipeline.runs.reader import ATTENTION, SAMPLES, read_run
@@ -77,42 +100,47 @@ def _draw_images(config: RunConfig, store: Store, trained: dict[str, Any]) -> li
     from pipeline.visualization.attention import draw_attention
     from pipeline.visualization.store_sample import first_of_each_class
 
-    grid, curves, attention = RUN / "samples.png", RUN / "losses.png", RUN / "attention.png"
+    grid, curves, attention = run / "samples.png", run / "losses.png", run / "attention.png"
     sampling = {
-        "checkpoint": str(RUN),
+        "checkpoint": str(run),
         "classes": tuple(range(10)),
         "png": str(grid),
         "batch_size": 80,
         "sampler": {"steps": 50, "guidance": 2.0},
     }
     draw_grid(SampleConfig.model_validate(sampling))
-    draw_curves(read_run(str(RUN)), curves)
+    draw_curves(read_run(str(run)), curves)
     terminated, end = trained["termination_step"], trained["steps"]
-    students = {
-        f"student at step {terminated}": load_student(RUN / f"checkpoint-{terminated:09d}")[0],
-        f"student at step {end}": load_student(RUN)[0],
-    }
-    draw_attention(store, students, config.alignment, first_of_each_class(store, 4), attention)
-    for image, folder in ((grid, SAMPLES), (attention, ATTENTION)):  # where a report finds them
-        (RUN / folder).mkdir(exist_ok=True)
-        shutil.copyfile(image, RUN / folder / f"step-{end:09d}.png")
-    return [grid, curves, attention]
+    images, aligned = {SAMPLES: grid}, config.alignment.attended
+    if aligned is not None:
+        students = {f"student at step {end}": load_student(run)[0]}
+        if terminated is not None:
+            first = load_student(run / f"checkpoint-{terminated:09d}")[0]
+            students = {f"student at step {terminated}": first, **students}
+        draw_attention(store, students, aligned, first_of_each_class(store, 4), attention)
+        images[ATTENTION] = attention
+    for folder, image in images.items():  # where a report finds them
+        (run / folder).mkdir(exist_ok=True)
+        shutil.copyfile(image, run / folder / f"step-{end:09d}.png")
+    return [curves, *images.values()]
 
 
-def _result(extraction: ExtractionSummary, trained: dict[str, Any], images: list[Path]) -> str:
-    speed = trained["steps_per_second"]
+def _result(extraction: ExtractionSummary, trained: dict[str, Any], files: list[Path]) -> str:
+    speed, ended = trained["steps_per_second"], trained["termination_step"]
+    rate = f"{speed['phase1']:.2f} steps/s"
+    if ended is not None:
+        rate += f" until the termination at step {ended}, {speed['phase2']:.2f} after it"
     return "\n".join(
         [
             f"extraction: {extraction.images_per_second:.0f} images/s",
-            f"training: {trained['steps']} steps; {speed['phase1']:.2f} steps/s until the "
-            f"termination at step {trained['termination_step']}, {speed['phase2']:.2f} after it",
+            f"training: {trained['steps']} steps; {rate}",
             *(
                 f"bytes read of stream {stream}: {count['before']:,} before the termination, "
                 f"{count['after']:,} after it"
                 for stream, count in trained["bytes_read"].items()
             ),
-            f"images: {', '.join(str(image.relative_to(ROOT)) for image in images)}",
-            f"report: {REPORT.relative_to(ROOT)}",
+            f"images: {', '.join(str(image.relative_to(ROOT)) for image in files[:-1])}",
+            f"report: {files[-1].relative_to(ROOT)}",
         ]
     )
 

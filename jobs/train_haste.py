@@ -97,8 +97,10 @@ def _resolve(
     where = None if state is None else run.checkpoints.where(state.step)
     config = resolve_run(config, store.manifest, state, where)
     streams = ["latents"]
-    if config.alignment.active and (state is None or state.termination is None):
-        streams.append(str(config.alignment.stream))
+    if config.diffusion.class_stream is not None:  # read in both phases
+        streams.append(config.diffusion.class_stream)
+    if state is None or state.termination is None:
+        streams += [str(options.stream) for options in config.alignment.streams]
     store.require_complete(*streams)
     if state is not None:
         done = run.summary() if state.step >= config.steps and run.has_summary else {}

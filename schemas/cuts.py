@@ -33,6 +33,8 @@ def cut_shapes(cut: Cut, teacher: TeacherShape, resolution: int) -> dict[str, tu
         return {"tokens": (teacher.prefix + tokens, teacher.width)}
     pooled = {"features": (tokens, teacher.width), "class_token": (teacher.width,)}
     layers, heads = len(teacher.layers), teacher.heads
+    if not layers:
+        return pooled
     if cut == "maps":
         return {**pooled, "attention": (layers, heads, tokens, tokens)}
     factor = (layers, heads, tokens, teacher.head_width)

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from schemas.base import Strict
+from schemas.fields import Name
 
 Path = Literal["linear", "cosine"]
+TimeDistribution = Literal["uniform", "lognormal"]
 Prediction = Literal["velocity", "noise", "score"]
 
 DDPM_STEPS = 1000
@@ -27,13 +29,26 @@ class Convention(Strict):
     own repository."""
 
 
+CLASS_WEIGHT = 0.03
+"""Weight of the class token's loss in REG (arXiv 2507.01467)."""
+
+
 class DiffusionConfig(Strict):
     """The denoising objective."""
 
     path: Path = "linear"
     """SiT: the interpolant between data and noise. DiT has its own noise schedule."""
+    time: TimeDistribution = Field(default="uniform", exclude_if=lambda value: value == "uniform")
+    """SiT: distribution of the training times; 'lognormal' is that of the ratio of noise to data
+    (REPA's --weighting lognormal)."""
     label_drop: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Probability of training a sample without its class, for classifier-free guidance."""
+    class_weight: Annotated[float, Field(ge=0)] = Field(
+        default=CLASS_WEIGHT, exclude_if=lambda weight: weight == CLASS_WEIGHT
+    )
+    """Weight of the denoising loss of the class token, with student.class_token (beta of REG)."""
+    class_stream: Name | None = Field(default=None, exclude_if=lambda name: name is None)
+    """Stream of class tokens, with student.class_token, where the store holds several."""
 
 
 class SamplerConfig(Strict):
@@ -50,16 +65,23 @@ class SamplerConfig(Strict):
     """Lowest time t at which guidance is applied."""
     guidance_high: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Highest time t at which guidance is applied."""
+    class_guidance: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, exclude_if=lambda scale: scale is None
+    )
+    """Guidance scale of a class token that is drawn with the image (student.class_token), in the
+    same interval; 0: not guided. Default: 'guidance'. Without effect where that is 1."""
     seed: int = 0
     """Seed of the initial noise and of the noise of the steps."""
 
     @property
     def in_force(self) -> SamplerConfig:
-        """A copy with the default interval if there is no guidance, so that samplers that give the
-        same images are equal."""
+        """A copy with the default interval and class guidance if there is no guidance, so that
+        samplers that give the same images are equal."""
         if self.guidance != 1:
-            return self
-        return self.model_copy(update={"guidance_low": 0.0, "guidance_high": 1.0})
+            own = None if self.class_guidance == self.guidance else self.class_guidance
+            return self.model_copy(update={"class_guidance": own})
+        defaults = {"guidance_low": 0.0, "guidance_high": 1.0, "class_guidance": None}
+        return self.model_copy(update=defaults)
 
     @model_validator(mode="after")
     def _steps_exist(self) -> SamplerConfig:

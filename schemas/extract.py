@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from schemas.base import Strict
 from schemas.codecs import CodecName, CodecSet
-from schemas.fields import ModelArguments, ModelId, Name, RisingLayers, Seed, StreamName
+from schemas.fields import ModelArguments, ModelId, Name, Seed, StoredLayers, StreamName
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Cut = Literal["maps", "qk", "activations", "image"]
@@ -24,7 +24,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Resize = Literal["bicubic", "bicubic_antialias", "bilinear", "bilinear_antialias"]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ClassTokenOption = Literal["class", "mean", "none"]
 PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+def _no_layers(value: Any) -> Any:
+    return () if value == "none" or value is None else value
+
+
+ExtractedLayers = Annotated[StoredLayers, BeforeValidator(_no_layers)]
+"""Teacher layers to extract; 'none' for none of them."""
 
 
 class TeacherConfig(Strict):
@@ -93,9 +102,16 @@ class ExtractConfig(Strict):
     features; 'qk' the queries and keys, and features; 'activations' the tokens that enter the first
     of --layers, and training runs the following blocks; 'image' stores the crop, and training runs
     the whole teacher (the online baseline)."""
-    layers: RisingLayers = (7, 8, 9, 10, 11)
+    layers: ExtractedLayers = (7, 8, 9, 10, 11)
     """Teacher layers whose attention is stored, 0-based. 7-11 covers the layer maps of the
-    paper."""
+    paper. 'none' stores features alone, with the cuts 'maps' and 'image': also of teachers whose
+    attention cannot be read (BEiT, SAM, NaFlex, relative position bias, ...)."""
+    class_token: ClassTokenOption = "class"
+    """Vector of the teacher, after the final norm, that a stream 'class' holds beside the cut:
+    recipes with a class token, as REG, read it at every step (1.5 KB per image of DINOv2-B).
+    'class' is the class token (no such stream is written for a teacher without one), 'mean' the
+    mean of the patch tokens, 'none' saves the blocks after the cuts 'activations' and 'image',
+    which the extraction runs for it."""
     codec: CodecSet = "faithful"
     """Codecs of the teacher's tensors: 'faithful' (quantised with an error of 1e-4 in the direction
     of gradients, then entropy-coded), 'small' (coarser, fewest bytes), 'int8' (scaled by the
@@ -112,7 +128,9 @@ class ExtractConfig(Strict):
     add_stream: StreamName | None = None
     """Name of a teacher stream to add to an existing store: another teacher, cut, codec or other
     layers. Latents, keys and shards do not change. Data set, source, teacher and layers default to
-    the store's, all other options to the defaults of its data set."""
+    the store's, all other options to the defaults of its data set. 'class', or the name of a
+    teacher stream with '_class' behind it, computes that teacher's class tokens from the store
+    itself, without images and teacher."""
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Samples per shard."""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -136,6 +154,15 @@ class ExtractConfig(Strict):
     ray_address: str | None = None
     """Ray cluster to join ('auto' for the one on this node). Default: RAY_ADDRESS, else a private
     local one."""
+
+    @model_validator(mode="after")
+    def _cuts_without_attention(self) -> ExtractConfig:
+        if not self.layers and self.cut in {"activations", "qk"}:
+            raise ValueError(
+                f"layers none: cut '{self.cut}' is defined by them; use --cut maps, which stores "
+                "features alone then, or --cut image"
+            )
+        return self
 
 
 PRESETS: dict[str, dict[str, Any]] = {

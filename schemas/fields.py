@@ -46,6 +46,14 @@ RisingLayers = Annotated[Layers, AfterValidator(_rise)]
 """Teacher layers of a store: at least one, each once, lowest first."""
 
 
+def _rise_if_any(layers: tuple[int, ...]) -> tuple[int, ...]:
+    return _rise(layers) if layers else layers
+
+
+StoredLayers = Annotated[Layers, AfterValidator(_rise_if_any)]
+"""Teacher layers of a stream: each once, lowest first; empty for a stream without attention."""
+
+
 def format_layers(numbers: Sequence[int]) -> str:
     """The inverse of ``parse_layers``, with ranges: ``"0-2,7"``."""
     runs: list[list[int]] = []
@@ -57,6 +65,8 @@ def format_layers(numbers: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
+MAX_NAME = 64
+"""Characters of a name."""
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 """Name of a stream or a column; also a folder name, so it contains no dots or slashes."""
 
@@ -72,6 +82,15 @@ def _is_free(name: str) -> str:
 
 StreamName = Annotated[Name, AfterValidator(_is_free)]
 """Name of a stream, which is also its folder below the store's root."""
+
+CLASS = "class"
+"""Name of the class stream that is extracted with the latents."""
+
+
+def class_stream_name(teacher_stream: str, *, added: bool) -> str:
+    """Name of the class stream of a teacher stream, which may be an added one."""
+    return f"{teacher_stream}_{CLASS}" if added else CLASS
+
 
 ModelId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]
 """A model that timm defines. 'hf-hub:' and 'local-dir:' names are excluded: they load files."""

@@ -49,5 +49,6 @@ class InspectConfig(Strict):
     """Minimum age in hours of the files that --gc removes, because a running extraction has such
     files too."""
     check: tuple[str, ...] = ()
-    """Training configs (--check A.yaml B.yaml ...): report which of them the store can train, and
-    for the others what is missing and how to add it. Exit code 1 if one cannot be trained."""
+    """Training configs (--check A.yaml B.yaml ..., or a folder of them): report which of them the
+    store can train, and for the others what is missing and how to add it. Exit code 1 if one cannot
+    be trained."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import AlignmentConfig, place
 from schemas.base import Strict
 from schemas.classes import Classes
 from schemas.diffusion import DiffusionConfig, SamplerConfig
@@ -237,23 +237,35 @@ class RunConfig(Strict):
         return values
 
     @model_validator(mode="after")
+    def _class_stream_has_a_reader(self) -> RunConfig:
+        if self.diffusion.class_stream is not None and self.student.class_token is None:
+            raise ValueError("diffusion.class_stream is read with student.class_token only")
+        return self
+
+    @model_validator(mode="after")
     def _alignment_fits_student(self) -> RunConfig:
         depth = self.student.size.depth
-        alignment = self.alignment
-        if alignment.feature_weight and alignment.feature_depth > depth:
-            raise ValueError(
-                f"alignment.feature_depth {alignment.feature_depth} is beyond the student's "
-                f"{depth} blocks"
-            )
-        if alignment.attention_weight and max(alignment.student_layers) >= depth:
-            raise ValueError(
-                f"alignment.student_layers asks for block {max(alignment.student_layers)}; the "
-                f"student has blocks 0 to {depth - 1}"
-            )
+        for number, stream in enumerate(self.alignment.streams):
+            at = place(number)
+            if stream.feature_weight and stream.feature_depth > depth:
+                raise ValueError(
+                    f"{at}.feature_depth {stream.feature_depth} is beyond the student's "
+                    f"{depth} blocks"
+                )
+            if stream.attention_weight and max(stream.student_layers) >= depth:
+                raise ValueError(
+                    f"{at}.student_layers asks for block {max(stream.student_layers)}; the "
+                    f"student has blocks 0 to {depth - 1}"
+                )
         if self.student.family == "DiT" and self.diffusion.path != "linear":
             raise ValueError(
                 f"diffusion.path {self.diffusion.path} is for SiT; {self.student.model} has a "
                 "noise schedule of its own"
+            )
+        if self.student.family == "DiT" and self.diffusion.time != "uniform":
+            raise ValueError(
+                f"diffusion.time {self.diffusion.time} is for SiT; {self.student.model} is trained "
+                "on uniform timesteps"
             )
         if self.global_batch < self.workers.count:
             raise ValueError(

@@ -20,15 +20,17 @@ from schemas.cuts import cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut, Dataset, Format, Precision, Resize, Resolution, TeacherSize
 from schemas.fields import (
+    CLASS,
     MAX_CLASSES,
     ModelArguments,
     ModelId,
     Name,
-    RisingLayers,
     Seed,
     Sha256,
     Shape,
+    StoredLayers,
     StreamName,
+    class_stream_name,
     element_count,
 )
 
@@ -45,7 +47,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # The largest models that timm knows are 64 blocks deep and 4096 numbers, or 32 heads, wide.
-Depth = Annotated[int, Field(ge=1, le=128)]
+MAX_DEPTH = 128
+Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=1 << 13)]
 Heads = Annotated[int, Field(ge=1, le=128)]
 GridSide = Annotated[int, Field(ge=1, le=256)]
@@ -141,8 +144,8 @@ class TeacherInfo(Strict):
     """Patch tokens, rows x columns."""
     prefix: Annotated[int, Field(ge=0, le=1 << 10)]
     """Class and register tokens, which precede the patch tokens."""
-    layers: RisingLayers
-    """Layers whose attention the store provides, 0-based."""
+    layers: StoredLayers = Field(default=(), exclude_if=lambda layers: not layers)
+    """Layers whose attention the stream provides, 0-based; empty where it provides none."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> TeacherInfo:
@@ -151,13 +154,24 @@ class TeacherInfo(Strict):
             raise ValueError(
                 f"{self.heads} heads of {self.head_width} numbers are not a width of {self.width}"
             )
-        if self.layers[-1] >= self.depth:
+        if self.layers and self.layers[-1] >= self.depth:
             raise ValueError(f"there is no layer {self.layers[-1]} in a depth of {self.depth}")
-        arguments = {"depth": self.depth, "embed_dim": self.width, "num_heads": self.heads}
+        arguments = {"depth": self.depth}
+        if self.layers:  # others may have a neck, and blocks without heads
+            arguments |= {"embed_dim": self.width, "num_heads": self.heads}
+        for name in ("depth_token_only", "cls_attn_layers"):  # blocks of CaiT and XCiT
+            if name in self.model_args and self.model_args[name] not in range(MAX_DEPTH + 1):
+                raise ValueError(f"model_args.{name} is not a number of blocks")
         for name, value in arguments.items():
             if self.model_args.get(name, value) != value:
                 raise ValueError(f"model_args.{name} is not {value}, as the rest says")
         return self
+
+    def same_network(self, other: TeacherInfo) -> bool:
+        """True if equal images give equal tokens: the layers of the streams, and the place of the
+        weights, may differ."""
+        update = {"layers": (), "weights": ""}
+        return self.model_copy(update=update) == other.model_copy(update=update)
 
 
 AutoencoderKind = Literal[
@@ -227,10 +241,11 @@ class LatentsStream(Strict):
 
 
 class Origin(Strict):
-    """The stream that ``python -m pipeline.convert`` computed a stream from."""
+    """The stream that ``python -m pipeline.convert``, or ``extract --add-stream class``, computed
+    a stream from."""
 
     cut: Cut
-    layers: RisingLayers
+    layers: StoredLayers = Field(default=(), exclude_if=lambda layers: not layers)
     codecs: dict[Name, CodecName]
     """Codecs of its columns, whose rounding errors remain in the present stream."""
     compute: ComputeInfo
@@ -253,7 +268,30 @@ class TeacherStream(Strict):
     ``compute`` is that of the last conversion."""
 
 
-Stream = Annotated[LatentsStream | TeacherStream, Field(discriminator="kind")]
+ClassToken = Literal["class", "mean"]
+"""Vector of a class stream, after the teacher's final norm: the class token, or the mean of the
+patch tokens."""
+
+
+class ClassStream(Strict):
+    """The teacher's class token of every image, which REG trains as data in both phases (arXiv
+    2507.01467, section 3)."""
+
+    kind: Literal["class"]
+    columns: dict[Name, Column]
+    """``class_token`` alone, of the teacher's width. It is neither scaled nor normalised."""
+    token: ClassToken = Field(default="class", exclude_if=lambda token: token == "class")
+    """'mean' only where it was asked for: not each teacher has a class token."""
+    teacher: TeacherInfo
+    """Without layers, because none has a part in it."""
+    compute: ComputeInfo
+    added: bool = False
+    """True if it was added after the latents, with its own commit records."""
+    converted_from: tuple[Origin, ...] = Field(default=(), exclude_if=lambda origins: not origins)
+    """Streams from which it was computed, first to last; empty if it was extracted directly."""
+
+
+Stream = Annotated[LatentsStream | TeacherStream | ClassStream, Field(discriminator="kind")]
 """The smallest unit that a reader can skip."""
 
 
@@ -311,6 +349,8 @@ class Manifest(Strict):
     def _streams_hold_their_cuts(self) -> Manifest:
         """Checked here, so that readers can rely on the shapes of tensors."""
         for name, stream in self.teacher_streams.items():
+            if stream.cut == "activations" and not stream.teacher.layers:
+                raise ValueError(f"stream '{name}' is of cut 'activations' and names no layers")
             expected = cut_shapes(stream.cut, stream.teacher, self.resolution)
             if {column: spec.shape for column, spec in stream.columns.items()} != expected:
                 raise ValueError(
@@ -319,6 +359,12 @@ class Manifest(Strict):
                 )
             if stream.cut == "image" and stream.columns["crop"].codec != "uint8":
                 raise ValueError(f"stream '{name}' stores crops in another codec than uint8")
+        for name, tokens in self.class_streams.items():
+            shapes = {column: spec.shape for column, spec in tokens.columns.items()}
+            if shapes != {"class_token": (tokens.teacher.width,)}:
+                raise ValueError(f"stream '{name}' is not a class_token of the teacher's width")
+            if tokens.token == "class" and not tokens.teacher.prefix:
+                raise ValueError(f"stream '{name}' is of a teacher without a class token")
         return self
 
     @property
@@ -328,10 +374,16 @@ class Manifest(Strict):
         return {name: stream for name, stream in streams if isinstance(stream, TeacherStream)}
 
     @property
-    def base_streams(self) -> dict[str, LatentsStream | TeacherStream]:
+    def class_streams(self) -> dict[str, ClassStream]:
+        """The streams of class tokens, which a run may read in both phases."""
+        streams = self.streams.items()
+        return {name: stream for name, stream in streams if isinstance(stream, ClassStream)}
+
+    @property
+    def base_streams(self) -> dict[str, LatentsStream | TeacherStream | ClassStream]:
         """The streams that share commit records with the latents."""
-        added = {name for name, stream in self.teacher_streams.items() if stream.added}
-        return {name: stream for name, stream in self.streams.items() if name not in added}
+        streams = self.streams.items()
+        return {n: s for n, s in streams if isinstance(s, LatentsStream) or not s.added}
 
     def teacher_stream(self, name: str | None = None) -> tuple[str, TeacherStream]:
         """The teacher stream called ``name``, or the only one. Raises ``UserError``."""
@@ -345,6 +397,35 @@ class Manifest(Strict):
         if chosen not in streams:
             raise UserError(f"the store holds no teacher stream '{chosen}', only {held}")
         return chosen, streams[chosen]
+
+    def class_stream(self, name: str | None = None) -> tuple[str, ClassStream]:
+        """The class stream called ``name``, or that of the teacher of the teacher stream ``name``,
+        or the only one. Raises ``UserError``."""
+        streams = self.class_streams
+        held = ", ".join(streams)
+        if name is None:
+            if len(streams) == 1:
+                return next(iter(streams.items()))
+            if streams:
+                raise UserError(f"the store holds several class streams: choose one of {held}")
+            raise UserError(f"the store holds no class stream: {_add_class_stream(CLASS)}")
+        if name in streams:
+            return name, streams[name]
+        stream = self.teacher_streams.get(name)
+        if stream is None:
+            raise UserError(f"the store holds no class stream '{name}', only {held or 'none'}")
+        usual = class_stream_name(name, added=stream.added)
+        same = [n for n, s in streams.items() if s.teacher.same_network(stream.teacher)]
+        if not same:
+            raise UserError(
+                f"the store holds no class tokens of stream '{name}': {_add_class_stream(usual)}"
+            )
+        chosen = usual if usual in same else same[0]
+        return chosen, streams[chosen]
+
+
+def _add_class_stream(name: str) -> str:
+    return f"compute it with python -m pipeline.extract --store STORE --add-stream {name}"
 
 
 class StreamFile(Strict):

@@ -51,6 +51,9 @@ class StudentConfig(Strict):
     """Width. Default: that of the published size."""
     heads: Positive | None = None
     """Attention heads. Default: those of the published size."""
+    class_token: Positive | None = Field(default=None, exclude_if=lambda width: width is None)
+    """SiT: width of the teacher's class token, which is denoised together with the latent (REG,
+    arXiv 2507.01467); 768 for DINOv2-B. Default: no class token."""
 
     @property
     def family(self) -> Literal["SiT", "DiT"]:
@@ -79,4 +82,6 @@ class StudentConfig(Strict):
     @model_validator(mode="after")
     def _sizes_fit(self) -> StudentConfig:
         self.size.check(self.latent_size)
+        if self.class_token is not None and self.family != "SiT":
+            raise ValueError(f"{self.model} cannot denoise a class token: class_token is for SiT")
         return self

@@ -132,6 +132,30 @@ def add_random_stream(store: Store, name: str, **teacher: object) -> Store:
     return store
 
 
+def add_class_stream(store: Store, name: str = "class", **changes: object) -> Store:
+    """The store with random class tokens of its first teacher, complete; ``changes`` replace keys
+    of the stream."""
+    values = store.manifest.model_dump()
+    teacher = next(iter(store.manifest.teacher_streams.values())).teacher
+    values["streams"][name] = {
+        "kind": "class",
+        "columns": {"class_token": {"shape": (teacher.width,), "codec": "float16"}},
+        "teacher": teacher.model_dump(exclude={"layers"}),
+        "compute": COMPUTE,
+        "added": True,
+        **changes,
+    }
+    store = store.update(lambda _: Manifest.model_validate(values))
+    rng = np.random.default_rng(2)
+    for shard in range(store.manifest.num_shards):
+        with ShardWriter(store.url, store.manifest, shard, added=name) as writer:
+            for key in store.record(shard).keys:
+                writer.add(key, {name: {"class_token": rng.standard_normal(teacher.width)}})
+            writer.commit()
+    store.finish()
+    return store
+
+
 def _random_sample(
     rng: np.random.Generator, number: int, manifest: Manifest, stream: str = "maps"
 ) -> dict[str, dict[str, np.ndarray | int]]:

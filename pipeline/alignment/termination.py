@@ -21,6 +21,7 @@ from schemas.alignment import (
     AlignmentConfig,
     FixedStep,
     GradientCosine,
+    Ramp,
     ResidualPlateau,
     TerminationConfig,
 )
@@ -75,7 +76,10 @@ class Trigger(Protocol):
     """True if ``record`` reads the teacher's entropy, which costs a pass over the targets."""
 
     def known_step(self) -> int | None:
-        """The termination step if it is fixed in advance, else None."""
+        """The termination step if it is known in advance, else None."""
+
+    def factor(self, step: int) -> float:
+        """Factor of the alignment's weights at ``step``, 0 to 1."""
 
     def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
         """Record the losses of one step. Must not synchronise with the device. ``skipped``, bool
@@ -101,6 +105,9 @@ class _Stateless:
 
     def known_step(self) -> int | None:
         return None
+
+    def factor(self, step: int) -> float:
+        return 1.0
 
     def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
         """No state to update."""
@@ -130,6 +137,10 @@ class FixedStepTrigger(_Stateless):
 
     def known_step(self) -> int | None:
         return None if self.config.dry else self.config.step
+
+    def factor(self, step: int) -> float:
+        ramp = None if self.config.dry else self.config.ramp
+        return ramp_factor(ramp, self.config.step - step)
 
     def wants(self, step: int) -> bool:
         if self.config.dry:  # the alignment continues after the step, and one event is logged
@@ -172,16 +183,17 @@ class ResidualPlateauTrigger:
 
     def __init__(self, config: ResidualPlateau, alignment: AlignmentConfig) -> None:
         self.config = config
-        self.weights = (alignment.feature_weight, alignment.attention_weight)
+        self.weights = (alignment.feature_weights, alignment.attention_weights)
         self.steps = 0
-        self._constant = float(
-            alignment.feature_weight
-        )  # the 1 of "1 + feature loss", added after the sum
+        self._constant = float(self.weights[0])  # the 1 of "1 + feature loss", after the sum
         self._averages: Tensor | None = None  # fast and slow, of this rank's part
         self._skipped: Tensor | int = 0
 
     def known_step(self) -> int | None:
         return None
+
+    def factor(self, step: int) -> float:
+        return 1.0
 
     def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
         feature_weight, attention_weight = self.weights
@@ -244,15 +256,80 @@ class ResidualPlateauTrigger:
         return fast, slow
 
 
+class RampedTrigger:
+    """Another trigger, with a ramp between the step at which it fires and the termination."""
+
+    def __init__(self, trigger: Trigger, ramp: Ramp) -> None:
+        self.trigger = trigger
+        self.ramp = ramp
+        self.needs_entropy = trigger.needs_entropy
+        self._end: int | None = None  # the termination step, once the trigger has fired
+        self._evidence: dict[str, Any] = {}
+
+    def known_step(self) -> int | None:
+        return self._end
+
+    def factor(self, step: int) -> float:
+        return 1.0 if self._end is None else ramp_factor(self.ramp, self._end - step)
+
+    def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
+        if self._end is None:
+            self.trigger.record(losses, skipped)
+
+    def wants(self, step: int) -> bool:
+        return self.trigger.wants(step) if self._end is None else step >= self._end
+
+    def observe(self, step: int, probe: Probe, sum_over_ranks: Sum) -> Decision:
+        if self._end is not None:
+            return Decision(True, self._evidence)
+        decision = self.trigger.observe(step, probe, sum_over_ranks)
+        if not decision.terminate:
+            return decision
+        self._end = step + self.ramp.steps
+        self._evidence = {**decision.observation, "ramp_began_at_step": step}
+        return Decision(False, self._evidence)
+
+    def state_dict(self, gather: Gather) -> dict[str, Any]:
+        state = self.trigger.state_dict(gather)
+        if self._end is None:
+            return state
+        return {**state, "ramp": {"end": self._end, "evidence": self._evidence}}
+
+    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ScatterSaved) -> None:
+        self.trigger.load_state_dict(state, scatter_saved)
+        if "ramp" in state:
+            self._end = int(state["ramp"]["end"])
+            self._evidence = dict(state["ramp"]["evidence"])
+
+
 def make_trigger(config: TerminationConfig | None, alignment: AlignmentConfig) -> Trigger:
     """The configured trigger; without a config the alignment never terminates."""
+    trigger: Trigger
     if config is None:
         return NeverTrigger()
     if isinstance(config, FixedStep):
         return FixedStepTrigger(config)
     if isinstance(config, GradientCosine):
-        return GradientCosineTrigger(config)
-    return ResidualPlateauTrigger(config, alignment)
+        trigger = GradientCosineTrigger(config)
+    else:
+        trigger = ResidualPlateauTrigger(config, alignment)
+    # a dry trigger changes nothing, and so does its ramp
+    return trigger if config.ramp is None or config.dry else RampedTrigger(trigger, config.ramp)
+
+
+def ramp_factor(ramp: Ramp | None, steps: int) -> float:
+    """Factor at ``steps`` from the end of a ramp at which it is 0: 1 from its other end on, or
+    without a ramp."""
+    if ramp is None or steps >= ramp.steps:
+        return 1.0
+    share = max(steps, 0) / ramp.steps
+    return share if ramp.kind == "linear" else (1 - math.cos(math.pi * share)) / 2
+
+
+def alignment_factor(alignment: AlignmentConfig, trigger: Trigger, step: int) -> float:
+    """Factor of the alignment's weights at ``step``: that of the warm-up, which is 0 before step 0,
+    times that of the trigger."""
+    return ramp_factor(alignment.warmup, step + 1) * trigger.factor(step)
 
 
 def _is_due(step: int, start: int, every: int) -> bool:

@@ -36,9 +36,6 @@ OPTIONS = {"sit": ("loss_weight", "train_eps"), "repa": ("enc_type", "encoder_de
 UNKNOWN = {
     "joint_blocks.": "text conditioning (MM-DiT)",
     "context_embedder.": "text conditioning (MM-DiT)",
-    "cls_projectors2.": "a class token that is drawn with the image (REG)",
-    "wg_norm.": "a class token that is drawn with the image (REG)",
-    "final_layer.linear_cls.": "a class token that is drawn with the image (REG)",
     "bn.": "a batch norm of its latents (REPA-E)",
     "feat_rope.": "rotary position embeddings (LightningDiT)",
     "decoder_pos_embed": "a masked decoder (MaskDiT, MDT)",
@@ -186,6 +183,8 @@ def _weak_clues(
     clues: list[tuple[CheckpointFormat, str]] = []
     if any(name.startswith("projectors.") for name in names):
         clues.append(("repa", "projectors"))
+    if any(name.startswith("cls_projectors2.") for name in names):  # REG is made from REPA
+        clues.append(("repa", "class token"))
     for name in args:
         clues += [("sit", name)] if name in OPTIONS["sit"] else []
         clues += [("repa", name)] if name in OPTIONS["repa"] else []

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 from pipeline.checkpoints.integrity import DamagedCheckpointError
 from pipeline.checkpoints.reference_format import Parts, join_state, write_file
-from pipeline.checkpoints.state import classes_to_save, load_optimizer, read_state
+from pipeline.checkpoints.state import (
+    classes_to_save,
+    load_optimizer,
+    projector_files,
+    read_state,
+)
 from pipeline.models import make_student
 from pipeline.models.ema import catch_up
-from pipeline.models.projector import Projector
+from pipeline.models.projector import make_projector
 from pipeline.precision import check_finite
 from schemas.errors import UserError
 
@@ -24,25 +29,27 @@ from schemas.errors import UserError
 def export_checkpoint(folder: Path, out: Path) -> None:
     """Write weights, averages and AdamW's state of a checkpoint's folder to the file ``out``.
 
-    A run without feature loss has no projector; its file has none either, like SiT's own files.
-    Raises ``UserError`` where a weight is not finite.
+    Projectors are numbered from 0 on in the order of the streams. A run without feature loss has no
+    projector; its file has none either, like SiT's own files. Raises ``UserError`` where a weight
+    is not finite.
     """
     state = read_state(folder)
     with torch.device("meta"):  # only for the order of names, which safetensors loses
-        student, projector = make_student(state.config.student), Projector(1, 1, 1)
+        student = make_student(state.config.student)
+    projectors, averages = [], []
+    for number, options in enumerate(state.config.alignment.streams):
+        if options.feature_weight:
+            with torch.device("meta"):
+                projector = make_projector(options, 1, 1, (1, 1))
+            own, average = (_read(folder, name, projector) for name in projector_files(number))
+            lag = state.projector_ema_lag
+            averages.append(catch_up(average, own, state.config.ema_decay, lag))
+            projectors.append(own)
     model, ema = (
-        Parts(
-            _read(folder, weights, student),
-            _read(folder, head, projector) if (folder / f"{head}.safetensors").exists() else {},
-        )
-        for weights, head in (("model", "projector"), ("ema", "projector_ema"))
+        Parts(_read(folder, name, student), *_first_and_others(heads))
+        for name, heads in (("model", projectors), ("ema", averages))
     )
     reference_names = list(join_state(model))
-    ema = ema._replace(
-        projector=catch_up(
-            ema.projector, model.projector, state.config.ema_decay, state.projector_ema_lag
-        )
-    )
     for weights, parts in (("model", model), ("ema", ema)):
         check_finite(join_state(parts), f"checkpoint '{folder}', {weights}")
     names = [name for name, _ in student.named_parameters()]
@@ -62,11 +69,17 @@ def export_checkpoint(folder: Path, out: Path) -> None:
     )
 
 
+def _first_and_others(
+    projectors: Sequence[dict[str, Tensor]],
+) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
+    return (projectors[0] if projectors else {}), tuple(projectors[1:])
+
+
 def _renumber(
     optimizer: dict[str, Any], names: Sequence[str], reference_names: Sequence[str]
 ) -> Any:
     """AdamW's state with one group of all parameters in the authors' order. Ours has one group for
-    the student and, until the termination, one for the projector. The authors' position table is a
+    the student and, until the termination, one for the projectors. The authors' position table is a
     frozen parameter: it has a number but no state."""
     group = {key: value for key, value in optimizer["param_groups"][0].items() if key != "params"}
     state = {

@@ -1,8 +1,10 @@
-"""Checkpoints in the file format of the SiT, DiT, REPA and HASTE repositories.
+"""Checkpoints in the file format of the SiT, DiT, REPA, HASTE and REG repositories.
 
 A ``.pt`` or ``.pth`` file with ``model``, ``ema``, ``opt``, and ``steps`` or ``args``, or one bare
 state dict. A state dict holds the student under the names of this project's students, and the
-projectors as ``projectors.N.{0,2,4}``; all names may have the prefix ``module.`` (DDP).
+projectors as ``projectors.N.{0,2,4}``, in iREPA's files as ``projectors.N.projection_layer.`` with
+``{0,2,4}`` or a convolution's ``weight`` and ``bias``; all names may have the prefix ``module.``
+(DDP).
 """
 
 from __future__ import annotations
@@ -39,19 +41,25 @@ from schemas.sample import FileOptions
 from schemas.student import SIZES, StudentConfig
 from schemas.validation import validate
 
-PROJECTOR, PROJECTORS = "projectors.0.", "projectors."
+PROJECTORS = "projectors."
+IREPA = "projection_layer."
+"""Before the names of a projector's weights in iREPA's files, of a convolution and of an MLP."""
 WRAPPERS = ("module.", "_orig_mod.")  # DDP, torch.compile
+CLASS_TOKEN = ("cls_projectors2.", "wg_norm.", "final_layer.linear_cls.")
+"""First letters of the weights of REG's class token."""
 SETS = ("model", "ema")
 CLASSES = "classes"
 """Key of the classes of a run, in ``args`` and in ``state.json``."""
 
 
 class Parts(NamedTuple):
-    """A state dict, split into student and projector; further projectors stay with the student."""
+    """A state dict, split into student and projectors."""
 
     student: dict[str, Tensor]
     projector: dict[str, Tensor]
-    """Empty if the file has none (SiT's own checkpoints)."""
+    """The first; empty if the file has none (SiT's own checkpoints)."""
+    others: tuple[dict[str, Tensor], ...] = ()
+    """Further projectors, of REPA's runs with several encoders, in their order."""
 
 
 def read_file(path: Path, weights: str = "ema") -> Parts:
@@ -134,27 +142,38 @@ def read_classes(path: Path, count: int) -> ClassTable:
 
 
 def split_state(state: Mapping[str, Tensor]) -> Parts:
-    """Split into student and projector, under this project's names. Raises ``ValueError`` where two
-    weights differ by a prefix only."""
+    """Split into student and projectors, under this project's names. Raises ``ValueError`` where
+    two weights differ by a prefix only."""
     student: dict[str, Tensor] = {}
-    projector: dict[str, Tensor] = {}
+    projectors: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         while name.startswith(WRAPPERS):
             name = name.partition(".")[2]
-        part = projector if name.startswith(PROJECTOR) else student
-        if name.removeprefix(PROJECTOR) in part:
+        match = re.fullmatch(rf"{re.escape(PROJECTORS)}(\d+)\.(.+)", name, re.ASCII)
+        part, key = (
+            (projectors.setdefault(int(match[1]), {}), match[2]) if match else (student, name)
+        )
+        key = key.removeprefix(IREPA) if match else key
+        if key in part:
             raise ValueError(f"two of its weights have the name {name}")
-        part[name.removeprefix(PROJECTOR)] = tensor
-    return Parts(student, projector)
+        part[key] = tensor
+    first, *others = [projectors[number] for number in sorted(projectors)] or [{}]
+    return Parts(student, first, tuple(others))
 
 
 def join_state(parts: Parts) -> dict[str, Tensor]:
     """The inverse of ``split_state``, in the order of SiT in the authors' code, where the
-    projector precedes the final layer."""
-    projector = {PROJECTOR + name: tensor for name, tensor in parts.projector.items()}
-    last = {name: t for name, t in parts.student.items() if name.startswith("final_layer.")}
+    projectors precede the final layer and the entry of the class token."""
+    projectors = {
+        # iREPA's names for its convolution, REPA's and HASTE's for an MLP
+        f"{PROJECTORS}{number}.{IREPA if 'weight' in projector else ''}{name}": tensor
+        for number, projector in enumerate((parts.projector, *parts.others))
+        for name, tensor in projector.items()
+    }
+    behind = ("final_layer.", *CLASS_TOKEN)
+    last = {name: t for name, t in parts.student.items() if name.startswith(behind)}
     first = {name: t for name, t in parts.student.items() if name not in last}
-    return first | projector | last
+    return first | projectors | last
 
 
 def student_from_file(
@@ -174,7 +193,7 @@ def student_from_file(
     run = _exported_run(content, path)
     shown = model or ("file of a student" if run is None else run.student.model)
     try:
-        state = {k: tensor for k, tensor in parts.student.items() if not k.startswith(PROJECTORS)}
+        state = parts.student
         if run is None:
             student, state = _foreign_student(state, model, args, options)
         else:
@@ -322,16 +341,33 @@ def student_config(
             f"it has {depth} blocks of width {width} and patch {patch}"
             + (f", which is {family}-{fitting[0]}/{patch}" if fitting else "")
         )
+    class_token = _class_token(state)
+    if class_token is not None:
+        tokens -= 1
     if math.isqrt(tokens) ** 2 != tokens:
-        raise ValueError(f"its {tokens} positions are not a square")
+        counted = f"{tokens} positions" + (" beside the class token's" if class_token else "")
+        raise ValueError(f"its {counted} are not a square")
     classes, null_row = count_classes(rows, args, options.num_classes)
     config = StudentConfig(
         model=model,
         latent_size=math.isqrt(tokens) * patch,
         latent_channels=channels,
         num_classes=classes,
+        class_token=class_token,
     )
     return config, null_row
+
+
+def _class_token(state: Mapping[str, Tensor]) -> int | None:
+    """Width of the class token that a state denoises with the latent (REG); None without one.
+    Raises ``KeyError`` for the first of its weights that is missing."""
+    if not any(name.startswith(CLASS_TOKEN) for name in state):
+        return None
+    for part in CLASS_TOKEN:
+        for leaf in ("weight", "bias"):
+            if part + leaf not in state:
+                raise KeyError(part + leaf)
+    return state["cls_projectors2.weight"].shape[1]
 
 
 def drop_learned_sigma(state: Mapping[str, Tensor], config: StudentConfig) -> dict[str, Tensor]:

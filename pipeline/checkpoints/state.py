@@ -21,7 +21,7 @@ from pipeline.checkpoints.integrity import (
     write_state,
 )
 from pipeline.checkpoints.reference_format import CLASSES
-from pipeline.checkpoints.store_identity import STREAM
+from pipeline.checkpoints.store_identity import with_saved_streams
 from pipeline.text import unpickling_fault
 from schemas.classes import ClassTable
 from schemas.errors import UserError
@@ -49,7 +49,7 @@ class CheckpointContents:
     """Everything that one checkpoint holds, in memory."""
 
     weights: Mapping[str, Mapping[str, Tensor]]
-    """State of each module, by the name of its file: model, ema, projector, projector_ema."""
+    """State of each module, by the name of its file: model, ema, and ``projector_files``."""
     optimizer: Mapping[str, Any]
     """AdamW's ``state_dict()``."""
     state: Mapping[str, Any]
@@ -133,6 +133,13 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
         raise DamagedCheckpointError(where, f"{STATE}: {error}") from None
 
 
+def projector_files(number: int) -> tuple[str, str]:
+    """Names of the files of a stream's projector and of its average, for the number of the stream
+    in ``AlignmentConfig.streams``. The first has none in its names, as when it was the only one."""
+    suffix = f"_{number}" if number else ""
+    return f"projector{suffix}", f"projector_ema{suffix}"
+
+
 def classes_to_save(classes: ClassTable, config: RunConfig) -> dict[str, Any]:
     """The entry of ``state.json`` for classes of which more is known than the student's number."""
     known = classes.names or classes.empty or classes.count != config.student.num_classes
@@ -176,9 +183,8 @@ def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path
     """Raises ``UserError`` where ``config`` changes what a resumed run must not change."""
     for key in FIXED:
         old, new = getattr(state.config, key), getattr(config, key)
-        if key == "alignment" and None in (old.stream, new.stream):  # the stream it was trained on
-            stream = state.store.get(STREAM)
-            old, new = (a.model_copy(update={"stream": a.stream or stream}) for a in (old, new))
+        if key == "alignment":  # the streams that it was trained on
+            old, new = (with_saved_streams(one, state.store) for one in (old, new))
         if old != new:
             names = type(old).model_fields if hasattr(old, "model_fields") else {}
             changed = [f"{key}.{n}" for n in names if getattr(old, n) != getattr(new, n)] or [key]

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.store import Store
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
 from schemas.run import RunConfig
-from schemas.store import Column, Manifest
+from schemas.store import Column, Manifest, TeacherInfo
 
 TEACHER = "teacher."
 """Prefix of the properties that only Phase I depends on."""
-STREAM = f"{TEACHER}stream"
+CLASS_STREAM = "class_token.stream"
 
 
-def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
+def _prefix(number: int) -> str:
+    """Prefix of the properties of the stream with this number in ``AlignmentConfig.streams``."""
+    return f"{TEACHER}{number}." if number else TEACHER
+
+
+def store_identity(
+    store: Store, alignment: AlignmentConfig, class_stream: str | None = None
+) -> dict[str, Any]:
     """Properties by dotted name. Those that change no number (format, lossless compression, other
-    teachers' streams) are left out."""
+    teachers' streams) are left out. ``class_stream``: that of a student with a class token."""
     manifest = store.manifest
     vae = manifest.autoencoder
     counts = json.dumps(store.index().samples_per_shard).encode()
@@ -37,36 +44,96 @@ def store_identity(store: Store, alignment: AlignmentConfig) -> dict[str, Any]:
     for key in ("latents_mean", "latents_std"):
         if getattr(vae, key) is not None:
             identity[f"autoencoder.{key}"] = list(getattr(vae, key))
-    if alignment.active:
-        name, stream = manifest.teacher_stream(alignment.stream)
+    if class_stream is not None:
+        tokens = manifest.class_streams[class_stream]
         identity |= {
-            STREAM: name,
-            f"{TEACHER}cut": stream.cut,
-            f"{TEACHER}model": stream.teacher.model,
-            f"{TEACHER}weights_sha256": stream.teacher.weights_sha256,
-            f"{TEACHER}tail.sha256": stream.tail.sha256 if stream.tail else None,
-            f"{TEACHER}columns": _columns(stream.columns),
+            CLASS_STREAM: class_stream,
+            "class_token.token": tokens.token,
+            "class_token.columns": _columns(tokens.columns),
+            **_teacher("class_token.", tokens.teacher),
         }
-        if stream.teacher.statistics_of == "options":  # those of a model's name follow from it
-            identity[f"{TEACHER}mean"] = list(stream.teacher.mean)
-            identity[f"{TEACHER}std"] = list(stream.teacher.std)
-        if stream.teacher.resize != "bicubic":
-            identity[f"{TEACHER}resize"] = stream.teacher.resize
+    for number, options in enumerate(alignment.streams):
+        name, stream = manifest.teacher_stream(options.stream)
+        at = _prefix(number)
+        identity |= {
+            f"{at}stream": name,
+            f"{at}cut": stream.cut,
+            **_teacher(at, stream.teacher),
+            f"{at}tail.sha256": stream.tail.sha256 if stream.tail else None,
+            f"{at}columns": _columns(stream.columns),
+        }
+    return identity
+
+
+def _teacher(at: str, teacher: TeacherInfo) -> dict[str, Any]:
+    """Properties of a teacher, with ``at`` before their names."""
+    identity: dict[str, Any] = {
+        f"{at}model": teacher.model,
+        f"{at}weights_sha256": teacher.weights_sha256,
+    }
+    if teacher.statistics_of == "options":  # those of a model's name follow from it
+        identity |= {f"{at}mean": list(teacher.mean), f"{at}std": list(teacher.std)}
+    if teacher.resize != "bicubic":
+        identity[f"{at}resize"] = teacher.resize
     return identity
 
 
 def with_stream(
     config: RunConfig, manifest: Manifest, saved: Mapping[str, Any] | None
 ) -> RunConfig:
-    """The config with its teacher stream named: the stream in ``saved``, the ``store_identity`` of
+    """The config with its teacher streams named: those in ``saved``, the ``store_identity`` of
     the run's checkpoint, else the only one of the store. Streams that are added to a store later
-    do not change runs that have begun. Raises ``UserError``."""
-    if not config.alignment.active or config.alignment.stream is not None:
+    do not change runs that have begun. The class stream of a student with a class token is named
+    likewise. Raises ``UserError``."""
+    alignment = with_saved_streams(config.alignment, saved or {})
+    if any(options.stream is None for options in alignment.streams):
+        alignment = _map_streams(alignment, lambda _: manifest.teacher_stream()[0])
+    config = config.model_copy(update={"alignment": alignment})
+    if config.student.class_token is None:
         return config
-    name = (saved or {}).get(STREAM) or manifest.teacher_stream()[0]
-    return config.model_copy(
-        update={"alignment": config.alignment.model_copy(update={"stream": name})}
+    name = config.diffusion.class_stream or (saved or {}).get(CLASS_STREAM)
+    name = choose_class_stream(config, manifest, name)
+    diffusion = config.diffusion.model_copy(update={"class_stream": name})
+    return config.model_copy(update={"diffusion": diffusion})
+
+
+def choose_class_stream(config: RunConfig, manifest: Manifest, name: str | None) -> str:
+    """The class stream ``name``, by default that of the teacher that the run aligns to, else the
+    only one. Raises ``UserError`` where its tokens do not fit the student; means of patches are
+    used only where their stream is named."""
+    teacher = config.alignment.stream if config.alignment.active else None
+    chosen, stream = manifest.class_stream(name or teacher)
+    if stream.token != "class" and name is None:
+        raise UserError(
+            f"the teacher of class stream '{chosen}' has no class token, only the mean of its "
+            f"patches: set --diffusion.class-stream {chosen} if that is meant"
+        )
+    width = stream.teacher.width
+    if width != config.student.class_token:
+        raise UserError(
+            f"student.class_token is {config.student.class_token}, the tokens of class stream "
+            f"'{chosen}' have {width} numbers: set --student.class-token {width}"
+        )
+    return chosen
+
+
+def with_saved_streams(alignment: AlignmentConfig, saved: Mapping[str, Any]) -> AlignmentConfig:
+    """The alignment with the streams of a ``store_identity``, where it does not name them."""
+    return _map_streams(alignment, lambda number: saved.get(f"{_prefix(number)}stream"))
+
+
+def _map_streams(
+    alignment: AlignmentConfig, name_of: Callable[[int], str | None]
+) -> AlignmentConfig:
+    """The alignment with ``name_of(number)`` as the name of each stream that has none."""
+    named = [options.stream or name_of(number) for number, options in enumerate(alignment.streams)]
+    if not named:
+        return alignment
+    others = tuple(
+        options.model_copy(update={"stream": name})
+        for options, name in zip(alignment.others, named[1:], strict=True)
     )
+    return alignment.model_copy(update={"stream": named[0], "others": others})
 
 
 def check_store_identity(

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pipeline.convert.streams import OF_LAYERS, StreamPlan
 from pipeline.store.codecs import column_arrays, decode_column
-from pipeline.targets.cuts import cut_values, encode_values, later_cut_values
+from pipeline.targets.cuts import class_values, cut_values, encode_values, later_cut_values
 from pipeline.teachers import Teacher
 from pipeline.teachers.attention_tap import qk_logits
-from schemas.store import TeacherStream
+from schemas.store import ClassStream, TeacherStream
 
 Arrays = Mapping[str, np.ndarray]
 """Stored arrays (B, ...) by part name."""
@@ -25,6 +25,9 @@ def open_converter(plan: StreamPlan, teacher: Teacher | None, device: torch.devi
     """The converter of a stream's plan; ``teacher`` is the tail when the plan replays it."""
     if plan.before == plan.after or not isinstance(plan.before, TeacherStream):
         return lambda arrays: arrays
+    if isinstance(plan.after, ClassStream):
+        copied = not plan.computes
+        return (lambda arrays: arrays) if copied else ClassTokensComputed(plan, teacher, device)
     if plan.replays:
         assert teacher is not None
         return Replayed(plan, teacher, device)
@@ -95,6 +98,32 @@ class Replayed:
                 values = cut_values(cut, teacher, stored.permute(0, 3, 1, 2))
             else:
                 values = later_cut_values(cut, teacher, stored.float(), teacher.first_block)
+        return _to_numpy(encode_values(self.after.columns, values))
+
+
+class ClassTokensComputed:
+    """Computes class tokens from the columns of a teacher stream that the plan reads, with the
+    precision of the extraction. ``teacher`` is the tail, where the cut has one."""
+
+    def __init__(self, plan: StreamPlan, teacher: Teacher | None, device: torch.device) -> None:
+        assert isinstance(plan.before, TeacherStream)
+        assert isinstance(plan.after, ClassStream)
+        assert plan.reads is not None
+        self.before = plan.before
+        self.after = plan.after
+        self.columns = {name: plan.before.columns[name] for name in plan.reads}
+        self.teacher = teacher
+        self.device = device
+        self.dtype = getattr(torch, plan.before.compute.precision)
+
+    @torch.inference_mode()
+    def __call__(self, arrays: Arrays) -> Arrays:
+        parts = {part: _to_device(array, self.device) for part, array in arrays.items()}
+        stored = {name: decode_column(name, spec, parts) for name, spec in self.columns.items()}
+        if "crop" not in stored:
+            stored = {name: tensor.float() for name, tensor in stored.items()}
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            values = class_values(self.after.token, self.before.cut, self.teacher, stored)
         return _to_numpy(encode_values(self.after.columns, values))
 
 

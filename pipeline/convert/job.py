@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from pipeline.convert.converters import open_converter
+from pipeline.convert.converters import Converter, open_converter
 from pipeline.convert.request import open_source
 from pipeline.convert.shard import Group, convert_shard
 from pipeline.convert.streams import StreamPlan, computed_stream, plan_streams
@@ -61,10 +61,11 @@ def convert(config: ConvertConfig) -> Conversion:
     target, shards = existing, 0
     groups = _groups(plans)
     if existing is None or _lacks(existing, groups):
-        with _one_thread_each():
+        with one_thread_each():
             tails = {plan.name: _load(source, plan).to(device) for plan in plans if plan.replays}
             target = _open_target(source, url, wanted, existing, plans, tails)
-            shards = _convert_missing(config, source, target, groups, tails, device)
+            converters = {p.name: open_converter(p, tails.get(p.name), device) for p in plans}
+            shards = convert_missing(source, target, groups, converters, config.workers)
         target.finish()
     assert target is not None
     if not exists(target.filesystem, f"{target.root}/{INDEX}"):
@@ -80,12 +81,19 @@ def convert(config: ConvertConfig) -> Conversion:
 def _device(config: ConvertConfig, plans: Sequence[StreamPlan]) -> torch.device:
     device = torch.device(choose_device(config.device))
     for plan in plans:
-        if plan.replays and device.type == "cpu" and plan.before.compute.precision == "float16":
-            raise UserError(
-                f"stream '{plan.source}' was extracted in float16, which needs a GPU: run the "
-                "conversion on a machine with one"
-            )
+        if plan.replays:
+            require_precision(plan, device)
     return device
+
+
+def require_precision(plan: StreamPlan, device: torch.device) -> None:
+    """Raises ``UserError`` where blocks of the teacher cannot be run on ``device`` with the
+    precision of the extraction."""
+    if device.type == "cpu" and plan.before.compute.precision == "float16":
+        raise UserError(
+            f"stream '{plan.source}' was extracted in float16, which needs a GPU: run the "
+            "conversion on a machine with one"
+        )
 
 
 def _manifest(
@@ -169,25 +177,23 @@ def _tail(
     return save_tail(teacher, write_to, plan.name, first)
 
 
-def _convert_missing(
-    config: ConvertConfig,
+def convert_missing(
     source: Store,
     target: Store,
     groups: Sequence[Group],
-    tails: dict[str, Teacher],
-    device: torch.device,
+    converters: Mapping[str, Converter],
+    workers: int | None = None,
 ) -> int:
-    """Convert missing shards, several at a time. Returns their number."""
+    """Convert missing shards, several at a time, by the converter of each stream of the target.
+    Returns their number."""
     tasks = [
         (group, shard)
         for group in groups
         for shard in target.missing_shards(group.added or "latents")
     ]
-    plans = [plan for group in groups for plan in group.plans]
-    converters = {plan.name: open_converter(plan, tails.get(plan.name), device) for plan in plans}
     samples = source.index().samples_per_shard
     stop = threading.Event()
-    workers = config.workers or min(8, os.cpu_count() or 1)
+    workers = workers or min(8, os.cpu_count() or 1)
     with (
         tqdm(
             total=sum(samples[shard] for _, shard in tasks),
@@ -212,7 +218,7 @@ def _convert_missing(
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """One arithmetic thread per worker, because the number of threads changes the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

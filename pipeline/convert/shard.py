@@ -52,7 +52,10 @@ def convert_shard(
     ``CancelledError`` after the current batch once ``stop`` is set.
     """
     record = source.record(shard, group.plans[0].source)
-    readers = {plan.name: StreamReader(source, plan.source, cache_files=1) for plan in group.plans}
+    readers = {
+        plan.name: StreamReader(source, plan.source, columns=plan.reads, cache_files=1)
+        for plan in group.plans
+    }
     keys: Sequence[str] = ()
     try:
         with ShardWriter(target.url, target.manifest, shard, added=group.added) as writer:

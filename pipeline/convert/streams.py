@@ -16,11 +16,13 @@ from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import Cut, Format
 from schemas.store import (
+    ClassStream,
     Column,
     ComputeInfo,
     LatentsStream,
     Manifest,
     Origin,
+    Stream,
     TeacherInfo,
     TeacherStream,
 )
@@ -47,12 +49,14 @@ class StreamPlan:
     """Its name in the source."""
     name: str
     """Its name in the target."""
-    before: LatentsStream | TeacherStream
-    after: LatentsStream | TeacherStream
+    before: Stream
+    after: Stream
+    reads: tuple[str, ...] | None = None
+    """Columns of the source that are read; None for all."""
 
     @property
     def added(self) -> bool:
-        return isinstance(self.before, TeacherStream) and self.before.added
+        return not isinstance(self.before, LatentsStream) and self.before.added
 
     @property
     def tail_moves(self) -> bool:
@@ -83,8 +87,9 @@ class StreamPlan:
     def copies(self, column: str) -> bool:
         """True if a column's stored arrays, or some of their layers, are copied bit for bit."""
         was = self.before.columns.get(column)
-        same = was is not None and was.codec == self.after.columns[column].codec
-        return same and not self.replays
+        if was is None or (self.reads is not None and column not in self.reads):
+            return False
+        return was.codec == self.after.columns[column].codec and not self.replays
 
     @property
     def computes(self) -> bool:
@@ -101,10 +106,11 @@ def plan_streams(config: ConvertConfig, store: Store) -> list[StreamPlan]:
         teachers = {chosen: teacher}
     plans = []
     for name, stream in manifest.streams.items():
-        if isinstance(stream, LatentsStream):
+        if isinstance(stream, TeacherStream):
+            if name in teachers:
+                plans.append(_plan_teacher(config, store, name, stream))
+        elif isinstance(stream, LatentsStream) or config.stream is None or _is_of(stream, teachers):
             plans.append(StreamPlan(name, name, stream, stream))
-        elif name in teachers:
-            plans.append(_plan_teacher(config, store, name, stream))
     names = [plan.name for plan in plans]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -114,6 +120,10 @@ def plan_streams(config: ConvertConfig, store: Store) -> list[StreamPlan]:
             f"'{twice}': choose one of them with --stream"
         )
     return plans
+
+
+def _is_of(stream: ClassStream, teachers: Mapping[str, TeacherStream]) -> bool:
+    return any(stream.teacher.same_network(one.teacher) for one in teachers.values())
 
 
 def _plan_teacher(
@@ -222,9 +232,7 @@ def _join(layers: tuple[int, ...] | list[int]) -> str:
     return ",".join(str(layer) for layer in layers)
 
 
-def computed_stream(
-    plan: StreamPlan, device: torch.device, format: Format
-) -> LatentsStream | TeacherStream:
+def computed_stream(plan: StreamPlan, device: torch.device, format: Format) -> Stream:
     """The stream after a conversion on this machine, without its tail.
 
     Copied arrays keep the compute info of the source; only their bytes are packed again. Computed
@@ -244,17 +252,20 @@ def computed_stream(
             "threads": 0 if device.type == "cuda" else 1,  # threads of the arithmetic of one batch
         }
     )
-    origin = Origin(
-        cut=before.cut,
-        layers=before.teacher.layers,
-        codecs={name: column.codec for name, column in before.columns.items()},
-        compute=before.compute,
-    )
     return after.model_copy(
         update={
             "compute": _with_packers(here, versions, format),
-            "converted_from": (*before.converted_from, origin),
+            "converted_from": (*before.converted_from, origin_of(before)),
         }
+    )
+
+
+def origin_of(stream: TeacherStream) -> Origin:
+    return Origin(
+        cut=stream.cut,
+        layers=stream.teacher.layers,
+        codecs={name: column.codec for name, column in stream.columns.items()},
+        compute=stream.compute,
     )
 
 

@@ -58,7 +58,7 @@ def plan_training(argv: list[str]) -> int:
         samples = sum(store.index().samples_per_shard)
         extraction, existing = extraction_config(store), existing_layout(store, samples)
         images = images or samples
-    estimate = make_estimate(extraction, config, config.plan, images, existing)
+    estimate = make_estimate(extraction, config, config.plan, images, existing, memory=True)
     return _print(estimate, config.as_json)
 
 

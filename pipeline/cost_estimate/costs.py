@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pipeline.cost_estimate.meta_models import Geometry
 from pipeline.store.arrays import stream_parts
 from pipeline.store.codecs import find_codec
-from pipeline.targets.cuts import cut_columns
+from pipeline.targets.cuts import class_columns, cut_columns
 from schemas.codecs import CodecSet
 from schemas.extract import Cut
 from schemas.store import Column
@@ -72,6 +72,7 @@ class StoreLayout:
     cut: str
     codec: str
     bytes_per_image: int  # teacher and latents, because they are read together
+    class_bytes: int = 0  # per image, of the class stream: only recipes such as REG read it
     exists: bool = False  # a complete store: its extraction costs nothing more
     candidate: bool = True  # False: a codec for comparison only, never recommended
 
@@ -105,6 +106,11 @@ class Cost(StoreLayout):
 def stored_bytes(cut: Cut, codec: CodecSet, geometry: Geometry, *, compress: bool = True) -> int:
     """Bytes per image of the teacher stream, without the latents (``latent_bytes``)."""
     return _stream_bytes(cut_columns(cut, geometry, geometry.resolution, codec, compress=compress))
+
+
+def class_stream_bytes(codec: CodecSet, geometry: Geometry, *, compress: bool = True) -> int:
+    """Bytes per image of the class stream."""
+    return _stream_bytes(class_columns(geometry.width, codec, compress=compress))
 
 
 def latent_bytes(geometry: Geometry) -> int:
@@ -155,13 +161,15 @@ def cheapest(costs: Sequence[Cost], *, online: bool | None = None) -> Cost:
 def cost_of(layout: StoreLayout, flops: ImageFlops, rates: DeviceRates, scenario: Scenario) -> Cost:
     """Cost without ``break_even_runs``, which needs the online baseline."""
     cut = layout.cut
-    store_bytes = scenario.images * layout.bytes_per_image + 4 * flops.tail_weights.get(cut, 0)
+    stored = layout.bytes_per_image + layout.class_bytes
+    store_bytes = scenario.images * stored + 4 * flops.tail_weights.get(cut, 0)
     transfer = layout.bytes_per_image / scenario.bytes_per_second_per_worker
 
     networks = flops.autoencoder / rates.autoencoder + flops.extraction[cut] / rates.teacher
     decode = rates.decode_seconds
     encode = max(networks, decode) if rates.decode_overlaps else networks + decode
-    encode += transfer  # writing a shard does not overlap with encoding
+    # writing a shard does not overlap with encoding
+    encode += stored / scenario.bytes_per_second_per_worker
     device_hours = 0.0 if layout.exists else scenario.images * encode / HOUR
 
     step = flops.step / rates.student

@@ -163,11 +163,15 @@ def _student_rate(run: RunConfig, device: torch.device) -> float:
         student = make_student(config)
         x, t = torch.randn(batch, *config.latent_shape), torch.rand(batch)
         y = torch.zeros(batch, dtype=torch.long)
+        token = None if config.class_token is None else torch.randn(batch, config.class_token)
     dtype = precision_dtype(run.precision, device.type)
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = student(x, t, y).prediction.float().square().mean()
+            out = student(x, t, y, class_token_BE=token)
+            loss = out.prediction.float().square().mean()
+            if out.class_prediction is not None:
+                loss = loss + out.class_prediction.float().square().mean()
         loss.backward()
 
     return batch * STEP * student_flops(config) / median_seconds(step, device)

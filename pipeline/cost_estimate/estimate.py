@@ -13,17 +13,25 @@ from pipeline.cost_estimate.costs import (
     ONLINE,
     Scenario,
     StoreLayout,
+    class_stream_bytes,
     compare_layouts,
     latent_bytes,
     stored_bytes,
 )
 from pipeline.cost_estimate.device_rates import Device, measure_device, unmeasured_device
 from pipeline.cost_estimate.flops import image_flops
-from pipeline.cost_estimate.meta_models import Geometry, MetaModels, build_meta_models
+from pipeline.cost_estimate.memory import step_memory
+from pipeline.cost_estimate.meta_models import (
+    Geometry,
+    MetaModels,
+    build_meta_models,
+    writes_class_stream,
+)
 from pipeline.cost_estimate.report import Estimate
 from pipeline.datasets import list_images
 from pipeline.store import Store
 from pipeline.targets.cuts import codec_set_of
+from pipeline.text import describe_bytes
 from schemas.alignment import FixedStep
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
@@ -45,8 +53,11 @@ def make_estimate(
     options: PlanOptions,
     images: int | None = None,
     existing: StoreLayout | None = None,
+    *,
+    memory: bool = False,
 ) -> Estimate:
-    """Raises ``UserError`` where the run cannot be trained on such a store."""
+    """``memory``: also count that of a step. Raises ``UserError`` where the run cannot be trained
+    on such a store."""
     if not run.alignment.active:
         raise UserError("this run has no alignment: there is nothing to estimate")
     images = images or _count_images(config)
@@ -54,15 +65,20 @@ def make_estimate(
     _check_compatible(config, run, models.geometry)
 
     device = _device(config, run, options, models)
-    flops = image_flops(models, run)
+    with_class = writes_class_stream(config, models.geometry)
+    flops = image_flops(models, run, class_token=with_class)
     scenario = _scenario(config, run, options, images, device)
     layouts = candidate_layouts(config, models.geometry)
     if existing is not None:
         layouts.insert(0, existing)
     costs = compare_layouts(layouts, flops, device.rates, scenario)
-    return Estimate(
-        config, run, device, scenario, flops, costs, (*models.notes, *_notes(config, run))
-    )
+    notes = (*models.notes, *_notes(config, run), *_class_notes(costs[0].class_bytes))
+    needed = None
+    if memory:
+        logger.info("counting what a step keeps for its backward pass")
+        tail = flops.tail_weights.get(existing.cut if existing else config.cut, 0)
+        needed = step_memory(run, models.geometry, tail)
+    return Estimate(config, run, device, scenario, flops, costs, notes, needed)
 
 
 def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLayout]:
@@ -73,8 +89,11 @@ def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLa
         codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
         for codec in dict.fromkeys(codecs):
             size = latents + stored_bytes(cut, codec, geometry, compress=config.compress)
+            tokens = 0
+            if writes_class_stream(config, geometry):
+                tokens = class_stream_bytes(codec, geometry, compress=config.compress)
             name = "uint8" if cut == ONLINE else codec
-            layouts.append(StoreLayout(cut, name, size, candidate=codec == config.codec))
+            layouts.append(StoreLayout(cut, name, size, tokens, candidate=codec == config.codec))
     return layouts
 
 
@@ -144,8 +163,10 @@ def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry)
             f"trainer's {run.student.model} expects {expected}: name the run's config by "
             "--plan.trainer, or another --resolution"
         )
-    missing = sorted(set(run.alignment.teacher_layers) - set(config.layers))
-    if run.alignment.attention_weight and missing:
+    streams = [options for options in run.alignment.streams if options.attention_weight]
+    needed = {layer for options in streams for layer in options.teacher_layers}
+    missing = sorted(needed - set(config.layers))
+    if missing:
         raise UserError(
             f"the trainer's alignment.teacher_layers needs teacher layer {missing[0]}; "
             f"the extraction's --layers stores {', '.join(map(str, config.layers))}"
@@ -155,9 +176,23 @@ def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry)
 def _notes(config: ExtractConfig, run: RunConfig) -> Iterator[str]:
     if config.column_codecs:
         yield "--column-codecs are ignored: sizes are of --codec alone"
+    if run.alignment.others:
+        yield (
+            "the run aligns to several streams: bytes are those of one, and its teacher stands for "
+            "all"
+        )
     termination = run.alignment.termination
     if not isinstance(termination, FixedStep) or termination.dry:
         yield "the termination step is not fixed: all steps are assumed to be aligned"
+
+
+def _class_notes(each: int) -> Iterator[str]:
+    if each:
+        yield (
+            f"sizes of all images include class tokens, {describe_bytes(each)} per image, which "
+            "only recipes such as REG read; 'activations' and 'image' are extracted with all "
+            "blocks of the teacher for them (--class-token none: neither)"
+        )
 
 
 def extraction_config(store: Store) -> ExtractConfig:
@@ -186,6 +221,8 @@ def existing_layout(store: Store, samples: int) -> StoreLayout:
         raise UserError(f"store '{store.shown_url}' holds no samples")
     _, stream = store.manifest.teacher_stream()
     largest = max(stream.columns.values(), key=lambda column: element_count(column.shape))
-    size = -(-sum(store.index().bytes_per_stream.values()) // samples)
+    sizes = store.index().bytes_per_stream
+    tokens = sum(size for name, size in sizes.items() if name in store.manifest.class_streams)
+    size = -(-(sum(sizes.values()) - tokens) // samples)
     codec = codec_set_of(stream.columns) or largest.codec
-    return StoreLayout(stream.cut, codec, size, exists=True)
+    return StoreLayout(stream.cut, codec, size, -(-tokens // samples), exists=True)

@@ -11,7 +11,7 @@ import torch
 from pipeline.cost_estimate.costs import ImageFlops
 from pipeline.cost_estimate.meta_models import Geometry, MetaModels, encode
 from pipeline.models.flops import STEP, count, logits_flops, student_flops, tapped_flops
-from pipeline.models.projector import Projector
+from pipeline.models.projector import make_projector
 from pipeline.teachers.vit import block_arguments, embed
 from schemas.run import RunConfig
 
@@ -60,13 +60,15 @@ def autoencoder_flops(autoencoder: Any, resolution: int) -> int:
     return count(lambda: encode(autoencoder, pixels))[1]
 
 
-def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
-    """FLOPs of an extraction's networks and of the run that reads its store."""
-    geometry, alignment = models.geometry, run.alignment
+def image_flops(models: MetaModels, run: RunConfig, *, class_token: bool = False) -> ImageFlops:
+    """FLOPs of an extraction's networks and of the run that reads its store. With
+    ``class_token`` the extraction runs all blocks of the teacher for every cut."""
+    geometry = models.geometry
     teacher = teacher_flops(models.vit, geometry)
     heads = min(run.student.size.heads, geometry.heads)
     depth, first = geometry.depth, geometry.layers[0]
-    tapped = len(set(alignment.teacher_layers)) if alignment.attention_weight else 0
+    streams = run.alignment.streams
+    tapped = len({layer for s in streams if s.attention_weight for layer in s.teacher_layers})
     return ImageFlops(
         step=STEP * student_flops(run.student),
         alignment=STEP * _alignment(run, geometry, heads),
@@ -74,8 +76,8 @@ def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
         extraction={
             "maps": teacher.through(0, depth, len(geometry.layers)),
             "qk": teacher.through(0, depth, 0),
-            "activations": teacher.through(0, first, 0),
-            "image": 0,
+            "activations": teacher.through(0, depth if class_token else first, 0),
+            "image": teacher.through(0, depth, 0) if class_token else 0,
         },
         training={
             "maps": 0,
@@ -88,16 +90,17 @@ def image_flops(models: MetaModels, run: RunConfig) -> ImageFlops:
 
 
 def _alignment(run: RunConfig, geometry: Geometry, heads: int) -> int:
-    """Forward FLOPs of projector and tapped logits."""
-    alignment = run.alignment
+    """Forward FLOPs of projectors and tapped logits."""
     total = 0
-    if alignment.attention_weight:
-        total += len(alignment.student_layers) * tapped_flops(run.student, heads)
-    if alignment.feature_weight:
-        width = run.student.size.width
-        with torch.device("meta"):
-            projector = Projector(width, alignment.projector_width, geometry.width)
-            # student tokens are resampled to the teacher's grid before the projector
-            features = torch.empty(1, geometry.patches, width)
-        total += count(lambda: projector(features))[1]
+    for options in run.alignment.streams:
+        if options.attention_weight:
+            total += len(options.student_layers) * tapped_flops(run.student, heads)
+        if options.feature_weight:
+            width = run.student.size.width
+            with torch.device("meta"):
+                projector = make_projector(options, width, geometry.width, geometry.grid)
+                # student tokens are resampled to the teacher's grid before the projector
+                tokens = geometry.patches + (run.student.class_token is not None)
+                features = torch.empty(1, tokens, width)
+            total += count(partial(projector, features))[1]
     return total

@@ -37,6 +37,7 @@ class Geometry:
     layers: tuple[int, ...]  # whose attention a store holds, 0-based, lowest first
     resolution: int  # pixels per side of the crop
     latent_shape: tuple[int, int, int]  # channels, rows, columns
+    has_class_token: bool = True
 
     @property
     def patches(self) -> int:
@@ -60,6 +61,8 @@ class MetaModels(NamedTuple):
 
 def build_meta_models(config: ExtractConfig) -> MetaModels:
     """Teacher and autoencoder of an extraction. Raises ``UserError`` where they do not fit."""
+    if not config.layers:
+        raise UserError("--plan compares cuts by the attention of --layers, which are none")
     vit, shape = create_meta_vit(config.teacher, config.resolution)
     if max(config.layers) >= shape.depth:
         raise UserError(
@@ -77,8 +80,16 @@ def build_meta_models(config: ExtractConfig) -> MetaModels:
         layers=config.layers,
         resolution=config.resolution,
         latent_shape=_latent_shape(autoencoder, config),
+        has_class_token=vit.cls_token is not None,
     )
     return MetaModels(vit, autoencoder, geometry, notes)
+
+
+def writes_class_stream(config: ExtractConfig, geometry: Geometry) -> bool:
+    """True if the extraction writes class tokens, or the mean of patch tokens."""
+    return config.class_token == "mean" or (
+        config.class_token == "class" and geometry.has_class_token
+    )
 
 
 def encode(autoencoder: Any, pixels_B3RR: torch.Tensor) -> torch.Tensor:

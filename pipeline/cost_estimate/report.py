@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cost_estimate.costs import GIGA, ONLINE, TERA, Cost, ImageFlops, Scenario, cheapest
 from pipeline.cost_estimate.device_rates import Device
+from pipeline.cost_estimate.memory import CAPACITIES, StepMemory
 from pipeline.text import describe_bytes, describe_hours, short_number
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig
@@ -33,13 +34,16 @@ class Estimate:
     flops: ImageFlops
     costs: tuple[Cost, ...]
     notes: tuple[str, ...]
+    memory: StepMemory | None = None
+    """Of a training step; None: not counted."""
 
 
 def describe(estimate: Estimate) -> str:
     """Assumptions, table and advice in lines of at most 100 columns."""
     notes = [f"note: {note}" for note in estimate.notes]
     advice = " ".join(advise(estimate.costs, estimate.scenario))
-    paragraphs = [*_assumptions(estimate), "", *_table(estimate), "", advice, *notes]
+    memory = [] if estimate.memory is None else ["", *_memory(estimate.memory)]
+    paragraphs = [*_assumptions(estimate), "", *_table(estimate), "", advice, *notes, *memory]
     return "\n".join(textwrap.fill(p, WIDTH, subsequent_indent="  ") for p in paragraphs)
 
 
@@ -69,6 +73,7 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "online_is_better": best.cut == ONLINE,
         "reasons": advise(estimate.costs, estimate.scenario),
         "notes": list(estimate.notes),
+        **({} if estimate.memory is None else {"memory": estimate.memory.as_json()}),
     }
 
 
@@ -98,6 +103,31 @@ def advise(costs: Sequence[Cost], scenario: Scenario) -> list[str]:
             f"--codec {lowest.codec}."
         )
     return sentences
+
+
+def _memory(memory: StepMemory) -> list[str]:
+    size = describe_bytes
+    parts = {
+        "weights": memory.weights,
+        "their average": memory.averages,
+        "AdamW": memory.optimizer,
+        "gradients": memory.gradients,
+        "the teacher's tail": memory.teacher_tail,
+        "weights in the autocast dtype": memory.casts,
+        "CUDA": memory.gpu_context,
+    }
+    fixed = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
+    fits = ", ".join(f"{memory.largest_micro_batch(gb)} ({gb} GB)" for gb in CAPACITIES)
+    compiled = ", compiled" if memory.compiled else ""
+    return [
+        f"GPU memory of a worker in Phase I: {size(memory.fixed)} ({fixed}), and per sample of a "
+        f"forward pass {size(memory.kept_per_sample)} for the backward pass{compiled}, "
+        f"{size(memory.targets_per_sample)} of targets and {size(memory.passing_per_sample)} in "
+        f"passing: {size(memory.peak(memory.micro_batch))} for this run's {memory.micro_batch} "
+        "samples",
+        f"largest --workers.micro-batch that fits: {fits}; counted, not measured on a GPU (on "
+        "CPUs the count is 0 to 10% above a step's peak)",
+    ]
 
 
 def _assumptions(estimate: Estimate) -> list[str]:

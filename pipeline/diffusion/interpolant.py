@@ -32,8 +32,9 @@ def coefficients(path: Path, t: Tensor) -> Coefficients:
 def interpolate(
     path: Path, latents_BChw: Tensor, noise_BChw: Tensor, t_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Noisy latents x_t and their velocity dx_t/dt, the target of the denoising loss."""
-    c = coefficients(path, t_B.view(-1, 1, 1, 1))
+    """Noisy latents x_t and their velocity dx_t/dt, the target of the denoising loss; also of class
+    tokens (B, E)."""
+    c = coefficients(path, t_B.view(-1, *[1] * (latents_BChw.dim() - 1)))
     x_t = c.alpha * latents_BChw + c.sigma * noise_BChw
     velocity = c.d_alpha * latents_BChw + c.d_sigma * noise_BChw
     return x_t, velocity

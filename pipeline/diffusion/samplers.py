@@ -1,12 +1,14 @@
 """Samplers from noise to latents: SiT along the probability-flow ODE or the reverse SDE (arXiv
 2401.08740), DiT by ancestral sampling.
 
-State and step arithmetic are float64; the network input has the dtype of the initial noise.
+State and step arithmetic are float64; the network input has the dtype of the initial noise. A
+state is one tensor, or two that are denoised together, the image and a class token (REG, arXiv
+2507.01467): they share times and network, and each has noise and a guidance scale of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -19,6 +21,10 @@ from schemas.diffusion import Convention, Path, SamplerConfig
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (B, C, h, w), the network's time (B,), labels (B,)) -> its prediction (B, C, h, w)."""
+State = Sequence[Tensor]
+"""The image (B, C, h, w); after it, if the network denoises one, the class token (B, E)."""
+JointNetwork = Callable[[State, Tensor, Tensor], State]
+"""(state, the network's time (B,), labels (B,)) -> a prediction for each tensor of the state."""
 
 LAST_SDE_TIME = 0.04
 """Time at which the SDE ends with one step without noise to t = 0, as in SiT, REPA and HASTE."""
@@ -48,25 +54,56 @@ def sample(
     """
     if config.guidance != 1 and null_label is None:
         raise ValueError("guidance needs a null_label")
-    null_label = -1 if null_label is None else null_label  # not used without guidance
     if config.method == "ddpm":
         if step_noise is None:
             raise ValueError("the DDPM sampler needs step_noise")
+        null = -1 if null_label is None else null_label  # not used without guidance
         return sample_ancestral(
-            network, noise_BChw, labels_B, config, null_label=null_label, step_noise=step_noise
+            network, noise_BChw, labels_B, config, null_label=null, step_noise=step_noise
         )
-    convention = convention or Convention(path=path)
+    (latents,) = sample_jointly(
+        lambda state, t, y: [network(state[0], t, y)],
+        [noise_BChw],
+        labels_B,
+        config,
+        null_label=null_label,
+        convention=convention or Convention(path=path),
+        step_noise=None if step_noise is None else lambda step: [step_noise(step)],
+    )
+    return latents
+
+
+@torch.no_grad()
+def sample_jointly(
+    network: JointNetwork,
+    noise: State,
+    labels_B: Tensor,
+    config: SamplerConfig,
+    *,
+    null_label: int | None,
+    convention: Convention,
+    step_noise: Callable[[int], State] | None = None,
+) -> list[Tensor]:
+    """``sample`` of a SiT, for all tensors of a state. The image is guided with ``guidance``, the
+    class token with ``class_guidance``, in the same interval.
+
+    REG has the SDE only; here the ODE is that of the joint state.
+    """
+    if config.guidance != 1 and null_label is None:
+        raise ValueError("guidance needs a null_label")
+    null_label = -1 if null_label is None else null_label  # not used without guidance
     first, last = (1.0, 0.0) if convention.prediction == "velocity" else (1 - EDGE, EDGE)
     guided = partial(
-        _guided_velocity, network, convention, labels_B, config, null_label, noise_BChw.dtype
+        _guided_velocity, network, convention, labels_B, config, null_label, noise[0].dtype
     )
+    state = [x.double() for x in noise]
     if config.method == "sde":
         if step_noise is None:
             raise ValueError("the SDE sampler needs step_noise")
         times = sde_times(config.steps, first)
-        return _euler_maruyama(guided, noise_BChw.double(), times, convention.path, step_noise)
+        return _euler_maruyama(guided, state, times, convention.path, step_noise)
     times = torch.linspace(first, last, config.steps + 1, dtype=torch.float64)
-    return _ode(guided, noise_BChw.double(), times, heun=config.method == "ode_heun")
+    return _ode(guided, state, times, heun=config.method == "ode_heun")
 
 
 def sde_times(steps: int, first: float = 1.0) -> Tensor:
@@ -75,35 +112,41 @@ def sde_times(steps: int, first: float = 1.0) -> Tensor:
     return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
-def _ode(guided: Callable[..., Tensor], x: Tensor, times: Tensor, *, heun: bool) -> Tensor:
+def _ode(
+    guided: Callable[..., list[Tensor]], state: list[Tensor], times: Tensor, *, heun: bool
+) -> list[Tensor]:
     for i, (now, after) in enumerate(pairwise(times.tolist())):
-        slope = guided(x, now, interval_time=now)
-        ahead = x + (after - now) * slope
+        slopes = guided(state, now, interval_time=now)
+        ahead = [x + (after - now) * slope for x, slope in zip(state, slopes, strict=True)]
         if heun and i < len(times) - 2:
             # as in the reference, the start of the step decides about guidance
-            slope = 0.5 * slope + 0.5 * guided(ahead, after, interval_time=now)
-            ahead = x + (after - now) * slope
-        x = ahead
-    return x
+            ends = guided(ahead, after, interval_time=now)
+            slopes = [0.5 * slope + 0.5 * end for slope, end in zip(slopes, ends, strict=True)]
+            ahead = [x + (after - now) * slope for x, slope in zip(state, slopes, strict=True)]
+        state = ahead
+    return state
 
 
 def _euler_maruyama(
-    guided: Callable[..., Tensor],
-    x: Tensor,
+    guided: Callable[..., list[Tensor]],
+    state: list[Tensor],
     times: Tensor,
     path: Path,
-    step_noise: Callable[[int], Tensor],
-) -> Tensor:
+    step_noise: Callable[[int], State],
+) -> list[Tensor]:
     for i, (now, after) in enumerate(pairwise(times.tolist())):
         diffusion = 2 * now
-        slope = guided(x, now, interval_time=now)
-        drift = slope - 0.5 * diffusion * score(path, slope, x, now)
-        x_mean = x + drift * (after - now)
+        means = []
+        for x, slope in zip(state, guided(state, now, interval_time=now), strict=True):
+            drift = slope - 0.5 * diffusion * score(path, slope, x, now)
+            means.append(x + drift * (after - now))
         if i == len(times) - 2:
-            return x_mean
-        noise = step_noise(i).to(x) * abs(after - now) ** 0.5
-        x = x_mean + diffusion**0.5 * noise
-    return x
+            return means
+        state = [
+            mean + diffusion**0.5 * (noise.to(mean) * abs(after - now) ** 0.5)
+            for mean, noise in zip(means, step_noise(i), strict=True)
+        ]
+    return state
 
 
 def score(path: Path, velocity: Tensor, x: Tensor, t: float) -> Tensor:
@@ -128,32 +171,38 @@ def velocity_of(convention: Convention, output: Tensor, x: Tensor, t: float) -> 
 
 
 def _guided_velocity(
-    network: Network,
+    network: JointNetwork,
     convention: Convention,
     labels_B: Tensor,
     config: SamplerConfig,
     null_label: int,
     dtype: torch.dtype,
-    x: Tensor,
+    state: list[Tensor],
     t: float,
     *,
     interval_time: float,
-) -> Tensor:
+) -> list[Tensor]:
     """Classifier-free guidance inside its interval (arXiv 2404.07724), both ends included.
 
     The SDE's drift and the velocity are affine in the network's output, so guidance of the output
-    also guides them.
+    also guides them. A scale of 0 for the class token leaves it unguided, as in REG.
     """
-    batch = len(x)
     time = 1 - t if convention.data_time else t
-    t_B = torch.full((batch,), time, dtype=dtype, device=x.device)
+    t_B = torch.full((len(labels_B),), time, dtype=dtype, device=state[0].device)
     inside = config.guidance_low <= interval_time <= config.guidance_high
     if config.guidance == 1 or not inside:
-        return velocity_of(convention, network(x.to(dtype), t_B, labels_B).double(), x, t)
+        outputs = network([x.to(dtype) for x in state], t_B, labels_B)
+        return [
+            velocity_of(convention, output.double(), x, t)
+            for output, x in zip(outputs, state, strict=True)
+        ]
     null = torch.full_like(labels_B, null_label)
-    both = network(
-        torch.cat([x, x]).to(dtype), torch.cat([t_B, t_B]), torch.cat([labels_B, null])
-    ).double()
-    with_label, without = both.chunk(2)
-    guided = without + config.guidance * (with_label - without)
-    return velocity_of(convention, guided, x, t)
+    doubled = [torch.cat([x, x]).to(dtype) for x in state]
+    outputs = network(doubled, torch.cat([t_B, t_B]), torch.cat([labels_B, null]))
+    of_class = config.guidance if config.class_guidance is None else config.class_guidance
+    velocities = []
+    for output, x, scale in zip(outputs, state, (config.guidance, of_class), strict=False):
+        with_label, without = output.double().chunk(2)
+        guided = without + scale * (with_label - without) if scale else with_label
+        velocities.append(velocity_of(convention, guided, x, t))
+    return velocities

@@ -6,13 +6,19 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing
-from pipeline.extract.tasks import stream_name
+from pipeline.extract.tasks import (
+    class_columns_of,
+    class_name,
+    cut_columns_of,
+    extracted_class_stream,
+    stream_name,
+)
 from pipeline.store import Store
-from pipeline.targets.cuts import cut_columns
 from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.store import Manifest, TeacherStream
+from schemas.fields import MAX_NAME
+from schemas.store import ClassStream, Manifest, TeacherStream
 from schemas.validation import validate
 
 
@@ -71,6 +77,23 @@ def _teacher_defaults(
     return {"teacher": teacher.model_dump(include=options), "layers": teacher.layers}
 
 
+def _check_new_names(config: ExtractConfig, manifest: Manifest) -> None:
+    """Raises ``UserError`` where the class stream of a new teacher stream cannot have its name."""
+    name, tokens = stream_name(config), class_name(config)
+    if name in manifest.streams or config.class_token == "none":
+        return
+    if tokens in manifest.streams:
+        raise UserError(
+            f"--add-stream {name}: the store has a stream '{tokens}', the name of its class "
+            "stream: choose another, or --class-token none"
+        )
+    if len(tokens) > MAX_NAME:
+        raise UserError(
+            f"--add-stream {name}: its class stream '{tokens}' has more than {MAX_NAME} "
+            "characters: choose a shorter name, or --class-token none"
+        )
+
+
 def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None:
     """Compare the options with the manifest, as far as possible without loading weights. Raises
     ``UserError`` that names the first difference."""
@@ -85,6 +108,8 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
         "the images": (manifest.dataset.fingerprint[:12], listing.fingerprint()[:12]),
     }
     name = stream_name(config)
+    if config.add_stream is not None:
+        _check_new_names(config, manifest)
     stream = manifest.streams.get(name)
     if config.add_stream is None and name not in manifest.base_streams:
         first = [n for n in manifest.base_streams if n in manifest.teacher_streams]
@@ -110,26 +135,42 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
                 "teacher.mean": (teacher.mean, config.teacher.mean or mean),
                 "teacher.std": (teacher.std, config.teacher.std or std),
             }
+        tokens = extracted_class_stream(config, manifest)
+        values |= _class_token(config, stream, tokens)
     for key, (stored, requested) in values.items():
         if stored != requested:
             raise _mismatch(store, key, stored, requested)
     if isinstance(stream, TeacherStream):
-        columns = cut_columns(
-            config.cut,
-            stream.teacher,
-            config.resolution,
-            config.codec,
-            config.column_codecs,
-            compress=config.compress,
-        )
+        columns = cut_columns_of(config, stream.teacher, with_class_stream=tokens is not None)
+        held = dict(stream.columns)
+        if tokens is not None:
+            columns |= class_columns_of(config, tokens.teacher.width)
+            held |= tokens.columns
         for name, requested_column in columns.items():
-            column = stream.columns[name]
+            column = held[name]
             if column.codec != requested_column.codec:
                 key = f"codec of {name}"
                 raise _mismatch(store, key, column.codec, requested_column.codec)
             if column != requested_column:  # only compression is left: shapes are equal by now
                 key = f"compression of {name}"
                 raise _mismatch(store, key, column.lossless, requested_column.lossless)
+
+
+def _class_token(
+    config: ExtractConfig, stream: TeacherStream, tokens: ClassStream | None
+) -> dict[str, tuple[object, object]]:
+    """The vector of the class stream. A store of an earlier version is completed without one; a
+    teacher without prefix tokens has no class token."""
+    if tokens is not None:
+        return {"class_token": (tokens.token, config.class_token)}
+    asked = config.class_token != "none" and "class_token" in config.model_fields_set
+    if config.class_token == "mean" or (asked and stream.teacher.prefix):
+        raise UserError(
+            f"stream '{stream_name(config)}' was made without class tokens: leave out "
+            f"--class-token {config.class_token}, and compute them from the store with "
+            f"--add-stream {class_name(config)}"
+        )
+    return {}
 
 
 def _class_names(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,19 @@ from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.reader import UNREADABLE
 from pipeline.extract.latent_sources import LatentSource, open_latents
-from pipeline.extract.tasks import Description, ShardTask, stream_name
+from pipeline.extract.tasks import (
+    Description,
+    ShardTask,
+    class_name,
+    extracted_class_stream,
+    stream_name,
+)
 from pipeline.precision import choose_precision
 from pipeline.store import ShardWriter
 from pipeline.targets.cuts import (
     NotFiniteError,
     check_finite,
+    class_values,
     cut_values,
     encode_unchecked,
     not_finite,
@@ -32,7 +40,7 @@ from pipeline.teachers import Teacher
 from pipeline.train.device_transfer import DevicePrefetcher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision
-from schemas.store import ComputeInfo, Manifest, SkippedImage, WeightsFile
+from schemas.store import ClassToken, ComputeInfo, Manifest, SkippedImage, WeightsFile
 
 VERSIONED = ("torch", "timm", "diffusers", "numpy", "numcodecs", "pillow")
 BATCHES_AHEAD = 2  # decoded while the networks compute an earlier batch
@@ -91,7 +99,15 @@ class Encoder:
                 threads=self.threads if self.device.type == "cpu" else 0,
                 versions=versions,
             ),
+            class_token=self._class_token,
         )
+
+    @property
+    def _class_token(self) -> ClassToken | None:
+        wanted = self.config.class_token
+        if wanted == "none" or (wanted == "class" and not self.teacher.has_class_token):
+            return None
+        return wanted
 
     def describe_tail(self) -> WeightsFile | None:
         """The file of the blocks after the cut, which training needs; None if there are none."""
@@ -121,22 +137,31 @@ class Encoder:
         """
         bad: list[SkippedImage] = []
         encoded = 0
-        with (
-            ShardWriter(url, manifest, task.shard, added=self.config.add_stream) as writer,
-            BackgroundWriter(MAX_QUEUED_BATCHES) as background,
-        ):
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(ShardWriter(url, manifest, task.shard, added=added))
+                for added in self._added(manifest)
+            ]
+            background = stack.enter_context(BackgroundWriter(MAX_QUEUED_BATCHES))
             for items, images, moments in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # decode the other batches only to list their bad images
                 arrays = self._copy_to_host(self._encode(manifest, images, moments))
-                background.submit(_write, writer, items, arrays)
+                background.submit(_write, writers, items, arrays)
                 encoded += len(items)
                 progress(encoded + len(bad))
             background.finish()
             if bad and self.config.on_bad_image == "stop":
                 return ShardResult(task.shard, 0, tuple(bad), committed=False)
-            record = writer.commit(skipped=bad)
+            *_, record = [writer.commit(skipped=bad) for writer in writers]
         return ShardResult(task.shard, record.samples, tuple(bad), committed=True)
+
+    def _added(self, manifest: Manifest) -> list[str | None]:
+        """Streams with commit records of their own, or None for those of the latents."""
+        added: list[str | None] = [self.config.add_stream]
+        if self.config.add_stream and extracted_class_stream(self.config, manifest):
+            added.append(class_name(self.config))
+        return added
 
     @torch.inference_mode()
     def _encode(
@@ -154,11 +179,19 @@ class Encoder:
             mean, std = self.latents.latents(moments, pixels)
             arrays["latents"] = {"mean": mean, "std": std}
         dtype = getattr(torch, self.precision)
+        stored: dict[str, dict[str, Tensor]] = {}
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            values = cut_values(self.config.cut, self.teacher, pixels)
-        columns = manifest.streams[name].columns
-        arrays[name] = encode_unchecked(columns, values)
-        arrays[NOT_FINITE] = not_finite(columns, values)
+            cut, tokens = self.config.cut, extracted_class_stream(self.config, manifest)
+            stored[name] = values = cut_values(cut, self.teacher, pixels)
+            if tokens is not None:
+                stored[class_name(self.config)] = class_values(
+                    tokens.token, cut, self.teacher, values
+                )
+        arrays[NOT_FINITE] = {}
+        for stream, tensors in stored.items():
+            columns = manifest.streams[stream].columns
+            arrays[stream] = encode_unchecked(columns, tensors)
+            arrays[NOT_FINITE] |= not_finite(columns, tensors)
         return arrays
 
     def _copy_to_host(self, tensors: dict[str, dict[str, Tensor]]) -> Callable[[], Arrays]:
@@ -235,7 +268,9 @@ def _pinned_copy(tensor: Tensor) -> Tensor:
     return memory.copy_(tensor, non_blocking=True)
 
 
-def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Arrays]) -> None:
+def _write(
+    writers: Sequence[ShardWriter], items: list[ImageItem], wait: Callable[[], Arrays]
+) -> None:
     """Add a batch to the shard. Raises ``UserError`` if a value cannot be stored."""
     arrays = wait()
     flags = arrays.pop(NOT_FINITE)
@@ -244,8 +279,8 @@ def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Array
     except NotFiniteError as error:
         item = items[error.rows[0]]
         raise UserError(
-            f"shard {writer.shard}, sample '{item.key}' ({item.path}): the teacher's {error}; try "
-            "--precision float32, or check its weights"
+            f"shard {writers[0].shard}, sample '{item.key}' ({item.path}): the teacher's {error}; "
+            "try --precision float32, or check its weights"
         ) from None
     for row, item in enumerate(items):
         sample: dict[str, dict[str, np.ndarray | int]] = {
@@ -255,9 +290,10 @@ def _write(writer: ShardWriter, items: list[ImageItem], wait: Callable[[], Array
         if "latents" in sample:
             sample["latents"]["label"] = item.label
         try:
-            writer.add(item.key, sample)
+            for writer in writers:
+                writer.add(item.key, sample)
         except ValueError as error:
-            raise UserError(f"shard {writer.shard}: {error}") from None
+            raise UserError(f"shard {writers[0].shard}: {error}") from None
 
 
 class BackgroundWriter:

@@ -28,6 +28,12 @@ def log_hints(config: ExtractConfig, listing: Listing, description: Description)
     """Log what a user may not expect of the teacher's input, the images' sizes and the latents."""
     report_statistics(config, description.teacher)
     _report_tokens(description.teacher)
+    if config.class_token == "class" and description.class_token is None:
+        logger.info(
+            "teacher '%s' has no class token: no class stream is written; --class-token mean "
+            "stores the mean of its patch tokens",
+            config.teacher.model,
+        )
     if description.autoencoder is not None:
         _report_latents(config, description.autoencoder)
     if config.dataset != "demo":

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from pipeline.convert.class_stream import add_class_stream, is_class_stream
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.listing import describe_image
 from pipeline.datasets.listing_check import short_name
 from pipeline.extract.compatibility import check_request, with_stores_options
-from pipeline.extract.target_store import lacks_tail, missing_tasks, open_store
+from pipeline.extract.target_store import lacks_tail, missing_shards, missing_tasks, open_store
 from pipeline.extract.tasks import stream_name
 from pipeline.storage.files import absolute_url, exists
 from pipeline.storage.filesystem import with_absolute_paths
@@ -57,6 +58,8 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
     if config.add_stream is not None:
         if existing is None:
             raise UserError(f"--add-stream needs a store, but '{config.store}' has none")
+        if is_class_stream(config.add_stream, existing.manifest):
+            return _add_class_stream(config, existing)
         existing.require_complete()
         config = with_stores_options(config, existing)
     if config.dataset != "demo" and config.source is None:
@@ -70,7 +73,7 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
         check_request(config, listing, existing)
         # Weights of another name may have the same values: only loading them shows it.
         known = name in existing.manifest.streams and _same_weight_names(config, existing.manifest)
-        if known and not existing.missing_shards(name) and not lacks_tail(existing, name):
+        if known and not missing_shards(config, existing) and not lacks_tail(existing, name):
             if not exists(existing.filesystem, f"{existing.root}/{INDEX}"):
                 _finish(existing, listing)
             _check_left_empty(config, listing, existing)
@@ -79,6 +82,34 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
 
     with ray_cluster(config.ray_address):
         return _run(config, listing, existing)
+
+
+CLASS_STREAM_OPTIONS = {"store", "add_stream", "class_token", "column_codecs"}
+
+
+def _add_class_stream(config: ExtractConfig, store: Store) -> ExtractionSummary:
+    """Compute class tokens from the store itself. Raises ``UserError``."""
+    assert config.add_stream is not None
+    unused = sorted(config.model_fields_set - CLASS_STREAM_OPTIONS)
+    unused += sorted(
+        f"column_codecs.{name}" for name in config.column_codecs.keys() - {"class_token"}
+    )
+    if unused:
+        option = unused[0].replace("_", "-")
+        raise UserError(
+            f"--add-stream {config.add_stream} computes class tokens from the store, with its "
+            f"teacher and precision: leave out --{option}"
+        )
+    if config.class_token == "none":
+        raise UserError(f"--add-stream {config.add_stream} --class-token none adds nothing")
+    start = time.perf_counter()
+    store, samples = add_class_stream(
+        store,
+        config.add_stream,
+        config.class_token,
+        codec=config.column_codecs.get("class_token"),
+    )
+    return ExtractionSummary(samples, time.perf_counter() - start, store)
 
 
 class _Progress:
@@ -121,7 +152,7 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
     )
     shards = -(-len(listing.items) // config.shard_size)
     if existing is not None and name in existing.manifest.streams:
-        shards = len(existing.missing_shards(name))
+        shards = len(missing_shards(config, existing))
     pool = EncoderPool(
         config,
         actors=max(1, min(workers.count, shards)),

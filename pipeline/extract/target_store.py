@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from pipeline.datasets import Listing
@@ -9,12 +10,14 @@ from pipeline.extract.compatibility import check_request
 from pipeline.extract.tasks import (
     Description,
     ShardTask,
+    class_name,
+    extracted_class_stream,
     make_manifest,
-    make_stream,
+    make_streams,
     make_tasks,
     stream_name,
-    with_new_stream,
-    with_stream,
+    with_new_streams,
+    with_streams,
     with_tail,
 )
 from pipeline.storage.files import exists
@@ -41,6 +44,12 @@ def open_store(
     description = encoder.describe()
     name = stream_name(config)
     is_new = existing is None or name not in existing.manifest.streams  # a file there is of others
+    if (
+        existing is not None
+        and not is_new
+        and not extracted_class_stream(config, existing.manifest)
+    ):
+        description = replace(description, class_token=None)  # begun without: an earlier version
     if config.add_stream is None:
         wanted = make_manifest(config, listing, description)
         if existing is None:
@@ -50,13 +59,13 @@ def open_store(
             check_request(config, listing, existing)
     else:
         assert existing is not None
-        stream = make_stream(config, description)
+        streams = make_streams(config, description)
         if name not in existing.manifest.streams:
             tail = encoder.describe_tail()
-            added = stream.model_copy(update={"tail": tail})
-            existing = existing.update(lambda now: with_new_stream(now, name, added))
+            added = {**streams, name: streams[name].model_copy(update={"tail": tail})}
+            existing = existing.update(lambda now: with_new_streams(now, added))
             check_request(config, listing, existing)
-        wanted = with_stream(existing.manifest, name, stream)
+        wanted = with_streams(existing.manifest, streams)
     check_same_store(existing.manifest, wanted, existing.shown_url)
     writes_tail = is_new or lacks_tail(existing, name)
     if writes_tail and encoder.save_tail(existing.url) != _tail(existing, name):
@@ -67,9 +76,17 @@ def open_store(
     return existing
 
 
+def missing_shards(config: ExtractConfig, store: Store) -> set[int]:
+    """Shards that the extraction's teacher stream or its class stream lacks."""
+    missing = set(store.missing_shards(stream_name(config)))
+    if extracted_class_stream(config, store.manifest) is not None:
+        missing |= set(store.missing_shards(class_name(config)))
+    return missing
+
+
 def missing_tasks(config: ExtractConfig, listing: Listing, store: Store) -> list[ShardTask]:
     """Tasks of the shards that the stream lacks; an added stream has the samples of the store."""
-    missing = set(store.missing_shards(stream_name(config)))
+    missing = missing_shards(config, store)
     tasks = [task for task in make_tasks(listing, config.shard_size) if task.shard in missing]
     if config.add_stream is None:
         return tasks

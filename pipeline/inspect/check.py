@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.checkpoints.store_identity import choose_class_stream
 from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
-from pipeline.targets.sources import check_fit
+from pipeline.targets.kinds import TARGET_KINDS
+from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import StreamAlignment, place
 from schemas.errors import UserError
+from schemas.extract import Cut
+from schemas.fields import class_stream_name
 from schemas.run import RunConfig
+from schemas.store import Manifest
 from schemas.validation import validate
 
 
@@ -36,6 +43,7 @@ class Answer(NamedTuple):
 
 def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
     """An answer for each config file, in their order."""
+    files = config_files(files)
     base = store.missing_shards()
     if base:
         missing = f"{len(base)} of the store's {store.manifest.num_shards} shards are missing"
@@ -43,6 +51,21 @@ def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
         return [Answer(file, False, reason) for file in files]
     incomplete = {name for name in store.added_streams if store.missing_shards(name)}
     return [_answer(store, file, incomplete) for file in files]
+
+
+def config_files(named: tuple[str, ...]) -> tuple[str, ...]:
+    """The config files that --check names: a folder stands for its YAML files. Raises
+    ``UserError``."""
+    files: list[str] = []
+    for name in named:
+        if not Path(name).is_dir():
+            files.append(name)
+            continue
+        found = sorted(str(path) for path in Path(name).glob("*.yaml"))
+        if not found:
+            raise UserError(f"--check {name}: the folder holds no .yaml file")
+        files += found
+    return tuple(files)
 
 
 def answers_as_json(answers: list[Answer]) -> dict[str, Any]:
@@ -63,14 +86,74 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
         check_classes(with_classes(config, store.manifest), store.manifest)
     except UserError as error:
         return Answer(file, False, f"it does not fit this store: {error}")
-    if not config.alignment.active:
-        return Answer(file, True)
-    return _answer_alignment(store, file, config.alignment, incomplete)
+    answers = [
+        _answer_stream(store, file, one, incomplete, place(number))
+        for number, one in enumerate(config.alignment.streams)
+    ]
+    if config.student.class_token is not None:
+        answers.append(_answer_class_token(store, file, config, incomplete))
+    return _combine(answers) if answers else Answer(file, True)
 
 
-def _answer_alignment(
-    store: Store, file: str, alignment: AlignmentConfig, incomplete: set[str]
+def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: set[str]) -> Answer:
+    """The answer for the class stream of a student with a class token."""
+    try:
+        name = choose_class_stream(config, store.manifest, config.diffusion.class_stream)
+    except UserError as error:
+        wanted = _missing_class_stream(store.manifest, config)
+        if wanted is None:
+            return Answer(file, False, str(error))
+        reason = "the store holds no class tokens of the teacher"
+        return Answer(file, False, reason, _class_stream_command(store, wanted))
+    if name in incomplete:
+        reason = f"class stream '{name}' lacks {len(store.missing_shards(name))} shards"
+        computed = store.manifest.class_streams[name].converted_from
+        command = _class_stream_command(store, name) if computed else None
+        return Answer(file, False, reason, command)
+    return Answer(file, True)
+
+
+def _missing_class_stream(manifest: Manifest, config: RunConfig) -> str | None:
+    """Name for the class stream of the teacher that a config aligns to, by default of the store's
+    first; None where it is there, the teacher has no class token of the student's width, or the
+    config names another stream."""
+    held = manifest.teacher_streams
+    name = config.alignment.stream or next(iter(held), None)
+    if config.diffusion.class_stream is not None or name is None or name not in held:
+        return None
+    teacher = held[name].teacher
+    if not teacher.prefix or teacher.width != config.student.class_token:
+        return None
+    if any(s.teacher.same_network(held[name].teacher) for s in manifest.class_streams.values()):
+        return None
+    return class_stream_name(name, added=held[name].added)
+
+
+def _class_stream_command(store: Store, name: str) -> str:
+    options = ["--store", store.shown_url, "--add-stream", name]
+    return shlex.join(["python", "-m", "pipeline.extract", *options])
+
+
+def _combine(answers: list[Answer]) -> Answer:
+    """One answer for a config with several streams: the reasons and commands of those that cannot
+    be trained on, or the options to set."""
+    failed = [answer for answer in answers if not answer.ok]
+    chosen = failed or answers
+    reasons = dict.fromkeys(answer.reason for answer in chosen if answer.reason is not None)
+    commands = dict.fromkeys(answer.command for answer in chosen if answer.command is not None)
+    separator = "; " if failed else " "
+    return Answer(
+        answers[0].config,
+        not failed,
+        separator.join(reasons) or None,
+        " && ".join(commands) or None,
+    )
+
+
+def _answer_stream(
+    store: Store, file: str, alignment: StreamAlignment, incomplete: set[str], at: str
 ) -> Answer:
+    """The answer for the options of one stream; ``at``: their key."""
     manifest = store.manifest
     held = manifest.teacher_streams
     requested = alignment.stream
@@ -78,7 +161,7 @@ def _answer_alignment(
     reasons: dict[str, str] = {}
     for name in names:
         try:
-            check_fit(alignment.model_copy(update={"stream": name}), manifest)
+            check_stream(alignment.model_copy(update={"stream": name}), manifest, at=at)
             if held[name].cut in {"activations", "image"}:
                 check_tail(store, name)
         except UserError as error:
@@ -88,7 +171,7 @@ def _answer_alignment(
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
         choose = requested is None and len(held) > 1
-        return Answer(file, True, f"with --alignment.stream {complete[0]}" if choose else None)
+        return Answer(file, True, f"with --{at}.stream {complete[0]}" if choose else None)
     if suitable:
         name = suitable[0]
         reason = f"stream '{name}' lacks {len(store.missing_shards(name))} shards"
@@ -103,15 +186,17 @@ def _answer_alignment(
             _missing_layers(store, name, alignment) or reasons[name] for name in names
         )
     try:
-        suggested = suggest_extraction(store, requested, alignment.teacher_layers)
+        layers = {*alignment.teacher_layers, *(alignment.target_layers or ())}
+        cut: Cut | None = "activations" if TARGET_KINDS[alignment.target].replayed else None
+        suggested = suggest_extraction(store, requested, sorted(layers), cut)
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:
-        reason += f"; once it is added, train with --alignment.stream {suggested.stream}"
+        reason += f"; once it is added, train with --{at}.stream {suggested.stream}"
     return Answer(file, False, reason, suggested.command)
 
 
-def _missing_layers(store: Store, name: str, alignment: AlignmentConfig) -> str | None:
+def _missing_layers(store: Store, name: str, alignment: StreamAlignment) -> str | None:
     """Sentence about the layers that one stream lacks; None if it has all."""
     held = store.manifest.teacher_streams[name].teacher.layers
     missing_layers = (

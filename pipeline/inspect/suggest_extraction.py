@@ -26,10 +26,11 @@ class SuggestedExtraction(NamedTuple):
 
 
 def suggest_extraction(
-    store: Store, name: str | None, layers: Sequence[int]
+    store: Store, name: str | None, layers: Sequence[int], cut: Cut | None = None
 ) -> SuggestedExtraction:
     """``python -m pipeline.extract ... --add-stream NAME`` for a stream of the store's own teacher
-    with ``layers``. An incomplete stream ``name`` with these layers is completed with the options
+    with ``layers``, by default those that it has, and of ``cut``, by default its own. An incomplete
+    stream ``name`` with these layers is completed with the options
     that it was started with; if a stream ``name`` has other layers, a free name is chosen.
 
     Raises ``UserError`` if the teacher does not have these layers.
@@ -37,10 +38,15 @@ def suggest_extraction(
     manifest = store.manifest
     held = manifest.teacher_streams
     existing = held.get(name) if name is not None else None
-    if existing is not None and set(layers) != set(existing.teacher.layers):
-        existing = name = None
     pattern = existing or next(iter(held.values()), None)
-    cut = DEFAULT_CUT if pattern is None else pattern.cut
+    if pattern is not None:
+        layers = layers or pattern.teacher.layers
+    if existing is not None and (
+        set(layers) != set(existing.teacher.layers) or cut not in (None, existing.cut)
+    ):
+        existing = name = None
+        pattern = next(iter(held.values()))
+    cut = cut or (DEFAULT_CUT if pattern is None else pattern.cut)
     if pattern is not None:
         depth = pattern.teacher.depth
         if max(layers) >= depth:
@@ -53,7 +59,8 @@ def suggest_extraction(
         options += ["--source", manifest.dataset.source]
     if pattern is not None:
         options += _teacher(pattern)
-        options += _codecs(pattern, manifest.resolution)
+        if cut == pattern.cut:
+            options += _codecs(pattern, manifest.resolution)
         if existing is not None:  # all shards of a stream must be computed in the same way
             options += ["--batch-size", str(existing.compute.batch_size)]
             options += ["--precision", existing.compute.precision]

@@ -74,4 +74,5 @@ def _student(config: StudentConfig) -> int:
         student = make_student(config)
         x, t = torch.empty(1, *config.latent_shape), torch.empty(1)
         y = torch.zeros(1, dtype=torch.long)
-        return count(lambda: student(x, t, y))[1]
+        c = None if config.class_token is None else torch.empty(1, config.class_token)
+        return count(lambda: student(x, t, y, class_token_BE=c))[1]

@@ -99,17 +99,25 @@ class LabelEmbedder(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the linear map to patches."""
+    """Modulated norm and the linear map to patches; with ``class_token``, the width of the class
+    token at index 0, a second map for that token (REG, arXiv 2507.01467)."""
 
-    def __init__(self, width: int, patch_size: int, channels: int) -> None:
+    def __init__(
+        self, width: int, patch_size: int, channels: int, class_token: int | None = None
+    ) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
+        self.linear_cls = None if class_token is None else nn.Linear(width, class_token)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Numbers of each patch (B, patches, P), and of the class token (B, E) if there is one."""
         shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x_BND), shift, scale))
+        x = modulate(self.norm_final(x_BND), shift, scale)
+        if self.linear_cls is None:
+            return self.linear(x), None
+        return self.linear(x[:, 1:]), self.linear_cls(x[:, 0])
 
 
 def sinusoid(t_B: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -175,5 +183,7 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
         if isinstance(part, FinalLayer):
-            nn.init.zeros_(part.linear.weight)
-            nn.init.zeros_(part.linear.bias)
+            for head in (part.linear, part.linear_cls):
+                if head is not None:
+                    nn.init.zeros_(head.weight)
+                    nn.init.zeros_(head.bias)

@@ -61,7 +61,7 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context_BTE)
         c = self.t_embedder(t_B)
         features = None
-        attended = []
+        attended, others = [], []
         for number, block in enumerate(self.joint_blocks):
             heads = taps.heads if number in taps.attention_layers else 0
             context, x, operands = block(context, x, c, heads)
@@ -69,8 +69,10 @@ class MMDiT(nn.Module):
                 attended.append(operands)
             if number + 1 == taps.feature_depth:
                 features = x
-        prediction = unpatchify(self.final_layer(x, c), self.grid, self.config.patch_size)
-        return StudentOutput(prediction, features, tuple(attended))
+            if number + 1 in taps.other_depths:
+                others.append(x)
+        prediction = unpatchify(self.final_layer(x, c)[0], self.grid, self.config.patch_size)
+        return StudentOutput(prediction, features, tuple(attended), tuple(others))
 
 
 class JointBlock(nn.Module):

@@ -5,6 +5,7 @@ Parameter names are those of the SiT, REPA and HASTE repositories, so that their
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.models.layers import (
@@ -28,6 +29,9 @@ NO_TAPS = Taps()
 
 class SiT(nn.Module):
     """Predicts the velocity of a noisy latent, given its time and class.
+
+    With ``config.class_token`` it also denoises a class token of the teacher (REG, arXiv
+    2507.01467): one more token, at index 0, whose row of the position table is 0.
 
     ``convention`` says how samplers must read the output of weights from other repositories.
     ``null_label`` is the label for "no class", None where the weights know no such label.
@@ -57,24 +61,46 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(size.patch_size, config.latent_channels, size.width)
         self.t_embedder = TimestepEmbedder(size.width)
         self.y_embedder = LabelEmbedder(config.num_classes, size.width, null_row=null_row)
-        self.register_buffer("pos_embed", position_table(size.width, grid, grid))
+        table = position_table(size.width, grid, grid)
+        if config.class_token is not None:
+            table = torch.cat([torch.zeros(1, 1, size.width), table], dim=1)
+        self.register_buffer("pos_embed", table)
         self.blocks = nn.ModuleList(
             Block(size.width, size.heads, qk_norm=qk_norm) for _ in range(size.depth)
         )
         self.final_layer = FinalLayer(
-            size.width, size.patch_size, self.parts * config.latent_channels
+            size.width,
+            size.patch_size,
+            self.parts * config.latent_channels,
+            config.class_token,
         )
+        if config.class_token is not None:  # named and placed as in the authors' files
+            self.cls_projectors2 = nn.Linear(config.class_token, size.width)
+            self.wg_norm = nn.LayerNorm(size.width, eps=1e-6)
         initialise(self)
 
     def forward(
-        self, x_BChw: Tensor, t_B: Tensor, y_B: Tensor, taps: Taps = NO_TAPS
+        self,
+        x_BChw: Tensor,
+        t_B: Tensor,
+        y_B: Tensor,
+        taps: Taps = NO_TAPS,
+        class_token_BE: Tensor | None = None,
     ) -> StudentOutput:
         """Velocity at ``x`` (B, C, h, w), times ``t`` in [0, 1] and labels ``y``
-        (``num_classes`` is "no class")."""
-        x = self.x_embedder(x_BChw) + self.pos_embed
+        (``num_classes`` is "no class"). Raises ``ValueError`` unless a noisy class token is given
+        exactly to a student that has one."""
+        has_class_token = self.config.class_token is not None
+        if has_class_token != (class_token_BE is not None):
+            raise ValueError("a class token goes with student.class_token, and only with it")
+        x = self.x_embedder(x_BChw)
+        if class_token_BE is not None:
+            class_token = self.wg_norm(self.cls_projectors2(class_token_BE))
+            x = torch.cat([class_token.unsqueeze(1), x], dim=1)
+        x = x + self.pos_embed
         c = self.t_embedder(t_B) + self.y_embedder(y_B)
         features = None
-        attended = []
+        attended, others = [], []
         for number, block in enumerate(self.blocks):
             heads = taps.heads if number in taps.attention_layers else 0
             assert isinstance(block, Block)
@@ -82,11 +108,14 @@ class SiT(nn.Module):
             block.tapped_heads = heads
             x, operands = block(x, c)
             if operands is not None:
-                attended.append(operands)
+                attended.append(operands.patches() if has_class_token else operands)
             if number + 1 == taps.feature_depth:
                 features = x
-        prediction = unpatchify(self.final_layer(x, c), self.grid, self.patch_size)
-        return StudentOutput(prediction, features, tuple(attended))
+            if number + 1 in taps.other_depths:
+                others.append(x)
+        patches, class_prediction = self.final_layer(x, c)
+        prediction = unpatchify(patches, self.grid, self.patch_size)
+        return StudentOutput(prediction, features, tuple(attended), tuple(others), class_prediction)
 
 
 class Block(nn.Module):

@@ -19,6 +19,8 @@ class Taps:
     """0-based blocks whose queries and keys are returned."""
     heads: int = 0
     """Number of heads of those blocks, from the first."""
+    other_depths: tuple[int, ...] = ()
+    """Further 1-based blocks whose output tokens are returned, lowest first."""
 
 
 class QueriesKeys(NamedTuple):
@@ -28,6 +30,10 @@ class QueriesKeys(NamedTuple):
     """(B, heads, N, d)."""
     keys: Tensor
     """(B, heads, N, d)."""
+
+    def patches(self) -> QueriesKeys:
+        """Without the class token at index 0."""
+        return QueriesKeys(self.queries[:, :, 1:], self.keys[:, :, 1:])
 
     @property
     def logits(self) -> Tensor:
@@ -46,9 +52,14 @@ class StudentOutput(NamedTuple):
     prediction: Tensor
     """SiT: velocity (B, C, h, w). DiT: noise, then variance (B, 2 C, h, w)."""
     features: Tensor | None
-    """(B, N, D) output tokens of the block at the feature depth; None without that tap."""
+    """(B, N, D) output tokens of the block at the feature depth; None without that tap. With a
+    class token (B, 1 + N, D): it precedes the patches."""
     attended: tuple[QueriesKeys, ...]
-    """Queries and keys of each tapped block."""
+    """Queries and keys of the patches in each tapped block."""
+    other_features: tuple[Tensor, ...] = ()
+    """Output tokens of the blocks at the other depths, as ``features``."""
+    class_prediction: Tensor | None = None
+    """(B, E) velocity of the class token; None without one."""
 
     @property
     def attention_logits(self) -> Tensor | None:

@@ -61,7 +61,7 @@ def _why_not(record: Record, remote_stores: bool) -> str | None:
     config = record.valid
     if config is None or config.store is None:
         return "its config, which names store and student, is not known"
-    if not config.alignment.attention_weight:
+    if config.alignment.attended is None:
         return "it has no attention alignment"
     if record.folder is None:
         return "its checkpoints are not on this machine"
@@ -81,7 +81,8 @@ def _draw(record: Record, checkpoint: Path) -> bytes:
     with tempfile.TemporaryDirectory(prefix="haste-report-") as folder:
         path = Path(folder) / "attention.png"
         students = {f"student at step {state.step}": student}
-        draw_attention(store, students, state.config.alignment, rows, path)
+        alignment, tokens = state.config.alignment, state.config.diffusion.class_stream
+        draw_attention(store, students, alignment.attended or alignment, rows, path, tokens)
         return path.read_bytes()
 
 

@@ -95,12 +95,14 @@ def _describe_network(group: EvaluationGroup) -> str:
 def _describe_sampling(sampling: Sampling, decoder: str) -> list[str]:
     sampler = sampling.sampler
     interval = f"[{sampler.guidance_low:g}, {sampler.guidance_high:g}]"
+    own = sampler.class_guidance
+    of_class = "" if own is None else f" (class token {own:g})"
     digest = f"({sampling.decoder_sha256[:DIGEST_DIGITS]})"
     return [
         f"{sampler.method} of {sampler.steps} steps",
         "no guidance"
         if sampler.guidance == 1
-        else f"guidance {sampler.guidance:g} at t in {interval}",
+        else f"guidance {sampler.guidance:g}{of_class} at t in {interval}",
         f"seed {sampler.seed}",
         f"{sampling.labels} labels of classes {sampling.classes}",
         f"decoder {decoder} {digest}" if decoder else f"decoder {digest}",

@@ -28,6 +28,7 @@ from pipeline.runs.reader import Record, Row, number, read_run
 from pipeline.storage.files import absolute_url, open_url, redact, write_atomic
 from pipeline.text import describe_bytes, shortened
 from schemas.errors import UserError
+from schemas.fields import CLASS
 from schemas.report import Attention, ReportConfig
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 MAX_LABEL = 64
 MAX_COLUMNS = 8
 STUDENT_STREAMS = frozenset({"latents", "text"})
-"""Streams that the student itself reads; all others are a teacher's."""
+"""Streams that the student itself reads, as it may class tokens; all others are a teacher's."""
 FIRST_ROWS, LAST_ROWS = 10, 20
 """Rows of a long table that are shown."""
 DASH = "\N{EN DASH}"
@@ -147,7 +148,7 @@ class Report:
         if not any(record.bytes_read for record in ended):
             return None
         counts = [item for record in ended for item in record.bytes_read.items()]
-        return describe_bytes(sum(c["after"] for name, c in counts if name not in STUDENT_STREAMS))
+        return describe_bytes(sum(c["after"] for name, c in counts if not _is_students(name)))
 
     def _plots(self, panels: Sequence[Panel]) -> list[Plot]:
         from pipeline.report.plots import make_plot  # matplotlib takes a second to import
@@ -195,3 +196,7 @@ def _first_and_last(rows: Sequence[Row]) -> list[Row]:
     if len(rows) <= FIRST_ROWS + LAST_ROWS:
         return list(rows)
     return [*rows[:FIRST_ROWS], *rows[-LAST_ROWS:]]
+
+
+def _is_students(stream: str) -> bool:
+    return stream in STUDENT_STREAMS or stream == CLASS or stream.endswith(f"_{CLASS}")

@@ -14,7 +14,7 @@ from pipeline.runs.reader import Record, number
 from pipeline.text import describe_bytes
 from schemas.run import RunConfig
 
-LOSSES = ("denoising", "feature", "attention")
+LOSSES = ("denoising", "class_token", "feature", "attention")
 MAX_STREAMS = 12
 
 

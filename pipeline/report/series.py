@@ -20,6 +20,7 @@ Unit = Literal["plain", "bytes", "share"]
 
 LOSSES = {
     "denoising": "Denoising loss",
+    "class_token": "Denoising loss of the class token",
     "feature": "Feature loss (\N{MINUS SIGN}cosine)",
     "attention": "Attention cross-entropy (nats)",
     "grad_norm": "Gradient norm, before clipping",
@@ -86,7 +87,7 @@ class Panel:
 
 
 def loss_panels(records: Sequence[Record]) -> list[Panel]:
-    """Denoising, feature and attention loss, and the gradient's norm."""
+    """Denoising losses, feature and attention loss, and the gradient's norm."""
     return [
         panel
         for key, title in LOSSES.items()

@@ -70,7 +70,7 @@ class MetricsLog:
         parts = [f"step {row['step']}/{self.total_steps}", f"phase {row['phase']}"]
         parts += [
             f"{name} {row[name]:.4f}"
-            for name in ("denoising", "feature", "attention")
+            for name in ("denoising", "class_token", "feature", "attention")
             if name in row
         ]
         parts += [f"{row['skipped_steps']} steps skipped"] if row.get("skipped_steps") else []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.autoencoders import Autoencoder, decode_scaled
-from pipeline.diffusion.samplers import sample
+from pipeline.diffusion.samplers import State, sample, sample_jointly
 from pipeline.models import SiT
 from pipeline.precision import arithmetic, autocast_dtype
 from pipeline.randomness import Purpose, generator
@@ -22,12 +22,18 @@ from schemas.student import StudentConfig
 def check_sampler(
     student: StudentConfig, sampler: SamplerConfig, *, option: str = "--sampler.method"
 ) -> None:
-    """Raises ``UserError`` where the sampling method does not suit the student's model family."""
+    """Raises ``UserError`` where the sampling method does not suit the student's model family, or
+    a class token is to be guided that it does not have; ``option`` names the method."""
     if (sampler.method == "ddpm") != (student.family == "DiT"):
         needed = "ddpm" if student.family == "DiT" else "sde, ode or ode_heun"
         raise UserError(
             f"sampler method {sampler.method} cannot draw from {student.model}: set "
             f"{option} {needed}"
+        )
+    if sampler.class_guidance is not None and student.class_token is None:
+        raise UserError(
+            f"{option.removesuffix('method')}class-guidance is for a student that denoises a class "
+            "token (student.class_token); this one has none: leave it out"
         )
 
 
@@ -79,33 +85,52 @@ def draw_latents(
     check_sampler(student.config, config)
     check_guidance(student.null_label, config, option="--sampler.guidance")
     device = next(student.parameters()).device
-    shape = student.config.latent_shape
+    shapes: list[tuple[int, ...]] = [student.config.latent_shape]
+    if student.config.class_token is not None:
+        shapes.append((student.config.class_token,))
     dtype = autocast_dtype(precision)
 
-    def normals(draw: int) -> Tensor:
-        """Standard normal noise number ``draw`` of each image, (B, C, h, w)."""
-        numbers = [
-            generator(Purpose.SAMPLING, config.seed, first_index + i, draw).standard_normal(
-                shape, dtype=np.float32
-            )
+    def normals(draw: int) -> list[Tensor]:
+        """Standard normal noise number ``draw`` of each image, (B, C, h, w), and of its class token
+        (B, E) if there is one, drawn in this order."""
+        rngs = [
+            generator(Purpose.SAMPLING, config.seed, first_index + i, draw)
             for i in range(len(labels))
         ]
-        return _to_device(torch.from_numpy(np.stack(numbers)), device)
+        return [
+            _to_device(
+                torch.from_numpy(np.stack([r.standard_normal(s, dtype=np.float32) for r in rngs])),
+                device,
+            )
+            for s in shapes
+        ]
 
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def predict(state: State, t: Tensor, y: Tensor) -> list[Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return student(x, t, y).prediction
+            out = student(state[0], t, y, class_token_BE=state[1] if len(state) > 1 else None)
+        return [x for x in (out.prediction, out.class_prediction) if x is not None]
 
+    y_B = _to_device(torch.tensor(labels), device)
     with arithmetic(precision):
-        latents = sample(
-            predict,
-            normals(0),
-            _to_device(torch.tensor(labels), device),
-            config,
-            null_label=student.null_label,
-            convention=student.convention if path is None else Convention(path=path),
-            step_noise=lambda step: normals(step + 1),
-        )
+        if config.method == "ddpm":
+            latents = sample(
+                lambda x, t, y: predict([x], t, y)[0],
+                normals(0)[0],
+                y_B,
+                config,
+                null_label=student.null_label,
+                step_noise=lambda step: normals(step + 1)[0],
+            )
+        else:
+            latents = sample_jointly(
+                predict,
+                normals(0),
+                y_B,
+                config,
+                null_label=student.null_label,
+                convention=student.convention if path is None else Convention(path=path),
+                step_noise=lambda step: normals(step + 1),
+            )[0]
     return latents.float()
 
 

@@ -246,10 +246,10 @@ def check_same_images(values: Any, requested: SampleAbout, *, where: str, remedy
     if existing is None:
         raise UserError(f"'{where}' has a description that this version cannot read; {remedy}")
     one, other = _leaves(existing), _leaves(requested)
-    differing = [key for key in other if one[key] != other[key]]
+    differing = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     if differing:
         differences = [
-            f"{key} {short_value(one[key], 40)} (now {short_value(other[key], 40)})"
+            f"{key} {short_value(one.get(key), 40)} (now {short_value(other.get(key), 40)})"
             for key in differing
         ]
         if "weights_sha256" in differing:

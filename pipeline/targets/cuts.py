@@ -10,7 +10,7 @@ from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut
-from schemas.store import Column
+from schemas.store import ClassToken, Column
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +94,21 @@ def cut_columns(
     return columns
 
 
+def class_columns(
+    width: int,
+    codec: CodecSet,
+    overrides: Mapping[str, CodecName] | None = None,
+    *,
+    compress: bool = True,
+) -> dict[str, Column]:
+    """The columns of a class stream, whose codec is that of a cut's ``class_token``."""
+    chosen = (overrides or {}).get("class_token", CODEC_SETS[codec]["vector"])
+    try:
+        return {"class_token": _column((width,), chosen, compress)}
+    except ValueError as error:
+        raise UserError(f"--column-codecs.class_token {chosen}: {error}") from None
+
+
 def codec_set_of(columns: Mapping[str, Column]) -> CodecSet | None:
     """The codec set that a cut's columns were stored with; None for crops and mixed codecs."""
     if columns.keys() <= KIND_OF.keys():
@@ -129,6 +144,8 @@ def later_cut_values(
     tokens, attended = teacher.tap_blocks(tokens, start)
     features, class_token = teacher.normed(tokens)
     values = {"features": features, "class_token": class_token}
+    if not teacher.layers:
+        return values
     if cut == "maps":
         logits = [attended[layer].logits(teacher.prefix) for layer in teacher.layers]
         values["attention"] = torch.softmax(torch.stack(logits, dim=1), dim=-1)
@@ -140,6 +157,25 @@ def later_cut_values(
     keys = torch.stack([key for _, key in pairs], dim=1)
     values["key"] = keys - keys.mean(dim=-2, keepdim=True)
     return values
+
+
+def class_values(
+    token: ClassToken, cut: Cut, teacher: Teacher | None, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensor (B, D) of a class stream from those of a cut. The cuts ``activations`` and
+    ``image`` need the teacher, or its tail, whose blocks after the cut are run."""
+    if token == "class" and "class_token" in values:
+        return {"class_token": values["class_token"]}
+    if "features" in values:
+        return {"class_token": values["features"].mean(1)}
+    assert teacher is not None
+    if cut == "image":
+        tokens = teacher.embed(teacher.preprocess(values["crop"].permute(0, 3, 1, 2)))
+        tokens, _ = teacher.tap_blocks(tokens)
+    else:
+        tokens, _ = teacher.tap_blocks(values["tokens"], teacher.layers[0])
+    features, class_token = teacher.normed(tokens)
+    return {"class_token": class_token if token == "class" else features.mean(1)}
 
 
 def encode_values(columns: Mapping[str, Column], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

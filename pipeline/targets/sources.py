@@ -13,8 +13,9 @@ from torch import Tensor
 from pipeline.alignment.losses import Targets
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import decoder_of, sums_to_one
+from pipeline.targets.kinds import TARGET_KINDS, check_target, target_normalisation
 from pipeline.teachers.attention_tap import qk_logits
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import AlignmentConfig, StreamAlignment, TargetKind, place
 from schemas.errors import UserError
 from schemas.fields import element_count
 from schemas.store import Manifest, TeacherInfo, TeacherStream
@@ -56,11 +57,12 @@ class MapsTargets:
         # on the device from the start: a copy during a step would wait for the device
         self._index = torch.tensor(places, dtype=torch.int64, device=device)
         self._attention = _compiled(self.decode_attention) if compiled else self.decode_attention
+        self._normalise_target = target_normalisation(wanted.strength, compiled=compiled)
 
     def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
         features = attention = None
         if self.wanted.features:
-            features = self._decoders["features"](columns).float()
+            features = self._normalise_target(self._decoders["features"](columns).float())
         if self.wanted.layers:
             attention = self._attention(
                 # bfloat16 is stored as uint16, which GPUs cannot index
@@ -119,6 +121,7 @@ class ReplayedTargets:
         self.wanted = wanted
         self.dtype = getattr(torch, stream.compute.precision)
         self.stop = teacher.depth if wanted.features else max(wanted.layers) + 1
+        self._normalise_target = target_normalisation(wanted.strength, compiled=compiled)
         self._probabilities = _compiled(_probabilities) if compiled else _probabilities
 
     @torch.no_grad()
@@ -130,8 +133,14 @@ class ReplayedTargets:
                 tokens = teacher.embed(teacher.preprocess(stored.permute(0, 3, 1, 2)))
             else:
                 tokens = stored.float()
-            tokens, attended = teacher.tap_blocks(tokens, teacher.first_block, self.stop)
-            features = teacher.normed(tokens)[0] if wanted.features else None
+            if wanted.features:
+                read = TARGET_KINDS[wanted.kind].read
+                features, attended = read(teacher, tokens, wanted.summed)
+            else:
+                features = None
+                _, attended = teacher.tap_blocks(tokens, teacher.first_block, self.stop)
+        if features is not None:
+            features = self._normalise_target(features)
         attention = None
         if wanted.layers:
             patches = [attended[layer].patches(teacher.prefix) for layer in wanted.layers]
@@ -160,12 +169,25 @@ class Wanted(NamedTuple):
     """The teacher layer of each pair, 0-based; empty without the attention loss."""
     heads: int
     """Number of heads of each layer, counted from the first."""
+    kind: TargetKind = "final"
+    """Teacher tokens that are the features."""
+    summed: tuple[int, ...] = ()
+    """sum_of_layers: the layers."""
+    strength: float | None = None
+    """Strength of the features' spatial normalisation; None: none."""
 
 
-def wanted_targets(alignment: AlignmentConfig, heads: int) -> Wanted:
-    """Targets that a run's losses need."""
-    layers = alignment.teacher_layers if alignment.attention_weight else ()
-    return Wanted(bool(alignment.feature_weight), layers, heads)
+def wanted_targets(options: StreamAlignment, heads: int) -> Wanted:
+    """Targets that the losses of a stream need."""
+    layers = options.teacher_layers if options.attention_weight else ()
+    return Wanted(
+        bool(options.feature_weight),
+        layers,
+        heads,
+        options.target,
+        options.target_layers or (),
+        options.normalisation_strength,
+    )
 
 
 def open_targets(
@@ -210,13 +232,23 @@ def aligned_heads(student: StudentConfig, teacher: TeacherInfo) -> int:
 
 def check_fit(alignment: AlignmentConfig, manifest: Manifest) -> None:
     """Raises ``UserError`` when the store lacks teacher layers that the alignment needs."""
-    teacher = manifest.teacher_stream(alignment.stream)[1].teacher
-    if alignment.attention_weight:
-        missing = sorted(set(alignment.teacher_layers) - set(teacher.layers))
+    for number, options in enumerate(alignment.streams):
+        check_stream(options, manifest, at=place(number))
+
+
+def check_stream(options: StreamAlignment, manifest: Manifest, *, at: str = "alignment") -> None:
+    """``check_fit`` of one stream; ``at``: the key of its options."""
+    name, stream = manifest.teacher_stream(options.stream)
+    teacher = stream.teacher
+    if options.feature_weight:
+        check_target(options, name, stream, at=at)
+    if options.attention_weight:
+        missing = sorted(set(options.teacher_layers) - set(teacher.layers))
         if missing:
             raise UserError(
-                f"alignment.teacher_layers asks for teacher layer {_join(missing)}; the "
-                f"store holds {_join(teacher.layers)}: extract again with --layers that include it"
+                f"{at}.teacher_layers asks for teacher layer {_join(missing)}; the "
+                f"store holds {_join(teacher.layers)}: extract again with --layers that "
+                "include it"
             )
 
 

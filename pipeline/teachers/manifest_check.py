@@ -7,9 +7,8 @@ from functools import cache
 from typing import Any
 
 import timm
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 
+from pipeline.teachers.token_network import FAMILIES, TokenNetwork
 from pipeline.teachers.vit import create_meta_vit, normalisation, tail_state
 from schemas.errors import UserError, plain_text
 from schemas.extract import TeacherConfig
@@ -41,7 +40,7 @@ def create_meta_teacher(info: TeacherInfo, resolution: int, where: str) -> Any:
     with ``where``, if its shape differs from the manifest or its weights exceed the limits."""
     _require_vit(info.model, where)
     try:
-        vit, shape = create_meta_vit(teacher_config(info), resolution)
+        vit, shape = create_meta_vit(teacher_config(info), resolution, tapped=bool(info.layers))
     except (UserError, RuntimeError) as error:  # RuntimeError: sizes that overflow in torch
         raise UserError(f"{where}: {plain_text(str(error))[:300]}") from None
     mean, std = normalisation(vit)
@@ -61,7 +60,8 @@ def create_meta_teacher(info: TeacherInfo, resolution: int, where: str) -> Any:
                 f"model_args is {value}"
             )
     total = tail_bytes(vit, 0)
-    outside = total - sum(p.nbytes for p in vit.blocks.parameters())
+    blocks = vit.network.blocks if isinstance(vit, TokenNetwork) else vit.blocks
+    outside = total - sum(p.nbytes for p in blocks.parameters())
     for size, limit, part in (
         (total, MAX_BYTES, "weights"),
         (outside, MAX_BYTES_OUTSIDE_BLOCKS, "weights outside its blocks"),
@@ -72,6 +72,12 @@ def create_meta_teacher(info: TeacherInfo, resolution: int, where: str) -> Any:
                 f"{limit >> 20} MB"
             )
     return vit
+
+
+def has_class_token(info: TeacherInfo, resolution: int, where: str) -> bool:
+    """True if the first token of the manifest's teacher is a class token, not a register. Raises
+    ``UserError`` as ``create_meta_teacher`` does."""
+    return info.prefix > 0 and create_meta_teacher(info, resolution, where).cls_token is not None
 
 
 def tail_bytes(vit: Any, first_block: int) -> int:
@@ -97,7 +103,7 @@ def _vit_modules() -> list[str]:
         for name, module in list(sys.modules.items())
         if name.startswith("timm.models.")
         and any(
-            isinstance(value, type) and issubclass(value, VisionTransformer | Eva)
+            isinstance(value, type) and issubclass(value, FAMILIES)
             for value in vars(module).values()
         )
     ]

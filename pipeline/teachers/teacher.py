@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.hashing import sha256_of_arrays
 from pipeline.storage.files import redact
 from pipeline.teachers.attention_tap import AttentionOperands, AttentionTap
+from pipeline.teachers.token_network import TokenNetwork
 from pipeline.teachers.vit import (
     block_arguments,
     create_tail,
@@ -66,9 +67,9 @@ class Teacher(nn.Module):
         self.layers = tuple(layers)
         self.first_block = first_block
         self.vit, (self.depth, self.heads, self.head_width) = (
-            create_vit(config, resolution)
+            create_vit(config, resolution, tapped=bool(layers))
             if tail is None
-            else create_tail(config, resolution, first_block, tail)
+            else create_tail(config, resolution, first_block, tail, tapped=bool(layers))
         )
         self.weights_sha256 = sha256_of_arrays(
             (name, tensor.numpy()) for name, tensor in sorted(self.vit.state_dict().items())
@@ -81,6 +82,7 @@ class Teacher(nn.Module):
         self.image_size = int(self.vit.patch_embed.img_size[0])
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix = int(self.vit.num_prefix_tokens)
+        self.has_class_token = self.vit.cls_token is not None
         if self.layers and max(self.layers) >= self.depth:
             raise UserError(
                 f"--layers asks for layer {max(self.layers)}; teacher '{config.model}' has "
@@ -141,6 +143,8 @@ class Teacher(nn.Module):
     ) -> tuple[Tensor, dict[int, AttentionOperands]]:
         """As ``run_blocks``, with the attention operands of the tapped layers."""
         operands: dict[int, AttentionOperands] = {}
+        if isinstance(self.vit, TokenNetwork):
+            return tokens, operands
         arguments = block_arguments(self.vit)
         for number in range(start, self.depth if stop is None else stop):
             index = number - self.first_block
@@ -171,7 +175,7 @@ class Teacher(nn.Module):
         block."""
         tokens = final_norm(self.vit)(tokens).float()
         features = tokens[:, self.prefix :]
-        return features, features.mean(1) if self.vit.cls_token is None else tokens[:, 0]
+        return features, tokens[:, 0] if self.has_class_token else features.mean(1)
 
     def forward(self, images_B3RR: Tensor) -> TeacherTargets:
         """Targets of uint8 crops (B, 3, R, R)."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.storage.hub import HubUnreachableError, hub_access
 from pipeline.teachers.attention_tap import AttentionTap
+from pipeline.teachers.token_network import FAMILIES, TokenGrid, TokenNetwork, find_grid
 from pipeline.teachers.weights import load_tail_weights, load_weights
 from schemas.errors import UserError, plain_text
 from schemas.extract import IMAGENET_MEAN, IMAGENET_STD, TeacherConfig
@@ -33,31 +34,40 @@ class VitShape(NamedTuple):
     head_width: int
 
 
-def create_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
+def create_vit(
+    config: TeacherConfig, resolution: int, *, tapped: bool = True
+) -> tuple[Any, VitShape]:
     """The model with its weights and the position embedding at the grid of ``config``; its shape.
+    One whose attention cannot be read is a ``TokenNetwork``.
 
-    Raises ``UserError``; a model that cannot be tapped is refused before its weights are fetched.
+    Raises ``UserError``; with ``tapped`` such a model is refused before its weights are fetched.
     """
-    shape, size = _sizes(config, resolution)
+    shape, size, grid = _sizes(config, resolution, tapped)
     vit = _download(config, size) if config.weights == "hub" else _create(config, img_size=size)
     vit.attn_pool = None  # SigLIP's pooling, which no target needs
     if config.weights != "hub":
         load_weights(vit, config)
     _fuse_attention(vit)
-    return vit, shape
+    return vit if grid is None else TokenNetwork(vit, grid), shape
 
 
 def create_tail(
-    config: TeacherConfig, resolution: int, first_block: int, state: Mapping[str, Tensor]
+    config: TeacherConfig,
+    resolution: int,
+    first_block: int,
+    state: Mapping[str, Tensor],
+    *,
+    tapped: bool = True,
 ) -> tuple[Any, VitShape]:
     """The model with only the blocks from ``first_block`` on and the weights ``state``
     (``tail_state``). Raises ``ValueError`` if these are of another model."""
-    shape, size = _sizes(config, resolution)
-    vit = _create(config, img_size=size, depth=shape.depth - first_block)
+    shape, size, grid = _sizes(config, resolution, tapped)
+    depth = {} if grid else {"depth": shape.depth - first_block}
+    vit = _create(config, img_size=size, **depth)
     vit.attn_pool = None
     load_tail_weights(vit, state, complete=not first_block)
     _fuse_attention(vit)
-    return vit, shape
+    return vit if grid is None else TokenNetwork(vit, grid), shape
 
 
 def tail_state(vit: Any, first_block: int) -> dict[str, Tensor]:
@@ -81,14 +91,16 @@ def tail_state(vit: Any, first_block: int) -> dict[str, Tensor]:
     return tail
 
 
-def create_meta_vit(config: TeacherConfig, resolution: int) -> tuple[Any, VitShape]:
+def create_meta_vit(
+    config: TeacherConfig, resolution: int, *, tapped: bool = True
+) -> tuple[Any, VitShape]:
     """As ``create_vit``, on the meta device: all shapes, no weights; nothing is downloaded."""
-    shape, size = _sizes(config, resolution)
+    shape, size, grid = _sizes(config, resolution, tapped)
     with torch.device("meta"):
         vit = _create(config, img_size=size)
     vit.attn_pool = None
     _fuse_attention(vit)
-    return vit, shape
+    return vit if grid is None else TokenNetwork(vit, grid), shape
 
 
 def normalisation(vit: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -123,7 +135,10 @@ def weights_access(model: str) -> Iterator[None]:
 
 
 def embed(vit: Any, pixels_B3SS: Tensor) -> Tensor:
-    """Tokens (B, P + N, D) that enter block 0: P prefix tokens, then the patches row by row."""
+    """Tokens (B, P + N, D) that enter block 0: P prefix tokens, then the patches row by row. Of a
+    ``TokenNetwork``, which has no blocks, its output."""
+    if isinstance(vit, TokenNetwork):
+        return vit(pixels_B3SS)
     tokens = vit._pos_embed(vit.patch_embed(pixels_B3SS))
     if isinstance(tokens, tuple):  # Eva also returns its rotary embedding
         tokens = tokens[0]
@@ -153,18 +168,45 @@ def final_norm(vit: Any) -> nn.Module:
     return nn.Identity()
 
 
-def _sizes(config: TeacherConfig, resolution: int) -> tuple[VitShape, int]:
-    """Shape of the model, and pixels per side of its input. Raises ``UserError``."""
+def _sizes(
+    config: TeacherConfig, resolution: int, tapped: bool
+) -> tuple[VitShape, int, TokenGrid | None]:
+    """Shape of the model, pixels per side of its input, and the grid of a model that cannot be
+    tapped, which is refused if ``tapped``. Raises ``UserError``."""
     with torch.device("meta"):
         vit = _create(config)
-    shape = _tappable_shape(vit, config.model)
+    try:
+        shape = _tappable_shape(vit, config.model)
+    except UserError:
+        if tapped or not isinstance(vit, FAMILIES):
+            raise
+        return _token_sizes(config, resolution, vit)
     patch = vit.patch_embed.feat_ratio()
+    return shape, _input_size(config, resolution, patch), None
+
+
+def _token_sizes(
+    config: TeacherConfig, resolution: int, vit: Any
+) -> tuple[VitShape, int, TokenGrid]:
+    """``_sizes`` of a model of ``FAMILIES`` on the meta device, at timm's size of its input."""
+    usual = int(vit.pretrained_cfg["input_size"][-1])
+    patch = usual // find_grid(vit, usual, config.model).grid_size[0]
+    size = _input_size(config, resolution, patch)
+    with torch.device("meta"):
+        grid = find_grid(_create(config, img_size=size), size, config.model)
+    heads = int(getattr(getattr(vit.blocks[0], "attn", None), "num_heads", 1))
+    heads = heads if grid.width % heads == 0 else 1
+    return VitShape(len(vit.blocks), heads, grid.width // heads), size, grid
+
+
+def _input_size(config: TeacherConfig, resolution: int, patch: int) -> int:
+    """Pixels per side of the teacher's input. Raises ``UserError``."""
     size = config.image_size or resolution // PIXELS_PER_TOKEN * patch
     if size < patch or size % patch:
         raise UserError(
             f"--teacher.image-size {size} is not a multiple of the teacher's patch size {patch}"
         )
-    return shape, size
+    return int(size)
 
 
 def _download(config: TeacherConfig, size: int) -> Any:
@@ -192,7 +234,8 @@ def _tappable_shape(vit: Any, name: str) -> VitShape:
     if not isinstance(vit, VisionTransformer | Eva):
         raise UserError(
             f"--teacher.model '{name}': the attention of a {type(vit).__name__} cannot be "
-            "tapped; use a plain vision transformer (DINOv2, DINOv3, CLIP, MAE, SigLIP, ...)"
+            "tapped; use a plain vision transformer (DINOv2, DINOv3, CLIP, MAE, SigLIP, ...), or "
+            "store the features of one alone with --layers none"
         )
     _fuse_attention(vit)
     tokens = vit.num_prefix_tokens + vit.patch_embed.num_patches
@@ -204,7 +247,8 @@ def _tappable_shape(vit: Any, name: str) -> VitShape:
         kind = type(vit.blocks[0]).__name__
         raise UserError(
             f"--teacher.model '{name}': its blocks ({kind}) do not have one plain attention each "
-            "and cannot be tapped; use another vision transformer"
+            "and cannot be tapped; use another vision transformer, or store features alone with "
+            "--layers none"
         )
     _, heads, _, head_width = tap.calls[0].q.shape
     return VitShape(len(vit.blocks), int(heads), int(head_width))

@@ -104,8 +104,9 @@ def build_run(
     store = Store.open(config.store)
     trigger = make_trigger(config.alignment.termination, config.alignment)
     trainer = Trainer(config, store, group, measure_entropy=trigger.needs_entropy)
-    meter = StepMeter(group, config.global_batch)
-    identity = store_identity(store, config.alignment)
+    meter = StepMeter(group, config.global_batch, trainer.module.losses)
+    tokens = trainer.class_tokens
+    identity = store_identity(store, config.alignment, None if tokens is None else tokens.stream)
     progress = Progress()
     with checkpoint as path:
         if path is not None:
@@ -171,16 +172,12 @@ def _open_loader(
     trigger: Trigger,
 ) -> tuple[BatchLoader, list[str]]:
     """The loader and its teacher streams, which are not read ahead beyond a known last step."""
-    teacher_streams: list[str] = []
-    needed_until: dict[str, int] = {}
-    if trainer.targets is not None:
-        teacher_streams.append(trainer.targets.stream)
-        last = trigger.known_step()
-        if last is not None:
-            needed_until[trainer.targets.stream] = last
+    teacher_streams = trainer.teacher_streams
+    last = trigger.known_step()
+    needed_until = {} if last is None else dict.fromkeys(teacher_streams, last)
     loader = BatchLoader(
         store,
-        ["latents", *teacher_streams],
+        [*trainer.data_streams, *teacher_streams],
         order,
         global_batch=config.global_batch,
         rank=group.rank,

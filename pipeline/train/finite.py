@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,6 @@ from pipeline.distributed.process_group import ProcessGroup
 from schemas.errors import NonFiniteError
 
 NORM = "gradient norm"
-QUANTITIES = (*(f"{name.replace('_', ' ')} loss" for name in LOSSES[:3]), "teacher entropy", NORM)
-"""Results of a step, in the order of ``Trainer.train_step``."""
 NEVER = 1 << 62
 
 
@@ -24,11 +22,13 @@ class FiniteWatch:
     written anyway.
     """
 
-    def __init__(self, group: ProcessGroup, limit: int) -> None:
-        """``limit``: steps in a row that may be skipped."""
+    def __init__(self, group: ProcessGroup, limit: int, losses: Sequence[str] = LOSSES) -> None:
+        """``limit``: steps in a row that may be skipped. ``losses``: names of the losses in the
+        result of ``Trainer.train_step``."""
         self.group = group
         self.limit = limit
-        self._first = torch.full((len(QUANTITIES),), NEVER, device=group.device)
+        self.quantities = (*map(_quantity, losses), NORM)
+        self._first = torch.full((len(self.quantities),), NEVER, device=group.device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=group.device)
         self._fatal: Tensor | None = None  # None: every step is
 
@@ -51,18 +51,27 @@ class FiniteWatch:
             first = torch.where(self._fatal, first, NEVER)
         broken = [~all_finite(tensors, self.group.device) for tensors in weights.values()]
         rows = self.group.gather(torch.stack([*first.double(), *(one.double() for one in broken)]))
-        steps = [row[: len(QUANTITIES)] for row in rows]
+        steps = [row[: len(self.quantities)] for row in rows]
         step = min(min(row) for row in steps)
         if step < NEVER:
             more = f", the first of {self.limit + 1} such steps in a row"
             raise NonFiniteError(
-                f"{_culprit(steps, step)} is not finite at step {int(step)}"
+                f"{self._culprit(steps, step)} is not finite at step {int(step)}"
                 + ("" if self._fatal is None else more)
             )
-        for number, name in enumerate(weights, start=len(QUANTITIES)):
+        for number, name in enumerate(weights, start=len(self.quantities)):
             broken_on = [row[number] for row in rows]
             if any(broken_on):
                 raise NonFiniteError(f"the {name} of {_workers(broken_on)} is not finite")
+
+    def _culprit(self, steps: list[list[float]], step: float) -> str:
+        """Names of quantity and workers. The norm is named only where all losses were finite,
+        because it follows from them, on all workers."""
+        for number, name in enumerate(self.quantities):
+            broken = [row[number] == step for row in steps]
+            if any(broken):
+                return f"the {name} of {_workers(broken)}"
+        raise AssertionError("no result is of this step")
 
 
 def all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -71,14 +80,9 @@ def all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool, device=device)
 
 
-def _culprit(steps: list[list[float]], step: float) -> str:
-    """Names of quantity and workers. The norm is named only where all losses were finite, because
-    it follows from them, on all workers."""
-    for number, name in enumerate(QUANTITIES):
-        broken = [row[number] == step for row in steps]
-        if any(broken):
-            return f"the {name} of {_workers(broken)}"
-    raise AssertionError("no result is of this step")
+def _quantity(loss: str) -> str:
+    name = loss.replace("_", " ")
+    return name if loss == "teacher_entropy" else f"{name} loss"
 
 
 def _workers(chosen: list[bool] | list[float]) -> str:

@@ -19,7 +19,8 @@ CHUNK = 32  # samples of one pass, unless workers.micro_batch is smaller
 
 class GradientProbe:
     """Cosine between the gradients of the two losses on one block (HASTE section 2.2, appendix
-    A.2), the block at the feature depth.
+    A.2), the block at the feature depth, with several teacher streams the lowest of these, which
+    all feature losses depend on.
 
     Samples, noise and posterior draws are functions of the seed and the step, so that the result
     does not depend on the number of ranks.
@@ -35,7 +36,8 @@ class GradientProbe:
         """Cosine between the gradients of the weighted alignment losses and of the denoising loss,
         at each time; 0 where one of them vanishes. Every rank calls it."""
         trainer = self.trainer
-        depth = trainer.config.alignment.feature_depth
+        streams = trainer.config.alignment.streams
+        depth = min(options.feature_depth for options in streams)
         parameters = list(trainer.module.student.blocks[depth - 1].parameters())
         size = sum(parameter.numel() for parameter in parameters)
         sums = torch.zeros(len(times), 2, size, device=trainer.group.device)
@@ -48,7 +50,7 @@ class GradientProbe:
                     inputs = trainer.inputs(batch, time=time)
                     losses = trainer.losses(trainer.module, inputs, targets)
                     row[0] += _gradient(trainer.alignment_loss(losses), parameters, keep=True)
-                    row[1] += _gradient(losses[0], parameters, keep=False)
+                    row[1] += _gradient(trainer.denoising_loss(losses), parameters, keep=False)
         trainer.group.sum(sums)
         cosines: list[float] = torch.cosine_similarity(sums[:, 0], sums[:, 1], dim=1).tolist()
         return cosines
@@ -56,14 +58,13 @@ class GradientProbe:
     def _batches(self, samples: int) -> Iterator[Batch]:
         """This rank's share of ``samples`` distinct samples, drawn from the whole data set."""
         trainer = self.trainer
-        assert trainer.targets is not None
         rng = generator(Purpose.PROBE, trainer.config.seed, trainer.step)
         total = min(samples, self.order.epoch_size)
         chosen = np.sort(rng.choice(self.order.epoch_size, size=total, replace=False))
         begin, end = rank_slice(total, trainer.group.rank, trainer.group.world_size)
         readers = {  # scattered samples: never fetch a whole file for one
             name: StreamReader(self.store, name, whole_file_limit=0)
-            for name in ("latents", trainer.targets.stream)
+            for name in (*trainer.data_streams, *trainer.teacher_streams)
         }
         chunk = min(CHUNK, trainer.config.workers.micro_batch or CHUNK)
         for start in range(begin, end, chunk):

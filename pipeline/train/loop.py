@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from pipeline.alignment.termination import Decision, StepLosses
+from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
+from pipeline.alignment.termination import Decision, StepLosses, alignment_factor
 from pipeline.checkpoints.state import CheckpointContents, classes_to_save, read_state
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import PollRequest, StopRequest, no_request
@@ -79,7 +80,9 @@ class TrainingLoop:
         self.trainer = parts.trainer
         self.group = parts.group
         self.meter = parts.meter
-        self.finite = FiniteWatch(parts.group, self.config.train.max_skipped)
+        self.finite = FiniteWatch(
+            parts.group, self.config.train.max_skipped, parts.trainer.module.losses
+        )
         self.save_checkpoint = save_checkpoint
         self.saved_step = parts.trainer.step
         self.validated_step = parts.progress.validated_step
@@ -106,6 +109,7 @@ class TrainingLoop:
             waited = time.perf_counter() - before
             if batch.step != trainer.step:
                 raise RuntimeError(f"batch of step {batch.step} at step {trainer.step}")
+            trainer.factor = alignment_factor(config.alignment, parts.trigger, trainer.step)
             result = trainer.train_step(batch)
             self.finite.note(trainer.step, result, trainer.skipped)
             self.meter.add(result, waited, trainer.skipped)
@@ -192,6 +196,8 @@ class TrainingLoop:
         self._require_finite()
         row: dict[str, Any] = {"step": self.trainer.step, "phase": 1 if self.trainer.aligned else 2}
         row.update(self.meter.take(self._measured_losses()))
+        if self.trainer.aligned and self._has_ramp:
+            row["alignment_factor"] = self.trainer.factor  # of the row's last step
         row.update(self.parts.throughput.rates(row["images_per_second"]))
         for name, count in self.group.sum_counts(self._bytes_now()).items():
             row[f"bytes_read_{name}"] = count
@@ -232,15 +238,26 @@ class TrainingLoop:
                 self.meter.leave_out(time.perf_counter() - start)
                 self.parts.clock.pause()
 
+    @property
+    def _has_ramp(self) -> bool:
+        alignment = self.config.alignment
+        end = alignment.termination
+        return alignment.warmup is not None or (end is not None and end.ramp is not None)
+
     def _measured_losses(self) -> list[str]:
         """Names of the losses that are computed in the present phase."""
-        if not self.trainer.aligned:
-            return ["denoising"]
-        alignment = self.config.alignment
         names = ["denoising"]
-        names += ["feature"] if alignment.feature_weight else []
-        names += ["attention"] if alignment.attention_weight else []
-        return names + (["teacher_entropy"] if self.parts.trigger.needs_entropy else [])
+        names += [CLASS_TOKEN_LOSS] if self.config.student.class_token is not None else []
+        if not self.trainer.aligned:
+            return names
+        alignment = self.config.alignment
+        names += ["feature"] if alignment.feature_weights else []
+        names += ["attention"] if alignment.attention_weights else []
+        names += ["teacher_entropy"] if self.parts.trigger.needs_entropy else []
+        for label, stream in zip(alignment.labels, alignment.streams, strict=True):
+            names += [f"feature_{label}"] if stream.feature_weight else []
+            names += [f"attention_{label}"] if stream.attention_weight else []
+        return names
 
     def _bytes_now(self) -> dict[str, int]:
         """Bytes that this process has read, per open stream."""

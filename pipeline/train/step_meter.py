@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,13 @@ from schemas.student import StudentConfig
 class StepMeter:
     """Sums of losses on the device, because reading them at each step would wait for it."""
 
-    def __init__(self, group: ProcessGroup, global_batch: int) -> None:
+    def __init__(
+        self, group: ProcessGroup, global_batch: int, losses: Sequence[str] = LOSSES
+    ) -> None:
+        """``losses``: names of the losses in the result of ``Trainer.train_step``."""
         self.group = group
         self.global_batch = global_batch
+        self.losses = losses
         self._sums: Tensor | None = None
         self._skipped: Tensor | None = None  # steps that count for no mean, on the device
         self.steps = 0
@@ -54,7 +58,7 @@ class StepMeter:
         skipped = 0 if self._skipped is None else int(self._skipped)
         measured = self.steps - skipped
         if measured:
-            for name, total in zip(LOSSES, sums, strict=True):
+            for name, total in zip(self.losses, sums, strict=True):
                 if name in names:
                     row[name] = total / (measured * self.global_batch)
             row["grad_norm"] = norms / (measured * world)  # the same on every rank

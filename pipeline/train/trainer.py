@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.alignment.aligned_student import LOSSES, AlignedStudent
+from pipeline.alignment.aligned_student import AlignedStudent, AlignedTeacher, ClassToken
 from pipeline.alignment.losses import Targets
+from pipeline.checkpoints.state import projector_files
 from pipeline.diffusion.normalisation import normalisation_of, normalise
+from pipeline.diffusion.times import times_of
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models.ema import Ema
-from pipeline.models.projector import Projector
 from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
+from pipeline.targets.class_token import ClassTokens
 from pipeline.targets.sources import TargetSource, aligned_heads, open_targets, wanted_targets
 from pipeline.train.compile_limit import report_compile_limit
 from pipeline.train.device_transfer import DevicePrefetcher
 from pipeline.train.noise import NoisePrefetcher, SampleNoise
 from schemas.errors import UserError
 from schemas.run import RunConfig
-
-NO_TARGETS = Targets(None, None)
 
 
 class Inputs(NamedTuple):
@@ -39,6 +41,8 @@ class Inputs(NamedTuple):
     """(B,) classes; ``num_classes`` where the label was dropped."""
     target: Tensor
     """(B, C, h, w) the denoising target."""
+    class_token: ClassToken | None = None
+    """None for a student without a class token."""
 
 
 class Trainer:
@@ -58,33 +62,64 @@ class Trainer:
         self.group = group
         self.step = 0
         self.aligned = config.alignment.active
+        self.factor = 1.0
+        """Factor of the alignment's weights in the next step, see ``alignment_factor``. A Python
+        number: it needs no copy to the device and no graph of its own."""
         self.termination: dict[str, Any] | None = None
         self.skipped: Tensor | None = None
         """If the last step was skipped: bool, on the device, equal on all ranks. None unless
         ``train.on_nan`` is skip_step."""
 
-        teacher = None
-        if config.alignment.active:
-            teacher = manifest.teacher_stream(config.alignment.stream)[1].teacher
-        self._heads = aligned_heads(config.student, teacher) if teacher else 0
+        teachers = [
+            manifest.teacher_stream(options.stream)[1].teacher
+            for options in config.alignment.streams
+        ]
+        aligned = [
+            AlignedTeacher(teacher.width, aligned_heads(config.student, teacher), teacher.grid)
+            for teacher in teachers
+        ]
+        self._heads = [teacher.heads for teacher in aligned]
+        self.class_tokens: ClassTokens | None = None
+        """Source of the class tokens, in both phases; None for a student without them."""
+        class_streams: list[int] = []
+        if config.student.class_token is not None:
+            self.class_tokens = ClassTokens(manifest, config.diffusion.class_stream)
+            own = manifest.class_streams[self.class_tokens.stream].teacher
+            class_streams = [
+                number
+                for number, (teacher, options) in enumerate(
+                    zip(teachers, config.alignment.streams, strict=True)
+                )
+                if teacher.same_network(own)
+                # a convolution has no place for it, and the token is that after the final norm
+                and options.projector == "mlp"
+                and options.target == "final"
+            ]
+        first = aligned[0] if aligned else AlignedTeacher(0, 0)
         if config.compute.deterministic and group.device.type == "cuda":
             use_deterministic_kernels()
         torch.manual_seed(config.seed)
         self.module = AlignedStudent(
             config.student,
             config.alignment,
-            teacher_width=teacher.width if teacher else 0,
-            heads=self._heads,
-            teacher_grid=teacher.grid if teacher else None,
+            teacher_width=first.width,
+            heads=first.heads,
+            teacher_grid=first.grid,
+            others=aligned[1:],
             diffusion=config.diffusion,
             measure_entropy=measure_entropy,
             fused=config.compute.attention_loss == "fused",
+            class_streams=class_streams,
         ).to(group.device)
         self.ema = Ema(self.module.student, config.ema_decay)
-        self.projector: Projector | None = self.module.projector
-        self.projector_ema = Ema(self.projector, config.ema_decay) if self.projector else None
+        self.projectors: dict[int, nn.Module] = dict(self.module.projectors())
+        """By the number of the stream, also after the termination."""
+        self.projector_emas = {
+            number: Ema(projector, config.ema_decay)
+            for number, projector in self.projectors.items()
+        }
         self._store = store
-        self._targets: TargetSource | None = None
+        self._targets: tuple[TargetSource, ...] | None = None
         self.optimizer = _make_optimizer(self.module, config)
         self.feed = DevicePrefetcher(group.device)
         self.draws = NoisePrefetcher(
@@ -92,6 +127,8 @@ class Trainer:
             config.student.latent_shape,
             config.diffusion.label_drop,
             group.device,
+            partial(times_of, config.diffusion),
+            class_token=config.student.class_token,
         )
         if self._compiles:
             report_compile_limit()
@@ -101,15 +138,16 @@ class Trainer:
     def train_step(self, batch: Batch) -> Tensor:
         """One optimizer step on this rank's slice of a global batch.
 
-        Returns, on the device, this rank's sums of ``LOSSES`` and the global gradient norm before
-        clipping: (5,). Gradients are means over the samples of the global batch, however unequal
-        the ranks' slices, and however many micro-batches each of them makes of its own.
+        Returns, on the device, this rank's sums of ``module.losses`` and the global gradient norm
+        before clipping: (5,), more with several teacher streams. Gradients are means over the
+        samples of the global batch, however unequal the ranks' slices, and however many
+        micro-batches each of them makes of its own.
         """
         config = self.config
         draws = self.draws(batch.positions)
         self.draws.expect(batch.positions + config.global_batch)
         parts = list(split_batch(batch, draws, config.workers.micro_batch))
-        losses = torch.zeros(len(LOSSES), device=self.group.device)
+        losses = torch.zeros(len(self.module.losses), device=self.group.device)
         for number, part in enumerate(parts, start=1):
             # Ranks may have unequal numbers of parts; each averages once, with its last part.
             with self.group.sync_gradients(self.wrapped, enabled=number == len(parts)):
@@ -124,8 +162,8 @@ class Trainer:
         self._optimizer_step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.module.student, self.skipped)
-        if self.module.projector is not None and self.projector_ema is not None:
-            self.projector_ema.update(self.module.projector, self.skipped)
+        for number, projector in self.module.projectors():
+            self.projector_emas[number].update(projector, self.skipped)
         self.step += 1
         return result
 
@@ -140,35 +178,43 @@ class Trainer:
             self.optimizer.step()
 
     def _accumulate(self, batch: Batch, draws: SampleNoise) -> Tensor:
-        """Add the gradients of some samples; their sums of ``LOSSES``, (4,)."""
+        """Add the gradients of some samples; their sums of ``module.losses``."""
         losses = self.losses(self.wrapped, self.inputs(batch, draws), self.targets_of(batch))
         # DDP divides the sum of gradients by the number of ranks
         total = self.total(losses) * (self.group.world_size / self.config.global_batch)
         total.backward()
         return losses.detach()
 
-    def losses(self, module: nn.Module, inputs: Inputs, targets: Targets) -> Tensor:
-        """Sums over the samples of what ``LOSSES`` names, (4,), from ``module``: the wrapped one,
+    def losses(self, module: nn.Module, inputs: Inputs, targets: Sequence[Targets]) -> Tensor:
+        """Sums over the samples of what ``module.losses`` names, from ``module``: the wrapped one,
         or the bare one where no gradients are to be averaged."""
         dtype = self.autocast_dtype
         with torch.autocast(self.group.device.type, dtype, enabled=dtype is not None):
-            losses: Tensor = module(*inputs, targets)
+            losses: Tensor = module(*inputs[:-1], *targets, class_token=inputs.class_token)
         return losses
+
+    def denoising_loss(self, losses: Tensor) -> Tensor:
+        """That of the latents, and of the class token with its weight (REG, arXiv 2507.01467)."""
+        if self.class_tokens is None:
+            return losses[0]
+        return losses[0] + self.config.diffusion.class_weight * losses[-1]
 
     def alignment_loss(self, losses: Tensor) -> Tensor:
         """The weighted alignment losses (HASTE section 2.4)."""
         alignment = self.config.alignment
-        return alignment.feature_weight * losses[1] + alignment.attention_weight * losses[2]
+        return alignment.feature_weights * losses[1] + alignment.attention_weights * losses[2]
 
     def total(self, losses: Tensor) -> Tensor:
         """The loss that is minimised."""
-        return losses[0] + self.alignment_loss(losses)
+        alignment = self.alignment_loss(losses)
+        weighted = alignment if self.factor == 1 else self.factor * alignment
+        return self.denoising_loss(losses) + weighted
 
     def terminate(self, evidence: Mapping[str, Any]) -> None:
         """End the alignment before step ``self.step``.
 
-        Taps are off; the projector leaves the graph, DDP and the optimizer, and stays here for
-        checkpoints; the teacher's tail and pinned memory are freed. ``evidence``: the
+        Taps are off; projectors leave the graph, DDP and the optimizer, and stay here for
+        checkpoints; the teachers' tails and pinned memory are freed. ``evidence``: the
         trigger's observation; a resumed run passes that of its checkpoint.
         """
         self.optimizer.zero_grad(set_to_none=True)
@@ -188,11 +234,12 @@ class Trainer:
     def modules(self) -> dict[str, nn.Module]:
         """Modules that a checkpoint holds, by the name of their file."""
         modules: dict[str, nn.Module] = {"model": self.module.student, "ema": self.ema.module}
-        if self.projector is not None and self.projector_ema is not None:
+        for number, projector in self.projectors.items():
             # The average is saved as of the termination, because closing the gap twice would round
             # twice and a resumed run would differ.
-            modules["projector"] = self.projector
-            modules["projector_ema"] = self.projector_ema.module
+            name, average = projector_files(number)
+            modules[name] = projector
+            modules[average] = self.projector_emas[number].module
         return modules
 
     def tensors(self) -> dict[str, list[Tensor]]:
@@ -225,20 +272,33 @@ class Trainer:
         return choice == "on" or (choice == "auto" and self.group.device.type == "cuda")
 
     @property
-    def targets(self) -> TargetSource | None:
-        """Source of the targets, opened on first use, because a run that is resumed after the
-        termination must not load the teacher's tail. None after the termination."""
-        if self.aligned and self._targets is None:
-            alignment = self.config.alignment
-            wanted = wanted_targets(alignment, self._heads)
-            self._targets = open_targets(
-                self._store,
-                alignment.stream,
-                wanted,
-                self.group.device,
-                compiled=self._compiles,
+    def targets(self) -> tuple[TargetSource, ...]:
+        """Sources of the targets of each stream, opened on first use, because a run that is resumed
+        after the termination must not load the teachers' tails. Empty after the termination."""
+        if not self.aligned:
+            return ()
+        if self._targets is None:
+            self._targets = tuple(
+                open_targets(
+                    self._store,
+                    options.stream,
+                    wanted_targets(options, heads),
+                    self.group.device,
+                    compiled=self._compiles,
+                )
+                for options, heads in zip(self.config.alignment.streams, self._heads, strict=True)
             )
         return self._targets
+
+    @property
+    def data_streams(self) -> list[str]:
+        """Names of the streams that are read in both phases."""
+        return ["latents"] + ([] if self.class_tokens is None else [self.class_tokens.stream])
+
+    @property
+    def teacher_streams(self) -> list[str]:
+        """Names of the streams that the targets are read from, each once."""
+        return list(dict.fromkeys(source.stream for source in self.targets))
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -258,7 +318,10 @@ class Trainer:
                 f"the store holds a label outside its {classes} classes: it is damaged"
             )
         columns = self.feed(_tensors(stored))
-        drawn = SampleNoise(**self.feed((draws or self.draws(batch.positions))._asdict()))
+        draws = draws or self.draws(batch.positions)
+        drawn = SampleNoise(
+            **self.feed({k: values for k, values in draws._asdict().items() if values is not None})
+        )
         latents = columns["mean"].float() + columns["std"].float() * drawn.posterior
         latents = normalise(latents, normalisation_of(self.manifest.autoencoder))
         labels = torch.where(drawn.drop_label, self.config.student.num_classes, columns["label"])
@@ -266,14 +329,22 @@ class Trainer:
         if time is not None:
             t = torch.full_like(t, time)
         noisy, network_time, target = self.module.objective.corrupt(latents, drawn.noise, t)
-        return Inputs(noisy, network_time, labels, target)
+        return Inputs(noisy, network_time, labels, target, self._class_token(batch, drawn, t))
 
-    def targets_of(self, batch: Batch) -> Targets:
-        """Alignment targets of a batch, on the device."""
-        source = self.targets
-        if source is None:
-            return NO_TARGETS
-        return source(self.feed(_tensors(batch.columns[source.stream])))
+    def _class_token(self, batch: Batch, drawn: SampleNoise, t_B: Tensor) -> ClassToken | None:
+        """Class tokens at the times of the latents, unscaled, with noise of their own (REG)."""
+        if self.class_tokens is None:
+            return None
+        assert drawn.class_noise is not None
+        stored = batch.columns[self.class_tokens.stream]
+        clean = self.class_tokens(self.feed(_tensors(stored)))
+        noisy, _, target = self.module.objective.corrupt(clean, drawn.class_noise, t_B)
+        return ClassToken(noisy, target, clean)
+
+    def targets_of(self, batch: Batch) -> list[Targets]:
+        """Alignment targets of a batch for each stream, on the device."""
+        columns = {name: self.feed(_tensors(batch.columns[name])) for name in self.teacher_streams}
+        return [source(columns[source.stream]) for source in self.targets]
 
     def close(self) -> None:
         """End the thread that draws noise."""
@@ -294,7 +365,7 @@ def split_batch(
         }
         yield (
             Batch(batch.step, batch.positions[part], columns),
-            SampleNoise(*(values[part] for values in draws)),
+            draws.each(itemgetter(part)),
         )
 
 
@@ -303,10 +374,11 @@ def _tensors(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def _make_optimizer(module: AlignedStudent, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW; the projector is in a group of its own, which the termination removes."""
+    """AdamW; projectors are in a group of their own, which the termination removes."""
     groups = [{"params": list(module.student.parameters())}]
-    if module.projector is not None:
-        groups.append({"params": list(module.projector.parameters())})
+    heads = [weight for _, projector in module.projectors() for weight in projector.parameters()]
+    if heads:
+        groups.append({"params": heads})
     options = config.optimizer
     return torch.optim.AdamW(
         groups,

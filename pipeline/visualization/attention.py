@@ -15,9 +15,10 @@ from pipeline.diffusion.objective import make_objective
 from pipeline.models import SiT, Taps
 from pipeline.randomness import Purpose, generator
 from pipeline.store import Store
+from pipeline.targets.class_token import read_class_tokens
 from pipeline.targets.sources import Wanted, aligned_heads, read_targets
 from pipeline.visualization.store_sample import decode_latent, read_latents
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import StreamAlignment
 from schemas.diffusion import DiffusionConfig
 
 matplotlib.use("Agg")
@@ -29,13 +30,15 @@ NOISE_TIME = 0.2  # noise level of the latent that the student receives
 def draw_attention(
     store: Store,
     students: Mapping[str, SiT],
-    alignment: AlignmentConfig,
+    alignment: StreamAlignment,
     rows: Sequence[int],
     path: Path,
+    class_stream: str | None = None,
 ) -> None:
     """Write a picture file with one line per sample (``rows`` of shard 0): the image with the query
     token marked, then the query's attention, mean over heads, in the last aligned layer of the
-    teacher and of each student."""
+    teacher and of each student. ``class_stream``: that of students with a class token, by default
+    the teacher's."""
     teacher = store.manifest.teacher_stream(alignment.stream)[1].teacher
     grid = teacher.grid
     titles = ["image, query token", f"teacher,\nlayer {alignment.teacher_layers[-1]}"]
@@ -48,13 +51,18 @@ def draw_attention(
     shards = np.zeros_like(rows)
     targets = read_targets(store, shards, np.asarray(rows), request, alignment.stream)
     assert targets.attention is not None
+    tokens = None
+    if any(student.config.class_token is not None for student in students.values()):
+        name = class_stream or alignment.stream
+        tokens = read_class_tokens(store, shards, np.asarray(rows), name)
     for line, row in enumerate(rows):
         sample = read_latents(store, 0, row)
         image = decode_latent(store, sample["mean"])
         query = _brightest_token(image, grid)
         maps = [targets.attention[line, 0, :, query].mean(0).reshape(grid)]
         for student in students.values():
-            attention = student_attention(store, student, alignment, sample, heads)
+            token = None if tokens is None else tokens[line]
+            attention = student_attention(store, student, alignment, sample, heads, token)
             own_query = _same_place(query, grid, student.grid)
             maps.append(attention[own_query].reshape(student.grid))
         axes[line, 0].imshow(image)
@@ -77,12 +85,13 @@ def draw_attention(
 def student_attention(
     store: Store,
     student: SiT,
-    alignment: AlignmentConfig,
+    alignment: StreamAlignment,
     sample: Mapping[str, np.ndarray],
     heads: int,
+    class_token_E: Tensor | None = None,
 ) -> Tensor:
-    """Attention of the last aligned block on a latent at time ``NOISE_TIME`` of the student's own
-    path, mean over the aligned heads: (N, N)."""
+    """Attention of the last aligned block on a latent, and on the class token of a student that has
+    one, at time ``NOISE_TIME`` of the student's own path, mean over the aligned heads: (N, N)."""
     mean = torch.from_numpy(sample["mean"]).float().unsqueeze(0)
     latents = normalise(mean, normalisation_of(store.manifest.autoencoder))
     rng = generator(Purpose.SAMPLING, 0, 0)
@@ -91,8 +100,12 @@ def student_attention(
     objective = make_objective(student.config, diffusion)
     x_t, t, _ = objective.corrupt(latents, noise, torch.tensor([NOISE_TIME]))
     label = torch.tensor([int(sample["label"])])
+    token = None
+    if student.config.class_token is not None and class_token_E is not None:
+        noise = torch.from_numpy(rng.standard_normal((1, len(class_token_E)), dtype=np.float32))
+        token, _, _ = objective.corrupt(class_token_E.unsqueeze(0), noise, t)
     taps = Taps(attention_layers=(alignment.student_layers[-1],), heads=heads)
-    logits = student(x_t, t, label, taps).attention_logits
+    logits = student(x_t, t, label, taps, token).attention_logits
     return torch.softmax(logits[0, 0], dim=-1).mean(0)
 
 

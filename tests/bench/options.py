@@ -97,6 +97,9 @@ class StepOptions(BenchOptions):
     """Autocast dtype, as in training."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Same as compute.compile in training."""
+    recipe: tuple[str, ...] = ()
+    """Names of configs in jobs/configs, such as sit_b2_irepa: also measure Phase I with their
+    alignment, for the same student."""
     plain: bool = True
     """Also measure Phase I with the plain attention loss and optimizer."""
     memory: bool = True

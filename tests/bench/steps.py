@@ -20,8 +20,9 @@ from pipeline.teachers import Teacher
 from pipeline.train.device_transfer import DevicePrefetcher
 from pipeline.train.trainer import Trainer
 from schemas.extract import Cut, TeacherConfig
+from schemas.fields import CLASS
 from schemas.run import RunConfig
-from schemas.store import TeacherInfo, WeightsFile
+from schemas.store import ClassStream, Column, Manifest, TeacherInfo, WeightsFile
 from tests.bench.synthetic_stores import StoreSpec, dinov2_b, make_manifest, make_samples
 from tests.bench.timing import Clock
 
@@ -104,24 +105,24 @@ def run_configs(options: Any, store: Store | None) -> dict[str, RunConfig]:
     size = options.student.partition("-")[2].partition("/")[0].lower()
     published = CONFIGS / f"sit_{'b' if size == 's' else size}2_haste.yaml"
     student = {"model": options.student, "depth": options.depth, "width": options.width}
-    values = merge(
-        read_yaml(published),
-        {
-            "student": student,
-            "store": store.url if store is not None else None,
-            "precision": options.precision,
-            "compute": {"compile": options.compile},
-        },
-    )
+    changes: dict[str, Any] = {
+        "student": student,
+        "store": store.url if store is not None else None,
+        "precision": options.precision,
+        "compute": {"compile": options.compile},
+    }
     if options.depth is not None:  # the published pairs need more blocks
         pairs = {"feature_depth": 2, "student_layers": [0, 1], "teacher_layers": [10, 11]}
-        values = merge(values, {"alignment": pairs})
+        changes["alignment"] = pairs
+    values = merge(read_yaml(published), changes)
     vanilla = {"feature_weight": 0, "attention_weight": 0, "termination": None}
     configs = {
         "vanilla": merge(values, {"alignment": vanilla}),
         "phase 1": values,
         "phase 2": values,
     }
+    for recipe in options.recipe:
+        configs[f"phase 1, {recipe}"] = merge(read_yaml(CONFIGS / f"{recipe}.yaml"), changes)
     if options.plain:
         configs["phase 1, plain"] = merge(values, {"compute": PLAIN})
     return {name: RunConfig.model_validate(config) for name, config in configs.items()}
@@ -159,7 +160,18 @@ def make_data(folder: Path, options: Any, batch: int) -> Data:
             for part in samples[0][stream]
         }
     columns["latents"]["label"] = np.arange(batch, dtype=np.int64) % 5
+    manifest = _with_class_stream(manifest)  # for recipes with a class token
+    token = np.random.default_rng(0).standard_normal((batch, teacher.width)).astype(np.float16)
+    columns[CLASS] = {"class_token": token}
     return Data(Store.create(str(folder), manifest), columns, batch)
+
+
+def _with_class_stream(manifest: Manifest) -> Manifest:
+    _, stream = manifest.teacher_stream()
+    teacher = stream.teacher.model_copy(update={"layers": ()})
+    tokens = {"class_token": Column(shape=(teacher.width,), codec="float16")}
+    own = ClassStream(kind="class", columns=tokens, teacher=teacher, compute=stream.compute)
+    return manifest.model_copy(update={"streams": {**manifest.streams, CLASS: own}})
 
 
 def _teacher(folder: Path, cut: Cut) -> tuple[TeacherInfo, WeightsFile | None]:

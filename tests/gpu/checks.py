@@ -237,6 +237,7 @@ def step_of_xl(device: torch.device) -> dict[str, Any]:
         precision="auto",
         compile="auto",
         plain=False,
+        recipe=(),
         device="cuda",
     )
     clock = Clock.of("cuda")

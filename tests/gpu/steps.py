@@ -15,6 +15,7 @@ from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
+from tests.stores import add_class_stream
 
 RUN: dict[str, Any] = {
     "steps": 6,
@@ -41,6 +42,13 @@ RUN: dict[str, Any] = {
 """A run on stores of ``tests.encoded``."""
 
 
+def reg(store: Store) -> tuple[Store, dict[str, Any]]:
+    """A store with class tokens, and the option of a student that denoises them."""
+    store = store if store.manifest.class_streams else add_class_stream(store)
+    _, stream = store.manifest.class_stream()
+    return store, {"student": {"class_token": stream.teacher.width}}
+
+
 def run_config(store: Store, changes: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(merge({**RUN, "store": store.url}, changes))
 
@@ -52,11 +60,10 @@ class Steps:
         group = ProcessGroup(device=device)
         self.trainer = Trainer(config, store, group, measure_entropy=config.alignment.active)
         self.order = SampleOrder(config.seed, store.index().samples_per_shard, config.data.window)
-        source = self.trainer.targets
-        self.teacher_streams = [] if source is None else [source.stream]
+        self.teacher_streams = self.trainer.teacher_streams
         self.loader = BatchLoader(
             store,
-            ["latents", *self.teacher_streams],
+            [*self.trainer.data_streams, *self.teacher_streams],
             self.order,
             global_batch=config.global_batch,
             threads=config.data.threads,

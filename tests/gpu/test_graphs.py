@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from pipeline.sampling.generate import draw_latents
 from pipeline.store import Store
 from schemas.diffusion import SamplerConfig
-from tests.gpu.steps import open_steps
+from tests.gpu.steps import open_steps, reg
 
 CPU = torch.device("cpu")
 symbolic: list[torch.SymInt] = []
@@ -47,11 +47,17 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("cut", ["maps", "activations"])
-def test_graphs_of_a_run(stores: Callable[..., Store], cut: str) -> None:
+@pytest.mark.parametrize(
+    ("cut", "class_token"), [("maps", False), ("activations", False), ("maps", True)]
+)
+def test_graphs_of_a_run(stores: Callable[..., Store], cut: str, class_token: bool) -> None:
+    store = stores(cut)
+    options: dict[str, Any] = {}
+    if class_token:
+        store, options = reg(store)
     changes: dict[str, Any] = {
         "steps": 9,
-        "student": {"depth": 5},
+        "student": {"depth": 5, **options.get("student", {})},
         "alignment": {"student_layers": [1, 2]},  # the first block is not tapped, as in papers
         "compute": {"compile": "on"},
         "precision": "bfloat16",
@@ -64,7 +70,7 @@ def test_graphs_of_a_run(stores: Callable[..., Store], cut: str) -> None:
         made[name] = graphs() - before
 
     sampler = SamplerConfig.model_validate({"method": "ode", "steps": 1, "guidance": 1.5})
-    with open_steps(stores(cut), CPU, changes) as steps:
+    with open_steps(store, CPU, changes) as steps:
         student = steps.trainer.ema.module
         count("first step", lambda: steps.take(1))
         count("second step", lambda: steps.take(1))

@@ -22,12 +22,23 @@ from schemas.evaluate import EvaluateConfig
 from schemas.student import StudentConfig
 from tests.encoded import encode
 from tests.gpu.fake_gpu import CUDA, FakeGpu, needs_cuda_build
-from tests.gpu.steps import RUN, open_steps, run_config
+from tests.gpu.steps import RUN, open_steps, reg, run_config
 
 pytestmark = needs_cuda_build
 
 MICRO = {"workers": {"micro_batch": 3}}
 PLAIN = {"compute": {"attention_loss": "plain", "optimizer": "plain"}}
+IREPA = {"projector": "conv", "projector_kernel": 3, "normalisation": "spatial"}
+SECOND = {"feature_weight": 0.25, "feature_depth": 1, "student_layers": [2], "teacher_layers": [4]}
+RECIPES = {
+    "alignment": {
+        **IREPA,
+        "normalisation_strength": 0.6,
+        "others": [SECOND],
+        "warmup": {"kind": "cosine", "steps": 4},
+        "termination": {"ramp": {"steps": 2}},
+    }
+}
 VANILLA = {"alignment": {"feature_weight": 0, "attention_weight": 0, "termination": None}}
 
 
@@ -61,6 +72,8 @@ def rehearse(store: Store, changes: dict[str, Any]) -> FakeGpu:
         ("activations", {"precision": "bfloat16"}, MICRO),
         ("activations", {"codec": "int8"}, {**PLAIN, "student": {"model": "SiT-S/4"}}),
         ("image", {}, MICRO),
+        ("maps", {}, RECIPES),
+        ("activations", {}, RECIPES),
         ("maps", {}, VANILLA),
         ("maps", {}, {"student": {"model": "DiT-S/2"}}),
     ],
@@ -74,6 +87,14 @@ def test_steps(
     assert gpu.races == []
 
 
+@pytest.mark.parametrize("changes", [{}, MICRO, VANILLA], ids=["one part", "parts", "no teacher"])
+def test_steps_of_reg(stores: Callable[..., Store], changes: dict[str, Any]) -> None:
+    store, options = reg(stores("maps"))
+    gpu = rehearse(store, {**options, **changes})
+    assert gpu.waits == []
+    assert gpu.races == []
+
+
 NETWORK = {"network": "resnet10t", "network_weights": "random", "network_size": 32}
 SAMPLES = {
     "every": 4,
@@ -83,7 +104,7 @@ SAMPLES = {
     "sampler": {"method": "ode", "steps": 1},
 }
 TRIGGERS = {
-    "fixed": {"step": 2},
+    "fixed": {"step": 2, "ramp": {"steps": 2}},
     "gradient_cosine": {"start": 1, "every": 1, "samples": 2, "times": [0.1], "threshold": 1},
     "residual_plateau": {"start": 2, "every": 1},
 }
@@ -137,11 +158,15 @@ def test_stored_latents_are_not_copied() -> None:
         assert _pinned_copy(mean) is mean
 
 
-@pytest.mark.parametrize("method", ["sde", "ode", "ode_heun", "ddpm"])
-def test_samplers(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "class_token"),
+    [*((method, None) for method in ("sde", "ode", "ode_heun", "ddpm")), ("sde", 20), ("ode", 20)],
+)
+def test_samplers(method: str, class_token: int | None) -> None:
     """Only the finished images are waited for."""
     family = "DiT" if method == "ddpm" else "SiT"
-    config = StudentConfig.model_validate({**RUN["student"], "model": f"{family}-S/2"})
+    options = {"model": f"{family}-S/2", "class_token": class_token}
+    config = StudentConfig.model_validate({**RUN["student"], **options})
     sampler = SamplerConfig.model_validate({"method": method, "steps": 3, "guidance": 1.5})
     with FakeGpu() as gpu:
         student = make_student(config).to(CUDA).eval()

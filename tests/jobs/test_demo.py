@@ -10,7 +10,7 @@ from jobs import demo
 from schemas.errors import UserError
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--steps", "3"], ["more"]])
+@pytest.mark.parametrize("argv", [["--help"], ["--steps", "3"], ["more"], ["--recipe", "nothing"]])
 def test_help_and_unknown_options_leave_the_last_demo_alone(
     argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -19,3 +19,15 @@ def test_help_and_unknown_options_leave_the_last_demo_alone(
     with pytest.raises((UserError, SystemExit)):
         demo.main(argv)
     assert (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.parametrize("recipe", ["haste", "repa", "irepa", "reg", "reg_haste"])
+def test_every_recipe_is_a_config(recipe: str) -> None:
+    config = demo._run_config(recipe)
+    assert config.name == ("demo" if recipe == "haste" else f"demo_{recipe}")
+    assert (config.student.class_token is not None) == recipe.startswith("reg")
+
+
+def test_an_unknown_recipe_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--recipe more is not one of haste, .*reg, reg_haste"):
+        demo._run_config("more")

@@ -108,11 +108,12 @@ def batch_of(golden: Golden, step: int) -> Batch:
 def state_of(trainer: Trainer, *, average: bool) -> dict[str, Tensor]:
     """Weights or averages under the reference's names, as a checkpoint of ours holds them."""
     if not average:
-        parts = Parts(trainer.module.student.state_dict(), trainer.projector.state_dict())
+        parts = Parts(trainer.module.student.state_dict(), trainer.projectors[0].state_dict())
         return join_state(parts)
     lag = trainer.step - trainer.termination["terminated_at_step"] if trainer.termination else 0
-    average, decay = trainer.projector_ema.module.state_dict(), trainer.projector_ema.decay
-    projector = catch_up(average, trainer.projector.state_dict(), decay, lag)
+    ema = trainer.projector_emas[0]
+    weights = trainer.projectors[0].state_dict()
+    projector = catch_up(ema.module.state_dict(), weights, ema.decay, lag)
     return join_state(Parts(trainer.ema.module.state_dict(), projector))
 
 
@@ -125,7 +126,7 @@ def run(golden: Golden) -> SimpleNamespace:
     parts = split_state(golden.tensors("sit_state"))
     for student in (trainer.module.student, trainer.ema.module):
         student.load_state_dict(parts.student)
-    for projector in (trainer.projector, trainer.projector_ema.module):
+    for projector in (trainer.projectors[0], trainer.projector_emas[0].module):
         projector.load_state_dict(parts.projector)
     initial = {name: t.double().clone() for name, t in state_of(trainer, average=False).items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
-DIGESTS = {2: "7847637428d0e856e683502b09ba0a595e7af6431968c5ea2bec1574da919b02"}
+DIGESTS = {2: "9562b4348f04a2e0a4d2876d17c9e5e2064f5ebe0b03cb3b8d117172c0333f7a"}
 """Of the schema of each version, without its prose."""
 
 ADVICE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -36,9 +37,24 @@ class ShardTable(NamedTuple):
     def names(self) -> set[str]:
         return {name for file in self.files for name in file.names}
 
+    def only(self, names: Collection[str]) -> ShardTable:
+        """The table without other arrays, and without files that hold no other."""
+        files = (_only(file, names) for file in self.files)
+        return ShardTable(self.samples, tuple(file for file in files if file.names))
+
 
 def shard_table(record: CommitRecord, stream: str) -> ShardTable:
     return ShardTable(record.samples, tuple(_file_table(file) for file in record.streams[stream]))
+
+
+def _only(file: FileTable, names: Collection[str]) -> FileTable:
+    kept = [number for number, name in enumerate(file.names) if name in names]
+    return file._replace(
+        names=tuple(file.names[number] for number in kept),
+        offsets=file.offsets[:, kept],
+        sizes=file.sizes[:, kept],
+        crc32=file.crc32[:, kept],
+    )
 
 
 def _file_table(file: StreamFile) -> FileTable:

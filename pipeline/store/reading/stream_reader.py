@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,12 +65,14 @@ class StreamReader:
         store: Store,
         stream: str,
         *,
+        columns: Collection[str] | None = None,
         verify: bool = True,
         whole_file_limit: int = 8 << 20,
         cache_files: int = 8,
         source: FileSource | None = None,
         allocate: Allocate = allocate,
     ) -> None:
+        """``columns``: the only columns to read, by default all."""
         manifest = store.manifest
         if stream not in manifest.streams:
             raise UserError(
@@ -79,7 +81,11 @@ class StreamReader:
             )
         self.store = store
         self.stream = stream
-        self.parts = stream_parts(manifest.streams[stream].columns)
+        held = manifest.streams[stream].columns
+        self._held = stream_parts(held)
+        if columns is not None:
+            held = {name: column for name, column in held.items() if name in columns}
+        self.parts = stream_parts(held)
         self.verify = verify
         self.cache_files = cache_files
         self._allocate = allocate
@@ -287,7 +293,10 @@ class StreamReader:
             except UserError as error:
                 raise LostShardError(f"{self._where(shard)}: {error}") from None
             table = self._checked(shard, shard_table(record, self.stream))
-            if not self.source.is_direct:
+            some = len(self.parts) < len(self._held)
+            if some:
+                table = table.only(self.parts)
+            if some or not self.source.is_direct:
                 return _Shard(table, [None] * len(table.files))
             return _Shard(table, [find_fixed_layout(file, self._arrays) for file in table.files])
 
@@ -301,11 +310,11 @@ class StreamReader:
         where = f"{self._where(shard)}: its record"
         if table.samples > self.store.manifest.shard_size:
             raise DamagedShardError(f"{where} lists {table.samples} samples")
-        if table.samples and table.names != self.parts.keys():
+        if table.samples and table.names != self._held.keys():
             raise DamagedShardError(f"{where} lists other columns")
         for file in table.files:
             for name, size in zip(file.names, file.sizes.max(0, initial=0), strict=True):
-                limit = max_stored_size(self.parts[name])
+                limit = max_stored_size(self._held[name])
                 if size > limit:
                     raise DamagedShardError(
                         f"{where} gives a sample of column '{name}' {size} bytes, more than the "

@@ -352,8 +352,6 @@ REFUSED: dict[str, Refusal] = {
         {},
         "Unexpected key",
     ),
-    "REG": (added("cls_projectors2.weight", 24, 8), repa_args(), {}, r"\(REG\): cls_projectors2"),
-    "REG's last layer": (added("final_layer.linear_cls.bias", 8), repa_args(), {}, r"\(REG\)"),
     "MM-DiT": (added("joint_blocks.0.x_block.attn.qkv.weight", 4), None, {}, r"\(MM-DiT\): joint"),
     "REPA-E": (added("bn.running_mean", 4), repa_args(), {}, r"\(REPA-E\): bn.running_mean"),
     "LightningDiT": (added("feat_rope.freqs_cos", 4), None, {}, r"rotary .*: feat_rope.freqs_cos"),

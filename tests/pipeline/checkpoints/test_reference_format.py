@@ -217,7 +217,7 @@ def test_export(run_config: Callable[..., RunConfig], tmp_path: Path, steps: int
     assert newest is not None
     projector_now = load_file(newest / "projector.safetensors")
     for name in ("model", "ema"):
-        student, projector = read_file(out, name)
+        student, projector, _ = read_file(out, name)
         for part, file in ((student, name), (projector, name.replace("model", "projector"))):
             file = "projector_ema" if part is projector and name == "ema" else file
             expected = load_file(newest / f"{file}.safetensors")

@@ -17,12 +17,8 @@ HEAVY = {"diffusers", "matplotlib", "pandas", "ray", "scipy", "sklearn", "timm",
 HEAVY |= {"torch_fidelity", "torchvision", "transformers", "zarr"}
 MODULES = ["extract", "extract --plan", "convert", "inspect", "report"]
 FILES = ["train_haste.py", "train_haste.py --plan", "sample.py", "evaluate.py", "export.py"]
-FILES += [
-    "demo.py",
-    "experiments/cifar10.py",
-    "pretrain/autoencoder.py",
-    "pretrain/self_distill.py",
-]
+FILES += ["demo.py", "experiments/cifar10.py", "pretrain/autoencoder.py"]
+FILES += ["pretrain/self_distill.py"]
 COMMANDS = [
     *(f"-m pipeline.{name}" for name in MODULES),
     *(f"jobs/{name}" for name in FILES),

@@ -228,15 +228,37 @@ def test_nothing_else_on_stdout_and_no_hub() -> None:
 
 def test_training_plans_for_its_own_config(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(CONFIGS / "sit_b2_haste.yaml")
-    assert train_main(["--plan", "--config", config, "--json", *H100]) == 0
+    micro = ("--workers.micro-batch", "32")
+    assert train_main(["--plan", "--config", config, "--json", *H100, *micro]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["student"] == "SiT-B/2"
     assert result["aligned_images_per_run"] == 100_000 * 256
+    memory = result["memory"]
+    assert memory["micro_batch"] == 32
+    assert memory["weights"] == 4 * 137_648_400  # 130.3 M of the student, the rest the projector
+    assert memory["teacher_tail"] == 4 * 5 * 7_089_408  # blocks 7 to 11
+    sizes = memory["largest_micro_batch"]
+    for gb, samples in sizes.items():
+        per_sample = sum(memory[f"{part}_per_sample"] for part in ("kept", "targets", "passing"))
+        assert memory["fixed"] + samples * per_sample <= float(gb) * 1e9
+        assert memory["fixed"] + (samples + 1) * per_sample > float(gb) * 1e9
+
+
+def test_a_training_plan_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "sit_b2_haste.yaml")
+    off = ("--compute.compile", "off")  # the compiler's choice takes seconds to find
+    assert train_main(["--plan", "--config", config, *H100, *off]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= WIDTH
+    assert "GPU memory of a worker in Phase I" in out
+    assert "largest --workers.micro-batch that fits: 2" in out
+    assert "not measured on a GPU" in " ".join(out.split())
 
 
 def test_training_takes_over_what_a_data_set_brings(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(CONFIGS / "demo.yaml")
     argv = ["--plan", "--config", config, "--extract.dataset", "demo", "--json", *H100]
+    argv += ["--compute.compile", "off"]
     assert train_main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 1_797
@@ -269,6 +291,7 @@ def test_a_store_that_exists_is_weighed_as_it_is(
     written = _write_store(extraction)
     config = str(CONFIGS / "demo.yaml")
     argv = ["--plan", "--config", config, "--store", store, "--json", *H100]
+    argv += ["--compute.compile", "off"]
     assert train_main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["images"] == 8

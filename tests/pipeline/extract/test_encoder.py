@@ -72,7 +72,7 @@ def test_the_same_shard_twice_is_the_same_byte_for_byte(
     first, _ = encode({}, "stop", "a")
     second, _ = encode({}, "stop", "b")
     files = all_files(Path(first.root))
-    assert len(files) == 4  # manifest, record, one tar of each stream
+    assert len(files) == 5  # manifest, record, one tar of each stream
     assert files == all_files(Path(second.root))
     original = all_files(Path(digits_store.root))
     for name in set(files) - {"manifest.json"}:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -18,13 +19,22 @@ from pipeline.extract.compatibility import with_stores_options
 from pipeline.inspect.__main__ import main
 from pipeline.inspect.check import Answer, check_configs
 from pipeline.runs.compatibility import check_store
-from pipeline.store import Store
+from pipeline.store import ShardWriter, Store
+from pipeline.teachers.vit import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.run import RunConfig
+from schemas.store import Manifest
 from tests.helpers import edit_json
-from tests.stores import add_random_stream, make_random_store, tiny_run
+from tests.stores import (
+    COMPUTE,
+    TEACHER,
+    add_random_stream,
+    make_random_store,
+    random_manifest,
+    tiny_run,
+)
 
 Capture = pytest.CaptureFixture[str]
 WriteConfig = Callable[..., str]
@@ -264,3 +274,89 @@ def test_the_projects_own_configs_are_told_what_a_small_store_is_not(store: Stor
 def test_one_question_at_a_time(store: Store) -> None:
     with pytest.raises(UserError, match="--verify cannot be combined with"):
         main([store.url, "--verify", "--gc"])
+
+
+def imagenet_store(folder: Path) -> Store:
+    """One sample in the shapes of ImageNet at 256 px, of DINOv2-B's layers 7 to 11."""
+    teacher = {
+        **TEACHER,
+        "model": "vit_base_patch14_dinov2.lvd142m",
+        "image_size": 224,
+        "depth": 12,
+        "width": 768,
+        "heads": 12,
+        "head_width": 64,
+        "grid": (16, 16),
+        "layers": (7, 8, 9, 10, 11),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+    }
+    values = random_manifest(1, 1).model_dump()
+    values["resolution"], values["dataset"]["num_classes"] = 256, 1000
+    values["autoencoder"]["latent_shape"] = latent = (4, 32, 32)
+    for name in ("mean", "std"):
+        values["streams"]["latents"]["columns"][name]["shape"] = latent
+    maps = values["streams"]["maps"]
+    maps["teacher"] = teacher
+    shapes = {"features": (256, 768), "class_token": (768,), "attention": (5, 12, 256, 256)}
+    for name, shape in shapes.items():
+        maps["columns"][name]["shape"] = shape
+    tokens = {k: v for k, v in teacher.items() if k != "layers"}
+    column = {"shape": (768,), "codec": "float16"}
+    values["streams"]["class"] = {
+        **{"kind": "class", "columns": {"class_token": column}, "compute": COMPUTE},
+        "teacher": tokens,
+    }
+    store = Store.create(str(folder), Manifest.model_validate(values))
+    zeros = {name: np.zeros(shape) for name, shape in shapes.items()}
+    with ShardWriter(store.url, store.manifest, 0) as writer:
+        writer.add(
+            "one",
+            {
+                "latents": {"mean": np.zeros(latent), "std": np.zeros(latent), "label": 1},
+                "maps": zeros,
+                "class": {"class_token": zeros["class_token"]},
+            },
+        )
+        writer.commit()
+    store.finish()
+    return store
+
+
+def test_one_store_serves_every_config_of_its_resolution(tmp_path: Path, capsys: Capture) -> None:
+    store = imagenet_store(tmp_path / "store")
+    main([store.url, "--check", "jobs/configs", "--json"])
+    found = {Path(a["config"]).stem: a for a in json.loads(capsys.readouterr().out)["configs"]}
+    assert found.keys() == {path.stem for path in Path("jobs/configs").glob("*.yaml")}
+    elsewhere = {"demo", "sit_xl2_512_haste"}  # other resolutions
+    assert {name for name, answer in found.items() if not answer["ok"]} == elsewhere
+    for name in elsewhere:
+        assert "does not fit this store" in found[name]["reason"]
+    assert {"sit_b2_reg", "sit_xl2_reg_haste"} <= found.keys()
+
+
+def test_missing_class_tokens_are_named_with_the_command_that_computes_them(tmp_path: Path) -> None:
+    store = imagenet_store(tmp_path / "store")
+    for path in (Path(store.root, "manifest.json"), *Path(store.root, "commits").iterdir()):
+        edit_json(path, lambda values: values["streams"].pop("class"))
+    Path(store.root, "index.json").unlink()
+    answer = check(store, "jobs/configs/sit_b2_reg.yaml")
+    assert (answer.ok, answer.reason) == (False, "the store holds no class tokens of the teacher")
+    asked = extraction(str(answer.command))
+    assert asked.model_fields_set == {"store", "add_stream"}
+    assert (asked.store, asked.add_stream) == (store.url, "class")
+    assert check(store, "jobs/configs/sit_b2_haste.yaml").ok
+    edit_json(Path(store.root, "manifest.json"), without_prefix)
+    refused = check(store, "jobs/configs/sit_b2_reg.yaml")
+    assert (refused.ok, refused.command) == (False, None)
+
+
+def without_prefix(values: dict[str, Any]) -> None:
+    """A teacher that is not as the manifest says gives nothing."""
+    values["streams"]["maps"]["teacher"]["prefix"] = 0
+
+
+def test_a_folder_without_configs_is_refused(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"--check .*empty: the folder holds no .yaml file"):
+        main([store.url, "--check", str(tmp_path / "empty")])

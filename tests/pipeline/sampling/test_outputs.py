@@ -75,6 +75,10 @@ def test_an_npz_is_made_of_its_parts(tmp_path: Path) -> None:
     ("change", "complaint"),
     [
         ({"sampler": SamplerConfig(steps=9)}, r"sampler.steps 250 \(now 9\); .*a\.npz\.parts'$"),
+        (
+            {"sampler": SamplerConfig(class_guidance=1.5)},
+            r"other images: sampler.class_guidance none \(now 1.5\);",
+        ),
         ({"labels": "balanced", "num": 6}, r"num 5 \(now 6\), labels random \(now balanced\);"),
         ({"weights_sha256": "c" * 64, "step": 9}, r"step 6 \(now 9\).*--checkpoint /runs/a;"),
     ],
@@ -90,6 +94,14 @@ def test_parts_of_other_images_are_refused(
     output.finish(BATCHES, LABELS)
     with pytest.raises(UserError, match=r"a.npz' has other images: .*; name another --npz"):
         NpzOutput(str(tmp_path / "a.npz")).open(about(**change))
+
+
+def test_images_with_a_guided_class_token_are_refused_for_others(tmp_path: Path) -> None:
+    NpzOutput(str(tmp_path / "a.npz")).open(about(sampler=SamplerConfig(class_guidance=0.0)))
+    told = json.loads((tmp_path / "a.npz.parts" / "about.json").read_text())
+    assert told["sampler"]["class_guidance"] == 0
+    with pytest.raises(UserError, match=r"sampler.class_guidance 0.0 \(now none\);"):
+        NpzOutput(str(tmp_path / "a.npz")).open(about())
 
 
 @pytest.mark.parametrize("data", [b"", b"PK no zip", b"\x93NUMPY"])

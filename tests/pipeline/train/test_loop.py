@@ -41,8 +41,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     assert newest is not None
     return {
         f"{name}.{key}": tensor
-        for name in ("model", "ema", "projector", "projector_ema")
-        if (newest / f"{name}.safetensors").exists()
+        for name in sorted(path.stem for path in newest.glob("*.safetensors"))
         for key, tensor in load_file(newest / f"{name}.safetensors").items()
     }
 

@@ -60,3 +60,21 @@ def test_a_token_has_the_same_place_in_another_grid() -> None:
     assert [_same_place(token, (4, 4), (4, 4)) for token in range(16)] == list(range(16))
     assert _same_place(38, (8, 8), (4, 4)) == 2 * 4 + 3  # row 4, column 6
     assert _same_place(11, (4, 4), (8, 8)) == 5 * 8 + 7  # row 2, column 3
+
+
+def test_a_class_token_is_seen_at_the_time_of_the_latent() -> None:
+    config = StudentConfig(
+        model="SiT-S/2", latent_size=8, depth=2, width=24, heads=2, class_token=300
+    )
+    student = make_student(config)
+    seen: list[torch.Tensor] = []
+    student.cls_projectors2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    alignment = AlignmentConfig(student_layers=(1,), teacher_layers=(1,), feature_depth=1)
+    sample = {"mean": np.zeros(LATENT, np.float32), "label": np.int64(1)}
+    token = torch.linspace(-2, 2, 300)
+    for clean in (token, torch.zeros(300)):
+        attention = student_attention(STORE, student, alignment, sample, 2, clean)
+        assert attention.shape == (16, 16)
+        assert attention.sum(-1).tolist() == pytest.approx([1] * 16)
+    torch.testing.assert_close(seen[0][0] - seen[1][0], 0.8 * token, rtol=1e-4, atol=1e-5)
+    assert abs(seen[1].std().item() - 0.2) < 0.02

@@ -106,3 +106,35 @@ def test_impossible_grids_are_refused_before_the_first_step(
     with pytest.raises(UserError, match=message):
         train_on(1, RunConfig.model_validate(values), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_grids_of_a_student_with_a_class_token(
+    config: RunConfig, digits_store: Store, tmp_path: Path
+) -> None:
+    """Image and class token are drawn together."""
+    _, stream = digits_store.manifest.class_stream()
+    changes: dict[str, Any] = {
+        "steps": 2,
+        "student": {"class_token": stream.teacher.width},
+        "samples": {"sampler": {"class_guidance": 0.5}},
+    }
+    config = RunConfig.model_validate(merge(config.model_dump(), changes))
+    train_on(1, config, tmp_path / "run")
+    (found,) = grids(tmp_path / "run").values()
+    student, state = load_student(tmp_path / "run")
+    labels = [label for label in (1, 4, 7) for _ in range(3)]
+    images = draw_images(
+        student, Autoencoder(state.autoencoder.name), labels, config.samples.sampler
+    )
+    save_grid(images, tmp_path / "expected.png", columns=3, row_names=["1", "4", "7"])
+    expected = np.asarray(Image.open(tmp_path / "expected.png"))
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_guidance_of_a_class_token_that_is_not_there_is_refused(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"samples": {"sampler": {"class_guidance": 0.5}}}
+    config = RunConfig.model_validate(merge(config.model_dump(), changes))
+    with pytest.raises(UserError, match=r"--samples.sampler.class-guidance is for a student that"):
+        train_on(1, config, tmp_path / "run")
