@@ -1,14 +1,20 @@
 # `make demo` and `make test` share one virtual environment at .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Several processes with one thread each; files of tests are not divided among them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: demo test test-slow lint types schema install lock
+.PHONY: demo test test-quick test-slow lint types schema install lock
 
 demo: .venv/.installed
 	$(BIN)/python jobs/demo.py
 
 test: .venv/.installed lint types
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+# For a change at hand: no clusters, servers, compilers or comparisons with references.
+test-quick: .venv/.installed
+	$(PYTEST) -m "not slow and not cluster and not long"
 
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow

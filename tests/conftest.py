@@ -30,8 +30,32 @@ if TYPE_CHECKING:
     from pipeline.extract.encoder import Encoder
     from tests.s3 import SeaweedFS
 
+CLUSTER_FOLDERS = ("tests/jobs/", "tests/faults/")
+CLUSTER_FIXTURES = {"two_cpus", "s3"}
+LONG_FOLDERS = ("tests/bench/", "tests/gpu/", "tests/parity/")
 PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)  # before options such as -m select by markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark files that start a Ray cluster or a server as ``cluster``, and folders of measurements,
+    compilers and references as ``long``: ``make test-quick`` leaves out both. Several processes
+    (pytest-xdist) share the files; one of them runs all clusters, which would compete for CPUs."""
+    clusters = {
+        item.path
+        for item in items
+        if item.nodeid.startswith(CLUSTER_FOLDERS)
+        or CLUSTER_FIXTURES & set(getattr(item, "fixturenames", ()))
+    }
+    for item in items:
+        if item.path in clusters:
+            item.add_marker(pytest.mark.cluster)
+        if item.nodeid.startswith(LONG_FOLDERS):
+            item.add_marker(pytest.mark.long)
+        if config.pluginmanager.hasplugin("xdist"):
+            name = "clusters" if item.path in clusters else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def pytest_unconfigure() -> None:
@@ -68,7 +92,13 @@ def s3() -> Iterator[SeaweedFS]:
 def two_cpus() -> Iterator[None]:
     """A Ray cluster on this machine with exactly two CPUs."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(num_cpus=2, num_gpus=0, object_store_memory=100 << 20, log_to_driver=False)
+    ray.init(
+        num_cpus=2,
+        num_gpus=0,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        include_dashboard=False,
+    )
     yield
     ray.shutdown()
 

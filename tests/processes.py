@@ -46,8 +46,8 @@ def train_on(
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     values = config.model_dump(mode="json")
     arguments = (world_size, address, values, folder, resume, stop_at, around)
-    # the fork server imports torch once for all processes
-    multiprocessing.set_forkserver_preload(["tests.processes"])
+    # the fork server imports torch, and timm and the compiler on first use, once for all processes
+    multiprocessing.set_forkserver_preload(["tests.processes", "timm"])
     mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
@@ -68,6 +68,16 @@ NOT_IN_SCHEMAS = ("torch", "ray", "pipeline")
 LIGHT_ROOMS = ("checkpoints", "runs")
 HEAVY = ("diffusers", "ray")
 """Packages that importing a file of ``LIGHT_ROOMS`` must not load: the report reads both rooms."""
+
+NOT_IN_DRIVERS = {
+    "pipeline/extract/job.py": ("diffusers", "ray", "timm", "torch", "zarr"),
+    "pipeline/extract/encoder_pool.py": ("diffusers", "timm", "torch", "zarr"),
+    "pipeline/runs/compatibility.py": ("diffusers", "timm"),
+    "pipeline/train/loop.py": ("diffusers", "timm"),
+    "pipeline/train/ray_trainer.py": ("diffusers", "timm"),
+}
+"""Packages that importing a file must not load, because each of them takes seconds in the driver,
+or in a worker of a run that does not use it."""
 
 
 class Import(NamedTuple):
@@ -211,18 +221,26 @@ def check_ray(project: Project) -> list[str]:
 
 def check_light_rooms(project: Project) -> list[str]:
     """Includes heavy packages that a file loads through the other files it imports."""
+    light = [file for file in project.files.values() if room_of(file) in LIGHT_ROOMS]
+    return _loads(project, dict.fromkeys(light, HEAVY))
+
+
+def check_drivers(project: Project) -> list[str]:
+    return _loads(project, NOT_IN_DRIVERS)
+
+
+def _loads(project: Project, forbidden: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Forbidden packages that importing a file loads, each with its place."""
     loaded: dict[str, list[Import]] = {}
     for item in project.imports:
         if item.on_import:
             loaded.setdefault(item.file, []).append(item)
-    problems = []
-    for start in project.files.values():
-        if room_of(start) not in LIGHT_ROOMS:
-            continue
-        for item in _reached(start, loaded, project.files):
-            if _package(item.module) in HEAVY:
-                problems.append(f"importing {start} loads {item.module} at {item.place}")
-    return problems
+    return [
+        f"importing {start} loads {item.module} at {item.place}"
+        for start, packages in forbidden.items()
+        for item in _reached(start, loaded, project.files)
+        if _package(item.module) in packages
+    ]
 
 
 def _reached(
@@ -254,6 +272,7 @@ CHECKS: tuple[Check, ...] = (
     check_schemas,
     check_ray,
     check_light_rooms,
+    check_drivers,
 )
 
 
@@ -290,7 +309,7 @@ VALID = {
     "def load():\n    from pipeline.autoencoders import decoder\n",
     "pipeline/train/loop.py": "from pipeline.checkpoints import state\n",
     "pipeline/train/ray_trainer.py": "import ray.train\nfrom . import loop\n",
-    "pipeline/extract/job.py": "import ray\n",
+    "pipeline/extract/job.py": "def extract():\n    import ray\n",
     "schemas/store.py": "import pydantic\n",
     "jobs/train.py": "from pipeline.train.ray_trainer import fit\n",
 }
@@ -379,6 +398,11 @@ BAD: dict[str, tuple[Check, dict[str, str], str]] = {
         check_light_rooms,
         {"pipeline/runs/reader.py": "from pipeline.autoencoders.decoder import decode\n"},
         "importing pipeline/runs/reader.py loads diffusers at pipeline/autoencoders/decoder.py:1",
+    ),
+    "driver loads the networks of its workers": (
+        check_drivers,
+        {"pipeline/train/ray_trainer.py": "from pipeline.autoencoders import decoder\n"},
+        "importing pipeline/train/ray_trainer.py loads diffusers at",
     ),
     "run loads ray in a class and through a package": (
         check_light_rooms,

@@ -44,9 +44,11 @@ class Cifar10Config(Strict):
 
 
 def check_options(config: Cifar10Config) -> None:
-    """Raises ``UserError`` for a missing source and for unknown arms."""
+    """Raises ``UserError`` for a source that is needed and missing, and for unknown arms."""
     if config.source is None:
         raise UserError("--source is missing: the zip of CIFAR-10's training images")
     unknown = [name for name in config.select if name not in config.arms]
     if unknown:
         raise UserError(f"--select {unknown[0]}: the arms are {', '.join(config.arms)}")
+    if not Path(config.source).is_file() and not Path(config.work, "images").expanduser().is_dir():
+        raise UserError(f"--source '{config.source}' is not a readable zip: there is no such file")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from pipeline.convert.class_stream import add_class_stream, is_class_stream
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.listing import describe_image
 from pipeline.datasets.listing_check import short_name
@@ -65,6 +64,8 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
     if config.add_stream is not None:
         if existing is None:
             raise UserError(f"--add-stream needs a store, but '{config.store}' has none")
+        from pipeline.convert.class_stream import is_class_stream  # torch takes seconds to import
+
         if is_class_stream(config.add_stream, existing.manifest):
             return _add_class_stream(config, existing)
         existing.require_complete()
@@ -114,6 +115,8 @@ def _add_class_stream(config: ExtractConfig, store: Store) -> ExtractionSummary:
     if config.class_token == "none":
         raise UserError(f"--add-stream {config.add_stream} --class-token none adds nothing")
     start = time.perf_counter()
+    from pipeline.convert.class_stream import add_class_stream
+
     store, samples = add_class_stream(
         store,
         config.add_stream,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -12,7 +12,6 @@ from pipeline.assets import REPORT_STYLE
 from pipeline.report.evaluation_groups import describe_group, group_of
 from pipeline.report.gallery import Gallery, Source, load_file, make_gallery
 from pipeline.report.palette import FONTS, SCHEMES
-from pipeline.report.plots import Plot, make_plot
 from pipeline.report.rendering import breakable, render, run_name
 from pipeline.report.run_summary import config_differences, run_card
 from pipeline.report.series import (
@@ -31,6 +30,9 @@ from pipeline.text import describe_bytes, shortened
 from schemas.errors import UserError
 from schemas.fields import CLASS
 from schemas.report import Attention, ReportConfig
+
+if TYPE_CHECKING:
+    from pipeline.report.plots import Plot
 
 MAX_LABEL = 64
 MAX_COLUMNS = 8
@@ -131,7 +133,7 @@ class Report:
             values = observations(row)
             cells = [f"{values[key]:.4g}" if key in values else DASH for key in keys]
             rows.append([f"{row['step']:,}", row["event"], *cells])
-        plot = None if panel is None else make_plot(panel, self.labels, self._last_step)
+        plot = None if panel is None else self._plots([panel])[0]
         return {
             "name": self._names[run],
             "plot": plot,
@@ -149,6 +151,8 @@ class Report:
         return describe_bytes(sum(c["after"] for name, c in counts if not _is_students(name)))
 
     def _plots(self, panels: Sequence[Panel]) -> list[Plot]:
+        from pipeline.report.plots import make_plot  # matplotlib takes a second to import
+
         return [make_plot(panel, self.labels, self._last_step) for panel in panels]
 
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.teachers import Teacher
 from pipeline.teachers.attention_tap import AttentionOperands
 from schemas.alignment import StreamAlignment, TargetKind
 from schemas.errors import UserError
 from schemas.store import TeacherStream
 
+if TYPE_CHECKING:
+    from pipeline.teachers import Teacher
+
 Attended = dict[int, AttentionOperands]
 """Attention operands of the teacher's tapped layers."""
-Read = Callable[[Teacher, Tensor, Sequence[int]], tuple[Tensor, Attended]]
+Read = Callable[["Teacher", Tensor, Sequence[int]], tuple[Tensor, Attended]]
 """(teacher, tokens (B, P + N, D) that enter its first block, layers) -> features (B, N, D),
 float32, without the rows of class and register tokens, and attention operands."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,14 +14,15 @@ from pipeline.alignment.losses import Targets
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import decoder_of, sums_to_one
 from pipeline.targets.kinds import TARGET_KINDS, check_target, target_normalisation
-from pipeline.targets.tail import load_tail
-from pipeline.teachers import Teacher
 from pipeline.teachers.attention_tap import qk_logits
 from schemas.alignment import AlignmentConfig, StreamAlignment, TargetKind, place
 from schemas.errors import UserError
 from schemas.fields import element_count
 from schemas.store import Manifest, TeacherInfo, TeacherStream
 from schemas.student import StudentConfig
+
+if TYPE_CHECKING:
+    from pipeline.teachers import Teacher
 
 
 class TargetSource(Protocol):
@@ -207,6 +208,8 @@ def open_targets(
         except ValueError as error:
             raise UserError(f"the attention of one image in stream '{name}': {error}") from None
     if stream.cut in {"activations", "image"}:
+        from pipeline.targets.tail import load_tail  # timm takes seconds to import
+
         teacher = load_tail(store, name, sorted(set(wanted.layers)))
         return ReplayedTargets(name, stream, teacher.to(device), wanted, compiled=compiled)
     kind = MapsTargets if stream.cut == "maps" else QkTargets

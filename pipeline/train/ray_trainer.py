@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -40,9 +40,11 @@ from pipeline.distributed.ray_cluster import require, total
 from pipeline.distributed.signals import StopRequest, StopSignals, no_request
 from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import StorageError, absolute_url, open_url
-from pipeline.train.loop import SaveCheckpoint, run_training
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.train.loop import SaveCheckpoint
 
 POLL_SECONDS = 1.0
 """Seconds between two polls of the main rank for requests."""
@@ -250,6 +252,9 @@ def _storage(config: RunConfig) -> tuple[str, Any]:
 
 def _worker(arguments: dict[str, Any]) -> str | None:
     """The training function of each worker. Returns the message of a run that was stopped."""
+    # here, because the driver and Ray's controller would import it for seconds without use
+    from pipeline.train.loop import run_training
+
     set_up_worker_logging()
     config = RunConfig.model_validate(arguments["config"])
     context = ray.train.get_context()

@@ -226,6 +226,19 @@ class ShuffleOptions(BenchOptions):
     """Shards whose samples are shuffled together."""
 
 
+class CommandsOptions(BenchOptions):
+    """Commands, repetitions and the build to compare with."""
+
+    baseline: Path | None = None
+    """Checkout of another version of this project, measured in the same rounds."""
+    rounds: int = Field(default=3, ge=1)
+    """Rounds in which each command answers once; medians are reported."""
+    starts: int = Field(default=1, ge=0)
+    """Measurements of the time until the first shard and the first training step; 0 for none."""
+    only: str = ""
+    """Only answers of commands that contain this text."""
+
+
 OPTIONS: dict[str, type[BenchOptions]] = {
     "frontier": FrontierOptions,
     "backends": BackendsOptions,
@@ -237,5 +250,6 @@ OPTIONS: dict[str, type[BenchOptions]] = {
     "table": TableOptions,
     "growth": GrowthOptions,
     "shuffle": ShuffleOptions,
+    "commands": CommandsOptions,
 }
 """By the name of the bench."""

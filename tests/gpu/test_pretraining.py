@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.pretrain import autoencoder, classifier, common, self_distill
+from jobs.pretrain import classifier, common, kl_autoencoder, options, self_distillation
 from tests.gpu.fake_gpu import FakeGpu, needs_cuda_build
 
 pytestmark = needs_cuda_build
@@ -21,22 +21,22 @@ HEAD = {"hidden": 16, "bottleneck": 8, "prototypes": 8}
 def distil(images: Tensor) -> None:
     backbone = {"embed_dim": 24, "depth": 1, "num_heads": 2}
     config = {**SHORT, **HEAD, "backbone": backbone}
-    self_distill.self_distill(images, self_distill.SelfDistillConfig.model_validate(config), "cuda")
+    self_distillation.self_distill(images, options.SelfDistillConfig.model_validate(config), "cuda")
 
 
 def classify(images: Tensor) -> None:
-    config = classifier.ClassifierConfig.model_validate({**SHORT, "name": "resnet10t"})
+    config = options.ClassifierConfig.model_validate({**SHORT, "name": "resnet10t"})
     classifier.train_classifier(images, torch.arange(len(images)) % 3, config, "cuda")
 
 
 def autoencode(images: Tensor) -> None:
     config = {**SHORT, "widths": [8, 8], "norm_groups": 4}
-    autoencoder.train_autoencoder(
-        images, autoencoder.AutoencoderConfig.model_validate(config), "cuda"
+    kl_autoencoder.train_autoencoder(
+        images, options.AutoencoderConfig.model_validate(config), "cuda"
     )
 
 
-LOOPS = {self_distill: distil, classifier: classify, autoencoder: autoencode}
+LOOPS = {self_distillation: distil, classifier: classify, kl_autoencoder: autoencode}
 
 
 class Trained(Exception):  # noqa: N818

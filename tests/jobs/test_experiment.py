@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from jobs.experiments.artifacts import ArtifactCache
-from jobs.experiments.cifar10 import DEFAULTS, Cifar10Config, run_matrix
+from jobs.experiments.matrix import run_matrix
+from jobs.experiments.options import DEFAULTS, Cifar10Config
 from jobs.experiments.results import read_distances
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.cli.options import parse_options

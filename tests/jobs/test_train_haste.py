@@ -59,7 +59,9 @@ def test_a_summary_of_fewer_steps_is_not_the_end(
     config = run_config()
     summary = train(config, folder, LocalCheckpoints(folder, keep=1).save)
     started: list[int] = []
-    monkeypatch.setattr("jobs.train_haste.fit", lambda config: started.append(config.steps))
+    monkeypatch.setattr(
+        "pipeline.train.ray_trainer.fit", lambda config: started.append(config.steps)
+    )
     assert train_run(config) == summary
     assert started == []
     (folder / "summary.json").write_text(json.dumps({**summary, "steps": 3}))

@@ -16,6 +16,8 @@ from PIL import Image
 
 import pipeline.extract.job as job
 from pipeline.convert import convert
+from pipeline.distributed import ray_cluster, resources
+from pipeline.extract import encoder_pool
 from pipeline.extract.encoder import Encoder, ShardResult
 from pipeline.extract.tasks import ShardTask
 from pipeline.inspect.__main__ import main as inspect
@@ -52,9 +54,9 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         yield
 
     one = SimpleNamespace(count=1, threads=1, gpus=0)
-    monkeypatch.setattr(job, "EncoderPool", LocalPool)
-    monkeypatch.setattr(job, "ray_cluster", cluster)
-    monkeypatch.setattr(job, "choose_resources", lambda *_, **__: one)
+    monkeypatch.setattr(encoder_pool, "EncoderPool", LocalPool)
+    monkeypatch.setattr(ray_cluster, "ray_cluster", cluster)
+    monkeypatch.setattr(resources, "choose_resources", lambda *_, **__: one)
 
 
 def picture(path: Path, seed: int) -> None:

@@ -19,7 +19,8 @@ from pipeline.datasets import list_images
 from pipeline.distributed import actor_pool as actors_module
 from pipeline.distributed.log_relay import ProgressHandler
 from pipeline.distributed.ray_cluster import SilenceWarning
-from pipeline.extract.encoder_pool import EncoderActor, EncoderPool, ShardResult
+from pipeline.extract.encoder import ShardResult
+from pipeline.extract.encoder_pool import EncoderActor, EncoderPool
 from pipeline.extract.job import _Progress, extract
 from pipeline.extract.tasks import ShardTask, make_manifest, make_tasks
 from pipeline.inspect.check import check_configs

@@ -17,8 +17,9 @@ import pytest
 from pipeline.convert import convert
 from pipeline.convert import job as convert_job
 from pipeline.datasets import Listing, list_images
+from pipeline.distributed import ray_cluster, resources
 from pipeline.distributed.resources import WorkerResources
-from pipeline.extract import job
+from pipeline.extract import encoder_pool, job
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.job import extract
 from pipeline.inspect.verify import verify_store
@@ -74,9 +75,9 @@ def run(
     """Run `python -m pipeline.extract` without Ray."""
     with monkeypatch.context() as patch:
         patch.setattr(job, "list_images", listing_of)
-        patch.setattr(job, "ray_cluster", lambda _: patch.context())
-        patch.setattr(job, "choose_resources", lambda *_, **__: WorkerResources(1, 1, 0.0))
-        patch.setattr(job, "EncoderPool", lambda config, **_: LocalPool(config, rival))
+        patch.setattr(ray_cluster, "ray_cluster", lambda _: patch.context())
+        patch.setattr(resources, "choose_resources", lambda *_, **__: WorkerResources(1, 1, 0.0))
+        patch.setattr(encoder_pool, "EncoderPool", lambda config, **_: LocalPool(config, rival))
         return extract(config).store
 
 

@@ -60,8 +60,9 @@ def test_two_commands_cannot_train_one_run(
             with pytest.raises(UserError, match=r"run '.*/tiny' is being written by process \d+"):
                 train_run(config.model_copy(update={"steps": 7}))
 
-    monkeypatch.setattr("jobs.train_haste.fit", fit)
-    monkeypatch.setattr("jobs.train_haste.ray_cluster", lambda _: pytest.MonkeyPatch.context())
+    monkeypatch.setattr("pipeline.train.ray_trainer.fit", fit)
+    cluster = "pipeline.distributed.ray_cluster.ray_cluster"
+    monkeypatch.setattr(cluster, lambda _: pytest.MonkeyPatch.context())
     monkeypatch.setattr(RunFolder, "summary", lambda _: {"steps": 6})
     assert train_run(config) == {"steps": 6}
     assert train_run(config) == {"steps": 6}

@@ -31,7 +31,7 @@ from pipeline.models.ema import Ema
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.reader import read_run
-from pipeline.train import ray_trainer
+from pipeline.train import loop, ray_trainer
 from pipeline.train.finite import FiniteWatch
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.local import train_here
@@ -458,7 +458,7 @@ def test_ray_is_told_not_to_restart_a_dead_run(
     def dead(*_: Any, **__: Any) -> None:
         raise NonFiniteError("run 'tiny' stopped: the denoising loss of worker 1 is not finite")
 
-    monkeypatch.setattr(ray_trainer, "run_training", dead)
+    monkeypatch.setattr(loop, "run_training", dead)
     values = run_config().model_dump(mode="json")
     with pytest.raises(NonFiniteError):
         ray_trainer._worker({"config": values, "control": SimpleNamespace(fail=remote)})
