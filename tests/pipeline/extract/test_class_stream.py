@@ -282,7 +282,7 @@ def test_a_store_that_was_begun_without_is_completed_without(tmp_path: Path) -> 
     config = options(tmp_path / "store", cut="maps")
     encode(config)
     old = without_class_stream(Store.open(str(tmp_path / "store")))
-    whole = all_files(Path(old.root))
+    tars, record = all_files(Path(old.root, "maps")), old.record(1)
     for path in ("commits/shard-000001.json", "maps/shard-000001.tar", "index.json"):
         Path(old.root, path).unlink()
     encoder = Encoder(config, device="cpu", threads=1)
@@ -291,7 +291,8 @@ def test_a_store_that_was_begun_without_is_completed_without(tmp_path: Path) -> 
     (task,) = missing_tasks(config, digits(config), store)
     encoder.encode_shard(store.url, store.manifest, task)
     store.finish()
-    assert all_files(Path(store.root)) == whole
+    assert all_files(Path(store.root, "maps")) == tars
+    assert (store.record(1), store.manifest) == (record, old.manifest)
     for token in ("class", "mean"):
         asked = options(tmp_path / "store", class_token=token)
         with pytest.raises(UserError, match=r"made without class tokens: .*--add-stream class$"):
