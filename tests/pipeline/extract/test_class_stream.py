@@ -17,6 +17,7 @@ from pipeline.extract.job import extract
 from pipeline.extract.target_store import missing_tasks, open_store
 from pipeline.extract.tasks import make_tasks
 from pipeline.inspect.orphans import find_orphans
+from pipeline.inspect.summary import describe, summarise
 from pipeline.inspect.verify import verify_store
 from pipeline.store import Store, StreamReader
 from pipeline.targets.class_token import read_class_tokens
@@ -198,6 +199,9 @@ def test_the_mean_of_stored_features(tmp_path: Path) -> None:
     assert store.manifest.class_streams["class"].columns["class_token"].codec == "float32"
     found = read_class_tokens(store, *ROWS)
     torch.testing.assert_close(found, expected(config, mean=True), rtol=1e-5, atol=1e-5)
+    page = describe(store, summarise(store))
+    assert "token      mean of the patch tokens of vit_small_patch14_dinov2.lvd142m" in page
+    assert "made from  maps (float32)" in page
     # the column of a teacher without class token is that mean
     column = encode(options(tmp_path / "siglip", **NO_CLASS_TOKEN))
     store, _ = add_class_stream(column, "class", "mean", device="cpu")
