@@ -24,7 +24,8 @@ at a fifth of it under iREPA's normalisation, 'small' exceeds it."""
 def coarse_codec(store: Store, name: str, options: StreamAlignment) -> str | None:
     """A warning where the codec of a stream is too coarse for the normalised targets of a run:
     without the mean of a channel, the same error is a larger share of what remains. None for other
-    targets, whose errors tests/bench/RESULTS.md lists, and where the first shard is empty."""
+    targets, whose errors tests/bench/RESULTS.md lists, and where the first shard has nothing to
+    compare."""
     stream = store.manifest.teacher_streams[name]
     if options.normalisation == "none" or not options.feature_weight or stream.cut == "image":
         return None
@@ -68,4 +69,6 @@ def _target_error(store: Store, name: str, options: StreamAlignment) -> float | 
     one, other = exact({column: values}), exact({column: values + error})
     assert one.features is not None
     assert other.features is not None
-    return float(1 - torch.cosine_similarity(one.features, other.features, dim=-1).mean())
+    cosine = torch.cosine_similarity(one.features, other.features, dim=-1)
+    present = one.features.any(-1)  # constant channels are 0, as are the tokens of flat images
+    return float(1 - cosine[present].mean()) if present.any() else None

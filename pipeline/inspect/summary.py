@@ -12,7 +12,14 @@ from pipeline.store.layout import MANIFEST
 from pipeline.text import describe_bytes, short_value, shortened
 from schemas.classes import ClassTable
 from schemas.errors import escaped
-from schemas.store import AutoencoderInfo, Column, DatasetInfo, TeacherStream, TextStream
+from schemas.store import (
+    AutoencoderInfo,
+    ClassStream,
+    Column,
+    DatasetInfo,
+    TeacherStream,
+    TextStream,
+)
 
 MAX_SHOWN = 10
 """Classes that the page shows; ``--json`` has all."""
@@ -117,6 +124,10 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
             lines += _describe_teacher(stream)
         elif isinstance(stream, TextStream):
             lines += _describe_text(stream)
+        elif isinstance(stream, ClassStream):
+            kind = "class token" if stream.token == "class" else "mean of the patch tokens"
+            lines.append(f"    token      {kind} of {stream.teacher.model}, after its final norm")
+            lines += _made_from(stream)
     fixed = (
         f"; {describe_bytes(summary.fixed_bytes)} outside the shards" if summary.fixed_bytes else ""
     )
@@ -194,14 +205,18 @@ def _describe_teacher(stream: TeacherStream) -> list[str]:
         f"    input      {teacher.image_size} px, {teacher.resize}; mean {_listed(teacher.mean)}, "
         f"std {_listed(teacher.std)} of the {SOURCES[teacher.statistics_of]}",
     ]
-    if stream.converted_from:
-        steps = (
-            f"{o.cut} ({', '.join(sorted(set(o.codecs.values())))})" for o in stream.converted_from
-        )
-        lines.append(f"    made from  {', then '.join(steps)}")
+    lines += _made_from(stream)
     if stream.tail is not None:
         lines.append(f"    tail       {stream.tail.file}, {describe_bytes(stream.tail.bytes)}")
     return lines
+
+
+def _made_from(stream: TeacherStream | ClassStream) -> list[str]:
+    """The streams that it was converted or computed from."""
+    steps = [
+        f"{o.cut} ({', '.join(sorted(set(o.codecs.values())))})" for o in stream.converted_from
+    ]
+    return [f"    made from  {', then '.join(steps)}"] if steps else []
 
 
 def _codec(column: Column) -> str:

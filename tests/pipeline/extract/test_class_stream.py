@@ -17,6 +17,7 @@ from pipeline.extract.job import extract
 from pipeline.extract.target_store import missing_tasks, open_store
 from pipeline.extract.tasks import make_tasks
 from pipeline.inspect.orphans import find_orphans
+from pipeline.inspect.summary import describe, summarise
 from pipeline.inspect.verify import verify_store
 from pipeline.store import Store, StreamReader
 from pipeline.targets.class_token import read_class_tokens
@@ -198,6 +199,9 @@ def test_the_mean_of_stored_features(tmp_path: Path) -> None:
     assert store.manifest.class_streams["class"].columns["class_token"].codec == "float32"
     found = read_class_tokens(store, *ROWS)
     torch.testing.assert_close(found, expected(config, mean=True), rtol=1e-5, atol=1e-5)
+    page = describe(store, summarise(store))
+    assert "token      mean of the patch tokens of vit_small_patch14_dinov2.lvd142m" in page
+    assert "made from  maps (float32)" in page
     # the column of a teacher without class token is that mean
     column = encode(options(tmp_path / "siglip", **NO_CLASS_TOKEN))
     store, _ = add_class_stream(column, "class", "mean", device="cpu")
@@ -282,7 +286,7 @@ def test_a_store_that_was_begun_without_is_completed_without(tmp_path: Path) -> 
     config = options(tmp_path / "store", cut="maps")
     encode(config)
     old = without_class_stream(Store.open(str(tmp_path / "store")))
-    whole = all_files(Path(old.root))
+    tars, record = all_files(Path(old.root, "maps")), old.record(1)
     for path in ("commits/shard-000001.json", "maps/shard-000001.tar", "index.json"):
         Path(old.root, path).unlink()
     encoder = Encoder(config, device="cpu", threads=1)
@@ -291,7 +295,8 @@ def test_a_store_that_was_begun_without_is_completed_without(tmp_path: Path) -> 
     (task,) = missing_tasks(config, digits(config), store)
     encoder.encode_shard(store.url, store.manifest, task)
     store.finish()
-    assert all_files(Path(store.root)) == whole
+    assert all_files(Path(store.root, "maps")) == tars
+    assert (store.record(1), store.manifest) == (record, old.manifest)
     for token in ("class", "mean"):
         asked = options(tmp_path / "store", class_token=token)
         with pytest.raises(UserError, match=r"made without class tokens: .*--add-stream class$"):

@@ -308,14 +308,15 @@ def imagenet_store(folder: Path) -> Store:
         "teacher": tokens,
     }
     store = Store.create(str(folder), Manifest.model_validate(values))
-    zeros = {name: np.zeros(shape) for name, shape in shapes.items()}
+    rng = np.random.default_rng(0)
+    values_of = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
     with ShardWriter(store.url, store.manifest, 0) as writer:
         writer.add(
             "one",
             {
                 "latents": {"mean": np.zeros(latent), "std": np.zeros(latent), "label": 1},
-                "maps": zeros,
-                "class": {"class_token": zeros["class_token"]},
+                "maps": values_of,
+                "class": {"class_token": values_of["class_token"]},
             },
         )
         writer.commit()
@@ -328,8 +329,9 @@ def test_one_store_serves_every_config_of_its_resolution(tmp_path: Path, capsys:
     main([store.url, "--check", "jobs/configs", "--json"])
     found = {Path(a["config"]).stem: a for a in json.loads(capsys.readouterr().out)["configs"]}
     assert found.keys() == {path.stem for path in Path("jobs/configs").glob("*.yaml")}
-    elsewhere = {"demo", "sit_xl2_512_haste"}  # other resolutions
+    elsewhere = {name for name in found if name.startswith("demo") or "_512_" in name}
     assert {name for name, answer in found.items() if not answer["ok"]} == elsewhere
+    assert not any(answer["reason"] for answer in found.values() if answer["ok"])
     for name in elsewhere:
         assert "does not fit this store" in found[name]["reason"]
     assert {"sit_b2_reg", "sit_xl2_reg_haste"} <= found.keys()
