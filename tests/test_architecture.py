@@ -62,6 +62,7 @@ RAY_FILES = (
     "pipeline/extract/*.py",
     "pipeline/sampling/job.py",
     "pipeline/train/ray_trainer.py",
+    "pipeline/train/ray_metrics.py",
 )
 """Only these files import ray: everything else runs in one plain process."""
 NOT_IN_SCHEMAS = ("torch", "ray", "pipeline")

@@ -15,6 +15,7 @@ DOCUMENTS = sorted(
         ROOT / "tests" / "bench" / "RESULTS.md",
         *ROOT.glob("pipeline/**/README.md"),
         *ROOT.glob("jobs/**/*.md"),
+        *ROOT.glob("docker/**/*.md"),
     }
 )
 LINK = re.compile(r"\]\(([^)\s#]+)")

@@ -85,7 +85,7 @@ leave() {
     trap '' TERM USR1
     # Steps get TERM, not this shell; a signal to srun would kill them before they clean up.
     if [ -n "$nodes" ] && scancel --signal=TERM "$SLURM_JOB_ID"; then
-        for ((i = 0; i < 60; i++)); do
+        for ((i = 0; i < 90; i++)); do
             kill -0 "$nodes" 2>/dev/null || break
             sleep 0.5
         done

@@ -16,6 +16,8 @@ if [ "$SLURM_NODEID" = 0 ]; then
 else
     options+=(--address="$RAY_ADDRESS")
 fi
+# When this ends, the command has ended: nothing is left that Ray must wait for, 30 s by default.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 # Slurm's GPUs are in CUDA_VISIBLE_DEVICES, where Ray counts them.
 # shellcheck disable=SC2086 # the container's words are several
 ${HASTE_CONTAINER:-} ray start "${options[@]}" &

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,12 +21,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from jobs.pretrain.classifier import accuracy, train_classifier
 from jobs.pretrain.kl_autoencoder import train_autoencoder
 from jobs.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
 from jobs.pretrain.self_distillation import knn_accuracies, self_distill
+from pipeline.cli.progress import progress_bar
 from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.folder import list_class_folders
@@ -219,7 +218,7 @@ def complete_store(cache: ArtifactCache, config: ExtractConfig, device: str, thr
     with cache.exclusive():
         store = open_store(config, listing, existing, encoder)
         tasks = missing_tasks(config, listing, store)
-        for task in tqdm(tasks, unit="shard", desc="extract", file=sys.stderr):
+        for task in progress_bar(tasks, unit="shard", desc="extract"):
             result = encoder.encode_shard(store.url, store.manifest, task)
             if result.bad_images:
                 bad = result.bad_images[0]

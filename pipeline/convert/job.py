@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -11,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from pipeline.cli.progress import progress_bar
 from pipeline.convert.converters import Converter, open_converter
 from pipeline.convert.request import open_source
 from pipeline.convert.shard import Group, convert_shard
@@ -200,11 +199,10 @@ def convert_missing(
     stop = threading.Event()
     workers = workers or min(8, os.cpu_count() or 1)
     with (
-        tqdm(
+        progress_bar(
             total=sum(samples[shard] for _, shard in tasks),
             unit="image",
             desc="convert",
-            file=sys.stderr,
         ) as bar,
         ThreadPoolExecutor(workers, "convert", lambda: torch.set_num_threads(1)) as pool,
     ):

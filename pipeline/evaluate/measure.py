@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from pipeline.cli.progress import progress_bar
 from pipeline.evaluate.features.base import Network
 from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.evaluate.frechet import FeatureStatistics, Moments
@@ -56,7 +55,7 @@ def measure(
     score: InceptionScore | None = None
     done = 0
     try:
-        with tqdm(total=images.count, unit="image", desc=option, file=sys.stderr) as bar:
+        with progress_bar(total=images.count, unit="image", desc=option) as bar:
             for batch in images.batches(batch_size):
                 output = network.extract(batch)
                 buffer.add(output.features)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.cli.progress import progress_bar
+
 BLOCK_ROWS, BLOCK_COLUMNS = 2048, 8192
 """Size of a block of distances: 128 MB in float64."""
 MAX_ROUNDING = 1e-12
@@ -34,7 +36,7 @@ def precision_recall(
             raise ValueError(f"{len(points)} points have no {k}-th neighbour")
     centre = torch.from_numpy(_centre(reference_MD)).to(device)
     blocks = -(-len(samples_ND) // BLOCK_ROWS) * 2 + -(-len(reference_MD) // BLOCK_ROWS)
-    with tqdm(total=blocks, unit="block", desc="neighbours") as bar:
+    with progress_bar(total=blocks, unit="block", desc="neighbours") as bar:
         radii_N = _radii(samples_ND, k, centre, bar)
         radii_M = _radii(reference_MD, k, centre, bar)
         within_reference = 0

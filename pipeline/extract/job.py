@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from pipeline.cli.progress import progress_bar
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.listing import describe_image
 from pipeline.datasets.listing_check import short_name
@@ -188,7 +188,7 @@ def _run(config: ExtractConfig, listing: Listing, existing: Store | None) -> Ext
         bad: list[SkippedImage] = []
         start = time.perf_counter()
         with (
-            tqdm(total=images, unit="image", desc="extract", file=sys.stderr) as bar,
+            progress_bar(total=images, unit="image", desc="extract") as bar,
             ProgressHandler((progress := _Progress(bar)).running),
         ):
             for result in pool.encode(store.url, store.manifest, tasks):

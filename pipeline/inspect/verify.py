@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
+from pipeline.cli.progress import progress_bar
 from pipeline.inspect.consistency import check_index, read_index, record_problems
 from pipeline.inspect.file_check import Damage, check_file
 from pipeline.storage.files import read_at_most
@@ -56,8 +54,8 @@ def verify_store(store: Store, *, threads: int = 8) -> Verification:
     committed = {
         added: store.committed_shards(added) for added in ["latents", *store.added_streams]
     }
-    with tqdm(
-        total=_expected_bytes(store), unit="B", unit_scale=True, desc="verify", file=sys.stderr
+    with progress_bar(
+        total=_expected_bytes(store), unit="B", unit_scale=True, desc="verify"
     ) as bar:
         checker = _Checker(store, bar.update)
         jobs: list[tuple[Callable[..., Verification], tuple[object, ...]]] = [

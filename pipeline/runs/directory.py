@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import tempfile
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,7 @@ from pipeline.storage.files import (
     redact,
     write_atomic,
 )
+from pipeline.storage.lease import held_lease
 from pipeline.storage.locks import exclusive_lock
 from pipeline.storage.redaction import redacted_config
 from schemas.errors import NonFiniteError, StoppedError, UserError
@@ -37,6 +38,8 @@ SUMMARY = "summary.json"
 CONFIG = "config.yaml"
 WANDB_ID = "wandb-id.txt"
 """Id of the run at Weights & Biases."""
+LEASE = "lock.json"
+"""Lock of the command that trains a run on an object store."""
 SAMPLES = "samples"
 """Folder of sample grids."""
 
@@ -87,11 +90,14 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def lock(self) -> AbstractContextManager[None]:
-        """Exclude other commands that train this run. Object stores have no locks: there,
-        ``publish`` detects a command that began later with other options. Raises ``UserError``."""
-        if not self._local:
-            return nullcontext()
-        return exclusive_lock(self.path, what=f"run '{self.path}'", remedy="choose another --name")
+        """Exclude other commands that train this run. The lock of a dead command is free at once on
+        a local disk, and after ``TAKEOVER_SECONDS`` on an object store. Raises ``UserError``."""
+        remedy = "choose another --name"
+        if self._local:
+            return exclusive_lock(self.path, what=f"run '{self.path}'", remedy=remedy)
+        where = redact(str(self._filesystem.unstrip_protocol(self._root)))
+        path = f"{self._root}/{LEASE}"
+        return held_lease(self._filesystem, path, what=f"run '{where}'", remedy=remedy)
 
     def publish(self) -> None:
         """Upload the small files that are new or changed; nothing to do for a local output. Raises

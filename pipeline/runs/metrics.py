@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ BROKEN_SAMPLES = "broken samples"
 """Event of a row with the number of pictures of a grid that are not finite."""
 NOT_FINITE = "not finite"
 """Event of a row with the reason why a run stopped: losses or weights that are not finite."""
+
+
+OBSERVERS: list[Callable[[Mapping[str, Any]], None]] = []
+"""Called with every row that this process writes: other places that show a run."""
 
 
 class MetricsLog:
@@ -53,6 +58,8 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+        for observe in OBSERVERS:
+            observe(values)
         logger.info("%s", self._line(values))
 
     def close(self) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from pipeline.autoencoders import open_decoder
 from pipeline.checkpoints.resolve import find_checkpoint, local_copy
 from pipeline.checkpoints.student import load_trained_student
+from pipeline.cli.progress import progress_bar
 from pipeline.datasets.class_names import row_name
 from pipeline.precision import choose_arithmetic, choose_device
 from pipeline.sampling.batches import choose_classes, plan_batches
@@ -66,7 +66,9 @@ def draw_grid(config: SampleConfig) -> GridSummary:
             first_index=batch.first,
             precision=precision,
         )
-        for batch in tqdm(plan_batches(len(labels), config.batch_size), unit="batch", desc="sample")
+        for batch in progress_bar(
+            plan_batches(len(labels), config.batch_size), unit="batch", desc="sample"
+        )
     ]
     try:
         names = [row_name(label, trained.classes) for label in classes]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tqdm import tqdm
-
+from pipeline.cli.progress import progress_bar
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.ray_cluster import ray_cluster
 from pipeline.distributed.resources import OptionNames, WorkerResources, choose_resources
@@ -200,7 +198,7 @@ def _draw(
         return f"the batch of images {batch.first} to {batch.last}"
 
     results: Iterator[SampledBatch] = workers.work(missing, begin, name=name)
-    progress = tqdm(total=info.num, initial=existing, unit="image", desc="sample", file=sys.stderr)
+    progress = progress_bar(total=info.num, initial=existing, unit="image", desc="sample")
     with progress:
         for sampled in results:
             for output in outputs:

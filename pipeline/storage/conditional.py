@@ -80,6 +80,13 @@ def update_file(
     )
 
 
+def replace_if(filesystem: fsspec.AbstractFileSystem, path: str, old: bytes, new: bytes) -> bool:
+    """Replace the contents of a small file if they are ``old``. Returns False if they are not. A
+    request that is repeated after a lost answer may find ``new`` and return False."""
+    tag, found = _read_tagged(filesystem, path)
+    return found == old and _replace(filesystem, path, tag, old, new)
+
+
 def _read_tagged(filesystem: fsspec.AbstractFileSystem, path: str) -> tuple[str, bytes | None]:
     """The entity tag (empty except on S3) and the contents of a file, None if it does not exist.
     The tag is read first, so that a change in between makes the condition fail."""

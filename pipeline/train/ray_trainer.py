@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ from pipeline.distributed.ray_cluster import require, total
 from pipeline.distributed.signals import StopRequest, StopSignals, no_request
 from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import StorageError, absolute_url, open_url
+from pipeline.train.ray_metrics import exported_metrics
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
 
@@ -264,7 +265,8 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     group = ProcessGroup(context.get_world_rank(), context.get_world_size(), device)
     poller = ControlPoller(arguments["control"]) if group.is_main else None
     try:
-        with RunFolder(config, owner=group.is_main) as folder:
+        metrics = exported_metrics(config.name) if group.is_main else nullcontext()
+        with RunFolder(config, owner=group.is_main) as folder, metrics:
             folder.require_shared()
             run_training(
                 config,

@@ -193,12 +193,14 @@ def test_a_run_survives_all_that_slurm_does_to_it(slurm: Slurm, store: str, tmp_
         state = latest_state(run.checkpoints)
         return 0 if state is None else state.step
 
-    def train_on_from(step: int) -> None:
-        def trains() -> bool:
-            rows = [row for row in read_metrics(folder / "metrics.jsonl") if "event" not in row]
-            return bool(rows) and rows[-1]["step"] > step
+    def last() -> int:
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if "event" not in row]
+        return rows[-1]["step"] if rows else 0
 
-        slurm.until(trains, 240, log)
+    def trains_on() -> None:
+        """Rows of steps after the checkpoint stay until the run resumes: wait for later ones."""
+        before = max(last(), saved())
+        slurm.until(lambda: last() > before, 240, log)
 
     def starts(number: int) -> None:
         slurm.until(lambda: slurm.field(job, "Restarts") == str(number), 120, log)
@@ -206,7 +208,7 @@ def test_a_run_survives_all_that_slurm_does_to_it(slurm: Slurm, store: str, tmp_
     slurm.until(lambda: saved() > 0, 240, log)
     slurm.call("scontrol", "requeue", job)
     starts(1)
-    train_on_from(saved() + 1)
+    trains_on()
 
     before = saved()
     slurm.call("scancel", "--signal=USR1", "--batch", job)
@@ -214,7 +216,7 @@ def test_a_run_survives_all_that_slurm_does_to_it(slurm: Slurm, store: str, tmp_
     first = saved()
     assert first > before
     assert log.read_text().count("goes back to the queue") == 1
-    train_on_from(first + 1)
+    trains_on()
 
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=4")  # less than --signal asks for
     slurm.until(lambda: log.read_text().count("goes back to the queue") == 2, 120, log)
@@ -222,7 +224,7 @@ def test_a_run_survives_all_that_slurm_does_to_it(slurm: Slurm, store: str, tmp_
     starts(3)
     second = saved()
     assert second > first
-    train_on_from(second + 1)
+    trains_on()
 
     slurm.call("scancel", "--signal=TERM", "--batch", job)
     assert slurm.end_of(job, log) == "FAILED 143:0"

@@ -1,0 +1,50 @@
+"""Progress of a command: a bar on a terminal, else one line a minute, as logs of jobs want it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+from weakref import WeakSet
+
+from tqdm import tqdm
+
+LINE_SECONDS = 60.0
+"""Seconds between two lines where stderr is no terminal."""
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s ({percentage:.0f}%), {rate_fmt}, {remaining} left"
+
+
+class ProgressLines(tqdm):  # type: ignore[type-arg]
+    """A tqdm that writes whole lines and no carriage returns."""
+
+    _instances: ClassVar[Any] = WeakSet()  # not among the bars that log lines are written above
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options |= {"mininterval": LINE_SECONDS, "miniters": 1, "leave": False, "bar_format": LINE}
+        super().__init__(*args, **options)
+
+    @staticmethod
+    def status_printer(file: Any) -> Any:
+        def write(line: str) -> None:
+            if line:
+                file.write(line.strip() + "\n")
+                file.flush()
+
+        return write
+
+    def clear(self, *_: Any, **__: Any) -> None:
+        """A line stays."""
+
+    def moveto(self, n: int) -> None:
+        """Lines follow each other."""
+
+    def close(self) -> None:
+        if not self.disable:
+            self.refresh()
+            self.disable = True
+            self._decr_instances(self)  # type: ignore[attr-defined]
+
+
+def progress_bar(*args: Any, **options: Any) -> tqdm[Any]:
+    """``tqdm(*args, **options)`` on stderr."""
+    kind = tqdm if sys.stderr.isatty() else ProgressLines
+    return kind(*args, file=sys.stderr, **options)
