@@ -72,12 +72,18 @@ def _moments(state: dict[str, Any]) -> dict[str, Any]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on the CPU; another one unchanged. Every rank calls it."""
-    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered.cpu()
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's slice of a sharded tensor, not copied; another one unchanged."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    if not is_sharded(tensor):
+        return tensor
+    own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return own
 
 
 def divided_like(tensor: Tensor, pattern: Tensor) -> Tensor:
