@@ -70,7 +70,7 @@ def _moments(state: dict[str, Any]) -> dict[str, Any]:
     moments = {}
     for name, value in state.items():
         gathered = whole(value)
-        moments[name] = gathered.cpu() if saves else value.new_empty(0)
+        moments[name] = gathered.cpu() if saves else torch.empty(0)
     return moments
 
 
