@@ -45,9 +45,9 @@ class ProcessGroup:
     def sync_gradients(self, wrapped: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
         """Context in which a backward pass of the wrapped module averages gradients over the
         workers or, not ``enabled``, only accumulates this worker's own."""
-        switch: Any = getattr(wrapped, "set_requires_gradient_sync", None)
-        if switch is not None:  # sharded
-            switch(enabled)
+        synchronise: Any = getattr(wrapped, "set_requires_gradient_sync", None)
+        if synchronise is not None:  # the module is sharded
+            synchronise(enabled)
         if enabled or not isinstance(wrapped, DistributedDataParallel):
             return nullcontext()
         return wrapped.no_sync()

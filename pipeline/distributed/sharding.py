@@ -33,7 +33,7 @@ def save_whole(module: nn.Module) -> None:
     def gather(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
         for name, value in state.items():
             if name.startswith(prefix):
-                state[name] = whole(value)
+                state[name] = whole(value).cpu() if is_sharded(value) else value
 
     def divide(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, parameter in module.named_parameters():
@@ -66,20 +66,28 @@ def save_whole_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _moments(state: dict[str, Any]) -> dict[str, Any]:
-    moments = {name: whole(value) for name, value in state.items()}
-    return moments if dist.get_rank() == 0 else {n: v.new_empty(0) for n, v in moments.items()}
+    saves = dist.get_rank() == 0
+    moments = {}
+    for name, value in state.items():
+        gathered = whole(value)
+        moments[name] = gathered.cpu() if saves else torch.empty(0)
+    return moments
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on the CPU; another one unchanged. Every rank calls it."""
-    gather: Any = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather().cpu()
+    """The whole of a sharded tensor, on its device; another one unchanged. Every rank calls it."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return gathered
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's slice of a sharded tensor, not copied; another one unchanged."""
-    slice_of: Any = getattr(tensor, "to_local", None)
-    return tensor if slice_of is None else slice_of()
+    if not is_sharded(tensor):
+        return tensor
+    own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return own
 
 
 def divided_like(tensor: Tensor, pattern: Tensor) -> Tensor:

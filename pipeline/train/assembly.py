@@ -159,7 +159,8 @@ def _load_trainer(folder: Path, state: CheckpointState, trainer: Trainer) -> Non
         }
     )
     for name, tensors in trainer.tensors().items():
-        if not all_finite(tensors, trainer.group.device):
+        broken = ~all_finite(tensors, trainer.group.device)
+        if trainer.group.sum(broken.float()):  # a rank may hold a slice only
             raise NonFiniteCheckpointError(folder, f"its {name} is")
 
 

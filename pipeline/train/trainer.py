@@ -180,7 +180,7 @@ class Trainer:
         limit = self.config.optimizer.max_grad_norm
         if not self._clips_in_optimizer:
             norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
-            return whole(norm.detach()).to(self.group.device)
+            return whole(norm.detach())
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # inverse of clip_grad_norm_'s factor
@@ -272,7 +272,8 @@ class Trainer:
         Every rank calls it."""
         if not self._sharded:
             return self.ema.module
-        student = make_student(self.config.student).to(self.group.device)
+        with torch.random.fork_rng(devices=[]):
+            student = make_student(self.config.student).to(self.group.device)
         student.load_state_dict(self.ema.module.state_dict())
         return student.requires_grad_(False).eval()
 

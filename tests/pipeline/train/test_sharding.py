@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -56,6 +59,23 @@ def test_shards_train_what_copies_train(
         config = run_config(workers=workers, optimizer=EPS, compute=chosen, **changes)
         train_on(2, config, tmp_path / name)
     assert len(rows_of(tmp_path / "copies")) == 6
+    assert_same_run(tmp_path / "copies", tmp_path / "shards")
+
+
+@contextmanager
+def traced_only(rank: int) -> Iterator[None]:
+    """Dynamo and autograd work as on a GPU; kernels are not compiled; split graphs are errors."""
+    options = {"backend": "aot_eager", "fullgraph": True}
+    with patch.object(torch, "compile", partial(torch.compile, **options)):
+        yield
+
+
+def test_compiled_shards_train_what_copies_train(run_config: Make, tmp_path: Path) -> None:
+    workers = {"count": 2}
+    for name, compute in (("copies", {"compile": "off"}), ("shards", {**SHARD, "compile": "on"})):
+        config = run_config(workers=workers, optimizer=EPS, compute=compute)
+        around = traced_only if name == "shards" else None
+        train_on(2, config, tmp_path / name, around=around)
     assert_same_run(tmp_path / "copies", tmp_path / "shards")
 
 

@@ -61,13 +61,18 @@ def test_grids_are_samples_of_the_averaged_weights(config: RunConfig, tmp_path: 
 
 
 def test_workers_draw_the_same_pictures_together(config: RunConfig, tmp_path: Path) -> None:
-    """Two workers; the weights agree with those of one up to summation order."""
+    """Two workers, also with shards of the weights, which agree with those of one up to summation
+    order."""
+    compute = config.compute.model_copy(update={"shard": "fsdp2"})
     train_on(1, config, tmp_path / "one")
     train_on(2, config, tmp_path / "two")
-    one, two = grids(tmp_path / "one"), grids(tmp_path / "two")
-    assert list(two) == NAMES
-    for name in NAMES:
-        assert np.abs(one[name].astype(int) - two[name].astype(int)).max() <= 2
+    train_on(2, config.model_copy(update={"compute": compute}), tmp_path / "shards")
+    one = grids(tmp_path / "one")
+    for run in ("two", "shards"):
+        drawn = grids(tmp_path / run)
+        assert list(drawn) == NAMES
+        for name in NAMES:
+            assert np.abs(one[name].astype(int) - drawn[name].astype(int)).max() <= 2
 
 
 def test_grids_do_not_change_the_run(config: RunConfig, tmp_path: Path) -> None:
