@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.nodeid.startswith(LONG_FOLDERS):
             item.add_marker(pytest.mark.long)
         if config.pluginmanager.hasplugin("xdist"):
-            name = "clusters" if item.path in clusters else str(item.path)
+            name = "clusters" if item.path in clusters else item.nodeid.partition("::")[0]
             item.add_marker(pytest.mark.xdist_group(name))
 
 
