@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipeline.extract.encoder import Encoder
     from tests.s3 import SeaweedFS
 
-CLUSTER_FOLDERS = ("tests/jobs/", "tests/faults/")
+CLUSTER_FOLDERS = ("tests/docker/", "tests/faults/", "tests/jobs/")
 CLUSTER_FIXTURES = {"two_cpus", "s3"}
 LONG_FOLDERS = ("tests/bench/", "tests/gpu/", "tests/parity/")
 PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
