@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     SAMPLING = 4
     PROBE = 5
     LABELS = 6
+    CAPTION = 8
 
 
 def generator(purpose: Purpose, seed: int, *index: int) -> np.random.Generator:

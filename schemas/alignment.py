@@ -182,6 +182,15 @@ class StreamAlignment(Strict):
         return self
 
 
+def _list_of_mappings(value: Any) -> Any:
+    entries = value if isinstance(value, list | tuple) else [value]
+    if entries is not value or not all(isinstance(e, dict | StreamAlignment) for e in entries):
+        raise ValueError(
+            "expected a list of mappings such as [{stream: NAME, feature_weight: 0.25}], or []"
+        )
+    return value
+
+
 def place(number: int) -> str:
     """Key of the options of the stream with this number in ``AlignmentConfig.streams``."""
     return f"alignment.others.{number - 1}" if number else "alignment"
@@ -195,9 +204,11 @@ class AlignmentConfig(StreamAlignment):
     its encoders: its coefficient 0.5 for two encoders is a feature_weight of 0.25 for each.
     """
 
-    others: tuple[StreamAlignment, ...] = Field(default=(), exclude_if=lambda value: not value)
-    """Further teacher streams, a list of mappings with the options of the first (feature_weight to
-    stream), each with a projector of its own."""
+    others: Annotated[tuple[StreamAlignment, ...], BeforeValidator(_list_of_mappings)] = Field(
+        default=(), exclude_if=_is(())
+    )
+    """Further teacher streams, each with a projector of its own: a list of mappings with the
+    options of the first, from feature_weight to normalisation_strength. [] for none."""
     termination: (
         Annotated[TerminationConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)]
         | None

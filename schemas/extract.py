@@ -13,7 +13,11 @@ from schemas.fields import ModelArguments, ModelId, Name, Seed, StoredLayers, St
 Precision = Literal["float32", "bfloat16", "float16"]
 Cut = Literal["maps", "qk", "activations", "image"]
 Format = Literal["webdataset", "zarr"]
-Dataset = Literal["imagenet", "folder", "webdataset", "repa", "demo"]
+Dataset = Literal["imagenet", "folder", "webdataset", "repa", "coco", "coco256_features", "demo"]
+Split = Literal["train", "val"]
+"""Split of MS-COCO 2014."""
+Crop = Literal["adm", "square_lanczos"]
+"""Way to cut a square out of an image: see ``ExtractConfig.crop``."""
 Resolution = Annotated[int, Field(ge=16, le=4096)]
 """Pixels per side of a crop."""
 TeacherSize = Annotated[int, Field(ge=1, le=1 << 13)]
@@ -65,6 +69,35 @@ class TeacherConfig(Strict):
     """Extra arguments of timm.create_model, for instance --teacher.model-args.depth 6."""
 
 
+class TextConfig(Strict):
+    """Text encoder of captions."""
+
+    keep: Literal["embeddings", "tokens", "none"] | None = None
+    """Stored form of captions: 'embeddings' (the encoder's last hidden state), 'tokens' (ids, and
+    the trainer runs the encoder) or 'none'. Default: embeddings where the data set has captions."""
+    encoder: str = "openai/clip-vit-large-patch14"
+    """Hub id or folder of an encoder of Transformers: CLIP, T5, BERT, ... It runs in float32."""
+    weights: str = "hub"
+    """'hub' (the encoder's place, also where that is a folder), a .safetensors, .pth or .pt file
+    with the names of Transformers, OpenAI's CLIP or open_clip, alone or within a larger model, or
+    'random' (seeded, for tests)."""
+    seed: Seed = 0
+    """Seed of weights 'random'."""
+    model_args: ModelArguments = Field(default={})
+    """Keys of the encoder's config that differ, for instance --text.model-args.num-hidden-layers 2.
+    They are of use with weights of a file or 'random'."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, or 'open_clip' (CLIP's vocabulary, which the package
+    open_clip_torch contains). Default: the encoder's place; for OpenAI's CLIP the vocabulary of
+    open_clip_torch if that is installed, which gives the same ids."""
+    max_tokens: Annotated[int, Field(ge=2, le=4096)] | None = None
+    """Tokens of a caption; longer ones are truncated and shorter ones padded, as the tokenizer
+    does. Default: the encoder's positions (CLIP 77), or 77 where it has no limit (T5)."""
+    codec: CodecName = "rms32"
+    """Codec of embeddings. 'rms32' has a cosine of 0.9999 or more for each token, in less than a
+    quarter of float32's bytes."""
+
+
 class ExtractConfig(Strict):
     """Options of one extraction."""
 
@@ -73,8 +106,10 @@ class ExtractConfig(Strict):
     ILSVRC/Data/CLS-LOC/train), 'folder' (any tree with one folder per class), 'webdataset' (tars of
     jpg + cls, not compressed, as stock webdataset reads them), 'repa' (ImageNet as REPA's and
     HASTE's dataset_tools.py prepares it: images/ and vae-sd/ with dataset.json; their latents are
-    used and no autoencoder is run; their MS-COCO folders are not supported), 'demo' (scikit-learn's
-    digits, included in its package)."""
+    used and no autoencoder is run), 'coco' (MS-COCO 2014: train2014/, val2014/, annotations/),
+    'coco256_features' (MS-COCO as U-ViT's and HASTE's scripts prepare it: latents and embeddings of
+    captions are used, no autoencoder or text encoder is run), 'demo' (scikit-learn's digits,
+    included in its package)."""
     source: str | None = None
     """Folder or URL of the images. With --dataset webdataset also one tar, or a quoted pattern of
     tars: 's3://bucket/{000..146}.tar', 'data/train-*.tar'."""
@@ -89,9 +124,21 @@ class ExtractConfig(Strict):
     """Keep class folders without images, and classes whose every image was skipped as bad, as
     classes without images. By default they are errors, because the numbers of later classes depend
     on them."""
+    split: Split | None = None
+    """MS-COCO only: 'train' (the default) or 'val'. A store has one split."""
+    captions: str | None = None
+    """Captions beside the images. With 'folder' a file of JSON lines, {"file": path below the
+    source, "captions": [text, ...]}: folders are not classes then. With 'webdataset' the members to
+    read, 'txt' or 'json' (key caption or captions); by default tars without .cls have captions, in
+    .txt, else in .json."""
     resolution: Resolution = 256
     """Pixels per side of the centre crop."""
+    crop: Crop = "adm"
+    """Crop: 'adm' (halved, the short side resized bicubically, then the centre cut out, as HASTE,
+    REPA and SiT prepare ImageNet) or 'square_lanczos' (the centre square cut out, then resized with
+    Lanczos, as U-ViT, REPA and HASTE prepare MS-COCO; the default of 'coco')."""
     teacher: TeacherConfig = TeacherConfig()
+    text: TextConfig = TextConfig()
     autoencoder: str = "stabilityai/sd-vae-ft-mse"
     """Hub id or folder of a diffusers autoencoder of images (AutoencoderKL, AutoencoderTiny,
     AutoencoderDC, AutoencoderKLFlux2, AutoencoderKLQwenImage, ...), or 'demo' (included in the
@@ -130,7 +177,8 @@ class ExtractConfig(Strict):
     layers. Latents, keys and shards do not change. Data set, source, teacher and layers default to
     the store's, all other options to the defaults of its data set. 'class', or the name of a
     teacher stream with '_class' behind it, computes that teacher's class tokens from the store
-    itself, without images and teacher."""
+    itself, without images and teacher. A name that is 'text' or begins with 'text_' adds captions
+    (--text.*)."""
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)] = 64
     """Samples per shard."""
     batch_size: Annotated[int, Field(ge=1)] = 32
@@ -170,6 +218,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # those layers would be 17 times as much, for saving 5 of 12 teacher blocks (3% of an SiT-XL/2
     # step).
     "imagenet": {"cut": "activations"},
+    "coco": {"cut": "activations", "crop": "square_lanczos"},
+    "coco256_features": {"cut": "activations"},
     # Digits are 8 x 8 pixels drawn at 32; the demo teacher sees them as 8 x 8 tokens.
     "demo": {
         "cut": "maps",

@@ -83,6 +83,15 @@ def _is_free(name: str) -> str:
 StreamName = Annotated[Name, AfterValidator(_is_free)]
 """Name of a stream, which is also its folder below the store's root."""
 
+TEXT = "text"
+"""Name of the stream of captions that is extracted with the latents."""
+
+
+def is_text_stream(name: str) -> bool:
+    """True for names of added streams that hold captions: text, text_t5."""
+    return name == TEXT or name.startswith(f"{TEXT}_")
+
+
 CLASS = "class"
 """Name of the class stream that is extracted with the latents."""
 

@@ -34,6 +34,10 @@ class InspectConfig(Strict):
     fidelity: Annotated[int, Field(ge=1)] | None = None
     """Number of images on which the teacher is run again, to report the error of the stored targets
     against float32 and its effect on the losses and gradients of a random student."""
+    recipe: str | None = None
+    """--fidelity: a training config (also --config, beside --fidelity). Only the targets of its
+    losses are compared, as they enter the losses, with their normalisation, for a random student of
+    its depth, heads, projector and weights."""
     source: str | None = None
     """--fidelity: folder or URL of the images, if not at the place that the manifest names."""
     teacher: TeacherWeights = TeacherWeights()

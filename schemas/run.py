@@ -106,6 +106,11 @@ class ComputeConfig(Strict):
     optimizer: Literal["fused", "plain"] = "fused"
     """'fused' updates all weights in one kernel; 'plain' loops over them. A resumed run continues
     with the choice in its checkpoint."""
+    shard: Literal["none", "fsdp2"] = Field(
+        default="none", exclude_if=lambda value: value == "none"
+    )
+    """'fsdp2' divides weights, their averages, gradients and AdamW's state among the workers, for
+    students that one GPU cannot hold; 'none' copies them to each. A run may change it on resume."""
     deterministic: bool = Field(default=False, exclude_if=lambda value: value is False)
     """Use only GPU kernels that add in a fixed order, so that a run repeats to the last bit, as on
     CPUs; slower. An operation without such a kernel ends the run."""
@@ -266,6 +271,12 @@ class RunConfig(Strict):
             raise ValueError(
                 f"diffusion.time {self.diffusion.time} is for SiT; {self.student.model} is trained "
                 "on uniform timesteps"
+            )
+        termination = self.alignment.termination
+        if self.compute.shard == "fsdp2" and getattr(termination, "kind", "") == "gradient_cosine":
+            raise ValueError(
+                "alignment.termination.kind gradient_cosine needs gradients of single workers, "
+                "which compute.shard fsdp2 does not keep: use another trigger or shard none"
             )
         if self.global_batch < self.workers.count:
             raise ValueError(

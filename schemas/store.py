@@ -18,10 +18,21 @@ from schemas.classes import ClassName, ClassNumber, ClassTable, check_classes
 from schemas.codecs import CodecName, Lossless
 from schemas.cuts import cut_shapes
 from schemas.errors import UserError
-from schemas.extract import Cut, Dataset, Format, Precision, Resize, Resolution, TeacherSize
+from schemas.extract import (
+    Crop,
+    Cut,
+    Dataset,
+    Format,
+    Precision,
+    Resize,
+    Resolution,
+    Split,
+    TeacherSize,
+)
 from schemas.fields import (
     CLASS,
     MAX_CLASSES,
+    TEXT,
     ModelArguments,
     ModelId,
     Name,
@@ -72,8 +83,35 @@ class Column(Strict):
         return shape
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 ADDED_KEYS = ("class_names", "empty_classes")
 """Keys of ``DatasetInfo`` that stores of earlier versions lack."""
+
+
+MAX_CAPTION_BYTES = 1 << 12
+"""UTF-8 bytes of a caption; encoders read less."""
+MAX_CAPTIONS = 7
+"""Captions of an image that a store keeps, the first ones; MS-COCO has 5 to 7."""
+
+
+class CaptionCounts(Strict):
+    """Captions of a data set, and what was left out of it."""
+
+    captions: Count
+    """Captions of the planned samples."""
+    empty: Count = 0
+    """Blank captions, which were left out."""
+    beyond_limit: Count = 0
+    """Captions after the first ``MAX_CAPTIONS`` of an image, which were left out."""
+    images_without: Count = 0
+    """Images without captions, which were left out."""
+    without_images: Count = 0
+    """Images that have captions and are missing."""
+    shortened: Count = 0
+    """Captions of more than ``MAX_CAPTION_BYTES``, whose end was left out."""
 
 
 class DatasetInfo(Strict):
@@ -91,6 +129,14 @@ class DatasetInfo(Strict):
     where the source has numbers only, and in stores of earlier versions."""
     empty_classes: tuple[ClassNumber, ...] = ()
     """Numbers of the classes without images, rising; not known in stores of earlier versions."""
+    split: Split | None = Field(default=None, exclude_if=_is_none)
+    """Split of MS-COCO."""
+    dummy_class: bool = Field(default=False, exclude_if=lambda dummy: not dummy)
+    """True where images have captions and no labels: every label is 0."""
+    captions: CaptionCounts | None = Field(default=None, exclude_if=_is_none)
+    """Captions of the images; None where they were not looked for."""
+    captions_from: Place | None = Field(default=None, exclude_if=_is_none)
+    """Members or file of the captions, where an option names them."""
 
     @model_validator(mode="after")
     def _names_each_class(self) -> DatasetInfo:
@@ -186,10 +232,6 @@ AutoencoderKind = Literal[
     "VQModel",
 ]
 """Classes of diffusers."""
-
-
-def _is_none(value: object) -> bool:
-    return value is None
 
 
 class AutoencoderInfo(Strict):
@@ -291,7 +333,79 @@ class ClassStream(Strict):
     """Streams from which it was computed, first to last; empty if it was extracted directly."""
 
 
-Stream = Annotated[LatentsStream | TeacherStream | ClassStream, Field(discriminator="kind")]
+class TextEncoderInfo(Strict):
+    """The text encoder of a stream of captions."""
+
+    encoder: Place
+    weights: Place
+    seed: Seed
+    model_args: ModelArguments
+    weights_sha256: Sha256 | None
+    """None: it was not run; the stream holds tokens, or the embeddings of the source."""
+    tokenizer: Place
+    tokenizer_sha256: Sha256 | None
+    """SHA-256 of the tokenizer's vocabulary and rules; None: it was not run."""
+    tokens: Annotated[int, Field(ge=1, le=1 << 12)]
+    """Tokens of a caption, padding included."""
+    width: Width
+    """Numbers of a token's embedding."""
+
+
+class TextStream(Strict):
+    """The captions of every image: embeddings or token ids, and the texts."""
+
+    kind: Literal["text"]
+    keeps: Literal["embeddings", "tokens"]
+    columns: dict[Name, Column]
+    """``caption0``, ``caption1``, ... for the captions of an image, (tokens, width) or ids
+    (tokens,), 0 where an image has fewer; ``lengths`` (captions,), the tokens of each caption
+    before truncation, 0 where there is none; ``text``, UTF-8 texts separated by zeros, unless
+    unknown."""
+    captions: Annotated[int, Field(ge=1, le=MAX_CAPTIONS)]
+    """Largest number of captions of an image."""
+    captions_sha256: Sha256
+    """SHA-256 of every key and its captions in order."""
+    encoder: TextEncoderInfo
+    truncated: Count | None = Field(default=None, exclude_if=_is_none)
+    """Captions that were longer than the encoder's input; filled in when the stream is complete."""
+    null: WeightsFile
+    """``tokens`` of the empty caption, and its ``embeddings`` in float32: the input without a
+    caption."""
+    compute: ComputeInfo
+    added: bool = False
+    """True if it was added after the latents, with its own commit records."""
+
+    @model_validator(mode="after")
+    def _columns_are_of_captions(self) -> TextStream:
+        tokens, width = self.encoder.tokens, self.encoder.width
+        embeds = self.keeps == "embeddings"
+        shapes = {n: column.shape for n, column in self.columns.items() if n != TEXT}
+        one = (tokens, width) if embeds else (tokens,)
+        expected = {caption_column(n): one for n in range(self.captions)}
+        if shapes != {**expected, LENGTHS: (self.captions,)}:
+            raise ValueError(f"its columns are not {self.captions} captions of {one} and lengths")
+        text = self.columns.get(TEXT)
+        codecs = {LENGTHS: "int64", **({} if embeds else dict.fromkeys(expected, "int64"))}
+        codecs |= {} if text is None else {TEXT: "uint8"}
+        if text is not None and len(text.shape) != 1:
+            raise ValueError("its column 'text' is not a row of bytes")
+        for name, codec in codecs.items():
+            if self.columns[name].codec != codec:
+                raise ValueError(f"its column '{name}' is not of codec {codec}")
+        return self
+
+
+LENGTHS = "lengths"
+
+
+def caption_column(number: int) -> str:
+    """Name of the column of an image's caption ``number``, from 0."""
+    return f"caption{number}"
+
+
+Stream = Annotated[
+    LatentsStream | TeacherStream | ClassStream | TextStream, Field(discriminator="kind")
+]
 """The smallest unit that a reader can skip."""
 
 
@@ -308,6 +422,8 @@ class Manifest(Strict):
     format: Format
     dataset: DatasetInfo
     resolution: Resolution
+    crop: Crop = Field(default="adm", exclude_if=lambda crop: crop == "adm")
+    """Square that was cut out of each image."""
     autoencoder: AutoencoderInfo
     streams: dict[StreamName, Stream]
     shard_size: Annotated[int, Field(ge=1, le=1 << 20)]
@@ -380,10 +496,37 @@ class Manifest(Strict):
         return {name: stream for name, stream in streams if isinstance(stream, ClassStream)}
 
     @property
-    def base_streams(self) -> dict[str, LatentsStream | TeacherStream | ClassStream]:
+    def text_streams(self) -> dict[str, TextStream]:
+        """The streams of captions, which a run reads in both phases."""
+        streams = self.streams.items()
+        return {name: stream for name, stream in streams if isinstance(stream, TextStream)}
+
+    @property
+    def weights_files(self) -> dict[str, WeightsFile]:
+        """The safetensors files in the store's root, by stream: tails of teachers and null
+        captions."""
+        tails = {n: stream.tail for n, stream in self.teacher_streams.items()}
+        files = {**tails, **{n: stream.null for n, stream in self.text_streams.items()}}
+        return {name: file for name, file in files.items() if file is not None}
+
+    @property
+    def base_streams(self) -> dict[str, Stream]:
         """The streams that share commit records with the latents."""
         streams = self.streams.items()
         return {n: s for n, s in streams if isinstance(s, LatentsStream) or not s.added}
+
+    def text_stream(self, name: str | None = None) -> tuple[str, TextStream]:
+        """The stream of captions called ``name``, or the only one. Raises ``UserError``."""
+        streams = self.text_streams
+        held = ", ".join(streams)
+        if not streams:
+            raise UserError("the store holds no captions: add them with extract --add-stream text")
+        if name is None and len(streams) > 1:
+            raise UserError(f"the store holds several streams of captions: choose one of {held}")
+        chosen = next(iter(streams)) if name is None else name
+        if chosen not in streams:
+            raise UserError(f"the store holds no stream of captions '{chosen}', only {held}")
+        return chosen, streams[chosen]
 
     def teacher_stream(self, name: str | None = None) -> tuple[str, TeacherStream]:
         """The teacher stream called ``name``, or the only one. Raises ``UserError``."""
@@ -462,6 +605,15 @@ class StreamFile(Strict):
         return self
 
 
+class RecordedCaptions(Strict):
+    """Captions of one text stream in one shard."""
+
+    counts: list[Annotated[int, Field(ge=1, le=MAX_CAPTIONS)]]
+    """Captions of each sample, so that a visit's caption is known before it is read."""
+    truncated: Count
+    """Captions that were longer than the encoder's input."""
+
+
 class CommitRecord(Strict):
     """The proof that one shard is complete in all streams that were written together."""
 
@@ -473,6 +625,10 @@ class CommitRecord(Strict):
     skipped: tuple[SkippedImage, ...] = ()
     streams: dict[StreamName, tuple[StreamFile, ...]]
     """One tar per stream, or one zarr shard per array."""
+    captions: dict[StreamName, RecordedCaptions] = Field(
+        default={}, exclude_if=lambda captions: not captions
+    )
+    """By text stream."""
 
     @model_validator(mode="after")
     def _counts_agree(self) -> CommitRecord:
@@ -485,6 +641,7 @@ class CommitRecord(Strict):
             if len(parts) != len(set(parts)):
                 raise ValueError(f"record of shard {self.shard} lists an array twice")
             lengths |= {len(file.offsets[part]) for file in files for part in file.offsets}
+        lengths |= {len(recorded.counts) for recorded in self.captions.values()}
         if lengths != {self.samples}:
             raise ValueError(
                 f"record of shard {self.shard} counts {self.samples} samples and lists "

@@ -58,6 +58,15 @@ def check_keys(
         inner = inner_models(fields[key].annotation)
         if len(inner) == 1 and isinstance(value, Mapping):
             check_keys(inner[0], value, where=where, at=f"{at}{key}.")
+        entries = [model for member in members for model in inner_models(_first_argument(member))]
+        for number, entry in enumerate(value if entries and isinstance(value, list) else ()):
+            if isinstance(entry, Mapping):
+                check_keys(entries[0], entry, where=where, at=f"{at}{key}.{number}.")
+
+
+def _first_argument(annotation: Any) -> Any:
+    """The type of the entries of a sequence type; None for a type without arguments."""
+    return next(iter(typing.get_args(annotation)), None)
 
 
 def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:

@@ -124,8 +124,9 @@ class AlignedStudent(nn.Module):
         self.streams = tuple(streams)
         self.taps = _make_taps(self.streams)
 
-    def compile_parts(self) -> None:
-        """Compile each block, the final layer and the projector separately.
+    def compile_parts(self, *, sharded: bool = False) -> None:
+        """Compile each block, the final layer and the projector separately; ``sharded``: before
+        they are sharded.
 
         Equal blocks share their code, and after the termination only the variant without taps is
         needed.
@@ -138,9 +139,17 @@ class AlignedStudent(nn.Module):
         # DDP would split each block's graph at gradient bucket boundaries to overlap communication;
         # blocks are small enough to reduce their gradients after the whole block.
         torch._dynamo.config.optimize_ddp = False
+        for part in self.parts:
+            if sharded:  # hooks that gather weights stay outside of the graph
+                part.forward = torch.compile(part.forward)
+            else:
+                part.compile()
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Blocks, final layer and projectors."""
         projectors = (projector for _, projector in self.projectors())
-        for part in (*self.student.blocks, self.student.final_layer, *projectors):
-            part.compile()
+        return [*self.student.blocks, self.student.final_layer, *projectors]
 
     def projectors(self) -> Iterator[tuple[int, nn.Module]]:
         """Number and projector of each stream that has one."""
@@ -176,6 +185,7 @@ class AlignedStudent(nn.Module):
             out = self.student(x_BChw, t_B, y_B, self.taps, class_token.noisy)
         denoising = self.objective.loss(out.prediction, x_BChw, t_B, target_BChw).sum()
         zero = torch.zeros_like(denoising)
+        assert not self.streams or len(targets) == len(self.streams)
         found = [
             self._stream_losses(stream, out, one, zero, class_token)
             for stream, one in zip(self.streams, targets, strict=False)

@@ -235,6 +235,8 @@ def _parse_value(text: str, annotation: Any, option: str) -> Any:
         return text
     if _takes_words(annotation) and not text.startswith("["):
         return text
+    if text.startswith("[{"):  # a list of tables
+        return _parse_untyped(text, option)
     if any(_accepts(annotation, kind) for kind in (tuple, list)):
         if re.search(r"\d\s*-\s*\d", text):  # a range such as 7-11, for the model to read
             return text
@@ -374,5 +376,5 @@ def _choices(annotation: Any) -> list[str]:
 
 def _show(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(str(item) for item in value)
+        return ",".join(str(item) for item in value) or "none"
     return "none" if value is None else str(value)

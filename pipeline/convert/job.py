@@ -20,6 +20,7 @@ from pipeline.convert.streams import StreamPlan, computed_stream, plan_streams
 from pipeline.precision import choose_device
 from pipeline.storage.files import exists
 from pipeline.store import Store
+from pipeline.store.captions import read_null, write_null
 from pipeline.store.layout import INDEX
 from pipeline.store.manifest_diff import check_same_conversion
 from pipeline.targets.tail import (
@@ -33,7 +34,7 @@ from pipeline.targets.tail import (
 from pipeline.teachers import Teacher
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
-from schemas.store import Manifest, StoreIndex, TeacherStream, WeightsFile
+from schemas.store import Manifest, StoreIndex, TeacherStream, TextStream, WeightsFile
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ def _groups(plans: Sequence[StreamPlan]) -> list[Group]:
 
 
 def _lacks(target: Store, groups: Sequence[Group]) -> bool:
-    """True if a shard or a teacher's tail is missing."""
-    tails = [stream.tail for stream in target.manifest.teacher_streams.values()]
+    """True if a shard, a teacher's tail or a null caption is missing."""
+    files = target.manifest.weights_files.values()
     return any(target.missing_shards(group.added or "latents") for group in groups) or any(
-        tail is not None and not _tail_exists(target, tail) for tail in tails
+        not _file_exists(target, file) for file in files
     )
 
 
@@ -144,8 +145,12 @@ def _open_target(
         check_same_conversion(existing.manifest, wanted, existing.shown_url)
     for plan in plans:
         stream = existing.manifest.streams[plan.name]
+        if isinstance(stream, TextStream):
+            if is_new or not _file_exists(existing, stream.null):
+                write_null(existing, plan.name, read_null(source, plan.source))
+            continue
         was = stream.tail if isinstance(stream, TeacherStream) else None
-        if was is None or (not is_new and _tail_exists(existing, was)):
+        if was is None or (not is_new and _file_exists(existing, was)):
             continue
         if _tail(source, plan, tails.get(plan.name), write_to=url) != was:
             raise UserError(
@@ -155,8 +160,8 @@ def _open_target(
     return existing
 
 
-def _tail_exists(store: Store, tail: WeightsFile) -> bool:
-    return exists(store.filesystem, f"{store.root}/{tail.file}")
+def _file_exists(store: Store, file: WeightsFile) -> bool:
+    return exists(store.filesystem, f"{store.root}/{file.file}")
 
 
 def _tail(

@@ -109,7 +109,9 @@ def plan_streams(config: ConvertConfig, store: Store) -> list[StreamPlan]:
         if isinstance(stream, TeacherStream):
             if name in teachers:
                 plans.append(_plan_teacher(config, store, name, stream))
-        elif isinstance(stream, LatentsStream) or config.stream is None or _is_of(stream, teachers):
+        elif (
+            config.stream is None or not isinstance(stream, ClassStream) or _is_of(stream, teachers)
+        ):
             plans.append(StreamPlan(name, name, stream, stream))
     names = [plan.name for plan in plans]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -137,6 +139,8 @@ def _plan_teacher(
             f"{_WHAT[cut]} cannot be had again: {_extract(store, cut)}"
         )
     teacher = stream.teacher
+    if not teacher.layers and cut in {"qk", "activations"}:
+        raise UserError(f"--cut {cut}: {where} is without layers, which define this cut: use maps")
     if config.layers is not None:
         _check_layers(config.layers, stream, where, _extract(store, cut))
         teacher = teacher.model_copy(update={"layers": config.layers})

@@ -46,6 +46,12 @@ def plan_training(argv: list[str]) -> int:
     """``jobs/train_haste.py --plan``."""
     command = "python jobs/train_haste.py --plan"
     config = _parse(TrainPlan, argv, command, preset_key="extract.dataset")
+    return _print(estimate_training(config, memory=True), config.as_json)
+
+
+def estimate_training(config: TrainPlan, *, memory: bool = False) -> Estimate:
+    """The costs of every cut for a run, and if it has a store, of that. ``memory``: also that of a
+    step. Raises ``UserError``."""
     from pipeline.store import Store
 
     store = None if config.store is None else Store.open(absolute_url(config.store))
@@ -58,8 +64,7 @@ def plan_training(argv: list[str]) -> int:
         samples = sum(store.index().samples_per_shard)
         extraction, existing = extraction_config(store), existing_layout(store, samples)
         images = images or samples
-    estimate = make_estimate(extraction, config, config.plan, images, existing, memory=True)
-    return _print(estimate, config.as_json)
+    return make_estimate(extraction, config, config.plan, images, existing, memory=memory)
 
 
 def _parse(model: type[Options], argv: list[str], command: str, *, preset_key: str) -> Options:

@@ -14,7 +14,7 @@ from pipeline.store.arrays import stream_parts
 from pipeline.store.codecs import find_codec
 from pipeline.targets.cuts import class_columns, cut_columns
 from schemas.codecs import CodecSet
-from schemas.extract import Cut
+from schemas.extract import Cut, TextConfig
 from schemas.store import Column
 
 HOUR = 3600.0
@@ -24,6 +24,8 @@ ONLINE = "image"
 """The cut of the online baseline: crops are stored, and the trainer runs the whole teacher."""
 TAR_BLOCK = 512
 NPY_HEADER = 128
+USUAL_CAPTION = 53
+"""UTF-8 bytes of a caption of MS-COCO."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,26 @@ class Cost(StoreLayout):
 def stored_bytes(cut: Cut, codec: CodecSet, geometry: Geometry, *, compress: bool = True) -> int:
     """Bytes per image of the teacher stream, without the latents (``latent_bytes``)."""
     return _stream_bytes(cut_columns(cut, geometry, geometry.resolution, codec, compress=compress))
+
+
+def caption_bytes(
+    config: TextConfig, size: tuple[int, int], captions: float, *, compress: bool = True
+) -> int:
+    """Bytes per image of its captions, on average ``captions``, as ``config`` keeps them; ``size``
+    is that of ``encoder_size``."""
+    tokens, width = size
+    if config.keep == "none":
+        return 0
+    embeds = config.keep != "tokens"
+    codec = config.codec if embeds else "int64"
+    found, shape = find_codec(codec), (tokens, width) if embeds else (tokens,)
+    lossless = found.lossless if compress else "none"
+    one = _stream_bytes({"caption": Column(shape=shape, codec=codec, lossless=lossless)})
+    if not embeds and compress:
+        one = 2 * TAR_BLOCK  # ids and the repeated padding
+    lengths = Column(shape=(max(1, round(captions)),), codec="int64")
+    texts = Column(shape=(round(captions * USUAL_CAPTION),), codec="uint8")
+    return round(captions * one) + _stream_bytes({"lengths": lengths, "text": texts})
 
 
 def class_stream_bytes(codec: CodecSet, geometry: Geometry, *, compress: bool = True) -> int:

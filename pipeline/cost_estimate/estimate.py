@@ -13,6 +13,7 @@ from pipeline.cost_estimate.costs import (
     ONLINE,
     Scenario,
     StoreLayout,
+    caption_bytes,
     class_stream_bytes,
     compare_layouts,
     latent_bytes,
@@ -28,10 +29,11 @@ from pipeline.cost_estimate.meta_models import (
     writes_class_stream,
 )
 from pipeline.cost_estimate.report import Estimate
-from pipeline.datasets import list_images
+from pipeline.datasets import COCO, list_images
 from pipeline.store import Store
 from pipeline.targets.cuts import codec_set_of
 from pipeline.text import describe_bytes
+from pipeline.text_encoders import encoder_size
 from schemas.alignment import FixedStep
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
@@ -45,6 +47,9 @@ logger = logging.getLogger(__name__)
 COMPARED_CODECS: tuple[CodecSet, ...] = ("faithful", "small", "float16")
 """Codec sets shown in every estimate, in addition to that of ``--codec``."""
 IMAGENET_IMAGES = 1_281_167  # training set of ILSVRC 2012
+COCO_IMAGES = {"train": 82_783, "val": 40_504}
+USUAL_CAPTIONS = 5.0
+"""Captions of an image of MS-COCO."""
 
 
 def make_estimate(
@@ -60,7 +65,9 @@ def make_estimate(
     on such a store."""
     if not run.alignment.active:
         raise UserError("this run has no alignment: there is nothing to estimate")
-    images = images or _count_images(config)
+    captions = USUAL_CAPTIONS if config.dataset in COCO else 0.0
+    if images is None:
+        images, captions = _count_images(config)
     models = build_meta_models(config)
     _check_compatible(config, run, models.geometry)
 
@@ -68,11 +75,12 @@ def make_estimate(
     with_class = writes_class_stream(config, models.geometry)
     flops = image_flops(models, run, class_token=with_class)
     scenario = _scenario(config, run, options, images, device)
-    layouts = candidate_layouts(config, models.geometry)
+    layouts = candidate_layouts(config, models.geometry, captions)
     if existing is not None:
         layouts.insert(0, existing)
     costs = compare_layouts(layouts, flops, device.rates, scenario)
     notes = (*models.notes, *_notes(config, run), *_class_notes(costs[0].class_bytes))
+    notes = (*notes, *_caption_notes(config, captions))
     needed = None
     if memory:
         logger.info("counting what a step keeps for its backward pass")
@@ -81,9 +89,15 @@ def make_estimate(
     return Estimate(config, run, device, scenario, flops, costs, notes, needed)
 
 
-def candidate_layouts(config: ExtractConfig, geometry: Geometry) -> list[StoreLayout]:
-    """Every cut in the requested codec (the candidates) and in others for comparison."""
+def candidate_layouts(
+    config: ExtractConfig, geometry: Geometry, captions: float = 0.0
+) -> list[StoreLayout]:
+    """Every cut in the requested codec (the candidates) and in others for comparison; ``captions``
+    are those of an image, on average."""
     latents = latent_bytes(geometry)
+    if captions:
+        of_encoder = encoder_size(config.text)
+        latents += caption_bytes(config.text, of_encoder, captions, compress=config.compress)
     layouts = []
     for cut in get_args(Cut):
         codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
@@ -142,11 +156,39 @@ def _encoders(config: ExtractConfig, device: Device) -> float:
     return config.actors or 1
 
 
-def _count_images(config: ExtractConfig) -> int:
+def _caption_notes(config: ExtractConfig, captions: float) -> tuple[str, ...]:
+    """The price of captions in each form, which the layouts do not compare."""
+    if not captions or config.text.keep == "none":
+        return ()
+    size = encoder_size(config.text)
+    forms = {
+        f"embeddings in {codec}": config.text.model_copy(
+            update={"keep": "embeddings", "codec": codec}
+        )
+        for codec in dict.fromkeys((config.text.codec, "float16", "float32"))
+    }
+    forms["tokens"] = config.text.model_copy(update={"keep": "tokens"})
+    sizes = ", ".join(
+        f"{describe_bytes(caption_bytes(text, size, captions, compress=config.compress))} as {form}"
+        for form, text in forms.items()
+    )
+    return (
+        f"the {captions:.3g} captions of an image take {sizes} (with tokens the trainer runs the "
+        f"text encoder); the sizes above include them as {config.text.keep or 'embeddings'}, not "
+        "the time of the text encoder; a visit reads one caption, the read rates above count all",
+    )
+
+
+def _count_images(config: ExtractConfig) -> tuple[int, float]:
+    """Images, and captions of an image on average."""
     if config.source is not None or config.dataset == "demo":
-        return len(list_images(config).items)
+        listing = list_images(config)
+        found = 0 if listing.captions is None else listing.captions.captions
+        return len(listing.items), found / max(1, len(listing.items))
     if config.dataset == "imagenet":
-        return IMAGENET_IMAGES
+        return IMAGENET_IMAGES, 0.0
+    if config.dataset in COCO:
+        return COCO_IMAGES[config.split or "train"], USUAL_CAPTIONS
     raise UserError(
         f"a plan for --dataset {config.dataset} needs --source to count its images, or their "
         "number: --plan.images"

@@ -100,9 +100,14 @@ def step_memory(run: RunConfig, geometry: Geometry, tail_weights: int) -> StepMe
         module = make_module(run, geometry)
         targets = make_targets(run, geometry, 1)
     weights = FLOAT32 * sum(parameter.numel() for parameter in module.parameters())
+    gathered = 0
+    if run.compute.shard == "fsdp2" and run.workers.count > 1:
+        # the weights of two parts, of which one is fetched ahead, and the gradients of one
+        largest = max(sum(p.numel() for p in part.parameters()) for part in module.parts)
+        weights, gathered = -(-weights // run.workers.count), 3 * FLOAT32 * largest
     share = -(-run.global_batch // run.workers.count)
     return StepMemory(
-        weights=weights,
+        weights=weights + gathered,
         averages=weights,
         optimizer=2 * weights,
         gradients=weights,
@@ -133,7 +138,6 @@ def saved_bytes(run: RunConfig, geometry: Geometry, samples: int, *, compiled: b
         token, width = None, run.student.class_token
         if width is not None:
             token = ClassToken(*(torch.empty(samples, width) for _ in ClassToken._fields))
-            targets = [one._replace(class_token=token.clean) for one in targets]
         given = [noisy, time, labels, target, *_tensors([*targets, token or ()])]
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         with _saved([*module.parameters(), *module.buffers(), *given]) as saved, autocast:
@@ -155,6 +159,11 @@ def make_module(run: RunConfig, geometry: Geometry) -> AlignedStudent:
         others=[teacher] * len(run.alignment.others),
         diffusion=run.diffusion,
         fused=run.compute.attention_loss == "fused",
+        class_streams=[
+            number
+            for number, options in enumerate(run.alignment.streams)
+            if run.student.class_token and (options.projector, options.target) == ("mlp", "final")
+        ],
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from schemas.errors import plain_text
+from schemas.extract import Crop
 
 # Pillow warns at its pixel limit and raises at twice the limit; here the limit is an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -25,7 +27,9 @@ class BadImageError(Exception):
     """An image that cannot be used; the message has the reason."""
 
 
-def decode_crop(data: bytes, resolution: int, *, cropped: bool = False) -> np.ndarray:
+def decode_crop(
+    data: bytes, resolution: int, *, cropped: bool = False, crop: Crop = "adm"
+) -> np.ndarray:
     """Decode and centre-crop: uint8 (resolution, resolution, 3). Raises ``BadImageError``; with
     ``cropped`` also if the image does not have this resolution already."""
     try:
@@ -40,7 +44,7 @@ def decode_crop(data: bytes, resolution: int, *, cropped: bool = False) -> np.nd
         scale = max(1.0, resolution / min(image.size))
         if limit is not None and image.width * image.height * scale * scale > limit:
             raise BadImageError(f"{image.width}x{image.height} pixels, the limit is {limit}")
-        return center_crop(to_rgb(image), resolution)
+        return CROPS[crop](to_rgb(image), resolution)
     except (BadImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -113,3 +117,18 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
     top = (array.shape[0] - resolution) // 2
     left = (array.shape[1] - resolution) // 2
     return np.ascontiguousarray(array[top : top + resolution, left : left + resolution])
+
+
+def square_crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """The centre square, resized with Lanczos, as U-ViT (arXiv 2209.12152), REPA and HASTE prepare
+    MS-COCO: uint8 (resolution, resolution, 3)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.array(square.resize((resolution, resolution), Image.Resampling.LANCZOS))
+
+
+CROPS: dict[Crop, Callable[[Image.Image, int], np.ndarray]] = {
+    "adm": center_crop,
+    "square_lanczos": square_crop,
+}

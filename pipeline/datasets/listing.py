@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import numpy as np
 
 from schemas.errors import UserError
 from schemas.fields import MAX_CLASSES
+from schemas.store import CaptionCounts
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,10 @@ class ImageItem(NamedTuple):
     """Length in bytes; None: to the end of the file."""
     latent: str | None = None
     """Path of the latent's file below the source, in data sets with latents."""
+    captions: tuple[str, ...] = ()
+    """Its captions, in data sets with captions."""
+    contexts: tuple[str, ...] = ()
+    """Paths of its captions' embeddings below the source, in data sets with embeddings."""
 
 
 def describe_image(dataset: str, key: str, path: str) -> str:
@@ -49,6 +55,8 @@ class Listing:
     """Names in the order of class numbers; empty where the source has numbers only."""
     empty_classes: tuple[int, ...] = ()
     """Numbers of classes without images."""
+    captions: CaptionCounts | None = None
+    """Captions found and left out, in data sets with captions."""
 
     def shuffled(self, seed: int) -> Listing:
         """A fixed permutation, because sources list class after class and the trainer's shuffle
@@ -61,6 +69,13 @@ class Listing:
         digest = hashlib.sha256()
         for item in self.items:
             digest.update(f"{item.key}\t{item.label}\n".encode())
+        return digest.hexdigest()
+
+    def captions_sha256(self) -> str:
+        """SHA-256 of every key and its captions in order, or the names of their embeddings."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(json.dumps([item.key, item.captions, item.contexts]).encode())
         return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 Their dataset_tools.py writes images/00000/img00000000.png with ``convert`` and, from those,
 vae-sd/00000/img-mean-std-00000000.npy with ``encode``, and in both folders a dataset.json of names
-and labels. Their MS-COCO folders (log variances and captions, no dataset.json) are not supported.
+and labels. Their MS-COCO folders are those of ``coco_features``.
 EDM2's own tool writes the same file names but gives the autoencoder another range of pixels; the
 files do not show the difference.
 """
@@ -32,7 +32,8 @@ def list_repa(source: str) -> Listing:
     if not labels:
         raise UserError(
             f"--source '{shown}' lists no latents in vae-sd/dataset.json: expected images/ and "
-            "vae-sd/ as written by REPA's and HASTE's dataset_tools.py"
+            "vae-sd/ as written by REPA's and HASTE's dataset_tools.py (their MS-COCO folders are "
+            "--dataset coco256_features)"
         )
     images = _read_labels(source, "images")
     items = []

@@ -1,4 +1,5 @@
-"""Images in WebDataset tars: NAME.jpg (or png, webp, ...) and NAME.cls for each sample.
+"""Images in WebDataset tars: NAME.jpg (or png, webp, ...) and NAME.cls for each sample, or in
+img2dataset's tars captions in NAME.txt or NAME.json.
 
 Members are read as stock webdataset reads them: a name ends at its first dot, suffixes may have
 capitals, and metadata (``__NAME__``), members without a suffix, folders and links are skipped. A
@@ -8,15 +9,18 @@ because stock webdataset reads fewer samples then and reports nothing.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import sys
 import tarfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
+from pipeline.datasets.captions import captioned_listing, parse_captions
 from pipeline.datasets.folder import escape_dots, list_files
 from pipeline.datasets.listing import ImageItem, Listing, numbered_listing
 from pipeline.datasets.listing_check import short_name
@@ -27,6 +31,8 @@ from schemas.errors import UserError, plain_text
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "pnm", "bmp"})
 
+CAPTION_SUFFIXES = ("txt", "json")
+MAX_CAPTION_BYTES = 1 << 20  # of a .txt or .json member
 MAX_DIGITS = 32  # bytes of a .cls member
 MAX_NAMED = 4  # members, classes or files in one message
 
@@ -53,37 +59,68 @@ class _Member:
     length: int = 0
     unused: tuple[str, ...] = ()
     """Other members of the sample, for messages."""
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Captions by suffix, 'txt' or 'json', where they are read."""
 
     def add_unused(self, name: str) -> None:
         if len(self.unused) < MAX_NAMED:
             self.unused += (name,)
 
 
-def list_tars(source: str) -> Listing:
-    """List all samples of all tars of ``source``: a folder, one tar, or a pattern of tars. Raises
-    ``UserError``."""
+def list_tars(source: str, captions: str | None = None) -> Listing:
+    """List all samples of all tars of ``source``: a folder, one tar, or a pattern of tars.
+
+    ``captions`` names the suffix of the members with captions. By default samples have captions,
+    in .txt or else .json, if none of the first tar with samples has a .cls; they need no .cls then,
+    and all are of class 0. Raises ``UserError``.
+    """
     root, pattern = split_pattern(source)
     shown = redact(root)
     if pattern:
         paths = list(expand_pattern(source, root, pattern))
     else:
         paths = [""] if HTTP_TAR.fullmatch(root) else list_files(root)  # a page lists no such file
-    samples = []
+    samples: list[tuple[str, str, _Member]] = []
+    suffixes: tuple[str, ...] = () if captions is None else (captions,)
     for path in choose_tars(source, paths):
-        found = _scan(root, path)
+        found = _scan(root, path, suffixes)
+        if not samples and not suffixes and _has_captions(found):
+            suffixes = CAPTION_SUFFIXES
+            found = _scan(root, path, suffixes)
         if not found:
             logger.warning("%s has no samples", plain_text(f"{shown}/{path}".rstrip("/")))
         samples += [(path, key, member) for key, member in found.items()]
+    if not samples:
+        raise UserError(f"--source '{redact(source)}' has no samples")
     repeated = {key for key, count in Counter(key for _, key, _ in samples).items() if count > 1}
-    items = []
+    unlabelled = bool(suffixes) and all(member.label is None for _, _, member in samples)
+    items, missing = [], []
     for path, key, member in samples:
-        if member.offset is None or member.label is None:
+        linked = any(name.endswith(" link)") for name in member.unused)
+        if member.offset is None and suffixes and member.label is None and not linked:
+            missing.append(f"{path}: sample '{key}'")
+            continue
+        if member.offset is None or (member.label is None and not unlabelled):
             raise UserError(f"{shown}/{path}".rstrip("/") + f": {_incomplete(key, member)}")
         name = f"{escape_dots(path)}/{key}" if key in repeated else key
-        items.append(ImageItem(name, member.label, path, member.offset, member.length))
-    if not items:
-        raise UserError(f"--source '{redact(source)}' has no samples")
-    return numbered_listing(items, redact(source))
+        item = ImageItem(name, member.label or 0, path, member.offset, member.length)
+        texts = (member.texts[suffix] for suffix in suffixes if suffix in member.texts)
+        items.append((item, next(texts, [])))
+    if not suffixes:
+        return numbered_listing([item for item, _ in items], redact(source))
+    captioned = captioned_listing(items, missing, redact(source))
+    if unlabelled:
+        return captioned
+    return replace(numbered_listing(captioned.items, redact(source)), captions=captioned.captions)
+
+
+def _has_captions(found: Mapping[str, _Member]) -> bool:
+    """True if the samples of a tar have .txt or .json members and no class."""
+    members = list(found.values())
+    if any(member.label is not None for member in members):
+        return False
+    suffixes = {f".{suffix}" for suffix in CAPTION_SUFFIXES}
+    return any(suffixes.intersection(member.unused) for member in members)
 
 
 def _incomplete(key: str, member: _Member) -> str:
@@ -102,9 +139,9 @@ def _incomplete(key: str, member: _Member) -> str:
     return text
 
 
-def _scan(source: str, path: str) -> dict[str, _Member]:
-    """Samples of one tar by key. Headers and .cls members are read, images are not. Raises
-    ``UserError``."""
+def _scan(source: str, path: str, captions: Collection[str] = ()) -> dict[str, _Member]:
+    """Samples of one tar by key. Headers, .cls members and those with the suffixes ``captions`` are
+    read, images are not. Raises ``UserError``."""
     filesystem, root = open_url(source, what="--source")
     tar_path = f"{root}/{path}".rstrip("/")
     where = f"{redact(source)}/{path}".rstrip("/")
@@ -121,7 +158,7 @@ def _scan(source: str, path: str) -> dict[str, _Member]:
                 )
             raw.seek(0)
             with tarfile.open(fileobj=raw, mode="r:") as tar:
-                members = _members(tar, where)
+                members = _members(tar, where, captions)
                 _check_end(raw, tar.offset)
                 return members
 
@@ -159,7 +196,9 @@ def _check_end(raw: BinaryIO, offset: int) -> None:
             )
 
 
-def _members(tar: tarfile.TarFile, where: str) -> dict[str, _Member]:
+def _members(
+    tar: tarfile.TarFile, where: str, captions: Collection[str] = ()
+) -> dict[str, _Member]:
     members: dict[str, _Member] = {}
     for info in tar:
         if info.size < 0:  # tarfile would seek backwards and loop forever
@@ -189,6 +228,10 @@ def _members(tar: tarfile.TarFile, where: str) -> dict[str, _Member]:
             if member.label is not None:
                 raise UserError(f"{where}: {short_name(info.name)} occurs twice")
             member.label = _label(tar, info, where)
+        elif suffix in captions:
+            if suffix in member.texts:
+                raise UserError(f"{where}: {short_name(info.name)} occurs twice")
+            member.texts[suffix] = _captions(tar, info, suffix, where)
         else:
             member.add_unused(info.name if "." in suffix else sys.intern(f".{suffix}"))
     return members
@@ -203,3 +246,28 @@ def _label(tar: tarfile.TarFile, info: tarfile.TarInfo, where: str) -> int:
             f"'{short_name(text.decode(errors='replace'))}', expected digits only"
         )
     return int(text)
+
+
+def _captions(tar: tarfile.TarFile, info: tarfile.TarInfo, suffix: str, where: str) -> list[str]:
+    """Captions of a .txt member, which is one, or of a .json member with the key caption, as
+    img2dataset writes it, or captions."""
+    name = f"{where}: {short_name(info.name)}"
+    if info.size > MAX_CAPTION_BYTES:
+        raise UserError(f"{name} has {info.size} bytes; the limit is {MAX_CAPTION_BYTES}")
+    handle = tar.extractfile(info)
+    try:
+        text = (handle.read() if handle else b"").decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{name} is not text in UTF-8") from None
+    if suffix == "txt":
+        return [text.rstrip("\r\n")]
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{name} is not JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{name} is not a JSON object")
+    captions = parse_captions(content.get("captions", content.get("caption")))
+    if captions is None:
+        raise UserError(f"{name}: its caption is not a text or a list of texts")
+    return captions

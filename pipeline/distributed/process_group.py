@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.distributed.sharding import is_sharded
+
 PARAMETERS = inspect.signature(DistributedDataParallel).parameters
 BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in PARAMETERS else "broadcast_buffers"
 """Name of the option, which depends on the version of torch."""
@@ -30,8 +32,9 @@ class ProcessGroup:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module in DistributedDataParallel; unchanged if there is one worker."""
-        if self.world_size == 1:
+        """The module in DistributedDataParallel; unchanged if there is one worker, or if it is
+        sharded."""
+        if self.world_size == 1 or any(map(is_sharded, module.parameters())):
             return module
         ids = [self.device] if self.device.type == "cuda" else None
         options: dict[str, Any] = {BUFFERS: False}  # position tables, which never change
@@ -42,6 +45,9 @@ class ProcessGroup:
     def sync_gradients(self, wrapped: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
         """Context in which a backward pass of the wrapped module averages gradients over the
         workers or, not ``enabled``, only accumulates this worker's own."""
+        switch: Any = getattr(wrapped, "set_requires_gradient_sync", None)
+        if switch is not None:  # sharded
+            switch(enabled)
         if enabled or not isinstance(wrapped, DistributedDataParallel):
             return nullcontext()
         return wrapped.no_sync()

@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
         preset_key="dataset",
     )
     from pipeline.extract.job import extract  # Ray takes a second to import
+    from pipeline.store.captions import caption_lines
 
     summary = extract(config)
     store = summary.store
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> int:
             f"{store.shown_url} is complete: {samples} samples in {store.manifest.num_shards} "
             f"shards; {summary.images} encoded at {summary.images_per_second:.1f} images/s"
         )
+    for line in caption_lines(store.manifest):
+        print(line)
     if store.manifest.skipped:
         print(f"{len(store.manifest.skipped)} bad images were skipped; the manifest lists them")
     return 0

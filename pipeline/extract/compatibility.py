@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing
+from pipeline.extract.caption_sources import adds_captions, text_stream_name
 from pipeline.extract.tasks import (
     class_columns_of,
     class_name,
@@ -39,6 +40,8 @@ def with_stores_options(config: ExtractConfig, store: Store) -> ExtractConfig:
     store_values: dict[str, object] = {
         "dataset": dataset.name,
         "resolution": manifest.resolution,
+        "crop": manifest.crop,
+        "split": dataset.split,
         "format": manifest.format,
         "shard_size": manifest.shard_size,
         "order_seed": dataset.order_seed,
@@ -54,6 +57,7 @@ def with_stores_options(config: ExtractConfig, store: Store) -> ExtractConfig:
         **_teacher_defaults(given.get("teacher", {}), config.add_stream, manifest),
         **store_values,
         "source": dataset.source,
+        "captions": dataset.captions_from,
         "allow_empty_classes": bool(dataset.empty_classes),
     }
     values = merge(defaults, {name: value for name, value in given.items() if value is not None})
@@ -100,6 +104,8 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
     manifest = store.manifest
     values: dict[str, tuple[object, object]] = {
         "resolution": (manifest.resolution, config.resolution),
+        "crop": (manifest.crop, config.crop),
+        "split": (manifest.dataset.split or "train", config.split or "train"),
         "format": (manifest.format, config.format),
         "shard_size": (manifest.shard_size, config.shard_size),
         "order_seed": (manifest.dataset.order_seed, config.order_seed),
@@ -107,6 +113,7 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
         **_class_names(manifest.dataset.class_names, listing.class_names),
         "the images": (manifest.dataset.fingerprint[:12], listing.fingerprint()[:12]),
     }
+    values |= _captions(config, listing, manifest)
     name = stream_name(config)
     if config.add_stream is not None:
         _check_new_names(config, manifest)
@@ -154,6 +161,39 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
             if column != requested_column:  # only compression is left: shapes are equal by now
                 key = f"compression of {name}"
                 raise _mismatch(store, key, column.lossless, requested_column.lossless)
+
+
+def _captions(
+    config: ExtractConfig, listing: Listing, manifest: Manifest
+) -> dict[str, tuple[object, object]]:
+    """Options of the stream of captions, and the captions of the listing."""
+    if config.add_stream is not None and not adds_captions(config):
+        return {}
+    stream = manifest.text_streams.get(text_stream_name(config))
+    kept = config.text.keep or "none"
+    if stream is None or kept == "none":
+        if adds_captions(config):  # a new stream
+            return {}
+        stored = "none" if stream is None or stream.added else stream.keeps
+        return {"text.keep": (stored, kept)}
+    text, held = config.text, stream.encoder
+    values: dict[str, tuple[object, object]] = {
+        "text.keep": (stream.keeps, kept),
+        "text.encoder": (held.encoder, text.encoder),
+        "captions": (stream.captions_sha256[:12], listing.captions_sha256()[:12]),
+    }
+    if held.weights_sha256 is not None:
+        values |= {
+            "text.seed": (held.seed, text.seed),
+            "text.model_args": (held.model_args, text.model_args),
+        }
+    if stream.keeps == "embeddings":
+        values["text.codec"] = (stream.columns["caption0"].codec, text.codec)
+    if text.max_tokens is not None:
+        values["text.max_tokens"] = (held.tokens, text.max_tokens)
+    if text.tokenizer is not None:
+        values["text.tokenizer"] = (held.tokenizer, text.tokenizer)
+    return values
 
 
 def _class_token(

@@ -17,10 +17,18 @@ from torch import Tensor
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.reader import UNREADABLE
+from pipeline.extract.caption_sources import (
+    CaptionSource,
+    describe_captions,
+    open_captions,
+    text_arrays,
+    text_stream_name,
+)
 from pipeline.extract.latent_sources import LatentSource, open_latents
 from pipeline.extract.tasks import (
     Description,
     ShardTask,
+    TextDescription,
     class_name,
     extracted_class_stream,
     stream_name,
@@ -49,6 +57,8 @@ NOT_FINITE = "(not finite)"
 """Key, not the name of a stream, of the results of ``not_finite`` in ``Arrays``: they travel with
 the copies back, because Python would wait for the device to judge them there."""
 
+Decoded = tuple[np.ndarray, np.ndarray, Sequence[np.ndarray]]
+"""Crop, stored latent and stored embeddings of captions of one image."""
 Arrays = dict[str, dict[str, np.ndarray]]
 """stream -> stored array -> (B, ...)"""
 
@@ -80,26 +90,20 @@ class Encoder:
         self.latents: LatentSource | None = None
         if config.add_stream is None:  # otherwise the store has latents already
             self.latents = open_latents(config, self.device)
+        self.captions: CaptionSource | None = open_captions(config, self.device)
         self.read = open_reader(config)
 
     def describe(self) -> Description:
         """Models and arithmetic of this encoder. Runs a first forward pass of the autoencoder, so
         that an unusable one is reported before any shard. Raises ``UserError``."""
-        versions = {name: importlib.metadata.version(name) for name in VERSIONED}
-        versions["torch"] = torch.__version__  # with its build: CUDA versions differ in last bits
-        if self.config.format == "zarr":
-            versions["zarr"] = importlib.metadata.version("zarr")
         return Description(
             teacher=self.teacher.info(),
             autoencoder=None if self.latents is None else self.latents.info(self.config.resolution),
-            compute=ComputeInfo(
-                device="cuda" if self.device.type == "cuda" else "cpu",
-                precision=self.precision,
-                batch_size=self.config.batch_size,
-                threads=self.threads if self.device.type == "cpu" else 0,
-                versions=versions,
+            compute=describe_compute(
+                self.config, self.device, self.precision, self.threads, VERSIONED
             ),
             class_token=self._class_token,
+            **describe_text(self.config, self.device, self.threads, self.captions),
         )
 
     @property
@@ -118,6 +122,10 @@ class Encoder:
         """Write that file to the store, whose manifest names it."""
         first = first_tail_block(self.config.cut, self.config.layers)
         return None if first is None else save_tail(self.teacher, url, self._stream, first)
+
+    def null_caption(self) -> bytes | None:
+        """The bytes of the null caption's file; None without captions."""
+        return None if self.captions is None else self.captions.null
 
     @property
     def _stream(self) -> str:
@@ -143,10 +151,15 @@ class Encoder:
                 for added in self._added(manifest)
             ]
             background = stack.enter_context(BackgroundWriter(MAX_QUEUED_BATCHES))
-            for items, images, moments in self._decoded_batches(task, bad):
+            for items, images, moments, contexts in self._decoded_batches(task, bad):
                 if bad and self.config.on_bad_image == "stop":
                     continue  # decode the other batches only to list their bad images
-                arrays = self._copy_to_host(self._encode(manifest, images, moments))
+                tensors = self._encode(manifest, images, moments)
+                if self.captions is not None:
+                    name = text_stream_name(self.config)
+                    stream = manifest.text_streams[name]
+                    tensors[name] = text_arrays(self.captions, stream, items, contexts)
+                arrays = self._copy_to_host(tensors)
                 background.submit(_write, writers, items, arrays)
                 encoded += len(items)
                 progress(encoded + len(bad))
@@ -219,13 +232,13 @@ class Encoder:
 
     def _decoded_batches(
         self, task: ShardTask, bad: list[SkippedImage]
-    ) -> Iterator[tuple[list[ImageItem], np.ndarray, list[np.ndarray]]]:
-        """Batches of items, images uint8 (B, R, R, 3) and stored latents.
+    ) -> Iterator[tuple[list[ImageItem], np.ndarray, list[np.ndarray], list[Sequence[np.ndarray]]]]:
+        """Batches of items, images uint8 (B, R, R, 3), stored latents and embeddings of captions.
 
         Batches are cut by position in the shard; bad images are left out and added to ``bad``.
         """
         size = self.config.batch_size
-        waiting: deque[list[tuple[ImageItem, Future[tuple[np.ndarray, np.ndarray]]]]] = deque()
+        waiting: deque[list[tuple[ImageItem, Future[Decoded]]]] = deque()
         starts = iter(range(0, len(task.items), size))
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             while True:
@@ -234,27 +247,121 @@ class Encoder:
                     waiting.append([(item, pool.submit(self._decode, item)) for item in batch])
                 if not waiting:
                     return
-                items, images, stored = [], [], []
+                items, images, stored, contexts = [], [], [], []
                 for item, future in waiting.popleft():
                     try:
-                        image, latent = future.result()
+                        image, latent, context = future.result()
                         items.append(item)
                         images.append(image)
                         stored.append(latent)
+                        contexts.append(context)
                     except BadImageError as error:
                         bad.append(SkippedImage(key=item.key, path=item.path, error=str(error)))
                 if items:
-                    yield items, np.stack(images), stored
+                    yield items, np.stack(images), stored, contexts
 
-    def _decode(self, item: ImageItem) -> tuple[np.ndarray, np.ndarray]:
-        """The crop, uint8 (R, R, 3), and its stored latent, empty if there is none. Raises
-        ``BadImageError``."""
+    def _decode(self, item: ImageItem) -> Decoded:
+        """The crop, uint8 (R, R, 3), its stored latent and embeddings of captions, empty if there
+        are none. Raises ``BadImageError``."""
         try:
             data = self.read(item)
         except UNREADABLE as error:
             raise BadImageError(error.strerror or type(error).__name__) from None
-        crop = decode_crop(data, self.config.resolution, cropped=item.latent is not None)
-        return crop, np.empty(0) if self.latents is None else self.latents.read(item)
+        size, stored = self.config.resolution, item.latent is not None
+        crop = decode_crop(data, size, cropped=stored, crop=self.config.crop)
+        latent = np.empty(0) if self.latents is None else self.latents.read(item)
+        return crop, latent, () if self.captions is None else self.captions.read(item)
+
+
+class CaptionEncoder:
+    """Encodes the captions that an extraction adds to a store, without reading images."""
+
+    def __init__(self, config: ExtractConfig, *, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.config = config
+        self.device = torch.device(device)
+        self.threads = threads
+        self.captions = open_captions(config, self.device)
+
+    def describe(self) -> Description:
+        text = describe_text(self.config, self.device, self.threads, self.captions)
+        compute = text["text"].compute
+        return Description(teacher=None, autoencoder=None, compute=compute, **text)
+
+    def describe_tail(self) -> None:
+        return None
+
+    def save_tail(self, url: str) -> None:
+        return None
+
+    def null_caption(self) -> bytes | None:
+        return None if self.captions is None else self.captions.null
+
+    def encode_shard(
+        self,
+        url: str,
+        manifest: Manifest,
+        task: ShardTask,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> ShardResult:
+        """As ``Encoder.encode_shard``."""
+        assert self.captions is not None
+        name = text_stream_name(self.config)
+        stream = manifest.text_streams[name]
+        bad: list[SkippedImage] = []
+        with ShardWriter(url, manifest, task.shard, added=name) as writer:
+            for start in range(0, len(task.items), self.config.batch_size):
+                items = list(task.items[start : start + self.config.batch_size])
+                contexts = []
+                for item in items:
+                    try:
+                        contexts.append(self.captions.read(item))
+                    except BadImageError as error:
+                        bad.append(SkippedImage(key=item.key, path=item.path, error=str(error)))
+                if bad:  # the samples are those of the store: none can be left out
+                    return ShardResult(task.shard, 0, tuple(bad), committed=False)
+                arrays = text_arrays(self.captions, stream, items, contexts)
+                _write([writer], items, _rows_of(name, arrays))
+                progress(start + len(items))
+            record = writer.commit()
+        return ShardResult(task.shard, record.samples, (), committed=True)
+
+
+def _rows_of(stream: str, arrays: dict[str, Tensor]) -> Callable[[], Arrays]:
+    return lambda: {stream: {part: tensor.cpu().numpy() for part, tensor in arrays.items()}}
+
+
+def describe_compute(
+    config: ExtractConfig,
+    device: torch.device,
+    precision: Precision,
+    threads: int,
+    packages: Sequence[str],
+) -> ComputeInfo:
+    """The arithmetic of an encoder, with the versions of the ``packages`` that it uses."""
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions["torch"] = torch.__version__  # with its build: CUDA versions differ in last bits
+    if config.format == "zarr":
+        versions["zarr"] = importlib.metadata.version("zarr")
+    return ComputeInfo(
+        device="cuda" if device.type == "cuda" else "cpu",
+        precision=precision,
+        batch_size=config.batch_size,
+        threads=threads if device.type == "cpu" else 0,
+        versions=versions,
+    )
+
+
+def describe_text(
+    config: ExtractConfig, device: torch.device, threads: int, captions: CaptionSource | None
+) -> dict[str, Any]:
+    """The keyword ``text`` of a ``Description``; empty without captions."""
+    if captions is None:
+        return {}
+    packages = ["torch", "numpy", "numcodecs"]
+    packages += [] if captions.info.tokenizer_sha256 is None else ["transformers", "tokenizers"]
+    compute = describe_compute(config, device, "float32", threads, packages)
+    return {"text": TextDescription(captions.info, describe_captions(config, captions), compute)}
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
@@ -273,7 +380,7 @@ def _write(
 ) -> None:
     """Add a batch to the shard. Raises ``UserError`` if a value cannot be stored."""
     arrays = wait()
-    flags = arrays.pop(NOT_FINITE)
+    flags = arrays.pop(NOT_FINITE, {})
     try:
         check_finite({column: torch.from_numpy(rows) for column, rows in flags.items()})
     except NotFiniteError as error:

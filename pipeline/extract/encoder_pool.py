@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.log_relay import send_progress, set_up_worker_logging
+from pipeline.extract.caption_sources import adds_captions
 from pipeline.extract.tasks import Description, ShardTask
 from pipeline.store.manifest_diff import differences
 from schemas.errors import UserError
@@ -24,10 +25,11 @@ class EncoderActor:
 
     def load(self, config: ExtractConfig, device: str, threads: int) -> Description:
         # here, because the driver would import torch, timm and diffusers for seconds without use
-        from pipeline.extract.encoder import Encoder
+        from pipeline.extract.encoder import CaptionEncoder, Encoder
 
         set_up_worker_logging()
-        self.encoder = Encoder(config, device=device, threads=threads)
+        kind = CaptionEncoder if adds_captions(config) else Encoder
+        self.encoder = kind(config, device=device, threads=threads)
         return self.encoder.describe()
 
     def describe_tail(self) -> WeightsFile | None:
@@ -35,6 +37,9 @@ class EncoderActor:
 
     def save_tail(self, url: str) -> WeightsFile | None:
         return self.encoder.save_tail(url)
+
+    def null_caption(self) -> bytes | None:
+        return self.encoder.null_caption()
 
     def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
         return self.encoder.encode_shard(url, manifest, task, partial(send_progress, task.shard))
@@ -84,6 +89,15 @@ class EncoderPool(Actors[Description]):
         )
         return tail
 
+    def null_caption(self) -> bytes | None:
+        """The null caption as bytes of its file. Raises as ``describe_tail`` does."""
+        null: bytes | None = self.call_one(
+            lambda actor: actor.null_caption.remote(),
+            failed="the null caption could not be encoded",
+            again="the null caption is encoded once more",
+        )
+        return null
+
     def encode(
         self, url: str, manifest: Manifest, tasks: Iterable[ShardTask]
     ) -> Iterable[ShardResult]:
@@ -122,4 +136,6 @@ def _check_same(one: Description, other: Description) -> None:
 
 def _dumped(description: Description) -> dict[str, object]:
     parts = {name: getattr(description, name) for name in ("teacher", "autoencoder", "compute")}
+    if description.text is not None:
+        parts |= {f"text.{name}": getattr(description.text, name) for name in ("info", "null")}
     return {name: None if part is None else part.model_dump() for name, part in parts.items()}

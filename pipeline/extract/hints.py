@@ -26,9 +26,17 @@ logger = logging.getLogger(__name__)
 
 def log_hints(config: ExtractConfig, listing: Listing, description: Description) -> None:
     """Log what a user may not expect of the teacher's input, the images' sizes and the latents."""
-    report_statistics(config, description.teacher)
-    _report_tokens(description.teacher)
-    if config.class_token == "class" and description.class_token is None:
+    if description.teacher is not None:
+        report_statistics(config, description.teacher)
+        _report_tokens(description.teacher)
+    if config.dataset == "coco256_features" and description.teacher is not None:
+        logger.warning(
+            "the teacher sees the pictures of --source: HASTE's script writes them from values of "
+            "-1 to 1 where 0 to 1 is expected, so that all below middle grey is black; --dataset "
+            "coco gives the teacher the true pictures"
+        )
+    without = description.teacher is not None and description.class_token is None
+    if config.class_token == "class" and without:
         logger.info(
             "teacher '%s' has no class token: no class stream is written; --class-token mean "
             "stores the mean of its patch tokens",

@@ -15,8 +15,15 @@ from tqdm import tqdm
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.listing import describe_image
 from pipeline.datasets.listing_check import short_name
+from pipeline.extract.caption_sources import text_stream_name, with_captions
 from pipeline.extract.compatibility import check_request, with_stores_options
-from pipeline.extract.target_store import lacks_tail, missing_shards, missing_tasks, open_store
+from pipeline.extract.target_store import (
+    lacks_tail,
+    lost_nulls,
+    missing_shards,
+    missing_tasks,
+    open_store,
+)
 from pipeline.extract.tasks import stream_name
 from pipeline.storage.files import absolute_url, exists
 from pipeline.storage.filesystem import with_absolute_paths
@@ -24,7 +31,7 @@ from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest, SkippedImage, TeacherStream
+from schemas.store import Manifest, SkippedImage, TeacherStream, TextStream
 
 if TYPE_CHECKING:
     from pipeline.extract.encoder import ShardResult
@@ -66,15 +73,19 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
     if config.dataset != "demo" and config.source is None:
         raise UserError("--source is missing: the folder or URL of the images")
     config = with_absolute_paths(
-        config, ["store", "source"], folders=["autoencoder"], weights=["teacher.weights"]
+        config,
+        ["store", "source", *(["captions"] if config.dataset == "folder" else [])],
+        folders=["autoencoder", "text.encoder", "text.tokenizer"],
+        weights=["teacher.weights", "text.weights"],
     )
     listing = list_images(config, _stored_names(config, existing))
+    config = with_captions(config, listing)
     name = stream_name(config)
     if existing is not None:
         check_request(config, listing, existing)
         # Weights of another name may have the same values: only loading them shows it.
         known = name in existing.manifest.streams and _same_weight_names(config, existing.manifest)
-        if known and not missing_shards(config, existing) and not lacks_tail(existing, name):
+        if known and not missing_shards(config, existing) and not _lost_files(config, existing):
             if not exists(existing.filesystem, f"{existing.root}/{INDEX}"):
                 _finish(existing, listing)
             _check_left_empty(config, listing, existing)
@@ -113,6 +124,12 @@ def _add_class_stream(config: ExtractConfig, store: Store) -> ExtractionSummary:
         codec=config.column_codecs.get("class_token"),
     )
     return ExtractionSummary(samples, time.perf_counter() - start, store)
+
+
+def _lost_files(config: ExtractConfig, store: Store) -> bool:
+    """True if the store lacks the tail or the null caption of the extraction's streams."""
+    captions = text_stream_name(config)
+    return lacks_tail(store, stream_name(config)) or captions in lost_nulls(store)
 
 
 class _Progress:
@@ -223,6 +240,8 @@ def _check_left_empty(config: ExtractConfig, listing: Listing, store: Store) -> 
 
 def _same_weight_names(config: ExtractConfig, manifest: Manifest) -> bool:
     stream = manifest.streams[stream_name(config)]
+    if isinstance(stream, TextStream):
+        return config.text.weights == stream.encoder.weights
     assert isinstance(stream, TeacherStream)
     same = config.teacher.weights == stream.teacher.weights
     return same and (stream.added or config.autoencoder == manifest.autoencoder.name)

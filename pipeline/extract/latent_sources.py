@@ -26,6 +26,8 @@ from schemas.extract import ExtractConfig
 from schemas.store import AutoencoderInfo
 
 SD_SCALING = 0.18215
+FIRST_LATENTS = 64
+"""Latents of ``coco256_features`` that are tried for a shape."""
 SD_AUTOENCODERS = ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema")
 
 
@@ -46,7 +48,7 @@ class LatentSource(Protocol):
 
 def open_latents(config: ExtractConfig, device: torch.device) -> LatentSource:
     """The latent source of ``config.dataset``. Raises ``UserError``."""
-    if config.dataset == "repa":
+    if config.dataset in ("repa", "coco256_features"):
         return StoredLatents(config)
     return AutoencoderLatents(config, device)
 
@@ -71,11 +73,12 @@ class AutoencoderLatents:
 
 
 class StoredLatents:
-    """Reads the latents of `--dataset repa`; ``config.autoencoder`` names their autoencoder, which
-    is not loaded."""
+    """Reads the latents of `--dataset repa` or `coco256_features`; ``config.autoencoder`` names
+    their autoencoder, which is not loaded."""
 
     def __init__(self, config: ExtractConfig) -> None:
         self.name = config.autoencoder
+        self._coco = (config.split or "train") if config.dataset == "coco256_features" else None
         self._read_file = open_reader(config)
         self._limit = MAX_BYTES
         self.shape = self._first_shape(config.source or "")
@@ -109,7 +112,10 @@ class StoredLatents:
         Raises ``UserError`` if there is none."""
         shown = redact(source)
         problem = f"--source '{shown}': vae-sd/dataset.json lists no latents at its beginning"
-        for item in first_latents(source):
+        numbered = (
+            ImageItem(str(n), 0, "", latent=f"{self._coco}/{n}.npy") for n in range(FIRST_LATENTS)
+        )
+        for item in numbered if self._coco else first_latents(source):
             try:
                 return self._parse(item).shape
             except BadImageError as error:
@@ -123,7 +129,7 @@ class StoredLatents:
             data = self._read_file(part)
             if len(data) > self._limit:
                 raise BadImageError(f"is larger than {self._limit} bytes")
-            return parse_moments(data)
+            return parse_moments(data, log_variance=self._coco is not None)
         except UNREADABLE as error:
             reason = error.strerror or type(error).__name__
             raise BadImageError(f"{item.latent}: {reason}") from None

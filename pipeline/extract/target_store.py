@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Protocol
 
 from pipeline.datasets import Listing
+from pipeline.extract.caption_sources import adds_captions, keeps_captions, text_stream_name
 from pipeline.extract.compatibility import check_request
 from pipeline.extract.tasks import (
     Description,
     ShardTask,
     class_name,
     extracted_class_stream,
+    make_captions,
     make_manifest,
     make_streams,
     make_tasks,
@@ -22,10 +24,11 @@ from pipeline.extract.tasks import (
 )
 from pipeline.storage.files import exists
 from pipeline.store import Store
+from pipeline.store.captions import write_null
 from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import TeacherStream, WeightsFile
+from schemas.store import Stream, TeacherStream, WeightsFile
 
 
 class Encodes(Protocol):
@@ -34,6 +37,7 @@ class Encodes(Protocol):
     def describe(self) -> Description: ...
     def describe_tail(self) -> WeightsFile | None: ...
     def save_tail(self, url: str) -> WeightsFile | None: ...
+    def null_caption(self) -> bytes | None: ...
 
 
 def open_store(
@@ -59,14 +63,21 @@ def open_store(
             check_request(config, listing, existing)
     else:
         assert existing is not None
-        streams = make_streams(config, description)
+        streams: dict[str, Stream]
+        if adds_captions(config):
+            streams = {name: make_captions(config, listing, description)}
+        else:
+            streams = make_streams(config, description)
         if name not in existing.manifest.streams:
-            tail = encoder.describe_tail()
-            added = {**streams, name: streams[name].model_copy(update={"tail": tail})}
+            added = dict(streams)
+            if not adds_captions(config):
+                tail = encoder.describe_tail()
+                added[name] = streams[name].model_copy(update={"tail": tail})
             existing = existing.update(lambda now: with_new_streams(now, added))
             check_request(config, listing, existing)
         wanted = with_streams(existing.manifest, streams)
     check_same_store(existing.manifest, wanted, existing.shown_url)
+    save_null(config, existing, encoder, is_new=is_new)
     writes_tail = is_new or lacks_tail(existing, name)
     if writes_tail and encoder.save_tail(existing.url) != _tail(existing, name):
         raise UserError(
@@ -74,6 +85,25 @@ def open_store(
             f"'{name}', and has lost it: use another --store"
         )
     return existing
+
+
+def save_null(
+    config: ExtractConfig, store: Store, encoder: Encodes, *, is_new: bool = False
+) -> None:
+    """Write the null caption of the extraction's stream, if the store lacks it. Raises
+    ``UserError``."""
+    name = text_stream_name(config)
+    if keeps_captions(config) and (is_new or name in lost_nulls(store)):
+        null = encoder.null_caption()
+        assert null is not None
+        write_null(store, name, null)
+
+
+def lost_nulls(store: Store) -> set[str]:
+    """Streams of captions whose null caption has no file."""
+    streams = store.manifest.text_streams.items()
+    files = {name: f"{store.root}/{stream.null.file}" for name, stream in streams}
+    return {name for name, path in files.items() if not exists(store.filesystem, path)}
 
 
 def missing_shards(config: ExtractConfig, store: Store) -> set[int]:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.datasets import ImageItem, Listing
+from pipeline.datasets import COCO, ImageItem, Listing
+from pipeline.extract.caption_sources import make_text_stream
 from pipeline.storage.files import absolute_url, redact
 from pipeline.targets.cuts import class_columns, cut_columns
+from schemas.codecs import CodecName
 from schemas.cuts import TeacherShape
 from schemas.extract import ExtractConfig
-from schemas.fields import class_stream_name
+from schemas.fields import TEXT, class_stream_name
 from schemas.store import (
     STORE_VERSION,
     AutoencoderInfo,
@@ -25,6 +27,8 @@ from schemas.store import (
     Stream,
     TeacherInfo,
     TeacherStream,
+    TextEncoderInfo,
+    TextStream,
     WeightsFile,
 )
 
@@ -37,15 +41,27 @@ class ShardTask(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TextDescription:
+    """A text encoder, its null caption and its arithmetic."""
+
+    info: TextEncoderInfo
+    null: WeightsFile
+    compute: ComputeInfo
+
+
+@dataclass(frozen=True)
 class Description:
     """Models and arithmetic of an encoder; all encoders of one store must have equal ones."""
 
-    teacher: TeacherInfo
+    teacher: TeacherInfo | None
+    """None if only captions are added."""
     autoencoder: AutoencoderInfo | None
-    """None if only a teacher stream is added."""
+    """None if only a stream is added."""
     compute: ComputeInfo
     class_token: ClassToken | None = None
     """Vector of the class stream; None where none is written."""
+    text: TextDescription | None = None
+    """None if no captions are stored."""
 
 
 def make_tasks(listing: Listing, shard_size: int) -> list[ShardTask]:
@@ -58,7 +74,8 @@ def make_tasks(listing: Listing, shard_size: int) -> list[ShardTask]:
 
 
 def stream_name(config: ExtractConfig) -> str:
-    """Name of the teacher stream of an extraction: that of --add-stream, else the cut."""
+    """Name of the teacher stream of an extraction: that of --add-stream, else the cut; of
+    captions where only these are added."""
     return config.add_stream or config.cut
 
 
@@ -80,13 +97,19 @@ def make_manifest(config: ExtractConfig, listing: Listing, description: Descript
     """Manifest of this extraction's store, without the teacher's tail."""
     samples = len(listing.items)
     assert description.autoencoder is not None
-    latent = Column(shape=description.autoencoder.latent_shape, codec="float16")
+    # COCO's log variances go down to -30: a std of 3e-7, of which float16 keeps two bits
+    codec: CodecName = "float32" if config.dataset == "coco256_features" else "float16"
+    latent = Column(shape=description.autoencoder.latent_shape, codec=codec)
     latents = LatentsStream(
         kind="latents",
         columns={"mean": latent, "std": latent, "label": Column(shape=(), codec="int64")},
         compute=description.compute,
     )
     source = None if config.source is None else redact(absolute_url(config.source))
+    streams: dict[str, Stream] = {"latents": latents, **make_streams(config, description)}
+    if description.text is not None:
+        streams[TEXT] = make_captions(config, listing, description)
+    file = config.captions if config.dataset != "folder" else absolute_url(config.captions or "")
     return Manifest(
         version=STORE_VERSION,
         format=config.format,
@@ -99,17 +122,36 @@ def make_manifest(config: ExtractConfig, listing: Listing, description: Descript
             order_seed=config.order_seed,
             class_names=listing.class_names,
             empty_classes=listing.empty_classes,
+            split=(config.split or "train") if config.dataset in COCO else None,
+            dummy_class=is_unlabelled(config, listing),
+            captions=listing.captions,
+            captions_from=None if config.captions is None else redact(file or ""),
         ),
         resolution=config.resolution,
+        crop=config.crop,
         autoencoder=description.autoencoder,
-        streams={"latents": latents, **make_streams(config, description)},
+        streams=streams,
         shard_size=config.shard_size,
         num_shards=-(-samples // config.shard_size),
     )
 
 
+def is_unlabelled(config: ExtractConfig, listing: Listing) -> bool:
+    """True where images have captions and no classes."""
+    single = listing.num_classes == 1 and not listing.class_names
+    return listing.captions is not None and single
+
+
+def make_captions(config: ExtractConfig, listing: Listing, description: Description) -> TextStream:
+    """The stream of captions of this extraction."""
+    assert description.text is not None
+    text = description.text
+    return make_text_stream(config, listing, text.info, text.null, text.compute)
+
+
 def make_streams(config: ExtractConfig, description: Description) -> dict[str, Stream]:
     """Teacher stream of this extraction, without its tail, and its class stream."""
+    assert description.teacher is not None
     streams: dict[str, Stream] = {stream_name(config): make_stream(config, description)}
     if description.class_token is not None:
         streams[class_name(config)] = ClassStream(
@@ -147,6 +189,7 @@ def class_columns_of(config: ExtractConfig, width: int) -> dict[str, Column]:
 
 def make_stream(config: ExtractConfig, description: Description) -> TeacherStream:
     """Teacher stream of this extraction, without its tail."""
+    assert description.teacher is not None
     has_class = description.class_token is not None
     return TeacherStream(
         kind="teacher",

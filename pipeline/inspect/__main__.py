@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.command import run_command
+from pipeline.cli.config_files import read_yaml
 from pipeline.cli.options import parse_options
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.inspect import InspectConfig
+from schemas.run import RunConfig
+from schemas.validation import validate
 
 if TYPE_CHECKING:
     from pipeline.store import Store
@@ -22,7 +25,7 @@ logger = logging.getLogger("pipeline.inspect")
 def main(argv: list[str]) -> int:
     config = parse_options(
         InspectConfig,
-        argv,
+        _with_recipe(argv),
         command="python -m pipeline.inspect",
         about="Describe a store: its contents, its sizes and what is missing.",
         positional="store",
@@ -36,6 +39,8 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--{chosen[0]} cannot be combined with --verify, --gc, --check, --sample or --fidelity"
         )
+    if config.recipe is not None and (config.fidelity is None or config.stream is not None):
+        raise UserError("--recipe FILE goes with --fidelity N, and names the streams itself")
     from pipeline.inspect.summary import describe, summarise
     from pipeline.store import Store
 
@@ -47,15 +52,29 @@ def main(argv: list[str]) -> int:
     if config.gc:
         return _remove_orphans(store, config)
     summary = summarise(store)
+    captions: list[str] = []
     if config.sample is not None and config.png is not None:
-        from pipeline.visualization.store_sample import draw_sample  # imports torch, slowly
+        # imports torch, slowly
+        from pipeline.visualization.store_sample import draw_sample, find_sample, read_captions
 
         draw_sample(store, config.sample, Path(config.png).expanduser(), config.stream)
         logger.info("wrote %s", config.png)
+        captions = read_captions(store, *find_sample(store, config.sample))
     report, page = summary.as_json(), describe(store, summary, _count_orphans(store))
+    if captions:
+        report["captions"] = captions
+        page += "".join(f"\n  caption {n}    {plain_text(text)}" for n, text in enumerate(captions))
     if config.fidelity is not None:
-        from pipeline.inspect.fidelity import describe_fidelity, measure_fidelity
+        from pipeline.inspect.fidelity import describe_fidelity, measure_config, measure_fidelity
 
+        if config.recipe is not None:
+            run = validate(RunConfig, read_yaml(config.recipe), where=config.recipe)
+            places = {"source": config.source, "weights": config.teacher.weights}
+            streams = measure_config(store, run, config.fidelity, **places)
+            report = {at: one.as_json(summary) for at, one in streams.items()}
+            pages = [f"{at}: {describe_fidelity(one, summary)}" for at, one in streams.items()]
+            print(json.dumps(report) if config.as_json else "\n".join([page, *pages]))
+            return 0
         found = measure_fidelity(
             store,
             config.fidelity,
@@ -66,6 +85,17 @@ def main(argv: list[str]) -> int:
         report, page = found.as_json(summary), f"{page}\n{describe_fidelity(found, summary)}"
     print(json.dumps(report) if config.as_json else page)
     return 0
+
+
+def _with_recipe(argv: list[str]) -> list[str]:
+    """With --fidelity, --config names a training config, as --recipe does; without it, a file of
+    the options of this command."""
+    if not any(word.partition("=")[0] == "--fidelity" for word in argv):
+        return argv
+    return [
+        "--recipe" + word.removeprefix("--config") if word.partition("=")[0] == "--config" else word
+        for word in argv
+    ]
 
 
 def _verify(store: Store, config: InspectConfig) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pipeline.checkpoints.store_identity import choose_class_stream
 from pipeline.cli.config_files import read_yaml
+from pipeline.inspect.codec_check import coarse_codec
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
@@ -154,6 +155,7 @@ def _answer_stream(
     store: Store, file: str, alignment: StreamAlignment, incomplete: set[str], at: str
 ) -> Answer:
     """The answer for the options of one stream; ``at``: their key."""
+    option = "--alignment.stream" if at == "alignment" else f"{at}.stream"
     manifest = store.manifest
     held = manifest.teacher_streams
     requested = alignment.stream
@@ -170,8 +172,12 @@ def _answer_stream(
     complete = [name for name in suitable if name not in incomplete]
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
-        choose = requested is None and len(held) > 1
-        return Answer(file, True, f"with --{at}.stream {complete[0]}" if choose else None)
+        notes = [f"with {option} {complete[0]}"] if requested is None and len(held) > 1 else []
+        try:
+            warning = coarse_codec(store, complete[0], alignment)
+        except UserError as error:  # a file of the stream cannot be read
+            return Answer(file, False, str(error))
+        return Answer(file, True, "; ".join([*notes, *([warning] if warning else [])]) or None)
     if suitable:
         name = suitable[0]
         reason = f"stream '{name}' lacks {len(store.missing_shards(name))} shards"
@@ -192,7 +198,7 @@ def _answer_stream(
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:
-        reason += f"; once it is added, train with --{at}.stream {suggested.stream}"
+        reason += f"; once it is added, train with {option} {suggested.stream}"
     return Answer(file, False, reason, suggested.command)
 
 

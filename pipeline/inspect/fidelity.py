@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +18,25 @@ from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.inspect.source_images import SourceImages
 from pipeline.inspect.summary import StoreSummary
 from pipeline.precision import choose_device
+from pipeline.runs.compatibility import check_store, with_classes
 from pipeline.store import Store, StreamReader
 from pipeline.store.layout import MANIFEST
-from pipeline.targets.sources import Wanted, open_targets
+from pipeline.targets.sources import (
+    ReplayedTargets,
+    Wanted,
+    aligned_heads,
+    open_targets,
+    wanted_targets,
+)
 from pipeline.teachers import Teacher
 from pipeline.teachers.manifest_check import create_meta_teacher, teacher_config
 from pipeline.text import describe_bytes
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import AlignmentConfig, StreamAlignment, place
+from schemas.cuts import cut_shapes
 from schemas.errors import UserError
 from schemas.fields import element_count
-from schemas.store import Manifest, TeacherInfo
+from schemas.run import RunConfig
+from schemas.store import Column, Manifest, TeacherInfo, TeacherStream
 from schemas.student import StudentConfig
 
 CHUNK = 4  # images per forward pass: maps of 5 layers in float64 take 0.3 GB
@@ -44,6 +53,9 @@ class Fidelity:
     cosine_min: float = 1.0
     cosine_sum: float = 0.0
     tokens: int = 0
+    """Compared tokens; 0 where the losses take no features."""
+    squares: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    """(2,), summed over features: squares of the error and of the teacher's."""
     kl_sum: Tensor = field(default_factory=lambda: torch.zeros(0))
     """(layers,), summed over rows."""
     kl_max: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -72,13 +84,15 @@ class Fidelity:
         """The measurements under the keys of ``--json``."""
         feature, attention = self.loss_errors
         each = 1000 / self.images
-        return {
+        error, square = self.squares.tolist()
+        values = {
             "bytes_per_image": summary.bytes_per_image,
             "fixed_bytes": summary.fixed_bytes,
             "feature_cosine_min": self.cosine_min,
-            "feature_cosine_mean": self.cosine_sum / self.tokens,
-            "attention_kl_mean": float(self.kl_sum.mean()) / self.kl_rows,
-            "attention_kl_max": float(self.kl_max.max()),
+            "feature_cosine_mean": self.cosine_sum / max(1, self.tokens),
+            "feature_relative_error": (error / max(square, 1e-300)) ** 0.5,
+            "attention_kl_mean": float(self.kl_sum.sum()) / max(1, len(self.layers) * self.kl_rows),
+            "attention_kl_max": max(self.kl_max.tolist(), default=0.0),
             "loss_relative_error": max(feature, attention),
             "gradient_cosine": self.gradient_cosine,
             "feature_loss_relative_error": feature,
@@ -91,6 +105,9 @@ class Fidelity:
             "read_milliseconds_per_image": self.read_seconds * each,
             "decode_milliseconds_per_image": self.decode_seconds * each,
         }
+        absent = {"feature_"} if not self.tokens else set()
+        absent |= {"attention_"} if not self.layers else set()
+        return {k: None if k.startswith(tuple(absent)) else value for k, value in values.items()}
 
 
 @torch.no_grad()
@@ -101,30 +118,40 @@ def measure_fidelity(
     stream: str | None = None,
     source: str | None = None,
     weights: str | None = None,
+    run: RunStream | None = None,
 ) -> Fidelity:
     """Compare the targets of ``count`` samples, evenly spaced in the store, with a new forward pass
-    of the teacher. ``source`` and ``weights`` replace those that the manifest names.
+    of the teacher: all that the store can give, or with ``run`` those of a run's losses. ``source``
+    and ``weights`` replace those that the manifest names.
 
     Raises ``UserError`` if images or weights cannot be read or are not those of the store.
     """
-    name, info = store.manifest.teacher_stream(stream)
+    name, info = store.manifest.teacher_stream(stream if run is None else run.options.stream)
     store.require_complete("latents", name)
     device = torch.device(choose_device("auto"))
     teacher = open_teacher(store, name, weights).to(device)
     source_images = SourceImages(store, source)
-    request = Wanted(features=True, layers=info.teacher.layers, heads=info.teacher.heads)
+    heads = info.teacher.heads
+    if run is None:
+        request = Wanted(features=True, layers=info.teacher.layers, heads=heads)
+        student = _RandomStudent(_student_like(store.manifest, info.teacher), info.teacher, heads)
+    else:
+        heads = aligned_heads(run.student, info.teacher)
+        request = wanted_targets(run.options, heads)
+        student = _RandomStudent(run, info.teacher, heads)
+    student = student.to(device)
     targets = open_targets(store, name, request, device)
+    exact_source = ReplayedTargets(name, _crops_of(info, store.manifest), teacher, request)
     readers = {part: StreamReader(store, part) for part in (name, "latents")}
-    student = _RandomStudent(store.manifest, info.teacher).to(device)
-    layers = len(info.teacher.layers)
+    layers = len(request.layers)
     found = Fidelity(
-        info.cut, info.teacher.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
+        info.cut, request.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
     )
     shards, rows = _spread(store, count)
     for start in range(0, len(shards), CHUNK):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
         crops = torch.from_numpy(source_images(where[0].tolist(), where[1].tolist()))
-        exact = exact_targets(teacher, crops.to(device).permute(0, 3, 1, 2))
+        exact = exact_source({"crop": crops.to(device)})
         began = time.perf_counter()
         columns = {n: torch.from_numpy(a) for n, a in readers[name].read(*where).items()}
         found.read_seconds += time.perf_counter() - began
@@ -141,9 +168,75 @@ def measure_fidelity(
     return found
 
 
+def measure_config(
+    store: Store,
+    config: RunConfig,
+    count: int,
+    *,
+    source: str | None = None,
+    weights: str | None = None,
+) -> dict[str, Fidelity]:
+    """``measure_fidelity`` for the targets and losses of each teacher stream of a run, by the key
+    of its options. Raises ``UserError`` also where the store does not fit the run."""
+    check_store(with_classes(config, store.manifest), store.manifest)
+    if not config.alignment.active:
+        raise UserError(f"run '{config.name}' has no alignment: there are no targets to compare")
+    student = config.student
+    if student.model.startswith("DiT"):  # the losses of targets are those of a SiT
+        student = student.model_copy(update={"model": student.model.replace("DiT", "SiT")})
+    return {
+        place(number): measure_fidelity(
+            store, count, source=source, weights=weights, run=RunStream(student, options)
+        )
+        for number, options in enumerate(config.alignment.streams)
+    }
+
+
+class RunStream(NamedTuple):
+    """A run's student, and its options of one teacher stream."""
+
+    student: StudentConfig
+    options: StreamAlignment
+
+
+def _crops_of(stream: TeacherStream, manifest: Manifest) -> TeacherStream:
+    """A stream of the crops that another was computed from, whose teacher runs in float32."""
+    shapes = cut_shapes("image", stream.teacher, manifest.resolution)
+    return stream.model_copy(
+        update={
+            "cut": "image",
+            "columns": {"crop": Column(shape=shapes["crop"], codec="uint8")},
+            "compute": stream.compute.model_copy(update={"precision": "float32"}),
+        }
+    )
+
+
 def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
     """The result as lines of text."""
     values = found.as_json(summary)
+    features = (
+        [
+            f"  features       cosine mean {values['feature_cosine_mean']:.6f}, "
+            f"min {values['feature_cosine_min']:.6f} over tokens; relative error "
+            f"{values['feature_relative_error']:.2e}"
+        ]
+        if found.tokens
+        else []
+    )
+    attention = (
+        [
+            f"  all layers     attention KL mean {values['attention_kl_mean']:.2e} nats per row, "
+            f"largest row {values['attention_kl_max']:.2e} nats"
+        ]
+        if found.layers
+        else []
+    )
+    losses = ", ".join(
+        f"{kind} loss {'off by ' if not n else 'by '}{values[f'{kind}_loss_relative_error']:.2e}"
+        for n, kind in enumerate(
+            kind for kind, there in (("feature", features), ("attention", attention)) if there
+        )
+    )
     rows = [
         f"  layer {layer:<3}      attention KL mean {one['kl_mean']:.2e} nats per row, "
         f"largest row {one['kl_max']:.2e} nats"
@@ -153,15 +246,10 @@ def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
         [
             f"fidelity of cut '{found.cut}' over {found.images} images, against the teacher in "
             "float32:",
-            f"  features       cosine mean {values['feature_cosine_mean']:.6f}, "
-            f"min {values['feature_cosine_min']:.6f} over tokens",
+            *features,
             *rows,
-            f"  all layers     attention KL mean {values['attention_kl_mean']:.2e} nats per row, "
-            f"largest row {values['attention_kl_max']:.2e} nats",
-            "  random student feature loss off by "
-            f"{values['feature_loss_relative_error']:.2e}, attention loss by "
-            f"{values['attention_loss_relative_error']:.2e}, gradient cosine "
-            f"{values['gradient_cosine']:.6f}",
+            *attention,
+            f"  random student {losses}, gradient cosine {values['gradient_cosine']:.6f}",
             f"  per image      {describe_bytes(summary.bytes_per_image)}; "
             f"{describe_bytes(summary.fixed_bytes)} outside the shards; mean time "
             f"{values['read_milliseconds_per_image']:.2f} ms to read the stream, "
@@ -188,12 +276,6 @@ def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
     return teacher
 
 
-def exact_targets(teacher: Teacher, images_B3RR: Tensor) -> Targets:
-    """Targets in float32, from uint8 crops."""
-    out = teacher(images_B3RR)
-    return Targets(out.features, torch.softmax(out.attention_logits, dim=-1))
-
-
 def _spread(store: Store, count: int) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.asarray(store.index().samples_per_shard)
     total = int(sizes.sum())
@@ -206,14 +288,15 @@ def _spread(store: Store, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _compare(found: Fidelity, exact: Targets, decoded: Targets) -> None:
-    assert exact.features is not None
-    assert decoded.features is not None
-    assert exact.attention is not None
-    assert decoded.attention is not None
-    cosine = torch.cosine_similarity(exact.features.double(), decoded.features.double(), dim=-1)
-    found.cosine_min = min(found.cosine_min, float(cosine.min()))
-    found.cosine_sum += float(cosine.sum())
-    found.tokens += cosine.numel()
+    if exact.features is not None and decoded.features is not None:
+        one, other = exact.features.double(), decoded.features.double()
+        cosine = torch.cosine_similarity(one, other, dim=-1)
+        found.cosine_min = min(found.cosine_min, float(cosine.min()))
+        found.cosine_sum += float(cosine.sum())
+        found.tokens += cosine.numel()
+        found.squares += torch.stack([(other - one).square().sum(), one.square().sum()]).cpu()
+    if exact.attention is None or decoded.attention is None:
+        return
     kl = kl_of_rows(exact.attention, decoded.attention).transpose(0, 1).flatten(1).cpu().float()
     found.kl_sum += kl.sum(1)
     found.kl_max = torch.maximum(found.kl_max, kl.amax(1))
@@ -239,36 +322,54 @@ def _require_size(student: StudentConfig, layers: int) -> None:
         raise UserError(f"--fidelity: a student like this teacher is too large: {error}") from None
 
 
-class _RandomStudent(nn.Module):
-    """A small SiT with random weights and one block for each teacher layer, aligned in order."""
+def _student_like(manifest: Manifest, teacher: TeacherInfo) -> RunStream:
+    """A SiT with one block for each teacher layer, aligned in order."""
+    layers = len(teacher.layers)
+    channels, rows, _ = manifest.autoencoder.latent_shape
+    patches = [patch for patch in (1, 2, 4, 8) if rows == patch * teacher.grid[0]]
+    student = StudentConfig(
+        model=f"SiT-S/{patches[0] if patches else 1 + (rows + 1) % 2}",
+        latent_size=rows,
+        latent_channels=channels,
+        num_classes=1,
+        depth=layers + 1,
+        width=HEAD_WIDTH * teacher.heads,
+        heads=teacher.heads,
+    )
+    options = StreamAlignment(
+        attention_weight=float(layers > 0),
+        feature_weight=1.0,
+        feature_depth=max(1, layers),
+        student_layers=tuple(range(layers)),
+        teacher_layers=teacher.layers,
+        projector_width=256,
+    )
+    return RunStream(student, options)
 
-    def __init__(self, manifest: Manifest, teacher: TeacherInfo) -> None:
+
+class _RandomStudent(nn.Module):
+    """A run's student with random weights and narrow heads, and without a class token."""
+
+    def __init__(self, run: RunStream, teacher: TeacherInfo, heads: int) -> None:
         super().__init__()
-        layers = len(teacher.layers)
-        channels, rows, _ = manifest.autoencoder.latent_shape
-        patches = [patch for patch in (1, 2, 4, 8) if rows == patch * teacher.grid[0]]
-        config = StudentConfig(
-            model=f"SiT-S/{patches[0] if patches else 1 + (rows + 1) % 2}",
-            latent_size=rows,
-            latent_channels=channels,
-            num_classes=1,
-            depth=layers + 1,
-            width=HEAD_WIDTH * teacher.heads,
-            heads=teacher.heads,
+        _, _, own_heads, _ = run.student.size
+        config = run.student.model_copy(
+            update={
+                "num_classes": 1,
+                "width": HEAD_WIDTH * own_heads,
+                "heads": own_heads,
+                "class_token": None,
+            }
         )
-        _require_size(config, layers)
-        alignment = AlignmentConfig(
-            feature_depth=layers,
-            student_layers=tuple(range(layers)),
-            teacher_layers=teacher.layers,
-            projector_width=256,
-        )
+        _require_size(config, len(run.options.student_layers))
+        alignment = AlignmentConfig.model_validate(run.options.model_dump())
+        self.weights = (alignment.feature_weight, alignment.attention_weight)
         generator = torch.Generator().manual_seed(0)
         self.aligned = AlignedStudent(
             config,
             alignment,
             teacher_width=teacher.width,
-            heads=teacher.heads,
+            heads=heads,
             teacher_grid=teacher.grid,
         )
         for (
@@ -291,8 +392,9 @@ class _RandomStudent(nn.Module):
         for row, targets in enumerate((exact, decoded)):
             with torch.enable_grad():
                 losses = self.aligned(x, t, labels, noise - latents, targets)[1:3]
+                total = self.weights[0] * losses[0] + self.weights[1] * losses[1]
                 parameters = list(self.aligned.parameters())
-                parts = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+                parts = torch.autograd.grad(total, parameters, allow_unused=True)
             found.losses[row] += losses.detach().cpu()
             gradients.append(torch.cat([g.flatten() for g in parts if g is not None]).double())
         one, other = gradients
@@ -301,10 +403,12 @@ class _RandomStudent(nn.Module):
     def _set_mean(self, exact: Targets) -> None:
         """Make the projector predict the teacher's mean feature at first: the cosine of a random
         student is near 0, and a relative error of it would have no meaning."""
-        if self.has_mean or self.aligned.projector is None or exact.features is None:
+        projector = self.aligned.projector
+        if self.has_mean or projector is None or exact.features is None:
             return
-        last = self.aligned.projector[-1]
-        assert isinstance(last, nn.Linear)
+        last = list(projector.modules())[-1]
+        assert isinstance(last, nn.Linear | nn.Conv2d)
+        assert last.bias is not None
         mean = exact.features.mean((0, 1))
         last.bias.copy_(mean)
         last.weight.mul_(float(mean.norm()) / len(mean) ** 0.5)

@@ -27,7 +27,7 @@ RECORD = re.compile(rf"{COMMITS}/(?:(?P<stream>{NAME})/)?shard-(?P<shard>\d{{6,9
 TAR = re.compile(rf"(?P<stream>{NAME})/shard-(?P<shard>\d{{6,9}})\.tar")
 CHUNK = re.compile(rf"(?P<stream>{NAME})/{NAME}(?:\.{NAME})?/c/(?P<shard>\d+)(?:/0)*")
 METADATA = re.compile(rf"(?P<stream>{NAME})/(?:{NAME}(?:\.{NAME})?/)?zarr\.json")
-TAIL = re.compile(rf"(?P<stream>{NAME})_teacher_tail\.safetensors")
+TAIL = re.compile(rf"(?P<stream>{NAME})_(?:teacher_tail|null)\.safetensors")
 MAX_LISTED_FILES = 20_000
 """Files of a store that is listed without --gc: object stores list a thousand per request."""
 MAX_SHOWN = 20
@@ -122,7 +122,7 @@ def _accounted_files(store: Store) -> set[str]:
     """Every file that the manifest or the record of a committed shard accounts for."""
     manifest = store.manifest
     paths = {MANIFEST, INDEX, *store.zarr_metadata()}
-    paths |= {s.tail.file for s in manifest.teacher_streams.values() if s.tail is not None}
+    paths |= {file.file for file in manifest.weights_files.values()}
     for added in (None, *store.added_streams):
         shards = store.committed_shards(added or "latents")
         paths |= {commit_path(shard, added) for shard in shards}

@@ -40,6 +40,8 @@ class SourceImages:
                 "dataset": dataset.name,
                 "source": None if location is None else absolute_url(location),
                 "resolution": self._resolution,
+                "split": dataset.split,
+                "captions": dataset.captions_from,
                 "allow_empty_classes": True,
             }
         )
@@ -61,7 +63,8 @@ class SourceImages:
         if item is None:
             raise UserError(f"--source '{self._shown}' has no image '{key}', which is in the store")
         try:
-            return decode_crop(self._read(item), self._resolution, cropped=item.latent is not None)
+            stored, crop = item.latent is not None, self._store.manifest.crop
+            return decode_crop(self._read(item), self._resolution, cropped=stored, crop=crop)
         except (BadImageError, OSError) as error:
             place = describe_image(self._store.manifest.dataset.name, item.key, item.path)
             raise UserError(f"--source '{self._shown}': {place}: {error}") from None

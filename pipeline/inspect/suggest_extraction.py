@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from pipeline.store import Store
 from pipeline.targets.cuts import codec_set_of, cut_columns
+from pipeline.teachers.manifest_check import teacher_config
+from pipeline.teachers.vit import create_meta_vit
 from schemas.codecs import CodecSet
 from schemas.errors import UserError
 from schemas.extract import Cut, ExtractConfig, TeacherConfig
@@ -51,6 +53,8 @@ def suggest_extraction(
         depth = pattern.teacher.depth
         if max(layers) >= depth:
             raise UserError(f"the store's teacher has layers 0 to {depth - 1} only")
+        if not pattern.teacher.layers:
+            _require_attention(pattern, manifest.resolution)
     chosen = sorted(set(layers))
     name = name or _free_name(manifest, cut, chosen)
     options = ["--store", store.shown_url, "--add-stream", name]
@@ -65,6 +69,19 @@ def suggest_extraction(
             options += ["--batch-size", str(existing.compute.batch_size)]
             options += ["--precision", existing.compute.precision]
     return SuggestedExtraction(name, shlex.join(["python", "-m", "pipeline.extract", *options]))
+
+
+def _require_attention(stream: TeacherStream, resolution: int) -> None:
+    """Raises ``UserError`` where a stream was extracted without layers because its teacher's
+    attention cannot be read."""
+    model = stream.teacher.model
+    try:
+        create_meta_vit(teacher_config(stream.teacher), resolution)
+    except UserError:
+        raise UserError(
+            f"the attention of the store's teacher '{model}' cannot be read: its stream serves "
+            "feature losses alone, attention_weight 0; for others add a stream of another teacher"
+        ) from None
 
 
 def _free_name(manifest: Manifest, cut: Cut, layers: Sequence[int]) -> str:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from pipeline.storage.files import file_size
 from pipeline.store import Store
+from pipeline.store.captions import caption_lines
 from pipeline.store.layout import MANIFEST
 from pipeline.text import describe_bytes, short_value, shortened
 from schemas.classes import ClassTable
 from schemas.errors import escaped
-from schemas.store import AutoencoderInfo, Column, TeacherStream
+from schemas.store import AutoencoderInfo, Column, DatasetInfo, TeacherStream, TextStream
 
 MAX_SHOWN = 10
 """Classes that the page shows; ``--json`` has all."""
@@ -30,7 +31,8 @@ class StoreSummary:
     incomplete_streams: dict[str, list[int]]
     """Missing shards of streams that were added later."""
     fixed_bytes: int
-    """Bytes that do not depend on the number of images: teacher tails and the manifest."""
+    """Bytes that do not depend on the number of images: the manifest, teacher tails and null
+    captions."""
     classes: ClassTable
 
     @property
@@ -60,8 +62,7 @@ def summarise(store: Store) -> StoreSummary:
     added = {name: store.missing_shards(name) for name in store.added_streams}
     incomplete = {name: shards for name, shards in added.items() if shards}
     index = store.build_index() if missing or incomplete else store.index()
-    tails = (stream.tail for stream in store.manifest.teacher_streams.values())
-    fixed = sum(tail.bytes for tail in tails if tail is not None)
+    fixed = sum(file.bytes for file in store.manifest.weights_files.values())
     fixed += file_size(store.filesystem, f"{store.root}/{MANIFEST}")
     return StoreSummary(
         sum(index.samples_per_shard),
@@ -95,8 +96,10 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
     lines = [
         f"{store.shown_url}: {state}",
         f"  data set     {m.dataset.name} from {m.dataset.source or 'its package'}, "
-        f"{m.dataset.num_classes} classes, {m.resolution} px",
+        f"{_labels(m.dataset)}, {m.resolution} px"
+        + ("" if m.crop == "adm" else f", crop {m.crop}"),
         *_describe_classes(m.dataset.classes),
+        *(f"  captions     {line}" for line in caption_lines(m)),
         f"  samples      {summary.samples} in {m.num_shards} shards of {m.shard_size}, {m.format}",
         f"  autoencoder  {vae.name} ({origin}), latents "
         f"{'x'.join(str(n) for n in vae.latent_shape)}, {_normalisation(vae)}",
@@ -112,6 +115,8 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
         stream = m.streams[name]
         if isinstance(stream, TeacherStream):
             lines += _describe_teacher(stream)
+        elif isinstance(stream, TextStream):
+            lines += _describe_text(stream)
     fixed = (
         f"; {describe_bytes(summary.fixed_bytes)} outside the shards" if summary.fixed_bytes else ""
     )
@@ -156,6 +161,25 @@ def _describe_classes(classes: ClassTable) -> list[str]:
 def _first(items: Sequence[str]) -> str:
     more = f", and {len(items) - MAX_SHOWN} more" if len(items) > MAX_SHOWN else ""
     return f"{', '.join(items[:MAX_SHOWN])}{more}"
+
+
+def _labels(dataset: DatasetInfo) -> str:
+    split = "" if dataset.split is None else f"split {dataset.split}, "
+    if dataset.dummy_class:
+        return f"{split}captions and no classes (every label is 0)"
+    return f"{split}{dataset.num_classes} classes"
+
+
+def _describe_text(stream: TextStream) -> list[str]:
+    encoder = stream.encoder
+    weights = encoder.weights_sha256
+    run = "not run here" if weights is None else f"weights {encoder.weights} ({weights[:12]})"
+    size = f" x {encoder.width}" if stream.keeps == "embeddings" else ""
+    return [
+        f"    captions   1 to {stream.captions} an image, {stream.keeps} of {encoder.tokens}{size}",
+        f"    encoder    {encoder.encoder}, {run}; tokenizer {encoder.tokenizer}",
+        f"    null       {stream.null.file}, {describe_bytes(stream.null.bytes)}",
+    ]
 
 
 def _describe_teacher(stream: TeacherStream) -> list[str]:

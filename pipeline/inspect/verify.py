@@ -65,7 +65,7 @@ def verify_store(store: Store, *, threads: int = 8) -> Verification:
             for stream, shards in committed.items()
             for shard in sorted(shards)
         ]
-        jobs += [(checker.tail, (name,)) for name in store.manifest.teacher_streams]
+        jobs += [(checker.weights_file, (name,)) for name in store.manifest.weights_files]
         pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
         try:
             for done in as_completed([pool.submit(check, *arguments) for check, arguments in jobs]):
@@ -114,11 +114,9 @@ class _Checker:
                 found.add(Verification(int(not damages), damages))
         return found
 
-    def tail(self, stream: str) -> Verification:
-        """Check the tail of a stream's teacher."""
-        tail = self.store.manifest.teacher_streams[stream].tail
-        if tail is None:
-            return Verification()
+    def weights_file(self, stream: str) -> Verification:
+        """Check the tail of a stream's teacher, or the null caption of a stream of captions."""
+        tail = self.store.manifest.weights_files[stream]
         file = StreamFile(**tail.model_dump(), offsets={}, sizes={}, crc32={})
         damages = [Damage(problem, tail.file, stream) for _, problem in self._check(file, ())]
         return Verification(int(not damages), damages)
@@ -194,8 +192,8 @@ def _expected_bytes(store: Store) -> int | None:
         return None
     if index is None:
         return None
-    tails = (stream.tail for stream in store.manifest.teacher_streams.values())
-    return sum(index.bytes_per_stream.values()) + sum(t.bytes for t in tails if t is not None)
+    files = store.manifest.weights_files.values()
+    return sum(index.bytes_per_stream.values()) + sum(file.bytes for file in files)
 
 
 def describe_verification(store: Store, found: Verification) -> str:

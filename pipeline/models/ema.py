@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.distributed.sharding import local
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -22,8 +24,8 @@ class Ema(Generic[M]):
     @torch.no_grad()
     def update(self, module: nn.Module, skipped: Tensor | None = None) -> None:
         """One step. ``skipped``, a bool on the device: if the average stays as it is."""
-        averages: list[Tensor] = list(self.module.parameters())
-        weights: list[Tensor] = [p.data for p in module.parameters()]
+        averages: list[Tensor] = [local(p.data) for p in self.module.parameters()]
+        weights: list[Tensor] = [local(p.data) for p in module.parameters()]
         if skipped is not None:
             weights = [torch.where(skipped, e, w) for e, w in zip(averages, weights, strict=True)]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)

@@ -8,6 +8,9 @@ from pipeline.text import short_value
 from schemas.errors import UserError
 from schemas.store import Manifest
 
+FILLED_IN = ("null", "truncated")
+"""Keys of a stream of captions that are written later, or have a check of their own."""
+
 
 def check_same_store(saved: Manifest, wanted: Manifest, url: str) -> None:
     """Raises ``UserError`` when shards extracted now would not fit those that a store has. Paths
@@ -18,7 +21,8 @@ def check_same_store(saved: Manifest, wanted: Manifest, url: str) -> None:
     if None not in (saved.autoencoder.weights_sha256, wanted.autoencoder.weights_sha256):
         ignore.append("autoencoder.name")
     for name in saved.streams:
-        ignore += [f"streams.{name}.tail", f"streams.{name}.teacher.weights"]
+        ignore += [f"streams.{name}.{key}" for key in ("tail", "teacher.weights", *FILLED_IN)]
+        ignore.append(f"streams.{name}.encoder.weights")
         if name not in wanted.streams:
             ignore.append(f"streams.{name}")
     require_equal(
@@ -34,7 +38,8 @@ def check_same_store(saved: Manifest, wanted: Manifest, url: str) -> None:
 def check_same_conversion(saved: Manifest, wanted: Manifest, url: str) -> None:
     """Raises ``UserError`` when shards converted now would not fit those that the target has.
     Skipped images and tails are not compared, because they are written later."""
-    ignore = ["skipped", *(f"streams.{name}.tail" for name in saved.streams)]
+    keys = ("tail", *FILLED_IN)
+    ignore = ["skipped", *(f"streams.{name}.{key}" for name in saved.streams for key in keys)]
     require_equal(
         saved,
         wanted,

@@ -193,6 +193,7 @@ class Store:
             skipped.extend(self.record(shard).skipped)
         opened = self.manifest
         changed: dict[str, object] = {"skipped": tuple(skipped)}
+        truncated = self._truncated_captions()
         if empty_classes is not None:
             empty = tuple(empty_classes({image.key for image in skipped}))
             changed["dataset"] = opened.dataset.model_copy(update={"empty_classes": empty})
@@ -202,13 +203,23 @@ class Store:
             require_equal(
                 current,
                 opened,
-                ["skipped", "dataset.empty_classes", *(f"streams.{name}" for name in added)],
+                [
+                    *("skipped", "dataset.empty_classes"),
+                    *(f"streams.{name}" for name in added),
+                    *(f"streams.{name}.truncated" for name in opened.text_streams),
+                ],
                 where=f"store '{self.shown_url}'",
                 what="this command",
                 remedy="another command has replaced its manifest; delete the store and run one of "
                 "them again",
             )
-            return current.model_copy(update=changed)
+            streams = {
+                name: stream.model_copy(update={"truncated": truncated[name]})
+                if name in truncated
+                else stream
+                for name, stream in current.streams.items()
+            }
+            return current.model_copy(update={**changed, "streams": streams})
 
         self.update(complete)
 
@@ -220,6 +231,15 @@ class Store:
             return built.model_dump_json().encode()
 
         update_file(self.filesystem, f"{self.root}/{INDEX}", index)
+
+    def _truncated_captions(self) -> dict[str, int]:
+        """Truncated captions of each complete stream of captions, by its commit records."""
+        found = {}
+        for name in self.manifest.text_streams:
+            if not self.missing_shards(name):
+                records = (self.record(n, name) for n in range(self.manifest.num_shards))
+                found[name] = sum(record.captions[name].truncated for record in records)
+        return found
 
     def record(self, shard: int, stream: str = "latents") -> CommitRecord:
         """The commit record of a shard of ``stream``. Raises ``UncommittedShardError`` when there
@@ -250,6 +270,9 @@ class Store:
         streams = self.manifest.base_streams.keys() if added is None else {added}
         if record.shard != shard or record.streams.keys() != streams:
             raise UserError(f"{where} does not belong to this store")
+        captions = self.manifest.text_streams.keys() & streams
+        if record.captions.keys() != captions:
+            raise UserError(f"{where} lists captions of other streams than the store has")
         if added is not None:
             _check_same_samples(record, self.record(shard), where)
         return record

@@ -16,7 +16,14 @@ from pipeline.store.arrays import check_value, stream_parts
 from pipeline.store.layout import commit_path
 from pipeline.store.tar_writer import TarWriter
 from pipeline.store.zarr_writer import ZarrWriter
-from schemas.store import STORE_VERSION, CommitRecord, Manifest, SkippedImage
+from schemas.store import (
+    LENGTHS,
+    STORE_VERSION,
+    CommitRecord,
+    Manifest,
+    RecordedCaptions,
+    SkippedImage,
+)
 
 Values = Mapping[str, Mapping[str, Any]]
 """stream -> part name -> one sample's array, as ``encode_column`` returns them."""
@@ -43,6 +50,9 @@ class ShardWriter:
         self._keys: list[str] = []
         self._scratch: Path | None = None
         self._writers: dict[str, TarWriter | ZarrWriter] = {}
+        self._lengths: dict[str, list[np.ndarray]] = {
+            name: [] for name in names if name in manifest.text_streams
+        }
 
     def __enter__(self) -> ShardWriter:
         if not is_local(self._filesystem):
@@ -71,6 +81,8 @@ class ShardWriter:
                     raise ValueError(f"sample '{key}', {name}.{array}: {error}") from None
         for name, writer in self._writers.items():
             writer.add(key, checked[name])
+        for name, lengths in self._lengths.items():
+            lengths.append(checked[name][LENGTHS])
         self._keys.append(key)
 
     def commit(self, skipped: Sequence[SkippedImage] = ()) -> CommitRecord:
@@ -88,10 +100,20 @@ class ShardWriter:
             keys=self._keys,
             skipped=tuple(skipped),
             streams=streams,
+            captions={name: self._recorded(name) for name in self._lengths},
         )
         path = f"{self._root}/{commit_path(self.shard, self.added)}"
         write_atomic(self._filesystem, path, record.model_dump_json().encode())
         return record
+
+    def _recorded(self, stream: str) -> RecordedCaptions:
+        """Captions of the samples, by their lengths."""
+        limit = self._manifest.text_streams[stream].encoder.tokens
+        lengths = self._lengths[stream]
+        return RecordedCaptions(
+            counts=[int((row > 0).sum()) for row in lengths],
+            truncated=sum(int((row > limit).sum()) for row in lengths),
+        )
 
     def _open(self, stream: str, folder: Path, temporary: str) -> TarWriter | ZarrWriter:
         parts = self.parts[stream]

@@ -88,6 +88,11 @@ def check_target(options: StreamAlignment, name: str, stream: TeacherStream, *, 
             "(extract --add-stream NAME --cut activations), or use target final"
         )
     teacher = stream.teacher
+    if TARGET_KINDS[options.target].replayed and not teacher.layers:
+        raise UserError(
+            f"{at}.target {options.target} is read between the teacher's blocks; stream '{name}' "
+            "was extracted with --layers none: extract another with --layers, or use target final"
+        )
     first = teacher.layers[0] if stream.cut == "activations" else 0
     missing = [n for n in options.target_layers or () if not first <= n < teacher.depth]
     if missing:

@@ -247,7 +247,7 @@ def check_stream(options: StreamAlignment, manifest: Manifest, *, at: str = "ali
         if missing:
             raise UserError(
                 f"{at}.teacher_layers asks for teacher layer {_join(missing)}; the "
-                f"store holds {_join(teacher.layers)}: extract again with --layers that "
+                f"store holds {_join(teacher.layers) or 'none'}: extract again with --layers that "
                 "include it"
             )
 

@@ -37,7 +37,8 @@ class GradientProbe:
         at each time; 0 where one of them vanishes. Every rank calls it."""
         trainer = self.trainer
         streams = trainer.config.alignment.streams
-        depth = min(options.feature_depth for options in streams)
+        depths = [options.feature_depth for options in streams if options.feature_weight]
+        depth = min(depths, default=streams[0].feature_depth)
         parameters = list(trainer.module.student.blocks[depth - 1].parameters())
         size = sum(parameter.numel() for parameter in parameters)
         sums = torch.zeros(len(times), 2, size, device=trainer.group.device)

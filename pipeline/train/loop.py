@@ -220,8 +220,9 @@ class TrainingLoop:
             return
         self._require_finite(weights=True)
         with self._outside_training():
+            student = self.trainer.averaged_student()
             pause = self._save_or_stop_if_requested
-            for event in validator.run(self.trainer.ema.module, step, pause, resumed=resumed):
+            for event in validator.run(student, step, pause, resumed=resumed):
                 self._log_event(event)
             self.validated_step = step
 

@@ -18,6 +18,8 @@ from pipeline.checkpoints.state import projector_files
 from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.diffusion.times import times_of
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.distributed.sharding import local, save_whole, save_whole_optimizer, shard, whole
+from pipeline.models import SiT, make_student
 from pipeline.models.ema import Ema
 from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
@@ -120,7 +122,15 @@ class Trainer:
         }
         self._store = store
         self._targets: tuple[TargetSource, ...] | None = None
+        self._sharded = config.compute.shard == "fsdp2" and group.world_size > 1
+        if self._compiles:
+            report_compile_limit()
+            self.module.compile_parts(sharded=self._sharded)
+        if self._sharded:
+            self._shard()
         self.optimizer = _make_optimizer(self.module, config)
+        if self._sharded:
+            save_whole_optimizer(self.optimizer)
         self.feed = DevicePrefetcher(group.device)
         self.draws = NoisePrefetcher(
             config.seed,
@@ -130,9 +140,6 @@ class Trainer:
             partial(times_of, config.diffusion),
             class_token=config.student.class_token,
         )
-        if self._compiles:
-            report_compile_limit()
-            self.module.compile_parts()
         self.wrapped: nn.Module = group.wrap(self.module)
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -152,10 +159,7 @@ class Trainer:
             # Ranks may have unequal numbers of parts; each averages once, with its last part.
             with self.group.sync_gradients(self.wrapped, enabled=number == len(parts)):
                 losses += self._accumulate(*part)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.module.parameters(), config.optimizer.max_grad_norm
-        )
-        result = torch.cat([losses, norm.detach().view(1)])
+        result = torch.cat([losses, self._clip_gradients().view(1)])
         if config.train.on_nan == "skip_step":
             broken = (~result.isfinite()).any().float()
             self.skipped = self.group.sum(broken) > 0
@@ -166,6 +170,27 @@ class Trainer:
             self.projector_emas[number].update(projector, self.skipped)
         self.step += 1
         return result
+
+    def _clip_gradients(self) -> Tensor:
+        """The global norm of the gradients, which are then clipped to ``max_grad_norm``.
+
+        On a GPU the fused optimizer divides by ``grad_scale`` where it reads the gradients anyway.
+        This rounds a quotient instead of a product; unclipped gradients keep every bit.
+        """
+        limit = self.config.optimizer.max_grad_norm
+        if not self._clips_in_optimizer:
+            norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+            return whole(norm.detach()).to(self.group.device)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # inverse of clip_grad_norm_'s factor
+        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        return norm
+
+    @property
+    def _clips_in_optimizer(self) -> bool:
+        fused = self.optimizer.param_groups[0]["fused"]
+        return bool(fused) and self.group.device.type == "cuda" and not self._sharded
 
     def _optimizer_step(self) -> None:
         """AdamW's step, without effect where ``skipped``."""
@@ -225,7 +250,7 @@ class Trainer:
             for parameter in group["params"]:
                 self.optimizer.state.pop(parameter, None)
         del self.optimizer.param_groups[1:]
-        if self.group.world_size > 1:
+        if self.group.world_size > 1 and not self._sharded:
             self.wrapped = self.module  # frees the old reducer and its hooks before a new one
             gc.collect()
             self.wrapped = self.group.wrap(self.module)
@@ -242,13 +267,45 @@ class Trainer:
             modules[average] = self.projector_emas[number].module
         return modules
 
+    def averaged_student(self) -> SiT:
+        """The student with averaged weights, for sampling: a whole copy where they are sharded.
+        Every rank calls it."""
+        if not self._sharded:
+            return self.ema.module
+        student = make_student(self.config.student).to(self.group.device)
+        student.load_state_dict(self.ema.module.state_dict())
+        return student.requires_grad_(False).eval()
+
+    def _shard(self) -> None:
+        """Divide weights and averages. Ranks gather weights together, so that all must take
+        equally many forward passes."""
+        config, workers = self.config, self.group.world_size
+        shares = {config.global_batch // workers, -(-config.global_batch // workers)}
+        size = config.workers.micro_batch or config.global_batch
+        if len({-(-share // size) for share in shares}) > 1:
+            raise UserError(
+                f"compute.shard fsdp2 needs equally many micro-batches of all workers: {workers} "
+                f"share {config.global_batch} samples, {min(shares)} or {max(shares)} each, in "
+                f"parts of {size}; choose another --workers.micro-batch or --global-batch"
+            )
+        shard(self.module, self.module.parts, self.group.device)
+        shard(self.ema.module, (), self.group.device)
+        for average in self.projector_emas.values():
+            shard(average.module, (), self.group.device)
+        for module in self.modules().values():
+            save_whole(module)
+
     def tensors(self) -> dict[str, list[Tensor]]:
-        """Tensors of everything that a checkpoint holds, by a name for messages."""
+        """Tensors of everything that a checkpoint holds, by a name for messages; where they are
+        sharded, this rank's slices."""
         found = {
-            f"{name.replace('_', ' ')} weights": list(module.state_dict().values())
+            f"{name.replace('_', ' ')} weights": [
+                local(tensor.data) for tensor in (*module.parameters(), *module.buffers())
+            ]
             for name, module in self.modules().items()
         }
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        states = self.optimizer.state.values()
+        moments = [local(value) for state in states for value in state.values()]
         return {**found, "optimizer state": moments}
 
     def state_dict(self) -> dict[str, Any]:

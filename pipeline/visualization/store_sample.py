@@ -12,8 +12,11 @@ from pipeline.alignment.losses import Targets
 from pipeline.autoencoders import decode_means, open_decoder
 from pipeline.datasets.class_names import row_name
 from pipeline.store import Store, StreamReader
+from pipeline.store.captions import unpack_texts
 from pipeline.targets.sources import Wanted, read_targets
-from schemas.errors import UserError
+from pipeline.text import shortened
+from schemas.errors import UserError, plain_text
+from schemas.fields import TEXT
 from schemas.store import TeacherInfo
 
 matplotlib.use("Agg")
@@ -21,6 +24,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+MAX_CAPTION = 120  # characters in the title
 QUERIES = ((0.5, 0.5), (0.25, 0.25), (0.75, 0.75))  # (row, column) as fractions of the grid
 
 
@@ -41,6 +45,16 @@ def read_latents(store: Store, shard: int, row: int) -> dict[str, np.ndarray]:
     return {column: values[0] for column, values in batch.items()}
 
 
+def read_captions(store: Store, shard: int, row: int) -> list[str]:
+    """The captions of a sample; empty where the store has none, or only their embeddings."""
+    streams = store.manifest.text_streams.items()
+    name = next((name for name, stream in streams if TEXT in stream.columns), None)
+    if name is None:
+        return []
+    reader = StreamReader(store, name, columns=[TEXT])
+    return unpack_texts(reader.read(np.array([shard]), np.array([row]))[TEXT][0])
+
+
 def first_of_each_class(store: Store, count: int) -> list[int]:
     """Rows of shard 0 with the first sample of each of its first ``count`` classes."""
     rows = np.arange(store.record(0).samples)
@@ -59,10 +73,13 @@ def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -
     request = Wanted(features=True, layers=teacher.layers, heads=teacher.heads)
     targets = read_targets(store, np.array([shard]), np.array([row]), request, stream)
     figure = _draw_targets(teacher, targets, image)
-    figure.suptitle(
-        f"{key} (class {row_name(int(sample['label']), store.manifest.dataset.classes)})",
-        fontsize=9,
+    dataset = store.manifest.dataset
+    name = (
+        "" if dataset.dummy_class else f" (class {row_name(int(sample['label']), dataset.classes)})"
     )
+    captions = [shortened(plain_text(c), MAX_CAPTION) for c in read_captions(store, shard, row)]
+    title = "\n".join([f"{key}{name}", *captions]).replace("$", r"\$")  # not mathematics
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +94,6 @@ def draw_sample(store: Store, key: str, path: Path, stream: str | None = None) -
 def _draw_targets(teacher: TeacherInfo, targets: Targets, image: np.ndarray) -> Figure:
     """One line per query token: its position, then its attention in every layer, mean of heads."""
     assert targets.features is not None
-    assert targets.attention is not None
     grid, layers = teacher.grid, teacher.layers
     columns = 2 + len(layers)
     figure, axes = plt.subplots(
@@ -91,6 +107,7 @@ def _draw_targets(teacher: TeacherInfo, targets: Targets, image: np.ndarray) -> 
         _show(line[0], image, "decoded latent, query token")
         line[0].plot(*mark, "r+", markersize=9, markeredgewidth=2)
         for i, layer in enumerate(layers):
+            assert targets.attention is not None
             attention = targets.attention[0, i, :, row * grid[1] + column].mean(0).numpy()
             _show(line[2 + i], attention.reshape(grid), f"attention, layer {layer}")
     _show(axes[0, 1], feature_pca(targets.features[0].numpy(), grid), "feature PCA")

@@ -19,6 +19,7 @@ BENCHES = {
     "extract": "an encoder, from JPEG files to shards, against its two networks alone",
     "optimizer": "AdamW and the weights' average, fused against plain",
     "attention": "the attention loss, forward and backward, fused against plain",
+    "arithmetic": "kernels, bytes and predicted times of a step on an H100, counted on the CPU",
     "table": "step, loader, extract, optimizer and attention in one run of ten minutes at most",
     "growth": "1.3 and 100 million samples: time to open, order and read a first batch; memory",
     "shuffle": "label entropy of batches by shuffle window, against a full shuffle",

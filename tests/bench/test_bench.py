@@ -37,6 +37,10 @@ TINY = {
         *["--batch", "1", "--layers", "1", "--heads", "2", "--tokens", "16"],
         *["--rounds", "1", "--compiled", "false"],
     ],
+    "arithmetic": [
+        *["--student", "SiT-S/2", "--depth", "2", "--width", "64", "--heads", "4"],
+        *["--batch", "2", "--tapped", "1"],
+    ],
     "table": ["--only", "tiny"],
     "growth": ["--samples", "1000", "--batch", "32", "--steps", "10"],
     "shuffle": ["--samples", "2000", "--classes", "10", "--windows", "1,8", "--batches", "5"],
@@ -44,7 +48,12 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("name", BENCHES)
+SLOW = ("arithmetic",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in BENCHES]
+)
 def test_a_tiny_bench_prints_one_json_object(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--json", *TINY[name]]) == 0
     out = capsys.readouterr().out

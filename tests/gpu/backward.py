@@ -39,12 +39,14 @@ def _walk(
     for tensor, given in zip(outputs, grads, strict=True):
         _add(arrived, _edge(tensor), torch.ones_like(tensor) if given is None else given)
     found: list[Tensor | None] = [None] * len(wanted or ())
-    for node in _in_order([_edge(tensor)[0] for tensor in outputs]):
+    ordered = _in_order([_edge(tensor)[0] for tensor in outputs])
+    needed = set(ordered) if wanted is None else _leading_to({edge[0] for edge in wanted}, ordered)
+    for node in ordered:
         slots = arrived.pop(node, {})
         for place, (target, slot) in enumerate(wanted or ()):
             if target is node:
                 found[place] = slots.get(slot)
-        if not slots:
+        if not slots or node not in needed:
             continue
         if hasattr(node, "variable"):  # a leaf
             if wanted is None:
@@ -58,6 +60,15 @@ def _walk(
         for edge, value in zip(node.next_functions, results, strict=True):
             if edge[0] is not None and value is not None:
                 _add(arrived, edge, value)
+    return found
+
+
+def _leading_to(targets: set[Any], ordered: Sequence[Any]) -> set[Any]:
+    """Nodes before one of the targets, as the engine runs no others."""
+    found: set[Any] = set()
+    for node in reversed(ordered):
+        if any(following in targets or following in found for following, _ in node.next_functions):
+            found.add(node)
     return found
 
 

@@ -126,8 +126,10 @@ class Memory:
 class FakeGpu(contextlib.ExitStack):
     active: FakeGpu
 
-    def __init__(self) -> None:
+    def __init__(self, *, watch: bool = True) -> None:
+        """``watch``: log waits and races; without it, graphs can be traced for the compiler."""
         super().__init__()
+        self._watch = watch
         self.waits: list[Event] = []
         self._races: list[Event] = []
         self.operations = 0
@@ -155,7 +157,8 @@ class FakeGpu(contextlib.ExitStack):
         for target, replacement in self._patches().items():
             self.enter_context(mock.patch(target, replacement))
         self.enter_context(FakeMode(allow_non_fake_inputs=True))
-        self.enter_context(Watch(self))
+        if self._watch:
+            self.enter_context(Watch(self))
         return self
 
     def _patches(self) -> dict[str, Any]:

@@ -47,10 +47,33 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+SECOND = {"feature_weight": 0.25, "feature_depth": 3, "student_layers": [1], "teacher_layers": [4]}
+RECIPES = {
+    "projector": "conv",
+    "projector_kernel": 3,
+    "normalisation": "spatial",
+    "normalisation_strength": 0.6,
+    "others": [SECOND],
+}
+"""Three more graphs: the other projector, other attention layers, and the normalisation."""
+
+
 @pytest.mark.parametrize(
-    ("cut", "class_token"), [("maps", False), ("activations", False), ("maps", True)]
+    ("cut", "class_token", "alignment", "first_step"),
+    [
+        ("maps", False, {}, 5),
+        ("activations", False, {}, 5),
+        ("maps", True, {}, 5),
+        ("maps", False, RECIPES, 8),
+    ],
 )
-def test_graphs_of_a_run(stores: Callable[..., Store], cut: str, class_token: bool) -> None:
+def test_graphs_of_a_run(
+    stores: Callable[..., Store],
+    cut: str,
+    class_token: bool,
+    alignment: dict[str, Any],
+    first_step: int,
+) -> None:
     store = stores(cut)
     options: dict[str, Any] = {}
     if class_token:
@@ -58,7 +81,8 @@ def test_graphs_of_a_run(stores: Callable[..., Store], cut: str, class_token: bo
     changes: dict[str, Any] = {
         "steps": 9,
         "student": {"depth": 5, **options.get("student", {})},
-        "alignment": {"student_layers": [1, 2]},  # the first block is not tapped, as in papers
+        # the first block is not tapped, as in papers
+        "alignment": {"student_layers": [1, 2], **alignment},
         "compute": {"compile": "on"},
         "precision": "bfloat16",
     }
@@ -73,13 +97,14 @@ def test_graphs_of_a_run(stores: Callable[..., Store], cut: str, class_token: bo
     with open_steps(store, CPU, changes) as steps:
         student = steps.trainer.ema.module
         count("first step", lambda: steps.take(1))
+        steps.trainer.factor = 0.5  # of a ramp
         count("second step", lambda: steps.take(1))
         count("probe", lambda: steps.probe.gradient_cosines([0.1], 3))
         count("sampling", lambda: draw_latents(student, [1, 2, 3], sampler))
         count("third step", lambda: steps.take(1))
         count("termination", steps.terminate)
         count("Phase II", lambda: steps.take(2))
-    assert made.pop("first step") == 5
+    assert made.pop("first step") == first_step
     assert set(made.values()) == {0}, made
     assert sum(counters["graph_break"].values()) == 0
     assert symbolic == []  # sizes are constants

@@ -137,14 +137,14 @@ def test_several_teacher_streams(tmp_path: Path) -> None:
     assert all_files(tmp_path / "again") == all_files(tmp_path / "a")
 
     maps = converted(store, tmp_path / "maps", cut="maps")
-    assert list(maps.manifest.streams) == ["latents", "maps", "tokens"]
+    assert list(maps.manifest.streams) == ["latents", "maps", "class", "tokens"]
     assert maps.manifest.teacher_streams["tokens"].cut == "maps"
     assert not list((tmp_path / "maps").glob("*.safetensors"))
 
     one = converted(store, tmp_path / "one", stream="tokens", codec="small")
-    assert list(one.manifest.streams) == ["latents", "tokens"]
+    assert list(one.manifest.streams) == ["latents", "class", "tokens"]
     one.require_complete("latents", "tokens")
-    assert one.index().bytes_per_stream.keys() == {"latents", "tokens"}
+    assert one.index().bytes_per_stream.keys() == {"latents", "class", "tokens"}
     targets_of(one)
 
     assert "no teacher stream 'x', only qk, tokens" in refusal(store, tmp_path / "x", stream="x")

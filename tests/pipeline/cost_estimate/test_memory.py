@@ -107,7 +107,6 @@ def inputs(run: RunConfig, samples: int = SAMPLES) -> tuple[Any, ...]:
     targets, token = make_targets(run, GEOMETRY, samples), None
     if run.student.class_token is not None:
         token = ClassToken(*(torch.zeros(samples, run.student.class_token) for _ in range(3)))
-        targets = [one._replace(class_token=token.clean) for one in targets]
     return latents, time, labels, torch.zeros_like(latents), *targets, token
 
 
@@ -264,6 +263,27 @@ def memory(**changes: int) -> StepMemory:
         compiled=True,
     )
     return replace(made, **changes)
+
+
+def test_shards_are_divided_among_the_workers() -> None:
+    off = {"compile": "off"}
+    one = step_memory(run_config(compute=off), GEOMETRY, tail_weights=7)
+    sharded = {**off, "shard": "fsdp2"}
+    alone = step_memory(run_config(compute=sharded), GEOMETRY, tail_weights=7)
+    assert alone == one
+    workers = {"count": 4}
+    four = step_memory(run_config(compute=sharded, workers=workers), GEOMETRY, tail_weights=7)
+    assert four.optimizer == pytest.approx(one.optimizer / 4)
+    assert four.averages == four.gradients == pytest.approx(one.gradients / 4)
+    largest = 4 * max(sum(p.numel() for p in b.parameters()) for b in _parts(run_config()))
+    assert four.weights == four.gradients + 3 * largest
+    assert (four.teacher_tail, four.kept_per_sample) == (28, one.kept_per_sample)
+
+
+def _parts(run: RunConfig) -> list[torch.nn.Module]:
+    module = make_module(run, GEOMETRY)
+    assert module.projector is not None
+    return [*module.student.blocks, module.student.final_layer, module.projector]
 
 
 def test_the_largest_micro_batch() -> None:

@@ -55,8 +55,8 @@ def test_latents_keys_and_shards_stay_and_training_can_choose(
     changed = {name for name, data in before.items() if after[name] != data}
     assert changed == {"manifest.json", "index.json"}
     new = {name.split("/")[0] for name in after.keys() - before.keys()}
-    assert new == {"second", "commits", "second_teacher_tail.safetensors"}
-    assert list(store.manifest.streams) == ["latents", "maps", "second"]
+    assert new == {"second", "second_class", "commits", "second_teacher_tail.safetensors"}
+    assert list(store.manifest.streams) == ["latents", "maps", "class", "second", "second_class"]
     for shard in range(store.manifest.num_shards):
         assert store.record(shard, "second").keys == store.record(shard).keys
     assert extract(added(base, layers=(3, 4))).images == 0

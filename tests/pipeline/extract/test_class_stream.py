@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from pipeline.convert.class_stream import add_class_stream
+from pipeline.extract.compatibility import check_request
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.job import extract
+from pipeline.extract.target_store import missing_tasks, open_store
 from pipeline.extract.tasks import make_tasks
 from pipeline.inspect.orphans import find_orphans
 from pipeline.inspect.verify import verify_store
@@ -273,3 +275,24 @@ def test_an_added_stream_has_its_own_class_stream(images: Path, tmp_path: Path) 
     long = {**values, "teacher": teacher, "add_stream": "x" * 60}
     with pytest.raises(UserError, match="has more than 64 characters: choose a shorter name"):
         extract(ExtractConfig.model_validate(long))
+
+
+def test_a_store_that_was_begun_without_is_completed_without(tmp_path: Path) -> None:
+    """As an earlier version began it; asked for by name, class tokens are refused with the way."""
+    config = options(tmp_path / "store", cut="maps")
+    encode(config)
+    old = without_class_stream(Store.open(str(tmp_path / "store")))
+    whole = all_files(Path(old.root))
+    for path in ("commits/shard-000001.json", "maps/shard-000001.tar", "index.json"):
+        Path(old.root, path).unlink()
+    encoder = Encoder(config, device="cpu", threads=1)
+    check_request(config, digits(config), old)
+    store = open_store(config, digits(config), old, encoder)
+    (task,) = missing_tasks(config, digits(config), store)
+    encoder.encode_shard(store.url, store.manifest, task)
+    store.finish()
+    assert all_files(Path(store.root)) == whole
+    for token in ("class", "mean"):
+        asked = options(tmp_path / "store", class_token=token)
+        with pytest.raises(UserError, match=r"made without class tokens: .*--add-stream class$"):
+            check_request(asked, digits(config), store)

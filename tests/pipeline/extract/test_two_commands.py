@@ -151,13 +151,14 @@ def test_two_added_streams_at_once(
     two = second_stream(store, "two", 3, cut="activations")
     run(one, monkeypatch, rival=lambda: run(two, monkeypatch))
     store = Store.open(store.url)
-    assert list(store.manifest.streams) == ["latents", "image", "two", "one"]
+    added = ["two", "two_class", "one", "one_class"]
+    assert list(store.manifest.streams) == ["latents", "image", "class", *added]
     assert {n: s.teacher.seed for n, s in store.manifest.teacher_streams.items()} == {
         "image": 1,
         "two": 3,
         "one": 2,
     }
-    store.require_complete("latents", "one", "two")
+    store.require_complete("latents", *added)
     assert all(store.index().bytes_per_stream[name] > 0 for name in store.manifest.streams)
     assert verify_store(store).damaged == []
     for name in ("one", "two"):

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from pipeline.assets import DEMO_TEACHER
 from pipeline.datasets.digits import list_digits, read_digit
 from pipeline.inspect.__main__ import main
-from pipeline.inspect.fidelity import kl_of_rows
+from pipeline.inspect.fidelity import kl_of_rows, open_teacher
+from pipeline.inspect.source_images import SourceImages
 from pipeline.store import Store
+from pipeline.targets.sources import Wanted, read_targets
 from schemas.errors import UserError
 from tests.encoded import encode
 
@@ -71,7 +74,9 @@ def test_exact_stores_are_found_exact(
     assert found["attention_kl_max"] < 1e-6
     assert found["loss_relative_error"] < 1e-5
     assert found["gradient_cosine"] > 1 - 1e-6
-    files = (p.stat().st_size for s in ("latents", cut) for p in Path(store.root, s).iterdir())
+    files = (
+        p.stat().st_size for s in ("latents", cut, "class") for p in Path(store.root, s).iterdir()
+    )
     assert found["bytes_per_image"] == pytest.approx(sum(files) / 8)
     assert isinstance(found["fixed_bytes"], int)
 
@@ -188,3 +193,114 @@ def test_real_images_through_a_teacher_of_published_size(
     if cut == "activations":
         in_float32 = 4 * 257 * 384
         assert store.index().bytes_per_stream["activations"] / 3 < in_float32 / 4
+
+
+def recipe(path: Path, **alignment: Any) -> str:
+    """A config that the demo's stores can train."""
+    student = {"depth": 3, "width": 24, "heads": 6, "latent_size": 8, "num_classes": 10}
+    values = {
+        "student": {"model": "SiT-S/1", **student},
+        "alignment": {
+            "feature_depth": 2,
+            "student_layers": [1, 2],
+            "teacher_layers": [5, 3],
+            "projector_width": 16,
+            **alignment,
+        },
+    }
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def spatial(strength: float) -> dict[str, Any]:
+    return {
+        "attention_weight": 0,
+        "projector": "conv",
+        "projector_kernel": 3,
+        "normalisation": "spatial",
+        "normalisation_strength": strength,
+    }
+
+
+def test_a_configs_own_targets_and_losses_are_measured(
+    store_of: Callable[..., Store], tmp_path: Path, capsys: Capture
+) -> None:
+    store = store_of("maps", "small")
+    plain, feature = recipe(tmp_path / "a.yaml"), recipe(tmp_path / "b.yaml", attention_weight=0)
+    found = fidelity_of(capsys, store, plain)["alignment"]
+    assert found["layers"].keys() == {"5", "3"}
+    assert 1e-8 < found["attention_kl_mean"] < 1e-3
+    assert 0.99 < found["gradient_cosine"] < 1
+    alone = fidelity_of(capsys, store, feature)["alignment"]
+    assert (alone["layers"], alone["attention_kl_mean"]) == ({}, None)
+    assert alone["attention_loss_relative_error"] is None
+    assert alone["feature_relative_error"] == found["feature_relative_error"]
+
+
+def test_errors_are_those_of_normalised_targets(
+    store_of: Callable[..., Store], tmp_path: Path, capsys: Capture
+) -> None:
+    """Computed again by the formula of iREPA, from the teacher and from the stored features."""
+    store = store_of("maps", "small")
+    config = recipe(tmp_path / "c.yaml", **spatial(0.6))
+    found = fidelity_of(capsys, store, config)["alignment"]
+    plain = recipe(tmp_path / "d.yaml", attention_weight=0)
+    raw = fidelity_of(capsys, store, plain)["alignment"]
+    rows = np.unique(np.linspace(0, 7, 6).round().astype(int))
+    stored = read_targets(store, np.zeros_like(rows), rows, Wanted(True, (), 1)).features
+    teacher = open_teacher(store, "maps", None)
+    images = torch.from_numpy(SourceImages(store, None)([0] * len(rows), rows.tolist()))
+    exact = teacher(images.permute(0, 3, 1, 2)).features
+    assert stored is not None
+    one, other = (
+        (x - 0.6 * x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
+        for x in (exact.double(), stored.double())
+    )
+    expected = float((other - one).norm() / one.norm())
+    assert found["feature_relative_error"] == pytest.approx(expected, rel=1e-3)
+    expected = float((stored - exact).norm() / exact.norm())
+    assert raw["feature_relative_error"] == pytest.approx(expected, rel=1e-3)
+    assert found["feature_cosine_mean"] < raw["feature_cosine_mean"]
+
+
+def fidelity_of(capsys: Capture, store: Store, config: str) -> dict[str, Any]:
+    assert main([store.url, "--fidelity", "6", "--config", config, "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def test_every_cut_takes_a_config_and_streams_are_named(
+    store_of: Callable[..., Store], tmp_path: Path, capsys: Capture
+) -> None:
+    other = {"feature_weight": 0.1, "attention_weight": 0, "feature_depth": 1, "target": "unnormed"}
+    config = recipe(tmp_path / "e.yaml", **spatial(0.8), others=[other])
+    assert main([store_of("image", "float32").url, "--fidelity", "3", f"--config={config}"]) == 0
+    page = capsys.readouterr().out
+    assert "alignment: fidelity of cut 'image' over 3 images" in page
+    assert "alignment.others.0: fidelity of cut 'image'" in page
+    assert "relative error" in page
+    assert "attention KL" not in page
+
+
+def test_a_store_without_attention_is_measured(folder: Path, capsys: Capture) -> None:
+    store = encode(folder / "none", layers="none", codec="float32")
+    found = fidelity(capsys, store)
+    assert found["layers"] == {}
+    assert found["attention_kl_mean"] is None
+    assert found["feature_relative_error"] < 1e-6
+    assert found["gradient_cosine"] > 1 - 1e-6
+
+
+def test_configs_that_do_not_fit_are_refused(
+    store_of: Callable[..., Store], tmp_path: Path
+) -> None:
+    store = store_of("maps", "small")
+    wrong = recipe(tmp_path / "f.yaml", teacher_layers=[0, 3])
+    with pytest.raises(UserError, match="asks for teacher layer 0"):
+        main([store.url, "--fidelity", "2", "--config", wrong])
+    vanilla = recipe(tmp_path / "g.yaml", attention_weight=0, feature_weight=0)
+    with pytest.raises(UserError, match="no alignment"):
+        main([store.url, "--fidelity", "2", "--config", vanilla])
+    with pytest.raises(UserError, match="goes with --fidelity"):
+        main([store.url, "--recipe", vanilla])

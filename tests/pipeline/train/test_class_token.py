@@ -269,6 +269,41 @@ def test_another_teacher_s_stream_aligns_patches_alone(reg_config: Make, tmp_pat
     trainer.close()
 
 
+CONV = {"projector": "conv", "projector_kernel": 3, **NO_ATTENTION}
+
+
+def test_a_convolution_aligns_patches_alone(reg_config: Make, tokens_store: Store) -> None:
+    """iREPA's projector has no place for a token beside the grid."""
+    config = reg_config(alignment=CONV)
+    trainer = Trainer(config, tokens_store, ProcessGroup())
+    batch = batch_of(tokens_store, config, ["latents", "class", "maps"])
+    module, inputs = trainer.module, trainer.inputs(batch)
+    with torch.no_grad():
+        found = trainer.losses(module, inputs, trainer.targets_of(batch))
+        out = module.student(*inputs[:3], module.taps, inputs.class_token.noisy)
+        projected = module.projector(out.features[:, 1:])
+        features = torch.from_numpy(batch.columns["maps"]["features"]).float()
+        right = -F.cosine_similarity(projected, features, dim=-1).mean(1).sum()
+    assert found[1].item() == pytest.approx(right.item(), rel=1e-5)
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alignment": {"termination": {"ramp": {"kind": "linear", "steps": 2}, "step": 3}}},
+        {"diffusion": {"time": "lognormal"}},
+    ],
+    ids=["ramp", "lognormal"],
+)
+def test_other_recipes_combine_with_the_class_token(
+    reg_config: Make, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    summary = run(reg_config(**changes), tmp_path / "a")
+    assert summary["bytes_read"]["maps"]["after"] == 0
+    assert all(row["class_token"] > 0 for row in rows_of(tmp_path / "a"))
+
+
 def test_the_teacher_s_grid_may_differ(reg_config: Make, tokens_store: Store) -> None:
     """Patches are resampled, the class token is not."""
     config = reg_config(student={"class_token": WIDTH, "model": "SiT-S/4"})

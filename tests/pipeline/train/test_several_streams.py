@@ -14,7 +14,8 @@ from pipeline.alignment.losses import Targets, attention_loss, feature_loss
 from pipeline.checkpoints.export import export_checkpoint
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.reference_format import read_file
-from pipeline.models import Taps
+from pipeline.cli.options import parse_options
+from pipeline.models import SiT, Taps
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import Store
 from pipeline.train.local import train_here
@@ -173,6 +174,41 @@ def test_all_projectors_are_exported_in_order(
     assert parts.others[0]["2.weight"].shape == (20, 20)
 
 
+def test_a_convolution_is_trained_resumed_and_exported(
+    run_config: Make, two_streams: Store, tmp_path: Path
+) -> None:
+    irepa = {
+        "projector": "conv",
+        "projector_kernel": 3,
+        "normalisation": "spatial",
+        "normalisation_strength": 0.6,
+    }
+    config = two(run_config, two_streams, alignment=irepa)
+    run(config, tmp_path / "whole")
+    for stop in (2, 6):
+        train_here(config.model_copy(update={"steps": stop}), tmp_path / "parts")
+    assert_same_weights(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    newest = latest_checkpoint(tmp_path / "whole")
+    assert newest is not None
+    export_checkpoint(newest, tmp_path / "out.pt")
+    names = torch.load(tmp_path / "out.pt", weights_only=True)["ema"].keys()
+    assert {"projectors.0.projection_layer.weight", "projectors.1.0.weight"} <= names
+    parts = read_file(tmp_path / "out.pt", "model")
+    assert parts.projector["weight"].shape == (12, 24, 3, 3)
+
+
+def test_a_convolution_begins_as_pytorch_initialises_it() -> None:
+    """Uniform within 1 / sqrt(fan in), bias included; the authors' code leaves it so."""
+    config = AlignmentConfig(projector="conv", projector_kernel=3, attention_weight=0)
+    module = AlignedStudent(STUDENT, config, teacher_width=64, heads=1)
+    limit = (24 * 9) ** -0.5
+    projector = dict(module.projectors())[0]
+    for weight in projector.parameters():
+        assert limit * 0.9 < weight.abs().max() <= limit
+    plain = module.student.state_dict().keys()
+    assert plain == SiT(STUDENT).state_dict().keys()
+
+
 def test_one_stream_may_be_named_twice(
     run_config: Make, two_streams: Store, tmp_path: Path
 ) -> None:
@@ -235,3 +271,30 @@ def test_one_stream_is_saved_as_before(run_config: Make) -> None:
         "stream",
         "termination",
     ]
+
+
+def options(*argv: str) -> RunConfig:
+    return parse_options(RunConfig, list(argv), command="train", about="")
+
+
+def test_further_streams_on_a_command_line() -> None:
+    given = "[{stream: clip, feature_weight: 0.25, student_layers: 1-2, teacher_layers: '3,5'}]"
+    (other,) = options("--alignment.others", given).alignment.others
+    assert (other.stream, other.feature_weight) == ("clip", 0.25)
+    assert (other.student_layers, other.teacher_layers) == ((1, 2), (3, 5))
+    assert options("--alignment.others", "[]") == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("clip", r"others: expected a list of mappings such as \[\{stream: NAME"),
+        ("none", r"others: expected a list of mappings"),
+        ("[{steam: clip}]", r"unknown key 'alignment\.others\.0\.steam' \(did you mean 'stream'"),
+        ("[{stream: Clip}]", r"others\.0\.stream: String should match"),
+    ],
+)
+def test_bad_lists_of_streams_are_refused(given: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as error:
+        options("--alignment.others", given)
+    assert "\n" not in str(error.value)

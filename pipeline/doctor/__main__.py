@@ -1,0 +1,46 @@
+"""`python -m pipeline.doctor --store URL [--output URL] [--workers N] [--config FILE] [--json]`."""
+
+from __future__ import annotations
+
+import json
+
+from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
+from schemas.doctor import DoctorConfig
+from schemas.extract import PRESETS
+
+ABOUT = """\
+Examine the Ray cluster from each of its nodes, before a run is paid for: versions, clocks, store
+and output, read rate, disks, shared memory, GPUs, the network between nodes, and whether the models
+load. Takes the options of jobs/train_haste.py; the read rate is compared with what the run needs
+(--plan) where --config or options of the run are given. Exit code 1 if a check fails."""
+OF_THE_RUN = {"student", "alignment", "global_batch", "steps", "precision"}
+"""Options of which any says that the run is known."""
+
+
+def main(argv: list[str]) -> int:
+    config = parse_options(
+        DoctorConfig,
+        list(_with_worker_count(argv)),
+        command="python -m pipeline.doctor",
+        about=ABOUT,
+        presets=PRESETS,
+        preset_key="extract.dataset",
+    )
+    # Imported here because ray and torch take seconds, which the help and a refusal need not.
+    from pipeline.doctor.examination import examine
+    from pipeline.doctor.findings import as_json, describe
+
+    findings = examine(config, run_known=bool(config.model_fields_set & OF_THE_RUN))
+    print(json.dumps(as_json(findings)) if config.as_json else describe(findings))
+    return 1 if any(finding.status == "fail" for finding in findings) else 0
+
+
+def _with_worker_count(argv: list[str]) -> list[str]:
+    """``--workers N`` as short for ``--workers.count N``."""
+    short, full = "--workers", "--workers.count"
+    return [full + word[len(short) :] if word.partition("=")[0] == short else word for word in argv]
+
+
+if __name__ == "__main__":
+    run_command(main)
