@@ -14,6 +14,7 @@ os.environ["HOME"] = tempfile.mkdtemp(prefix="haste-test-home-")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: help is tested as it is in a pipe
 
 import pytest
 
