@@ -33,16 +33,20 @@ if TYPE_CHECKING:
 
 CLUSTER_FOLDERS = ("tests/docker/", "tests/faults/", "tests/jobs/")
 CLUSTER_FIXTURES = {"two_cpus", "s3"}
-LONG_FOLDERS = ("tests/bench/", "tests/gpu/", "tests/parity/")
+LONG_FOLDERS = (
+    *("tests/bench/", "tests/gpu/", "tests/parity/", "tests/pipeline/cost_estimate/"),
+    *("tests/pipeline/targets/", "tests/pipeline/train/"),
+)
 PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
 SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.hookimpl(tryfirst=True)  # before options such as -m select by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark files that start a Ray cluster or a server as ``cluster``, and folders of measurements,
-    compilers and references as ``long``: ``make test-quick`` leaves out both. Several processes
-    (pytest-xdist) share the files; one of them runs all clusters, which would compete for CPUs."""
+    """Mark files that start a Ray cluster or a server as ``cluster``, and folders whose tests train,
+    compile, measure or compare with references as ``long``: ``make test-quick`` leaves out both.
+    Several processes (pytest-xdist) share the files; one of them runs all clusters, which would
+    compete for CPUs."""
     clusters = {
         item.path
         for item in items
