@@ -43,10 +43,10 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.hookimpl(tryfirst=True)  # before options such as -m select by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark files that start a Ray cluster or a server as ``cluster``, and folders whose tests train,
-    compile, measure or compare with references as ``long``: ``make test-quick`` leaves out both.
-    Several processes (pytest-xdist) share the files; one of them runs all clusters, which would
-    compete for CPUs."""
+    """Mark files that start a Ray cluster or a server as ``cluster``, and folders whose tests
+    train, compile, measure or compare with references as ``long``: ``make test-quick`` leaves out
+    both. Several processes (pytest-xdist) share the files; one of them runs all clusters, which
+    would compete for CPUs."""
     clusters = {
         item.path
         for item in items
