@@ -14,6 +14,7 @@ os.environ["HOME"] = tempfile.mkdtemp(prefix="haste-test-home-")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: help is tested as it is in a pipe
 
 import pytest
 
@@ -30,18 +31,22 @@ if TYPE_CHECKING:
     from pipeline.extract.encoder import Encoder
     from tests.s3 import SeaweedFS
 
-CLUSTER_FOLDERS = ("tests/jobs/", "tests/faults/")
+CLUSTER_FOLDERS = ("tests/docker/", "tests/faults/", "tests/jobs/")
 CLUSTER_FIXTURES = {"two_cpus", "s3"}
-LONG_FOLDERS = ("tests/bench/", "tests/gpu/", "tests/parity/")
+LONG_FOLDERS = (
+    *("tests/bench/", "tests/gpu/", "tests/parity/", "tests/pipeline/cost_estimate/"),
+    *("tests/pipeline/targets/", "tests/pipeline/train/"),
+)
 PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
 SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.hookimpl(tryfirst=True)  # before options such as -m select by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark files that start a Ray cluster or a server as ``cluster``, and folders of measurements,
-    compilers and references as ``long``: ``make test-quick`` leaves out both. Several processes
-    (pytest-xdist) share the files; one of them runs all clusters, which would compete for CPUs."""
+    """Mark files that start a Ray cluster or a server as ``cluster``, and folders whose tests
+    train, compile, measure or compare with references as ``long``: ``make test-quick`` leaves out
+    both. Several processes (pytest-xdist) share the files; one of them runs all clusters, which
+    would compete for CPUs."""
     clusters = {
         item.path
         for item in items
@@ -54,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.nodeid.startswith(LONG_FOLDERS):
             item.add_marker(pytest.mark.long)
         if config.pluginmanager.hasplugin("xdist"):
-            name = "clusters" if item.path in clusters else str(item.path)
+            name = "clusters" if item.path in clusters else item.nodeid.partition("::")[0]
             item.add_marker(pytest.mark.xdist_group(name))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing
-from pipeline.extract.caption_sources import adds_captions, text_stream_name
+from pipeline.extract.captions import adds_captions, text_stream_name
 from pipeline.extract.tasks import (
     class_columns_of,
     class_name,

@@ -22,8 +22,8 @@ from pipeline.extract.caption_sources import (
     describe_captions,
     open_captions,
     text_arrays,
-    text_stream_name,
 )
+from pipeline.extract.captions import text_stream_name
 from pipeline.extract.latent_sources import LatentSource, open_latents
 from pipeline.extract.tasks import (
     Description,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.log_relay import send_progress, set_up_worker_logging
-from pipeline.extract.caption_sources import adds_captions
+from pipeline.extract.captions import adds_captions
 from pipeline.extract.tasks import Description, ShardTask
 from pipeline.store.manifest_diff import differences
 from schemas.errors import UserError

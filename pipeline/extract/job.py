@@ -15,7 +15,7 @@ from pipeline.cli.progress import progress_bar
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.listing import describe_image
 from pipeline.datasets.listing_check import short_name
-from pipeline.extract.caption_sources import text_stream_name, with_captions
+from pipeline.extract.captions import text_stream_name, with_captions
 from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.target_store import (
     lacks_tail,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from pipeline.datasets import Listing
-from pipeline.extract.caption_sources import adds_captions, keeps_captions, text_stream_name
+from pipeline.extract.captions import adds_captions, keeps_captions, text_stream_name
 from pipeline.extract.compatibility import check_request
 from pipeline.extract.tasks import (
     Description,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.datasets import COCO, ImageItem, Listing
-from pipeline.extract.caption_sources import make_text_stream
+from pipeline.extract.captions import make_text_stream
 from pipeline.storage.files import absolute_url, redact
 from pipeline.targets.cuts import class_columns, cut_columns
 from schemas.codecs import CodecName

@@ -118,13 +118,12 @@ def _start(tree: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _starts(trees: dict[str, Path], scratch: Path, options: Options) -> list[Row]:
-    store = scratch / "whole"
-    complete = _start(ROOT, [*EXTRACT.format(store).split(), "--shard-size", "64"])
-    if complete.wait() != 0:
-        raise UserError("the store for the training could not be extracted")
     image: dict[str, Any] = {"command": "encoded shard of 8 images"}
     step: dict[str, Any] = {"command": "training step"}
     for name, tree in trees.items():
+        store = scratch / f"store{name}"  # each tree reads its own
+        if _start(tree, [*EXTRACT.format(store).split(), "--shard-size", "64"]).wait() != 0:
+            raise UserError(f"the store for the training could not be extracted in {tree}")
         seconds: dict[str, list[float]] = {"image": [], "step": []}
         for number in range(options.starts):
             place = scratch / f"{number}{name}"

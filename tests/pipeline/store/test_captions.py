@@ -11,7 +11,7 @@ import torch
 
 from pipeline.convert.job import convert
 from pipeline.datasets import list_images
-from pipeline.extract.caption_sources import with_captions
+from pipeline.extract.captions import with_captions
 from pipeline.extract.compatibility import check_request, with_stores_options
 from pipeline.extract.encoder import CaptionEncoder
 from pipeline.extract.target_store import lost_nulls, missing_tasks, open_store
