@@ -20,7 +20,7 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"mininterval": LINE_SECONDS, "miniters": 1, "leave": False}
-        super().__init__(*args, bar_format=LINE, **options)
+        super().__init__(*args, bar_format=LINE, **options)  # type: ignore[call-overload]
 
     @staticmethod
     def status_printer(file: Any) -> Any:
@@ -41,7 +41,7 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
         if not self.disable:
             self.refresh()
             self.disable = True
-            self._decr_instances(self)
+            self._decr_instances(self)  # type: ignore[attr-defined]
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm[Any]:
