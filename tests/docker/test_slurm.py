@@ -97,7 +97,11 @@ class Slurm:
         self.until(lambda: self.call("sinfo", "-h", "-o", "%A").strip() == "0/2", 60)
 
     def stop(self) -> None:
-        """End the daemons and wait for them, because they write files at their end."""
+        """End the jobs, whose Ray would stay, and the daemons, which write files at their end."""
+        ended = time.monotonic() + 20
+        subprocess.run(["scancel", "--user=root"], env=self.variables, check=False)
+        while time.monotonic() < ended and self.call("squeue", "--noheader").strip():
+            time.sleep(0.5)
         files = [self.folder / f"{name}.pid" for name in ("n1", "n2", "slurmctld", "munge")]
         pids = [int(file.read_text()) for file in files if file.is_file()]
         for pid in pids:
