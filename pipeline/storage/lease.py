@@ -1,7 +1,8 @@
 """A lock on object stores: a file that its holder rewrites, as a sign of life.
 
 Clocks of machines are not compared: another process watches the file for as long as a holder may be
-silent, and takes over a file that has not changed in that time.
+silent, and takes over a file that has not changed in that time. On the holder's own machine it sees
+at once that the holder is dead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import fsspec
 
@@ -95,9 +97,10 @@ class _Lease:
                     f"{self.what} is being written by {_holder(found)}: wait until it ends, or "
                     f"{remedy}"
                 )
-            if time.monotonic() >= deadline and self._replace(found, mine):
+            over = time.monotonic() >= deadline or _is_dead(found)
+            if over and self._replace(found, mine):
                 logger.warning(
-                    "%s: %s has been silent for %g s, its lock is taken over",
+                    "%s: %s has died or been silent for %g s, its lock is taken over",
                     self.what,
                     _holder(found),
                     TAKEOVER_SECONDS,
@@ -144,7 +147,8 @@ class _Lease:
 
     def _contents(self) -> bytes:
         name = f"process {os.getpid()} on {socket.gethostname()}"
-        return json.dumps({"holder": name, "id": self._id, "beat": self._beats}).encode()
+        values = {"holder": name, "id": self._id, "beat": self._beats}
+        return json.dumps({**values, "process": _identity(os.getpid())}).encode()
 
 
 def _holder(contents: bytes | None) -> str:
@@ -153,3 +157,26 @@ def _holder(contents: bytes | None) -> str:
         return plain_text(str(json.loads(contents or b"")["holder"]))[:200]
     except (ValueError, KeyError, TypeError):
         return "another process"
+
+
+def _identity(pid: int) -> list[str | int] | None:
+    """A process among all of all machines: the boot, the namespace of process ids, the id and the
+    time of its start. None where the system does not tell, or there is no such process."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else [boot, namespace, pid, int(fields[18])]
+
+
+def _is_dead(contents: bytes) -> bool:
+    """True if the holder was a process of this machine that has ended."""
+    own = _identity(os.getpid())
+    try:
+        boot, namespace, pid, start = json.loads(contents)["process"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    here = own is not None and own[:2] == [boot, namespace]
+    return here and isinstance(pid, int) and _identity(pid) != [boot, namespace, pid, start]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,19 @@ class Slurm:
         self.until(lambda: self.call("sinfo", "-h", "-o", "%A").strip() == "0/2", 60)
 
     def stop(self) -> None:
-        for name in ("n1", "n2", "slurmctld", "munge"):
-            file = self.folder / f"{name}.pid"
-            if file.is_file():
-                subprocess.run(["kill", file.read_text().strip()], check=False)
+        """End the jobs, whose Ray would stay, and the daemons, which write files at their end."""
+        ended = time.monotonic() + 20
+        subprocess.run(["scancel", "--user=root"], env=self.variables, check=False)
+        while time.monotonic() < ended and self.call("squeue", "--noheader").strip():
+            time.sleep(0.5)
+        files = [self.folder / f"{name}.pid" for name in ("n1", "n2", "slurmctld", "munge")]
+        pids = [int(file.read_text()) for file in files if file.is_file()]
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def call(self, *command: str) -> str:
         done = subprocess.run(

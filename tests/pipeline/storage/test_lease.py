@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -68,8 +70,33 @@ def test_a_dead_holder_is_succeeded(place: Place, caplog: pytest.LogCaptureFixtu
     start = time.monotonic()
     with caplog.at_level(logging.INFO), hold(place):
         assert time.monotonic() - start >= 1.0
-    assert "process 7 on gone has been silent" in caplog.text
+    assert "process 7 on gone has died or been silent" in caplog.text
     assert not exists(filesystem, path)
+
+
+HOLD_AND_DIE = """
+import os, fsspec
+from pipeline.storage.files import open_url
+from pipeline.storage.lease import held_lease
+filesystem, path = open_url({url!r}, what="--output")
+held = held_lease(filesystem, path, what="a", remedy="b")
+held.__enter__()
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_the_dead_of_this_machine_need_no_wait(
+    s3: SeaweedFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "TAKEOVER_SECONDS", 1000.0)
+    url = f"{s3.bucket()}/lock.json"
+    done = subprocess.run([sys.executable, "-c", HOLD_AND_DIE.format(url=url)], check=False)
+    assert done.returncode == -9
+    filesystem, path = open_url(url, what="--output")
+    assert exists(filesystem, path)
+    start = time.monotonic()
+    with hold((filesystem, path)):
+        assert time.monotonic() - start < 5
 
 
 def test_a_file_of_anything_is_no_obstacle(place: Place) -> None:
