@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -186,8 +187,7 @@ def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path
         if key == "alignment":  # the streams that it was trained on
             old, new = (with_saved_streams(one, state.store) for one in (old, new))
         if old != new:
-            names = type(old).model_fields if hasattr(old, "model_fields") else {}
-            changed = [f"{key}.{n}" for n in names if getattr(old, n) != getattr(new, n)] or [key]
+            changed = list(_differences(old, new, key))
             if key == "data" and "data.window" not in changed:
                 continue
             changed = ["data.window"] if key == "data" else changed
@@ -214,7 +214,25 @@ def load_weights(folder: Path, name: str, module: torch.nn.Module) -> None:
         ) from None
 
 
+def _differences(old: Any, new: Any, key: str) -> Iterator[str]:
+    """Dotted names of the options that differ in two values of ``key``."""
+    if isinstance(old, BaseModel):
+        for name in type(old).model_fields:
+            one, other = getattr(old, name), getattr(new, name)
+            if one == other:
+                continue
+            if name == "others" and len(one) == len(other):
+                for number, pair in enumerate(zip(one, other, strict=True)):
+                    yield from _differences(*pair, f"{key}.{name}.{number}")
+            else:
+                yield f"{key}.{name}"
+    elif old != new:
+        yield key
+
+
 def _value(config: Any, dotted: str) -> Any:
     for part in dotted.split("."):
-        config = getattr(config, part)
+        config = config[int(part)] if part.isdigit() else getattr(config, part)
+    if isinstance(config, tuple) and any(isinstance(entry, BaseModel) for entry in config):
+        return f"{len(config)} entries"
     return config

@@ -192,7 +192,8 @@ def _answer_stream(
             _missing_layers(store, name, alignment) or reasons[name] for name in names
         )
     try:
-        layers = {*alignment.teacher_layers, *(alignment.target_layers or ())}
+        aligned = alignment.teacher_layers if alignment.attention_weight or not held else ()
+        layers = {*aligned, *(alignment.target_layers or ())}
         cut: Cut | None = "activations" if TARGET_KINDS[alignment.target].replayed else None
         suggested = suggest_extraction(store, requested, sorted(layers), cut)
     except UserError as error:

@@ -55,7 +55,7 @@ RECIPES = {
     "normalisation_strength": 0.6,
     "others": [SECOND],
 }
-"""Two projectors, of which one is a convolution, and targets that are normalised."""
+"""Three more graphs: the other projector, other attention layers, and the normalisation."""
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ RECIPES = {
     [
         ("maps", {}, 5, False),
         ("activations", {}, 5, False),
-        ("maps", RECIPES, 7, False),
+        ("maps", RECIPES, 8, False),
         ("maps", {}, 5, True),
     ],
 )

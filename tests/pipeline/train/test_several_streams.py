@@ -259,6 +259,30 @@ def test_bad_options_are_refused(
         two(run_config, two_streams, alignment=changes)
 
 
+@pytest.mark.parametrize(
+    ("others", "complaint"),
+    [
+        (
+            [{**SECOND, "feature_weight": 0.5}],
+            r"has 0\.25 for alignment\.others\.0\.feature",
+        ),
+        ([SECOND, SECOND], r"has 1 entries for alignment\.others, the config says 2 entries"),
+        ([], r"has 1 entries for alignment\.others, the config says \(\)"),
+    ],
+)
+def test_a_resumed_run_must_have_the_same_streams(
+    run_config: Make,
+    two_streams: Store,
+    tmp_path: Path,
+    others: list[dict[str, Any]],
+    complaint: str,
+) -> None:
+    train_here(two(run_config, two_streams, steps=1), tmp_path / "a")
+    config = two(run_config, two_streams, alignment={"others": others})
+    with pytest.raises(UserError, match=complaint):
+        run(config, tmp_path / "a", latest_checkpoint(tmp_path / "a"))
+
+
 def test_one_stream_is_saved_as_before(run_config: Make) -> None:
     saved = run_config().model_dump(mode="json")["alignment"]
     assert list(saved) == [
