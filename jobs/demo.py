@@ -11,9 +11,7 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +22,7 @@ from pipeline.cli.options import parse_options
 from schemas.base import Strict
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
+from schemas.fields import Name
 from schemas.report import ReportConfig
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig
@@ -44,7 +43,7 @@ HASTE = "haste"
 class DemoConfig(Strict):
     """The demo."""
 
-    recipe: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = HASTE
+    recipe: Name = HASTE
     """Recipe of the training: haste, or the NAME of a file jobs/configs/demo/NAME.yaml (irepa,
     repa, reg, reg_haste). Others than haste use the shards in runs/demo and are written to
     runs/demo_NAME; their report compares them with the recipes that were run before."""
