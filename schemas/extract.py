@@ -33,7 +33,7 @@ PositiveShare = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 def _no_layers(value: Any) -> Any:
-    return () if value == "none" or value is None else value
+    return () if value in ("none", None, ["none"], ("none",)) else value
 
 
 ExtractedLayers = Annotated[StoredLayers, BeforeValidator(_no_layers)]

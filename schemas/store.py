@@ -310,6 +310,8 @@ class TeacherStream(Strict):
     ``compute`` is that of the last conversion."""
 
 
+CLASS_CODECS: tuple[CodecName, ...] = ("float16", "bfloat16", "float32")
+"""Codecs of class tokens."""
 ClassToken = Literal["class", "mean"]
 """Vector of a class stream, after the teacher's final norm: the class token, or the mean of the
 patch tokens."""
@@ -479,6 +481,9 @@ class Manifest(Strict):
             shapes = {column: spec.shape for column, spec in tokens.columns.items()}
             if shapes != {"class_token": (tokens.teacher.width,)}:
                 raise ValueError(f"stream '{name}' is not a class_token of the teacher's width")
+            codec = tokens.columns["class_token"].codec
+            if codec not in CLASS_CODECS:
+                raise ValueError(f"stream '{name}' is of codec {codec}, which is not a float type")
             if tokens.token == "class" and not tokens.teacher.prefix:
                 raise ValueError(f"stream '{name}' is of a teacher without a class token")
         return self

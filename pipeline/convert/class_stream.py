@@ -21,7 +21,7 @@ from pipeline.teachers.manifest_check import has_class_token
 from schemas.codecs import CodecName
 from schemas.errors import UserError
 from schemas.fields import CLASS, class_stream_name
-from schemas.store import ClassStream, ClassToken, Manifest, TeacherStream
+from schemas.store import CLASS_CODECS, ClassStream, ClassToken, Manifest, TeacherStream
 
 REPLAYED = ("activations", "image")
 """Cuts whose tail is run for the class token."""
@@ -127,6 +127,11 @@ def _plan(
     column = before.columns.get("class_token")
     reads: tuple[str, ...] = ("class_token",)
     if column is not None and own == (token == "class"):  # else it is the other vector
+        if column.codec not in CLASS_CODECS:
+            raise UserError(
+                f"--add-stream {name}: stream '{source}' holds these vectors in {column.codec}, a "
+                f"class stream takes {', '.join(CLASS_CODECS)}: extract another teacher stream"
+            )
         if codec not in {None, column.codec}:
             raise UserError(
                 f"--add-stream {name}: stream '{source}' holds these vectors in {column.codec}, "

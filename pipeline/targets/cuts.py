@@ -10,7 +10,7 @@ from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut
-from schemas.store import ClassToken, Column
+from schemas.store import CLASS_CODECS, ClassToken, Column
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,12 +101,15 @@ def class_columns(
     *,
     compress: bool = True,
 ) -> dict[str, Column]:
-    """The columns of a class stream, whose codec is that of a cut's ``class_token``."""
+    """The columns of a class stream, whose codec is that of a cut's ``class_token``. Raises
+    ``UserError`` for one that is not a float type."""
     chosen = (overrides or {}).get("class_token", CODEC_SETS[codec]["vector"])
-    try:
-        return {"class_token": _column((width,), chosen, compress)}
-    except ValueError as error:
-        raise UserError(f"--column-codecs.class_token {chosen}: {error}") from None
+    if chosen not in CLASS_CODECS:
+        raise UserError(
+            f"--column-codecs.class_token {chosen}: the class stream takes "
+            f"{', '.join(CLASS_CODECS)}; with others use --class-token none"
+        )
+    return {"class_token": _column((width,), chosen, compress)}
 
 
 def codec_set_of(columns: Mapping[str, Column]) -> CodecSet | None:

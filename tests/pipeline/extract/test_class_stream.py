@@ -211,12 +211,14 @@ def test_the_mean_of_stored_features(tmp_path: Path) -> None:
 def test_what_a_store_cannot_give_is_one_line(tmp_path: Path) -> None:
     siglip = encode(options(tmp_path / "siglip", **NO_CLASS_TOKEN))
     maps = encode(options(tmp_path / "maps", class_token="none"))
+    image = encode(options(tmp_path / "image", cut="image", class_token="none"))
     lost = encode(options(tmp_path / "lost", cut="activations", class_token="none"))
     Path(lost.root, "activations_teacher_tail.safetensors").unlink()
     cases: list[tuple[Store, str, dict[str, Any], str]] = [
         (siglip, "class", {}, "no class token; --class-token mean takes the mean"),
         (maps, "clip_class", {}, "no teacher stream to compute it from; it can compute maps_class"),
         (maps, "class", {"codec": "float32"}, "in float16, which are copied: leave out"),
+        (image, "class", {"codec": "uint8"}, "takes float16, bfloat16, float32"),
         (lost, "class", {}, "activations_teacher_tail.safetensors is missing"),
     ]
     for store, name, given, complaint in cases:

@@ -106,6 +106,10 @@ def test_other_layers_of_one_teacher_share_their_class_tokens(store: Store) -> N
         (lambda s: s["columns"].update(other=s["columns"]["class_token"]), "teacher's width"),
         (lambda s: s["teacher"].update(prefix=0), "without a class token"),
         (lambda s: s.update(token="sum"), "token"),
+        (
+            lambda s: s["columns"]["class_token"].update(codec="uint8"),
+            "uint8, which is not a float",
+        ),
     ],
 )
 def test_a_manifest_whose_class_stream_is_none_is_refused(

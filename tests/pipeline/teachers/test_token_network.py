@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.cli.options import parse_options
 from pipeline.inspect.verify import verify_store
 from pipeline.store import Store
 from pipeline.targets.class_token import read_class_tokens
@@ -17,7 +18,7 @@ from pipeline.teachers import Teacher
 from pipeline.teachers.manifest_check import create_meta_teacher
 from pipeline.teachers.token_network import TokenNetwork
 from schemas.errors import UserError
-from schemas.extract import ExtractConfig, TeacherConfig
+from schemas.extract import PRESETS, ExtractConfig, TeacherConfig
 from schemas.store import TeacherInfo
 from tests.conversions import SAMPLES, SHARD, encode, options
 
@@ -135,6 +136,15 @@ def test_a_store_of_features_alone(tmp_path: Path, model: str, cut: str) -> None
         tokens = read_class_tokens(store, rows // SHARD, rows % SHARD)
         assert tokens.std(0).mean() > 0.01
     assert verify_store(store).damaged == []
+
+
+def test_none_is_a_word_of_the_command_line() -> None:
+    for cut in ("maps", "image"):
+        argv = ["--dataset", "imagenet", "--layers", "none", "--cut", cut]
+        config = parse_options(
+            ExtractConfig, argv, command="", about="", presets=PRESETS, preset_key="dataset"
+        )
+        assert config.layers == ()
 
 
 def test_cuts_that_are_defined_by_layers_are_refused() -> None:
