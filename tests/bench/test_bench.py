@@ -28,7 +28,7 @@ TINY = {
     "backends": ["--places", "disk", "--forms", "tiny", "--repeats", "1"],
     "step": [
         *["--student", "SiT-S/2", "--depth", "2", "--width", "96", "--batch", "2"],
-        *["--rounds", "1", "--memory", "false"],
+        *["--rounds", "1", "--memory", "false", "--recipe", "irepa_paper,sit_b2_irepa"],
     ],
     "loader": ["--forms", "tiny", "--rounds", "1", "--seconds", "0.1"],
     "extract": ["--networks", "demo", "--rounds", "1"],
