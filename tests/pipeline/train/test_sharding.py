@@ -45,7 +45,11 @@ def assert_same_run(one: Path, other: Path, step: int = 6) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"train": {"on_nan": "skip_step"}}, {"compute": {"optimizer": "plain"}}],
+    [
+        {},
+        {"train": {"on_nan": "skip_step"}},
+        pytest.param({"compute": {"optimizer": "plain"}}, marks=pytest.mark.slow),
+    ],
     ids=["fused", "skip_step", "plain optimizer"],
 )
 def test_shards_train_what_copies_train(
