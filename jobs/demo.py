@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
-
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file: Python then searches this folder, not the repository root
     sys.path.insert(0, str(ROOT))
     import jobs  # noqa: F401  (reports packages that are not installed)
+
+from pydantic import Field
 
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
