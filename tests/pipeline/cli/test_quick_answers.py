@@ -15,7 +15,7 @@ from tests.bench.options import OPTIONS
 ROOT = Path(__file__).parents[3]
 HEAVY = {"diffusers", "matplotlib", "pandas", "ray", "scipy", "sklearn", "timm", "torch"}
 HEAVY |= {"torch_fidelity", "torchvision", "transformers", "zarr"}
-MODULES = ["extract", "extract --plan", "convert", "inspect", "report"]
+MODULES = ["doctor", "extract", "extract --plan", "convert", "inspect", "report"]
 FILES = ["train_haste.py", "train_haste.py --plan", "sample.py", "evaluate.py", "export.py"]
 FILES += ["demo.py", "experiments/cifar10.py", "pretrain/autoencoder.py"]
 FILES += ["pretrain/self_distill.py"]
