@@ -36,13 +36,15 @@ def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)`` for a known name that is close to ``name``, else an empty text."""
-    short = {k.rsplit(".", 1)[-1]: k for k in known}
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    """`` (did you mean 'x'?)`` for known names with the same last part, else for one that is close
+    to ``name``, else an empty text."""
+    short = {k.rsplit(".", 1)[-1].lstrip("-"): k for k in known}
+    last = name.rsplit(".", 1)[-1].lstrip("-")
+    close = [k for k in known if "." not in name and k.endswith(f".{last}")][:3]
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:
-        tails = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(short), n=1, cutoff=0.7)
-        close = [short[tail] for tail in tails]
-    return f" (did you mean '{close[0]}'?)" if close else ""
+        close = [short[tail] for tail in difflib.get_close_matches(last, list(short), 1, 0.7)]
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def check_keys(

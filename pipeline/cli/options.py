@@ -141,10 +141,13 @@ def help_text(
         needed = "required by its kind" if name.rpartition(".")[0] in kinds else "required"
         defaults = dict.fromkeys(_show(f.get_default()) for f in fields if not f.is_required())
         default = f"default {' or '.join(defaults)}" if defaults else needed
+        others: dict[str, list[str]] = {}
         for chosen, values in (presets or {}).items():
             preset = _look_up(values, name, None)
             if preset is not None and _show(preset) not in defaults:
-                default += f"; with --{_dashed(preset_key)} {chosen}: {_show(preset)}"
+                others.setdefault(_show(preset), []).append(chosen)
+        for shown_preset, names in others.items():
+            default += f"; with --{_dashed(preset_key)} {' or '.join(names)}: {shown_preset}"
         choices = list(dict.fromkeys(choice for f in fields for choice in _choices(f.annotation)))
         shown = " {" + ",".join(choices) + "}" if choices else ""
         lines += _wrapped(f"--{_dashed(name)}{shown}  ({default})", OPTION, TEXT)

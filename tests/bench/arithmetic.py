@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,8 +31,8 @@ from pipeline.store.codecs import find_codec
 from pipeline.teachers.vit import create_meta_vit
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.student import ModelName, StudentConfig
-from tests.bench.options import BenchOptions
+from schemas.student import StudentConfig
+from tests.bench.options import ArithmeticOptions as Options
 from tests.bench.report import Heading, Report, Row, Table
 from tests.encoded import encode
 from tests.gpu.fake_gpu import CUDA, FakeGpu
@@ -67,29 +66,6 @@ UPDATE = {
     "average (EMA)": ("_foreach_lerp_",),
 }
 """Operations of the parts of an update; torch does not group fake tensors as it does real ones."""
-
-
-class Options(BenchOptions):
-    """Student, batch and rates."""
-
-    student: ModelName = "SiT-XL/2"
-    """Student that is trained."""
-    depth: int | None = Field(default=None, ge=1)
-    """Blocks of the student, for a quick count."""
-    width: int | None = None
-    """Tokens' width, for a quick count."""
-    heads: int | None = None
-    """Heads of the student's attention."""
-    batch: int = Field(default=32, ge=2)
-    """Samples of a forward pass."""
-    tapped: int = Field(default=4, ge=0)
-    """Blocks whose attention is aligned."""
-    tflops: float = Field(default=550.0, gt=0)
-    """10^12 FLOP per second of matrix products."""
-    tb_per_second: float = Field(default=3.0, gt=0)
-    """10^12 bytes per second of other kernels."""
-    baseline: Path | None = None
-    """Checkout of an earlier version to count beside this one."""
 
 
 @dataclass

@@ -115,6 +115,29 @@ class StepOptions(BenchOptions):
     """Folder for traces of two steps of each phase, for chrome://tracing."""
 
 
+class ArithmeticOptions(BenchOptions):
+    """Student, batch and rates."""
+
+    student: ModelName = "SiT-XL/2"
+    """Student that is trained."""
+    depth: int | None = Field(default=None, ge=1)
+    """Blocks of the student, for a quick count."""
+    width: int | None = None
+    """Tokens' width, for a quick count."""
+    heads: int | None = None
+    """Heads of the student's attention."""
+    batch: int = Field(default=32, ge=2)
+    """Samples of a forward pass."""
+    tapped: int = Field(default=4, ge=0)
+    """Blocks whose attention is aligned."""
+    tflops: float = Field(default=550.0, gt=0)
+    """10^12 FLOP per second of matrix products."""
+    tb_per_second: float = Field(default=3.0, gt=0)
+    """10^12 bytes per second of other kernels."""
+    baseline: Path | None = None
+    """Checkout of an earlier version to count beside this one."""
+
+
 class LoaderOptions(BenchOptions):
     """Stores and repetitions."""
 
@@ -247,6 +270,7 @@ OPTIONS: dict[str, type[BenchOptions]] = {
     "extract": ExtractOptions,
     "optimizer": OptimizerOptions,
     "attention": AttentionOptions,
+    "arithmetic": ArithmeticOptions,
     "table": TableOptions,
     "growth": GrowthOptions,
     "shuffle": ShuffleOptions,

@@ -113,7 +113,7 @@ def test_fault_in_the_extraction(
     monkeypatch.setattr(encoder, "encode_unchecked", encode_values)
     with FakeGpu() as gpu:
         encode(tmp_path_factory.mktemp("store") / "a", cut="activations", device="cuda")
-    assert len(gpu.waits_inside("check_finite")) == 1
+    assert len(gpu.waits_inside("check_finite")) == 2  # of the cut and of the class tokens
 
 
 def test_fault_in_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:

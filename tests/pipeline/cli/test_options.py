@@ -587,7 +587,8 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
     assert "--source  (default none)" in page
     # a data set's preset is told where it differs
     assert "--layers  (default 7,8,9,10,11; with --dataset demo: 2,3,4,5)" in page
-    assert "  (default maps; with --dataset imagenet: activations)" in page
+    same = "with --dataset imagenet or coco or coco256_features: activations"
+    assert f"  (default maps; {same})" in page
     assert "--teacher.weights  (default hub; with --dataset demo: demo)" in page
 
 
