@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 LINE_SECONDS = 60.0
 """Seconds between two lines where stderr is no terminal."""
-LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s ({percentage:.0f}%), {rate_fmt}, {remaining} left"
+COUNT = "{{desc}}: {{n_fmt}}/{{total_fmt}}{unit} ({{percentage:.0f}}%)"
+LINE = COUNT + ", {{rate_fmt}}, {{remaining}} left"
 
 
 class ProgressLines(tqdm):  # type: ignore[type-arg]
@@ -19,7 +20,9 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
     _instances: ClassVar[Any] = WeakSet()  # not among the bars that log lines are written above
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        options |= {"mininterval": LINE_SECONDS, "miniters": 1, "leave": False, "bar_format": LINE}
+        unit = options.get("unit", "it")
+        line = LINE.format(unit=unit if unit == "B" else f" {unit}s")
+        options |= {"mininterval": LINE_SECONDS, "miniters": 1, "leave": False, "bar_format": line}
         super().__init__(*args, **options)
 
     @staticmethod

@@ -54,6 +54,8 @@ def parse_array(data: bytes) -> np.ndarray:
         raise BadImageError(f"holds {dtype} numbers; expected float32 or float16")
     if len(shape) == 4 and shape[0] == 1:  # a batch of one, which REPA's trainer accepts, too
         shape = shape[1:]
+    if min(shape, default=1) < 0:
+        raise BadImageError(f"has shape {shape}; sizes are not negative")
     promised, found = math.prod(shape) * dtype.itemsize, len(data) - offset
     if promised != found:
         raise BadImageError(f"holds {found} bytes of numbers, its header promises {promised}")

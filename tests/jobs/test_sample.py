@@ -352,9 +352,15 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
         (["--png", "a.png", "--npz", "a.npz"], "--npz is for --num"),
         (["--png", "a.png", "--workers.count", "2"], "--workers is for --num"),
         (["--png", "a.png"], "--checkpoint is missing"),
-        (["--png", "/proc/none/a.png"], r"--png '/proc/none/a.png' cannot be written \(No such"),
+        (
+            ["--png", "/proc/none/a.png", "--checkpoint", "/"],
+            r"--png '/proc/none/a.png' cannot be written \(No such",
+        ),
         (["--png", "a.png", "--classes", "1,2,0-1"], "classes: class 1 is named 2 times"),
-        (["--png", "a.jpgg"], "'.jpgg' is not an image format; use .png"),
+        (
+            ["--png", "a.jpgg", "--checkpoint", "/"],
+            "'.jpgg' is not an image format; use .png",
+        ),
         (["--png", "a.png", "--checkpoint", "memory://a/b"], "'memory://a/b' holds no checkpoint"),
     ],
 )

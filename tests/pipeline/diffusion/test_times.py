@@ -42,8 +42,8 @@ def test_other_draws_of_a_sample_do_not_depend_on_the_distribution() -> None:
     plain = draw(3, positions, SHAPE, 0.5)
     other = draw(3, positions, SHAPE, 0.5, partial(times_of, diffusion))
     uniform = draw(3, positions, SHAPE, 0.5, partial(times_of, DiffusionConfig()))
-    assert all(torch.equal(a, b) for a, b in zip(plain[1:], other[1:], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(plain, uniform, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:4], other[1:4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain[:4], uniform[:4], strict=True))
     normal = torch.logit(other.t.double())
     assert normal.mean().abs() < 0.15
     assert 0.85 < normal.std() < 1.15
