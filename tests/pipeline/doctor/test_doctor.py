@@ -26,6 +26,7 @@ from pipeline.doctor.findings import (
     judge_versions,
 )
 from pipeline.doctor.probe import Probe, source_digest
+from pipeline.storage.retry import RETRY_VARIABLE
 from pipeline.store import Store
 from schemas.errors import UserError
 from tests.faults.environments import DISK_MEGABYTES, mount, unmount
@@ -33,6 +34,12 @@ from tests.s3 import SeaweedFS
 
 ROOT = Path(__file__).parents[3]
 OWN = {"python": "3.12.1", "torch": "2.15.0", "ray": "2.60.0", "pipeline": "abc"}
+
+
+@pytest.fixture(autouse=True)
+def limit_of_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe sets it for its process, which is that of the tests here."""
+    monkeypatch.setenv(RETRY_VARIABLE, "20")
 
 
 def status(findings: list[Finding], check: str = "") -> list[str]:

@@ -60,7 +60,7 @@ def test_actors_that_take_every_cpu_make_progress_and_the_result_is_the_same(
 
     with pytest.raises(UserError, match=r"made with resolution 32, this extraction has 48"):
         extract(demo_like(images, tmp_path / "two", resolution=48))
-    with pytest.raises(UserError, match=r"made with streams.maps.teacher.weights_sha256"):
+    with pytest.raises(UserError, match=r"made with streams.class.teacher.weights_sha256"):
         extract(demo_like(images, tmp_path / "two", teacher={"weights": "random"}))
     Image.new("RGB", (9, 9)).save(images / "class0" / "new.png")
     with pytest.raises(UserError, match=r"made with the images"):

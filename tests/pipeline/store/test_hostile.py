@@ -126,7 +126,7 @@ def test_no_name_leaves_the_store(known_store: Store, name: str) -> None:
         (teacher(heads=4), "4 heads of 4 numbers are not a width of 12"),
         (teacher(heads=6, head_width=2), "its cut 'maps' keeps"),
         (teacher(layers=[-1]), "layers"),
-        (teacher(layers=[]), "layers: name each layer once"),
+        (teacher(layers=[]), "stream 'maps' does not hold what its cut 'maps' keeps"),
         (teacher(layers=[3, 2, 1]), "layers: name each layer once"),
         (teacher(layers=[1, 2, 9]), "no layer 9 in a depth of 4"),
         (teacher(layers=[1, 2]), "its cut 'maps' keeps"),

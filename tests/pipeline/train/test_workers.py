@@ -84,10 +84,8 @@ def test_samples_and_draws_of_a_step_do_not_depend_on_the_workers(
         for column, values in batch.columns["latents"].items():
             joined = np.concatenate([part.columns["latents"][column] for part in parts])
             assert np.array_equal(joined, values)
-        drawn = [draw(7, part.positions, (4, 8, 8), 0.1) for part in parts]
-        for expected, got in zip(
-            draw(7, batch.positions, (4, 8, 8), 0.1), zip(*drawn, strict=True), strict=True
-        ):
+        drawn = [draw(7, part.positions, (4, 8, 8), 0.1, class_token=6) for part in (*parts, batch)]
+        for *got, expected in zip(*drawn, strict=True):
             assert torch.equal(torch.cat(got), expected)
 
 
