@@ -488,8 +488,8 @@ def test_a_test_that_needs_ray_needlessly_is_found(tmp_path: Path) -> None:
         "tests/conftest.py": "import ray\n",
         "tests/test_deep.py": "from tests import helpers\n",
         "tests/test_store.py": "from pipeline.store.store import Store\n",
-        "tests/test_user.py": "from pipeline.extract import job\n",
-        "tests/helpers.py": "from pipeline.extract import job\n",
+        "tests/test_user.py": "from pipeline.train import ray_trainer\n",
+        "tests/helpers.py": "from pipeline.train import ray_trainer\n",
     }
     write_project(tmp_path, VALID | sources)
     problems = check_tests(read_project(tmp_path, ("pipeline", "schemas", "jobs", "tests")))
