@@ -12,7 +12,7 @@ from pipeline.inspect.codec_check import coarse_codec
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
-from pipeline.targets.kinds import TARGET_KINDS
+from pipeline.targets.kinds import STORED
 from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
 from schemas.alignment import StreamAlignment, place
@@ -194,7 +194,7 @@ def _answer_stream(
     try:
         aligned = alignment.teacher_layers if alignment.attention_weight or not held else ()
         layers = {*aligned, *(alignment.target_layers or ())}
-        cut: Cut | None = "activations" if TARGET_KINDS[alignment.target].replayed else None
+        cut: Cut | None = "activations" if alignment.target != STORED else None
         suggested = suggest_extraction(store, requested, sorted(layers), cut)
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
