@@ -396,6 +396,8 @@ def test_check_names_what_a_store_lacks(
 def test_options_without_a_class_token_are_refused(run_config: Make) -> None:
     with pytest.raises(ValueError, match=r"class_stream is read with student.class_token only"):
         run_config(diffusion={"class_stream": "class"})
+    with pytest.raises(ValueError, match=r"class_weight is that of a class token: set student"):
+        run_config(diffusion={"class_weight": 0.1})
     with pytest.raises(ValueError, match="class_token is for SiT"):
         run_config(student={"model": "DiT-S/2", "class_token": 12})
 
