@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     from pipeline.inspect.summary import describe, summarise
     from pipeline.report.page import write_report
 
-    run = RUN if recipe == HASTE else RUN.with_name(f"{RUN.name}_{recipe}")
+    run = RUN.with_name(config.name)
     shutil.rmtree(run, ignore_errors=True)
     store, page = RUN / "store", run / "report.html"
     config = config.model_copy(update={"store": str(store), "output": str(run.parent)})
@@ -81,12 +81,14 @@ def main(argv: list[str]) -> int:
 
 
 def _run_config(recipe: str) -> RunConfig:
-    """Raises ``UserError`` for a recipe without a file."""
+    """The recipe's file, named as its folder. Raises ``UserError`` for a recipe without a file."""
     name = "demo.yaml" if recipe == HASTE else f"demo/{recipe}.yaml"
     if not (CONFIGS / name).exists():
         others = sorted(path.stem for path in CONFIGS.glob("demo/*.yaml"))
         raise UserError(f"--recipe {recipe} is not one of {HASTE}, {', '.join(others)}")
-    return validate(RunConfig, read_yaml(CONFIGS / name), where=f"jobs/configs/{name}")
+    run = RUN.name if recipe == HASTE else f"{RUN.name}_{recipe}"
+    options = {**read_yaml(CONFIGS / name), "name": run}
+    return validate(RunConfig, options, where=f"jobs/configs/{name}")
 
 
 def _draw_images(run: Path, config: RunConfig, store: Store, trained: dict[str, Any]) -> list[Path]:
@@ -125,19 +127,22 @@ def _draw_images(run: Path, config: RunConfig, store: Store, trained: dict[str, 
 
 
 def _result(extraction: ExtractionSummary, trained: dict[str, Any], files: list[Path]) -> str:
-    speed, ended = trained["steps_per_second"], trained["termination_step"]
-    rate = f"{speed['phase1']:.2f} steps/s"
+    steps, ended = trained["steps_per_second"], trained["termination_step"]
+    rate = f"{steps['phase1']:.2f} steps/s"
     if ended is not None:
-        rate += f" until the termination at step {ended}, {speed['phase2']:.2f} after it"
+        rate += f" until the termination at step {ended}, {steps['phase2']:.2f} after it"
+    images = extraction.images
+    speed = f"{extraction.images_per_second:.0f} images/s" if images else "the shards were there"
+    read = [
+        f"bytes read of stream {stream}: {count['before']:,}"
+        + ("" if ended is None else f" before the termination, {count['after']:,} after it")
+        for stream, count in trained["bytes_read"].items()
+    ]
     return "\n".join(
         [
-            f"extraction: {extraction.images_per_second:.0f} images/s",
+            f"extraction: {speed}",
             f"training: {trained['steps']} steps; {rate}",
-            *(
-                f"bytes read of stream {stream}: {count['before']:,} before the termination, "
-                f"{count['after']:,} after it"
-                for stream, count in trained["bytes_read"].items()
-            ),
+            *read,
             f"images: {', '.join(str(image.relative_to(ROOT)) for image in files[:-1])}",
             f"report: {files[-1].relative_to(ROOT)}",
         ]

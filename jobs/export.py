@@ -1,4 +1,4 @@
-"""Write a checkpoint as a .pt file that the SiT, REPA and HASTE repositories read.
+"""Write a checkpoint as a .pt file that SiT's, REPA's, HASTE's, REG's or iREPA's repository reads.
 
 python jobs/export.py --checkpoint runs/demo --out demo.pt
 """
@@ -23,7 +23,8 @@ def main(argv: list[str]) -> int:
         ExportConfig,
         argv,
         command="python jobs/export.py",
-        about="Write a checkpoint as a .pt file that the SiT, REPA and HASTE repositories read.",
+        about="Write a checkpoint as a .pt file that the repository of its method reads: SiT, "
+        "REPA, HASTE, REG or iREPA.",
     )
     if config.out is None:
         raise UserError("--out is missing: the .pt file to write")

@@ -253,6 +253,13 @@ class AlignmentConfig(StreamAlignment):
             raise ValueError("a run without alignment has nothing to terminate: termination none")
         if self.warmup is not None and not self.active:
             raise ValueError("a run without alignment has nothing to warm up: warmup none")
+        end = self.termination
+        known = end.step if isinstance(end, FixedStep) and not end.dry else None
+        if self.warmup is not None and known is not None and self.warmup.steps > known:
+            raise ValueError(
+                f"warmup.steps {self.warmup.steps} is longer than the alignment, which ends at "
+                f"step {known}"
+            )
         if self.others and not self.active:
             raise ValueError(
                 "both weights of the first stream are 0 and others are named: move one of others "

@@ -9,7 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from schemas.alignment import AlignmentConfig, place
 from schemas.base import Strict
 from schemas.classes import Classes
-from schemas.diffusion import DiffusionConfig, SamplerConfig
+from schemas.diffusion import CLASS_WEIGHT, DiffusionConfig, SamplerConfig
 from schemas.fields import ModelArguments, ModelId
 from schemas.student import StudentConfig
 
@@ -242,9 +242,15 @@ class RunConfig(Strict):
         return values
 
     @model_validator(mode="after")
-    def _class_stream_has_a_reader(self) -> RunConfig:
-        if self.diffusion.class_stream is not None and self.student.class_token is None:
+    def _class_options_have_a_token(self) -> RunConfig:
+        diffusion, token = self.diffusion, self.student.class_token
+        if diffusion.class_stream is not None and token is None:
             raise ValueError("diffusion.class_stream is read with student.class_token only")
+        if diffusion.class_weight != CLASS_WEIGHT and token is None:
+            raise ValueError(
+                "diffusion.class_weight is that of a class token: set student.class_token, or "
+                "leave it out"
+            )
         return self
 
     @model_validator(mode="after")

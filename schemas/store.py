@@ -555,7 +555,10 @@ class Manifest(Strict):
             if len(streams) == 1:
                 return next(iter(streams.items()))
             if streams:
-                raise UserError(f"the store holds several class streams: choose one of {held}")
+                raise UserError(
+                    f"the store holds several class streams: choose one of {held} with "
+                    "--diffusion.class-stream"
+                )
             raise UserError(f"the store holds no class stream: {_add_class_stream(CLASS)}")
         if name in streams:
             return name, streams[name]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.store import Store
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import AlignmentConfig, place
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import Column, Manifest, TeacherInfo
@@ -87,7 +87,7 @@ def with_stream(
     likewise. Raises ``UserError``."""
     alignment = with_saved_streams(config.alignment, saved or {})
     if any(options.stream is None for options in alignment.streams):
-        alignment = _map_streams(alignment, lambda _: manifest.teacher_stream()[0])
+        alignment = _map_streams(alignment, lambda number: _only_stream(manifest, place(number)))
     config = config.model_copy(update={"alignment": alignment})
     if config.student.class_token is None:
         return config
@@ -95,6 +95,14 @@ def with_stream(
     name = choose_class_stream(config, manifest, name)
     diffusion = config.diffusion.model_copy(update={"class_stream": name})
     return config.model_copy(update={"diffusion": diffusion})
+
+
+def _only_stream(manifest: Manifest, at: str) -> str:
+    """Name of the store's only teacher stream. Raises ``UserError`` that names the key ``at``."""
+    try:
+        return manifest.teacher_stream()[0]
+    except UserError as error:
+        raise UserError(f"{at}.stream: {error}") from None
 
 
 def choose_class_stream(config: RunConfig, manifest: Manifest, name: str | None) -> str:

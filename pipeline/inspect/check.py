@@ -12,7 +12,7 @@ from pipeline.inspect.codec_check import coarse_codec
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import check_classes, check_latents, with_classes
 from pipeline.store import Store
-from pipeline.targets.kinds import TARGET_KINDS
+from pipeline.targets.kinds import STORED
 from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
 from schemas.alignment import StreamAlignment, place
@@ -98,6 +98,12 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
 
 def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: set[str]) -> Answer:
     """The answer for the class stream of a student with a class token."""
+    alignment = config.alignment
+    if alignment.active and alignment.stream is None:  # the one that the answer of the stream names
+        reasons = _refusals(store, alignment, place(0))
+        named = (n for n, reason in reasons.items() if reason is None and n not in incomplete)
+        alignment = alignment.model_copy(update={"stream": next(named, None)})
+        config = config.model_copy(update={"alignment": alignment})
     try:
         name = choose_class_stream(config, store.manifest, config.diffusion.class_stream)
     except UserError as error:
@@ -159,16 +165,9 @@ def _answer_stream(
     manifest = store.manifest
     held = manifest.teacher_streams
     requested = alignment.stream
-    names = [name for name in held if requested in {None, name}]
-    reasons: dict[str, str] = {}
-    for name in names:
-        try:
-            check_stream(alignment.model_copy(update={"stream": name}), manifest, at=at)
-            if held[name].cut in {"activations", "image"}:
-                check_tail(store, name)
-        except UserError as error:
-            reasons[name] = str(error)
-    suitable = [name for name in names if name not in reasons]
+    reasons = _refusals(store, alignment, at)
+    names = list(reasons)
+    suitable = [name for name in names if reasons[name] is None]
     complete = [name for name in suitable if name not in incomplete]
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
@@ -189,18 +188,36 @@ def _answer_stream(
         reason = f"the store holds no teacher stream '{requested}', only {', '.join(held)}"
     else:
         reason = "; ".join(
-            _missing_layers(store, name, alignment) or reasons[name] for name in names
+            _missing_layers(store, name, alignment) or reason or ""
+            for name, reason in reasons.items()
         )
     try:
         aligned = alignment.teacher_layers if alignment.attention_weight or not held else ()
         layers = {*aligned, *(alignment.target_layers or ())}
-        cut: Cut | None = "activations" if TARGET_KINDS[alignment.target].replayed else None
+        cut: Cut | None = "activations" if alignment.target != STORED else None
         suggested = suggest_extraction(store, requested, sorted(layers), cut)
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:
         reason += f"; once it is added, train with {option} {suggested.stream}"
     return Answer(file, False, reason, suggested.command)
+
+
+def _refusals(store: Store, alignment: StreamAlignment, at: str) -> dict[str, str | None]:
+    """Each teacher stream that ``alignment`` may mean, and why it cannot serve it; None: it can."""
+    held = store.manifest.teacher_streams
+    found: dict[str, str | None] = {}
+    for name in held:
+        if alignment.stream not in {None, name}:
+            continue
+        try:
+            check_stream(alignment.model_copy(update={"stream": name}), store.manifest, at=at)
+            if held[name].cut in {"activations", "image"}:
+                check_tail(store, name)
+            found[name] = None
+        except UserError as error:
+            found[name] = str(error)
+    return found
 
 
 def _missing_layers(store: Store, name: str, alignment: StreamAlignment) -> str | None:

@@ -67,7 +67,7 @@ def draw_grid(config: SampleConfig) -> GridSummary:
             precision=precision,
         )
         for batch in progress_bar(
-            plan_batches(len(labels), config.batch_size), unit="batch", desc="sample"
+            plan_batches(len(labels), config.batch_size), unit="part", desc="sample"
         )
     ]
     try:

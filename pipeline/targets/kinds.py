@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -60,19 +60,14 @@ def sum_of_layers(
     return total, attended | found
 
 
-class Kind(NamedTuple):
-    """One kind of targets."""
-
-    read: Read
-    replayed: bool
-    """If the teacher's last blocks must run: cuts that hold its features cannot give this kind."""
-
-
-TARGET_KINDS: dict[TargetKind, Kind] = {
-    "final": Kind(final, replayed=False),
-    "unnormed": Kind(unnormed, replayed=True),
-    "sum_of_layers": Kind(sum_of_layers, replayed=True),
+TARGET_KINDS: dict[TargetKind, Read] = {
+    "final": final,
+    "unnormed": unnormed,
+    "sum_of_layers": sum_of_layers,
 }
+STORED: TargetKind = "final"
+"""The kind that the cuts maps and qk hold. Every other one is read from the teacher's blocks, which
+these cuts cannot run."""
 
 REPLAYED = ("activations", "image")
 """Cuts after which training runs the teacher's last blocks."""
@@ -81,14 +76,14 @@ REPLAYED = ("activations", "image")
 def check_target(options: StreamAlignment, name: str, stream: TeacherStream, *, at: str) -> None:
     """Raises ``UserError`` where the cut of the stream ``name`` cannot give the target that
     ``options``, those of the key ``at``, ask for."""
-    if TARGET_KINDS[options.target].replayed and stream.cut not in REPLAYED:
+    if options.target != STORED and stream.cut not in REPLAYED:
         raise UserError(
             f"{at}.target {options.target}: stream '{name}' of cut '{stream.cut}' holds features "
             "after the teacher's final norm only: add a stream of cut activations or image "
             "(extract --add-stream NAME --cut activations), or use target final"
         )
     teacher = stream.teacher
-    if TARGET_KINDS[options.target].replayed and not teacher.layers:
+    if options.target != STORED and not teacher.layers:
         raise UserError(
             f"{at}.target {options.target} is read between the teacher's blocks; stream '{name}' "
             "was extracted with --layers none: extract another with --layers, or use target final"

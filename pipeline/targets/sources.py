@@ -134,7 +134,7 @@ class ReplayedTargets:
             else:
                 tokens = stored.float()
             if wanted.features:
-                read = TARGET_KINDS[wanted.kind].read
+                read = TARGET_KINDS[wanted.kind]
                 features, attended = read(teacher, tokens, wanted.summed)
             else:
                 features = None

@@ -35,7 +35,7 @@ RECIPES = {
         **IREPA,
         "normalisation_strength": 0.6,
         "others": [SECOND],
-        "warmup": {"kind": "cosine", "steps": 4},
+        "warmup": {"kind": "cosine", "steps": 2},
         "termination": {"ramp": {"steps": 2}},
     }
 }

@@ -28,6 +28,15 @@ def test_every_recipe_is_a_config(recipe: str) -> None:
     assert (config.student.class_token is not None) == recipe.startswith("reg")
 
 
+def test_a_recipe_of_any_name_is_written_to_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "own.yaml").write_text("name: another\n")
+    monkeypatch.setattr(demo, "CONFIGS", tmp_path)
+    assert demo._run_config("own").name == "demo_own"
+
+
 def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(UserError, match=r"--recipe more is not one of haste, .*reg, reg_haste"):
         demo._run_config("more")

@@ -393,9 +393,25 @@ def test_check_names_what_a_store_lacks(
     )
 
 
+def test_check_takes_the_class_stream_of_the_teacher_that_it_names(
+    reg_config: Make, tmp_path: Path
+) -> None:
+    store = add_class_stream(make_random_store(tmp_path / "store"))
+    store = add_class_stream(add_random_stream(store, "late", layers=(0,)), "late_class")
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({**reg_config().model_dump(mode="json"), "store": None}))
+    (answer,) = check_configs(store, (str(file),))
+    assert answer.ok
+    assert answer.reason == "with --alignment.stream maps"
+    named = reg_config(store=store.url, alignment={"stream": "maps"})
+    assert resolve_run(named, store.manifest, None, None).diffusion.class_stream == "class"
+
+
 def test_options_without_a_class_token_are_refused(run_config: Make) -> None:
     with pytest.raises(ValueError, match=r"class_stream is read with student.class_token only"):
         run_config(diffusion={"class_stream": "class"})
+    with pytest.raises(ValueError, match=r"class_weight is that of a class token: set student"):
+        run_config(diffusion={"class_weight": 0.1})
     with pytest.raises(ValueError, match="class_token is for SiT"):
         run_config(student={"model": "DiT-S/2", "class_token": 12})
 

@@ -128,6 +128,7 @@ def test_none_by_default_and_not_in_saved_configs(run_config: Make, tmp_path: Pa
     [
         ({"termination": {"step": 3, "ramp": {"steps": 4}}}, r"ramp\.steps 4 is longer .* step 3"),
         ({"termination": {"step": 3, "ramp": {"steps": 0}}}, r"ramp\.steps"),
+        ({"termination": {"step": 3}, "warmup": {"steps": 4}}, r"warmup\.steps 4 is longer .* 3"),
         ({"termination": {"step": 3, "ramp": {"kind": "cubic", "steps": 1}}}, r"ramp\.kind"),
         (
             {

@@ -231,7 +231,10 @@ def test_one_stream_may_be_named_twice(
             {"others": [{**SECOND, "stream": "third"}]},
             r"no teacher stream 'third', only maps, second",
         ),
-        ({"others": [{**SECOND, "stream": None}]}, r"choose one of maps, second"),
+        (
+            {"others": [{**SECOND, "stream": None}]},
+            r"alignment\.others\.0\.stream: .*choose one of maps, second",
+        ),
     ],
 )
 def test_a_stream_that_the_store_cannot_serve_is_refused(
