@@ -35,7 +35,7 @@ class Estimate:
     costs: tuple[Cost, ...]
     notes: tuple[str, ...]
     memory: StepMemory | None = None
-    """Of a training step; None: not counted."""
+    """Memory of a training step; None: not counted."""
 
 
 def describe(estimate: Estimate) -> str:

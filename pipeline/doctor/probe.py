@@ -1,4 +1,4 @@
-"""What one node can see and do. Runs in an actor on the node, and in tests without Ray."""
+"""Observations of one node. They run in an actor on the node, and in tests without Ray."""
 
 from __future__ import annotations
 

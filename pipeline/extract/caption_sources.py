@@ -32,7 +32,7 @@ from schemas.store import (
 )
 
 Rows = list[Sequence[np.ndarray]]
-"""Of each image of a batch, what ``read`` gave."""
+"""Result of ``read`` for each image of a batch."""
 
 
 class CaptionSource(Protocol):

@@ -70,7 +70,7 @@ UPDATE = {
 
 @dataclass
 class Traffic:
-    """What one part does once."""
+    """Traffic of one part, done once."""
 
     launches: int = 0
     library: int = 0

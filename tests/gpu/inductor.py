@@ -62,7 +62,7 @@ class Graph:
     """Read and written by Triton kernels, if each tensor passes once."""
     library_bytes: int
     flops: int
-    """Of the library calls."""
+    """Those of the library calls."""
 
 
 def missing() -> str | None:

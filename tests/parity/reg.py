@@ -48,7 +48,7 @@ def alignment_config(recipes: Golden) -> AlignmentConfig:
 
 
 def make_module(recipes: Golden, path: str = "linear") -> AlignedStudent:
-    """What the trainer trains, with the recorded weights."""
+    """The trained module, with the recorded weights."""
     student, projector = make_reg(recipes)
     module = AlignedStudent(
         student_config(recipes),
@@ -63,7 +63,7 @@ def make_module(recipes: Golden, path: str = "linear") -> AlignedStudent:
 
 
 def manifest_of(recipes: Golden) -> Manifest:
-    """Of a store with the recorded teacher's widths, class tokens and latent scale."""
+    """A manifest with the recorded teacher's widths, class tokens and latent scale."""
     student, train = student_config(recipes), recipes.values("reg_train_values")["config"]
     blank = random_manifest(samples=1, shard_size=1)
     name, stream = blank.teacher_stream()
