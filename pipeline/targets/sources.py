@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -64,14 +64,7 @@ class MapsTargets:
         if self.wanted.features:
             features = self._normalise_target(self._decoders["features"](columns).float())
         if self.wanted.layers:
-            attention = self._attention(
-                # bfloat16 is stored as uint16, which GPUs cannot index
-                {
-                    part: stored.view(torch.int16) if stored.dtype == torch.uint16 else stored
-                    for part, stored in columns.items()
-                },
-                self._index,
-            )
+            attention = self._attention(_without_uint16(columns), self._index)
         return Targets(features, attention)
 
     def decode_attention(self, columns: Mapping[str, Tensor], layers: Tensor) -> Tensor:
@@ -121,13 +114,18 @@ class ReplayedTargets:
         self.wanted = wanted
         self.dtype = getattr(torch, stream.compute.precision)
         self.stop = teacher.depth if wanted.features else max(wanted.layers) + 1
-        self._normalise_target = target_normalisation(wanted.strength, compiled=compiled)
-        self._probabilities = _compiled(_probabilities) if compiled else _probabilities
+        self._normalise_target = target_normalisation(wanted.strength)
+        self._replay = _compiled(self.replay) if compiled else self.replay
 
     @torch.no_grad()
     def __call__(self, columns: Mapping[str, Tensor]) -> Targets:
+        return Targets(*self._replay(_without_uint16(columns)))
+
+    def replay(self, columns: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Features and attention of ``Targets``: decoding, blocks, softmax and normalisation."""
         teacher, wanted = self.teacher, self.wanted
         stored = self._decode(columns)
+        features = attention = None
         with torch.autocast(stored.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.cut == "image":
                 tokens = teacher.embed(teacher.preprocess(stored.permute(0, 3, 1, 2)))
@@ -137,25 +135,25 @@ class ReplayedTargets:
                 read = TARGET_KINDS[wanted.kind]
                 features, attended = read(teacher, tokens, wanted.summed)
             else:
-                features = None
                 _, attended = teacher.tap_blocks(tokens, teacher.first_block, self.stop)
         if features is not None:
             features = self._normalise_target(features)
-        attention = None
         if wanted.layers:
             patches = [attended[layer].patches(teacher.prefix) for layer in wanted.layers]
-            attention = self._probabilities(
-                [(q[:, : wanted.heads], k[:, : wanted.heads]) for q, k in patches]
-            )
-        return Targets(features, attention)
+            logits = [qk_logits(q[:, : wanted.heads], k[:, : wanted.heads]) for q, k in patches]
+            attention = torch.softmax(torch.stack(logits, dim=1), dim=-1)
+        return features, attention
 
 
-def _probabilities(operands: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Queries, scaled, and keys (B, H, N, d) of L layers to (B, L, H, N, N)."""
-    return torch.softmax(torch.stack([qk_logits(*pair) for pair in operands], 1), dim=-1)
+def _without_uint16(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The columns, with bfloat16 numbers, stored as uint16, as int16: GPUs cannot index uint16."""
+    return {
+        part: stored.view(torch.int16) if stored.dtype == torch.uint16 else stored
+        for part, stored in columns.items()
+    }
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Fuse element-wise operations into one pass over the maps. Compiled for each batch size,
     because dynamic graphs are slower and one smaller batch would switch to them for good."""
     return torch.compile(function, dynamic=False)
@@ -198,8 +196,8 @@ def open_targets(
     *,
     compiled: bool = False,
 ) -> TargetSource:
-    """The target source for the cut of a store's teacher stream. ``compiled``: operations on
-    attention maps are fused into one kernel. Raises ``UserError``."""
+    """The target source for the cut of a store's teacher stream. ``compiled``: it is one graph of
+    torch.compile, the teacher's blocks included. Raises ``UserError``."""
     name, stream = store.manifest.teacher_stream(name)
     if wanted.layers:
         tokens = math.prod(stream.teacher.grid)

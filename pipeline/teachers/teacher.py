@@ -83,6 +83,8 @@ class Teacher(nn.Module):
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix = int(self.vit.num_prefix_tokens)
         self.has_class_token = self.vit.cls_token is not None
+        # made once: torch.compile traces a mode that exists, but not its constructor
+        self._tap = AttentionTap()
         if self.layers and max(self.layers) >= self.depth:
             raise UserError(
                 f"--layers asks for layer {max(self.layers)}; teacher '{config.model}' has "
@@ -149,9 +151,9 @@ class Teacher(nn.Module):
         for number in range(start, self.depth if stop is None else stop):
             index = number - self.first_block
             if number in self.layers:
-                with AttentionTap() as tap:
+                with self._tap:
                     tokens = self.vit.blocks[index](tokens, **arguments[index])
-                operands[number] = tap.calls[0]
+                operands[number] = self._tap.calls.pop()
             else:
                 tokens = self.vit.blocks[index](tokens, **arguments[index])
         return tokens, operands

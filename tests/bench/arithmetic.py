@@ -114,7 +114,10 @@ Part = tuple[str, int, Traffic]
 def _student(options: Options) -> StudentConfig:
     names = ("depth", "width", "heads")
     changes = {name: getattr(options, name) for name in names if getattr(options, name)}
-    return StudentConfig.model_validate({"model": options.student, **changes})
+    student = StudentConfig.model_validate({"model": options.student, **changes})
+    if options.tapped > student.size.depth:
+        raise UserError(f"--tapped {options.tapped}: the student has {student.size.depth} blocks")
+    return student
 
 
 def _row(name: str, count: int, traffic: Traffic, options: Options) -> dict[str, Any]:
@@ -207,12 +210,15 @@ def _graphs(
 
 
 def _tail(options: Options) -> Iterator[Part]:
-    """One block of DINOv2-B in the trainer, for cuts 'activations' and 'image', uncompiled."""
+    """One block of DINOv2-B in the trainer, for cuts 'activations' and 'image', compiled as there
+    and, beside it, uncompiled."""
     vit, _ = create_meta_vit(ExtractConfig().teacher, ExtractConfig().resolution)
     tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
     with fake_h100(), torch.no_grad():
         block = vit.blocks[-1].to_empty(device=CUDA)
         x = torch.empty(options.batch, tokens, vit.embed_dim, device=CUDA)
+        inputs = [x, *block.parameters()]
+        yield from _graphs("teacher's block", 0, functional(block, 1), inputs)
         with Counting() as counting, torch.autocast("cuda", torch.bfloat16):
             block(x)
     yield "teacher's block, eager", 0, counting.total()

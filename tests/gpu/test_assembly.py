@@ -12,6 +12,8 @@ from pipeline.alignment.fused_attention_loss import rows_gradient, rows_loss
 from pipeline.models.layers import FinalLayer
 from pipeline.models.projector import Projector
 from pipeline.models.sit import Block
+from pipeline.teachers.vit import create_meta_vit
+from schemas.extract import ExtractConfig
 from tests.gpu.fake_gpu import CUDA
 from tests.gpu.inductor import Graph, assemble, fake_h100, functional, lower, missing
 
@@ -51,6 +53,17 @@ def test_a_part_of_the_student(part: str, width: int, heads: int, tmp_path: Path
         with torch.autocast("cuda", torch.bfloat16):
             graphs = lower(functional(module, len(inputs)), [*inputs, *module.parameters()])
         check(graphs, tmp_path, ["forward", "backward"])
+
+
+def test_a_block_of_the_teacher(tmp_path: Path) -> None:
+    teacher = ExtractConfig().teacher
+    vit, _ = create_meta_vit(teacher, ExtractConfig().resolution)
+    tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
+    with fake_h100(), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        block = vit.blocks[-1].to_empty(device=CUDA)
+        x = torch.empty(SAMPLES, tokens, vit.embed_dim, device=CUDA)
+        graphs = lower(functional(block, 1), [x, *block.parameters()])
+        check(graphs, tmp_path, ["inference"])
 
 
 def test_the_attention_loss_and_its_gradient(tmp_path: Path) -> None:

@@ -78,7 +78,16 @@ def test_replayed_teacher_gives_what_the_maps_hold_bit_for_bit(
 @pytest.mark.filterwarnings("error:Dynamo detected")
 @pytest.mark.parametrize(
     "name",
-    ["exact", "maps-half", "maps-bfloat16", "maps-faithful", "maps-small", "qk-int8", "image"],
+    [
+        "exact",
+        "maps-half",
+        "maps-bfloat16",
+        "maps-faithful",
+        "maps-small",
+        "qk-int8",
+        "image",
+        "activations",
+    ],
 )
 def test_compiled_targets_are_the_plain_ones(stores: dict[str, Store], name: str) -> None:
     """Also of a smaller batch, after which the larger one's graph is still its own."""
@@ -95,8 +104,12 @@ def test_compiled_targets_are_the_plain_ones(stores: dict[str, Store], name: str
         columns = {n: torch.from_numpy(a) for n, a in reader.read(0 * rows, rows).items()}
         with torch.no_grad():
             one, other = plain(columns), compiled(columns)
-        assert torch.equal(one.features, other.features)
-        torch.testing.assert_close(one.attention, other.attention, rtol=2e-6, atol=1e-9)
+        if name in {"image", "activations"}:  # blocks of the teacher are fused, too
+            torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(one.attention, other.attention, rtol=1e-4, atol=1e-7)
+        else:
+            assert torch.equal(one.features, other.features)
+            torch.testing.assert_close(one.attention, other.attention, rtol=2e-6, atol=1e-9)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] < graphs[1] == graphs[2] == graphs[3]
 
