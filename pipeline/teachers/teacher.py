@@ -83,8 +83,7 @@ class Teacher(nn.Module):
         self.grid: tuple[int, int] = tuple(self.vit.patch_embed.grid_size)
         self.prefix = int(self.vit.num_prefix_tokens)
         self.has_class_token = self.vit.cls_token is not None
-        # made once: torch.compile traces a mode that exists, but not its constructor
-        self._tap = AttentionTap()
+        self._traced_tap = AttentionTap()
         if self.layers and max(self.layers) >= self.depth:
             raise UserError(
                 f"--layers asks for layer {max(self.layers)}; teacher '{config.model}' has "
@@ -151,9 +150,12 @@ class Teacher(nn.Module):
         for number in range(start, self.depth if stop is None else stop):
             index = number - self.first_block
             if number in self.layers:
-                with self._tap:
+                # torch.compile traces a mode that exists, but not its constructor; elsewhere
+                # several threads may run the same teacher
+                tap = self._traced_tap if torch.compiler.is_compiling() else AttentionTap()
+                with tap:
                     tokens = self.vit.blocks[index](tokens, **arguments[index])
-                operands[number] = self._tap.calls.pop()
+                operands[number] = tap.calls.pop()
             else:
                 tokens = self.vit.blocks[index](tokens, **arguments[index])
         return tokens, operands
