@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from schemas.errors import UserError
@@ -17,6 +20,8 @@ from schemas.errors import UserError
 STATE = "state.json"
 SELF = "sha256"
 """Key of the checksum of everything else in ``state.json``."""
+MAX_THREADS = 8
+"""Files that are hashed at a time."""
 
 
 class DamagedCheckpointError(UserError):
@@ -40,13 +45,56 @@ class UnfinishedCheckpointError(DamagedCheckpointError):
         super().__init__(where, f"{STATE}, which is uploaded last, is missing")
 
 
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Flush all files in ``folder`` to disk and write ``state.json`` with their checksums."""
+class HashedFile:
+    """A new file that is hashed while it is written, and flushed to disk at the end of the context.
+
+    ``write`` does not hold Python's lock for large data, so that another thread trains on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._file as file:
+            if error is None:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of what has been written."""
+        return self._hash.hexdigest()
+
+
+def write_state(
+    folder: Path, state: dict[str, Any], checksums: Mapping[str, str] | None = None
+) -> None:
+    """Write ``state.json`` with the checksums of all files in ``folder``. Those whose ``checksums``
+    are not known from a ``HashedFile`` are read, and flushed to disk."""
+    known = checksums or {}
     files = {}
     for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
+        digest = known.get(path.name)
+        if digest is None:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     state = {**state, "files": files}
     with (folder / STATE).open("w") as file:
@@ -79,27 +127,33 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
         raise DamagedCheckpointError(folder, f"{STATE} is missing") from None
     except OSError as error:
         raise DamagedCheckpointError(folder, f"{STATE}: {error.strerror}") from None
-    for name, expected in state["files"].items():
-        try:
-            fault = _fault(folder / name, expected, hashes)
-        except FileNotFoundError:
-            fault = "is missing"
-        except OSError as error:
-            fault = f"cannot be read: {error.strerror}"
-        if fault is not None:
-            raise DamagedCheckpointError(folder, f"{name} {fault}")
+    files: dict[str, dict[str, Any]] = state["files"]
+    for check in (_size_fault, _hash_fault) if hashes else (_size_fault,):
+        with ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="verify") as pool:
+            faults = pool.map(lambda name, check=check: check(folder / name, files[name]), files)
+            for name, fault in zip(files, faults, strict=True):
+                if fault is not None:
+                    raise DamagedCheckpointError(folder, f"{name} {fault}")
     return state
 
 
-def _fault(path: Path, expected: dict[str, Any], hashes: bool) -> str | None:
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"has {size} of {expected['bytes']} bytes"
-    if hashes:
+def _size_fault(path: Path, expected: dict[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if size == expected["bytes"] else f"has {size} of {expected['bytes']} bytes"
+
+
+def _hash_fault(path: Path, expected: dict[str, Any]) -> str | None:
+    try:
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                return "was altered: its checksum is wrong"
-    return None
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if digest == expected["sha256"] else "was altered: its checksum is wrong"
 
 
 def _checksum(state: dict[str, Any]) -> str:

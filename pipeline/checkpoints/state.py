@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,18 +12,20 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoints.integrity import (
     STATE,
     DamagedCheckpointError,
+    HashedFile,
     NonFiniteCheckpointError,
     verify,
     write_state,
 )
 from pipeline.checkpoints.reference_format import CLASSES
 from pipeline.checkpoints.store_identity import with_saved_streams
+from pipeline.precision import is_finite
 from pipeline.text import unpickling_fault
 from schemas.classes import ClassTable
 from schemas.errors import UserError
@@ -32,6 +35,12 @@ from schemas.validation import validate
 
 VERSION = 2
 OPTIMIZER = "optimizer.pt"
+DTYPES = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16),
+    *(torch.int32, torch.float32, torch.float64, torch.int64),
+)
+"""Types of tensors in the order of safetensors, which writes the last ones first."""
+DTYPE_NAMES = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 FIXED = (
     "student",
     "diffusion",
@@ -57,12 +66,17 @@ class CheckpointContents:
     """Plain values: the fields of ``CheckpointState`` and what people may want to read."""
 
     def write(self, folder: Path) -> None:
-        """Fill an empty folder; ``state.json`` is written last, with the checksums of the rest."""
+        """Fill an empty folder; ``state.json`` is written last, with the checksums of the rest.
+        Tensors are read once."""
+        checksums = {}
         for name, tensors in self.weights.items():
-            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(contiguous, folder / f"{name}.safetensors")
-        torch.save(dict(self.optimizer), folder / OPTIMIZER)
-        write_state(folder, {"version": VERSION, **self.state})
+            with HashedFile(folder / f"{name}.safetensors") as file:
+                _write_safetensors(tensors, file)
+            checksums[f"{name}.safetensors"] = file.sha256
+        with HashedFile(folder / OPTIMIZER) as file:
+            torch.save(dict(self.optimizer), file)  # type: ignore[arg-type]
+        checksums[OPTIMIZER] = file.sha256
+        write_state(folder, {"version": VERSION, **self.state}, checksums)
 
 
 @dataclass(frozen=True)
@@ -147,12 +161,40 @@ def classes_to_save(classes: ClassTable, config: RunConfig) -> dict[str, Any]:
     return {CLASSES: classes.model_dump(mode="json")} if known else {}
 
 
+def _write_safetensors(tensors: Mapping[str, Tensor], file: HashedFile) -> None:
+    """The bytes that ``safetensors.torch.save_file`` writes: the length of the header (8 bytes),
+    the header in JSON, and the tensors by falling size of their numbers, then by name. That
+    function writes to a path only, so that the file would have to be read again for its hash."""
+    names = sorted(tensors, key=lambda name: (-DTYPES.index(tensors[name].dtype), name))
+    header, end = {}, 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        dtype = DTYPE_NAMES[DTYPES.index(tensor.dtype)]
+        header[name] = {"dtype": dtype, "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        file.write(tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
 def load_optimizer(folder: Path) -> dict[str, Any]:
     """AdamW's state, on the CPU. The optimizer moves its moments to the weights' device; its step
     counts stay, because its plain form reads them at every step. Raises ``UserError``."""
+    state = _mapped_optimizer(folder)  # a copy, because the optimizer may keep the tensors
+    return {**state, "state": {n: _cloned(one) for n, one in state.get("state", {}).items()}}
+
+
+def _cloned(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in tensors.items()}
+
+
+def _mapped_optimizer(folder: Path) -> dict[str, Any]:
+    """AdamW's state, whose tensors are pages of the file, read when they are used."""
     path = folder / OPTIMIZER
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
     except pickle.UnpicklingError as error:
@@ -171,12 +213,12 @@ def verify_finite(folder: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if not file.get_tensor(name).isfinite().all():
+                    if not is_finite(file.get_tensor(name)):
                         raise NonFiniteCheckpointError(folder, f"{name} of {path.name} is")
         except SafetensorError as error:
             raise DamagedCheckpointError(folder, f"{path.name}: {error}") from None
-    for state in load_optimizer(folder).get("state", {}).values():
-        if not all(value.isfinite().all() for value in state.values()):
+    for state in _mapped_optimizer(folder).get("state", {}).values():
+        if not all(is_finite(value) for value in state.values()):
             raise NonFiniteCheckpointError(folder, f"moments of {OPTIMIZER} are")
 
 

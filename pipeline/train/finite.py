@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.alignment.aligned_student import LOSSES
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.precision import is_finite
 from schemas.errors import NonFiniteError
 
 NORM = "gradient norm"
@@ -76,7 +77,7 @@ class FiniteWatch:
 
 def all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """If all numbers are finite: bool, on the device."""
-    found = [tensor.isfinite().all().to(device) for tensor in tensors]
+    found = [is_finite(tensor).to(device) for tensor in tensors]
     return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool, device=device)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
 from pipeline.alignment.termination import Decision, StepLosses, alignment_factor
+from pipeline.checkpoints.background import BackgroundCheckpoints
 from pipeline.checkpoints.state import CheckpointContents, classes_to_save, read_state
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import PollRequest, StopRequest, no_request
@@ -24,7 +25,8 @@ from schemas.errors import NonFiniteError, StoppedError
 from schemas.run import RunConfig
 
 SaveCheckpoint = Callable[[int, CheckpointContents], None]
-"""(step, contents) -> None. Called on every rank at the same steps; the main rank writes."""
+"""(step, contents) -> None. Called on every rank at the same steps; the main rank writes, in a
+thread unless ``checkpoint.background`` is false."""
 
 
 def train(
@@ -56,17 +58,19 @@ def run_training(
     *,
     group: ProcessGroup | None = None,
     poll: PollRequest = no_request,
+    before_save: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Train a config that ``resolve_run`` has checked; metrics and summary go to ``folder``. Every
     rank calls this. Returns the summary.
 
     ``checkpoint`` gives the verified checkpoint to continue from, or None, while it is entered.
     ``poll`` is called at every step and says whether to save or to stop. If any rank is told to
-    stop, all save and raise ``StoppedError``.
+    stop, all save and raise ``StoppedError``. ``before_save`` is called at the step of a
+    checkpoint, when the one before is written.
     """
     parts = build_run(config, folder, group or ProcessGroup(), checkpoint, poll)
     try:
-        return TrainingLoop(parts, save_checkpoint).run_to_end()
+        return TrainingLoop(parts, save_checkpoint, before_save).run_to_end()
     finally:
         parts.close()
 
@@ -74,7 +78,12 @@ def run_training(
 class TrainingLoop:
     """The steps of one run, and its events between steps: checkpoints, validation, termination."""
 
-    def __init__(self, parts: RunParts, save_checkpoint: SaveCheckpoint) -> None:
+    def __init__(
+        self,
+        parts: RunParts,
+        save_checkpoint: SaveCheckpoint,
+        before_save: Callable[[], None] = lambda: None,
+    ) -> None:
         self.parts = parts
         self.config = parts.config
         self.trainer = parts.trainer
@@ -83,7 +92,11 @@ class TrainingLoop:
         self.finite = FiniteWatch(
             parts.group, self.config.train.max_skipped, parts.trainer.module.losses
         )
-        self.save_checkpoint = save_checkpoint
+        background = parts.config.checkpoint.background and parts.group.is_main
+        self.checkpoints = BackgroundCheckpoints(
+            save_checkpoint, parts.group.device, enabled=background
+        )
+        self.before_save = before_save
         self.saved_step = parts.trainer.step
         self.validated_step = parts.progress.validated_step
         self.bytes_at_termination: dict[str, int] | None = None
@@ -94,7 +107,13 @@ class TrainingLoop:
 
     def run_to_end(self) -> dict[str, Any]:
         """Train up to ``config.steps``. Returns the summary; raises ``StoppedError`` and
-        ``NonFiniteError``."""
+        ``NonFiniteError``. No checkpoint is being written afterwards."""
+        with self.checkpoints:
+            self._take_steps()
+            self.checkpoints.wait()
+            return self._summarise()
+
+    def _take_steps(self) -> None:
         config, trainer, parts = self.config, self.trainer, self.parts
         batches = iter(parts.loader)
         self.meter.restart_clock()
@@ -123,13 +142,14 @@ class TrainingLoop:
                 self._save()
             self._validate_if_due(resumed=False)
         parts.trace.close()
-        return self._summarise()
 
     def _save_or_stop_if_requested(self) -> None:
+        self.checkpoints.check()
         request = self.parts.consensus.at_boundary()
         if request is not StopRequest.GO_ON and self.trainer.step > self.saved_step:
             self._save()
         if request is StopRequest.STOP:
+            self.checkpoints.wait()
             raise StoppedError(
                 f"run '{self.config.name}' was stopped after step {self.trainer.step} of "
                 f"{self.config.steps}; run the same command again to continue"
@@ -178,6 +198,7 @@ class TrainingLoop:
 
     def _stopped(self, reason: str) -> NonFiniteError:
         """The error of a run that cannot go on, with a row in the metrics."""
+        self.checkpoints.wait()  # so that the message is true
         saved = self.saved_step
         advice = "give a lower --optimizer.learning-rate under another --name"
         if self.config.train.on_nan == "stop":
@@ -187,7 +208,9 @@ class TrainingLoop:
         return NonFiniteError(f"run '{self.config.name}' stopped: {reason}; {newest}; {advice}")
 
     def _terminate(self, evidence: Mapping[str, Any]) -> None:
-        """End the alignment on this rank: after this, no byte of a teacher stream is read."""
+        """End the alignment on this rank: after this, no byte of a teacher stream is read. Memory
+        of the projectors is freed, which a checkpoint may still be copied from."""
+        self.checkpoints.wait()
         self.parts.loader.close_streams(self.parts.teacher_streams)
         self.trainer.terminate(evidence)
         self.bytes_at_termination = self._bytes_now()
@@ -220,6 +243,7 @@ class TrainingLoop:
             return
         self._require_finite(weights=True)
         with self._outside_training():
+            self.checkpoints.wait()
             student = self.trainer.averaged_student()
             pause = self._save_or_stop_if_requested
             for event in validator.run(student, step, pause, resumed=resumed):
@@ -269,9 +293,10 @@ class TrainingLoop:
 
     def _save(self) -> None:
         self._require_finite(weights=True)
-        contents = self._checkpoint()
         with self._outside_training():
-            self.save_checkpoint(self.trainer.step, contents)
+            self.checkpoints.wait()
+            self.before_save()
+            self.trainer.copied = self.checkpoints.save(self.trainer.step, self._checkpoint())
             self.saved_step = self.trainer.step
             self.parts.consensus.forget()
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.train
@@ -43,9 +43,6 @@ from pipeline.storage.files import StorageError, absolute_url, open_url
 from pipeline.train.ray_metrics import exported_metrics
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
-
-if TYPE_CHECKING:
-    from pipeline.train.loop import SaveCheckpoint
 
 POLL_SECONDS = 1.0
 """Seconds between two polls of the main rank for requests."""
@@ -120,7 +117,7 @@ class ControlPoller:
 
     def __init__(self, control: Any) -> None:
         self.control = control
-        self._requested = self._saved = 0
+        self._requested = self._begun = self._saved = 0
         self._stop = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control-poller", daemon=True)
@@ -129,7 +126,14 @@ class ControlPoller:
     def __call__(self) -> StopRequest:
         if self._stop:
             return StopRequest.STOP
-        return StopRequest.SAVE if self._requested > self._saved else StopRequest.GO_ON
+        done = max(self._begun, self._saved)
+        return StopRequest.SAVE if self._requested > done else StopRequest.GO_ON
+
+    def begin(self) -> int:
+        """Note that the state of now is being saved, and do not request it again. Returns the
+        number to pass to ``saved``."""
+        self._begun = self._requested
+        return self._begun
 
     def saved(self, number: int) -> None:
         """Note that a checkpoint was written that serves save requests up to ``number``."""
@@ -268,13 +272,15 @@ def _worker(arguments: dict[str, Any]) -> str | None:
         metrics = exported_metrics(config.name) if group.is_main else nullcontext()
         with RunFolder(config, owner=group.is_main) as folder, metrics:
             folder.require_shared()
+            saver = _Saver(folder, poller)
             run_training(
                 config,
                 folder.path,
-                _saver(folder, poller),
+                saver,
                 _latest(folder.checkpoints, group, context.get_local_rank()),
                 group=group,
                 poll=poller or no_request,
+                before_save=saver.begin,
             )
     except StoppedError as stop:
         return str(stop)
@@ -289,16 +295,26 @@ def _worker(arguments: dict[str, Any]) -> str | None:
     return None
 
 
-def _saver(run: RunFolder, poller: ControlPoller | None) -> SaveCheckpoint:
-    def save(step: int, contents: CheckpointContents) -> None:
-        """Only the main rank has a poller and saves; the others wait for it in their next step."""
-        if poller is not None:
-            requested = poller.requested
-            run.publish()  # before the checkpoint, which counts the rows of the metrics
-            run.checkpoints.save(step, contents)
-            poller.saved(requested)
+class _Saver:
+    """Saves on the main rank, which alone has a poller."""
 
-    return save
+    def __init__(self, run: RunFolder, poller: ControlPoller | None) -> None:
+        self.run = run
+        self.poller = poller
+        self._request = 0
+
+    def begin(self) -> None:
+        """At the step of a checkpoint: publish the rows of the metrics that it counts. The files
+        are written by the training: a thread might meet one half-written."""
+        if self.poller is not None:
+            self._request = self.poller.begin()
+            self.run.publish()
+
+    def __call__(self, step: int, contents: CheckpointContents) -> None:
+        """A request counts as served when the checkpoint is published."""
+        if self.poller is not None:
+            self.run.checkpoints.save(step, contents)
+            self.poller.saved(self._request)
 
 
 @contextmanager

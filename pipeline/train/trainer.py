@@ -72,6 +72,9 @@ class Trainer:
         """If the last step was skipped: bool, on the device, equal on all ranks. None unless
         ``train.on_nan`` is skip_step."""
 
+        self.copied: torch.cuda.Event | None = None
+        """End of a copy of the state, which the next update waits for on the device."""
+
         teachers = [
             manifest.teacher_stream(options.stream)[1].teacher
             for options in config.alignment.streams
@@ -163,6 +166,9 @@ class Trainer:
         if config.train.on_nan == "skip_step":
             broken = (~result.isfinite()).any().float()
             self.skipped = self.group.sum(broken) > 0
+        if self.copied is not None:
+            self.copied.wait()
+            self.copied = None
         self._optimizer_step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.module.student, self.skipped)

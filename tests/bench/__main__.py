@@ -23,6 +23,8 @@ BENCHES = {
     "table": "step, loader, extract, optimizer and attention in one run of ten minutes at most",
     "growth": "1.3 and 100 million samples: time to open, order and read a first batch; memory",
     "shuffle": "label entropy of batches by shuffle window, against a full shuffle",
+    "checkpoint": "time that a training loses by a checkpoint, and memory",
+    "resume": "time from a resumed run's start to its first step, and memory",
     "commands": "help, complaints and first results of commands: time and memory",
 }
 """Modules of this package, each with ``run(options) -> Report``; their options are in

@@ -262,6 +262,30 @@ class CommandsOptions(BenchOptions):
     """Only answers of commands that contain this text."""
 
 
+class ResumeOptions(BenchOptions):
+    """Student, repetitions and the build to compare with."""
+
+    student: ModelName = "SiT-B/2"
+    """Model of the run."""
+    depth: int | None = Field(default=None, ge=1)
+    """Blocks of the student, where the state of all does not fit the memory."""
+    baseline: Path | None = None
+    """Checkout of another version of this project, measured in the same rounds."""
+    rounds: int = Field(default=3, ge=1)
+    """Rounds in which each build runs once; medians are reported."""
+    every: int = Field(default=100, ge=1)
+    """Steps between checkpoints."""
+
+
+class CheckpointOptions(ResumeOptions):
+    """Student, repetitions and the build to compare with."""
+
+    rounds: int = Field(default=1, ge=1)
+    """Rounds in which each build runs once; medians are reported."""
+    every: int = Field(default=24, ge=3)
+    """Steps between checkpoints, longer than one takes to write."""
+
+
 OPTIONS: dict[str, type[BenchOptions]] = {
     "frontier": FrontierOptions,
     "backends": BackendsOptions,
@@ -275,5 +299,7 @@ OPTIONS: dict[str, type[BenchOptions]] = {
     "growth": GrowthOptions,
     "shuffle": ShuffleOptions,
     "commands": CommandsOptions,
+    "checkpoint": CheckpointOptions,
+    "resume": ResumeOptions,
 }
 """By the name of the bench."""

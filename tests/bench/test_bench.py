@@ -44,6 +44,8 @@ TINY = {
     "table": ["--only", "tiny"],
     "growth": ["--samples", "1000", "--batch", "32", "--steps", "10"],
     "shuffle": ["--samples", "2000", "--classes", "10", "--windows", "1,8", "--batches", "5"],
+    "checkpoint": ["--student", "SiT-S/2", "--depth", "1", "--every", "3"],
+    "resume": ["--student", "SiT-S/2", "--depth", "1", "--rounds", "1"],
     "commands": ["--only", "pipeline.report", "--rounds", "1", "--starts", "0"],
 }
 

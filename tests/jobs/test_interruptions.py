@@ -136,7 +136,8 @@ def test_killed_right_after_a_checkpoint_resumes_from_it(
         return worker(arguments)
 
     monkeypatch.setattr(ray_trainer, "_worker", dying_worker)
-    train_run(run_config(checkpoint={"every": 2}, workers=SMALL))
+    # in the background, steps taken meanwhile would be repeated
+    train_run(run_config(checkpoint={"every": 2, "background": False}, workers=SMALL))
     assert (marks / "steps").read_text().split() == ["0", "1", "2", "3", "4", "5"]
     train_here(run_config(), tmp_path / "whole")
     assert denoising(tmp_path / "tiny") == denoising(tmp_path / "whole")
