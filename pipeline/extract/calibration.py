@@ -324,8 +324,9 @@ def _compare(
         cosine = torch.cosine_similarity(one, other, dim=-1)
         cosines.append(1 - cosine.mean(-1).cpu())
         if reference.attention is not None and coded.attention is not None:
-            rows = kl_of_rows(reference.attention, coded.attention)
-            kl.append(rows.mean((-2, -1)).cpu())
+            layers = zip(reference.attention.unbind(1), coded.attention.unbind(1), strict=True)
+            means = [kl_of_rows(p, q).mean((-2, -1)).cpu() for p, q in layers]  # bounds memory
+            kl.append(torch.stack(means, 1))
         if student is not None and gradients.images < GRADIENT_IMAGES:
             gradients.images += len(cosine)
             latents = student.random_latents(len(cosine)).to(subject.device)

@@ -73,6 +73,7 @@ def open_store(
             tail = encoder.describe_tail()
             existing = Store.create(config.store, with_tail(wanted, name, tail))
             check_request(config, listing, existing)
+            wanted = make_manifest(config, listing, with_steps_of(existing, name, description))
     else:
         assert existing is not None
         streams: dict[str, Stream]
@@ -87,6 +88,8 @@ def open_store(
                 added[name] = streams[name].model_copy(update={"tail": tail})
             existing = existing.update(lambda now: with_new_streams(now, added))
             check_request(config, listing, existing)
+            if not adds_captions(config):
+                streams = make_streams(config, with_steps_of(existing, name, description))
         wanted = with_streams(existing.manifest, streams)
     check_same_store(existing.manifest, wanted, existing.shown_url)
     save_null(config, existing, encoder, is_new=is_new)
@@ -138,6 +141,11 @@ def choose_steps(
     found = encoder.calibrate(items, images, autoencoder.latent_shape)
     logger.info("%s", describe_calibration(found))
     return found
+
+
+def with_steps_of(store: Store, name: str, description: Description) -> Description:
+    """With the codec steps that the manifest names: another command may have written it first."""
+    return replace(description, calibration=store.manifest.teacher_streams[name].calibration)
 
 
 def describe_calibration(found: Calibration) -> str:
