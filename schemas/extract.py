@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from schemas.base import Strict
-from schemas.codecs import CodecName, CodecSet
+from schemas.codecs import CodecName, CodecOptions
 from schemas.fields import ModelArguments, ModelId, Name, Seed, StoredLayers, StreamName
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -159,11 +159,7 @@ class ExtractConfig(Strict):
     'class' is the class token (no such stream is written for a teacher without one), 'mean' the
     mean of the patch tokens, 'none' saves the blocks after the cuts 'activations' and 'image',
     which the extraction runs for it."""
-    codec: CodecSet = "faithful"
-    """Codecs of the teacher's tensors: 'faithful' (quantised with an error of 1e-4 in the direction
-    of gradients, then entropy-coded), 'small' (coarser, fewest bytes), 'int8' (scaled by the
-    largest number of each token), 'bfloat16', 'float16', 'float32'. tests/bench/RESULTS.md lists
-    bytes and errors."""
+    codec: CodecOptions = CodecOptions()
     column_codecs: dict[Name, CodecName] = Field(default={})
     """Codecs of single tensors, for instance --column-codecs.features float16 or
     --column-codecs.tokens tokens28."""
@@ -232,6 +228,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "autoencoder": "demo",
         "layers": (2, 3, 4, 5),
+        "codec": {"calibration": 64},
         "shard_size": 128,
     },
 }

@@ -33,7 +33,9 @@ class InspectConfig(Strict):
     """Teacher stream of --sample or --fidelity, where the store holds several."""
     fidelity: Annotated[int, Field(ge=1)] | None = None
     """Number of images on which the teacher is run again, to report the error of the stored targets
-    against float32 and its effect on the losses and gradients of a random student."""
+    against float32 and its effect on the losses and gradients of a random student. Where the
+    extraction chose the codecs' steps by a calibration, other images than the calibration's are
+    taken, and exit code 1 says that its promise is not kept on them."""
     recipe: str | None = None
     """--fidelity: a training config (also --config, beside --fidelity). Only the targets of its
     losses are compared, as they enter the losses, with their normalisation, for a random student of

@@ -15,7 +15,7 @@ from pydantic import (
 
 from schemas.base import Strict
 from schemas.classes import ClassName, ClassNumber, ClassTable, check_classes
-from schemas.codecs import CodecName, Lossless
+from schemas.codecs import CalibratedSet, CodecName, Lossless, Promise
 from schemas.cuts import cut_shapes
 from schemas.errors import UserError
 from schemas.extract import (
@@ -66,6 +66,17 @@ GridSide = Annotated[int, Field(ge=1, le=256)]
 """Patch tokens per row or column; the largest crop has 256, of 16 pixels each."""
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+LAYERED_CODECS = ("heads", "sqrt")
+"""Codecs whose tensors and arrays begin with a dimension of layers, which may differ in levels."""
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+Levels = Annotated[int, Field(ge=1, le=9999)]
+"""Number at the end of a codec's name: levels per RMS, or per unit."""
+
+
 class Column(Strict):
     """One tensor of every sample."""
 
@@ -75,6 +86,9 @@ class Column(Strict):
     """Codec of its numbers, which are stored as one or several arrays."""
     lossless: Lossless = "none"
     """Lossless compression of the bytes of its arrays."""
+    levels: tuple[Levels, ...] = Field(default=(), exclude_if=lambda levels: not levels)
+    """Levels of each layer, where a calibration gave layers different ones: at most those in the
+    codec's name. Encoders need them; decoders do not, because the arrays hold the steps."""
 
     @field_validator("shape")
     @classmethod
@@ -82,9 +96,17 @@ class Column(Strict):
         element_count(shape)
         return shape
 
-
-def _is_none(value: object) -> bool:
-    return value is None
+    @model_validator(mode="after")
+    def _levels_are_of_layers(self) -> Column:
+        if not self.levels:
+            return self
+        if not self.codec.startswith(LAYERED_CODECS) or len(self.shape) != 4:
+            raise ValueError(f"codec {self.codec} has no levels of single layers")
+        if len(self.levels) != self.shape[0]:
+            raise ValueError(f"there are {len(self.levels)} levels for {self.shape[0]} layers")
+        if int(self.codec.lstrip(LETTERS)) < max(self.levels):
+            raise ValueError(f"a layer has more levels than its codec {self.codec}")
+        return self
 
 
 ADDED_KEYS = ("class_names", "empty_classes")
@@ -293,6 +315,79 @@ class Origin(Strict):
     compute: ComputeInfo
 
 
+class TargetErrors(Strict):
+    """Mean errors of targets."""
+
+    kl: Finite | None
+    """KL divergence of attention rows in nats; None without layers."""
+    feature_cosine: Finite
+    """Cosine of the features of a token."""
+    gradient_cosine: Finite
+    """Cosine of the gradients of the alignment losses on a random student."""
+
+    def keep(self, promise: Promise) -> bool:
+        return (
+            (self.kl or 0.0) <= promise.kl
+            and self.feature_cosine >= promise.feature_cosine
+            and self.gradient_cosine >= promise.gradient_cosine
+        )
+
+
+class CalibrationPoint(Strict):
+    """Mean errors with one step."""
+
+    codec: CodecName
+    kl: Finite | None = Field(default=None, exclude_if=_is_none)
+    """KL divergence of attention rows in nats: of the layer, or of all that the column serves."""
+    feature_cosine: Finite | None = Field(default=None, exclude_if=_is_none)
+    share: Finite
+    """Largest error, with its sampling error, as a share of what the promise allows: at most
+    1 - ``Calibration.margin`` for a step that keeps it."""
+
+
+class CalibrationCurve(Strict):
+    """Errors by step of one column, or of one layer of one or two columns, and the choice."""
+
+    columns: Annotated[tuple[Name, ...], Field(min_length=1, max_length=2)]
+    """Columns that share the step: tokens, features, attention, or query and key."""
+    layer: Annotated[int, Field(ge=0, le=MAX_DEPTH)] | None = Field(
+        default=None, exclude_if=_is_none
+    )
+    """Teacher layer, 0-based; None for a column that is not of layers."""
+    codec: CodecName
+    """Codec with the chosen levels."""
+    points: Annotated[tuple[CalibrationPoint, ...], Field(max_length=64)]
+    """By rising levels."""
+
+
+class Calibration(Strict):
+    """Measurement that chose the steps of a stream's codecs, before its first shard was written.
+
+    The reference are the teacher's targets in the precision of the extraction, without a codec.
+    """
+
+    codec: CalibratedSet
+    promise: Promise
+    margin: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+    """Share of the promise that was kept free, beside two standard errors of each mean."""
+    seed: Seed
+    """Seed of the choice of images."""
+    images: Annotated[int, Field(ge=1)]
+    """Number of images that were to be measured."""
+    keys: tuple[str, ...]
+    """Keys of those that could be read."""
+    curves: tuple[CalibrationCurve, ...]
+    errors: TargetErrors
+    """Errors with the chosen steps."""
+    arithmetic: TargetErrors | None = Field(default=None, exclude_if=_is_none)
+    """Errors of the extraction's arithmetic alone, against float32; None for float32."""
+
+    @property
+    def columns(self) -> set[str]:
+        """Columns whose steps it chose."""
+        return {column for curve in self.curves for column in curve.columns}
+
+
 class TeacherStream(Strict):
     """Tensors of one cut of one teacher."""
 
@@ -308,6 +403,8 @@ class TeacherStream(Strict):
     converted_from: tuple[Origin, ...] = ()
     """Streams from which it was converted, first to last; empty if it was extracted directly.
     ``compute`` is that of the last conversion."""
+    calibration: Calibration | None = Field(default=None, exclude_if=_is_none)
+    """Measurement that chose the steps of its codecs; None for fixed steps."""
 
 
 CLASS_CODECS: tuple[CodecName, ...] = ("float16", "bfloat16", "float32")

@@ -88,3 +88,22 @@ def union_members(annotation: Any) -> tuple[Any, ...]:
 def inner_models(annotation: Any) -> list[type[BaseModel]]:
     members = union_members(annotation)
     return [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+
+
+def main_key(model: type[BaseModel]) -> str | None:
+    """The key of a table that its name alone sets: ``codec: small`` is ``codec: {name: small}``.
+    None for tables without one."""
+    return getattr(model, "MAIN_KEY", None)
+
+
+def with_main_keys(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with tables in place of values of their main keys, so that they can be merged."""
+    expanded = dict(values)
+    for name, field in fields_by_key(model).items():
+        for inner in inner_models(field.annotation):
+            value, key = expanded.get(name), main_key(inner)
+            if isinstance(value, Mapping):
+                expanded[name] = with_main_keys(inner, value)
+            elif key is not None and isinstance(value, str):
+                expanded[name] = {key: value}
+    return expanded

@@ -28,9 +28,11 @@ from schemas.validation import (
     check_keys,
     fields_by_key,
     inner_models,
+    main_key,
     suggest,
     union_members,
     validate,
+    with_main_keys,
 )
 
 BOOLEANS = frozenset({"true", "false", "yes", "no", "on", "off"})
@@ -84,9 +86,9 @@ def parse_options(
         for name, field in leaves.items():
             if _is_mapping(field.annotation):
                 _check_words(_look_up(values, name, None), f"{file}: {name}")
-        given = merge(given, values)
+        given = merge(given, with_main_keys(model, values))
     for name, value in overrides:
-        given = merge(given, _nest(name, value))
+        given = merge(given, with_main_keys(model, _nest(name, value)))
     where = files[-1] if files and not overrides else "options"
     if not presets:
         return validate(model, given, where=where)
@@ -97,11 +99,14 @@ def parse_options(
 
 
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every option of ``model`` with its dotted name, including those of nested models."""
+    """Every option of ``model`` with its dotted name, including those of nested models. The main
+    key of a nested model has the name of that model."""
     for name, field in fields_by_key(model).items():
         inner = inner_models(field.annotation)
         for one in inner:
-            yield from leaf_fields(one, f"{prefix}{name}.")
+            main = f"{prefix}{name}.{main_key(one)}"
+            for leaf, found in leaf_fields(one, f"{prefix}{name}."):
+                yield (f"{prefix}{name}" if leaf == main else leaf), found
         if not inner:
             yield f"{prefix}{name}", field
 

@@ -141,7 +141,7 @@ def _plan(
     else:
         reads = tuple(n for n in ("features", "tokens", "crop") if n in before.columns)
         codecs = {} if codec is None else {"class_token": codec}
-        default = codec_set_of(before.columns) or "faithful"
+        default = codec_set_of(before) or "faithful"
         columns = class_columns(before.teacher.width, default, codecs)
     stream = ClassStream(
         kind="class",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import Cut, Format
 from schemas.store import (
+    Calibration,
     ClassStream,
     Column,
     ComputeInfo,
@@ -145,10 +146,13 @@ def _plan_teacher(
         _check_layers(config.layers, stream, where, _extract(store, cut))
         teacher = teacher.model_copy(update={"layers": config.layers})
     columns = _columns(config, store.manifest, stream, cut, teacher, where)
-    after = stream.model_copy(update={"cut": cut, "teacher": teacher, "columns": columns})
+    calibration = _calibration(stream, columns, teacher.layers)
+    after = stream.model_copy(
+        update={"cut": cut, "teacher": teacher, "columns": columns, "calibration": calibration}
+    )
     plan = StreamPlan(name, cut if name == stream.cut else name, stream, after)
     if plan.replays:
-        return plan
+        return replace(plan, after=after.model_copy(update={"calibration": None}))
     for column, now in columns.items():
         was = stream.columns.get(column)
         if was is not None and coarser_than(was.codec, now.codec):
@@ -200,9 +204,10 @@ def _columns(
     """The columns of the target's stream: codecs as requested, else those of the source."""
     names = cut_columns(cut, teacher, manifest.resolution, "float32").keys()
     chosen = dict(config.column_codecs)
-    if config.codec is None:
+    own = stream.calibration
+    if config.codec is None or (own is not None and config.codec == own.codec):
         chosen = {n: c.codec for n, c in stream.columns.items() if n in names} | chosen
-    codec = config.codec or codec_set_of(stream.columns)
+    codec = config.codec or codec_set_of(stream)
     if codec is None and stream.cut != "image" and not names <= chosen.keys():
         missing = ", ".join(name for name in names if name not in chosen)
         raise UserError(
@@ -217,11 +222,29 @@ def _columns(
         chosen,
         compress=_compresses(stream.columns, manifest, stream) if compress is None else compress,
     )
-    if compress is None:  # a column that keeps its codec keeps its bytes
-        for name, was in stream.columns.items():
-            if name in columns and columns[name].codec == was.codec:
-                columns[name] = columns[name].model_copy(update={"lossless": was.lossless})
+    for name, was in stream.columns.items():  # a column that keeps its codec keeps its bytes
+        if name in columns and columns[name].codec == was.codec:
+            levels = dict(zip(stream.teacher.layers, was.levels, strict=False))
+            kept = {"levels": tuple(levels[layer] for layer in teacher.layers if layer in levels)}
+            lossless = {"lossless": was.lossless} if compress is None else {}
+            columns[name] = columns[name].model_copy(update={**kept, **lossless})
     return columns
+
+
+def _calibration(
+    stream: TeacherStream, columns: Mapping[str, Column], layers: tuple[int, ...]
+) -> Calibration | None:
+    """The calibration of a stream whose calibrated columns keep their codecs, with the curves of
+    these layers."""
+    found = stream.calibration
+    if found is None:
+        return None
+    kept = [
+        name in columns and columns[name].codec == stream.columns[name].codec
+        for name in found.columns
+    ]
+    curves = tuple(c for c in found.curves if c.layer is None or c.layer in layers)
+    return found.model_copy(update={"curves": curves}) if all(kept) else None
 
 
 def _compresses(columns: Mapping[str, Column], manifest: Manifest, stream: TeacherStream) -> bool:

@@ -10,7 +10,9 @@ import torch
 
 from pipeline.cost_estimate.costs import (
     GIGA,
+    HOUR,
     ONLINE,
+    ImageFlops,
     Scenario,
     StoreLayout,
     caption_bytes,
@@ -31,8 +33,8 @@ from pipeline.cost_estimate.meta_models import (
 from pipeline.cost_estimate.report import Estimate
 from pipeline.datasets import COCO, list_images
 from pipeline.store import Store
-from pipeline.targets.cuts import codec_set_of
-from pipeline.text import describe_bytes
+from pipeline.targets.cuts import codec_set_of, stepped_columns
+from pipeline.text import describe_bytes, describe_hours
 from pipeline.text_encoders import encoder_size
 from schemas.alignment import FixedStep
 from schemas.codecs import CodecSet
@@ -81,6 +83,7 @@ def make_estimate(
     costs = compare_layouts(layouts, flops, device.rates, scenario)
     notes = (*models.notes, *_notes(config, run), *_class_notes(costs[0].class_bytes))
     notes = (*notes, *_caption_notes(config, captions))
+    notes = (*notes, *_calibration_notes(config, images, flops, device))
     needed = None
     if memory:
         logger.info("counting what a step keeps for its backward pass")
@@ -100,14 +103,15 @@ def candidate_layouts(
         latents += caption_bytes(config.text, of_encoder, captions, compress=config.compress)
     layouts = []
     for cut in get_args(Cut):
-        codecs = (config.codec,) if cut == ONLINE else (config.codec, *COMPARED_CODECS)
+        own = config.codec.name
+        codecs = (own,) if cut == ONLINE else (own, *COMPARED_CODECS)
         for codec in dict.fromkeys(codecs):
             size = latents + stored_bytes(cut, codec, geometry, compress=config.compress)
             tokens = 0
             if writes_class_stream(config, geometry):
                 tokens = class_stream_bytes(codec, geometry, compress=config.compress)
             name = "uint8" if cut == ONLINE else codec
-            layouts.append(StoreLayout(cut, name, size, tokens, candidate=codec == config.codec))
+            layouts.append(StoreLayout(cut, name, size, tokens, candidate=codec == own))
     return layouts
 
 
@@ -237,6 +241,34 @@ def _class_notes(each: int) -> Iterator[str]:
         )
 
 
+STEPPED: dict[Cut, tuple[str, ...]] = {
+    "activations": ("tokens",),
+    "qk": ("features", "query", "key"),
+    "maps": ("features", "attention"),
+    "image": (),
+}
+"""Columns of each cut that are quantised in steps."""
+CALIBRATION_PASSES = 7
+"""Passes of a calibration through the later blocks: a check, 3 to 5 steps, the gradients."""
+
+
+def _calibration_notes(
+    config: ExtractConfig, images: int, flops: ImageFlops, device: Device
+) -> Iterator[str]:
+    """The time of the calibration of the codec's steps, if one is made."""
+    columns = stepped_columns(STEPPED[config.cut], config.column_codecs)
+    if config.codec.promise is None or not columns:
+        return
+    count = config.codec.images(images)
+    whole, later = flops.training[ONLINE], flops.training.get("activations", 0)
+    work = count * (whole + 2 * CALIBRATION_PASSES * later)  # with and without the codec
+    yield (
+        f"the steps of codec '{config.codec.name}' are chosen before the extraction, on {count:,} "
+        f"images: about {describe_hours(work / device.rates.teacher / HOUR)} on one device, not in "
+        "the hours above; bytes are those of the fixed steps (--codec.calibration 0)"
+    )
+
+
 def extraction_config(store: Store) -> ExtractConfig:
     """The options that an estimate needs, from the manifest of a store."""
     manifest = store.manifest
@@ -266,5 +298,5 @@ def existing_layout(store: Store, samples: int) -> StoreLayout:
     sizes = store.index().bytes_per_stream
     tokens = sum(size for name, size in sizes.items() if name in store.manifest.class_streams)
     size = -(-(sum(sizes.values()) - tokens) // samples)
-    codec = codec_set_of(stream.columns) or largest.codec
+    codec = codec_set_of(stream) or largest.codec
     return StoreLayout(stream.cut, codec, size, -(-tokens // samples), exists=True)

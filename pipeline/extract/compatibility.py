@@ -16,10 +16,11 @@ from pipeline.extract.tasks import (
 )
 from pipeline.store import Store
 from pipeline.text import short_value
+from schemas.codecs import Promise
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.fields import MAX_NAME
-from schemas.store import ClassStream, Manifest, TeacherStream
+from schemas.store import Calibration, ClassStream, Manifest, TeacherStream
 from schemas.validation import validate
 
 
@@ -148,7 +149,13 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
         if stored != requested:
             raise _mismatch(store, key, stored, requested)
     if isinstance(stream, TeacherStream):
-        columns = cut_columns_of(config, stream.teacher, with_class_stream=tokens is not None)
+        calibration = _check_calibration(config, store, stream, len(listing.items))
+        columns = cut_columns_of(
+            config,
+            stream.teacher,
+            with_class_stream=tokens is not None,
+            calibration=calibration,
+        )
         held = dict(stream.columns)
         if tokens is not None:
             columns |= class_columns_of(config, tokens.teacher.width)
@@ -161,6 +168,35 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
             if column != requested_column:  # only compression is left: shapes are equal by now
                 key = f"compression of {name}"
                 raise _mismatch(store, key, column.lossless, requested_column.lossless)
+
+
+def _check_calibration(
+    config: ExtractConfig, store: Store, stream: TeacherStream, samples: int
+) -> Calibration | None:
+    """The calibration of the stream, whose steps an extraction goes on with; None where it has
+    fixed steps, or the options ask for fixed ones. Raises ``UserError`` where the options ask for
+    another promise or other images."""
+    promise, found, given = config.codec.promise, stream.calibration, config.codec.model_fields_set
+    if promise is None:
+        return None
+    if found is None:  # fixed steps are those of the default promise
+        asked = given - {"name", "calibration", "seed"}
+        if asked:
+            key = sorted(asked)[0]
+            raise _mismatch(store, f"codec.{key}", "none (fixed steps)", getattr(config.codec, key))
+        return None
+    values: dict[str, tuple[object, object]] = {"codec": (found.codec, config.codec.name)}
+    for key in Promise.model_fields:
+        values[f"codec.{key}"] = (getattr(found.promise, key), getattr(promise, key))
+    if "calibration" in given:
+        images = config.codec.images(samples)
+        values["codec.calibration, in images,"] = (found.images, images)
+    if "seed" in given:
+        values["codec.seed"] = (found.seed, config.codec.seed)
+    for key, (stored, requested) in values.items():
+        if stored != requested:
+            raise _mismatch(store, key, stored, requested)
+    return found
 
 
 def _captions(

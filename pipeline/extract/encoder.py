@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.datasets import ImageItem, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop
 from pipeline.datasets.reader import UNREADABLE
+from pipeline.extract.calibration import Subject, calibrate, first_block
 from pipeline.extract.caption_sources import (
     CaptionSource,
     describe_captions,
@@ -30,6 +31,7 @@ from pipeline.extract.tasks import (
     ShardTask,
     TextDescription,
     class_name,
+    cut_columns_of,
     extracted_class_stream,
     stream_name,
 )
@@ -46,9 +48,17 @@ from pipeline.targets.cuts import (
 from pipeline.targets.tail import describe_tail, first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from pipeline.train.device_transfer import DevicePrefetcher
+from schemas.codecs import PROMISES
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision
-from schemas.store import ClassToken, ComputeInfo, Manifest, SkippedImage, WeightsFile
+from schemas.store import (
+    Calibration,
+    ClassToken,
+    ComputeInfo,
+    Manifest,
+    SkippedImage,
+    WeightsFile,
+)
 
 VERSIONED = ("torch", "timm", "diffusers", "numpy", "numcodecs", "pillow")
 BATCHES_AHEAD = 2  # decoded while the networks compute an earlier batch
@@ -126,6 +136,77 @@ class Encoder:
     def null_caption(self) -> bytes | None:
         """The bytes of the null caption's file; None without captions."""
         return None if self.captions is None else self.captions.null
+
+    @torch.no_grad()
+    def calibrate(
+        self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
+    ) -> Calibration:
+        """The steps of the codecs that keep the promise on the first ``images`` of ``items`` that
+        can be read. Raises ``UserError``."""
+        config, teacher = self.config, self.teacher
+        promise, codec = config.codec.promise, config.codec.name
+        assert promise is not None
+        assert codec in PROMISES
+        first = first_block(teacher)
+        keys: list[str] = []
+        tokens: dict[Precision, list[Tensor]] = {self.precision: [], "float32": []}
+        for some, crops in self._crops(items, images):
+            keys += [item.key for item in some]
+            pixels = torch.from_numpy(crops).to(self.device).permute(0, 3, 1, 2)
+            for precision, parts in tokens.items():
+                dtype = getattr(torch, precision)
+                with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                    entering = teacher.embed(teacher.preprocess(pixels))
+                    entering, _ = teacher.run_blocks(entering, 0, first)
+                parts.append(entering.cpu())
+        own, exact = tokens.pop(self.precision), tokens.get("float32")
+        subject = Subject(
+            cut=config.cut,
+            teacher=teacher,
+            columns=cut_columns_of(
+                config, teacher.info(), with_class_stream=self._class_token is not None
+            ),
+            keys=tuple(keys),
+            tokens=torch.cat(own),
+            exact_tokens=None if exact is None else torch.cat(exact),
+            precision=self.precision,
+            device=self.device,
+        )
+        return calibrate(
+            subject,
+            codec,
+            promise,
+            latent_shape,
+            fixed=frozenset(config.column_codecs),
+            images=images,
+            seed=config.codec.seed,
+        )
+
+    def _crops(
+        self, items: Sequence[ImageItem], images: int
+    ) -> Iterator[tuple[list[ImageItem], np.ndarray]]:
+        """Batches of items and crops, uint8 (B, R, R, 3), of the first ``images`` that can be
+        read. Raises ``UserError`` if none can."""
+        rest, found, error = deque(items), 0, None
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+            while rest and found < images:
+                size = min(self.config.batch_size, images - found, len(rest))
+                batch = [rest.popleft() for _ in range(size)]
+                good, crops = [], []
+                for item, future in [(item, pool.submit(self._crop, item)) for item in batch]:
+                    try:
+                        crops.append(future.result())
+                        good.append(item)
+                    except BadImageError as bad:  # the extraction reports all of them
+                        error = error or f"{item.path} ({bad})"
+                found += len(good)
+                if good:
+                    yield good, np.stack(crops)
+        if not found:
+            raise UserError(
+                f"--codec {self.config.codec.name}: none of {len(items)} images, on which its "
+                f"steps are chosen, can be read; first {error}"
+            )
 
     @property
     def _stream(self) -> str:
@@ -263,14 +344,18 @@ class Encoder:
     def _decode(self, item: ImageItem) -> Decoded:
         """The crop, uint8 (R, R, 3), its stored latent and embeddings of captions, empty if there
         are none. Raises ``BadImageError``."""
+        crop = self._crop(item)
+        latent = np.empty(0) if self.latents is None else self.latents.read(item)
+        return crop, latent, () if self.captions is None else self.captions.read(item)
+
+    def _crop(self, item: ImageItem) -> np.ndarray:
+        """The crop, uint8 (R, R, 3). Raises ``BadImageError``."""
         try:
             data = self.read(item)
         except UNREADABLE as error:
             raise BadImageError(error.strerror or type(error).__name__) from None
         size, stored = self.config.resolution, item.latent is not None
-        crop = decode_crop(data, size, cropped=stored, crop=self.config.crop)
-        latent = np.empty(0) if self.latents is None else self.latents.read(item)
-        return crop, latent, () if self.captions is None else self.captions.read(item)
+        return decode_crop(data, size, cropped=stored, crop=self.config.crop)
 
 
 class CaptionEncoder:
@@ -296,6 +381,11 @@ class CaptionEncoder:
 
     def null_caption(self) -> bytes | None:
         return None if self.captions is None else self.captions.null
+
+    def calibrate(
+        self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
+    ) -> Calibration:
+        raise NotImplementedError  # captions have fixed steps
 
     def encode_shard(
         self,

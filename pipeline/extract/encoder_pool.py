@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pipeline.datasets import ImageItem
 from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.log_relay import send_progress, set_up_worker_logging
@@ -14,7 +15,7 @@ from pipeline.extract.tasks import Description, ShardTask
 from pipeline.store.manifest_diff import differences
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest, WeightsFile
+from schemas.store import Calibration, Manifest, WeightsFile
 
 if TYPE_CHECKING:
     from pipeline.extract.encoder import ShardResult
@@ -40,6 +41,11 @@ class EncoderActor:
 
     def null_caption(self) -> bytes | None:
         return self.encoder.null_caption()
+
+    def calibrate(
+        self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
+    ) -> Calibration:
+        return self.encoder.calibrate(items, images, latent_shape)
 
     def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
         return self.encoder.encode_shard(url, manifest, task, partial(send_progress, task.shard))
@@ -97,6 +103,17 @@ class EncoderPool(Actors[Description]):
             again="the null caption is encoded once more",
         )
         return null
+
+    def calibrate(
+        self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
+    ) -> Calibration:
+        """Let one actor choose the codecs' steps on images. Raises as ``describe_tail`` does."""
+        found: Calibration = self.call_one(
+            lambda actor: actor.calibrate.remote(items, images, latent_shape),
+            failed="the steps of the codecs could not be measured",
+            again="the steps of the codecs are measured once more",
+        )
+        return found
 
     def encode(
         self, url: str, manifest: Manifest, tasks: Iterable[ShardTask]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from pipeline.datasets import Listing
+from pipeline.datasets import ImageItem, Listing
 from pipeline.extract.captions import adds_captions, keeps_captions, text_stream_name
 from pipeline.extract.compatibility import check_request
 from pipeline.extract.tasks import (
     Description,
     ShardTask,
+    calibrated_columns,
+    calibration_items,
     class_name,
+    cut_columns_of,
     extracted_class_stream,
     make_captions,
     make_manifest,
@@ -28,7 +33,9 @@ from pipeline.store.captions import write_null
 from pipeline.store.manifest_diff import check_same_store
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Stream, TeacherStream, WeightsFile
+from schemas.store import Calibration, Stream, TeacherStream, WeightsFile
+
+logger = logging.getLogger(__name__)
 
 
 class Encodes(Protocol):
@@ -38,6 +45,9 @@ class Encodes(Protocol):
     def describe_tail(self) -> WeightsFile | None: ...
     def save_tail(self, url: str) -> WeightsFile | None: ...
     def null_caption(self) -> bytes | None: ...
+    def calibrate(
+        self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
+    ) -> Calibration: ...
 
 
 def open_store(
@@ -54,6 +64,8 @@ def open_store(
         and not extracted_class_stream(config, existing.manifest)
     ):
         description = replace(description, class_token=None)  # begun without: an earlier version
+    calibration = choose_steps(config, listing, existing, description, encoder)
+    description = replace(description, calibration=calibration)
     if config.add_stream is None:
         wanted = make_manifest(config, listing, description)
         if existing is None:
@@ -61,6 +73,7 @@ def open_store(
             tail = encoder.describe_tail()
             existing = Store.create(config.store, with_tail(wanted, name, tail))
             check_request(config, listing, existing)
+            wanted = make_manifest(config, listing, with_steps_of(existing, name, description))
     else:
         assert existing is not None
         streams: dict[str, Stream]
@@ -75,6 +88,8 @@ def open_store(
                 added[name] = streams[name].model_copy(update={"tail": tail})
             existing = existing.update(lambda now: with_new_streams(now, added))
             check_request(config, listing, existing)
+            if not adds_captions(config):
+                streams = make_streams(config, with_steps_of(existing, name, description))
         wanted = with_streams(existing.manifest, streams)
     check_same_store(existing.manifest, wanted, existing.shown_url)
     save_null(config, existing, encoder, is_new=is_new)
@@ -85,6 +100,73 @@ def open_store(
             f"'{name}', and has lost it: use another --store"
         )
     return existing
+
+
+def choose_steps(
+    config: ExtractConfig,
+    listing: Listing,
+    store: Store | None,
+    description: Description,
+    encoder: Encodes,
+) -> Calibration | None:
+    """The calibration of the stream: that of the manifest if the stream exists, also where it has
+    none, or if another stream holds the same tensors; else a new one. Raises ``UserError``."""
+    teacher, name = description.teacher, stream_name(config)
+    streams = {} if store is None else store.manifest.teacher_streams
+    if name in streams:
+        return streams[name].calibration
+    if teacher is None:
+        return None
+    has_class = description.class_token is not None
+    columns = calibrated_columns(
+        config, cut_columns_of(config, teacher, with_class_stream=has_class)
+    )
+    if not columns:
+        return None
+    for other, stream in streams.items():
+        known = stream.calibration
+        same = stream.cut == config.cut and stream.teacher == teacher
+        same &= stream.compute.precision == description.compute.precision
+        same &= known is not None and known.promise == config.codec.promise
+        if known is not None and same and known.columns == set(columns):
+            logger.info("stream '%s' has the codec steps of stream '%s'", name, other)
+            return known
+    autoencoder = description.autoencoder
+    if autoencoder is None:
+        assert store is not None
+        autoencoder = store.manifest.autoencoder
+    images = config.codec.images(len(listing.items))
+    logger.info("choosing the steps of codec '%s' on %d images", config.codec.name, images)
+    items = calibration_items(config, listing)
+    found = encoder.calibrate(items, images, autoencoder.latent_shape)
+    logger.info("%s", describe_calibration(found))
+    return found
+
+
+def with_steps_of(store: Store, name: str, description: Description) -> Description:
+    """With the codec steps that the manifest names: another command may have written it first."""
+    return replace(description, calibration=store.manifest.teacher_streams[name].calibration)
+
+
+def describe_calibration(found: Calibration) -> str:
+    """Chosen codecs and their errors in one line."""
+    chosen = []
+    for curve in found.curves:
+        place = "" if curve.layer is None else f" of layer {curve.layer}"
+        chosen.append(f"{curve.codec} for {' and '.join(curve.columns)}{place}")
+    kl = "" if found.errors.kl is None else f"KL {found.errors.kl:.2e}, "
+    line = (
+        f"codec '{found.codec}': {', '.join(chosen)}: {kl}"
+        f"feature cosine {found.errors.feature_cosine:.6f}, gradient cosine "
+        f"{found.errors.gradient_cosine:.6f} over {len(found.keys)} images"
+    )
+    if found.arithmetic is not None and not found.arithmetic.keep(found.promise):
+        line += (
+            "; the arithmetic alone has errors above the promise "
+            f"(KL {found.arithmetic.kl or 0:.2e}, feature cosine "
+            f"{found.arithmetic.feature_cosine:.6f}): see --precision float32"
+        )
+    return line
 
 
 def save_null(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.datasets import COCO, ImageItem, Listing
 from pipeline.extract.captions import make_text_stream
+from pipeline.randomness import Purpose, generator
 from pipeline.storage.files import absolute_url, redact
-from pipeline.targets.cuts import class_columns, cut_columns
+from pipeline.targets.cuts import class_columns, cut_columns, stepped_columns, with_steps
 from schemas.codecs import CodecName
 from schemas.cuts import TeacherShape
 from schemas.extract import ExtractConfig
@@ -17,6 +18,7 @@ from schemas.fields import TEXT, class_stream_name
 from schemas.store import (
     STORE_VERSION,
     AutoencoderInfo,
+    Calibration,
     ClassStream,
     ClassToken,
     Column,
@@ -62,6 +64,8 @@ class Description:
     """Vector of the class stream; None where none is written."""
     text: TextDescription | None = None
     """None if no captions are stored."""
+    calibration: Calibration | None = None
+    """Measurement that chose the steps of the codecs; None for fixed steps."""
 
 
 def make_tasks(listing: Listing, shard_size: int) -> list[ShardTask]:
@@ -166,38 +170,66 @@ def make_streams(config: ExtractConfig, description: Description) -> dict[str, S
 
 
 def cut_columns_of(
-    config: ExtractConfig, teacher: TeacherShape, *, with_class_stream: bool
+    config: ExtractConfig,
+    teacher: TeacherShape,
+    *,
+    with_class_stream: bool,
+    calibration: Calibration | None = None,
 ) -> dict[str, Column]:
-    """Columns of the teacher stream. ``column_codecs.class_token`` is also that of the class
-    stream, whose cut need not have such a column. Raises ``UserError``."""
+    """Columns of the teacher stream, with the steps of a calibration. ``column_codecs.class_token``
+    is also that of the class stream, whose cut need not have such a column. Raises
+    ``UserError``."""
     codecs = dict(config.column_codecs)
     if with_class_stream and config.cut in {"activations", "image"}:
         codecs.pop("class_token", None)
-    return cut_columns(
+    columns = cut_columns(
         config.cut,
         teacher,
         config.resolution,
-        config.codec,
+        config.codec.name,
         codecs,
         compress=config.compress,
     )
+    return columns if calibration is None else with_steps(columns, calibration.curves)
+
+
+def calibrated_columns(config: ExtractConfig, columns: Iterable[str]) -> list[str]:
+    """Columns whose steps a calibration of this extraction chooses; empty without one."""
+    if config.codec.promise is None:
+        return []
+    return stepped_columns(columns, config.column_codecs)
+
+
+def calibration_items(config: ExtractConfig, listing: Listing) -> tuple[ImageItem, ...]:
+    """Images of a calibration, in a seeded order, and as many again, which take the places of
+    those that cannot be read."""
+    items = listing.items
+    order = generator(Purpose.CALIBRATION, config.codec.seed).permutation(len(items))
+    count = 2 * config.codec.images(len(items))
+    return tuple(items[number] for number in order[:count].tolist())
 
 
 def class_columns_of(config: ExtractConfig, width: int) -> dict[str, Column]:
-    return class_columns(width, config.codec, config.column_codecs, compress=config.compress)
+    return class_columns(width, config.codec.name, config.column_codecs, compress=config.compress)
 
 
 def make_stream(config: ExtractConfig, description: Description) -> TeacherStream:
     """Teacher stream of this extraction, without its tail."""
     assert description.teacher is not None
-    has_class = description.class_token is not None
+    columns = cut_columns_of(
+        config,
+        description.teacher,
+        with_class_stream=description.class_token is not None,
+        calibration=description.calibration,
+    )
     return TeacherStream(
         kind="teacher",
         cut=config.cut,
-        columns=cut_columns_of(config, description.teacher, with_class_stream=has_class),
+        columns=columns,
         teacher=description.teacher,
         compute=description.compute,
         added=config.add_stream is not None,
+        calibration=description.calibration,
     )
 
 

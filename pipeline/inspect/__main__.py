@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
         return _remove_orphans(store, config)
     summary = summarise(store)
     captions: list[str] = []
+    broken = False
     if config.sample is not None and config.png is not None:
         # imports torch, slowly
         from pipeline.visualization.store_sample import draw_sample, find_sample, read_captions
@@ -83,8 +84,9 @@ def main(argv: list[str]) -> int:
             weights=config.teacher.weights,
         )
         report, page = found.as_json(summary), f"{page}\n{describe_fidelity(found, summary)}"
+        broken = found.kept is False
     print(json.dumps(report) if config.as_json else page)
-    return 0
+    return 1 if broken else 0
 
 
 def _with_recipe(argv: list[str]) -> list[str]:

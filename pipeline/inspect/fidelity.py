@@ -36,7 +36,14 @@ from schemas.cuts import cut_shapes
 from schemas.errors import UserError
 from schemas.fields import element_count
 from schemas.run import RunConfig
-from schemas.store import Column, Manifest, TeacherInfo, TeacherStream
+from schemas.store import (
+    Calibration,
+    Column,
+    Manifest,
+    TargetErrors,
+    TeacherInfo,
+    TeacherStream,
+)
 from schemas.student import StudentConfig
 
 CHUNK = 4  # images per forward pass: maps of 5 layers in float64 take 0.3 GB
@@ -67,6 +74,39 @@ class Fidelity:
     itself, teacher's with store's."""
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
+    calibration: Calibration | None = None
+    """Calibration whose promise is checked; None for fixed steps and for the losses of a run."""
+    others: bool = True
+    """False where the store holds no images but those of the calibration."""
+
+    @property
+    def codec_errors(self) -> TargetErrors | None:
+        """Errors of the codec: those against float32, without those that the calibration measured
+        of the extraction's arithmetic alone, because means of squares add. None without one."""
+        if self.calibration is None:
+            return None
+        rows = len(self.layers) * self.kl_rows
+        found = TargetErrors(
+            kl=float(self.kl_sum.sum()) / rows if rows else None,
+            feature_cosine=self.cosine_sum / max(1, self.tokens),
+            gradient_cosine=self.gradient_cosine,
+        )
+        own = self.calibration.arithmetic
+        if own is None:
+            return found
+        return TargetErrors(
+            kl=None if found.kl is None else max(0.0, found.kl - (own.kl or 0.0)),
+            feature_cosine=min(1.0, found.feature_cosine + 1 - own.feature_cosine),
+            gradient_cosine=min(1.0, found.gradient_cosine + 1 - own.gradient_cosine),
+        )
+
+    @property
+    def kept(self) -> bool | None:
+        """True if the codec keeps its promise on these images; None without a calibration."""
+        errors = self.codec_errors
+        if errors is None or self.calibration is None:
+            return None
+        return errors.keep(self.calibration.promise)
 
     @property
     def loss_errors(self) -> tuple[float, float]:
@@ -105,6 +145,13 @@ class Fidelity:
             "read_milliseconds_per_image": self.read_seconds * each,
             "decode_milliseconds_per_image": self.decode_seconds * each,
         }
+        if self.calibration is not None and self.codec_errors is not None:
+            values["promise"] = {
+                **self.calibration.promise.model_dump(),
+                "kept": self.kept,
+                "errors": self.codec_errors.model_dump(),
+                "other_images": self.others,
+            }
         absent = {"feature_"} if not self.tokens else set()
         absent |= {"attention_"} if not self.layers else set()
         return {k: None if k.startswith(tuple(absent)) else value for k, value in values.items()}
@@ -134,11 +181,12 @@ def measure_fidelity(
     heads = info.teacher.heads
     if run is None:
         request = Wanted(features=True, layers=info.teacher.layers, heads=heads)
-        student = _RandomStudent(_student_like(store.manifest, info.teacher), info.teacher, heads)
+        latent_shape = store.manifest.autoencoder.latent_shape
+        student = RandomStudent(student_like(latent_shape, info.teacher), info.teacher, heads)
     else:
         heads = aligned_heads(run.student, info.teacher)
         request = wanted_targets(run.options, heads)
-        student = _RandomStudent(run, info.teacher, heads)
+        student = RandomStudent(run, info.teacher, heads)
     student = student.to(device)
     targets = open_targets(store, name, request, device)
     exact_source = ReplayedTargets(name, _crops_of(info, store.manifest), teacher, request)
@@ -147,7 +195,10 @@ def measure_fidelity(
     found = Fidelity(
         info.cut, request.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
     )
-    shards, rows = _spread(store, count)
+    calibration = info.calibration if run is None else None
+    chosen = _other_images(store, name, calibration) if calibration else None
+    found.calibration, found.others = calibration, chosen is None or bool(len(chosen))
+    shards, rows = _spread(store, count, chosen if found.others else None)
     for start in range(0, len(shards), CHUNK):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
         crops = torch.from_numpy(source_images(where[0].tolist(), where[1].tolist()))
@@ -250,6 +301,7 @@ def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
             *rows,
             *attention,
             f"  random student {losses}, gradient cosine {values['gradient_cosine']:.6f}",
+            *_promise(found),
             f"  per image      {describe_bytes(summary.bytes_per_image)}; "
             f"{describe_bytes(summary.fixed_bytes)} outside the shards; mean time "
             f"{values['read_milliseconds_per_image']:.2f} ms to read the stream, "
@@ -257,6 +309,23 @@ def describe_fidelity(found: Fidelity, summary: StoreSummary) -> str:
             f"({CHUNK} images at a time, first ones included)",
         ]
     )
+
+
+def _promise(found: Fidelity) -> list[str]:
+    calibration, errors = found.calibration, found.codec_errors
+    if calibration is None or errors is None:
+        return []
+    promise = calibration.promise
+    parts = [] if errors.kl is None else [f"KL {errors.kl:.2e} of at most {promise.kl:g}"]
+    parts += [
+        f"{name} cosine {getattr(errors, f'{name}_cosine'):.6f} of at least "
+        f"{getattr(promise, f'{name}_cosine'):g}"
+        for name in ("feature", "gradient")
+    ]
+    images = f"{found.images} other images" if found.others else "the calibration's own images"
+    arithmetic = "" if calibration.arithmetic is None else ", arithmetic subtracted"
+    verdict = "kept" if found.kept else "NOT KEPT"
+    return [f"  promise        {verdict} on {images}{arithmetic}: {', '.join(parts)}"]
 
 
 def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
@@ -276,15 +345,28 @@ def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
     return teacher
 
 
-def _spread(store: Store, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _spread(
+    store: Store, count: int, among: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shards and rows of samples that are evenly spaced in the store, or ``among`` these numbers of
+    samples."""
     sizes = np.asarray(store.index().samples_per_shard)
-    total = int(sizes.sum())
+    total = int(sizes.sum()) if among is None else len(among)
     if not total:
         raise UserError(f"store '{store.shown_url}' holds no samples")
     chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+    chosen = chosen if among is None else among[chosen]
     ends = np.cumsum(sizes)
     shards = np.searchsorted(ends, chosen, side="right")
     return shards, chosen - (ends - sizes)[shards]
+
+
+def _other_images(store: Store, name: str, calibration: Calibration) -> np.ndarray:
+    """Numbers of the samples, in the order of shards, that a calibration did not measure."""
+    measured = set(calibration.keys)
+    shards = range(store.manifest.num_shards)
+    keys = (key for shard in shards for key in store.record(shard).keys)
+    return np.asarray([n for n, key in enumerate(keys) if key not in measured], dtype=np.int64)
 
 
 def _compare(found: Fidelity, exact: Targets, decoded: Targets) -> None:
@@ -322,10 +404,10 @@ def _require_size(student: StudentConfig, layers: int) -> None:
         raise UserError(f"--fidelity: a student like this teacher is too large: {error}") from None
 
 
-def _student_like(manifest: Manifest, teacher: TeacherInfo) -> RunStream:
+def student_like(latent_shape: tuple[int, int, int], teacher: TeacherInfo) -> RunStream:
     """A SiT with one block for each teacher layer, aligned in order."""
     layers = len(teacher.layers)
-    channels, rows, _ = manifest.autoencoder.latent_shape
+    channels, rows, _ = latent_shape
     patches = [patch for patch in (1, 2, 4, 8) if rows == patch * teacher.grid[0]]
     student = StudentConfig(
         model=f"SiT-S/{patches[0] if patches else 1 + (rows + 1) % 2}",
@@ -347,7 +429,7 @@ def _student_like(manifest: Manifest, teacher: TeacherInfo) -> RunStream:
     return RunStream(student, options)
 
 
-class _RandomStudent(nn.Module):
+class RandomStudent(nn.Module):
     """A run's student with random weights and narrow heads, and without a class token."""
 
     def __init__(self, run: RunStream, teacher: TeacherInfo, heads: int) -> None:
@@ -378,7 +460,17 @@ class _RandomStudent(nn.Module):
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         self.generator = generator
+        self.after_weights = generator.get_state()
+        self.latent_shape = config.latent_shape
         self.has_mean = False
+
+    def restart(self) -> None:
+        """Make the following comparisons draw the same noise and times as the first ones."""
+        self.generator.set_state(self.after_weights)
+
+    def random_latents(self, count: int) -> Tensor:
+        """Normal latents (count, C, h, w) for comparisons without a store's."""
+        return torch.randn(count, *self.latent_shape, generator=self.generator)
 
     def compare(self, found: Fidelity, latents: Tensor, exact: Targets, decoded: Targets) -> None:
         """Add losses and gradient products with both targets, on noisy scaled latents

@@ -11,7 +11,7 @@ from pipeline.store import Store
 from pipeline.targets.cuts import codec_set_of, cut_columns
 from pipeline.teachers.manifest_check import teacher_config
 from pipeline.teachers.vit import create_meta_vit
-from schemas.codecs import CodecSet
+from schemas.codecs import PROMISES, CodecSet
 from schemas.errors import UserError
 from schemas.extract import Cut, ExtractConfig, TeacherConfig
 from schemas.store import Manifest, TeacherStream
@@ -111,7 +111,10 @@ def _teacher(stream: TeacherStream) -> Iterator[str]:
 
 def _codecs(stream: TeacherStream, resolution: int) -> Iterator[str]:
     """Options that store the tensors as ``stream`` does."""
-    codec = codec_set_of(stream.columns) or "faithful"
+    codec = codec_set_of(stream) or "faithful"
+    if stream.calibration is not None:
+        yield from _promise(stream, resolution)
+        return
     for compress in (True, False):
         made = cut_columns(stream.cut, stream.teacher, resolution, codec, compress=compress)
         if made == stream.columns:
@@ -124,7 +127,21 @@ def _codecs(stream: TeacherStream, resolution: int) -> Iterator[str]:
 
 
 def _codec_set(codec: CodecSet, compress: bool) -> Iterator[str]:
-    if codec != ExtractConfig.model_fields["codec"].default:
+    if codec != ExtractConfig.model_fields["codec"].default.name:
         yield from ("--codec", codec)
     if not compress:
         yield from ("--compress", "false")
+
+
+def _promise(stream: TeacherStream, resolution: int) -> Iterator[str]:
+    """Options of a calibrated stream: those that keep its promise, and codecs that it fixed."""
+    assert stream.calibration is not None
+    codec, promise = stream.calibration.codec, stream.calibration.promise
+    yield from _codec_set(codec, any(c.lossless != "none" for c in stream.columns.values()))
+    if promise != PROMISES[codec]:
+        for key, value in promise.model_dump().items():
+            yield from (f"--codec.{key.replace('_', '-')}", str(value))
+    made = cut_columns(stream.cut, stream.teacher, resolution, codec)
+    for name, column in stream.columns.items():
+        if name not in stream.calibration.columns and column.codec != made[name].codec:
+            yield from (f"--column-codecs.{name}", column.codec)

@@ -14,6 +14,7 @@ from schemas.classes import ClassTable
 from schemas.errors import escaped
 from schemas.store import (
     AutoencoderInfo,
+    Calibration,
     ClassStream,
     Column,
     DatasetInfo,
@@ -206,6 +207,8 @@ def _describe_teacher(stream: TeacherStream) -> list[str]:
         f"std {_listed(teacher.std)} of the {SOURCES[teacher.statistics_of]}",
     ]
     lines += _made_from(stream)
+    if stream.calibration is not None:
+        lines.append(f"    codec      {_describe_calibration(stream.calibration)}")
     if stream.tail is not None:
         lines.append(f"    tail       {stream.tail.file}, {describe_bytes(stream.tail.bytes)}")
     return lines
@@ -219,5 +222,16 @@ def _made_from(stream: TeacherStream | ClassStream) -> list[str]:
     return [f"    made from  {', then '.join(steps)}"] if steps else []
 
 
+def _describe_calibration(found: Calibration) -> str:
+    kl = "" if found.errors.kl is None else f"KL {found.errors.kl:.2e} of {found.promise.kl:g}, "
+    return (
+        f"'{found.codec}', steps chosen on {len(found.keys)} images: {kl}feature cosine "
+        f"{found.errors.feature_cosine:.6f} of {found.promise.feature_cosine:g}"
+    )
+
+
 def _codec(column: Column) -> str:
-    return column.codec if column.lossless == "none" else f"{column.codec}+{column.lossless}"
+    codec = column.codec
+    if column.levels:
+        codec = f"{codec.rstrip('0123456789')}{'/'.join(map(str, column.levels))}"
+    return codec if column.lossless == "none" else f"{codec}+{column.lossless}"

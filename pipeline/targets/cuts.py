@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pipeline.store.codecs import encode_column, find_codec
@@ -10,7 +10,7 @@ from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut
-from schemas.store import CLASS_CODECS, ClassToken, Column
+from schemas.store import CLASS_CODECS, CalibrationCurve, ClassToken, Column, TeacherStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,13 +112,45 @@ def class_columns(
     return {"class_token": _column((width,), chosen, compress)}
 
 
-def codec_set_of(columns: Mapping[str, Column]) -> CodecSet | None:
-    """The codec set that a cut's columns were stored with; None for crops and mixed codecs."""
-    if columns.keys() <= KIND_OF.keys():
-        for codec, chosen in CODEC_SETS.items():
-            if all(column.codec == chosen[KIND_OF[n]] for n, column in columns.items()):
+def codec_set_of(stream: TeacherStream) -> CodecSet | None:
+    """The codec set that a stream's columns were stored with; None for crops and mixed codecs."""
+    measured = set() if stream.calibration is None else stream.calibration.columns
+    sets = CODEC_SETS if stream.calibration is None else [stream.calibration.codec]
+    rest = {name: c.codec for name, c in stream.columns.items() if name not in measured}
+    if stream.columns.keys() <= KIND_OF.keys():
+        for codec in sets:
+            if all(CODEC_SETS[codec][KIND_OF[name]] == own for name, own in rest.items()):
                 return codec
     return None
+
+
+def stepped_columns(columns: Iterable[str], fixed: Collection[str]) -> list[str]:
+    """Columns whose step a calibration chooses: quantised by the codec sets, and not ``fixed``."""
+    return [
+        name for name in columns if name not in fixed and KIND_OF.get(name, "vector") != "vector"
+    ]
+
+
+def with_steps(
+    columns: Mapping[str, Column], curves: Sequence[CalibrationCurve]
+) -> dict[str, Column]:
+    """The columns with the codecs that a calibration chose. Curves of layers are in their order."""
+    changed = dict(columns)
+    for name, column in columns.items():
+        codecs = [curve.codec for curve in curves if name in curve.columns]
+        if not codecs:
+            continue
+        finest = max(codecs, key=lambda codec: find_codec(codec).levels)
+        if "cbrt8" in codecs:  # another formula: its column has no other codec
+            codecs = [finest := "cbrt8"]
+        levels = [find_codec(codec).levels for codec in codecs]
+        changed[name] = Column(
+            shape=column.shape,
+            codec=finest,
+            lossless=column.lossless,
+            levels=tuple(levels) if len(set(levels)) > 1 else (),
+        )
+    return changed
 
 
 def _column(shape: tuple[int, ...], codec: CodecName, compress: bool) -> Column:
@@ -202,7 +234,7 @@ def encode_unchecked(
     return stored
 
 
-def not_finite(columns: Mapping[str, Column], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def not_finite(columns: Iterable[str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """For each column of floating-point tensors, (B,) bool on their device: True for samples with
     NaN or infinities."""
     return {

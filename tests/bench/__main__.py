@@ -13,6 +13,7 @@ from tests.bench.options import OPTIONS
 
 BENCHES = {
     "frontier": "cut x codec: bytes, errors of targets and gradients, decoding time",
+    "calibration": "fixed steps and steps chosen by a calibration, on four kinds of weights",
     "backends": "tars and zarr, on disk and on S3: MB/s of writing and reading",
     "step": "a training step in Phase I and II against a step without alignment",
     "loader": "the loader on one core against readinto and against stock webdataset",

@@ -33,6 +33,12 @@ from tests.bench.report import Heading, Report, Row, Table
 from tests.bench.tar_members import decode_all, latent_bytes, read_members, tar_bytes, write_members
 
 CUTS: tuple[Cut, ...] = ("activations", "qk", "maps", "image")
+OTHER_SHAPES = {
+    "register": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov3": "vit_base_patch16_dinov3.lvd1689m",
+}
+"""Models of weights whose registers are loud, in place of patches."""
+PLANTED = {"planted", *OTHER_SHAPES}
 REPEATS = 3  # of short timings, for each image; medians are reported
 
 HEADINGS = (
@@ -75,18 +81,22 @@ def run(options: Options) -> Report:
 
 
 def make_teacher(options: Options, weights: str, crops: Tensor) -> Teacher:
-    chosen = "random" if weights in {"plain", "planted"} else weights
-    config = options.teacher.model_copy(update={"weights": chosen})
+    chosen = "random" if weights in PLANTED | {"plain"} else weights
+    update = {"weights": chosen}
+    if weights in OTHER_SHAPES:
+        update["model"] = OTHER_SHAPES[weights]
+    config = options.teacher.model_copy(update=update)
     teacher = Teacher(config, resolution=options.resolution, layers=options.layers)
-    if weights == "planted":
+    if weights in PLANTED:
         if not options.layers[0]:
-            raise UserError("--weights planted changes the block before the first of --layers")
+            raise UserError(f"--weights {weights} changes the block before the first of --layers")
         plant_outliers(
             teacher,
             crops,
             block=options.layers[0] - 1,
             sharpness=options.sharpness,
             seed=config.seed,
+            registers=weights in OTHER_SHAPES,
         )
     return teacher
 
@@ -137,6 +147,9 @@ class Bench:
             variant.overrides,
             compress=variant.compress,
         )
+        return self.measure_columns(cut, variant.name, columns)
+
+    def measure_columns(self, cut: Cut, name: str, columns: dict[str, Column]) -> Row:
         stored = self._store(cut, columns)
         source = self._source(cut, columns)
         parts = stream_parts(columns)
@@ -155,7 +168,7 @@ class Bench:
         numbers = self.judge(_concatenated(targets))
         return {
             "cut": cut,
-            "form": variant.name,
+            "form": name,
             "bytes": stored.bytes,
             "bytes_with_latents": stored.bytes + latent_bytes(self.options.resolution),
             **numbers,

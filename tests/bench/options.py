@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from schemas.base import Strict
+from schemas.codecs import CalibratedSet
 from schemas.extract import Cut, TeacherConfig
 from schemas.fields import Layers
 from schemas.student import ModelName
@@ -30,7 +31,8 @@ class FrontierOptions(BenchOptions):
     """Number of images."""
     weights: tuple[str, ...] = ("plain", "planted")
     """'plain' (the project's random weights, whose attention is as spread as a trained model's),
-    'planted' (the same with massive channels and loud tokens), 'hub' or a file: see
+    'planted' (the same with massive channels and loud tokens), 'register' and 'dinov3' (DINOv2's
+    and DINOv3's shape with registers, which are the loud tokens), 'hub' or a file: see
     --teacher.weights of pipeline.extract."""
     sharpness: float = 0.8
     """Factor on queries and keys of 'planted', which keeps attention no sharper than a trained
@@ -60,6 +62,21 @@ class FrontierOptions(BenchOptions):
         if not set(self.measured) <= set(self.layers):
             raise ValueError("measured layers must be among the stored layers")
         return self
+
+
+class CalibrationOptions(FrontierOptions):
+    """Images, teachers and codecs."""
+
+    weights: tuple[str, ...] = ("plain", "planted", "register", "dinov3")
+    """As of the frontier; steps were tuned on 'plain' and 'planted'."""
+    measured: Layers = (7, 8, 9, 10, 11)
+    """Layers whose errors count: those that a store serves."""
+    cuts: tuple[Literal["activations", "qk", "maps"], ...] = ("activations",)
+    """Cuts to measure."""
+    codecs: tuple[CalibratedSet, ...] = ("faithful", "small")
+    """Codec sets to measure."""
+    calibrated: int = Field(default=16, ge=1)
+    """Images that choose the steps; --count are others, on which errors are measured."""
 
 
 class BackendsOptions(BenchOptions):
@@ -288,6 +305,7 @@ class CheckpointOptions(ResumeOptions):
 
 OPTIONS: dict[str, type[BenchOptions]] = {
     "frontier": FrontierOptions,
+    "calibration": CalibrationOptions,
     "backends": BackendsOptions,
     "step": StepOptions,
     "loader": LoaderOptions,

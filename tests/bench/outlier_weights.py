@@ -28,17 +28,25 @@ LOUD_SHARE = 0.004
 """Share of the tokens that each unit makes loud."""
 MAX_NORM = 100.0
 """Norm of the loudest token, in norms of an ordinary one."""
+REGISTER_NORM = 30.0
+"""Norm of registers, in norms of an ordinary token, where they are the loud ones."""
 MASSIVE_WEIGHT = 0.05
 """Weights of a norm at massive channels, relative to its other weights."""
 
 
 @torch.no_grad()
 def plant_outliers(
-    teacher: Teacher, images_B3RR: Tensor, *, block: int, sharpness: float, seed: int
+    teacher: Teacher,
+    images_B3RR: Tensor,
+    *,
+    block: int,
+    sharpness: float,
+    seed: int,
+    registers: bool = False,
 ) -> Any:
     """Change the weights of ``block`` and of later blocks in place, calibrated on the tokens of a
     few images. ``sharpness`` scales later queries and keys, because loud tokens sharpen
-    attention."""
+    attention. With ``registers`` these are the loud tokens, and no patches are."""
     rng = torch.Generator().manual_seed(seed)
     vit = teacher.vit
     target = vit.blocks[block]
@@ -47,7 +55,8 @@ def plant_outliers(
         tokens, _ = teacher.run_blocks(tokens, 0, block + 1)
     hidden_in = inputs[0].flatten(0, 1)
     hidden = target.mlp.act(target.mlp.fc1(hidden_in))
-    fc1, fc2, gamma = target.mlp.fc1, target.mlp.fc2, target.ls2.gamma
+    fc2 = target.mlp.fc2
+    gamma = target.ls2.gamma if hasattr(target, "ls2") else target.gamma_2
 
     channels = torch.randperm(tokens.shape[-1], generator=rng)[: len(OFFSETS)]
     offsets = tokens.std() * torch.tensor(OFFSETS)
@@ -56,23 +65,44 @@ def plant_outliers(
     fc2.weight[channels] *= (JITTER * offsets.abs() / varied.std(0)).unsqueeze(1)
     fc2.bias[channels] = offsets - (hidden @ fc2.weight[channels].T).mean(0)
 
-    units = torch.randperm(hidden.shape[-1], generator=rng)[:LOUD_UNITS]
+    norm = (tokens.square().sum(-1).median() + offsets.square().sum()).sqrt()
+    if registers:
+        loud = _directions(teacher.vit.reg_token.shape[1], tokens.shape[-1], channels, rng)
+        teacher.vit.reg_token.copy_(loud * norm * REGISTER_NORM)
+    else:
+        _plant_loud_tokens(target.mlp, gamma, hidden_in, norm, channels, rng)
+    for later in vit.blocks[block + 1 :]:
+        later.attn.qkv.weight[: 2 * tokens.shape[-1]] *= sharpness
+        if later.attn.qkv.bias is not None:
+            later.attn.qkv.bias[: 2 * tokens.shape[-1]] *= sharpness
+    _rescale_norms(teacher, images_B3RR, block + 1, channels)
+
+
+def _directions(count: int, width: int, channels: Tensor, rng: torch.Generator) -> Tensor:
+    """Unit vectors (count, width), mostly in massive channels."""
+    directions = torch.randn(count, width, generator=rng)
+    directions[:, channels] *= 10
+    return directions / directions.norm(dim=-1, keepdim=True)
+
+
+def _plant_loud_tokens(
+    mlp: Any,
+    gamma: Tensor,
+    hidden_in: Tensor,
+    norm: Tensor,
+    channels: Tensor,
+    rng: torch.Generator,
+) -> None:
+    fc1, fc2 = mlp.fc1, mlp.fc2
+    units = torch.randperm(fc1.out_features, generator=rng)[:LOUD_UNITS]
     before = hidden_in @ fc1.weight[units].T
     threshold = torch.quantile(before, 1 - LOUD_SHARE, dim=0)
     # Steep enough that GELU's output below zero is small relative to the loudest.
     steepness = MAX_NORM / (before.amax(0) - threshold)
     fc1.weight[units] *= steepness.unsqueeze(1)
     fc1.bias[units] = -threshold * steepness
-    directions = torch.randn(LOUD_UNITS, tokens.shape[-1], generator=rng)
-    directions[:, channels] *= 10  # the norm of loud tokens is mostly in massive channels
-    directions /= directions.norm(dim=-1, keepdim=True)
-    norm = (tokens.square().sum(-1).median() + offsets.square().sum()).sqrt()
+    directions = _directions(LOUD_UNITS, fc2.out_features, channels, rng)
     fc2.weight[:, units] = (directions * norm).T / gamma.unsqueeze(1)
-
-    for later in vit.blocks[block + 1 :]:
-        later.attn.qkv.weight[: 2 * tokens.shape[-1]] *= sharpness
-        later.attn.qkv.bias[: 2 * tokens.shape[-1]] *= sharpness
-    _rescale_norms(teacher, images_B3RR, block + 1, channels)
 
 
 def describe(teacher: Teacher, images_B3RR: Tensor, block: int) -> dict[str, float]:

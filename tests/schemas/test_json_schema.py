@@ -11,7 +11,7 @@ from typing import Any
 from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
-DIGESTS = {2: "06a31973ca2e6b11d0dfca5ae77bfa434a5faf3d3bbb9d08d499d2a0c022d142"}
+DIGESTS = {2: "76f80d8e4103b9542d216f7087160d0df887d451403011c4e8f0267677c4e7c2"}
 """Of the schema of each version, without its prose."""
 
 ADVICE = """

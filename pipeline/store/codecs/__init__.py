@@ -23,6 +23,7 @@ __all__ = [
     "Codec",
     "Decoder",
     "coarser_than",
+    "codec_family",
     "column_arrays",
     "decode_column",
     "decoder_of",
@@ -57,6 +58,11 @@ INT8_LEVELS = range(16, 49)
 """Levels of 'tokens', 'rms' and 'heads' that int8 codecs may be equivalent to. Their step is a
 127th of a vector's largest number, which is 3 (Gaussian) to 8 (channels of large values) times its
 RMS; whether int8 or the 'faithful' set (20 to 26 levels) is finer depends on the teacher."""
+
+
+def codec_family(name: CodecName) -> str | None:
+    """The name without its levels, such as 'tokens' of 'tokens23'; None for codecs without."""
+    return name.rstrip("0123456789") if name not in WITHOUT_LEVELS else None
 
 
 @lru_cache
@@ -106,8 +112,24 @@ def encode_column(name: str, column: Column, values: Tensor) -> dict[str, Tensor
     """
     if tuple(values.shape[1:]) != column.shape:
         raise ValueError(f"{name}: expected shape {column.shape}, got {tuple(values.shape[1:])}")
-    arrays = find_codec(column.codec).encode(values)
+    arrays = _encode_layers(column, values) if column.levels else _encode(column.codec, values)
     return {part_name(name, array): tensor for array, tensor in arrays.items()}
+
+
+def _encode(codec: CodecName, values: Tensor) -> dict[str, Tensor]:
+    return find_codec(codec).encode(values)
+
+
+def _encode_layers(column: Column, values: Tensor) -> dict[str, Tensor]:
+    """Stored arrays (B, L, ...) of layers (B, L, ...) with levels of their own."""
+    import torch
+
+    family = codec_family(column.codec)
+    layers = [
+        _encode(f"{family}{levels}", values[:, row : row + 1])
+        for row, levels in enumerate(column.levels)
+    ]
+    return {array: torch.cat([one[array] for one in layers], 1) for array in layers[0]}
 
 
 class Decoder(NamedTuple):
