@@ -67,7 +67,7 @@ class Judge:
         features, predicted = self._look(images.pixels)
         neighbours = self.options.neighbours
         near, covered = precision_recall(features.numpy(), self._train.numpy(), neighbours)
-        agreement = float((predicted == images.labels).float().mean())
+        agreement = float((predicted == images.labels).double().mean())
         distance = frechet_distance(self._reference, _moments(features))
         values = (distance, agreement, near, covered)
         return dict(zip(MEASURES, values, strict=True))

@@ -205,7 +205,7 @@ def draw(results: Results, folder: Path) -> None:
         )
     axes[2].axhline(0, color="grey", linewidth=1)
     axes[2].set(xlabel="step", ylabel=f"validation loss, difference from {arms[0]}")
-    axes[0].legend(fontsize=7)
+    axes[1].set_ylim(0, 1)
     _save(figure, folder / "curves.png")
 
     measured = [arm for arm in arms if any(r["cosine"] for r in results["runs"] if r["arm"] == arm)]
@@ -220,7 +220,6 @@ def draw(results: Results, folder: Path) -> None:
             _draw_curves(axis, f"t = {time}", lines, index=number)
         axis.axhline(0, color="grey", linewidth=1)
         axis.set(title=arm, xlabel="step", ylabel="gradient cosine")
-        axis.legend(fontsize=7)
     for number, (ended, always) in enumerate(results["pairs"].items()):
         lines = _paired(results, always, ended, "validation")
         _draw_curves(axes[-1], f"{ended} \N{MINUS SIGN} {always}", lines, index=number)
@@ -229,7 +228,6 @@ def draw(results: Results, folder: Path) -> None:
             axes[-1].axvline(end, color="grey", linestyle=":", linewidth=1)
     axes[-1].axhline(0, color="grey", linewidth=1)
     axes[-1].set(title="ended or not", xlabel="step", ylabel="validation loss, difference")
-    axes[-1].legend(fontsize=7)
     _save(figure, folder / "cosine.png")
 
 
@@ -271,6 +269,8 @@ def _save(figure: Any, path: Path) -> None:
 
     for axis in figure.axes:
         axis.grid(alpha=0.3)
+        if axis.lines and axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     figure.tight_layout()
     temporary = path.with_name(f".tmp-{path.name}")
     figure.savefig(temporary, dpi=100)

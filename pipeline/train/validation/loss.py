@@ -117,12 +117,8 @@ class ValidationLoss:
             torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
             torch.autocast(trainer.group.device.type, dtype, enabled=dtype is not None),
         ):
-            out = student(
-                inputs.noisy,
-                inputs.time,
-                inputs.labels,
-                class_token_BE=None if token is None else token.noisy,
-            )
+            extra = {} if token is None else {"class_token_BE": token.noisy}
+            out = student(*inputs[:3], **extra)
             losses = [loss(out.prediction, inputs.noisy, inputs.time, inputs.target)]
             if token is not None:
                 losses.append(loss(out.class_prediction, token.noisy, inputs.time, token.target))

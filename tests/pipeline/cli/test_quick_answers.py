@@ -18,8 +18,9 @@ HEAVY |= {"torch_fidelity", "torchvision", "transformers", "zarr"}
 MODULES = ["doctor", "extract", "extract --plan", "convert", "inspect", "report"]
 FILES = ["train_haste.py", "train_haste.py --plan", "sample.py", "evaluate.py", "export.py"]
 FILES += ["demo.py", "experiments/matrix.py", "pretrain/autoencoder.py"]
-MATRIX, CIFAR = "jobs/experiments/matrix.py", "jobs/experiments/cifar10.yaml"
 FILES += ["pretrain/self_distill.py"]
+MATRIX, CIFAR = "jobs/experiments/matrix.py", "jobs/experiments/cifar10.yaml"
+IMAGES = f"{MATRIX} --config {CIFAR} --output {{0}} --source"
 COMMANDS = [
     *(f"-m pipeline.{name}" for name in MODULES),
     *(f"jobs/{name}" for name in FILES),
@@ -113,7 +114,7 @@ def test_every_command_is_tried() -> None:
             f"{MATRIX} --config {CIFAR} --output {{0}} --source {{0}}/no.zip",
             "no.zip' does not exist",
         ),
-        (f"{MATRIX} --config {CIFAR} --output {{0}} --source digits --select b", "--select b"),
+        (f"{IMAGES} digits --select b", "--select b"),
         ("jobs/pretrain/self_distill.py --stepz 1", "did you mean '--steps'"),
         ("-m tests.bench stepp", "did you mean 'step'"),
         ("-m tests.bench step --rouds 1", "did you mean '--rounds'"),
