@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     PROBE = 5
     LABELS = 6
     CAPTION = 8
+    VALIDATION = 9
     CALIBRATION = 10
 
 

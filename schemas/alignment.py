@@ -69,8 +69,8 @@ class GradientCosine(Strict):
 
 
 class ResidualPlateau(Strict):
-    """Terminate when the fast and slow moving averages of the alignment residual, updated at every
-    step, agree: it has stopped falling."""
+    """Terminate when the fast and slow moving averages of a residual, over steps, agree: it has
+    stopped falling."""
 
     kind: Literal["residual_plateau"]
     """The trigger: 'fixed', 'gradient_cosine' or 'residual_plateau'."""
@@ -86,6 +86,12 @@ class ResidualPlateau(Strict):
     """residual_plateau: decay of the slow average."""
     tolerance: Annotated[float, Field(gt=0)] = 0.02
     """residual_plateau: relative difference at which the averages agree."""
+    residual: Literal["alignment", "validation_loss"] = Field(
+        default="alignment", exclude_if=lambda value: value == "alignment"
+    )
+    """residual_plateau: 'alignment', the distance of the alignment losses from a perfect fit, or
+    'validation_loss', that of the weights as trained (validation.every), which counts for all steps
+    since the measurement before; it may also rise. Three measurements are needed at least."""
     ramp: OptionalRamp = None
     """Fade the weights: with 'fixed' over the steps before its step, else from the step at which
     the trigger fires on. The alignment ends when they reach 0."""

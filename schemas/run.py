@@ -56,6 +56,11 @@ class DataConfig(Strict):
     of a node. Whole files are fetched for it, so cache_gb should hold all files that they read."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
     """Maximum size of cache_dir, in GB; the least recently used files are deleted."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, exclude_if=lambda value: value == 0
+    )
+    """Part of the samples that is never trained on, for validation.every: a function of their keys
+    alone, so that it is the same for all runs, shards and codecs."""
 
 
 class TrainConfig(Strict):
@@ -195,6 +200,34 @@ class SamplesConfig(Strict):
         return self
 
 
+class ValidationConfig(Strict):
+    """Denoising loss of samples that are not trained on, at fixed times and with fixed noise, of
+    averaged weights and of weights as trained. Nothing is sampled."""
+
+    every: Positive | None = None
+    """Steps between measurements; the last step is measured too. Default: none."""
+    samples: Positive = 1024
+    """Samples of each measurement, always the same; all, where there are fewer."""
+    times: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (
+        *(0.0625, 0.1875, 0.3125, 0.4375),
+        *(0.5625, 0.6875, 0.8125, 0.9375),
+    )
+    """Times at which each sample is measured."""
+    store: str | None = None
+    """Another store whose samples are used, instead of the part data.holdout of the run's: with the
+    same autoencoder and, where the student has one, class stream."""
+    batch_size: Positive = 64
+    """Samples per forward pass. Batches are the same for any number of workers."""
+    seed: int = 0
+    """Seed of the noise, apart from that of the run, so that runs can be compared."""
+
+    @model_validator(mode="after")
+    def _times_differ(self) -> ValidationConfig:
+        if len(set(self.times)) < len(self.times):
+            raise ValueError("times names a time twice")
+        return self
+
+
 class RunConfig(Strict):
     """Options of one training run."""
 
@@ -235,14 +268,39 @@ class RunConfig(Strict):
     compute: ComputeConfig = ComputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     @model_serializer(mode="wrap")
     def _without_added_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out ``train`` where it has its defaults, because names on disk are frozen."""
+        """Leave out tables that have their defaults and are newer than the first release, because
+        names on disk are frozen."""
         values: dict[str, Any] = serialize(self)
-        if self.train == TrainConfig():
-            values.pop("train", None)
+        for name, default in {"train": TrainConfig(), "validation": ValidationConfig()}.items():
+            if getattr(self, name) == default:
+                values.pop(name, None)
         return values
+
+    @model_validator(mode="after")
+    def _validation_has_samples(self) -> RunConfig:
+        validation, holdout = self.validation, self.data.holdout
+        end = self.alignment.termination
+        if validation.every is not None and not holdout and validation.store is None:
+            raise ValueError(
+                "validation.every needs samples that are not trained on: set data.holdout, for "
+                "example 0.01, or validation.store"
+            )
+        if validation.store is not None and holdout:
+            raise ValueError(
+                "validation.store and data.holdout are two places of validation samples: set one"
+            )
+        if validation.store is not None and validation.every is None:
+            raise ValueError("validation.store is read with validation.every only")
+        observed = getattr(end, "residual", "alignment")
+        if observed == "validation_loss" and validation.every is None:
+            raise ValueError(
+                "alignment.termination.residual validation_loss needs validation.every"
+            )
+        return self
 
     @model_validator(mode="after")
     def _class_options_have_a_token(self) -> RunConfig:

@@ -6,6 +6,7 @@ Each is made once, published atomically, and recorded with the options that made
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -19,46 +20,41 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jobs.experiments.options import DIGITS
 from jobs.pretrain.classifier import accuracy, train_classifier
 from jobs.pretrain.kl_autoencoder import train_autoencoder
 from jobs.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
-from jobs.pretrain.self_distillation import knn_accuracies, self_distill
+from jobs.pretrain.self_distillation import self_distill
 from pipeline.cli.progress import progress_bar
 from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
+from pipeline.datasets.digits import digits_images, list_digits
 from pipeline.datasets.folder import list_class_folders
-from pipeline.evaluate.evaluator import evaluate
-from pipeline.evaluate.features.factory import open_network
-from pipeline.evaluate.reference_statistics import load_moments, moments_digest
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.target_store import missing_tasks, open_store
 from pipeline.extract.tasks import stream_name
 from pipeline.storage.files import TEMPORARY
 from pipeline.storage.locks import exclusive_lock
-from pipeline.storage.npz import Archive
 from pipeline.store import Store
 from pipeline.text import short_value
 from schemas.errors import UserError
-from schemas.evaluate import EvaluateConfig
 from schemas.extract import ExtractConfig
 
 logger = logging.getLogger("jobs.experiments")
 
-RESOLUTION = 32  # of CIFAR-10, pixels per side
-EVALUATION_SEED = 0
 INFO_FILE = "about.json"
 CLASSIFIER_FILE = "judge.safetensors"
-REFERENCE_FILE = "reference.npz"
 
 
 class Images(NamedTuple):
-    """Images of CIFAR-10 with their classes."""
+    """Images with their classes."""
 
     pixels: Tensor
-    """uint8 (N, 3, 32, 32)."""
+    """uint8 (N, 3, R, R)."""
     labels: Tensor
     """int64 (N,)."""
 
@@ -92,7 +88,7 @@ class ArtifactCache:
             )
             raise UserError(
                 f"the {name} in '{final}' was made with another {', '.join(differing)}: remove it "
-                "and the artifacts made from it, or choose another --work"
+                "and the artifacts made from it, or choose another --output"
             )
         return final, report
 
@@ -101,7 +97,7 @@ class ArtifactCache:
         """Lock the cache for making an artifact and remove the temporary folders of killed
         processes. Raises ``UserError`` if another process has the lock."""
         with exclusive_lock(
-            self.folder, what=f"--work '{self.folder}'", remedy="choose another --work"
+            self.folder, what=f"--output '{self.folder}'", remedy="choose another --output"
         ):
             for path in self.folder.glob(f"{TEMPORARY}*"):
                 if path.is_dir():
@@ -121,9 +117,25 @@ class ArtifactCache:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def collect(source: str, held_out: int, resolution: int, folder: Path) -> dict[str, Any]:
+    """Copy the images of ``source``, see ``MatrixConfig``, to ``folder/train/CLASS/NAME`` and
+    ``folder/held_out/CLASS/NAME``; the last ``held_out`` names of each class are held out. Raises
+    ``UserError``."""
+    if source == DIGITS:
+        return _write_digits(held_out, resolution, folder)
+    if Path(source).is_dir():
+        by_class: dict[str, list[str]] = {}
+        for item in list_class_folders(source).items:
+            by_class.setdefault(item.path.split("/")[0], []).append(item.path)
+        layout = f"--source '{source}': expected CLASS/NAME.jpg"
+        return _split(
+            by_class, held_out, folder, lambda name: Path(source, name).read_bytes(), layout
+        )
+    return unpack(source, held_out, folder)
+
+
 def unpack(source: str, held_out: int, folder: Path) -> dict[str, Any]:
-    """Unpack ``train/CLASS/NAME`` of the zip to ``folder/train`` and ``folder/held_out``; the last
-    ``held_out`` names of each class are held out. Raises ``UserError``."""
+    """``collect`` of a zip of ``train/CLASS/NAME``."""
     try:
         with zipfile.ZipFile(source) as zipped:
             by_class: dict[str, list[str]] = {}
@@ -141,29 +153,55 @@ def unpack(source: str, held_out: int, folder: Path) -> dict[str, Any]:
                     )
                 if parts[2]:
                     images.append(name)
-            smallest = min(by_class, key=lambda name: len(by_class[name]), default="none")
-            fewest = len(by_class.get(smallest, ()))
-            if fewest <= held_out:
-                raise UserError(
-                    f"--source '{source}': expected train/CLASS/NAME.jpg with more than {held_out} "
-                    f"images of each class; found {len(by_class)} classes, the smallest of "
-                    f"{fewest} ({short_value(smallest)})"
-                )
-            for class_name, names in by_class.items():
-                if class_name in (".", ".."):
-                    raise UserError(f"--source '{source}' has a class named '{class_name}'")
-                splits = {"train": names[:-held_out], "held_out": names[-held_out:]}
-                for split, members in splits.items():
-                    target = folder / split / class_name
-                    target.mkdir(parents=True)
-                    for name in members:
-                        (target / Path(name).name).write_bytes(zipped.read(name))
+            layout = f"--source '{source}': expected train/CLASS/NAME.jpg"
+            return _split(by_class, held_out, folder, zipped.read, layout)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"--source '{source}' is not a readable zip: {error}") from None
+
+
+def _write_digits(held_out: int, resolution: int, folder: Path) -> dict[str, Any]:
+    list_digits()  # raises UserError without scikit-learn
+    images, labels = digits_images(resolution)
+    by_class: dict[str, list[str]] = {}
+    for number, label in enumerate(labels.tolist()):
+        by_class.setdefault(str(label), []).append(f"{number:04d}.png")
+
+    def encode(name: str) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(images[int(name.removesuffix(".png"))]).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return _split(by_class, held_out, folder, encode, "--source digits")
+
+
+def _split(
+    by_class: Mapping[str, list[str]],
+    held_out: int,
+    folder: Path,
+    read: Callable[[str], bytes],
+    layout: str,
+) -> dict[str, Any]:
+    """Write both parts of each class; ``layout`` begins the error where one is too small."""
+    smallest = min(by_class, key=lambda name: len(by_class[name]), default="none")
+    fewest = len(by_class.get(smallest, ()))
+    if fewest <= held_out:
+        raise UserError(
+            f"{layout} with more than {held_out} images of each class; found {len(by_class)} "
+            f"classes, the smallest of {fewest} ({short_value(smallest)})"
+        )
+    for class_name, names in by_class.items():
+        if class_name in (".", ".."):
+            raise UserError(f"{layout}: it has a class named '{class_name}'")
+        splits = {"train": names[:-held_out], "held_out": names[-held_out:]}
+        for split, members in splits.items():
+            target = folder / split / class_name
+            target.mkdir(parents=True)
+            for name in members:
+                (target / Path(name).name).write_bytes(read(name))
     return {"classes": len(by_class), "images": sum(map(len, by_class.values()))}
 
 
-def read_images(folder: Path) -> Images:
+def read_images(folder: Path, resolution: int) -> Images:
     """All images of ``folder/CLASS``, with the labels of their store. Raises ``UserError`` if one
     is damaged, and for a class without images."""
     listing = list_class_folders(str(folder))
@@ -171,7 +209,7 @@ def read_images(folder: Path) -> Images:
     for item in listing.items:
         path = folder / item.path
         try:
-            pixels.append(decode_crop(path.read_bytes(), RESOLUTION))
+            pixels.append(decode_crop(path.read_bytes(), resolution))
         except (OSError, BadImageError) as error:
             raise UserError(f"'{path}' cannot be used: {error}") from None
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
@@ -179,12 +217,12 @@ def read_images(folder: Path) -> Images:
 
 
 def make_teacher(
-    folder: Path, train: Images, held_out: Images, config: SelfDistillConfig, device: str
+    folder: Path, train: Images, config: SelfDistillConfig, device: str
 ) -> dict[str, Any]:
-    """Self-distil the teacher; labels are used only for its accuracy on held-out images."""
+    """Self-distil the teacher, without labels."""
     backbone = self_distill(train.pixels, config, device)
     save_file(backbone.state_dict(), folder / "teacher.safetensors")
-    return {"knn_held_out": knn_accuracies(backbone, held_out.pixels, held_out.labels)}
+    return {}
 
 
 def make_autoencoder(
@@ -225,36 +263,3 @@ def complete_store(cache: ArtifactCache, config: ExtractConfig, device: str, thr
                 raise UserError(f"bad image {bad.path}: {bad.error}")
         store.finish()
     return store
-
-
-def evaluation_network(classifier: Path, config: ClassifierConfig) -> dict[str, Any]:
-    """Options that select the classifier's features, the same for training and evaluation."""
-    return {
-        "network": config.name,
-        "network_weights": str(classifier / CLASSIFIER_FILE),
-        "network_size": RESOLUTION,
-    }
-
-
-def make_reference(
-    folder: Path, train: Path, held_out: Path, network: Mapping[str, Any], images: int, device: str
-) -> dict[str, Any]:
-    """Statistics of the training images, and the distance of ``images`` held-out ones to them,
-    which is what a perfect model would reach with as many samples."""
-    path = str(folder / REFERENCE_FILE)
-    common = {"reference": str(train), "resolution": RESOLUTION, "batch_size": 500, **network}
-    evaluate(EvaluateConfig.model_validate({**common, "save_reference": path}), device)
-    floor = {**common, "reference": path, "samples": str(held_out), "max_images": images}
-    result = evaluate(EvaluateConfig.model_validate(floor), device)
-    assert result is not None
-    return {"held_out_fid": result.fid, "samples": result.samples}
-
-
-def digest_of_reference(folder: Path, network: Mapping[str, Any]) -> str:
-    """The digest by which rows of evaluations identify the reference, independent of its path.
-    Raises ``UserError``."""
-    path = str(folder / REFERENCE_FILE)
-    options = EvaluateConfig.model_validate({"reference": path, **network})
-    return moments_digest(
-        load_moments(Archive(path, "reference"), open_network(options, device="cpu"))
-    )

@@ -37,7 +37,7 @@ def train_classifier(
     batches = copied_batches({"images": images, "labels": labels}, config.batch_size, device)
     for step in range(config.steps):
         batch = next(batches)
-        pixels = _augment(batch["images"].float() / 255, config.shift)
+        pixels = _augment(batch["images"].float() / 255, config.shift, flip=config.flip)
         with autocast(device):
             scores = model(normalise(pixels))
         updater.update(step, F.cross_entropy(scores.float(), batch["labels"]))
@@ -54,11 +54,12 @@ def accuracy(model: Any, images: Tensor, labels: Tensor) -> float:
     return correct / len(labels)
 
 
-def _augment(pixels: Tensor, shift: int) -> Tensor:
-    """Flip about half of the images and translate each by at most ``shift`` pixels."""
+def _augment(pixels: Tensor, shift: int, *, flip: bool) -> Tensor:
+    """Flip about half of the images, if wanted, and translate each by at most ``shift`` pixels."""
     batch, size, device = len(pixels), pixels.shape[-1], pixels.device
     mirrored = torch.rand(batch, 1, 1, 1, device=device) < 0.5
-    pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+    if flip:
+        pixels = torch.where(mirrored, pixels.flip(-1), pixels)
     padded = F.pad(pixels, (shift,) * 4, mode="reflect")
     position = torch.arange(size, device=device)
     rows = (torch.randint(2 * shift + 1, (batch, 1), device=device) + position)[:, None, :, None]

@@ -120,4 +120,6 @@ class ClassifierConfig(Strict):
     """Steps of the learning rate's linear rise."""
     shift: Annotated[int, Field(ge=0)] = 4
     """Largest random translation of an image, pixels."""
+    flip: bool = True
+    """Mirror half of the images; not for digits."""
     seed: int = 1

@@ -35,6 +35,10 @@ ScatterSaved = Callable[[list[list[float]]], list[float]]
 has changed."""
 
 
+MIN_VALIDATIONS = 3
+"""Measurements of the validation loss before two averages of it are compared."""
+
+
 class Decision(NamedTuple):
     """Result of one observation."""
 
@@ -85,6 +89,9 @@ class Trigger(Protocol):
         """Record the losses of one step. Must not synchronise with the device. ``skipped``, bool
         and equal on all ranks: if the step counts for nothing."""
 
+    def record_validation(self, step: int, loss: float) -> None:
+        """Record the validation loss after ``step`` steps, equal on all ranks."""
+
     def wants(self, step: int) -> bool:
         """True if ``observe`` is due at the boundary before ``step``."""
 
@@ -110,6 +117,9 @@ class _Stateless:
         return 1.0
 
     def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
+        """No state to update."""
+
+    def record_validation(self, step: int, loss: float) -> None:
         """No state to update."""
 
     def state_dict(self, gather: Gather) -> dict[str, Any]:
@@ -215,6 +225,9 @@ class ResidualPlateauTrigger:
         self._averages = averages
         self.steps += 1
 
+    def record_validation(self, step: int, loss: float) -> None:
+        """Validation losses are not the residual."""
+
     def wants(self, step: int) -> bool:
         return self.steps > 0 and _is_due(step, self.config.start, self.config.every)
 
@@ -256,6 +269,53 @@ class ResidualPlateauTrigger:
         return fast, slow
 
 
+class ValidationPlateauTrigger(_Stateless):
+    """Terminates when a fast moving average of the validation loss is no longer below a slow one.
+
+    Each measurement stands for the steps since the one before, so that the decays are those of
+    steps, as in ``ResidualPlateauTrigger``.
+    """
+
+    def __init__(self, config: ResidualPlateau) -> None:
+        self.config = config
+        self._step = self._count = 0  # of the last measurement; measurements
+        self._averages = (0.0, 0.0)
+
+    def record_validation(self, step: int, loss: float) -> None:
+        shares = (decay ** (step - self._step) for decay in (self.config.fast, self.config.slow))
+        fast, slow = (
+            share * average + (1 - share) * loss
+            for share, average in zip(shares, self._averages, strict=True)
+        )
+        self._averages = fast, slow
+        self._step, self._count = step, self._count + 1
+
+    def wants(self, step: int) -> bool:
+        enough = self._count >= MIN_VALIDATIONS
+        return enough and _is_due(step, self.config.start, self.config.every)
+
+    def observe(self, step: int, probe: Probe, sum_over_ranks: Sum) -> Decision:
+        fast, slow = (  # corrected for the average's beginning at 0
+            average / (1 - decay**self._step)
+            for decay, average in zip(
+                (self.config.fast, self.config.slow), self._averages, strict=True
+            )
+        )
+        finite = math.isfinite(fast) and math.isfinite(slow)
+        return Decision(
+            finite and slow - fast <= self.config.tolerance * abs(slow),
+            {"trigger": "residual_plateau", "validation_fast": fast, "validation_slow": slow},
+        )
+
+    def state_dict(self, gather: Gather) -> dict[str, Any]:
+        fast, slow = self._averages
+        return {"step": self._step, "count": self._count, "fast": fast, "slow": slow}
+
+    def load_state_dict(self, state: Mapping[str, Any], scatter_saved: ScatterSaved) -> None:
+        self._step, self._count = int(state["step"]), int(state["count"])
+        self._averages = float(state["fast"]), float(state["slow"])
+
+
 class RampedTrigger:
     """Another trigger, with a ramp between the step at which it fires and the termination."""
 
@@ -275,6 +335,10 @@ class RampedTrigger:
     def record(self, losses: StepLosses, skipped: Tensor | None = None) -> None:
         if self._end is None:
             self.trigger.record(losses, skipped)
+
+    def record_validation(self, step: int, loss: float) -> None:
+        if self._end is None:
+            self.trigger.record_validation(step, loss)
 
     def wants(self, step: int) -> bool:
         return self.trigger.wants(step) if self._end is None else step >= self._end
@@ -311,6 +375,8 @@ def make_trigger(config: TerminationConfig | None, alignment: AlignmentConfig) -
         return FixedStepTrigger(config)
     if isinstance(config, GradientCosine):
         trigger = GradientCosineTrigger(config)
+    elif config.residual == "validation_loss":
+        trigger = ValidationPlateauTrigger(config)
     else:
         trigger = ResidualPlateauTrigger(config, alignment)
     # a dry trigger changes nothing, and so does its ramp

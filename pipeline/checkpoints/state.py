@@ -230,9 +230,10 @@ def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path
             old, new = (with_saved_streams(one, state.store) for one in (old, new))
         if old != new:
             changed = list(_differences(old, new, key))
-            if key == "data" and "data.window" not in changed:
-                continue
-            changed = ["data.window"] if key == "data" else changed
+            if key == "data":  # other options change speed only
+                changed = [name for name in changed if name in ("data.window", "data.holdout")]
+                if not changed:
+                    continue
             raise UserError(
                 f"checkpoint '{folder}' is of another model or run: it has "
                 f"{_value(state.config, changed[0])} for {changed[0]}, the config says "

@@ -23,6 +23,7 @@ from pipeline.report.series import (
     observations,
     speed_panels,
     trigger_panel,
+    validation_panels,
 )
 from pipeline.runs.reader import Record, Row, number, read_run
 from pipeline.storage.files import absolute_url, open_url, redact, write_atomic
@@ -78,7 +79,7 @@ class Report:
             different=config_differences(self.records),
             samples=samples,
             evaluations=self._evaluations(),
-            losses=self._plots(loss_panels(self.records)),
+            losses=self._plots([*loss_panels(self.records), *validation_panels(self.records)]),
             triggers=[self._trigger(run) for run, r in enumerate(self.records) if r.events],
             attention=attention,
             attention_notes=notes,

@@ -42,6 +42,12 @@ def run_card(record: Record) -> RunCard:
         Entry("Steps per second", _rates(record)),
         Entry("Last losses", _last_losses(record)),
     ]
+    if record.validations:
+        row = record.validations[-1]
+        names = {"validation_ema": "averaged weights", "validation_model": "as trained"}
+        losses = {name: number(row.get(key)) for key, name in names.items()}
+        shown = [f"{loss:.4g} {name}" for name, loss in losses.items() if loss is not None]
+        entries.append(Entry("Validation loss", shown, f"step {row['step']:,}"))
     if record.evaluations:
         row = record.evaluations[-1]
         values = {name: number(row.get(metric)) for metric, name in METRICS.items()}

@@ -25,6 +25,10 @@ LOSSES = {
     "attention": "Attention cross-entropy (nats)",
     "grad_norm": "Gradient norm, before clipping",
 }
+VALIDATION_LOSSES = {
+    "": "Validation loss: denoising, samples not trained on",
+    "_class_token": "Validation loss of the class token",
+}
 SPEEDS: Mapping[str, tuple[str, Unit]] = {
     "images_per_second": ("Images per second", "plain"),
     "data_wait_share": ("Share of the time spent waiting for data", "share"),
@@ -93,6 +97,22 @@ def loss_panels(records: Sequence[Record]) -> list[Panel]:
         for key, title in LOSSES.items()
         for panel in _panel(records, title, _metric_lines(records, key), settles=True)
     ]
+
+
+def validation_panels(records: Sequence[Record]) -> list[Panel]:
+    """Validation losses of averaged weights (solid) and of weights as trained."""
+    panels: list[Panel] = []
+    for kind, title in VALIDATION_LOSSES.items():
+        lines = [
+            line
+            for run, record in enumerate(records)
+            for style, (weights, name) in enumerate(WEIGHTS.items())
+            for line in _line(
+                run, record.validations, f"validation_{weights}{kind}", name=name, style=style
+            )
+        ]
+        panels += _panel(records, title, lines, dots=True, settles=True)
+    return panels
 
 
 def speed_panels(records: Sequence[Record]) -> list[Panel]:

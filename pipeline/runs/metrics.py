@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ EVALUATION = "evaluation"
 """Event of a row with the distance of samples from real images."""
 NO_DISTANCE = "no evaluation"
 """Event of a row with the reason why there is no such distance."""
+VALIDATION_LOSS = "validation loss"
+"""Event of a row with denoising losses of validation samples."""
 BROKEN_SAMPLES = "broken samples"
 """Event of a row with the number of pictures of a grid that are not finite."""
 NOT_FINITE = "not finite"
@@ -71,6 +74,12 @@ class MetricsLog:
     def _line(self, row: dict[str, Any]) -> str:
         if "event" in row:
             detail = f"FID {row['fid']:.2f}" if "fid" in row else row.get("reason")
+            if row["event"] == VALIDATION_LOSS:
+                ema, model = (
+                    math.nan if row[key] is None else row[key]
+                    for key in ("validation_ema", "validation_model")
+                )
+                detail = f"{ema:.4f} averaged weights, {model:.4f} as trained"
             return f"step {row['step']}: {row['event']}" + (f", {detail}" if detail else "")
         rate = row["steps_per_second"]
         left = (self.total_steps - row["step"]) / rate if rate else 0

@@ -18,7 +18,13 @@ from pipeline.checkpoints.selection import checkpoint_name, steps_of
 from pipeline.cli.yaml12 import load_yaml
 from pipeline.runs.directory import CONFIG, METRICS, SAMPLES, SUMMARY
 from pipeline.runs.evaluations import EVALUATIONS
-from pipeline.runs.metrics import BROKEN_SAMPLES, EVALUATION, NO_DISTANCE, NOT_FINITE
+from pipeline.runs.metrics import (
+    BROKEN_SAMPLES,
+    EVALUATION,
+    NO_DISTANCE,
+    NOT_FINITE,
+    VALIDATION_LOSS,
+)
 from pipeline.storage.files import (
     absolute_url,
     is_local,
@@ -66,6 +72,8 @@ class Record:
     events: list[Row] = field(default_factory=list)
     """Observations and decisions of the termination's trigger, by step."""
     evaluations: list[Row] = field(default_factory=list)
+    validations: list[Row] = field(default_factory=list)
+    """Validation losses, by step."""
     summary: dict[str, Any] = field(default_factory=dict)
     samples: dict[int, str] = field(default_factory=dict)
     """Paths of sample grids by step."""
@@ -155,7 +163,9 @@ def _read_metrics(record: Record) -> None:
     record.rows = _by_step({r["step"]: r for r in rows if "event" not in r}.values())  # last wins
     events = _by_step(row for row in rows if isinstance(row.get("event"), str))
     # evaluations have a file of their own
-    others = {EVALUATION, NO_DISTANCE, BROKEN_SAMPLES, NOT_FINITE}
+    others = {EVALUATION, NO_DISTANCE, BROKEN_SAMPLES, NOT_FINITE, VALIDATION_LOSS}
+    measured = {row["step"]: row for row in events if row["event"] == VALIDATION_LOSS}
+    record.validations = _by_step(measured.values())
     record.events = [row for row in events if row["event"] not in others]
     for kind in (NO_DISTANCE, BROKEN_SAMPLES, NOT_FINITE):
         found = [row for row in events if row["event"] == kind]

@@ -18,15 +18,18 @@ from pipeline.runs.directory import write_config
 from pipeline.runs.metrics import MetricsLog
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.reading.batch_loader import loader_options
+from pipeline.store.reading.holdout import RankedSamples, ranked_samples
 from pipeline.train.finite import all_finite
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.profiler import StepTrace
 from pipeline.train.step_meter import PhaseClock, StepMeter, Throughput
 from pipeline.train.stop_consensus import StopConsensus
 from pipeline.train.trainer import Trainer
+from schemas.errors import UserError
 from schemas.run import RunConfig
 
 if TYPE_CHECKING:
+    from pipeline.train.validation.loss import ValidationLoss
     from pipeline.train.validation.runner import Validator
 
 
@@ -75,6 +78,7 @@ class RunParts:
     clock: PhaseClock
     trace: StepTrace
     consensus: StopConsensus
+    validation_loss: ValidationLoss | None
     validator: Validator | None
     metrics: MetricsLog | None
     """Only on the main rank."""
@@ -123,7 +127,21 @@ def build_run(
         metrics = MetricsLog(folder, config, start_step=trainer.step, rows=progress.metrics_rows)
         write_config(folder, config)
     shards = store.index().samples_per_shard
-    order = SampleOrder(config.seed, shards, config.data.window, dict(progress.damaged))
+    held_out = None
+    if config.data.holdout:
+        held_out = ranked_samples(store, config.data.holdout)
+        if len(held_out.ranks) == sum(shards):
+            raise UserError(
+                f"data.holdout {config.data.holdout:g} leaves none of the {sum(shards)} samples of "
+                f"{store.shown_url} to train on"
+            )
+    order = SampleOrder(
+        config.seed,
+        shards,
+        config.data.window,
+        dict(progress.damaged),
+        None if held_out is None else held_out.by_shard(),
+    )
     loader, teacher_streams = _open_loader(config, store, order, group, trainer, trigger)
     return RunParts(
         config=config,
@@ -142,6 +160,7 @@ def build_run(
         clock=PhaseClock(),
         trace=StepTrace(folder, group, config.profile),
         consensus=StopConsensus(group, poll),
+        validation_loss=_open_validation_loss(trainer, store, held_out),
         validator=_open_validator(config, store, group, folder),
         metrics=metrics,
     )
@@ -190,6 +209,16 @@ def _open_loader(
         **loader_options(config.data),
     )
     return loader, teacher_streams
+
+
+def _open_validation_loss(
+    trainer: Trainer, store: Store, held_out: RankedSamples | None
+) -> ValidationLoss | None:
+    if trainer.config.validation.every is None:
+        return None
+    from pipeline.train.validation.loss import ValidationLoss
+
+    return ValidationLoss(trainer, store, held_out)
 
 
 def _open_validator(

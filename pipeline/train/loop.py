@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +17,7 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import PollRequest, StopRequest, no_request
 from pipeline.runs.compatibility import resolve_run
 from pipeline.runs.directory import write_summary
-from pipeline.runs.metrics import NOT_FINITE
+from pipeline.runs.metrics import NOT_FINITE, VALIDATION_LOSS
 from pipeline.storage.redaction import redacted_config
 from pipeline.store import Store
 from pipeline.train.assembly import RunParts, build_run
@@ -238,15 +239,22 @@ class TrainingLoop:
         """Validate after the checkpoint of the same step, because it may take minutes in which this
         worker may be killed. Requests to save or stop are served between batches of samples. A run
         that has just ``resumed`` validates the step of its checkpoint if that was interrupted."""
-        step, validator = self.trainer.step, self.parts.validator
-        if validator is None or not validator.due(step):
+        step, loss, validator = self.trainer.step, self.parts.validation_loss, self.parts.validator
+        if not any(part is not None and part.due(step) for part in (loss, validator)):
             return
         self._require_finite(weights=True)
         with self._outside_training():
             self.checkpoints.wait()
-            student = self.trainer.averaged_student()
             pause = self._save_or_stop_if_requested
-            for event in validator.run(student, step, pause, resumed=resumed):
+            events = [loss.measure(pause)] if loss is not None and loss.due(step) else []
+            if validator is not None and validator.due(step):
+                student = self.trainer.averaged_student()
+                events += validator.run(student, step, pause, resumed=resumed)
+            # after the last pause, because a checkpoint in between must not hold half of it
+            for event in events:
+                if event["event"] == VALIDATION_LOSS:
+                    value = event["validation_model"]
+                    self.parts.trigger.record_validation(step, math.nan if value is None else value)
                 self._log_event(event)
             self.validated_step = step
 

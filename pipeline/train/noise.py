@@ -102,6 +102,7 @@ def draw(
     times: Times | None = None,
     *,
     class_token: int | None = None,
+    purpose: Purpose = Purpose.TRAINING,
 ) -> SampleNoise:
     """All draws of the samples at ``positions``, on the CPU, in float32.
 
@@ -114,7 +115,7 @@ def draw(
     normal = np.empty((count, 2, *latent_shape), np.float32)
     tokens = np.empty((count, class_token or 0), np.float32)
     for i, position in enumerate(positions):
-        rng = generator(Purpose.TRAINING, seed, int(position))
+        rng = generator(purpose, seed, int(position))
         rng.random(out=uniform[i], dtype=np.float32)
         rng.standard_normal(out=normal[i], dtype=np.float32)
         if class_token is not None:

@@ -276,11 +276,18 @@ class Trainer:
     def averaged_student(self) -> SiT:
         """The student with averaged weights, for sampling: a whole copy where they are sharded.
         Every rank calls it."""
+        return self._whole(self.ema.module)
+
+    def trained_student(self) -> SiT:
+        """Likewise, with weights as trained; not to be changed."""
+        return self._whole(self.module.student)
+
+    def _whole(self, module: SiT) -> SiT:
         if not self._sharded:
-            return self.ema.module
+            return module
         with torch.random.fork_rng(devices=[]):
             student = make_student(self.config.student).to(self.group.device)
-        student.load_state_dict(self.ema.module.state_dict())
+        student.load_state_dict(module.state_dict())
         return student.requires_grad_(False).eval()
 
     def _shard(self) -> None:

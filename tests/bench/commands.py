@@ -36,7 +36,7 @@ ANSWERS = (
     "jobs/evaluate.py --help",
     "jobs/export.py --help",
     "jobs/demo.py --help",
-    "jobs/experiments/cifar10.py --help",
+    "jobs/experiments/matrix.py --help",
     "jobs/pretrain/self_distill.py --help",
     "-m tests.bench step --help",
 )

@@ -33,7 +33,7 @@ def test_labels_are_those_of_the_store(tmp_path: Path) -> None:
     names = [f"train/{name}/{n}.png" for name in ("b", "a", "c") for n in (2, 1, 3)]
     source = write_zip(tmp_path / "x.zip", *names, "train/a/.DS_Store", "train/list.txt")
     assert unpack(source, 1, tmp_path / "out") == {"classes": 3, "images": 9}
-    images = read_images(tmp_path / "out" / "train")
+    images = read_images(tmp_path / "out" / "train", 32)
     listing = list_class_folders(str(tmp_path / "out" / "train"))
     assert images.labels.tolist() == [item.label for item in listing.items] == [0, 0, 1, 1, 2, 2]
     for pixels, item in zip(images.pixels, listing.items, strict=True):
@@ -63,4 +63,4 @@ def test_a_class_that_was_emptied_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "1.png").write_bytes(png(0))
     with pytest.raises(UserError, match="no images in class folder 'a'"):
-        read_images(tmp_path)
+        read_images(tmp_path, 32)

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
+import timm
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from jobs.experiments.artifacts import ArtifactCache
-from jobs.experiments.matrix import run_matrix
-from jobs.experiments.options import DEFAULTS, Cifar10Config
-from jobs.experiments.results import read_distances
+from jobs.experiments.artifacts import ArtifactCache, read_images
+from jobs.experiments.experiment import run_matrix
+from jobs.experiments.judge import Judge
+from jobs.experiments.options import CONFIGS, MatrixConfig
+from jobs.experiments.results import tables
 from pipeline.cli.config_files import merge, read_yaml
-from pipeline.cli.options import parse_options
 from pipeline.runs.metrics import read_metrics
 from pipeline.storage.locks import exclusive_lock
+from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
-CPU = DEFAULTS.with_name("cifar10_cpu.yaml")
-SHORT = DEFAULTS.with_name("cifar10_short.yaml")
+CIFAR, CPU, SHORT, DIGITS = (
+    CONFIGS / f"{name}.yaml" for name in ("cifar10", "cifar10_cpu", "cifar10_short", "digits")
+)
 TINY: dict[str, Any] = {
     "held_out": 6,
     "device": "cpu",
@@ -44,16 +51,17 @@ TINY: dict[str, Any] = {
         "global_batch": 8,
         "log_every": 1,
         "student": {"width": 24, "heads": 2, "depth": 5},
-        "alignment": {"projector_width": 16, "termination": {"step": 2}},
+        "alignment": {"projector_width": 16},
         "checkpoint": {"every": 2},
-        "samples": {
-            "every": 2,
-            "per_class": 1,
-            "batch_size": 10,
-            "sampler": {"steps": 1},
-            "evaluate": {"images": 10},
-        },
+        "validation": {"every": 1, "samples": 10, "batch_size": 5, "times": [0.5]},
+        "samples": {"every": 4, "per_class": 1, "batch_size": 10, "sampler": {"steps": 1}},
     },
+    "measure": {"images": 10, "batch_size": 10, "sampler": {"steps": 1}},
+    "arms": {
+        "haste": {"alignment": {"termination": {"step": 2}}},
+        "repa_terminated": {"alignment": {"termination": {"step": 2}}},
+    },
+    "processes": 1,
 }
 
 
@@ -72,73 +80,114 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config_of(source: Path, work: Path, /, **changes: Any) -> Cifar10Config:
-    places = {"source": str(source), "work": str(work)}
-    return Cifar10Config.model_validate(merge(merge(read_yaml(CPU), TINY), places | changes))
+def config_of(source: Path, work: Path, /, **changes: Any) -> MatrixConfig:
+    places = {"source": str(source), "output": str(work)}
+    return MatrixConfig.model_validate(merge(merge(read_yaml(CPU), TINY), places | changes))
 
 
 @pytest.fixture(scope="module")
 def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The --work folder of two arms with one seed."""
+    """The --output folder of two arms with one seed."""
     work = tmp_path_factory.mktemp("work")
-    outcome = run_matrix(config_of(source, work, select=["vanilla", "haste"]))
-    assert outcome == work / "outcome.md"
+    found = run_matrix(config_of(source, work, select=["vanilla", "haste"]))
+    assert found == (work / "table.md", [])
     return work
 
 
 def test_arms_differ_in_the_options_that_their_names_state() -> None:
-    for file in (DEFAULTS, CPU, SHORT):
-        config = Cifar10Config.model_validate(read_yaml(file))
+    expected = {
+        "vanilla": (0, 0, None),
+        "repa": (0.5, 0, "gradient_cosine"),
+        "repa_terminated": (0.5, 0, "fixed"),
+        "atta": (0, 0.5, "gradient_cosine"),
+        "haste_always": (0.5, 0.5, "gradient_cosine"),
+        "haste": (0.5, 0.5, "fixed"),
+    }
+    for file in (CIFAR, CPU, SHORT, DIGITS):
+        config = MatrixConfig.model_validate(read_yaml(file))
         runs = {
             arm: RunConfig.model_validate(
-                merge(
-                    merge(config.run, changes),
-                    {"samples": {"evaluate": {"reference": "statistics.npz"}}},
-                )
+                merge(merge(config.run, changes), {"validation": {"store": "x"}})
             )
             for arm, changes in config.arms.items()
         }
-        assert {
+        found = {
             arm: (
                 run.alignment.feature_weight,
                 run.alignment.attention_weight,
-                run.alignment.termination is not None,
+                run.alignment.termination and run.alignment.termination.kind,
             )
             for arm, run in runs.items()
-        } == {
-            "vanilla": (0, 0, False),
-            "repa": (0.5, 0, False),
-            "repa_terminated": (0.5, 0, True),
-            "atta": (0, 0.5, False),
-            "haste_always": (0.5, 0.5, False),
-            "haste": (0.5, 0.5, True),
         }
-        assert all(run.steps == runs["haste"].steps for run in runs.values())
+        assert {arm: found[arm] for arm in expected} == expected
+        for run in runs.values():
+            end = run.alignment.termination
+            assert end is None or end.dry == (end.kind == "gradient_cosine")
+        for ended, always in config.pairs.items():  # they differ in the termination alone
+            same = {"alignment": {"termination": None}}
+            values = [merge(merge(config.run, config.arms[arm]), same) for arm in (ended, always)]
+            assert values[0] == values[1]
+        assert len(range(0, runs["haste"].steps, runs["haste"].checkpoint.every)) >= 1
 
 
-def test_outcome_has_every_arm_at_every_step(done: Path) -> None:
-    values = json.loads((done / "outcome.json").read_text())
-    distances = values["frechet_distances"]
-    assert set(distances) == set(Cifar10Config.model_validate(read_yaml(DEFAULTS)).arms)
-    for arm in ("vanilla", "haste"):
-        assert sorted(distances[arm]) == ["2", "4"]
-        assert all(len(found) == 1 and found[0] > 0 for found in distances[arm].values())
-    assert distances["repa"] == {}
+def test_results_have_every_arm_at_every_step(done: Path) -> None:
+    values = json.loads((done / "results.json").read_text())
+    assert [run["arm"] for run in values["runs"]] == list(values["facts"]["settings"]["arms"])
+    for run in values["runs"]:
+        own = run["arm"] in ("vanilla", "haste")
+        for key in ("frechet", "agreement", "precision", "recall"):
+            assert list(run[key]) == (["2", "4"] if own else [])
+        assert list(run["validation"]) == (["1", "2", "3", "4"] if own else [])
+        assert run["failed"] is None
+        assert run["termination_step"] == (2 if run["arm"] == "haste" else None)
     facts = values["facts"]
-    assert 0 <= facts["teacher"]["knn_held_out"]["class token"] <= 1
-    assert 0 <= facts["judge"]["held_out_accuracy"] <= 1
-    assert facts["reference"]["held_out_fid"] > 0
-    text = (done / "outcome.md").read_text()
-    assert "| haste | 1 |" in text
-    assert "| repa | 0 | - | - |" in text
-    assert Image.open(done / "outcome.png").size[0] > 400
+    assert 0 <= facts["nearest_neighbours"]["class"] <= 1
+    assert 0 <= facts["real_images"]["agreement"] <= 1
+    text = (done / "table.md").read_text()
+    assert text == tables(values)
+    assert "| haste | 1 of 1 |" in text
+    assert "| repa | 0 of 1 | - | - |" in text
+    assert Image.open(done / "curves.png").size[0] > 400
     assert (done / "report.html").read_text().count("haste-seed0") > 1
+
+
+def test_measurements_are_those_of_the_formulas(source: Path, done: Path) -> None:
+    """Of the last checkpoint, sampled and looked at again, in numpy."""
+    config = config_of(source, done)
+    train = read_images(done / "images" / "train", 32)
+    judge = Judge(done / "judge", config.judge, config.measure, train, "cpu")
+    store = Store.open(str(done / "store_train"))
+    images = judge.sample(done / "runs" / "haste-seed0" / "checkpoint-000000004", store)
+    assert images.labels.tolist() == list(range(10))
+    model = timm.create_model("resnet10t", num_classes=10)
+    model.load_state_dict(load_file(done / "judge" / "judge.safetensors"))
+    model.eval()
+    kept: list[torch.Tensor] = []
+    model.fc.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].detach()))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    found = []
+    for pixels in (images.pixels, train.pixels):
+        with torch.no_grad():
+            scores = model((pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+        found.append(scores.argmax(1))
+    ours, real = (features.double().numpy() for features in kept)
+    shift = ((ours.mean(0) - real.mean(0)) ** 2).sum()
+    one, other = np.cov(ours.T), np.cov(real.T)
+    root = scipy.linalg.sqrtm(one @ other).real
+    row = json.loads((done / "judged" / "haste-seed0.json").read_text())["rows"]["4"]
+    distance = shift + np.trace(one + other - 2 * root)
+    assert row["frechet"] == pytest.approx(distance, rel=1e-3)
+    assert row["agreement"] == (found[0] == images.labels).double().mean().item()
+    gaps = np.linalg.norm(real[:, None] - real[None], axis=2)
+    radii = np.sort(gaps, 1)[:, 3]
+    inside = (np.linalg.norm(ours[:, None] - real[None], axis=2) <= radii).any(1)
+    assert row["precision"] == inside.mean()
 
 
 def test_held_out_images_are_not_in_the_store_and_all_runs_share_it(done: Path) -> None:
     assert len(list((done / "images" / "train").rglob("*.png"))) == 60
     assert len(list((done / "images" / "held_out").rglob("*.png"))) == 60
-    manifest = json.loads((done / "store" / "manifest.json").read_text())
+    manifest = json.loads((done / "store_train" / "manifest.json").read_text())
     assert manifest["dataset"]["samples"] == 60
     phases = {
         arm: [
@@ -149,24 +198,6 @@ def test_held_out_images_are_not_in_the_store_and_all_runs_share_it(done: Path) 
         for arm in ("vanilla", "haste")
     }
     assert phases == {"vanilla": [2, 2, 2, 2], "haste": [1, 1, 2, 2]}
-
-
-def test_other_evaluations_of_a_run_are_ignored(tmp_path: Path) -> None:
-    own: dict[str, Any] = {"network": "judge", "samples": 10, "weights": "ema"}
-    own |= {"sampling": {"sampler": {"steps": 50, "guidance": 1.0}, "labels": "random"}}
-    drawn = {**own["sampling"], "precision": "float32"}
-    guided = {**drawn, "sampler": {"steps": 50, "guidance": 1.5}}
-    rows = [
-        {"step": 2, "fid": 9.0, **own, "sampling": None},  # of an earlier version
-        {"step": 4, "fid": 10.0, **own, "sampling": drawn},
-        {"step": 4, "fid": 99.0, **own, "samples": 50_000},
-        {"step": 4, "fid": 98.0, **own, "sampling": guided},
-    ]
-    (tmp_path / "haste-seed0").mkdir()
-    (tmp_path / "haste-seed0" / "evaluations.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
-    assert read_distances(tmp_path, ["haste-seed0"], own) == {"haste": {2: [9.0], 4: [10.0]}}
 
 
 def test_a_second_call_makes_nothing(source: Path, done: Path) -> None:
@@ -181,7 +212,7 @@ def test_an_artifact_of_other_options_is_refused(source: Path, done: Path) -> No
 
 
 def test_a_store_of_other_layers_is_refused(source: Path, done: Path) -> None:
-    with pytest.raises(UserError, match=r"store '.*/store' was made with"):
+    with pytest.raises(UserError, match=r"store '.*/store_train' was made with"):
         run_matrix(config_of(source, done, store={**TINY["store"], "layers": [2, 3, 4, 5]}))
 
 
@@ -190,12 +221,13 @@ def test_a_store_of_other_layers_is_refused(source: Path, done: Path) -> None:
     [
         ({"select": ["hast"]}, r"--select hast: the arms are vanilla, repa"),
         ({"source": None}, r"--source is missing"),
-        ({"source": "/nowhere.zip"}, r"--source '/nowhere.zip' is not a readable zip"),
+        ({"source": "/nowhere.zip"}, r"--source '/nowhere.zip' does not exist"),
         ({"arms": {"haste": {"alignment": {"student_layer": [1]}}}}, r"the arm 'haste'"),
-        (
-            {"arms": {"haste": {"samples": {"evaluate": {"images": 20}}}}},
-            r"the arm 'haste' has options samples.\* of its own",
-        ),
+        ({"arms": {"haste": {"steps": 20}}}, r"the arm 'haste' has another steps than 'vanilla'"),
+        ({"arms": {"haste": {"validation": {"every": 2}}}}, r"another validation than 'vanilla'"),
+        ({"seeds": (1, 1)}, r"--seeds names 1 twice"),
+        ({"pairs": {"haste": "hast"}}, r"pairs names hast: the arms are"),
+        ({"streams": {"random": {"layer": 3}}}, r"the stream 'random'"),
         ({"store": {"shard_sizes": 20}}, r"the table 'store'"),
         ({"seeds": ()}, r"--seeds is empty"),
         ({"held_out": 12}, r"more than 12 images of each class; found 10 classes"),
@@ -209,14 +241,31 @@ def test_bad_options_are_named(
     assert not list(tmp_path.rglob("about.json"))
 
 
-def test_a_config_without_evaluations_is_refused(source: Path, tmp_path: Path) -> None:
-    config = Cifar10Config.model_validate({"source": str(source), "work": str(tmp_path / "work")})
+def test_a_config_without_measurements_is_refused(source: Path, tmp_path: Path) -> None:
+    places = {"source": str(source), "output": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"there are no arms"):
-        run_matrix(config)
-    config = config.model_copy(update={"arms": {"vanilla": {}}})
-    with pytest.raises(UserError, match=r"run.samples.evaluate.images is missing"):
-        run_matrix(config)
-    assert not (tmp_path / "work").exists()
+        run_matrix(MatrixConfig.model_validate(places))
+    with pytest.raises(UserError, match=r"run.validation.every is missing"):
+        run_matrix(MatrixConfig.model_validate(places | {"arms": {"vanilla": {}}}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_shown_and_hides_no_other(source: Path, done: Path) -> None:
+    """And is trained again by the same command."""
+    arms: dict[str, Any] = {"broken": {"optimizer": {"learning_rate": 1e30}}}
+    output = done.parent / "failing"
+    shutil.copytree(done, output, ignore=shutil.ignore_patterns("runs", "judged", "running"))
+    config = config_of(source, output, arms=arms, select=["broken"])
+    table, failed = run_matrix(config)
+    assert failed == ["broken-seed0"]
+    text = table.read_text()
+    assert "| broken | 0 of 1, 1 failed | - |" in text
+    assert "Failed: broken, seed 0: run 'broken-seed0' stopped:" in text
+    shutil.rmtree(output / "runs" / "broken-seed0")
+    config = config_of(source, output, arms={"broken": {}}, select=["broken"])
+    table, failed = run_matrix(config)
+    assert failed == []
+    assert "failed" not in table.read_text().lower()
 
 
 def test_a_damaged_image_is_named(source: Path, tmp_path: Path) -> None:
@@ -230,12 +279,14 @@ def test_a_damaged_image_is_named(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_another_process_trains_is_refused(source: Path, done: Path) -> None:
-    busy = done / "running" / "haste-seed0"
+    busy = done / "running" / "repa-seed0"
     with (
         exclusive_lock(busy, what="it", remedy="wait"),
-        pytest.raises(UserError, match=r"the run 'haste-seed0' in --work '.*' is being written by"),
+        pytest.raises(
+            UserError, match=r"the run 'repa-seed0' in --output '.*' is being written by"
+        ),
     ):
-        run_matrix(config_of(source, done, select=["haste"]))
+        run_matrix(config_of(source, done, select=["repa"]))
 
 
 def test_one_process_at_a_time_makes_artifacts(tmp_path: Path) -> None:
@@ -244,7 +295,7 @@ def test_one_process_at_a_time_makes_artifacts(tmp_path: Path) -> None:
     (tmp_path / "work" / ".tmp-killed").mkdir(parents=True)
 
     def make(folder: Path) -> dict[str, Any]:
-        with pytest.raises(UserError, match=r"--work '.*' is being written by process \d+"):
+        with pytest.raises(UserError, match=r"--output '.*' is being written by process \d+"):
             ArtifactCache(tmp_path / "work").get("other", {}, lambda _: {})
         return {"made": folder.name}
 
@@ -253,12 +304,24 @@ def test_one_process_at_a_time_makes_artifacts(tmp_path: Path) -> None:
     assert sorted(path.name for path in final.parent.iterdir()) == ["thing"]
 
 
-def test_command_has_its_own_defaults() -> None:
-    config = parse_options(
-        Cifar10Config,
-        ["--config", str(DEFAULTS), "--seeds", "0,1,2"],
-        command="cifar10.py",
-        about="",
-    )
-    assert config.seeds == (0, 1, 2)
-    assert len(config.arms) == 6
+@pytest.mark.slow  # it trains four arms on digits, in processes of their own
+def test_digits_in_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    values = merge(read_yaml(DIGITS), TINY)
+    del values["teacher"], values["autoencoder"]
+    values["judge"] = {**values["judge"], "flip": False}
+    values["run"]["student"] = {**values["run"]["student"], "width": 24, "heads": 4}
+    values |= {"held_out": 150, "select": ["vanilla", "haste", "control", "reg"], "seeds": [0]}
+    values["store"] = {"shard_size": 128, "codec": "float16"}
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        options = values | {"processes": processes, "output": str(output)}
+        _, failed = run_matrix(MatrixConfig.model_validate(options))
+        assert failed == []
+        found.append(json.loads((output / "results.json").read_text())["runs"])
+    assert found[0] == found[1]
+    measured = [run for run in found[0] if run["frechet"]]
+    assert [run["arm"] for run in measured] == ["vanilla", "haste", "control", "reg"]
+    nearest = json.loads((tmp_path / "1" / "results.json").read_text())["facts"]
+    teacher, control = (nearest["nearest_neighbours"][name] for name in ("class", "control_class"))
+    assert teacher > 0.9 > control

@@ -52,11 +52,17 @@ class SampleOrder:
         samples_per_shard: Sequence[int] | np.ndarray,
         window: int = 8,
         damaged: Mapping[int, int] | None = None,
+        held_out: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         """``damaged[shard]`` is the epoch in which a shard was found damaged; later epochs leave it
-        out. Raises ``ValueError`` when the store holds no samples."""
+        out. ``held_out[shard]``: rows that no epoch has. Raises ``ValueError`` when the store holds
+        no samples."""
         self.seed = seed
-        self.sizes = np.asarray(samples_per_shard, dtype=np.int32)
+        self._held_out = dict(held_out or {})
+        self.sizes = np.array(samples_per_shard, dtype=np.int32)
+        """Samples of each shard, without those that are held out."""
+        for shard, rows in self._held_out.items():
+            self.sizes[shard] -= len(rows)
         self.window = window
         self.epoch_size = int(self.sizes.sum(dtype=np.int64))
         """Samples of an epoch without left-out shards."""
@@ -150,6 +156,12 @@ class SampleOrder:
         shards = self._epoch(epoch).shards[number * self.window : (number + 1) * self.window]
         sizes = self.sizes[shards]
         shard = np.repeat(shards, sizes)
-        row = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+        row = np.concatenate([self._rows(number) for number in shards.tolist()])
         order = generator(Purpose.SAMPLE_ORDER, self.seed, epoch, number).permutation(len(shard))
         return shard[order], row[order]
+
+    def _rows(self, shard: int) -> np.ndarray:
+        """int32: the rows of a shard that are trained on, ascending."""
+        held_out = self._held_out.get(shard, ())
+        rows = np.arange(self.sizes[shard] + len(held_out), dtype=np.int32)
+        return np.setdiff1d(rows, held_out) if len(held_out) else rows

@@ -18,7 +18,8 @@ from pipeline.runs.evaluations import check_rows, find_evaluation, record_evalua
 from pipeline.runs.metrics import EVALUATION, NO_DISTANCE
 from pipeline.sampling.batches import choose_labels
 from pipeline.storage.npz import Archive
-from pipeline.train.validation.sampling import DistributedSampler, Pause, is_due
+from pipeline.train.validation.sampling import DistributedSampler
+from pipeline.train.validation.schedule import Pause, is_due
 from schemas.errors import UserError, plain_text
 from schemas.evaluate import Evaluation, RecordedEvaluation
 from schemas.run import RunConfig

@@ -15,7 +15,8 @@ from pipeline.runs.compatibility import grid_classes
 from pipeline.runs.directory import SAMPLES
 from pipeline.runs.metrics import BROKEN_SAMPLES
 from pipeline.storage.files import TEMPORARY
-from pipeline.train.validation.sampling import DistributedSampler, Pause, is_due
+from pipeline.train.validation.sampling import DistributedSampler
+from pipeline.train.validation.schedule import Pause, is_due
 from pipeline.visualization.image_grid import save_grid
 from schemas.run import RunConfig
 

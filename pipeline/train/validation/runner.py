@@ -9,7 +9,8 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models import SiT
 from pipeline.train.validation.fid import RunEvaluation
 from pipeline.train.validation.image_grids import SampleGrids
-from pipeline.train.validation.sampling import DistributedSampler, Pause
+from pipeline.train.validation.sampling import DistributedSampler
+from pipeline.train.validation.schedule import Pause
 from schemas.run import RunConfig
 from schemas.store import Manifest
 

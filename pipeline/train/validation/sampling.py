@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,18 +15,10 @@ from pipeline.models import SiT
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import plan_batches
 from pipeline.sampling.generate import check_guidance, check_sampler, draw_latents
+from pipeline.train.validation.schedule import Pause
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.store import Manifest
-
-Pause = Callable[[], None]
-"""Called between two batches, equally often on every rank; serves requests to save or stop and may
-raise ``StoppedError``."""
-
-
-def is_due(step: int, every: int | None, last: int) -> bool:
-    """True after every ``every`` steps and after the last; ``every`` None: never."""
-    return every is not None and (step % every == 0 or step == last)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.alignment.termination import ResidualPlateauTrigger, StepLosses, Trigger, make_trigger
-from schemas.alignment import AlignmentConfig
+from schemas.alignment import AlignmentConfig, ResidualPlateau
 
 
 class ScriptedProbe:
@@ -160,3 +160,46 @@ def test_ranks_average_their_shares_and_agree() -> None:
     for number, rank in enumerate(again):
         rank.load_state_dict(state, lambda rows, number=number: rows[number])
         assert rank.state_dict(lambda values: [values.tolist()])["averages"] == [rows[number]]
+
+
+def test_plateau_of_the_validation_loss() -> None:
+    """Averages of a step function: each measurement stands for the steps since the one before."""
+    config = ResidualPlateau(
+        kind="residual_plateau",
+        residual="validation_loss",
+        start=0,
+        every=1,
+        fast=0.9,
+        slow=0.99,
+        tolerance=0.05,
+    )
+    trigger = make_trigger(config, AlignmentConfig())
+    measured = {10: 2.0, 25: 1.0, 40: 0.9, 60: 0.9, 200: 0.95}
+    averages = {"fast": 0.0, "slow": 0.0}
+    decisions, last = [], 0
+    for step, loss in measured.items():
+        trigger.record_validation(step, loss)
+        for _ in range(last, step):
+            for name, decay in (("fast", 0.9), ("slow", 0.99)):
+                averages[name] = decay * averages[name] + (1 - decay) * loss
+        last = step
+        restored = make_trigger(config, AlignmentConfig())
+        restored.load_state_dict(trigger.state_dict(no_gather), no_scatter)
+        assert restored.wants(step) == trigger.wants(step) == (step >= 40)
+        if not trigger.wants(step):
+            continue
+        decision = restored.observe(step, None, None)  # type: ignore[arg-type]
+        assert decision == trigger.observe(step, None, None)  # type: ignore[arg-type]
+        expected = [averages[n] / (1 - d**step) for n, d in (("fast", 0.9), ("slow", 0.99))]
+        found = [decision.observation[f"validation_{name}"] for name in ("fast", "slow")]
+        assert found == pytest.approx(expected)
+        decisions.append(decision.terminate)
+    assert decisions == [False, False, True]  # 0.95 is a rise, which ends it too
+
+
+def no_gather(values: object) -> list[list[float]]:
+    raise AssertionError("the state is equal on all ranks")
+
+
+def no_scatter(rows: object) -> list[float]:
+    raise AssertionError("the state is equal on all ranks")

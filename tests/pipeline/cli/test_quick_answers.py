@@ -17,8 +17,10 @@ HEAVY = {"diffusers", "matplotlib", "pandas", "ray", "scipy", "sklearn", "timm",
 HEAVY |= {"torch_fidelity", "torchvision", "transformers", "zarr"}
 MODULES = ["doctor", "extract", "extract --plan", "convert", "inspect", "report"]
 FILES = ["train_haste.py", "train_haste.py --plan", "sample.py", "evaluate.py", "export.py"]
-FILES += ["demo.py", "experiments/cifar10.py", "pretrain/autoencoder.py"]
+FILES += ["demo.py", "experiments/matrix.py", "pretrain/autoencoder.py"]
 FILES += ["pretrain/self_distill.py"]
+MATRIX, CIFAR = "jobs/experiments/matrix.py", "jobs/experiments/cifar10.yaml"
+IMAGES = f"{MATRIX} --config {CIFAR} --output {{0}} --source"
 COMMANDS = [
     *(f"-m pipeline.{name}" for name in MODULES),
     *(f"jobs/{name}" for name in FILES),
@@ -105,9 +107,14 @@ def test_every_command_is_tried() -> None:
         ("jobs/evaluate.py --samples {0} --reference {0}/no", "{0}/no' does not exist"),
         ("jobs/export.py --checkpoint {0}/no --out {0}/a.pt", "holds no checkpoint"),
         ("jobs/demo.py --quick", "unknown option --quick"),
-        ("jobs/experiments/cifar10.py", "--source is missing"),
-        ("jobs/experiments/cifar10.py --source {0}/no.zip", "{0}/no.zip' is not a readable zip"),
-        ("jobs/experiments/cifar10.py --source {0}/no.zip --select b", "--select b"),
+        (MATRIX, "there are no arms"),
+        (f"{MATRIX} --config {CIFAR}", "--source is missing"),
+        (f"{MATRIX} --config {CIFAR} --source digits", "--output is missing"),
+        (
+            f"{MATRIX} --config {CIFAR} --output {{0}} --source {{0}}/no.zip",
+            "no.zip' does not exist",
+        ),
+        (f"{IMAGES} digits --select b", "--select b"),
         ("jobs/pretrain/self_distill.py --stepz 1", "did you mean '--steps'"),
         ("-m tests.bench stepp", "did you mean 'step'"),
         ("-m tests.bench step --rouds 1", "did you mean '--rounds'"),

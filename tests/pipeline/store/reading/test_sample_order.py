@@ -161,3 +161,16 @@ def test_a_store_without_samples_has_no_order() -> None:
     for sizes in ([], [0], [0, 0]):
         with pytest.raises(ValueError, match="no samples"):
             SampleOrder(0, sizes)
+
+
+def test_held_out_rows_are_in_no_epoch_and_the_rest_is_shuffled_as_a_smaller_store() -> None:
+    sizes, held_out = [5, 3, 4, 2], {0: np.array([1, 4]), 2: np.array([0, 1, 2, 3])}
+    order = SampleOrder(3, sizes, 2, held_out=held_out)
+    assert order.epoch_size == 8
+    smaller = SampleOrder(3, [3, 3, 0, 2], 2)
+    kept = {0: [0, 2, 3], 1: [0, 1, 2], 3: [0, 1]}
+    positions = np.arange(40)
+    shards, rows = order.locate(positions)
+    own_shards, own_rows = smaller.locate(positions)
+    assert shards.tolist() == own_shards.tolist()
+    assert rows.tolist() == [kept[s][r] for s, r in zip(own_shards, own_rows, strict=True)]
