@@ -24,6 +24,7 @@ BENCHES = {
     "growth": "1.3 and 100 million samples: time to open, order and read a first batch; memory",
     "shuffle": "label entropy of batches by shuffle window, against a full shuffle",
     "commands": "help, complaints and first results of commands: time and memory",
+    "scaling": "workers through Ray against plain processes; the driver's CPU per 1,000 shards",
 }
 """Modules of this package, each with ``run(options) -> Report``; their options are in
 ``tests.bench.options``."""

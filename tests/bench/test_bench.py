@@ -45,10 +45,11 @@ TINY = {
     "growth": ["--samples", "1000", "--batch", "32", "--steps", "10"],
     "shuffle": ["--samples", "2000", "--classes", "10", "--windows", "1,8", "--batches", "5"],
     "commands": ["--only", "pipeline.report", "--rounds", "1", "--starts", "0"],
+    "scaling": ["--workers", "[]", "--encoders", "20", "--shards", "50"],
 }
 
 
-SLOW = ("arithmetic",)
+SLOW = ("arithmetic", "scaling")
 
 
 @pytest.mark.parametrize(
