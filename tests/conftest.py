@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipeline.extract.encoder import Encoder
     from tests.s3 import SeaweedFS
 
-CLUSTER_FOLDERS = ("tests/docker/", "tests/faults/", "tests/jobs/")
+CLUSTER_FOLDERS = ("tests/cluster/", "tests/docker/", "tests/faults/", "tests/jobs/")
 CLUSTER_FIXTURES = {"two_cpus", "s3"}
 LONG_FOLDERS = (
     *("tests/bench/", "tests/gpu/", "tests/parity/", "tests/pipeline/cost_estimate/"),

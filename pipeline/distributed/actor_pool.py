@@ -8,6 +8,7 @@ loading is replaced up to the same limit, so that a bad node does not stop the o
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -71,6 +72,7 @@ class Actors(Generic[A]):
         """ref of the load -> (actor, deaths of its predecessors while loading)"""
         self._working: dict[Any, tuple[Any, Any]] = {}  # ref -> (actor, task)
         self._silence: dict[str, SilenceWarning] = {}  # by name of the task at work
+        self._silence_at = 0.0  # next look at them
         self._name: Callable[[Any], str] = str
         for _ in range(count):
             self._spawn()
@@ -192,7 +194,11 @@ class Actors(Generic[A]):
         return finished
 
     def _report_long_tasks(self) -> None:
-        """Log tasks that take long, because an actor may be slow or hang."""
+        """Log tasks that take long, because an actor may be slow or hang. Looks at most once a
+        second, because a thousand actors finish a thousand tasks in that time."""
+        if time.monotonic() < self._silence_at:
+            return
+        self._silence_at = time.monotonic() + 1.0
         for name, silence in self._silence.items():
             minutes = silence.minutes()
             if minutes is not None:

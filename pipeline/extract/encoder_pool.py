@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import ray
+
 from pipeline.datasets import ImageItem
 from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
@@ -125,9 +127,10 @@ class EncoderPool(Actors[Description]):
         times, with its last error.
         """
         bad = False
+        shared = ray.put(manifest)  # pickled once, not for every shard
         results: Iterable[ShardResult] = self.work(
             tasks,
-            lambda actor, task: actor.encode.remote(url, manifest, task),
+            lambda actor, task: actor.encode.remote(url, shared, task),
             name=lambda task: f"shard {task.shard}",
             full_name=self._full_name,
             enough=lambda: bad and self.config.on_bad_image == "stop",

@@ -27,6 +27,7 @@ BENCHES = {
     "checkpoint": "time that a training loses by a checkpoint, and memory",
     "resume": "time from a resumed run's start to its first step, and memory",
     "commands": "help, complaints and first results of commands: time and memory",
+    "scaling": "workers through Ray against plain processes; the driver's CPU per 1,000 shards",
 }
 """Modules of this package, each with ``run(options) -> Report``; their options are in
 ``tests.bench.options``."""

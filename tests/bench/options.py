@@ -303,6 +303,23 @@ class CheckpointOptions(ResumeOptions):
     """Steps between checkpoints, longer than one takes to write."""
 
 
+class ScalingOptions(BenchOptions):
+    """Workers, work and repetitions."""
+
+    works: tuple[Literal["extraction", "training"], ...] = ("extraction", "training")
+    """Work to measure: the demo's, which is fixed."""
+    workers: tuple[int, ...] = (1, 2, 4)
+    """Numbers of workers of one thread; '[]' measures the driver only."""
+    rounds: int = Field(default=3, ge=1)
+    """Rounds in which both ways do the work once; ratios are of one round, medians are reported."""
+    steps: int = Field(default=80, ge=10)
+    """Steps of a training, of which the first fifth is not measured."""
+    encoders: int = Field(default=1000, ge=0)
+    """Simulated encoders of the driver; 0 leaves it out."""
+    shards: int = Field(default=5000, ge=1)
+    """Shards that they commit."""
+
+
 OPTIONS: dict[str, type[BenchOptions]] = {
     "frontier": FrontierOptions,
     "calibration": CalibrationOptions,
@@ -319,5 +336,6 @@ OPTIONS: dict[str, type[BenchOptions]] = {
     "commands": CommandsOptions,
     "checkpoint": CheckpointOptions,
     "resume": ResumeOptions,
+    "scaling": ScalingOptions,
 }
 """By the name of the bench."""

@@ -47,10 +47,11 @@ TINY = {
     "checkpoint": ["--student", "SiT-S/2", "--depth", "1", "--every", "3"],
     "resume": ["--student", "SiT-S/2", "--depth", "1", "--rounds", "1"],
     "commands": ["--only", "pipeline.report", "--rounds", "1", "--starts", "0"],
+    "scaling": ["--workers", "[]", "--encoders", "20", "--shards", "50"],
 }
 
 
-SLOW = ("arithmetic",)
+SLOW = ("arithmetic", "scaling")
 
 
 @pytest.mark.parametrize(

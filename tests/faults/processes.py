@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -28,12 +28,18 @@ def processes_of(mark: str) -> list[Process]:
     table = _table()
     variable = f"{MARK}={mark}".encode()
     found = {pid for pid in table if variable in _read(pid, "environ").split(b"\0")}
-    while True:
-        more = {p.pid for p in table.values() if p.parent in found} - found
-        if not more:
-            break
-        found |= more
-    return [table[pid] for pid in sorted(found - {os.getpid()})]
+    return [table[pid] for pid in sorted(_with_descendants(found, table) - {os.getpid()})]
+
+
+def descendants(pid: int) -> list[int]:
+    """Ids of the live children of a process, of theirs, and so on."""
+    return sorted(_with_descendants({pid}, _table()) - {pid})
+
+
+def _with_descendants(found: set[int], table: Mapping[int, Process]) -> set[int]:
+    while more := {p.pid for p in table.values() if p.parent in found} - found:
+        found = found | more
+    return found
 
 
 def pids_with_title(mark: str, word: str) -> list[int]:

@@ -1,0 +1,172 @@
+"""Extraction and training through Ray against plain processes, and the driver's own CPU time.
+
+Each run is a command of its own. Between two points of its fixed work, when all workers are busy,
+the wall time and the CPU time of all of its processes are taken: with Ray those of its daemons and
+of the driver too. CPU time excludes other programs, so its ratio is valid on a busy machine; the
+ratio of wall times shows waiting, and needs an idle one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.datasets.digits import digits_images
+from pipeline.runs.directory import METRICS
+from pipeline.runs.metrics import read_metrics
+from schemas.errors import UserError
+from tests.bench import driver
+from tests.bench.options import ScalingOptions as Options
+from tests.bench.report import Heading, Report, Row, Table
+from tests.bench.scaling_commands import SHARD_SIZE, extraction
+
+ROOT = Path(__file__).parents[2]
+POLL_SECONDS = 0.01
+MAX_SECONDS = 900.0
+TICKS = os.sysconf("SC_CLK_TCK")
+
+HEADINGS = (
+    Heading("work", "work"),
+    Heading("workers", "workers", "d"),
+    Heading("cpu_seconds_plain", "CPU s plain", ".2f"),
+    Heading("cpu_seconds_ray", "CPU s Ray", ".2f"),
+    Heading("cpu_efficiency", "efficiency, CPU", ".3f"),
+    Heading("spread", "from .. to"),
+    Heading("wall_efficiency", "wall", ".3f"),
+)
+DRIVER_HEADINGS = (
+    Heading("encoders", "encoders", "d"),
+    Heading("shards", "shards", "d"),
+    Heading("cpu_seconds", "CPU s / 1,000 shards", ".2f"),
+    Heading("index_cpu_seconds", "index, CPU s / 1,000", ".2f"),
+    Heading("shards_per_cpu_second", "shards / CPU s", ".0f"),
+    Heading("wall_shards_per_second", "shards / s", ".0f"),
+)
+
+
+def run(options: Options) -> Report:
+    tables, headline = [], {}
+    if options.workers:
+        with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
+            rows = [
+                _row(work, count, Path(folder), options)
+                for work in options.works
+                for count in options.workers
+            ]
+        tables.append(Table("workers", HEADINGS, rows))
+        headline["cpu_efficiency_min"] = min(row["cpu_efficiency"] for row in rows)
+        headline["wall_efficiency_min"] = min(row["wall_efficiency"] for row in rows)
+    if options.encoders:
+        row = driver.measure(options.encoders, options.shards)
+        tables.append(Table("driver", DRIVER_HEADINGS, [row]))
+        headline["driver_shards_per_cpu_second"] = row["shards_per_cpu_second"]
+    return Report({"rounds": options.rounds, "load average": os.getloadavg()[0]}, tables, headline)
+
+
+def _row(work: str, workers: int, scratch: Path, options: Options) -> Row:
+    """Medians over rounds, in each of which both ways do the work once."""
+    found: dict[str, list[tuple[float, float]]] = {"plain": [], "ray": []}
+    for number in range(options.rounds):
+        for way, values in found.items():
+            folder = scratch / f"{work}-{workers}-{number}-{way}"
+            folder.mkdir()
+            values.append(_measure(work, way, workers, folder, options))
+            print(f"{work}, {workers} workers, {way}: {values[-1]}", file=sys.stderr, flush=True)
+    pairs = list(zip(found["plain"], found["ray"], strict=True))
+    wall = [plain[0] / ray[0] for plain, ray in pairs]
+    cpu = [plain[1] / ray[1] for plain, ray in pairs]
+    return {
+        "work": work,
+        "workers": workers,
+        "cpu_seconds_plain": statistics.median(plain[1] for plain, _ in pairs),
+        "cpu_seconds_ray": statistics.median(ray[1] for _, ray in pairs),
+        "cpu_efficiency": statistics.median(cpu),
+        "spread": f"{min(cpu):.3f} .. {max(cpu):.3f}",
+        "wall_efficiency": statistics.median(wall),
+    }
+
+
+def _measure(
+    work: str, way: str, workers: int, folder: Path, options: Options
+) -> tuple[float, float]:
+    """Wall and CPU seconds of a run's work between two points."""
+    if work == "extraction":
+        units = -(-len(digits_images(8)[0]) // SHARD_SIZE)
+        first, last = 2 * workers, units - 2 * workers
+
+        def done() -> int:
+            return len(list((folder / "store" / "commits").glob("shard-*.json")))
+    else:
+        _make_training_store(folder.parent)
+        units, first, last = options.steps, options.steps // 5, options.steps - 2
+
+        def done() -> int:
+            rows = read_metrics(folder / "run" / METRICS)
+            return max((row["step"] for row in rows if "event" not in row), default=0)
+
+    command = [sys.executable, "-m", "tests.bench.scaling_commands", work, way]
+    return _watch([*command, str(workers), str(folder), str(units)], folder, done, first, last)
+
+
+def _make_training_store(folder: Path) -> None:
+    from pipeline.extract.job import extract
+
+    store = folder / "training-store"
+    if not store.exists():
+        extract(extraction(folder, 1, store.name))
+
+
+def _watch(
+    command: list[str], folder: Path, done: Callable[[], int], first: int, last: int
+) -> tuple[float, float]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=log, stderr=log, start_new_session=True
+        )
+    points: list[tuple[float, float]] = []
+    deadline = time.monotonic() + MAX_SECONDS
+    try:
+        while len(points) < 2:
+            if done() >= (last if points else first):
+                points.append((time.perf_counter(), _cpu_seconds(process.pid)))
+            elif process.poll() is not None or time.monotonic() > deadline:
+                end = (folder / "log").read_text()[-2000:]
+                raise UserError(f"{' '.join(command)} did not reach {last}: {end}")
+            time.sleep(POLL_SECONDS)
+        process.wait(timeout=MAX_SECONDS)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    (wall, cpu), (wall_after, cpu_after) = points
+    return wall_after - wall, cpu_after - cpu
+
+
+def _cpu_seconds(root: int) -> float:
+    """User and system seconds of a live process, its descendants and their ended children."""
+    parents: dict[int, int] = {}
+    ticks: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            # the name, in parentheses, may hold anything
+            values: Any = (entry / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(entry.name)] = int(values[1])
+        ticks[int(entry.name)] = sum(map(int, values[11:15]))
+    tree, size = {root}, 0
+    while len(tree) > size:
+        size = len(tree)
+        tree |= {pid for pid, parent in parents.items() if parent in tree}
+    return sum(ticks[pid] for pid in tree if pid in ticks) / TICKS
