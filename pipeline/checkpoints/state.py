@@ -30,10 +30,11 @@ from pipeline.text import unpickling_fault
 from schemas.classes import ClassTable
 from schemas.errors import UserError
 from schemas.run import RunConfig
-from schemas.store import AutoencoderInfo
+from schemas.store import AutoencoderInfo, TextEncoderInfo
 from schemas.validation import validate
 
 VERSION = 2
+TEXT_ENCODER = "text_encoder"
 OPTIMIZER = "optimizer.pt"
 DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16),
@@ -103,6 +104,8 @@ class CheckpointState:
     """Classes of the store; in checkpoints that do not record them, those of the student."""
     data: dict[str, Any]
     """``BatchLoader.state()``: shards that are left out."""
+    text_encoder: TextEncoderInfo | None = None
+    """Encoder of the captions of an MMDiT's store; None for other students."""
 
     @property
     def projector_ema_lag(self) -> int:
@@ -143,6 +146,11 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
                 where=f"{where}/{STATE}, {CLASSES}",
             ),
             data=state.get("data", {}),
+            text_encoder=(
+                validate(TextEncoderInfo, state[TEXT_ENCODER], where=f"{where}/{STATE}")
+                if TEXT_ENCODER in state
+                else None
+            ),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(where, f"{STATE}: {error}") from None

@@ -233,8 +233,17 @@ def measure_config(
     if not config.alignment.active:
         raise UserError(f"run '{config.name}' has no alignment: there are no targets to compare")
     student = config.student
-    if student.model.startswith("DiT"):  # the losses of targets are those of a SiT
-        student = student.model_copy(update={"model": student.model.replace("DiT", "SiT")})
+    if student.family != "SiT":  # the losses of targets are those of a SiT of the same sizes
+        depth, width, heads, patch = student.size
+        student = StudentConfig(
+            model=f"SiT-B/{patch}",
+            latent_size=student.latent_size,
+            latent_channels=student.latent_channels,
+            num_classes=student.num_classes,
+            depth=depth,
+            width=width,
+            heads=heads,
+        )
     return {
         place(number): measure_fidelity(
             store, count, source=source, weights=weights, run=RunStream(student, options)

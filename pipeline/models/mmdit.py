@@ -2,7 +2,7 @@
 
 Text and image tokens have separate weights and attend to each other in every block. Parameter names
 are those of the REPA and HASTE repositories, so that their checkpoints load; as there, conditioning
-uses the text tokens alone, without a pooled vector.
+uses the text tokens alone, without a pooled vector, and padding is attended to.
 """
 
 from __future__ import annotations
@@ -25,29 +25,47 @@ from pipeline.models.layers import (
 )
 from pipeline.models.sit import NO_TAPS
 from pipeline.models.taps import QueriesKeys, StudentOutput, Taps
-from schemas.mmdit import MMDiTConfig
+from schemas.diffusion import Convention
+from schemas.student import StudentConfig
 
 
 class MMDiT(nn.Module):
-    """Predicts the velocity of a noisy latent, given its time and a text."""
+    """Predicts the velocity of a noisy latent, given its time and a text.
+
+    ``null_context`` (T, E) is the embedding of the empty caption, the input without a caption. It
+    is part of the weights, because sampling from a checkpoint must not need the store.
+
+    ``convention`` says how samplers must read the output. ``null_label`` is None for weights that
+    were never trained without a caption: these cannot be guided.
+    """
 
     pos_embed: Tensor
+    null_context: Tensor
 
-    def __init__(self, config: MMDiTConfig) -> None:
+    def __init__(self, config: StudentConfig, *, convention: Convention | None = None) -> None:
         super().__init__()
         self.config = config
-        width, grid = config.width, config.latent_size // config.patch_size
-        self.grid = (grid, grid)
-        self.x_embedder = PatchEmbed(config.patch_size, config.latent_channels, width)
-        self.t_embedder = TimestepEmbedder(width)
-        self.context_embedder = nn.Linear(config.context_width, width)
-        self.register_buffer("pos_embed", position_table(width, grid, grid))
+        self.convention = convention or Convention()
+        self.null_label: int | None = 0
+        size, (tokens, text_width) = config.size, config.text_shape
+        self.grid = config.grid
+        self.x_embedder = PatchEmbed(size.patch_size, config.latent_channels, size.width)
+        self.t_embedder = TimestepEmbedder(size.width)
+        self.context_embedder = nn.Linear(text_width, size.width)
+        self.register_buffer("pos_embed", position_table(size.width, *self.grid))
+        self.register_buffer("null_context", torch.zeros(tokens, text_width))
         self.joint_blocks = nn.ModuleList(
-            JointBlock(width, config.heads, last=number == config.depth - 1)
-            for number in range(config.depth)
+            JointBlock(size.width, size.heads, last=number == size.depth - 1)
+            for number in range(size.depth)
         )
-        self.final_layer = FinalLayer(width, config.patch_size, config.latent_channels)
-        initialise(self)
+        self.final_layer = FinalLayer(size.width, size.patch_size, config.latent_channels)
+        if config.initialisation == "zero":
+            initialise(self)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The joint blocks, by the name that other students have for theirs."""
+        return self.joint_blocks
 
     def forward(
         self, x_BChw: Tensor, t_B: Tensor, context_BTE: Tensor, taps: Taps = NO_TAPS
@@ -64,19 +82,26 @@ class MMDiT(nn.Module):
         attended, others = [], []
         for number, block in enumerate(self.joint_blocks):
             heads = taps.heads if number in taps.attention_layers else 0
-            context, x, operands = block(context, x, c, heads)
+            assert isinstance(block, JointBlock)
+            # not an argument: the compiler makes integers symbolic that differ between calls
+            block.tapped_heads = heads
+            context, x, operands = block(context, x, c)
             if operands is not None:
                 attended.append(operands)
             if number + 1 == taps.feature_depth:
                 features = x
             if number + 1 in taps.other_depths:
                 others.append(x)
-        prediction = unpatchify(self.final_layer(x, c)[0], self.grid, self.config.patch_size)
+        prediction = unpatchify(self.final_layer(x, c)[0], self.grid, self.config.size.patch_size)
         return StudentOutput(prediction, features, tuple(attended), tuple(others))
 
 
 class JointBlock(nn.Module):
     """Joint attention over text and image tokens; other layers are separate for each stream."""
+
+    tapped_heads = 0
+    """Number of heads, from the first, whose queries and keys of the image tokens are returned; 0:
+    None instead."""
 
     def __init__(self, width: int, heads: int, *, last: bool) -> None:
         """``last``: the text stream gives queries, keys and values only, as its output is not
@@ -89,10 +114,9 @@ class JointBlock(nn.Module):
         self.x_block = ModalityStream(width)
 
     def forward(
-        self, context_BTD: Tensor, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
+        self, context_BTD: Tensor, x_BND: Tensor, c_BD: Tensor
     ) -> tuple[Tensor, Tensor, QueriesKeys | None]:
-        """Text tokens, image tokens, and the image's queries and keys of the first
-        ``tapped_heads``; None for 0."""
+        """Text tokens, image tokens, and the image's queries and keys of the tapped heads."""
         text_qkv, text_rest = self.context_block.before(context_BTD, c_BD)
         image_qkv, image_rest = self.x_block.before(x_BND, c_BD)
         text, image = split_heads(text_qkv, self.heads), split_heads(image_qkv, self.heads)
@@ -101,7 +125,7 @@ class JointBlock(nn.Module):
         text_out, image_out = out.split([context_BTD.shape[1], x_BND.shape[1]], dim=1)
         context = self.context_block.after(context_BTD, text_out, text_rest)
         x = self.x_block.after(x_BND, image_out, image_rest)
-        return context, x, first_heads(image[0], image[1], tapped_heads)
+        return context, x, first_heads(image[0], image[1], self.tapped_heads)
 
 
 Rest = tuple[Tensor, ...]

@@ -109,8 +109,13 @@ def build_run(
     trigger = make_trigger(config.alignment.termination, config.alignment)
     trainer = Trainer(config, store, group, measure_entropy=trigger.needs_entropy)
     meter = StepMeter(group, config.global_batch, trainer.module.losses)
-    tokens = trainer.class_tokens
-    identity = store_identity(store, config.alignment, None if tokens is None else tokens.stream)
+    tokens, captions = trainer.class_tokens, trainer.captions
+    identity = store_identity(
+        store,
+        config.alignment,
+        None if tokens is None else tokens.stream,
+        None if captions is None else (captions.stream, captions.encoder_info),
+    )
     progress = Progress()
     with checkpoint as path:
         if path is not None:
@@ -206,6 +211,7 @@ def _open_loader(
         needed_until=needed_until,
         agree=group.union,
         allocate=trainer.feed.allocate,
+        caption_drop=config.diffusion.label_drop,
         **loader_options(config.data),
     )
     return loader, teacher_streams
