@@ -286,11 +286,11 @@ class Trainer:
         Every rank calls it."""
         return self._whole(self.ema.module)
 
-    def trained_student(self) -> SiT:
+    def trained_student(self) -> Student:
         """Likewise, with weights as trained; not to be changed."""
         return self._whole(self.module.student)
 
-    def _whole(self, module: SiT) -> SiT:
+    def _whole(self, module: Student) -> Student:
         if not self._sharded:
             return module
         with torch.random.fork_rng(devices=[]):
