@@ -223,8 +223,8 @@ class ValidationConfig(Strict):
 
     @model_validator(mode="after")
     def _times_differ(self) -> ValidationConfig:
-        if len(set(self.times)) < len(self.times):
-            raise ValueError("times names a time twice")
+        if len({f"{time:g}" for time in self.times}) < len(self.times):  # as in names of metrics
+            raise ValueError("times names a time twice (six digits count)")
         return self
 
 

@@ -251,9 +251,11 @@ def _train_in_processes(config: MatrixConfig, jobs: list[Job]) -> None:
         while waiting or active:
             while waiting and len(active) < config.processes:
                 job = waiting.popleft()
+                _failed(config, job).unlink(missing_ok=True)
                 process = context.Process(target=_train_alone, args=(config, job), name=job.name)
                 process.start()
                 active[job.name] = job, process
+                logger.info("run %s began, %d are waiting", job.name, len(waiting))
             time.sleep(POLL_SECONDS)
             if signals.received is not None:
                 for _, process in active.values():
@@ -268,6 +270,7 @@ def _train_in_processes(config: MatrixConfig, jobs: list[Job]) -> None:
                 if process.exitcode is None:
                     continue
                 del active[name]
+                logger.info("run %s ended", name)
                 if process.exitcode and _failure(config, job) is None:
                     _note_failure(config, job, f"its process ended with code {process.exitcode}")
 
@@ -276,7 +279,13 @@ def _train_alone(config: MatrixConfig, job: Job) -> None:
     """The main function of a run's own process."""
     set_up_logging("warning")
     torch.set_num_threads(1)
-    _train(config, job, _judge(config, "cpu"), "cpu")
+    try:
+        _train(config, job, _judge(config, "cpu"), "cpu")
+    except StoppedError as stop:
+        raise SystemExit(stop.code) from None
+    except UserError as error:  # another command trains this run
+        _note_failure(config, job, str(error))
+        raise SystemExit(1) from None
 
 
 def _train(config: MatrixConfig, job: Job, judge: Judge, device: str) -> None:
@@ -288,9 +297,9 @@ def _train(config: MatrixConfig, job: Job, judge: Judge, device: str) -> None:
     what = f"the run '{job.name}' in --output '{config.folder}'"
     remedy = "share the runs by --select and --seeds"
     with exclusive_lock(config.folder / "running" / job.name, what=what, remedy=remedy):
-        (_failed(config, job)).unlink(missing_ok=True)
         try:
             _train_and_judge(config, job, judge, device)
+            _failed(config, job).unlink(missing_ok=True)  # of an earlier attempt
         except StoppedError:
             raise
         except Exception as error:  # any, because no run may hide behind another

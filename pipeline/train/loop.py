@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -257,9 +256,8 @@ class TrainingLoop:
                 events += validator.run(student, step, pause, resumed=resumed)
             # after the last pause, because a checkpoint in between must not hold half of it
             for event in events:
-                if event["event"] == VALIDATION_LOSS:
-                    value = event["validation_model"]
-                    self.parts.trigger.record_validation(step, math.nan if value is None else value)
+                if event["event"] == VALIDATION_LOSS and event["validation_model"] is not None:
+                    self.parts.trigger.record_validation(step, event["validation_model"])
                 self._log_event(event)
             self.validated_step = step
 

@@ -23,8 +23,8 @@ case $1 in
 2)
     TORCH_CUDA_SANITIZER=1 limited 60 races "$PYTHON" -m tests.gpu checks --budget 30 \
         --out "$OUT/races.json"
-    limited 230 cifar10 "$PYTHON" jobs/experiments/cifar10.py --source "${CIFAR:-cifar10.zip}" \
-        --work "$OUT/cifar10" --config jobs/experiments/cifar10_short.yaml --select vanilla,haste --threads 8
+    limited 230 cifar10 "$PYTHON" jobs/experiments/matrix.py --source "${CIFAR:-cifar10.zip}" \
+        --output "$OUT/cifar10" --config jobs/experiments/cifar10_short.yaml --select vanilla,haste --threads 8
     ;;
 *)
     echo "usage: bash tests/gpu/run.sh 1|2 [OUT]" >&2

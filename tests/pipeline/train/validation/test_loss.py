@@ -165,11 +165,14 @@ def _worker(rank: int, world: int, values: dict[str, Any], folder: str) -> None:
 
 
 def test_any_number_of_workers_measures_the_same_bits(run_config: Make, tmp_path: Path) -> None:
+    """With weights divided among them too."""
     values = run_config(**ON).model_dump(mode="json")
     _worker(0, 1, values, str(tmp_path))
     mp.spawn(_worker, (3, values, str(tmp_path)), nprocs=3)
+    divided = {**values, "global_batch": 6, "compute": {"shard": "fsdp2"}}
+    mp.spawn(_worker, (2, divided, str(tmp_path)), nprocs=2)
     texts = {path.read_text() for path in tmp_path.glob("event-*.json")}
-    assert len(list(tmp_path.glob("event-*.json"))) == 4
+    assert len(list(tmp_path.glob("event-*.json"))) == 6
     assert len(texts) == 1
 
 
