@@ -37,26 +37,29 @@ class DiffusionConfig(Strict):
     """The denoising objective."""
 
     path: Path = "linear"
-    """SiT: the interpolant between data and noise. DiT has its own noise schedule."""
+    """SiT and MMDiT: the interpolant between data and noise. DiT has its own noise schedule."""
     time: TimeDistribution = Field(default="uniform", exclude_if=lambda value: value == "uniform")
-    """SiT: distribution of the training times; 'lognormal' is that of the ratio of noise to data
-    (REPA's --weighting lognormal)."""
+    """SiT and MMDiT: distribution of the training times; 'lognormal' is that of the ratio of noise
+    to data (REPA's --weighting lognormal)."""
     label_drop: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Probability of training a sample without its class, for classifier-free guidance."""
+    """Probability of training a sample without its class or caption, for classifier-free
+    guidance."""
     class_weight: Annotated[float, Field(ge=0)] = Field(
         default=CLASS_WEIGHT, exclude_if=lambda weight: weight == CLASS_WEIGHT
     )
     """Weight of the denoising loss of the class token, with student.class_token (beta of REG)."""
     class_stream: Name | None = Field(default=None, exclude_if=lambda name: name is None)
     """Stream of class tokens, with student.class_token, where the store holds several."""
+    text_stream: Name | None = Field(default=None, exclude_if=lambda name: name is None)
+    """MMDiT: stream of captions, where the store holds several."""
 
 
 class SamplerConfig(Strict):
     """Sampling of images from a trained student."""
 
     method: Literal["sde", "ode", "ode_heun", "ddpm"] = "sde"
-    """SiT: Euler-Maruyama on the reverse SDE, or Euler or Heun on the probability-flow ODE. DiT:
-    'ddpm', ancestral sampling with the learned variance."""
+    """SiT and MMDiT: Euler-Maruyama on the reverse SDE, or Euler or Heun on the probability-flow
+    ODE. DiT: 'ddpm', ancestral sampling with the learned variance."""
     steps: Annotated[int, Field(ge=1)] = 250
     """Sampling steps: one network evaluation each, two with Heun; for 'ddpm' at most 1000."""
     guidance: Annotated[float, Field(ge=1)] = 1.0

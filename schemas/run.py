@@ -254,6 +254,25 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _captions_have_a_reader(self) -> RunConfig:
+        if self.student.family != "MMDiT":
+            if self.diffusion.text_stream is not None:
+                raise ValueError(
+                    f"diffusion.text_stream is read by an MMDiT, not by {self.student.model}"
+                )
+            return self
+        for key in ("every", "evaluate.images"):
+            found: Any = self.samples
+            for part in key.split("."):
+                found = getattr(found, part)
+            if found is not None:
+                raise ValueError(
+                    f"samples.{key} draws by class; {self.student.model} is conditioned on "
+                    "captions: leave it out and use jobs/sample.py"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _alignment_fits_student(self) -> RunConfig:
         depth = self.student.size.depth
         for number, stream in enumerate(self.alignment.streams):

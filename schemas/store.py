@@ -502,7 +502,7 @@ class Manifest(Strict):
 
     @property
     def text_streams(self) -> dict[str, TextStream]:
-        """The streams of captions, which no training reads yet."""
+        """The streams of captions, which an MMDiT reads in both phases."""
         streams = self.streams.items()
         return {name: stream for name, stream in streams if isinstance(stream, TextStream)}
 

@@ -30,8 +30,7 @@ from pipeline.checkpoints.conventions import (
     find_convention,
     unknown_part,
 )
-from pipeline.models.factory import make_student
-from pipeline.models.sit import SiT
+from pipeline.models.factory import Student, make_student
 from pipeline.precision import check_finite
 from pipeline.text import unpickling_fault
 from schemas.classes import ClassTable
@@ -178,7 +177,7 @@ def join_state(parts: Parts) -> dict[str, Tensor]:
 
 def student_from_file(
     path: Path, model: str | None, weights: str = "ema", options: FileOptions | None = None
-) -> SiT:
+) -> Student:
     """Load a student from a checkpoint file, with its convention.
 
     ``model`` is its published name, such as SiT-XL/2, because the files of other repositories do
@@ -214,7 +213,7 @@ def student_from_file(
     return student
 
 
-def _student_of_run(run: ExportedRun, model: str | None, options: FileOptions) -> SiT:
+def _student_of_run(run: ExportedRun, model: str | None, options: FileOptions) -> Student:
     """A student for the weights of an exported run. Raises ``ValueError`` for options that its file
     does not need."""
     given = options.model_dump(exclude_none=True)
@@ -231,7 +230,7 @@ def _student_of_run(run: ExportedRun, model: str | None, options: FileOptions) -
 
 def _foreign_student(
     state: Mapping[str, Tensor], model: str | None, args: Mapping[str, Any], options: FileOptions
-) -> tuple[SiT, dict[str, Tensor]]:
+) -> tuple[Student, dict[str, Tensor]]:
     """A student for the weights of another repository, without a convention, and the weights that
     it loads. Raises ``ValueError``, and ``KeyError`` for the name of a missing weight."""
     if model is None:
@@ -260,7 +259,7 @@ def _outputs(state: Mapping[str, Tensor], config: StudentConfig) -> int:
 
 
 def _set_convention(
-    student: SiT,
+    student: Student,
     path: Path,
     args: Mapping[str, Any],
     state: Mapping[str, Tensor],

@@ -27,10 +27,11 @@ from pipeline.text import unpickling_fault
 from schemas.classes import ClassTable
 from schemas.errors import UserError
 from schemas.run import RunConfig
-from schemas.store import AutoencoderInfo
+from schemas.store import AutoencoderInfo, Manifest, TextEncoderInfo
 from schemas.validation import validate
 
 VERSION = 2
+TEXT_ENCODER = "text_encoder"
 OPTIMIZER = "optimizer.pt"
 FIXED = (
     "student",
@@ -89,6 +90,8 @@ class CheckpointState:
     """Classes of the store; in checkpoints that do not record them, those of the student."""
     data: dict[str, Any]
     """``BatchLoader.state()``: shards that are left out."""
+    text_encoder: TextEncoderInfo | None = None
+    """Encoder of the captions of an MMDiT's store; None for other students."""
 
     @property
     def projector_ema_lag(self) -> int:
@@ -129,6 +132,11 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
                 where=f"{where}/{STATE}, {CLASSES}",
             ),
             data=state.get("data", {}),
+            text_encoder=(
+                validate(TextEncoderInfo, state[TEXT_ENCODER], where=f"{where}/{STATE}")
+                if TEXT_ENCODER in state
+                else None
+            ),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(where, f"{STATE}: {error}") from None
@@ -145,6 +153,15 @@ def classes_to_save(classes: ClassTable, config: RunConfig) -> dict[str, Any]:
     """The entry of ``state.json`` for classes of which more is known than the student's number."""
     known = classes.names or classes.empty or classes.count != config.student.num_classes
     return {CLASSES: classes.model_dump(mode="json")} if known else {}
+
+
+def text_encoder_to_save(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
+    """The entry of ``state.json`` for a student that reads captions, so that it can be given others
+    without its store."""
+    if config.student.family != "MMDiT":
+        return {}
+    _, stream = manifest.text_stream(config.diffusion.text_stream)
+    return {TEXT_ENCODER: stream.encoder.model_dump(mode="json")}
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:

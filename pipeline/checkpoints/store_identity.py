@@ -10,12 +10,14 @@ from typing import Any
 from pipeline.store import Store
 from schemas.alignment import AlignmentConfig, place
 from schemas.errors import UserError
+from schemas.fields import TEXT
 from schemas.run import RunConfig
 from schemas.store import Column, Manifest, TeacherInfo
 
 TEACHER = "teacher."
 """Prefix of the properties that only Phase I depends on."""
 CLASS_STREAM = "class_token.stream"
+TEXT_STREAM = "text.stream"
 
 
 def _prefix(number: int) -> str:
@@ -24,10 +26,14 @@ def _prefix(number: int) -> str:
 
 
 def store_identity(
-    store: Store, alignment: AlignmentConfig, class_stream: str | None = None
+    store: Store,
+    alignment: AlignmentConfig,
+    class_stream: str | None = None,
+    text_stream: str | None = None,
 ) -> dict[str, Any]:
     """Properties by dotted name. Those that change no number (format, lossless compression, other
-    teachers' streams) are left out. ``class_stream``: that of a student with a class token."""
+    teachers' streams) are left out. ``class_stream``: that of a student with a class token;
+    ``text_stream``: that of a student with captions."""
     manifest = store.manifest
     vae = manifest.autoencoder
     counts = json.dumps(store.index().samples_per_shard).encode()
@@ -51,6 +57,20 @@ def store_identity(
             "class_token.token": tokens.token,
             "class_token.columns": _columns(tokens.columns),
             **_teacher("class_token.", tokens.teacher),
+        }
+    if text_stream is not None:
+        captions = manifest.text_streams[text_stream]
+        encoder = captions.encoder
+        identity |= {
+            TEXT_STREAM: text_stream,
+            "text.captions_sha256": captions.captions_sha256,
+            "text.null_sha256": captions.null.sha256,
+            "text.encoder": encoder.encoder,
+            "text.weights_sha256": encoder.weights_sha256,
+            "text.tokenizer_sha256": encoder.tokenizer_sha256,
+            "text.columns": _columns(
+                {name: column for name, column in captions.columns.items() if name != TEXT}
+            ),
         }
     for number, options in enumerate(alignment.streams):
         name, stream = manifest.teacher_stream(options.stream)
@@ -83,12 +103,15 @@ def with_stream(
 ) -> RunConfig:
     """The config with its teacher streams named: those in ``saved``, the ``store_identity`` of
     the run's checkpoint, else the only one of the store. Streams that are added to a store later
-    do not change runs that have begun. The class stream of a student with a class token is named
-    likewise. Raises ``UserError``."""
+    do not change runs that have begun. The class stream of a student with a class token, and the
+    text stream of one with captions, are named likewise. Raises ``UserError``."""
     alignment = with_saved_streams(config.alignment, saved or {})
     if any(options.stream is None for options in alignment.streams):
         alignment = _map_streams(alignment, lambda number: _only_stream(manifest, place(number)))
     config = config.model_copy(update={"alignment": alignment})
+    if config.student.family == "MMDiT":
+        name = config.diffusion.text_stream or (saved or {}).get(TEXT_STREAM)
+        return _with_text(config, manifest, name)
     if config.student.class_token is None:
         return config
     name = config.diffusion.class_stream or (saved or {}).get(CLASS_STREAM)
@@ -103,6 +126,27 @@ def _only_stream(manifest: Manifest, at: str) -> str:
         return manifest.teacher_stream()[0]
     except UserError as error:
         raise UserError(f"{at}.stream: {error}") from None
+
+
+def _with_text(config: RunConfig, manifest: Manifest, name: str | None) -> RunConfig:
+    """The config with its text stream named, and with that stream's sizes in the student. Raises
+    ``UserError`` where the student states others."""
+    try:
+        chosen, stream = manifest.text_stream(name)
+    except UserError as error:
+        option = " (--diffusion.text-stream)" if manifest.text_streams else ""
+        raise UserError(f"{config.student.model} reads captions: {error}{option}") from None
+    sizes = {"text_tokens": stream.encoder.tokens, "text_width": stream.encoder.width}
+    for key, stored in sizes.items():
+        stated = getattr(config.student, key)
+        if stated not in (None, stored):
+            raise UserError(
+                f"student.{key} is {stated}, the captions of text stream '{chosen}' have {stored}: "
+                f"set --student.{key.replace('_', '-')} {stored}, or leave it out"
+            )
+    student = config.student.model_copy(update=sizes)
+    diffusion = config.diffusion.model_copy(update={"text_stream": chosen})
+    return config.model_copy(update={"student": student, "diffusion": diffusion})
 
 
 def choose_class_stream(config: RunConfig, manifest: Manifest, name: str | None) -> str:

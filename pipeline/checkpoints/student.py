@@ -10,13 +10,13 @@ from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.reference_format import read_classes, read_export, student_from_file
 from pipeline.checkpoints.selection import is_weights_file
 from pipeline.checkpoints.state import CheckpointState, load_weights, read_state
-from pipeline.models import SiT, make_student
+from pipeline.models import Student, make_student
 from pipeline.precision import check_finite
 from schemas.classes import ClassTable
 from schemas.diffusion import Convention
 from schemas.errors import UserError
 from schemas.sample import FileOptions
-from schemas.store import AutoencoderInfo
+from schemas.store import AutoencoderInfo, TextEncoderInfo
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 class LoadedStudent:
     """A student and the facts that sampling needs."""
 
-    student: SiT
+    student: Student
     encoder: AutoencoderInfo | None
     """Autoencoder of the training latents; None for a .pt file that does not record it."""
     step: int | None
     """Training step; None for a .pt file, which does not record it."""
     classes: ClassTable
     """Classes that the student was trained on, as far as the checkpoint records them."""
+    text_encoder: TextEncoderInfo | None = None
+    """Encoder of the captions that an MMDiT was trained on; None for other students."""
 
 
 def load_trained_student(
@@ -53,7 +55,7 @@ def load_trained_student(
                 "folder that says what it holds"
             )
     student, state = load_student(checkpoint, weights)
-    return LoadedStudent(student, state.autoencoder, state.step, state.classes)
+    return LoadedStudent(student, state.autoencoder, state.step, state.classes, state.text_encoder)
 
 
 def _load_file(
@@ -81,7 +83,7 @@ def _load_file(
     return LoadedStudent(student, None if run is None else run.autoencoder, None, classes)
 
 
-def load_student(folder: Path, weights: str = "ema") -> tuple[SiT, CheckpointState]:
+def load_student(folder: Path, weights: str = "ema") -> tuple[Student, CheckpointState]:
     """Student and state of a checkpoint, or of the latest valid checkpoint of a run."""
     latest = latest_checkpoint(folder)
     if latest is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models.factory import make_student
+from pipeline.models.factory import blank_condition, make_student
 from schemas.student import StudentConfig
 
 STEP = 3  # forward and backward
@@ -73,6 +73,8 @@ def _student(config: StudentConfig) -> int:
     with torch.device("meta"):
         student = make_student(config)
         x, t = torch.empty(1, *config.latent_shape), torch.empty(1)
-        y = torch.zeros(1, dtype=torch.long)
-        c = None if config.class_token is None else torch.empty(1, config.class_token)
-        return count(lambda: student(x, t, y, class_token_BE=c))[1]
+        y = blank_condition(config, 1)
+        given = {}
+        if config.class_token is not None:
+            given["class_token_BE"] = torch.empty(1, config.class_token)
+        return count(lambda: student(x, t, y, **given))[1]

@@ -2,7 +2,7 @@
 
 Text and image tokens have separate weights and attend to each other in every block. Parameter names
 are those of the REPA and HASTE repositories, so that their checkpoints load; as there, conditioning
-uses the text tokens alone, without a pooled vector.
+uses the text tokens alone, without a pooled vector, and padding is attended to.
 """
 
 from __future__ import annotations
@@ -25,29 +25,47 @@ from pipeline.models.layers import (
 )
 from pipeline.models.sit import NO_TAPS
 from pipeline.models.taps import QueriesKeys, StudentOutput, Taps
-from schemas.mmdit import MMDiTConfig
+from schemas.diffusion import Convention
+from schemas.student import StudentConfig
 
 
 class MMDiT(nn.Module):
-    """Predicts the velocity of a noisy latent, given its time and a text."""
+    """Predicts the velocity of a noisy latent, given its time and a text.
+
+    ``null_context`` (T, E) is the embedding of the empty caption, the input without a caption. It
+    is part of the weights, because sampling from a checkpoint must not need the store.
+
+    ``convention`` says how samplers must read the output. ``null_label`` is None for weights that
+    were never trained without a caption: these cannot be guided.
+    """
 
     pos_embed: Tensor
+    null_context: Tensor
 
-    def __init__(self, config: MMDiTConfig) -> None:
+    def __init__(self, config: StudentConfig, *, convention: Convention | None = None) -> None:
         super().__init__()
         self.config = config
-        width, grid = config.width, config.latent_size // config.patch_size
-        self.grid = (grid, grid)
-        self.x_embedder = PatchEmbed(config.patch_size, config.latent_channels, width)
-        self.t_embedder = TimestepEmbedder(width)
-        self.context_embedder = nn.Linear(config.context_width, width)
-        self.register_buffer("pos_embed", position_table(width, grid, grid))
+        self.convention = convention or Convention()
+        self.null_label: int | None = 0
+        size, (tokens, text_width) = config.size, config.text_shape
+        self.grid = config.grid
+        self.x_embedder = PatchEmbed(size.patch_size, config.latent_channels, size.width)
+        self.t_embedder = TimestepEmbedder(size.width)
+        self.context_embedder = nn.Linear(text_width, size.width)
+        self.register_buffer("pos_embed", position_table(size.width, *self.grid))
+        self.register_buffer("null_context", torch.zeros(tokens, text_width))
         self.joint_blocks = nn.ModuleList(
-            JointBlock(width, config.heads, last=number == config.depth - 1)
-            for number in range(config.depth)
+            JointBlock(size.width, size.heads, last=number == size.depth - 1)
+            for number in range(size.depth)
         )
-        self.final_layer = FinalLayer(width, config.patch_size, config.latent_channels)
-        initialise(self)
+        self.final_layer = FinalLayer(size.width, size.patch_size, config.latent_channels)
+        if config.initialisation == "zero":
+            initialise(self)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The joint blocks, by the name that other students have for theirs."""
+        return self.joint_blocks
 
     def forward(
         self, x_BChw: Tensor, t_B: Tensor, context_BTE: Tensor, taps: Taps = NO_TAPS
@@ -71,7 +89,7 @@ class MMDiT(nn.Module):
                 features = x
             if number + 1 in taps.other_depths:
                 others.append(x)
-        prediction = unpatchify(self.final_layer(x, c)[0], self.grid, self.config.patch_size)
+        prediction = unpatchify(self.final_layer(x, c)[0], self.grid, self.config.size.patch_size)
         return StudentOutput(prediction, features, tuple(attended), tuple(others))
 
 

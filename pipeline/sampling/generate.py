@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.autoencoders import Autoencoder, decode_scaled
 from pipeline.diffusion.samplers import State, sample, sample_jointly
-from pipeline.models import SiT
+from pipeline.models import Student
 from pipeline.precision import arithmetic, autocast_dtype
 from pipeline.randomness import Purpose, generator
 from schemas.diffusion import Convention, Path, SamplerConfig
@@ -48,7 +48,7 @@ def check_guidance(null_label: int | None, sampler: SamplerConfig, *, option: st
 
 
 def draw_images(
-    student: SiT,
+    student: Student,
     autoencoder: Autoencoder,
     labels: Sequence[int],
     config: SamplerConfig,
@@ -72,7 +72,7 @@ def draw_images(
 
 
 def draw_latents(
-    student: SiT,
+    student: Student,
     labels: Sequence[int],
     config: SamplerConfig,
     *,

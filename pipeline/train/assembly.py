@@ -106,7 +106,12 @@ def build_run(
     trainer = Trainer(config, store, group, measure_entropy=trigger.needs_entropy)
     meter = StepMeter(group, config.global_batch, trainer.module.losses)
     tokens = trainer.class_tokens
-    identity = store_identity(store, config.alignment, None if tokens is None else tokens.stream)
+    identity = store_identity(
+        store,
+        config.alignment,
+        None if tokens is None else tokens.stream,
+        config.diffusion.text_stream,
+    )
     progress = Progress()
     with checkpoint as path:
         if path is not None:

@@ -10,7 +10,12 @@ from typing import Any
 
 from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
 from pipeline.alignment.termination import Decision, StepLosses, alignment_factor
-from pipeline.checkpoints.state import CheckpointContents, classes_to_save, read_state
+from pipeline.checkpoints.state import (
+    CheckpointContents,
+    classes_to_save,
+    read_state,
+    text_encoder_to_save,
+)
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import PollRequest, StopRequest, no_request
 from pipeline.runs.compatibility import resolve_run
@@ -294,6 +299,7 @@ class TrainingLoop:
                 "looked": self.validated_step == trainer.step,
                 "store": parts.identity,
                 **classes_to_save(parts.store.manifest.dataset.classes, self.config),
+                **text_encoder_to_save(parts.store.manifest, self.config),
                 "data": parts.loader.state(),
                 "autoencoder": parts.store.manifest.autoencoder.model_dump(),
                 "config": redacted_config(self.config.model_dump(mode="json")),

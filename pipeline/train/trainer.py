@@ -19,7 +19,7 @@ from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.diffusion.times import times_of
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.sharding import local, save_whole, save_whole_optimizer, shard, whole
-from pipeline.models import SiT, make_student
+from pipeline.models import Student, make_student
 from pipeline.models.ema import Ema
 from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
@@ -267,7 +267,7 @@ class Trainer:
             modules[average] = self.projector_emas[number].module
         return modules
 
-    def averaged_student(self) -> SiT:
+    def averaged_student(self) -> Student:
         """The student with averaged weights, for sampling: a whole copy where they are sharded.
         Every rank calls it."""
         if not self._sharded:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.diffusion.objective import make_objective
-from pipeline.models import SiT, Taps
+from pipeline.models import MMDiT, Student, Taps
 from pipeline.randomness import Purpose, generator
 from pipeline.store import Store
 from pipeline.targets.class_token import read_class_tokens
@@ -29,7 +29,7 @@ NOISE_TIME = 0.2  # noise level of the latent that the student receives
 
 def draw_attention(
     store: Store,
-    students: Mapping[str, SiT],
+    students: Mapping[str, Student],
     alignment: StreamAlignment,
     rows: Sequence[int],
     path: Path,
@@ -84,14 +84,15 @@ def draw_attention(
 @torch.no_grad()
 def student_attention(
     store: Store,
-    student: SiT,
+    student: Student,
     alignment: StreamAlignment,
     sample: Mapping[str, np.ndarray],
     heads: int,
     class_token_E: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last aligned block on a latent, and on the class token of a student that has
-    one, at time ``NOISE_TIME`` of the student's own path, mean over the aligned heads: (N, N)."""
+    one, at time ``NOISE_TIME`` of the student's own path, mean over the aligned heads: (N, N). An
+    MMDiT gets no caption."""
     mean = torch.from_numpy(sample["mean"]).float().unsqueeze(0)
     latents = normalise(mean, normalisation_of(store.manifest.autoencoder))
     rng = generator(Purpose.SAMPLING, 0, 0)
@@ -99,13 +100,15 @@ def student_attention(
     diffusion = DiffusionConfig(path=student.convention.path)
     objective = make_objective(student.config, diffusion)
     x_t, t, _ = objective.corrupt(latents, noise, torch.tensor([NOISE_TIME]))
-    label = torch.tensor([int(sample["label"])])
-    token = None
+    condition = torch.tensor([int(sample["label"])])
+    if isinstance(student, MMDiT):
+        condition = student.null_context.unsqueeze(0)
+    given = {}
     if student.config.class_token is not None and class_token_E is not None:
         noise = torch.from_numpy(rng.standard_normal((1, len(class_token_E)), dtype=np.float32))
-        token, _, _ = objective.corrupt(class_token_E.unsqueeze(0), noise, t)
+        given["class_token_BE"], _, _ = objective.corrupt(class_token_E.unsqueeze(0), noise, t)
     taps = Taps(attention_layers=(alignment.student_layers[-1],), heads=heads)
-    logits = student(x_t, t, label, taps, token).attention_logits
+    logits = student(x_t, t, condition, taps, **given).attention_logits
     return torch.softmax(logits[0, 0], dim=-1).mean(0)
 
 

@@ -16,7 +16,7 @@ from pipeline.diffusion.interpolant import denoising_loss, interpolate
 from pipeline.models import Taps
 from pipeline.models.mmdit import MMDiT
 from pipeline.models.projector import Projector
-from schemas.mmdit import MMDiTConfig
+from schemas.student import StudentConfig
 from tests.parity.reference import COSINE_FLOOR, Golden, check_close, check_number, probes
 from tests.parity.students import make_projector, teacher_logits
 
@@ -30,16 +30,20 @@ def config_of(golden: Golden, variant: str) -> dict[str, Any]:
 
 def make_mmdit(golden: Golden, variant: str) -> MMDiT:
     sizes = config_of(golden, variant)
-    config = MMDiTConfig(
+    config = StudentConfig(
+        model=f"MMDiT-{sizes['depth']}/{sizes['patch_size']}",
         latent_size=sizes["input_size"],
         latent_channels=sizes["in_channels"],
-        patch_size=sizes["patch_size"],
-        depth=sizes["depth"],
         width=sizes["hidden_size"],
         heads=sizes["num_heads"],
-        context_width=sizes["context_dim"],
+        text_width=sizes["context_dim"],
     )
     return MMDiT(config)
+
+
+def load(student: MMDiT, state: dict[str, Tensor]) -> None:
+    """The authors' files have no null caption."""
+    student.load_state_dict({"null_context": student.null_context, **state})
 
 
 def taps_of(golden: Golden, heads: int) -> Taps:
@@ -51,7 +55,7 @@ def taps_of(golden: Golden, heads: int) -> Taps:
 def narrow(golden: Golden) -> tuple[MMDiT, Projector]:
     parts = split_state(golden.tensors("mmdit_state"))
     student = make_mmdit(golden, "narrow")
-    student.load_state_dict(parts.student)
+    load(student, parts.student)
     return student, make_projector(parts.projector)
 
 
@@ -60,7 +64,7 @@ def run(golden: Golden, narrow: tuple[MMDiT, Projector]) -> SimpleNamespace:
     """One forward pass of the narrow variant with every tap on."""
     student, projector = narrow
     io = golden.tensors(FILE)
-    taps = taps_of(golden, heads=student.config.heads)
+    taps = taps_of(golden, heads=student.config.size.heads)
     with torch.no_grad():
         out = student(io["x"], io["t"], io["context"], taps)
         projected = projector(out.features)
@@ -127,9 +131,10 @@ def test_wide_variant(golden: Golden, narrow: tuple[MMDiT, Projector]) -> None:
     config, io = config_of(golden, "wide"), golden.tensors(FILE)
     student = make_mmdit(golden, "wide")
     hidden, out = narrow[1][0].out_features, narrow[1][4].out_features
-    projector = Projector(student.config.width, hidden, out)
+    projector = Projector(student.config.size.width, hidden, out)
     blank = join_state(Parts(student.state_dict(), projector.state_dict()))
     table = blank.pop("pos_embed")
+    blank.pop("null_context")
     state = by_rule(list(blank), blank, config["ordinal_offset"])
     for name, values in config["first_four_values"].items():
         assert state[name].flatten()[: len(values)].tolist() == values
@@ -137,7 +142,7 @@ def test_wide_variant(golden: Golden, narrow: tuple[MMDiT, Projector]) -> None:
         assert state[name].double().sum().item() == pytest.approx(total, abs=1e-9)
         assert state[name].double().norm().item() == pytest.approx(norm, rel=1e-12)
     parts = split_state(state)
-    student.load_state_dict({**parts.student, "pos_embed": table})
+    load(student, {**parts.student, "pos_embed": table})
     projector.load_state_dict(parts.projector)
 
     with torch.no_grad():
@@ -157,7 +162,7 @@ def test_losses_and_gradients(golden: Golden, narrow: tuple[MMDiT, Projector], t
     student, projector = narrow
     io, teacher = golden.tensors(FILE), golden.tensors("loss_io")
     expected, loss = golden.values(LOSSES), golden.configs["loss"]
-    heads = min(student.config.heads, teacher["teacher_attn_q"].shape[2])
+    heads = min(student.config.size.heads, teacher["teacher_attn_q"].shape[2])
     x_t, target = interpolate("linear", io["loss_latents"], io["loss_noise"], io["loss_t"])
 
     out = student(x_t, io["loss_t"], io["context"], taps_of(golden, heads))

@@ -13,7 +13,7 @@ from pipeline.evaluate.frechet import Factored, FeatureStatistics, frechet_dista
 from pipeline.evaluate.metrics import SampleOrigin, evaluation_row
 from pipeline.evaluate.reference_statistics import load_moments
 from pipeline.hashing import sha256_of_module
-from pipeline.models import SiT
+from pipeline.models import Student
 from pipeline.runs.evaluations import check_rows, find_evaluation, record_evaluation
 from pipeline.runs.metrics import EVALUATION, NO_DISTANCE
 from pipeline.sampling.batches import choose_labels
@@ -69,7 +69,7 @@ class RunEvaluation:
     def due(self, step: int) -> bool:
         return is_due(step, self.every, self.last)
 
-    def recorded(self, student: SiT, step: int) -> dict[str, Any] | None:
+    def recorded(self, student: Student, step: int) -> dict[str, Any] | None:
         """The event that ``measure`` returned for this student, if ``evaluations.jsonl`` has its
         row, else None. Every rank calls this; only the main rank reads the numbers."""
         group, row = self.sampler.group, None
@@ -79,7 +79,7 @@ class RunEvaluation:
             return None
         return _event(row or {"fid": None, "samples": self.images, "network": self.network.name})
 
-    def measure(self, student: SiT, step: int, pause: Pause) -> dict[str, Any]:
+    def measure(self, student: Student, step: int, pause: Pause) -> dict[str, Any]:
         """Every rank calls this. Returns, on the main rank, the event for the metrics, and adds a
         row to ``evaluations.jsonl``; no row where the samples have no distance, because samples
         that overflow do not end a run whose weights are finite."""
@@ -114,7 +114,7 @@ class RunEvaluation:
             record_evaluation(self.folder, row)
         return _event({"fid": distance, "samples": self.images, "network": self.network.name})
 
-    def _row(self, student: SiT, step: int) -> RecordedEvaluation:
+    def _row(self, student: Student, step: int) -> RecordedEvaluation:
         """The row that ``jobs/evaluate.py --record`` would write for the same images, with a
         distance of 0 in place of the measured one."""
         numbers = Evaluation(

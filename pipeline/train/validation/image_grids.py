@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.datasets.class_names import row_name
-from pipeline.models import SiT
+from pipeline.models import Student
 from pipeline.runs.compatibility import grid_classes
 from pipeline.runs.directory import SAMPLES
 from pipeline.runs.metrics import BROKEN_SAMPLES
@@ -33,7 +33,7 @@ class SampleGrids:
     def due(self, step: int) -> bool:
         return is_due(step, self.every, self.last)
 
-    def draw(self, student: SiT, step: int, pause: Pause) -> list[dict[str, Any]]:
+    def draw(self, student: Student, step: int, pause: Pause) -> list[dict[str, Any]]:
         """Draw the grid; every rank calls this, the main rank writes it. Returns metrics events."""
         sampler, group = self.sampler, self.sampler.group
         labels = [label for label in self.classes for _ in range(self.per_class)]

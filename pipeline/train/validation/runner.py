@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.distributed.process_group import ProcessGroup
-from pipeline.models import SiT
+from pipeline.models import Student
 from pipeline.train.validation.fid import RunEvaluation
 from pipeline.train.validation.image_grids import SampleGrids
 from pipeline.train.validation.sampling import DistributedSampler, Pause
@@ -31,7 +31,9 @@ class Validator:
         evaluation = self.evaluation
         return self.grids.due(step) or (evaluation is not None and evaluation.due(step))
 
-    def run(self, student: SiT, step: int, pause: Pause, *, resumed: bool) -> list[dict[str, Any]]:
+    def run(
+        self, student: Student, step: int, pause: Pause, *, resumed: bool
+    ) -> list[dict[str, Any]]:
         """Every rank calls this where it is due. Returns, on the main rank, events for the metrics
         without their step. ``pause`` is called between batches and may raise. ``resumed``: an
         interrupted validation of this step may have recorded its distance already."""

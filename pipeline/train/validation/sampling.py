@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.autoencoders import open_decoder
 from pipeline.distributed.process_group import ProcessGroup
-from pipeline.models import SiT
+from pipeline.models import Student
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import plan_batches
 from pipeline.sampling.generate import check_guidance, check_sampler, draw_latents
@@ -60,7 +60,9 @@ class DistributedSampler:
         self.resolution = manifest.resolution
         self.classes = manifest.dataset.classes
 
-    def sample(self, student: SiT, labels: Sequence[int], pause: Pause) -> Iterator[SampledBatch]:
+    def sample(
+        self, student: Student, labels: Sequence[int], pause: Pause
+    ) -> Iterator[SampledBatch]:
         """Batches of this rank's share of one image per label. Every rank calls it and consumes it
         to the end. Raises ``UserError`` where GPU memory is too small."""
         batches = plan_batches(len(labels), self.options.batch_size)
@@ -73,7 +75,7 @@ class DistributedSampler:
                     yield self._sample(student, [labels[i] for i in numbers], numbers)
                 pause()
 
-    def _sample(self, student: SiT, labels: Sequence[int], numbers: range) -> SampledBatch:
+    def _sample(self, student: Student, labels: Sequence[int], numbers: range) -> SampledBatch:
         with self.enough_memory(len(labels)):
             latents = draw_latents(
                 student,
