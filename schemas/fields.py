@@ -65,7 +65,6 @@ def format_layers(numbers: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
-
 class Repeated:
     """Mark of an option for several texts that is given once for each, because they may contain
     commas."""

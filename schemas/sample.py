@@ -33,7 +33,6 @@ ABOUT_FILE, LABELS_FILE, CAPTIONS_FILE = "about.json", "labels.npy", "captions.j
 """Files next to the images in a folder."""
 
 
-
 def check_caption(text: str) -> str:
     """The caption. Raises ``ValueError`` where it is blank, or has half of a surrogate pair, as
     JSON and command lines may."""

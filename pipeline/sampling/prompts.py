@@ -10,13 +10,16 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.checkpoints.student import LoadedStudent
 from pipeline.sampling.captions_file import Alternatives, read_captions
+from pipeline.sampling.generate import Context, check_guidance, check_sampler
+from pipeline.sampling.options import PROMPTS
 from pipeline.storage.files import redact
 from pipeline.store import Store, StreamReader
 from pipeline.store.captions import unpack_texts
@@ -25,30 +28,26 @@ from pipeline.text import shortened
 from pipeline.text_encoders.recorded import check_same_encoder, open_recorded
 from schemas.errors import UserError, plain_text
 from schemas.fields import TEXT
-from schemas.sample import SampleConfig, SampledText, SampleTextConfig
+from schemas.sample import SampleConfig, SampledText
 from schemas.store import TextEncoderInfo
 
 logger = logging.getLogger(__name__)
 
 
-class Context(NamedTuple):
-    """What B images are conditioned on."""
-
-    captions_BTE: Tensor
-    """Embeddings of the captions, float32."""
-    null_TE: Tensor | None = None
-    """Embedding of a negative prompt; None: the null caption that the student was trained on."""
-
-
 class Prompts(Protocol):
     """Captions by the numbers of images. Methods raise ``UserError``."""
 
-    count: int
-    """Images before captions repeat."""
-    shown: str
-    """Where they are from, for display."""
-    stored_as: str | None
-    """Codec of embeddings that ``embeddings`` reads; None where an encoder computes them."""
+    @property
+    def count(self) -> int:
+        """Images before captions repeat."""
+
+    @property
+    def shown(self) -> str:
+        """Where they are from, for display."""
+
+    @property
+    def stored_as(self) -> str | None:
+        """Codec of embeddings that ``embeddings`` reads; None where an encoder computes them."""
 
     def texts(self, numbers: Sequence[int]) -> list[str]:
         """The caption of each image."""
@@ -147,21 +146,21 @@ class PromptEmbedder:
         self,
         prompts: Prompts,
         trained: TextEncoderInfo,
-        options: SampleTextConfig | None = None,
-        negative: str | None = None,
+        config: SampleConfig,
         *,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``trained`` is the encoder of the student's training data. It is loaded only if ``prompts``
-        or ``negative`` must be encoded. Raises ``UserError``, also where the embeddings in a store
-        are of another encoder."""
+        """``trained`` is the encoder of the student's training data. It is loaded only if a caption
+        or the negative prompt must be encoded. Raises ``UserError``, also where the embeddings in a
+        store are of another encoder."""
         self.prompts = prompts
         self._device = device
         self._encoder = None
         if isinstance(prompts, StoredPrompts):
             check_same_encoder(trained, prompts.info.encoder, f"--store '{prompts.shown}'")
+        negative = config.negative_prompt
         if prompts.stored_as is None or negative is not None:
-            self._encoder = open_recorded(trained, options, device=device)
+            self._encoder = open_recorded(trained, config.text, device=device)
         self._null: Tensor | None = None
         if negative is not None and self._encoder is not None:
             self._null = self._encoder([negative])[0]
@@ -175,11 +174,12 @@ class PromptEmbedder:
             captions = self._encoder(self.prompts.texts(numbers))
         return Context(captions, self._null)
 
-    def truncated(self, images: int) -> int:
+    def truncated(self, images: int) -> int | None:
         """Number of the first ``images`` images whose caption is longer than the encoder's input;
-        logged with the first of them. 0 where embeddings are stored: the extraction counts them."""
+        logged with the first of them. None where embeddings are stored, because the extraction
+        counts them."""
         if self.prompts.stored_as is not None:
-            return 0
+            return None
         assert self._encoder is not None
         texts, tokenizer = self.prompts.texts(range(images)), self._encoder.tokenizer
         longer = np.flatnonzero(tokenizer(texts).lengths > tokenizer.max_tokens)
@@ -207,27 +207,34 @@ def open_prompts(config: SampleConfig) -> Prompts | None:
     return None
 
 
-def check_conditions(config: SampleConfig, trained: TextEncoderInfo | None, model: str) -> None:
-    """Raises ``UserError`` where a student of classes gets captions, or one of captions none."""
-    given = next((key for key in ("caption", "captions", "store") if getattr(config, key)), None)
-    if trained is None and given is not None:
+def check_conditions(config: SampleConfig, trained: LoadedStudent) -> None:
+    """Raises ``UserError`` where a student cannot be drawn from as the options ask: a student of
+    classes with captions, one of captions without, or by a sampler that does not suit it."""
+    student, captions = trained.student, trained.text_encoder is not None
+    model = student.config.model
+    given = next((key for key in PROMPTS if getattr(config, key) is not None), None)
+    if given is not None and not captions:
         raise UserError(
             f"--{given}: {model} was trained on classes and reads no captions: use --classes"
         )
-    if trained is not None and given is None:
+    if captions and given is None:
         raise UserError(
             f"{model} was trained on captions: give --caption TEXT, --captions FILE or --store "
             "VALIDATION_STORE in place of classes"
         )
+    check_sampler(student.config, config.sampler)
+    null = student.null_label if config.negative_prompt is None else 0
+    check_guidance(null, config.sampler, option="--sampler.guidance")
 
 
 def describe_prompts(
-    prompts: Prompts, trained: TextEncoderInfo, config: SampleConfig, images: int
+    prompts: Prompts, trained: TextEncoderInfo, config: SampleConfig
 ) -> SampledText:
-    """Identity of the captions of ``images`` images."""
+    """Identity of the captions of ``config.num`` images."""
+    assert config.num is not None
     return SampledText(
         captions=prompts.shown,
-        captions_sha256=prompts.sha256(images),
+        captions_sha256=prompts.sha256(config.num),
         stored_as=prompts.stored_as,
         encoder=trained.encoder,
         encoder_sha256=trained.weights_sha256,
