@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import save
 
 from pipeline.store import ShardWriter, Store
+from pipeline.store.captions import describe_null, write_null
+from pipeline.store.codecs import encode_column
 from schemas.store import STORE_VERSION, Manifest
 
 GRID, HEADS, WIDTH, LAYERS = 4, 3, 12, (1, 2, 3)
 LATENT = (4, 8, 8)
+TEXT_TOKENS, TEXT_WIDTH = 5, 20
 
 
 TEACHER = {
@@ -29,6 +34,17 @@ TEACHER = {
     "grid": (GRID, GRID),
     "prefix": 1,
     "layers": LAYERS,
+}
+TEXT_ENCODER = {
+    "encoder": "none",
+    "weights": "random",
+    "seed": 0,
+    "model_args": {},
+    "weights_sha256": "5" * 64,
+    "tokenizer": "none",
+    "tokenizer_sha256": "6" * 64,
+    "tokens": TEXT_TOKENS,
+    "width": TEXT_WIDTH,
 }
 COMPUTE = {
     "device": "cpu",
@@ -151,6 +167,49 @@ def add_class_stream(store: Store, name: str = "class", **changes: object) -> St
         with ShardWriter(store.url, store.manifest, shard, added=name) as writer:
             for key in store.record(shard).keys:
                 writer.add(key, {name: {"class_token": rng.standard_normal(teacher.width)}})
+            writer.commit()
+    store.finish()
+    return store
+
+
+def add_text_stream(store: Store, name: str = "text", codec: str = "rms32") -> Store:
+    """The store with random embeddings of 1 to 3 captions an image, complete; the null caption's
+    are of small numbers."""
+    values = store.manifest.model_dump()
+    captions, shape = 3, (TEXT_TOKENS, TEXT_WIDTH)
+    columns = {f"caption{n}": {"shape": shape, "codec": codec} for n in range(captions)}
+    rng = np.random.default_rng(4)
+    null = {
+        "tokens": torch.zeros(TEXT_TOKENS, dtype=torch.int64),
+        "embeddings": torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) / 8,
+    }
+    data = save(null)
+    values["streams"][name] = {
+        "kind": "text",
+        "keeps": "embeddings",
+        "columns": {**columns, "lengths": {"shape": (captions,), "codec": "int64"}},
+        "captions": captions,
+        "captions_sha256": "4" * 64,
+        "encoder": TEXT_ENCODER,
+        "null": describe_null(data, name).model_dump(),
+        "compute": COMPUTE,
+        "added": True,
+    }
+    store = store.update(lambda _: Manifest.model_validate(values))
+    write_null(store, name, data)
+    for shard in range(store.manifest.num_shards):
+        with ShardWriter(store.url, store.manifest, shard, added=name) as writer:
+            for key in store.record(shard).keys:
+                count = int(rng.integers(1, captions + 1))
+                lengths = np.where(np.arange(captions) < count, 4, 0)
+                arrays: dict[str, np.ndarray | int] = {"lengths": lengths}
+                for number in range(captions):
+                    column = store.manifest.streams[name].columns[f"caption{number}"]
+                    drawn = torch.from_numpy(rng.standard_normal((1, *shape)).astype(np.float32))
+                    drawn *= float(number < count)
+                    encoded = encode_column(f"caption{number}", column, drawn)
+                    arrays |= {part: tensor[0].numpy() for part, tensor in encoded.items()}
+                writer.add(key, {name: arrays})
             writer.commit()
     store.finish()
     return store

@@ -167,7 +167,7 @@ class AlignedStudent(nn.Module):
         self,
         x_BChw: Tensor,
         t_B: Tensor,
-        y_B: Tensor,
+        condition: Tensor,
         target_BChw: Tensor,
         *targets: Targets,
         class_token: ClassToken | None = None,
@@ -175,14 +175,15 @@ class AlignedStudent(nn.Module):
         """Sums over the batch of the quantities in ``self.losses``, (4,) or more, float32; disabled
         ones are 0.
 
-        ``x``, ``t`` and ``target`` are the outputs of ``objective.corrupt``; ``targets`` those of
+        ``x``, ``t`` and ``target`` are the outputs of ``objective.corrupt``, ``condition`` is the
+        student's third input: classes (B,) or text embeddings (B, T, E); ``targets`` are those of
         each stream, ignored after ``release_alignment``. ``class_token`` goes with a student that
         has one, in both phases.
         """
         if class_token is None:
-            out = self.student(x_BChw, t_B, y_B, self.taps)
+            out = self.student(x_BChw, t_B, condition, self.taps)
         else:
-            out = self.student(x_BChw, t_B, y_B, self.taps, class_token.noisy)
+            out = self.student(x_BChw, t_B, condition, self.taps, class_token.noisy)
         denoising = self.objective.loss(out.prediction, x_BChw, t_B, target_BChw).sum()
         zero = torch.zeros_like(denoising)
         assert not self.streams or len(targets) == len(self.streams)

@@ -27,7 +27,7 @@ from pipeline.text import unpickling_fault
 from schemas.classes import ClassTable
 from schemas.errors import UserError
 from schemas.run import RunConfig
-from schemas.store import AutoencoderInfo, Manifest, TextEncoderInfo
+from schemas.store import AutoencoderInfo, TextEncoderInfo
 from schemas.validation import validate
 
 VERSION = 2
@@ -153,15 +153,6 @@ def classes_to_save(classes: ClassTable, config: RunConfig) -> dict[str, Any]:
     """The entry of ``state.json`` for classes of which more is known than the student's number."""
     known = classes.names or classes.empty or classes.count != config.student.num_classes
     return {CLASSES: classes.model_dump(mode="json")} if known else {}
-
-
-def text_encoder_to_save(manifest: Manifest, config: RunConfig) -> dict[str, Any]:
-    """The entry of ``state.json`` for a student that reads captions, so that it can be given others
-    without its store."""
-    if config.student.family != "MMDiT":
-        return {}
-    _, stream = manifest.text_stream(config.diffusion.text_stream)
-    return {TEXT_ENCODER: stream.encoder.model_dump(mode="json")}
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:

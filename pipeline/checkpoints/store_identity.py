@@ -12,7 +12,7 @@ from schemas.alignment import AlignmentConfig, place
 from schemas.errors import UserError
 from schemas.fields import TEXT
 from schemas.run import RunConfig
-from schemas.store import Column, Manifest, TeacherInfo
+from schemas.store import Column, Manifest, TeacherInfo, TextEncoderInfo
 
 TEACHER = "teacher."
 """Prefix of the properties that only Phase I depends on."""
@@ -29,11 +29,11 @@ def store_identity(
     store: Store,
     alignment: AlignmentConfig,
     class_stream: str | None = None,
-    text_stream: str | None = None,
+    text: tuple[str, TextEncoderInfo] | None = None,
 ) -> dict[str, Any]:
     """Properties by dotted name. Those that change no number (format, lossless compression, other
     teachers' streams) are left out. ``class_stream``: that of a student with a class token;
-    ``text_stream``: that of a student with captions."""
+    ``text``: the stream of a student with captions, and the encoder in use."""
     manifest = store.manifest
     vae = manifest.autoencoder
     counts = json.dumps(store.index().samples_per_shard).encode()
@@ -58,19 +58,17 @@ def store_identity(
             "class_token.columns": _columns(tokens.columns),
             **_teacher("class_token.", tokens.teacher),
         }
-    if text_stream is not None:
-        captions = manifest.text_streams[text_stream]
-        encoder = captions.encoder
+    if text is not None:
+        stream_name, encoder = text
+        captions = manifest.text_streams[stream_name]
+        columns = {name: column for name, column in captions.columns.items() if name != TEXT}
         identity |= {
-            TEXT_STREAM: text_stream,
+            TEXT_STREAM: stream_name,
             "text.captions_sha256": captions.captions_sha256,
             "text.null_sha256": captions.null.sha256,
             "text.encoder": encoder.encoder,
             "text.weights_sha256": encoder.weights_sha256,
-            "text.tokenizer_sha256": encoder.tokenizer_sha256,
-            "text.columns": _columns(
-                {name: column for name, column in captions.columns.items() if name != TEXT}
-            ),
+            "text.columns": _columns(columns),
         }
     for number, options in enumerate(alignment.streams):
         name, stream = manifest.teacher_stream(options.stream)

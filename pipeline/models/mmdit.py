@@ -82,7 +82,10 @@ class MMDiT(nn.Module):
         attended, others = [], []
         for number, block in enumerate(self.joint_blocks):
             heads = taps.heads if number in taps.attention_layers else 0
-            context, x, operands = block(context, x, c, heads)
+            assert isinstance(block, JointBlock)
+            # not an argument: the compiler makes integers symbolic that differ between calls
+            block.tapped_heads = heads
+            context, x, operands = block(context, x, c)
             if operands is not None:
                 attended.append(operands)
             if number + 1 == taps.feature_depth:
@@ -96,6 +99,10 @@ class MMDiT(nn.Module):
 class JointBlock(nn.Module):
     """Joint attention over text and image tokens; other layers are separate for each stream."""
 
+    tapped_heads = 0
+    """Number of heads, from the first, whose queries and keys of the image tokens are returned; 0:
+    None instead."""
+
     def __init__(self, width: int, heads: int, *, last: bool) -> None:
         """``last``: the text stream gives queries, keys and values only, as its output is not
         used."""
@@ -107,10 +114,9 @@ class JointBlock(nn.Module):
         self.x_block = ModalityStream(width)
 
     def forward(
-        self, context_BTD: Tensor, x_BND: Tensor, c_BD: Tensor, tapped_heads: int
+        self, context_BTD: Tensor, x_BND: Tensor, c_BD: Tensor
     ) -> tuple[Tensor, Tensor, QueriesKeys | None]:
-        """Text tokens, image tokens, and the image's queries and keys of the first
-        ``tapped_heads``; None for 0."""
+        """Text tokens, image tokens, and the image's queries and keys of the tapped heads."""
         text_qkv, text_rest = self.context_block.before(context_BTD, c_BD)
         image_qkv, image_rest = self.x_block.before(x_BND, c_BD)
         text, image = split_heads(text_qkv, self.heads), split_heads(image_qkv, self.heads)
@@ -119,7 +125,7 @@ class JointBlock(nn.Module):
         text_out, image_out = out.split([context_BTD.shape[1], x_BND.shape[1]], dim=1)
         context = self.context_block.after(context_BTD, text_out, text_rest)
         x = self.x_block.after(x_BND, image_out, image_rest)
-        return context, x, first_heads(image[0], image[1], tapped_heads)
+        return context, x, first_heads(image[0], image[1], self.tapped_heads)
 
 
 Rest = tuple[Tensor, ...]

@@ -106,18 +106,33 @@ class TextEncoder(nn.Module):
         """The last hidden state, after the final norm, of n captions: float32 (n, T, D), on the
         device of the weights.
 
-        CLIP gets no mask beyond its causal one, so that padding is encoded too, as in U-ViT's and
-        HASTE's scripts; other encoders get the mask of padding.
+        Raises ``UserError`` for ids that the encoder does not have.
         """
         device = next(self.model.parameters()).device
-        ids = torch.from_numpy(tokens.ids).to(device)
-        if int(tokens.ids.max(initial=0)) >= self.model.get_input_embeddings().num_embeddings:
+        if int(tokens.ids.max(initial=0)) >= self.vocabulary:
             raise UserError(
                 f"--text.tokenizer '{self.tokenizer.place}' has token ids that '"
                 f"{self.config.encoder}' does not have: they do not belong together"
             )
-        mask = {} if self.is_clip else {"attention_mask": torch.from_numpy(tokens.mask).to(device)}
-        return self.model(input_ids=ids, **mask).last_hidden_state.float()
+        ids, mask = (torch.from_numpy(values).to(device) for values in (tokens.ids, tokens.mask))
+        return self.embed(ids, mask)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the encoder has."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @torch.no_grad()
+    def embed(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The last hidden state, after the final norm, of B captions: float32 (B, T, E). ``mask``:
+        true or 1 for tokens, else padding.
+
+        CLIP gets no mask beyond its causal one, so that padding is encoded too, as in U-ViT's and
+        HASTE's scripts; other encoders get the mask of padding.
+        """
+        mask = {} if self.is_clip else {"attention_mask": mask_BT.long()}
+        hidden: Tensor = self.model(input_ids=ids_BT, **mask).last_hidden_state
+        return hidden.float()
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         """``encode`` of texts."""

@@ -105,12 +105,12 @@ def build_run(
     trigger = make_trigger(config.alignment.termination, config.alignment)
     trainer = Trainer(config, store, group, measure_entropy=trigger.needs_entropy)
     meter = StepMeter(group, config.global_batch, trainer.module.losses)
-    tokens = trainer.class_tokens
+    tokens, captions = trainer.class_tokens, trainer.captions
     identity = store_identity(
         store,
         config.alignment,
         None if tokens is None else tokens.stream,
-        config.diffusion.text_stream,
+        None if captions is None else (captions.stream, captions.encoder_info),
     )
     progress = Progress()
     with checkpoint as path:
@@ -192,6 +192,7 @@ def _open_loader(
         needed_until=needed_until,
         agree=group.union,
         allocate=trainer.feed.allocate,
+        caption_drop=config.diffusion.label_drop,
         **loader_options(config.data),
     )
     return loader, teacher_streams

@@ -11,10 +11,10 @@ from typing import Any
 from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
 from pipeline.alignment.termination import Decision, StepLosses, alignment_factor
 from pipeline.checkpoints.state import (
+    TEXT_ENCODER,
     CheckpointContents,
     classes_to_save,
     read_state,
-    text_encoder_to_save,
 )
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import PollRequest, StopRequest, no_request
@@ -299,12 +299,18 @@ class TrainingLoop:
                 "looked": self.validated_step == trainer.step,
                 "store": parts.identity,
                 **classes_to_save(parts.store.manifest.dataset.classes, self.config),
-                **text_encoder_to_save(parts.store.manifest, self.config),
+                **self._text_encoder(),
                 "data": parts.loader.state(),
                 "autoencoder": parts.store.manifest.autoencoder.model_dump(),
                 "config": redacted_config(self.config.model_dump(mode="json")),
             },
         )
+
+    def _text_encoder(self) -> dict[str, Any]:
+        """The entry of ``state.json`` for a student that reads captions, so that it can be given
+        others without its store."""
+        captions = self.trainer.captions
+        return {} if captions is None else {TEXT_ENCODER: captions.encoder_info.model_dump()}
 
     def _bytes_read(self) -> dict[str, dict[str, int]]:
         """Bytes read per stream of the store, before and after the termination, summed over all

@@ -19,12 +19,13 @@ from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.diffusion.times import times_of
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.sharding import local, save_whole, save_whole_optimizer, shard, whole
-from pipeline.models import Student, make_student
+from pipeline.models import MMDiT, Student, make_student
 from pipeline.models.ema import Ema
 from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
 from pipeline.targets.class_token import ClassTokens
 from pipeline.targets.sources import TargetSource, aligned_heads, open_targets, wanted_targets
+from pipeline.train.captions import CaptionInput
 from pipeline.train.compile_limit import report_compile_limit
 from pipeline.train.device_transfer import DevicePrefetcher
 from pipeline.train.noise import NoisePrefetcher, SampleNoise
@@ -39,8 +40,9 @@ class Inputs(NamedTuple):
     """(B, C, h, w) noisy latents."""
     time: Tensor
     """(B,) time that the network receives."""
-    labels: Tensor
-    """(B,) classes; ``num_classes`` where the label was dropped."""
+    condition: Tensor
+    """(B,) classes, ``num_classes`` where the label was dropped; or text embeddings (B, T, E),
+    those of the empty caption where the caption was dropped."""
     target: Tensor
     """(B, C, h, w) the denoising target."""
     class_token: ClassToken | None = None
@@ -97,6 +99,10 @@ class Trainer:
                 and options.projector == "mlp"
                 and options.target == "final"
             ]
+        self.captions: CaptionInput | None = None
+        """Source of the text embeddings, in both phases; None for other students than MMDiT."""
+        if config.student.family == "MMDiT":
+            self.captions = CaptionInput(store, config.diffusion.text_stream, group.device)
         first = aligned[0] if aligned else AlignedTeacher(0, 0)
         if config.compute.deterministic and group.device.type == "cuda":
             use_deterministic_kernels()
@@ -113,6 +119,8 @@ class Trainer:
             fused=config.compute.attention_loss == "fused",
             class_streams=class_streams,
         ).to(group.device)
+        if isinstance(self.module.student, MMDiT) and self.captions is not None:
+            self.module.student.null_context.copy_(self.captions.null)
         self.ema = Ema(self.module.student, config.ema_decay)
         self.projectors: dict[int, nn.Module] = dict(self.module.projectors())
         """By the number of the stream, also after the termination."""
@@ -351,7 +359,8 @@ class Trainer:
     @property
     def data_streams(self) -> list[str]:
         """Names of the streams that are read in both phases."""
-        return ["latents"] + ([] if self.class_tokens is None else [self.class_tokens.stream])
+        sources = (self.class_tokens, self.captions)
+        return ["latents", *(source.stream for source in sources if source is not None)]
 
     @property
     def teacher_streams(self) -> list[str]:
@@ -382,12 +391,19 @@ class Trainer:
         )
         latents = columns["mean"].float() + columns["std"].float() * drawn.posterior
         latents = normalise(latents, normalisation_of(self.manifest.autoencoder))
-        labels = torch.where(drawn.drop_label, self.config.student.num_classes, columns["label"])
+        if self.captions is None:
+            condition = torch.where(
+                drawn.drop_label, self.config.student.num_classes, columns["label"]
+            )
+        else:
+            texts = batch.columns[self.captions.stream]
+            self.captions.check(texts)
+            condition = self.captions(self.feed(_tensors(texts)))
         t = drawn.t
         if time is not None:
             t = torch.full_like(t, time)
         noisy, network_time, target = self.module.objective.corrupt(latents, drawn.noise, t)
-        return Inputs(noisy, network_time, labels, target, self._class_token(batch, drawn, t))
+        return Inputs(noisy, network_time, condition, target, self._class_token(batch, drawn, t))
 
     def _class_token(self, batch: Batch, drawn: SampleNoise, t_B: Tensor) -> ClassToken | None:
         """Class tokens at the times of the latents, unscaled, with noise of their own (REG)."""

@@ -1,6 +1,7 @@
 """`pytest tests/parity --golden DIR --recipes DIR`: parity with the numbers of the authors' code.
 
-``--golden`` holds HASTE's SiT, teacher and samplers; ``--recipes`` REG, iREPA and REPA's variants.
+``--golden`` holds HASTE's SiT, teacher and samplers; ``--recipes`` REG, iREPA, REPA's variants and
+HASTE's text-to-image training.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ RECIPE_KINDS = {
     "reg_sampler_run": lambda recipes: list(recipes.configs["reg_sampler"]["runs"]),
     "t2i_sampler_run": lambda recipes: list(recipes.configs["t2i_sampler"]["runs"]),
     "reg_path": lambda recipes: list(recipes.values("reg_loss_values")),
+    "t2i_variant": lambda recipes: sorted(recipes.values("t2i_train_values").keys() - {"config"}),
 }
 SETS = {"golden": (SHARED, COPIED), "recipes": (SHARED_RECIPES, COPIED_RECIPES)}
 """Option: its default beside the project, and the copy in it."""
@@ -87,7 +89,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for name in kinds.keys() & set(metafunc.fixturenames):
             cases = kinds[name](_golden(metafunc.config, source))
             ids = [case["file"] if isinstance(case, dict) else case or "plain" for case in cases]
-            metafunc.parametrize(name, cases, ids=ids)
+            metafunc.parametrize(name, cases, ids=ids, scope="module")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def run(recipes: Golden) -> SimpleNamespace:
         draws = recorded_draws(recipes, step)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(NoisePrefetcher, "__call__", lambda *_, draws=draws: draws)
-            labels = trainer.inputs(batch_of(recipes, step)).labels.tolist()
+            labels = trainer.inputs(batch_of(recipes, step)).condition.tolist()
             *sums, norm = trainer.train_step(batch_of(recipes, step)).tolist()
         states = [state_of(trainer, average=average) for average in (False, True)]
         changes = [_norm_of_change(state, initial) for state in states]
@@ -129,18 +130,20 @@ def test_change_of_all_weights_after_every_step(run: SimpleNamespace) -> None:
         assert ema == pytest.approx(record["ema_delta_l2_all"], rel=EMA)
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("model", MODEL), ("ema", EMA)])
-def test_final_sums_of_every_parameter(
-    recipes: Golden, run: SimpleNamespace, kind: str, tolerance: float
-) -> None:
+@pytest.mark.parametrize("kind", ["model", "ema"])
+def test_final_sums_of_every_parameter(recipes: Golden, run: SimpleNamespace, kind: str) -> None:
     expected = recipes.values("reg_train_values")["final_parameters"]
-    state = getattr(run, kind)
-    assert {name.split(" [")[0] for name in expected} == state.keys()
+    assert {name.split(" [")[0] for name in expected} == getattr(run, kind).keys()
+    check_final_sums(run, expected, kind)
+
+
+def check_final_sums(run: SimpleNamespace, expected: dict[str, Any], kind: str) -> None:
+    """Sum and norm of every final parameter, and of its change."""
     for name, numbers in expected.items():
         if NOISE.fullmatch(name):
             continue
-        final, start = (_third(values, name).double() for values in (state, run.initial))
-        allowed = _allowed(numbers, kind, tolerance)
+        final, start = (_third(state, name).double() for state in (getattr(run, kind), run.initial))
+        allowed = _allowed(numbers, kind)
         root = final.numel() ** 0.5  # an error of a given norm moves a sum by at most that times it
         for_sum = allowed * (root if kind == "ema" else min(root, 10))
         for what, ours, slack in (
@@ -154,24 +157,31 @@ def test_final_sums_of_every_parameter(
 
 
 def test_final_tensors(recipes: Golden, run: SimpleNamespace) -> None:
-    io = recipes.tensors("reg_train_io")
     sums = recipes.values("reg_train_values")["final_parameters"]
-    names = [name for name in io if re.match(r"final_(model|ema)\.", name)]
-    assert names
+    assert check_final_tensors(recipes, run, "reg_train_io", sums)
+
+
+def check_final_tensors(
+    recipes: Golden, run: SimpleNamespace, file: str, sums: dict[str, Any], infix: str = ""
+) -> int:
+    """The final parameters that ``file`` holds; their number."""
+    io = recipes.tensors(file)
+    pattern = rf"final_(model|ema)\.{re.escape(infix)}(.*)"
+    names = [name for name in io if re.match(pattern, name)]
     for name in names:
-        kind, parameter = re.fullmatch(r"final_(model|ema)\.(.*)", name).groups()
+        kind, parameter = re.fullmatch(pattern, name).groups()
         thirds = [p for p in sums if p.split(" [")[0] == parameter and not NOISE.fullmatch(p)]
         for third in thirds:
             ours, theirs = _third(getattr(run, kind), third), _third({parameter: io[name]}, third)
-            tolerance = {"model": MODEL, "ema": EMA}[kind]
             # no element strays further than the whole change may, or than both may by rounding
-            allowed = _allowed(sums[third], kind, tolerance)
-            check_close(name, ours, theirs, allowed + 2 * recipes.noise("reg_train_io", name))
+            allowed = _allowed(sums[third], kind)
+            check_close(name, ours, theirs, allowed + 2 * recipes.noise(file, name))
+    return len(names)
 
 
-def _allowed(numbers: dict[str, float], kind: str, tolerance: float) -> float:
+def _allowed(numbers: dict[str, float], kind: str) -> float:
     """A share of the whole change, and the rounding of the reference itself: that of a large label
     table is a third of its average's change."""
     change = numbers[f"{kind}_minus_init_l2"]
     rounding = abs(change - numbers["float64_rerun"][f"{kind}_minus_init_l2"])
-    return tolerance * change + 3 * rounding
+    return {"model": MODEL, "ema": EMA}[kind] * change + 3 * rounding

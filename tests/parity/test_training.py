@@ -170,7 +170,7 @@ def test_latents_of_the_first_step(golden: Golden, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(NoisePrefetcher, "__call__", lambda *_: draws)
     inputs = trainer.inputs(batch_of(golden, 0))
     golden.check("train_io", "latents_step0", inputs.noisy)
-    assert torch.equal(inputs.labels, io["labels"][0])
+    assert torch.equal(inputs.condition, io["labels"][0])
 
 
 def test_losses_of_every_step(golden: Golden, run: SimpleNamespace) -> None:

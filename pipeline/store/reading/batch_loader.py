@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.storage.retry import cancel_when
 from pipeline.store.arrays import Allocate, allocate
 from pipeline.store.errors import DamagedShardError
+from pipeline.store.reading.caption_reader import DROP, CaptionReader
 from pipeline.store.reading.disk_cache import DiskCache
 from pipeline.store.reading.file_source import FileSource, whole_if_cheaper
 from pipeline.store.reading.memory_cache import MemoryBudget
@@ -116,10 +117,12 @@ class BatchLoader:
         on_bad_shard: OnBadShard = "stop",
         agree: Agree = set,
         allocate: Allocate = allocate,
+        caption_drop: float = DROP,
     ) -> None:
         """``needed_until[stream]`` is the step, known in advance, from which on it is not read.
         ``order`` must already leave out the shards that the run has quarantined. ``allocate``
-        provides the memory of batches."""
+        provides the memory of batches. Of a stream of captions one caption a visit is read, none
+        with probability ``caption_drop``: see ``CaptionReader``."""
         self._order = order
         self._global_batch = global_batch
         self._slice = rank_slice(global_batch, rank, world_size)
@@ -128,7 +131,7 @@ class BatchLoader:
         self._prefetch = prefetch
         self.budget = MemoryBudget(memory)
         fetch_whole = whole_if_cheaper(world_size)
-        self._readers: dict[str, StreamReader] = {}
+        self._readers: dict[str, StreamReader | CaptionReader] = {}
         for name in streams:
             source = FileSource(
                 store.filesystem,
@@ -137,9 +140,21 @@ class BatchLoader:
                 budget=self.budget,
                 disk=disk,
             )
-            self._readers[name] = StreamReader(
-                store, name, verify=verify, source=source, allocate=allocate
-            )
+            if name in store.manifest.text_streams:
+                self._readers[name] = CaptionReader(
+                    store,
+                    name,
+                    seed=order.seed,
+                    drop=caption_drop,
+                    epochs_of=order.epochs_of,
+                    verify=verify,
+                    source=source,
+                    allocate=allocate,
+                )
+            else:
+                self._readers[name] = StreamReader(
+                    store, name, verify=verify, source=source, allocate=allocate
+                )
         self._open = set(streams)
         self._pending: deque[_Pending] = deque()
         self._error: BaseException | None = None
@@ -282,7 +297,8 @@ class BatchLoader:
         found here is recorded, because it does not depend on how far ahead the threads are."""
         position = int(batch.positions[place])
         for shard, row, expires_at in quarantine.candidates(position, batch.columns):
-            sample = [ShardRows(shard, np.array([row]), np.array([place]), expires_at)]
+            at = np.array([place])
+            sample = [ShardRows(shard, np.array([row]), at, expires_at, position - place)]
             for name, columns in batch.columns.items():
                 try:
                     self._fill(name, columns, sample)
@@ -338,7 +354,7 @@ def group_by_shard(order: SampleOrder, begin: int, end: int) -> list[ShardRows]:
     places = np.lexsort((rows, shards))  # neighbouring rows of a file become one request
     numbers, starts = np.unique(shards[places], return_index=True)
     return [
-        ShardRows(shard, rows[group], group, int(ends[group].max()))
+        ShardRows(shard, rows[group], group, int(ends[group].max()), begin)
         for shard, group in zip(numbers.tolist(), np.split(places, starts)[1:], strict=True)
     ]
 

@@ -24,6 +24,8 @@ class ShardRows(NamedTuple):
     expires_at: int = 0
     """Sample position of the run from which on the shard's cached bytes are not needed any more
     (the end of its shuffle window)."""
+    start: int = 0
+    """Sample position of the run that has place 0 of the batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,17 @@ class SampleOrder:
         section = self._section_at(position)
         return section.epoch + (position - section.position) // section.size
 
+    def epochs_of(self, positions: np.ndarray) -> np.ndarray:
+        """Epoch of each position, int64 of the shape of ``positions``."""
+        epochs = np.empty_like(positions)
+        todo = np.ones(len(positions), bool)
+        while todo.any():  # a batch spans few epochs
+            epoch = self.epoch_of(int(positions[todo].min()))
+            inside = todo & (positions < self.epoch_span(epoch)[1])
+            epochs[inside] = epoch
+            todo &= ~inside
+        return epochs
+
     def epoch_span(self, epoch: int) -> tuple[int, int]:
         """Positions of the first sample of an epoch and of the first one of the next epoch."""
         section = next(s for s in reversed(self._sections) if s.epoch <= epoch)

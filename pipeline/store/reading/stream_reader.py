@@ -33,6 +33,7 @@ from pipeline.store.reading.row_request import Columns, RowRequest, ShardRows
 from pipeline.store.reading.shard_index import ShardTable, shard_table
 from pipeline.store.store import Store
 from schemas.errors import UserError
+from schemas.store import CommitRecord
 
 __all__ = ["DamagedShardError", "StreamReader"]
 
@@ -160,7 +161,7 @@ class StreamReader:
         self.seconds_per_sample = max(seconds, 0.9 * before + 0.1 * seconds)
 
     def _fill_shard(self, out: Columns, row_reader: RowReader, group: ShardRows) -> None:
-        shard, rows, places, expires_at = group
+        shard, rows, places, expires_at, _ = group
         table, layouts = self._load_shard(shard, expires_at)
         if rows.max() >= table.samples:
             raise DamagedShardError(
@@ -284,15 +285,19 @@ class StreamReader:
             "its commit record and run the extraction again"
         )
 
+    def record(self, shard: int) -> CommitRecord:
+        """The commit record of a shard. Raises ``LostShardError`` where it does not belong to the
+        store, ``UncommittedShardError`` and ``StorageError``."""
+        try:
+            return self.store.record(shard, self.stream)
+        except (StorageError, UncommittedShardError):
+            raise
+        except UserError as error:
+            raise LostShardError(f"{self._where(shard)}: {error}") from None
+
     def _load_shard(self, shard: int, expires_at: int) -> _Shard:
         def load() -> _Shard:
-            try:
-                record = self.store.record(shard, self.stream)
-            except (StorageError, UncommittedShardError):
-                raise
-            except UserError as error:
-                raise LostShardError(f"{self._where(shard)}: {error}") from None
-            table = self._checked(shard, shard_table(record, self.stream))
+            table = self._checked(shard, shard_table(self.record(shard), self.stream))
             some = len(self.parts) < len(self._held)
             if some:
                 table = table.only(self.parts)

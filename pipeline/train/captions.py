@@ -1,0 +1,94 @@
+"""Text embeddings of a batch, the input of a student that reads captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.store import Store
+from pipeline.store.captions import load_null
+from pipeline.store.reading.caption_reader import (
+    CAPTION,
+    DROPPED,
+    LENGTH,
+    caption_decoder,
+)
+from schemas.errors import UserError
+from schemas.extract import TextConfig
+from schemas.store import TextEncoderInfo
+
+if TYPE_CHECKING:
+    from pipeline.text_encoders import TextEncoder
+
+
+class CaptionInput:
+    """Makes the text embeddings of a batch on the training device: decodes them, or runs the text
+    encoder on token ids."""
+
+    def __init__(self, store: Store, stream: str | None, device: torch.device) -> None:
+        """Raises ``UserError`` for a store without captions, and where the text encoder of a stream
+        of token ids cannot be loaded or is not the one that made them."""
+        self.stream, info = store.manifest.text_stream(stream)
+        self.encoder_info = info.encoder
+        """The encoder, with the hash of the weights that are in use."""
+        self._decode = caption_decoder(info)
+        self._encoder: TextEncoder | None = None
+        null = load_null(store, self.stream)
+        if info.keeps == "tokens":
+            self._encoder = _load_encoder(info.encoder, null["tokens"], self.stream)
+            self.encoder_info = self._encoder.info()
+            self.null = self._encoder([""])[0].to(device)
+            self._encoder.to(device)
+        else:
+            self.null = null["embeddings"].float().to(device)
+        """float32 (T, E): the embedding of the empty caption."""
+
+    def check(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Raises ``UserError`` for token ids that the encoder does not have, because an index out
+        of range ends a process on a GPU."""
+        if self._encoder is None:
+            return
+        ids = columns[CAPTION]
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._encoder.vocabulary:
+            raise UserError(
+                f"stream '{self.stream}' of the store holds a token outside the "
+                f"{self._encoder.vocabulary} of '{self.encoder_info.encoder}': it is damaged"
+            )
+
+    def __call__(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """float32 (B, T, E) from the arrays of ``CaptionReader`` (B, ...): the embeddings of each
+        visit's caption, of the empty one where it is dropped."""
+        values = self._decode(columns)
+        if self._encoder is not None:
+            places = torch.arange(values.shape[1], device=values.device)
+            values = self._encoder.embed(values, places < columns[LENGTH].unsqueeze(1))
+        return torch.where(columns[DROPPED].view(-1, 1, 1), self.null, values.float())
+
+
+def _load_encoder(info: TextEncoderInfo, null_T: Tensor, stream: str) -> TextEncoder:
+    """The encoder of a stream of token ids, on the CPU. Raises ``UserError``."""
+    from pipeline.text_encoders import TextEncoder  # takes seconds to import
+
+    encoder = TextEncoder(
+        TextConfig(
+            keep="embeddings",
+            encoder=info.encoder,
+            weights=info.weights,
+            seed=info.seed,
+            model_args=info.model_args,
+            tokenizer=info.tokenizer,
+            max_tokens=info.tokens,
+        )
+    )
+    ids = encoder.tokenizer([""]).ids[0]
+    same = encoder.tokenizer.sha256() == info.tokenizer_sha256
+    if not same or not np.array_equal(ids, null_T.numpy()):
+        raise UserError(
+            f"stream '{stream}' holds tokens of another version of the tokenizer "
+            f"'{info.tokenizer}' than this machine has: extract it again, or use the same files"
+        )
+    return encoder
