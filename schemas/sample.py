@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -177,6 +178,8 @@ class Sampling(Strict):
     """Classes that were sampled from, such as 0-999, or a digest if that is long."""
     decoder_sha256: Digest
     precision: Arithmetic
+    captions: Digest | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Digest of the captions and the negative prompt, in place of classes."""
 
     @classmethod
     def of(
@@ -187,14 +190,21 @@ class Sampling(Strict):
         classes: Sequence[int],
         decoder_sha256: str,
         precision: Arithmetic,
+        captions_sha256: str | None = None,
+        negative_prompt: str | None = None,
     ) -> Sampling:
-        """``decoder_sha256`` is the full SHA-256 of the autoencoder's weights."""
+        """``decoder_sha256`` is the full SHA-256 of the autoencoder's weights, ``captions_sha256``
+        that of the captions, of a student that was trained on them."""
+        captions = captions_sha256
+        if captions is not None and negative_prompt is not None:
+            captions = hashlib.sha256(f"{captions} {negative_prompt}".encode()).hexdigest()
         return cls(
             sampler=sampler.in_force,
             labels=labels,
             classes=text_or_digest(format_layers(classes)),
             decoder_sha256=decoder_sha256[:DIGEST],
             precision=precision,
+            captions=None if captions is None else captions[:DIGEST],
         )
 
 
@@ -260,6 +270,8 @@ class SampleAbout(Strict):
             classes=self.classes,
             decoder_sha256=self.autoencoder_sha256,
             precision=self.precision,
+            captions_sha256=None if self.text is None else self.text.captions_sha256,
+            negative_prompt=None if self.text is None else self.text.negative_prompt,
         )
 
     @classmethod

@@ -12,33 +12,20 @@ from pipeline.checkpoints.reference_format import split_state
 from pipeline.diffusion.samplers import sample
 from pipeline.models.mmdit import MMDiT
 from schemas.diffusion import SamplerConfig
-from schemas.mmdit import MMDiTConfig
 from tests.parity.reference import Golden
+from tests.parity.t2i import student_config
 
 FILE = "t2i_sampler_io"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _files(recipes: Golden) -> None:
-    for name in (FILE, "t2i_state", "t2i_train_io"):
-        if not (recipes.folder / f"{name}.safetensors").is_file():
-            pytest.skip(f"{recipes.folder} has no {name}")
-
-
 @pytest.fixture(scope="module")
 def student(recipes: Golden) -> MMDiT:
-    sizes = recipes.configs["t2i"]
-    config = MMDiTConfig(
-        latent_size=sizes["input_size"],
-        latent_channels=sizes["in_channels"],
-        patch_size=sizes["patch_size"],
-        depth=sizes["depth"],
-        width=sizes["hidden_size"],
-        heads=sizes["num_heads"],
-        context_width=sizes["context_dim"],
-    )
-    student = MMDiT(config)
-    student.load_state_dict(split_state(recipes.tensors("t2i_state")).student)
+    if not (recipes.folder / f"{FILE}.safetensors").is_file():
+        pytest.skip(f"{recipes.folder} has no {FILE}")
+    contexts = recipes.tensors("t2i_train_io")["contexts"]
+    student = MMDiT(student_config(recipes))
+    state = split_state(recipes.tensors("t2i_state")).student
+    student.load_state_dict({**state, "null_context": contexts[-1]})
     return student.eval()
 
 
@@ -68,7 +55,7 @@ def test_latents_of_a_run(recipes: Golden, student: MMDiT, t2i_sampler_run: str)
         io["latents"],
         contexts[io["context_index"]],
         sampler_config(recipes, run),
-        null_label=contexts[-1],
+        null_label=student.null_context,
         path=run.get("path_type", "linear"),
         step_noise=lambda step: io["sde_noise"][step],
     )
@@ -82,5 +69,6 @@ def test_latents_of_a_run(recipes: Golden, student: MMDiT, t2i_sampler_run: str)
         recipes.check(FILE, trajectory, torch.stack([x for _, x in seen[::step]]))
 
 
+@pytest.mark.usefixtures("student")
 def test_some_run_has_a_trajectory(recipes: Golden) -> None:
     assert any(name.endswith(".trajectory_sample0") for name in recipes.tensors(FILE))
