@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from schemas.diffusion import Convention, DiffusionConfig
 from schemas.sample import CheckpointFormat, FileOptions
-from schemas.store import AutoencoderInfo
+from schemas.store import AutoencoderInfo, TextEncoderInfo
 from schemas.student import StudentConfig
 
 SPELLINGS: dict[str, dict[str, tuple[CheckpointFormat, str]]] = {
@@ -56,6 +56,8 @@ class ExportedRun(NamedTuple):
     diffusion: DiffusionConfig
     autoencoder: AutoencoderInfo | None
     """None in exports of earlier versions."""
+    text_encoder: TextEncoderInfo | None = None
+    """That of the captions of an MMDiT; None for other students."""
 
 
 def args_of(content: Any) -> dict[str, Any]:
@@ -73,11 +75,12 @@ def exported_run(args: Mapping[str, Any]) -> ExportedRun | None:
         isinstance(args.get("student"), Mapping) and isinstance(args.get("diffusion"), Mapping)
     ):
         return None
-    autoencoder = args.get("autoencoder")
+    autoencoder, text = args.get("autoencoder"), args.get("text_encoder")
     return ExportedRun(
         StudentConfig.model_validate(args["student"]),
         DiffusionConfig.model_validate(args["diffusion"]),
         None if autoencoder is None else AutoencoderInfo.model_validate(autoencoder),
+        None if text is None else TextEncoderInfo.model_validate(text),
     )
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.checkpoints.integrity import DamagedCheckpointError
-from pipeline.checkpoints.reference_format import Parts, join_state, write_file
+from pipeline.checkpoints.reference_format import NULL_CONTEXT, Parts, join_state, write_file
 from pipeline.checkpoints.state import (
+    TEXT_ENCODER,
     classes_to_save,
     load_optimizer,
     projector_files,
@@ -49,12 +50,15 @@ def export_checkpoint(folder: Path, out: Path) -> None:
         Parts(_read(folder, name, student), *_first_and_others(heads))
         for name, heads in (("model", projectors), ("ema", averages))
     )
+    null, _ = (parts.student.pop(NULL_CONTEXT, None) for parts in (model, ema))
     reference_names = list(join_state(model))
+    if null is not None:  # the position table of the authors' MMDiT is a buffer, without a number
+        reference_names.remove("pos_embed")
     for weights, parts in (("model", model), ("ema", ema)):
         check_finite(join_state(parts), f"checkpoint '{folder}', {weights}")
     names = [name for name, _ in student.named_parameters()]
     names += [name for name in reference_names if name not in model.student]
-    optimizer = load_optimizer(folder)
+    optimizer, text = load_optimizer(folder), state.text_encoder
     write_file(
         out,
         model=model,
@@ -65,7 +69,9 @@ def export_checkpoint(folder: Path, out: Path) -> None:
             **state.config.model_dump(mode="json"),
             "autoencoder": state.autoencoder.model_dump(mode="json"),
             **classes_to_save(state.classes, state.config),
+            **({} if text is None else {TEXT_ENCODER: text.model_dump(mode="json")}),
         },
+        null_context=null,
     )
 
 
@@ -79,8 +85,8 @@ def _renumber(
     optimizer: dict[str, Any], names: Sequence[str], reference_names: Sequence[str]
 ) -> Any:
     """AdamW's state with one group of all parameters in the authors' order. Ours has one group for
-    the student and, until the termination, one for the projectors. The authors' position table is a
-    frozen parameter: it has a number but no state."""
+    the student and, until the termination, one for the projectors. The position table of the
+    authors' SiT is a frozen parameter: it has a number but no state."""
     group = {key: value for key, value in optimizer["param_groups"][0].items() if key != "params"}
     state = {
         reference_names.index(names[number]): value for number, value in optimizer["state"].items()

@@ -48,6 +48,8 @@ CLASS_TOKEN = ("cls_projectors2.", "wg_norm.", "final_layer.linear_cls.")
 """First letters of the weights of REG's class token."""
 SETS = ("model", "ema")
 CLASSES = "classes"
+NULL_CONTEXT = "null_context"
+"""The null caption of an MMDiT."""
 """Key of the classes of a run, in ``args`` and in ``state.json``."""
 
 
@@ -161,8 +163,8 @@ def split_state(state: Mapping[str, Tensor]) -> Parts:
 
 
 def join_state(parts: Parts) -> dict[str, Tensor]:
-    """The inverse of ``split_state``, in the order of SiT in the authors' code, where the
-    projectors precede the final layer and the entry of the class token."""
+    """The inverse of ``split_state``, in the order of the authors' code: in SiT the projectors
+    precede the final layer and the entry of the class token, in MMDiT they are last."""
     projectors = {
         # iREPA's names for its convolution, REPA's and HASTE's for an MLP
         f"{PROJECTORS}{number}.{IREPA if 'weight' in projector else ''}{name}": tensor
@@ -170,6 +172,8 @@ def join_state(parts: Parts) -> dict[str, Tensor]:
         for name, tensor in projector.items()
     }
     behind = ("final_layer.", *CLASS_TOKEN)
+    if any(name.startswith("joint_blocks.") for name in parts.student):
+        behind = ()
     last = {name: t for name, t in parts.student.items() if name.startswith(behind)}
     first = {name: t for name, t in parts.student.items() if name not in last}
     return first | projectors | last
@@ -197,6 +201,8 @@ def student_from_file(
             student, state = _foreign_student(state, model, args, options)
         else:
             student = _student_of_run(run, model, options)
+            if run.student.family == "MMDiT":
+                state = {**state, NULL_CONTEXT: content[NULL_CONTEXT]}
         student.load_state_dict(state)
     except KeyError as error:
         raise UserError(f"checkpoint '{path}' is not a {shown}: it lacks {error}") from None
@@ -394,10 +400,13 @@ def write_file(
     optimizer: Mapping[str, Any],
     steps: int,
     args: Mapping[str, Any],
+    null_context: Tensor | None = None,
 ) -> None:
     """Write a file that the authors' repositories read: plain data and tensors, no pickled classes.
 
-    ``optimizer`` numbers the parameters in the order of ``join_state(model)``.
+    ``optimizer`` numbers the parameters in the order of ``join_state(model)``. ``null_context``:
+    the null caption of an MMDiT, an entry of its own, because the authors' network has no such
+    weight.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -406,6 +415,7 @@ def write_file(
         "opt": dict(optimizer),
         "args": dict(args),
         "steps": steps,
+        **({} if null_context is None else {NULL_CONTEXT: null_context}),
     }
     temporary = path.with_name(f"{path.name}.tmp")
     torch.save(content, temporary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.store import Store
 from schemas.alignment import AlignmentConfig, place
@@ -14,6 +14,7 @@ from schemas.fields import TEXT
 from schemas.run import RunConfig
 from schemas.store import Column, Manifest, TeacherInfo, TextEncoderInfo
 
+Run = TypeVar("Run", bound=RunConfig)
 TEACHER = "teacher."
 """Prefix of the properties that only Phase I depends on."""
 CLASS_STREAM = "class_token.stream"
@@ -109,7 +110,7 @@ def with_stream(
     config = config.model_copy(update={"alignment": alignment})
     if config.student.family == "MMDiT":
         name = config.diffusion.text_stream or (saved or {}).get(TEXT_STREAM)
-        return _with_text(config, manifest, name)
+        return with_text(config, manifest, name)
     if config.student.class_token is None:
         return config
     name = config.diffusion.class_stream or (saved or {}).get(CLASS_STREAM)
@@ -126,9 +127,10 @@ def _only_stream(manifest: Manifest, at: str) -> str:
         raise UserError(f"{at}.stream: {error}") from None
 
 
-def _with_text(config: RunConfig, manifest: Manifest, name: str | None) -> RunConfig:
-    """The config with its text stream named, and with that stream's sizes in the student. Raises
-    ``UserError`` where the student states others."""
+def with_text(config: Run, manifest: Manifest, name: str | None) -> Run:
+    """The config of a student that reads captions with its text stream named: ``name``, by default
+    the only one; and with that stream's sizes in the student. Raises ``UserError`` where the
+    student states others."""
     try:
         chosen, stream = manifest.text_stream(name)
     except UserError as error:

@@ -80,7 +80,9 @@ def _load_file(
             "" if student.null_label is not None else ' without "no class"',
         )
     classes = read_classes(file, student.config.num_classes)
-    return LoadedStudent(student, None if run is None else run.autoencoder, None, classes)
+    if run is None:
+        return LoadedStudent(student, None, None, classes)
+    return LoadedStudent(student, run.autoencoder, None, classes, run.text_encoder)
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[Student, CheckpointState]:

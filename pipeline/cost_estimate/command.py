@@ -52,6 +52,7 @@ def plan_training(argv: list[str]) -> int:
 def estimate_training(config: TrainPlan, *, memory: bool = False) -> Estimate:
     """The costs of every cut for a run, and if it has a store, of that. ``memory``: also that of a
     step. Raises ``UserError``."""
+    from pipeline.checkpoints.store_identity import with_text
     from pipeline.store import Store
 
     store = None if config.store is None else Store.open(absolute_url(config.store))
@@ -63,6 +64,8 @@ def estimate_training(config: TrainPlan, *, memory: bool = False) -> Estimate:
         store.require_complete()
         samples = sum(store.index().samples_per_shard)
         extraction, existing = extraction_config(store), existing_layout(store, samples)
+        if config.student.family == "MMDiT":
+            config = with_text(config, store.manifest, config.diffusion.text_stream)
         images = images or samples
     return make_estimate(extraction, config, config.plan, images, existing, memory=memory)
 

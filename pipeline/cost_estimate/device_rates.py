@@ -24,7 +24,7 @@ from pipeline.cost_estimate.costs import TERA, DeviceRates
 from pipeline.cost_estimate.flops import autoencoder_flops, teacher_flops
 from pipeline.cost_estimate.meta_models import MetaModels, encode
 from pipeline.datasets.crop import decode_crop
-from pipeline.models import make_student
+from pipeline.models.factory import blank_condition, make_student
 from pipeline.models.flops import STEP, student_flops
 from pipeline.precision import precision_dtype
 from pipeline.teachers.vit import block_arguments
@@ -162,13 +162,15 @@ def _student_rate(run: RunConfig, device: torch.device) -> float:
     with torch.device(device):
         student = make_student(config)
         x, t = torch.randn(batch, *config.latent_shape), torch.rand(batch)
-        y = torch.zeros(batch, dtype=torch.long)
-        token = None if config.class_token is None else torch.randn(batch, config.class_token)
+        y = blank_condition(config, batch)
+        given = {}
+        if config.class_token is not None:
+            given["class_token_BE"] = torch.randn(batch, config.class_token)
     dtype = precision_dtype(run.precision, device.type)
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = student(x, t, y, class_token_BE=token)
+            out = student(x, t, y, **given)
             loss = out.prediction.float().square().mean()
             if out.class_prediction is not None:
                 loss = loss + out.class_prediction.float().square().mean()

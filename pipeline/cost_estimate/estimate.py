@@ -68,6 +68,8 @@ def make_estimate(
     captions = USUAL_CAPTIONS if config.dataset in COCO else 0.0
     if images is None:
         images, captions = _count_images(config)
+    if existing is None:
+        run = _with_text(config, run, captions)
     models = build_meta_models(config)
     _check_compatible(config, run, models.geometry)
 
@@ -193,6 +195,27 @@ def _count_images(config: ExtractConfig) -> tuple[int, float]:
         f"a plan for --dataset {config.dataset} needs --source to count its images, or their "
         "number: --plan.images"
     )
+
+
+def _with_text(config: ExtractConfig, run: RunConfig, captions: float) -> RunConfig:
+    """The run with the sizes of the captions in its student. Raises ``UserError`` where a student
+    that reads captions gets none."""
+    if run.student.family != "MMDiT":
+        return run
+    if not captions or config.text.keep == "none":
+        raise UserError(
+            f"{run.student.model} reads captions, and the store would hold none: plan a --dataset "
+            "with captions, or name another run by --plan.trainer"
+        )
+    tokens, width = encoder_size(config.text)
+    sizes = {"text_tokens": tokens, "text_width": width}
+    for key, stored in sizes.items():
+        if getattr(run.student, key) not in (None, stored):
+            raise UserError(
+                f"the trainer's student.{key} is {getattr(run.student, key)}, the captions of "
+                f"{config.text.encoder} have {stored}: leave it out"
+            )
+    return run.model_copy(update={"student": run.student.model_copy(update=sizes)})
 
 
 def _check_compatible(config: ExtractConfig, run: RunConfig, geometry: Geometry) -> None:

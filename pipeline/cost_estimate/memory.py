@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from pipeline.alignment.aligned_student import AlignedStudent, AlignedTeacher, ClassToken
 from pipeline.alignment.losses import Targets
 from pipeline.cost_estimate.meta_models import Geometry
+from pipeline.models.factory import blank_condition
 from pipeline.precision import precision_dtype
 from schemas.run import RunConfig
 
@@ -129,7 +130,7 @@ def saved_bytes(run: RunConfig, geometry: Geometry, samples: int, *, compiled: b
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         module = make_module(run, geometry)
         latents = torch.empty(samples, *run.student.latent_shape)
-        labels = torch.empty(samples, dtype=torch.int64)
+        condition = blank_condition(run.student, samples)
         noise, time = torch.empty_like(latents), torch.empty(samples)
         noisy, time, target = module.objective.corrupt(latents, noise, time)
         targets = make_targets(run, geometry, samples)
@@ -138,11 +139,11 @@ def saved_bytes(run: RunConfig, geometry: Geometry, samples: int, *, compiled: b
         token, width = None, run.student.class_token
         if width is not None:
             token = ClassToken(*(torch.empty(samples, width) for _ in ClassToken._fields))
-        given = [noisy, time, labels, target, *_tensors([*targets, token or ()])]
+        given = [noisy, time, condition, target, *_tensors([*targets, token or ()])]
         autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
         with _saved([*module.parameters(), *module.buffers(), *given]) as saved, autocast:
             with FlashAttention():
-                losses = module(noisy, time, labels, target, *targets, class_token=token)
+                losses = module(noisy, time, condition, target, *targets, class_token=token)
             losses.sum()
         return sum(storage.nbytes() for storage in saved.values())
 
@@ -256,7 +257,8 @@ def _run_partitioned(
         part.forward = original
         return torch.func.functional_call(part, weights, inputs)
 
-    key = (type(part), getattr(part, "tapped_heads", 0), inputs[0].shape)
+    names = tuple(name for name, _ in part.named_parameters())
+    key = (type(part), getattr(part, "tapped_heads", 0), names, inputs[0].shape)
     if key not in shared:
         shared[key] = aot_function(
             call,

@@ -6,11 +6,16 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.checkpoints.store_identity import choose_class_stream
+from pipeline.checkpoints.store_identity import choose_class_stream, with_text
 from pipeline.cli.config_files import read_yaml
 from pipeline.inspect.codec_check import coarse_codec
 from pipeline.inspect.suggest_extraction import suggest_extraction
-from pipeline.runs.compatibility import check_classes, check_latents, with_classes
+from pipeline.runs.compatibility import (
+    check_classes,
+    check_latents,
+    ignored_captions,
+    with_classes,
+)
 from pipeline.store import Store
 from pipeline.targets.kinds import STORED
 from pipeline.targets.sources import check_stream
@@ -18,7 +23,7 @@ from pipeline.targets.tail import check_tail
 from schemas.alignment import StreamAlignment, place
 from schemas.errors import UserError
 from schemas.extract import Cut
-from schemas.fields import class_stream_name
+from schemas.fields import TEXT, class_stream_name
 from schemas.run import RunConfig
 from schemas.store import Manifest
 from schemas.validation import validate
@@ -93,7 +98,36 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
     ]
     if config.student.class_token is not None:
         answers.append(_answer_class_token(store, file, config, incomplete))
+    if config.student.family == "MMDiT":
+        answers.append(_answer_captions(store, file, config, incomplete))
+    if (warning := ignored_captions(config, store.manifest)) is not None:
+        answers.append(Answer(file, True, warning))
     return _combine(answers) if answers else Answer(file, True)
+
+
+def _answer_captions(store: Store, file: str, config: RunConfig, incomplete: set[str]) -> Answer:
+    """The answer for the text stream of a student that reads captions."""
+    manifest, stated = store.manifest, config.diffusion.text_stream
+    held = manifest.text_streams
+    option = "--diffusion.text-stream"
+    failed: UserError | None = None
+    for name in held if stated is None else [stated]:
+        try:
+            with_text(config, manifest, name)
+        except UserError as error:
+            failed = error
+            continue
+        if name not in incomplete:
+            note = f"with {option} {name}" if stated is None and len(held) > 1 else None
+            return Answer(file, True, note)
+        reason = f"text stream '{name}' lacks {len(store.missing_shards(name))} shards"
+        return Answer(file, False, reason, _stream_command(store, name))
+    if failed is not None:
+        return Answer(file, False, str(failed))
+    if manifest.dataset.captions is None:
+        return Answer(file, False, f"{config.student.model} reads captions: the data set has none")
+    reason = f"{config.student.model} reads captions: the store holds none"
+    return Answer(file, False, reason, _stream_command(store, TEXT))
 
 
 def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: set[str]) -> Answer:
@@ -111,11 +145,11 @@ def _answer_class_token(store: Store, file: str, config: RunConfig, incomplete: 
         if wanted is None:
             return Answer(file, False, str(error))
         reason = "the store holds no class tokens of the teacher"
-        return Answer(file, False, reason, _class_stream_command(store, wanted))
+        return Answer(file, False, reason, _stream_command(store, wanted))
     if name in incomplete:
         reason = f"class stream '{name}' lacks {len(store.missing_shards(name))} shards"
         computed = store.manifest.class_streams[name].converted_from
-        command = _class_stream_command(store, name) if computed else None
+        command = _stream_command(store, name) if computed else None
         return Answer(file, False, reason, command)
     return Answer(file, True)
 
@@ -136,7 +170,7 @@ def _missing_class_stream(manifest: Manifest, config: RunConfig) -> str | None:
     return class_stream_name(name, added=held[name].added)
 
 
-def _class_stream_command(store: Store, name: str) -> str:
+def _stream_command(store: Store, name: str) -> str:
     options = ["--store", store.shown_url, "--add-stream", name]
     return shlex.join(["python", "-m", "pipeline.extract", *options])
 

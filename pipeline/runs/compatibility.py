@@ -50,8 +50,20 @@ def check_store(
     is the state that it continues from."""
     check_latents(config, manifest)
     check_classes(config, manifest, saved)
+    if (warning := ignored_captions(config, manifest)) is not None:
+        logger.warning("%s", warning)
     if config.alignment.active:
         check_fit(config.alignment, manifest)
+
+
+def ignored_captions(config: RunConfig, manifest: Manifest) -> str | None:
+    """Warning where images have captions and no classes, and the student reads only classes."""
+    if config.student.family == "MMDiT" or not manifest.dataset.dummy_class:
+        return None
+    return (
+        f"{config.student.model} does not read captions, and the store's images have no classes: "
+        "it learns to draw without a condition (MMDiT reads captions)"
+    )
 
 
 def check_latents(config: RunConfig, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.trainer import Trainer
 from schemas.run import RunConfig
-from tests.stores import add_class_stream
+from tests.stores import add_class_stream, add_text_stream
 
 RUN: dict[str, Any] = {
     "steps": 6,
@@ -47,6 +47,14 @@ def reg(store: Store) -> tuple[Store, dict[str, Any]]:
     store = store if store.manifest.class_streams else add_class_stream(store)
     _, stream = store.manifest.class_stream()
     return store, {"student": {"class_token": stream.teacher.width}}
+
+
+def text(store: Store) -> tuple[Store, dict[str, Any]]:
+    """A store with captions, and the options of a student that reads them."""
+    store = store if store.manifest.text_streams else add_text_stream(store)
+    encoder = store.manifest.text_stream()[1].encoder
+    sizes = {"text_tokens": encoder.tokens, "text_width": encoder.width}
+    return store, {"student": {"model": "MMDiT-3/2", **sizes}}
 
 
 def run_config(store: Store, changes: dict[str, Any]) -> RunConfig:

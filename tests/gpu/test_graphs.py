@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from pipeline.sampling.generate import draw_latents
 from pipeline.store import Store
 from schemas.diffusion import SamplerConfig
-from tests.gpu.steps import open_steps, reg
+from tests.gpu.steps import open_steps, reg, text
 
 CPU = torch.device("cpu")
 symbolic: list[torch.SymInt] = []
@@ -105,6 +105,38 @@ def test_graphs_of_a_run(
         count("termination", steps.terminate)
         count("Phase II", lambda: steps.take(2))
     assert made.pop("first step") == first_step
+    assert set(made.values()) == {0}, made
+    assert sum(counters["graph_break"].values()) == 0
+    assert symbolic == []  # sizes are constants
+
+
+@pytest.mark.parametrize("last_tapped", [False, True])
+def test_graphs_of_a_run_with_captions(stores: Callable[..., Store], last_tapped: bool) -> None:
+    """The last block is a variant of its own, because its text tokens end there."""
+    store, options = text(stores("maps"))
+    made: dict[str, int] = {}
+
+    def count(name: str, call: Callable[[], object]) -> None:
+        before = graphs()
+        call()
+        made[name] = graphs() - before
+
+    changes: dict[str, Any] = {
+        "steps": 9,
+        "student": {"depth": 5, **options["student"]},
+        "alignment": {"student_layers": [1, 4] if last_tapped else [1, 2]},
+        "compute": {"compile": "on"},
+        "precision": "bfloat16",
+    }
+    with open_steps(store, CPU, changes) as steps:
+        count("first step", lambda: steps.take(1))
+        count("second step", lambda: steps.take(1))
+        count("probe", lambda: steps.probe.gradient_cosines([0.1], 3))
+        count("termination", steps.terminate)
+        count("Phase II", lambda: steps.take(2))
+    assert made.pop("first step") == 6
+    # a tapped last block has not been run without taps before
+    assert made.pop("Phase II") == int(last_tapped)
     assert set(made.values()) == {0}, made
     assert sum(counters["graph_break"].values()) == 0
     assert symbolic == []  # sizes are constants

@@ -22,7 +22,7 @@ from schemas.evaluate import EvaluateConfig
 from schemas.student import StudentConfig
 from tests.encoded import encode
 from tests.gpu.fake_gpu import CUDA, FakeGpu, needs_cuda_build
-from tests.gpu.steps import RUN, open_steps, reg, run_config
+from tests.gpu.steps import RUN, open_steps, reg, run_config, text
 
 pytestmark = needs_cuda_build
 
@@ -90,6 +90,14 @@ def test_steps(
 @pytest.mark.parametrize("changes", [{}, MICRO, VANILLA], ids=["one part", "parts", "no teacher"])
 def test_steps_of_reg(stores: Callable[..., Store], changes: dict[str, Any]) -> None:
     store, options = reg(stores("maps"))
+    gpu = rehearse(store, {**options, **changes})
+    assert gpu.waits == []
+    assert gpu.races == []
+
+
+@pytest.mark.parametrize("changes", [{}, MICRO, VANILLA], ids=["one part", "parts", "no teacher"])
+def test_steps_with_captions(stores: Callable[..., Store], changes: dict[str, Any]) -> None:
+    store, options = text(stores("maps"))
     gpu = rehearse(store, {**options, **changes})
     assert gpu.waits == []
     assert gpu.races == []

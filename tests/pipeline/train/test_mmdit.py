@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.checkpoints.export import export_checkpoint
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.student import load_trained_student
 from pipeline.distributed.process_group import ProcessGroup
@@ -28,6 +29,7 @@ from pipeline.train.noise import draw
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
 from schemas.run import RunConfig
+from tests.captions import TEXT, coco_config, extract_here, write_coco
 from tests.pipeline.train.test_loop import assert_same_weights, run, weights
 from tests.processes import train_on
 from tests.stores import TEXT_TOKENS, TEXT_WIDTH, add_text_stream, make_random_store
@@ -82,6 +84,27 @@ def test_a_checkpoint_needs_no_store(text_config: Make, text_store: Store, tmp_p
     assert saved["config"]["student"]["initialisation"] == "pytorch"
     assert saved["config"]["student"]["model"] == "MMDiT-4/2"
     assert saved["store"]["text.stream"] == "text"
+
+
+def test_an_exported_file_needs_no_store(text_config: Make, tmp_path: Path) -> None:
+    run(text_config(steps=2, diffusion={"label_drop": 0}), tmp_path / "a")
+    folder, file = latest_checkpoint(tmp_path / "a"), tmp_path / "export.pt"
+    export_checkpoint(folder, file)
+    one, other = load_trained_student(folder), load_trained_student(file)
+    for name, tensor in one.student.state_dict().items():
+        assert torch.equal(other.student.state_dict()[name], tensor), name
+    assert other.text_encoder == one.text_encoder
+    assert other.text_encoder is not None
+    assert one.student.null_label is other.student.null_label is None  # never without a caption
+    content = torch.load(file, weights_only=True)
+    names = list(content["model"])
+    assert "null_context" not in names  # the authors' network has none
+    assert names[-6:] == [
+        f"projectors.0.{n}.{leaf}" for n in (0, 2, 4) for leaf in ("weight", "bias")
+    ]
+    moments = content["opt"]["state"]  # numbered without the table, which is a buffer there
+    for number, name in enumerate(name for name in names if name != "pos_embed"):
+        assert moments[number]["exp_avg"].shape == content["model"][name].shape
 
 
 def batch_of(store: Store, config: RunConfig, streams: list[str], step: int = 0) -> Batch:
@@ -245,3 +268,39 @@ def test_several_streams_must_be_named(text_config: Make, tmp_path: Path) -> Non
     summary = run(chosen, tmp_path / "a")
     assert summary["bytes_read"]["text_second"]["after"] > 0
     assert summary["bytes_read"]["text"] == {"before": 0, "after": 0}
+
+
+def test_token_ids_are_encoded_by_the_trainer(tmp_path: Path) -> None:
+    """A stream of token ids gives the student the embeddings of a stream of embeddings."""
+    pytest.importorskip("transformers", reason="the extra `text` is not installed")
+    pytest.importorskip("open_clip", reason="CLIP's vocabulary is not installed (extra `text`)")
+    source = write_coco(tmp_path / "source")
+    found = {}
+    for keep in ("embeddings", "tokens"):
+        text = {**TEXT, "keep": keep, "codec": "float32"}
+        store = extract_here(coco_config(source, tmp_path / keep, text=text))
+        channels, size, _ = store.manifest.autoencoder.latent_shape
+        student = {"model": "MMDiT-2", "latent_size": size, "latent_channels": channels}
+        values: dict[str, Any] = {
+            "store": store.url,
+            "student": student,
+            "global_batch": 12,
+            "diffusion": {"label_drop": 0.3},
+            "alignment": {"feature_weight": 0, "attention_weight": 0},
+        }
+        config = resolve_run(RunConfig.model_validate(values), store.manifest, None, None)
+        trainer = Trainer(config, store, ProcessGroup())
+        batch = batch_of(store, config, ["latents", "text"])
+        found[keep] = trainer.inputs(batch).condition, trainer.module.student.null_context
+        assert batch.columns["text"]["dropped"].any()
+        assert trainer.captions.encoder_info.weights_sha256 is not None
+        if keep == "tokens":
+            assert batch.columns["text"]["caption"].dtype == np.int64
+            batch.columns["text"]["caption"][0, 3] = 10**6
+            with pytest.raises(UserError, match="holds a token outside the 49408 of"):
+                trainer.inputs(batch)
+        trainer.close()
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    condition, null = found["tokens"]
+    assert (condition == null).all((1, 2)).sum() < 12  # not all are dropped
