@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from schemas.errors import plain_text
 
+CAPTIONS = "captions"
+"""Key of a PNG file's text."""
 CAPTION_SIZE, CAPTION_LINES = 11, 3
 """Font size in pixels of captions, and lines at most."""
 
@@ -25,7 +29,8 @@ def save_grid(
     gap: int = 2,
 ) -> None:
     """Write uint8 images row by row on a white background; images of less than 96 pixels are
-    enlarged. ``row_names`` are written on the left, the caption of each image below it."""
+    enlarged. ``row_names`` are written on the left, the caption of each image below it; a PNG file
+    also holds the captions as its text ``captions``, a list in JSON."""
     images = images_B3RR.permute(0, 2, 3, 1).numpy()
     count, height, width, _ = images.shape
     scale = max(1, 96 // height)
@@ -52,7 +57,12 @@ def save_grid(
         centre = margin + gap + i % columns * (width + gap) + width // 2
         place = {"anchor": "ma", "align": "center", "spacing": 2, "font_size": CAPTION_SIZE}
         draw.text((centre, top + 1), text, fill="black", **place)
-    picture.save(path)
+    if captions and path.suffix.lower() == ".png":
+        texts_of_file = PngInfo()
+        texts_of_file.add_itxt(CAPTIONS, json.dumps(list(captions)))
+        picture.save(path, pnginfo=texts_of_file)
+    else:
+        picture.save(path)
 
 
 def wrap_caption(caption: str, width: int) -> str:

@@ -13,15 +13,17 @@ import torch
 from PIL import Image
 
 from jobs.sample import main
+from pipeline.autoencoders import open_decoder
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.checkpoints.resolve import find_checkpoint
 from pipeline.checkpoints.student import LoadedStudent, load_trained_student
 from pipeline.diffusion.samplers import sample
 from pipeline.models import MMDiT
+from pipeline.report.gallery import read_captions as read_shown
 from pipeline.runs.compatibility import resolve_run
 from pipeline.sampling.batches import plan_batches
 from pipeline.sampling.captions_file import read_captions
-from pipeline.sampling.generate import Context, draw_latents
+from pipeline.sampling.generate import Context, draw_images, draw_latents
 from pipeline.sampling.grid import draw_grid
 from pipeline.sampling.job import describe_images
 from pipeline.sampling.outputs import FolderOutput, NpzOutput
@@ -32,11 +34,13 @@ from pipeline.store import Store
 from pipeline.store.reading.caption_reader import CaptionReader
 from pipeline.text_encoders import TextEncoder
 from pipeline.train.loop import train
+from pipeline.visualization.image_grid import save_grid
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
 from schemas.extract import TextConfig
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig
+from schemas.validation import validate
 from tests.captions import CAPTIONS, TEXT, coco_config, extract_here, write_coco
 from tests.stores import tiny_run
 
@@ -249,6 +253,8 @@ def test_grids_have_the_caption_below_each_picture(run: Path, store: Store, tmp_
     below = pixels[100:, :98]
     assert (below < 128).any()  # letters
     assert (pixels[100:, 0] == 255).all()
+    captions = ["a red car", ("zebra " * 40).strip(), "Ünïcode text"]
+    assert read_shown(png.read_bytes()) == captions  # what a report writes below
     assert draw_grid(config_of(run, **three, per_class=2)).images == 6
     with Image.open(png) as picture:
         assert picture.size == (2 + 2 * 98, 2 + 3 * (98 + 3 * 14))
@@ -355,6 +361,42 @@ def test_token_ids_of_a_store_are_encoded(
     assert trained.text_encoder is not None
     found = PromptEmbedder(prompts, trained.text_encoder, config)(range(9)).captions
     assert torch.cosine_similarity(found, stored.embeddings(range(9)), dim=-1).min() > 0.9999
+
+
+@pytest.mark.parametrize("place", ["own", "store", "captions"])
+def test_grids_of_a_run_in_training(place: str, store: Store, tmp_path: Path) -> None:
+    """The last grid is what the averaged weights draw of the same captions."""
+    file = write(tmp_path / "captions.txt", "a red car\ntwo dogs\nzebra")
+    given = {"own": {}, "store": {"store": store.url}, "captions": {"captions": str(file)}}[place]
+    samples = {"every": 2, "per_class": 1, "batch_size": 2, "sampler": SAMPLER, **given}
+    run = train_tiny(store, tmp_path / "run", samples=samples)
+    trained = load_trained_student(run)
+    config = config_of(run, **(given or {"store": store.url}))
+    prompts = open_prompts(config)
+    assert prompts is not None
+    assert trained.text_encoder is not None
+    context = PromptEmbedder(prompts, trained.text_encoder, config)(range(3))
+    images = draw_images(
+        trained.student, open_decoder(None, trained.encoder), context, config.sampler
+    )
+    save_grid(images, tmp_path / "expected.png", 1, captions=prompts.texts(range(3)))
+    found = np.asarray(Image.open(run / "samples" / "step-000000002.png")).astype(int)
+    expected = np.asarray(Image.open(tmp_path / "expected.png"))
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": {"classes": "1"}}, "samples.classes: MMDiT-2/2 is conditioned on captions"),
+        ({"samples": {"captions": "a", "store": "b"}}, "captions and store exclude each other"),
+        ({"samples": {"store": "b"}, "student": {}}, "samples.store is for an MMDiT"),
+    ],
+)
+def test_grids_that_a_run_cannot_draw(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(RunConfig, {"student": STUDENT, **options}, where="config.yaml")
 
 
 def write(path: Path, text: str | bytes) -> Path:
