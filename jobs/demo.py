@@ -11,11 +11,12 @@ import logging
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from jobs.pretrain.options import PROMPTS
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
 from pipeline.cli.options import parse_options
@@ -37,12 +38,15 @@ logger = logging.getLogger("jobs.demo")
 RUN = ROOT / "runs" / "demo"
 """Folder of the default recipe; those of others have its name before theirs."""
 CONFIGS = ROOT / "jobs" / "configs"
-HASTE = "haste"
+HASTE, TEXT = "haste", "text"
 
 
 class DemoConfig(Strict):
     """The demo."""
 
+    task: Literal["class", "text"] = "class"
+    """Condition of the pictures: 'class', or 'text', captions made of the digits' names ("a
+    handwritten seven"), which an MM-DiT reads (needs the extra 'text'; writes runs/demo_text)."""
     recipe: Name = HASTE
     """Recipe of the training: haste, or the NAME of a file jobs/configs/demo/NAME.yaml (irepa,
     repa, reg, reg_haste). Others than haste use the shards in runs/demo and are written to
@@ -51,7 +55,12 @@ class DemoConfig(Strict):
 
 def main(argv: list[str]) -> int:
     about = "Extract, train and sample on scikit-learn's digits. Replaces the folder of the recipe."
-    recipe = parse_options(DemoConfig, argv, command="python jobs/demo.py", about=about).recipe
+    chosen = parse_options(DemoConfig, argv, command="python jobs/demo.py", about=about)
+    recipe = chosen.recipe
+    if chosen.task == "text":
+        if recipe != HASTE:
+            raise UserError(f"--recipe {recipe} is for --task class; --task text has HASTE only")
+        recipe = TEXT
     config = _run_config(recipe)
     # Ray and torch take seconds to import
     from jobs.train_haste import train_run
@@ -62,21 +71,35 @@ def main(argv: list[str]) -> int:
 
     run = RUN.with_name(config.name)
     shutil.rmtree(run, ignore_errors=True)
-    store, page = RUN / "store", run / "report.html"
+    text = chosen.task == "text"
+    store, page = (run if text else RUN) / "store", run / "report.html"
+    options = {"dataset": "demo", "store": str(store), **PRESETS["demo"]}
+    if text:
+        from jobs.text_demo import prepare
+
+        logger.info("0/3  captions, and a small text encoder of them")
+        options = prepare(run)
     config = config.model_copy(update={"store": str(store), "output": str(run.parent)})
     with ray_cluster(None):
         logger.info("1/3  extraction: teacher and autoencoder encode every image once")
-        options = {"dataset": "demo", "store": str(store), **PRESETS["demo"]}
         extraction = extract(validate(ExtractConfig, options, where="the demo's extraction"))
-        logger.info("2/3  training of a small SiT: aligned first, then without the teacher")
+        logger.info(
+            "2/3  training of a small %s: aligned first, then without the teacher",
+            config.student.family,
+        )
         trained = train_run(config)
     logger.info("3/3  images and report")
     images = _draw_images(run, config, extraction.store, trained)
     earlier = sorted(str(path.parent) for path in RUN.parent.glob(f"{RUN.name}*/summary.json"))
-    runs = [str(run)] if recipe == HASTE else earlier
+    runs = [str(run)] if recipe in (HASTE, TEXT) else earlier
     write_report(ReportConfig(runs=tuple(runs), html=str(page)))
     print(describe(extraction.store, summarise(extraction.store)), "", sep="\n")
     print(_result(extraction, trained, [*images, page]))
+    if text:
+        from jobs.text_demo import measure_agreement
+
+        agreement, pictures = measure_agreement(run)
+        print(f"agreement: {agreement:.0%} of {pictures} pictures are of their caption's digit")
     return 0
 
 
@@ -84,7 +107,7 @@ def _run_config(recipe: str) -> RunConfig:
     """The recipe's file, named as its folder. Raises ``UserError`` for a recipe without a file."""
     name = "demo.yaml" if recipe == HASTE else f"demo/{recipe}.yaml"
     if not (CONFIGS / name).exists():
-        others = sorted(path.stem for path in CONFIGS.glob("demo/*.yaml"))
+        others = sorted({path.stem for path in CONFIGS.glob("demo/*.yaml")} - {TEXT})
         raise UserError(f"--recipe {recipe} is not one of {HASTE}, {', '.join(others)}")
     run = RUN.name if recipe == HASTE else f"{RUN.name}_{recipe}"
     options = {**read_yaml(CONFIGS / name), "name": run}
@@ -102,13 +125,16 @@ def _draw_images(run: Path, config: RunConfig, store: Store, trained: dict[str, 
     from pipeline.visualization.store_sample import first_of_each_class
 
     grid, curves, attention = run / "samples.png", run / "losses.png", run / "attention.png"
-    sampling = {
+    sampling: dict[str, Any] = {
         "checkpoint": str(run),
-        "classes": tuple(range(10)),
         "png": str(grid),
         "batch_size": 80,
         "sampler": {"steps": 50, "guidance": 2.0},
     }
+    if config.student.family == "MMDiT":
+        sampling["caption"] = PROMPTS
+    else:
+        sampling["classes"] = tuple(range(10))
     draw_grid(SampleConfig.model_validate(sampling))
     draw_curves(read_run(str(run)), curves)
     terminated, end = trained["termination_step"], trained["steps"]

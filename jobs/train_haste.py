@@ -55,7 +55,10 @@ def for_workers(config: RunConfig) -> RunConfig:
 
     return with_absolute_paths(
         config,
-        ["store", "output", "data.cache_dir", "validation.store", "samples.evaluate.reference"],
+        [
+            *("store", "output", "data.cache_dir", "validation.store"),
+            *("samples.evaluate.reference", "samples.captions", "samples.store"),
+        ],
         folders=["samples.autoencoder"],
         weights=["samples.evaluate.network_weights", "samples.evaluate.inception_weights"],
     )

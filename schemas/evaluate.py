@@ -11,6 +11,8 @@ from schemas.extract import Resolution
 from schemas.fields import MAX_TEXT, Digest, ModelArguments, ModelId, Seed
 from schemas.sample import Sampling, Weights
 
+Resizing = Literal["tensorflow", "pytorch"]
+
 
 class EvaluateConfig(Strict):
     """The images to compare, and the networks that compare them."""
@@ -26,6 +28,11 @@ class EvaluateConfig(Strict):
     inception_weights: str | None = None
     """Weights of the Inception network: a file of torch-fidelity or pytorch-fid, or 'hub' (default:
     downloaded once to torch's cache)."""
+    inception_resizing: Resizing | Literal["both"] = "tensorflow"
+    """Resizing of images to Inception's 299 pixels: 'tensorflow', as in ADM's evaluator and
+    torch-fidelity, or 'pytorch', as in pytorch-fid and the MS-COCO numbers of U-ViT, REPA and
+    HASTE; 'both' adds fid_pytorch to the numbers of 'tensorflow'. The statistics of a file that
+    does not say it count as those of this option."""
     network: ModelId | None = None
     """A timm network instead of Inception; sfid and inception_score are then null."""
     network_weights: str | None = None
@@ -40,6 +47,11 @@ class EvaluateConfig(Strict):
     """Weights of --dinov2: FILE, 'hub' or none (fd_dinov2 is then null)."""
     dinov2_size: Annotated[int, Field(ge=8, le=2048)] = 224
     """Pixels per side of the input of --dinov2; published distances are at 224."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """The network of clip_score: hub id or folder of a CLIP of Transformers."""
+    clip_weights: str | None = None
+    """Weights of --clip: FILE (names of Transformers, OpenAI's CLIP or open_clip), 'hub', 'random'
+    or none (no clip_score). The samples need captions, as jobs/sample.py records them."""
     k: Annotated[int, Field(ge=1, le=1000)] = 3
     """k of the k-nearest-neighbour radius of precision and recall."""
     manifold_images: Annotated[int, Field(ge=2, le=1 << 20)] = 50_000
@@ -75,6 +87,8 @@ class NetworkIdentity(Strict):
 
     size: int
     """Pixels per side of its input."""
+    resizing: Resizing = Field(default="tensorflow", exclude_if=lambda one: one == "tensorflow")
+    """Resizing of Inception's input."""
     weights_sha256: Digest
     arguments: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     """Arguments of timm.create_model as JSON, a digest if they are long, empty if none."""
@@ -85,6 +99,15 @@ class Evaluation(Strict):
 
     fid: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Fréchet distance on the network's features."""
+    fid_pytorch: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """The same of Inception with PyTorch's resizing, with --inception-resizing both."""
+    inception_resizing: Resizing | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Resizing of fid, of Inception only; not in rows of earlier versions, where it is
+    'tensorflow'."""
     sfid: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     """Fréchet distance on Inception's spatial features."""
     inception_score: Annotated[float, Field(allow_inf_nan=False)] | None
@@ -93,6 +116,12 @@ class Evaluation(Strict):
     """Null only if the reference consists of moments."""
     recall: Annotated[float, Field(ge=0, le=1)] | None
     fd_dinov2: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    clip_score: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Mean of 100 cos(image, caption) over the samples, with --clip-weights."""
+    clip: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Network of clip_score, with the beginning of its weights' SHA-256."""
     samples: int
     """Generated images."""
     network: str

@@ -65,6 +65,11 @@ def format_layers(numbers: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
+class Repeated:
+    """Mark of an option for several texts that is given once for each, because they may contain
+    commas."""
+
+
 MAX_NAME = 64
 """Characters of a name."""
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]

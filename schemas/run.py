@@ -175,8 +175,8 @@ class RunEvaluationConfig(Strict):
 
 
 class SamplesConfig(Strict):
-    """Images sampled from the averaged weights during training, with the same noise and classes
-    every time, by all workers."""
+    """Images sampled from the averaged weights during training, with the same noise and classes or
+    captions every time, by all workers."""
 
     every: Positive | None = None
     """Steps between grids of samples (samples/step-STEP.png in the run's folder); the last step
@@ -184,14 +184,25 @@ class SamplesConfig(Strict):
     classes: Classes | None = None
     """Numbers or names of classes, one per row of the grid: 1,2,3 or 0-9 or tabby,otter; name:7 is
     the class called 7. Default: the first eight with images."""
+    captions: str | None = Field(default=None, exclude_if=lambda file: file is None)
+    """MMDiT: file of captions to draw, as of jobs/sample.py --captions; up to eight in grids."""
+    store: str | None = Field(default=None, exclude_if=lambda url: url is None)
+    """MMDiT: store whose captions are drawn, such as one of validation images. Default: the store
+    that the run is trained on."""
     per_class: Annotated[int, Field(ge=1, le=100)] = 4
-    """Images per class."""
+    """Images per class or caption."""
     batch_size: Positive = 16
     """Images per batch of a worker."""
     autoencoder: str | None = None
     """Decoder: hub id or folder. Default: the one that encoded the store."""
     sampler: SamplerConfig = SamplerConfig(steps=50)
     evaluate: RunEvaluationConfig = RunEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _captions_have_one_place(self) -> SamplesConfig:
+        if self.captions is not None and self.store is not None:
+            raise ValueError("captions and store exclude each other")
+        return self
 
     @model_validator(mode="after")
     def _evaluation_has_steps(self) -> SamplesConfig:
@@ -321,16 +332,18 @@ class RunConfig(Strict):
                 raise ValueError(
                     f"diffusion.text_stream is read by an MMDiT, not by {self.student.model}"
                 )
+            for key in ("captions", "store"):
+                if getattr(self.samples, key) is not None:
+                    raise ValueError(
+                        f"samples.{key} is for an MMDiT; {self.student.model} is conditioned on "
+                        "classes"
+                    )
             return self
-        for key in ("every", "evaluate.images"):
-            found: Any = self.samples
-            for part in key.split("."):
-                found = getattr(found, part)
-            if found is not None:
-                raise ValueError(
-                    f"samples.{key} draws by class; {self.student.model} is conditioned on "
-                    "captions: leave it out and use jobs/sample.py"
-                )
+        if self.samples.classes is not None:
+            raise ValueError(
+                f"samples.classes: {self.student.model} is conditioned on captions: use "
+                "samples.captions or samples.store, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,11 @@ from pydantic import Field
 
 from schemas.base import Strict
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS = ("a handwritten {}", "the digit {}", "{}")
+"""Captions of a digit, by its name."""
+PROMPTS = tuple(f"a handwritten {name}" for name in NAMES)
+
 
 class BackboneConfig(Strict):
     """Arguments of ``timm.create_model``."""

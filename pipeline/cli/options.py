@@ -23,6 +23,7 @@ from pipeline.cli.config_files import merge, read_yaml
 from pipeline.cli.log_setup import LEVELS
 from pipeline.cli.yaml12 import RepeatedKeyError, UniqueKeyLoader
 from schemas.errors import UserError
+from schemas.fields import Repeated
 from schemas.validation import (
     M,
     check_keys,
@@ -182,6 +183,7 @@ def _split_arguments(
 ) -> Iterator[tuple[str, Any]]:
     rest, places = list(argv), list(positional)
     several: list[str] = []  # before, between and after options
+    repeated: dict[str, list[str]] = {}
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") and places:
@@ -213,6 +215,9 @@ def _split_arguments(
                 value = rest.pop(0)
         if name == "config":
             yield name, value
+        elif name in leaves and any(isinstance(mark, Repeated) for mark in leaves[name].metadata):
+            repeated.setdefault(name, []).append(value)
+            yield name, repeated[name]
         elif name in leaves and _is_texts(leaves[name].annotation):
             texts = [text for text in value.split(",") if text]
             while rest and not rest[0].startswith("--"):

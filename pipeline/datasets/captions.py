@@ -77,7 +77,10 @@ def parse_captions(value: object) -> list[str] | None:
 def list_captioned_folder(source: str, file: str) -> Listing:
     """List the files below ``source`` that ``file``, of JSON lines {"file": path below the source,
     "captions": [text, ...]}, names, in the order of their paths. Raises ``UserError``."""
-    captions = _read_lines(file)
+    try:
+        captions = read_caption_lines(file)
+    except FileNotFoundError:
+        raise UserError(f"--captions '{redact(file)}': there is no such file") from None
     beside = f"{absolute_url(source).rstrip('/')}/"
     own = absolute_url(file).removeprefix(beside)  # the list itself may lie below the source
     paths = [path for path in list_files(source) if path != own]
@@ -87,14 +90,12 @@ def list_captioned_folder(source: str, file: str) -> Listing:
     return captioned_listing(found, missing, redact(source))
 
 
-def _read_lines(file: str) -> dict[str, list[str]]:
-    """Captions by path."""
+def read_caption_lines(file: str) -> dict[str, list[str]]:
+    """Captions by path, of a file of JSON lines. Raises ``FileNotFoundError``, ``UserError``."""
     shown = f"--captions '{redact(file)}'"
     filesystem, path = open_url(file, what="--captions")
     try:
         data = read_at_most(filesystem, path, MAX_JSON_BYTES + 1)
-    except FileNotFoundError:
-        raise UserError(f"{shown}: there is no such file") from None
     except IsADirectoryError:
         raise UserError(f"{shown}: is a folder; expected a file of JSON lines") from None
     if len(data) > MAX_JSON_BYTES:

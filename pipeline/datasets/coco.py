@@ -66,7 +66,12 @@ def read_annotations(source: str, split: Split) -> Annotations:
     ids that occur twice, because the second would replace the first."""
     path = f"annotations/captions_{split}2014.json"
     where = f"{redact(source)}/{path}"
-    content = _read_json(source, path, where)
+    return parse_annotations(_read_json(source, path, where), where)
+
+
+def parse_annotations(content: Mapping[str, Any], where: str) -> Annotations:
+    """Images and captions of the JSON object of a file of captions. Raises ``UserError`` that names
+    the file ``where``."""
     images: dict[int, str] = {}
     names: set[str] = set()
     for entry in _entries(content, "images", where):

@@ -1,5 +1,5 @@
-"""Samplers from noise to latents: SiT along the probability-flow ODE or the reverse SDE (arXiv
-2401.08740), DiT by ancestral sampling.
+"""Samplers from noise to latents: SiT and MM-DiT along the probability-flow ODE or the reverse SDE
+(arXiv 2401.08740), DiT by ancestral sampling.
 
 State and step arithmetic are float64; the network input has the dtype of the initial noise. A
 state is one tensor, or two that are denoised together, the image and a class token (REG, arXiv
@@ -20,11 +20,15 @@ from pipeline.diffusion.interpolant import coefficients
 from schemas.diffusion import Convention, Path, SamplerConfig
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x (B, C, h, w), the network's time (B,), labels (B,)) -> its prediction (B, C, h, w)."""
+"""(x (B, C, h, w), the network's time (B,), labels) -> its prediction (B, C, h, w). Labels are
+numbers of classes (B,) or, of MM-DiT, embeddings of captions (B, T, E)."""
+NullLabel = int | Tensor | None
+"""Label that guidance leads away from: the number of "no class", or the embedding (T, E) of the
+null caption or of a negative prompt; None where there is none."""
 State = Sequence[Tensor]
 """The image (B, C, h, w); after it, if the network denoises one, the class token (B, E)."""
 JointNetwork = Callable[[State, Tensor, Tensor], State]
-"""(state, the network's time (B,), labels (B,)) -> a prediction for each tensor of the state."""
+"""(state, the network's time (B,), labels) -> a prediction for each tensor of the state."""
 
 LAST_SDE_TIME = 0.04
 """Time at which the SDE ends with one step without noise to t = 0, as in SiT, REPA and HASTE."""
@@ -40,7 +44,7 @@ def sample(
     labels_B: Tensor,
     config: SamplerConfig,
     *,
-    null_label: int | None,
+    null_label: NullLabel,
     path: Path = "linear",
     convention: Convention | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
@@ -57,7 +61,7 @@ def sample(
     if config.method == "ddpm":
         if step_noise is None:
             raise ValueError("the DDPM sampler needs step_noise")
-        null = -1 if null_label is None else null_label  # not used without guidance
+        null = null_label if isinstance(null_label, int) else -1  # not used without guidance
         return sample_ancestral(
             network, noise_BChw, labels_B, config, null_label=null, step_noise=step_noise
         )
@@ -80,7 +84,7 @@ def sample_jointly(
     labels_B: Tensor,
     config: SamplerConfig,
     *,
-    null_label: int | None,
+    null_label: NullLabel,
     convention: Convention,
     step_noise: Callable[[int], State] | None = None,
 ) -> list[Tensor]:
@@ -91,7 +95,6 @@ def sample_jointly(
     """
     if config.guidance != 1 and null_label is None:
         raise ValueError("guidance needs a null_label")
-    null_label = -1 if null_label is None else null_label  # not used without guidance
     first, last = (1.0, 0.0) if convention.prediction == "velocity" else (1 - EDGE, EDGE)
     guided = partial(
         _guided_velocity, network, convention, labels_B, config, null_label, noise[0].dtype
@@ -175,7 +178,7 @@ def _guided_velocity(
     convention: Convention,
     labels_B: Tensor,
     config: SamplerConfig,
-    null_label: int,
+    null_label: NullLabel,
     dtype: torch.dtype,
     state: list[Tensor],
     t: float,
@@ -196,7 +199,11 @@ def _guided_velocity(
             velocity_of(convention, output.double(), x, t)
             for output, x in zip(outputs, state, strict=True)
         ]
-    null = torch.full_like(labels_B, null_label)
+    assert null_label is not None
+    if isinstance(null_label, Tensor):
+        null = null_label.expand_as(labels_B)
+    else:
+        null = torch.full_like(labels_B, null_label)
     doubled = [torch.cat([x, x]).to(dtype) for x in state]
     outputs = network(doubled, torch.cat([t_B, t_B]), torch.cat([labels_B, null]))
     of_class = config.guidance if config.class_guidance is None else config.class_guidance

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 from pipeline.evaluate.features.base import Network
+from pipeline.evaluate.features.clip import ClipScore, open_clip_score
 from pipeline.evaluate.features.factory import open_network
 from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.evaluate.images.sources import IMAGES, Images, open_images
@@ -23,7 +25,7 @@ from pipeline.runs.provenance import check_samples_are_of
 from pipeline.storage.files import redact
 from pipeline.storage.npz import Archive
 from schemas.errors import UserError
-from schemas.evaluate import EvaluateConfig, Evaluation
+from schemas.evaluate import EvaluateConfig, Evaluation, Resizing
 from schemas.sample import SampleAbout, Weights
 
 logger = logging.getLogger(__name__)
@@ -47,14 +49,18 @@ def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
         origin = _origin(config, samples.info)
         if samples.info is not None:
             check_samples_are_of(run, samples.info, origin.step)
-    network, dinov2 = _open_networks(config, device)
-    reference = _measure_reference(config, place, network, dinov2, device)
+    networks = _open_networks(config, device)
+    network, dinov2, _ = networks
+    clip = None
+    if samples is not None and config.clip_weights is not None:
+        clip = open_clip_score(config, samples, device)
+    reference = _measure_reference(config, place, networks, device)
     if config.save_reference is not None:
         save_statistics(config.save_reference, reference, network, dinov2)
         logger.info("statistics written to %s", redact(config.save_reference))
     if samples is None:
         return None
-    measured = _measure(config, samples, "--samples", network, dinov2)
+    measured = _measure(config, samples, "--samples", networks, clip)
     numbers = compare(measured, reference, network, k=config.k, device=device)
     if run is not None and origin is not None:
         row = evaluation_row(numbers, origin, network, reference.moments, place)
@@ -62,7 +68,16 @@ def evaluate(config: EvaluateConfig, device: str) -> Evaluation | None:
     return numbers
 
 
-def _open_networks(config: EvaluateConfig, device: str) -> tuple[Network, FeatureNetwork | None]:
+class Networks(NamedTuple):
+    """The networks of an evaluation."""
+
+    network: Network
+    dinov2: FeatureNetwork | None
+    resized: Network | None
+    """Inception with PyTorch's resizing, beside ``network``."""
+
+
+def _open_networks(config: EvaluateConfig, device: str) -> Networks:
     dinov2 = None
     if config.dinov2_weights is not None:
         dinov2 = FeatureNetwork(
@@ -73,7 +88,13 @@ def _open_networks(config: EvaluateConfig, device: str) -> tuple[Network, Featur
             device=device,
             option="--dinov2",
         )
-    return open_network(config, device=device), dinov2
+    both = config.inception_resizing == "both"
+    resizing: Resizing = "pytorch" if config.inception_resizing == "pytorch" else "tensorflow"
+    return Networks(
+        open_network(config, device=device, resizing=resizing),
+        dinov2,
+        open_network(config, device=device, resizing="pytorch") if both else None,
+    )
 
 
 def _open(
@@ -106,29 +127,31 @@ def _measure(
     config: EvaluateConfig,
     images: Images,
     option: str,
-    network: Network,
-    dinov2: FeatureNetwork | None,
+    networks: Networks,
+    clip: ClipScore | None = None,
 ) -> Measurements:
     return measure(
         images,
-        network,
-        dinov2,
+        networks.network,
+        networks.dinov2,
         option=option,
         batch_size=config.batch_size,
         max_features=config.manifold_images,
+        resized=networks.resized,
+        clip=clip,
     )
 
 
 def _measure_reference(
     config: EvaluateConfig,
     place: str,
-    network: Network,
-    dinov2: FeatureNetwork | None,
+    networks: Networks,
     device: str,
 ) -> Measurements:
     """Measurements of the reference: from its statistics, from its images, or where a file has
     both, moments from the statistics and the rest from the images."""
     statistics = None
+    network, dinov2, _ = networks
     if place.endswith(".npz"):
         archive = Archive(place, "--reference")
         # statistics that do not name their network are Inception's; images suit any network
@@ -139,8 +162,9 @@ def _measure_reference(
                 return statistics
     compared = config.samples is not None
     images = _open(config, place, "--reference", device, need_neighbours=compared)
-    measured = _measure(config, images, "--reference", network, dinov2)
+    measured = _measure(config, images, "--reference", networks)
     if statistics is not None:
+        measured.resized = statistics.resized
         measured.moments, measured.kind = statistics.moments, statistics.kind
         measured.spatial = statistics.spatial or measured.spatial
         logger.warning(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.cli.progress import progress_bar
 from pipeline.evaluate.features.base import Network
+from pipeline.evaluate.features.clip import ClipScore
 from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.evaluate.frechet import FeatureStatistics, Moments
 from pipeline.evaluate.images.sources import Images
@@ -34,6 +35,12 @@ class Measurements:
     """Moments of the network's spatial features, for sFID."""
     dinov2: Moments | None = None
     """Moments of DINOv2's features."""
+    resized: Moments | None = None
+    """Moments of Inception's features with PyTorch's resizing."""
+    clip_score: float | None = None
+    """Agreement with the captions."""
+    clip: str | None = None
+    """Network of ``clip_score``."""
     inception_score: float | None = None
 
 
@@ -45,14 +52,19 @@ def measure(
     option: str,
     batch_size: int,
     max_features: int,
+    resized: Network | None = None,
+    clip: ClipScore | None = None,
 ) -> Measurements:
-    """Run the networks on ``images``. Features of at most ``max_features`` images are stored, on
+    """Run the networks on ``images``; ``resized`` is Inception with PyTorch's resizing, beside
+    another. Features of at most ``max_features`` images are stored, on
     disk, so that memory does not grow with their number. Raises ``UserError``."""
     buffer = FeatureBuffer(images.count, max_features)
     moments: FeatureStatistics | None = None
     spatial: FeatureStatistics | None = None
     dinov2_moments: FeatureStatistics | None = None
+    resized_moments: FeatureStatistics | None = None
     score: InceptionScore | None = None
+    captions = images.captions() if clip is not None else None
     done = 0
     try:
         with progress_bar(total=images.count, unit="image", desc=option) as bar:
@@ -67,6 +79,10 @@ def measure(
                     score.add(output.logits)
                 if dinov2 is not None:
                     dinov2_moments = _add(dinov2_moments, dinov2.features(batch))
+                if resized is not None:
+                    resized_moments = _add(resized_moments, resized.extract(batch).features)
+                if clip is not None and captions is not None:
+                    clip.add(batch, captions[done : done + len(batch)])
                 done += len(batch)
                 bar.update(len(batch))
     except torch.OutOfMemoryError:
@@ -88,6 +104,9 @@ def measure(
         spatial=None if spatial is None else spatial.moments(),
         dinov2=None if dinov2_moments is None else dinov2_moments.moments(),
         inception_score=None if score is None else score.score(),
+        resized=None if resized_moments is None else resized_moments.moments(),
+        clip_score=None if clip is None else clip.score(),
+        clip=None if clip is None else clip.name,
     )
 
 

@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 PUBLISHED_SAMPLES = 50_000
 """Number of samples in published FIDs."""
+RESIZINGS = {
+    "tensorflow": "fid is with TensorFlow's resizing to Inception's 299 pixels, as ADM's; the "
+    "numbers on MS-COCO of U-ViT, REPA and HASTE are with PyTorch's: --inception-resizing pytorch "
+    "or both",
+    "pytorch": "fid is with PyTorch's resizing to Inception's 299 pixels, as pytorch-fid's and the "
+    "numbers on MS-COCO of U-ViT, REPA and HASTE; it differs from TensorFlow's, as ADM's",
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,15 @@ def compare(
     precision, recall = _precision_recall(samples, reference, k, device)
     evaluation = Evaluation(
         fid=fid,
+        fid_pytorch=_optional_distance("FID", samples.resized, reference.resized),
+        inception_resizing=network.identity.get("resizing"),
         sfid=_optional_distance("sFID", samples.spatial, reference.spatial),
         inception_score=samples.inception_score,
         precision=precision,
         recall=recall,
         fd_dinov2=_optional_distance("FD-DINOv2", samples.dinov2, reference.dinov2),
+        clip_score=samples.clip_score,
+        clip=samples.clip,
         samples=samples.count,
         network=network.name,
     )
@@ -124,6 +135,16 @@ def _log_limits(samples: Measurements, evaluation: Evaluation) -> None:
         logger.info("fd_dinov2 is null: give --dinov2-weights FILE, or hub to download them")
     elif evaluation.fd_dinov2 is None:
         logger.info("fd_dinov2 is null: the reference's statistics have no DINOv2 moments")
+    if evaluation.inception_resizing is not None:
+        logger.info(RESIZINGS[evaluation.inception_resizing])
+    if evaluation.fid_pytorch is not None:
+        difference = evaluation.fid_pytorch - evaluation.fid
+        logger.info("PyTorch's resizing changes the FID by %+.4f", difference)
+    elif samples.resized is not None:
+        logger.info(
+            "fid_pytorch is null: the reference's statistics are of one resizing; use one with "
+            "images, or --save-reference with --inception-resizing both"
+        )
     if evaluation.precision is None:
         logger.info(
             "precision and recall are null: the reference has only moments; use a reference with "
@@ -146,6 +167,7 @@ def _network_identity(network: Network) -> NetworkIdentity:
     arguments = identity.get("arguments") or {}
     return NetworkIdentity(
         size=identity["size"],
+        resizing=identity.get("resizing", "tensorflow"),
         weights_sha256=identity["weights_sha256"][:DIGEST],
         arguments=text_or_digest(json.dumps(arguments, sort_keys=True)) if arguments else "",
     )

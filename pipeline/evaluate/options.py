@@ -21,6 +21,12 @@ def check_options(config: EvaluateConfig) -> str:
         raise UserError("--record adds an evaluation of samples to a run: give --samples")
     if config.save_reference is not None and not config.save_reference.endswith(".npz"):
         raise UserError(f"--save-reference '{config.save_reference}' must end in .npz")
+    if config.clip_weights is None and "clip" in config.model_fields_set:
+        raise UserError(f"--clip-weights is missing: FILE, hub or random for --clip {config.clip}")
+    if config.clip_weights is not None and config.samples is None:
+        raise UserError("--clip-weights is for the captions of samples: give --samples")
+    if config.network is not None and config.inception_resizing != "tensorflow":
+        raise UserError("--inception-resizing is of Inception, and --network is another one")
     if config.network is None:
         for key in ("network_weights", "network_size", "network_args"):
             if getattr(config, key):

@@ -28,9 +28,12 @@ from schemas.fields import DIGEST
 
 VERSION = 1
 INCEPTION = "inception-v3"
-SPATIAL, DINOV2 = "_s", "_dinov2"
-"""Suffixes of the names of spatial and of DINOv2's moments."""
+SPATIAL, DINOV2, RESIZED = "_s", "_dinov2", "_pytorch"
+"""Suffixes of the names of spatial moments, of DINOv2's, and of Inception's with PyTorch's resizing
+beside those with TensorFlow's."""
 FEATURES = "features"
+DEFAULTS = {"resizing": "tensorflow"}
+"""Identity of networks whose files do not say it."""
 MAX_WIDTH = 1 << 13
 MAX_FEATURES = 1 << 20
 
@@ -58,6 +61,7 @@ def save_statistics(
     }
     arrays: dict[str, np.ndarray] = {ABOUT: np.array(json.dumps(info))}
     by_suffix = {"": measured.moments, SPATIAL: measured.spatial, DINOV2: measured.dinov2}
+    by_suffix[RESIZED] = measured.resized
     for suffix, moments in by_suffix.items():
         if moments is not None:
             arrays[f"mu{suffix}"] = moments.mean.cpu().numpy()
@@ -100,6 +104,7 @@ def load_statistics(
         features=_features(archive, len(moments.mean), max_features),
         spatial=_moments(archive, SPATIAL) if f"mu{SPATIAL}" in archive else None,
         dinov2=dinov2_moments,
+        resized=_moments(archive, RESIZED) if f"mu{RESIZED}" in archive else None,
     )
 
 
@@ -132,11 +137,12 @@ def _identity(info: dict[str, Any], key: str) -> dict[str, Any] | None:
 def _check_same(
     archive: Archive, stored: dict[str, Any], current: dict[str, Any], prefix: str
 ) -> None:
-    for key, value in current.items():
-        if stored.get(key) != value:
+    one, other = DEFAULTS | stored, DEFAULTS | current
+    for key, value in other.items():
+        if one.get(key) != value:
             raise UserError(
                 f"{archive.where} holds statistics of another {prefix}network: its {key} is "
-                f"{str(stored.get(key))[:80]}, here it is {str(value)[:80]}; use the same network, "
+                f"{str(one.get(key))[:80]}, here it is {str(value)[:80]}; use the same network, "
                 "or save the reference again"
             )
 

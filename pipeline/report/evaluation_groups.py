@@ -104,7 +104,9 @@ def _describe_sampling(sampling: Sampling, decoder: str) -> list[str]:
         if sampler.guidance == 1
         else f"guidance {sampler.guidance:g}{of_class} at t in {interval}",
         f"seed {sampler.seed}",
-        f"{sampling.labels} labels of classes {sampling.classes}",
+        f"{sampling.labels} labels of classes {sampling.classes}"
+        if sampling.captions is None
+        else f"captions {sampling.captions[:DIGEST_DIGITS]}",
         f"decoder {decoder} {digest}" if decoder else f"decoder {digest}",
         sampling.precision,
     ]

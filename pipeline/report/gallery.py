@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from PIL import Image
 from pipeline.report.rendering import data_uri
 from pipeline.storage.files import read_at_most
 from pipeline.storage.redaction import redact
+from pipeline.text import shortened
 from schemas.errors import UserError, plain_text
 
 MAX_STEPS = 6
@@ -20,6 +22,8 @@ MAX_FILE_BYTES = 64 << 20
 MAX_PIXELS = 64 << 20
 MAX_SIDE = 1400
 """Pixels of a picture in the page; larger ones are scaled down."""
+MAX_CAPTIONS = 100
+"""Captions of a picture that are written below it."""
 MAX_PNG_BYTES = 160_000
 """Larger ones become JPEG."""
 
@@ -47,6 +51,8 @@ class Figure(NamedTuple):
     image: Markup | None = None
     """A ``data:`` URI."""
     missing: str | None = None
+    captions: Sequence[str] = ()
+    """Different captions of the picture, in the order of its rows."""
 
 
 class Gallery(NamedTuple):
@@ -118,12 +124,30 @@ def small_picture(data: bytes) -> tuple[bytes, str]:
     return file.getvalue(), "image/jpeg"
 
 
+def read_captions(data: bytes) -> list[str]:
+    """The captions that a PNG file of samples holds, each once, shortened; empty where it holds
+    none."""
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+        picture.load()  # texts may follow the pixels
+        text = picture.info.get("captions")
+    try:
+        captions = json.loads(text) if isinstance(text, str) else []
+    except (ValueError, RecursionError):
+        captions = []
+    if not isinstance(captions, list):
+        return []
+    texts = dict.fromkeys(shortened(plain_text(text)) for text in captions if type(text) is str)
+    return list(texts)[:MAX_CAPTIONS]
+
+
 def _figure(source: Source, step: int, warnings: list[str]) -> Figure:
     figure = Figure(source.label, source.name)
     if step not in source.steps:
         return figure._replace(missing="not drawn at this step")
     try:
-        return figure._replace(image=data_uri(*small_picture(source.load(step))))
+        data = source.load(step)
+        image = data_uri(*small_picture(data))
+        return figure._replace(image=image, captions=read_captions(data))
     except (BadPictureError, UserError, OSError) as error:
         warnings.append(f"{source.label}: the picture of step {step:,} {redact(str(error))}")
         return figure._replace(missing="cannot be shown")

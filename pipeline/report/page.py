@@ -115,14 +115,16 @@ class Report:
 
     def _evaluations(self) -> Values:
         rows = []
+        found = {key for record in self.records for row in record.evaluations for key in row}
+        metrics = {key: name for key, name in METRICS.items() if key in found}
         for name, record in zip(self._names, self.records, strict=True):
             for row in _first_and_last(record.evaluations):
-                values = (number(row.get(metric)) for metric in METRICS)
+                values = (number(row.get(metric)) for metric in metrics)
                 weights = "averaged" if row.get("weights", "ema") == "ema" else "as trained"
                 group = f"{describe_group(group_of(row))}; weights {weights}"
                 cells = [DASH if value is None else f"{value:.4g}" for value in values]
                 rows.append([name, f"{row['step']:,}", *cells, group])
-        head = ["run", "step", *METRICS.values(), "network, reference and sampling"]
+        head = ["run", "step", *metrics.values(), "network, reference and sampling"]
         return {"head": head, "rows": rows, "plots": self._plots(evaluation_panels(self.records))}
 
     def _trigger(self, run: int) -> Values:

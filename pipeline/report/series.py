@@ -42,6 +42,8 @@ METRICS = {
     "precision": "Precision",
     "recall": "Recall",
     "fd_dinov2": "FD-DINOv2",
+    "fid_pytorch": "FID, PyTorch's resizing",
+    "clip_score": "CLIP score",
 }
 WEIGHTS = {"ema": None, "model": "weights as trained"}
 """Names of the lines by kind of weights; the averaged ones need no name."""

@@ -1,22 +1,37 @@
-"""Images from a student; image i is a function of its number, its label and the seed only."""
+"""Images from a student; image i is a function of its number, its class or caption and the seed
+only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.autoencoders import Autoencoder, decode_scaled
-from pipeline.diffusion.samplers import State, sample, sample_jointly
-from pipeline.models import Student
+from pipeline.diffusion.samplers import NullLabel, State, sample, sample_jointly
+from pipeline.models import MMDiT, Student
 from pipeline.precision import arithmetic, autocast_dtype
 from pipeline.randomness import Purpose, generator
 from schemas.diffusion import Convention, Path, SamplerConfig
 from schemas.errors import UserError
 from schemas.sample import Arithmetic
 from schemas.student import StudentConfig
+
+
+class Context(NamedTuple):
+    """Embeddings that B images are conditioned on."""
+
+    captions: Tensor
+    """Captions, float32 (B, T, E)."""
+    null: Tensor | None = None
+    """A negative prompt (T, E); None: the null caption that the student was trained on."""
+
+
+Labels = Sequence[int] | Context
+"""Classes or captions of images."""
 
 
 def check_sampler(
@@ -38,19 +53,19 @@ def check_sampler(
 
 
 def check_guidance(null_label: int | None, sampler: SamplerConfig, *, option: str) -> None:
-    """Raises ``UserError`` where guidance asks for "no class", which a student was not trained on;
-    ``option`` names the guidance."""
+    """Raises ``UserError`` where guidance asks for "no class" or no caption, which a student was
+    not trained on; ``option`` names the guidance."""
     if sampler.guidance != 1 and null_label is None:
         raise UserError(
             f"{option} {sampler.guidance:g} needs a student that was also trained without classes "
-            "(a label drop above 0); this one was not: use 1"
+            "or captions (a label drop above 0); this one was not: use 1"
         )
 
 
 def draw_images(
     student: Student,
     autoencoder: Autoencoder,
-    labels: Sequence[int],
+    labels: Labels,
     config: SamplerConfig,
     *,
     path: Path | None = None,
@@ -58,8 +73,8 @@ def draw_images(
     precision: Arithmetic = "float32",
 ) -> Tensor:
     """uint8 (B, 3, R, R) on the CPU. Image i depends only on the seed, ``first_index + i`` and its
-    label, so that any split into batches or workers draws the same images. Raises ``UserError``
-    where the latents are not finite."""
+    class or caption, so that any split into batches or workers draws the same images. Raises
+    ``UserError`` where the latents are not finite."""
     latents = draw_latents(
         student, labels, config, path=path, first_index=first_index, precision=precision
     )
@@ -73,7 +88,7 @@ def draw_images(
 
 def draw_latents(
     student: Student,
-    labels: Sequence[int],
+    labels: Labels,
     config: SamplerConfig,
     *,
     path: Path | None = None,
@@ -83,8 +98,11 @@ def draw_latents(
     """Scaled latents of the same images, float32 (B, C, h, w) on the student's device. ``path`` is
     that of a student in training; by default the one in its convention."""
     check_sampler(student.config, config)
-    check_guidance(student.null_label, config, option="--sampler.guidance")
+    negative = isinstance(labels, Context) and labels.null is not None
+    null = 0 if negative else student.null_label
+    check_guidance(null, config, option="--sampler.guidance")
     device = next(student.parameters()).device
+    y_B, null_label = _conditions(student, labels, device)
     shapes: list[tuple[int, ...]] = [student.config.latent_shape]
     if student.config.class_token is not None:
         shapes.append((student.config.class_token,))
@@ -94,8 +112,7 @@ def draw_latents(
         """Standard normal noise number ``draw`` of each image, (B, C, h, w), and of its class token
         (B, E) if there is one, drawn in this order."""
         rngs = [
-            generator(Purpose.SAMPLING, config.seed, first_index + i, draw)
-            for i in range(len(labels))
+            generator(Purpose.SAMPLING, config.seed, first_index + i, draw) for i in range(len(y_B))
         ]
         return [
             _to_device(
@@ -107,10 +124,10 @@ def draw_latents(
 
     def predict(state: State, t: Tensor, y: Tensor) -> list[Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = student(state[0], t, y, class_token_BE=state[1] if len(state) > 1 else None)
+            token = {"class_token_BE": state[1]} if len(state) > 1 else {}
+            out = student(state[0], t, y, **token)
         return [x for x in (out.prediction, out.class_prediction) if x is not None]
 
-    y_B = _to_device(torch.tensor(labels), device)
     with arithmetic(precision):
         if config.method == "ddpm":
             latents = sample(
@@ -118,7 +135,7 @@ def draw_latents(
                 normals(0)[0],
                 y_B,
                 config,
-                null_label=student.null_label,
+                null_label=null_label,
                 step_noise=lambda step: normals(step + 1)[0],
             )
         else:
@@ -127,16 +144,29 @@ def draw_latents(
                 normals(0),
                 y_B,
                 config,
-                null_label=student.null_label,
+                null_label=null_label,
                 convention=student.convention if path is None else Convention(path=path),
                 step_noise=lambda step: normals(step + 1),
             )[0]
     return latents.float()
 
 
+def _conditions(student: Student, labels: Labels, device: torch.device) -> tuple[Tensor, NullLabel]:
+    """Condition of each image and that without class or caption, on ``device``. Raises
+    ``ValueError`` where ``labels`` are not what the student was trained on."""
+    if isinstance(student, MMDiT) != isinstance(labels, Context):
+        raise ValueError(f"{student.config.model} cannot draw {type(labels).__name__}")
+    if not isinstance(labels, Context):
+        return _to_device(torch.tensor(labels), device), student.null_label
+    null = labels.null
+    if null is None and isinstance(student, MMDiT) and student.null_label is not None:
+        null = student.null_context
+    return _to_device(labels.captions, device), None if null is None else null.to(device)
+
+
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a GPU from pinned memory, because Python would wait for a copy from other memory and
     for all work queued before it."""
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -18,6 +18,7 @@ from pipeline.distributed.signals import StopSignals
 from pipeline.sampling.batches import ImageBatch, choose_classes, choose_labels, plan_batches
 from pipeline.sampling.options import check_options
 from pipeline.sampling.outputs import FolderOutput, NpzOutput, Output
+from pipeline.sampling.prompts import GivenPrompts, Prompts, open_prompts
 from pipeline.sampling.resume import find_checkpoint_to_resume, info_of_complete_images
 from pipeline.sampling.worker import SampledBatch, SampleWorker, WorkerInfo
 from pipeline.storage.files import redact
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CPU_WORKERS = 4
 """Default limit, because each worker holds the student and the decoder in memory."""
+CAPTIONS = 1024
+"""Captions of a store that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,24 @@ def sample_many(config: SampleConfig) -> SampleSummary:
     """Draw those of the requested images that do not exist yet. Raises ``UserError``, and
     ``StoppedError`` after SIGTERM or Ctrl-C."""
     check_options(config)
-    config = with_absolute_paths(config, ["npz", "folder"], folders=["autoencoder"])
+    config = with_absolute_paths(
+        config,
+        ["npz", "folder", "captions", "store"],
+        folders=["autoencoder", "text.encoder", "text.tokenizer"],
+        weights=["text.weights"],
+    )
     assert config.num is not None
     outputs = _open_outputs(config)
     batches = plan_batches(config.num, config.batch_size)
     checkpoint = find_checkpoint_to_resume(config, outputs)  # before any folder is created
+    prompts = open_prompts(config)
     with ExitStack() as stack:
         for output in outputs:
             stack.enter_context(output.lock())
         started = time.perf_counter()
-        info = info_of_complete_images(config, checkpoint, outputs, batches)
+        info = info_of_complete_images(config, checkpoint, prompts, outputs, batches)
         if info is not None:  # an earlier call may have been stopped before it finished the files
-            return _finish(config, info, outputs, batches, started, drawn=0)
+            return _finish(config, info, prompts, outputs, batches, started, drawn=0)
         # signal handlers come after the connection, because Ray installs its own ones
         stack.enter_context(ray_cluster(config.ray_address))
         signals = stack.enter_context(StopSignals(promise=None))
@@ -82,7 +91,7 @@ def sample_many(config: SampleConfig) -> SampleSummary:
                 )
 
         try:
-            return _sample(config, checkpoint, outputs, batches, check_signals)
+            return _sample(config, checkpoint, prompts, outputs, batches, check_signals)
         except Exception:
             check_signals()  # Ctrl-C in a terminal also stops Ray's processes, which is not a fault
             raise
@@ -91,7 +100,7 @@ def sample_many(config: SampleConfig) -> SampleSummary:
 def describe_images(config: SampleConfig, checkpoint: str, worker: WorkerInfo) -> SampleAbout:
     """Contents of ``about.json`` for the images that such workers draw."""
     values = {key: value for key, value in asdict(worker).items() if key != "classes"}
-    classes = choose_classes(config.classes, worker.classes)
+    classes = () if worker.text is not None else choose_classes(config.classes, worker.classes)
     assert config.num is not None
     return SampleAbout(
         **values,
@@ -118,14 +127,19 @@ def _open_outputs(config: SampleConfig) -> list[Output]:
 def _sample(
     config: SampleConfig,
     checkpoint: str,
+    prompts: Prompts | None,
     outputs: Sequence[Output],
     batches: Sequence[ImageBatch],
     check_signals: Callable[[], None],
 ) -> SampleSummary:
     resources = _choose_resources(config)
+    # a file of captions may be on this machine only
+    given = prompts if isinstance(prompts, GivenPrompts) else None
     workers: Actors[WorkerInfo] = Actors(
         SampleWorker,
-        lambda actor: actor.load.remote(config, checkpoint, resources.device, resources.threads),
+        lambda actor: actor.load.remote(
+            config, checkpoint, resources.device, resources.threads, given
+        ),
         count=min(resources.count, len(batches)),
         cpus=resources.cpus,
         gpus=resources.gpus,
@@ -144,7 +158,7 @@ def _sample(
         drawn = _draw(config, info, workers, outputs, sorted(missing, key=lambda b: b.number))
     finally:
         workers.close()
-    return _finish(config, info, outputs, batches, started, drawn)
+    return _finish(config, info, prompts, outputs, batches, started, drawn)
 
 
 def _choose_resources(config: SampleConfig) -> WorkerResources:
@@ -210,13 +224,14 @@ def _draw(
 def _finish(
     config: SampleConfig,
     info: SampleAbout,
+    prompts: Prompts | None,
     outputs: Sequence[Output],
     batches: Sequence[ImageBatch],
     started: float,
     drawn: int,
 ) -> SampleSummary:
     """Complete the files once all images exist; this call drew ``drawn`` of them."""
-    labels = _labels(info, 0, info.num)
+    labels = _labels(info, 0, info.num) if prompts is None else _captions(prompts, info.num)
     for output in outputs:
         output.finish(batches, labels)
     seconds = time.perf_counter() - started
@@ -226,7 +241,7 @@ def _finish(
         folder=config.folder,
         seconds=seconds,
         images_per_second=drawn / seconds,
-        labels=config.labels,
+        labels=config.labels if prompts is None else "captions",
         resumed=info.num - drawn,
     )
     logger.info(
@@ -239,4 +254,12 @@ def _finish(
 
 
 def _labels(info: SampleAbout, first: int, count: int) -> list[int]:
+    """Classes of images; none where they have captions, which workers know by their numbers."""
+    if info.text is not None:
+        return []
     return choose_labels(info.labels, info.classes, info.sampler.seed, first, count)
+
+
+def _captions(prompts: Prompts, count: int) -> list[str]:
+    parts = (range(first, min(first + CAPTIONS, count)) for first in range(0, count, CAPTIONS))
+    return [text for part in parts for text in prompts.texts(part)]

@@ -37,7 +37,7 @@ from pipeline.storage.locks import LOCK, exclusive_lock
 from pipeline.storage.npz import Archive, npy_bytes, npy_header, read_about, write_npz
 from pipeline.text import short_value
 from schemas.errors import UserError
-from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
+from schemas.sample import ABOUT_FILE, CAPTIONS_FILE, LABELS_FILE, SampleAbout
 
 PARTS = ".parts"
 
@@ -68,8 +68,9 @@ class Output(Protocol):
     def write(self, sampled: SampledBatch) -> None:
         """Write the images of one batch."""
 
-    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int]) -> None:
-        """Complete the files, after all batches have been written, and remove temporary ones."""
+    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int] | Sequence[str]) -> None:
+        """Complete the files, after all batches have been written, and remove temporary ones.
+        ``labels`` are the class or the caption of each image."""
 
 
 class NpzOutput:
@@ -119,7 +120,7 @@ class NpzOutput:
             path = f"{self.parts}/{_part(sampled.batch)}"
             write_atomic(self.filesystem, path, npy_bytes(sampled.images))
 
-    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int]) -> None:
+    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int] | Sequence[str]) -> None:
         if not self.done:
             with tempfile.TemporaryDirectory(prefix="haste-npz-") as scratch:
                 # on the disk of the final file, so that publishing it is a rename
@@ -130,7 +131,7 @@ class NpzOutput:
                     local,
                     (self.info.num, size, size, 3),
                     self._pieces(batches),
-                    np.array(labels, np.int64),
+                    np.array(labels, np.int64 if self.info.text is None else np.str_),
                     self.info.model_dump(mode="json"),
                 )
                 publish(self.filesystem, local, self.path)
@@ -207,7 +208,8 @@ class FolderOutput:
         return SampleAbout.parse_or_none(_read_info(self.filesystem, self.path))
 
     def is_finished(self) -> bool:
-        return exists(self.filesystem, f"{self.path}/{LABELS_FILE}")
+        files = (LABELS_FILE, CAPTIONS_FILE)
+        return any(exists(self.filesystem, f"{self.path}/{name}") for name in files)
 
     def open(self, info: SampleAbout) -> None:
         self.info = info
@@ -222,9 +224,15 @@ class FolderOutput:
         for name, png in zip(self._names(sampled.batch), sampled.pngs, strict=True):
             write_atomic(self.filesystem, f"{self.path}/{name}", png)
 
-    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int]) -> None:
-        numbers = npy_bytes(np.array(labels, np.int64))
-        write_atomic(self.filesystem, f"{self.path}/{LABELS_FILE}", numbers)
+    def finish(self, batches: Sequence[ImageBatch], labels: Sequence[int] | Sequence[str]) -> None:
+        if self.info.text is None:
+            name, data = LABELS_FILE, npy_bytes(np.array(labels, np.int64))
+        else:
+            files = (file for batch in batches for file in self._names(batch))
+            rows = ({"file": f, "captions": [c]} for f, c in zip(files, labels, strict=True))
+            name = CAPTIONS_FILE
+            data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        write_atomic(self.filesystem, f"{self.path}/{name}", data)
         for path in list_folder(self.filesystem, self.path):
             name = path.rpartition("/")[2]
             if name.startswith(TEMPORARY) and name != LOCK:  # left by a process that died
@@ -235,8 +243,8 @@ class FolderOutput:
         return [f"{n:0{digits}d}.png" for n in range(batch.first, batch.last + 1)]
 
 
-IGNORED = {"checkpoint", "version"}
-"""Place of the weights, and software version: the checksum of the weights decides instead."""
+IGNORED = {"checkpoint", "version", "text.captions", "text.truncated"}
+"""Places of weights and captions, whose checksums decide instead, software version, and counts."""
 
 
 def check_same_images(values: Any, requested: SampleAbout, *, where: str, remedy: str) -> None:
@@ -300,6 +308,7 @@ def _read_info(filesystem: fsspec.AbstractFileSystem, folder: str) -> Any:
 
 
 def _leaves(info: SampleAbout) -> dict[str, Any]:
-    values = info.model_dump(mode="json", exclude=IGNORED)
-    sampler = values.pop("sampler")
-    return values | {f"sampler.{key}": value for key, value in sampler.items()}
+    values = info.model_dump(mode="json")
+    for table in ("sampler", "text"):
+        values |= {f"{table}.{key}": value for key, value in values.pop(table, {}).items()}
+    return {key: value for key, value in values.items() if key not in IGNORED}

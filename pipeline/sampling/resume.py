@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from pipeline.autoencoders import open_decoder
 from pipeline.checkpoints.resolve import find_checkpoint, local_copy
-from pipeline.checkpoints.student import load_trained_student
+from pipeline.checkpoints.student import LoadedStudent, load_trained_student
 from pipeline.hashing import sha256_of_module
 from pipeline.precision import choose_arithmetic
 from pipeline.sampling.batches import ImageBatch, choose_classes
 from pipeline.sampling.outputs import Output, are_same_images
+from pipeline.sampling.prompts import Prompts, describe_prompts
 from pipeline.storage.files import absolute_url, redact
 from schemas.errors import UserError
 from schemas.sample import SampleAbout, SampleConfig
@@ -44,7 +45,11 @@ def find_checkpoint_to_resume(config: SampleConfig, outputs: Sequence[Output]) -
 
 
 def info_of_complete_images(
-    config: SampleConfig, checkpoint: str, outputs: Sequence[Output], batches: Sequence[ImageBatch]
+    config: SampleConfig,
+    checkpoint: str,
+    prompts: Prompts | None,
+    outputs: Sequence[Output],
+    batches: Sequence[ImageBatch],
 ) -> SampleAbout | None:
     """The description of the images where all of them have been drawn as ``config`` requests;
     ``outputs`` are then open. Else None.
@@ -61,7 +66,7 @@ def info_of_complete_images(
         output.open(info)
         if output.missing(batches):
             return None
-    return info if _has_weights(info, config, checkpoint) else None
+    return info if _has_weights(info, config, checkpoint, prompts) else None
 
 
 def _has_options(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bool:
@@ -81,8 +86,10 @@ def _has_options(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bo
     )
 
 
-def _has_weights(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bool:
-    """True where student and decoder are those of the images."""
+def _has_weights(
+    info: SampleAbout, config: SampleConfig, checkpoint: str, prompts: Prompts | None
+) -> bool:
+    """True where student, captions and decoder are those of the images."""
     with local_copy(checkpoint, config.weights) as folder:
         trained = load_trained_student(folder, config.weights, config.model, config.file_options)
     student = trained.student
@@ -90,9 +97,21 @@ def _has_weights(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bo
         info.weights_sha256 == sha256_of_module(student)
         and info.model == student.config.model
         and info.convention == student.convention
-        and info.classes == choose_classes(config.classes, trained.classes)
+        and _has_labels(info, config, prompts, trained)
     )
     if not same_student:
         return False
     decoder = open_decoder(config.autoencoder, trained.encoder)
     return (decoder.name, decoder.weights_sha256) == (info.autoencoder, info.autoencoder_sha256)
+
+
+def _has_labels(
+    info: SampleAbout, config: SampleConfig, prompts: Prompts | None, trained: LoadedStudent
+) -> bool:
+    """True where classes or captions are those of the images."""
+    if prompts is None or trained.text_encoder is None or info.text is None:
+        same_kind = prompts is None and trained.text_encoder is None and info.text is None
+        return same_kind and info.classes == choose_classes(config.classes, trained.classes)
+    wanted = describe_prompts(prompts, trained.text_encoder, config)
+    places = {"captions": info.text.captions, "truncated": info.text.truncated}
+    return info.text == wanted.model_copy(update=places)

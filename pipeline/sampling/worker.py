@@ -17,12 +17,19 @@ from pipeline.checkpoints.student import load_trained_student
 from pipeline.hashing import sha256_of_module
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import ImageBatch
-from pipeline.sampling.generate import check_guidance, check_sampler, draw_latents
+from pipeline.sampling.generate import draw_latents
+from pipeline.sampling.prompts import (
+    PromptEmbedder,
+    Prompts,
+    check_conditions,
+    describe_prompts,
+    open_prompts,
+)
 from schemas.classes import ClassTable
 from schemas.diffusion import Path as DiffusionPath
 from schemas.diffusion import Prediction
 from schemas.errors import UserError
-from schemas.sample import Arithmetic, SampleConfig
+from schemas.sample import Arithmetic, SampleConfig, SampledText
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class WorkerInfo:
     image_size: int
     precision: Arithmetic
     device: Literal["cpu", "cuda"]
+    text: SampledText | None = None
+    """Captions, of a student that was trained on them."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,19 @@ class SampledBatch:
 class SampleWorker:
     """Draws batches of images; runs as a Ray actor."""
 
+    embedder: PromptEmbedder | None = None
+    """Captions, of a student that was trained on them."""
+
     def load(
-        self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"], threads: int
+        self,
+        config: SampleConfig,
+        checkpoint: str,
+        device: Literal["cpu", "cuda"],
+        threads: int,
+        prompts: Prompts | None = None,
     ) -> WorkerInfo:
-        """Load the checkpoint at a path or URL that ``find_checkpoint`` returned. Raises
+        """Load the checkpoint at a path or URL that ``find_checkpoint`` returned. ``prompts`` are
+        those of the options, read where their file is; by default they are read here. Raises
         ``UserError``."""
         from pipeline.distributed.log_relay import set_up_worker_logging  # needs Ray
 
@@ -68,13 +86,14 @@ class SampleWorker:
         torch.set_num_threads(threads)
         try:
             with local_copy(checkpoint, config.weights) as local:
-                return self._load(config, str(local), device)
+                return self._load(config, str(local), device, prompts)
         except UserError as error:
             raise UserError(str(error)) from None  # subclasses may not survive pickling
 
     def draw(self, batch: ImageBatch, labels: list[int], *, pngs: bool) -> SampledBatch:
-        """Draw the images of ``batch`` with one label each. Raises ``UserError`` where the latents
-        are not finite, or where the GPU's memory does not suffice."""
+        """Draw the images of ``batch`` with one label each, or with their captions. Raises
+        ``UserError`` where the latents are not finite, or where the GPU's memory does not
+        suffice."""
         try:
             images = self._draw(batch, labels)
         except torch.OutOfMemoryError:
@@ -85,7 +104,11 @@ class SampleWorker:
         return SampledBatch(batch, images, tuple(map(_png, images)) if pngs else ())
 
     def _load(
-        self, config: SampleConfig, checkpoint: str, device: Literal["cpu", "cuda"]
+        self,
+        config: SampleConfig,
+        checkpoint: str,
+        device: Literal["cpu", "cuda"],
+        prompts: Prompts | None,
     ) -> WorkerInfo:
         self.config = config
         self.precision = choose_arithmetic(config.precision, device)
@@ -93,8 +116,15 @@ class SampleWorker:
             Path(checkpoint), config.weights, config.model, config.file_options
         )
         self.student = trained.student
-        check_sampler(self.student.config, config.sampler)
-        check_guidance(self.student.null_label, config.sampler, option="--sampler.guidance")
+        check_conditions(config, trained)
+        text = None
+        if trained.text_encoder is not None:
+            prompts = prompts or open_prompts(config)
+            assert prompts is not None
+            assert config.num is not None
+            self.embedder = PromptEmbedder(prompts, trained.text_encoder, config, device=device)
+            text = describe_prompts(prompts, trained.text_encoder, config)
+            text = text.model_copy(update={"truncated": self.embedder.truncated(config.num)})
         self.autoencoder = open_decoder(config.autoencoder, trained.encoder)
         weights = sha256_of_module(self.student)
         self.student.to(device)
@@ -112,6 +142,7 @@ class SampleWorker:
             image_size=self._image_size(device),
             precision=self.precision,
             device=device,
+            text=text,
         )
 
     def _image_size(self, device: str) -> int:
@@ -123,7 +154,7 @@ class SampleWorker:
     def _draw(self, batch: ImageBatch, labels: list[int]) -> np.ndarray[Any, Any]:
         latents = draw_latents(
             self.student,
-            labels,
+            labels if self.embedder is None else self.embedder(range(batch.first, batch.last + 1)),
             self.config.sampler,
             first_index=batch.first,
             precision=self.precision,

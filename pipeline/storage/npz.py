@@ -207,7 +207,7 @@ def read_about(archive: Archive) -> dict[str, Any]:
     return about
 
 
-IMAGES, LABELS = "arr_0", "labels"
+IMAGES, LABELS, CAPTIONS = "arr_0", "labels", "captions"
 
 
 @lru_cache(maxsize=256)
@@ -232,7 +232,8 @@ def write_npz(
     labels: np.ndarray[Any, Any],
     about: dict[str, Any],
 ) -> None:
-    """Write images (N, R, R, 3) as uint8 from their bytes, int64 labels (N,) and a JSON text.
+    """Write images (N, R, R, 3) as uint8 from their bytes, labels (N,), which are int64 or texts
+    (captions), and a JSON text.
 
     Equal images make equal files. Raises ``ValueError`` if ``pieces`` have another size.
     """
@@ -246,7 +247,10 @@ def write_npz(
                 left -= len(piece)
         if left:
             raise ValueError(f"images of shape {shape} lack {left} bytes")
-        archive.writestr(_entry(LABELS), npy_bytes(labels.astype(np.int64)))
+        if labels.dtype.kind == "U":
+            archive.writestr(_entry(CAPTIONS), npy_bytes(labels))
+        else:
+            archive.writestr(_entry(LABELS), npy_bytes(labels.astype(np.int64)))
         archive.writestr(_entry(ABOUT), npy_bytes(np.array(json.dumps(about))))
 
 

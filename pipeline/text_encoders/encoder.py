@@ -203,7 +203,7 @@ def _load(config: TextConfig, settings: Any) -> Any:
             return network.from_pretrained(config.encoder, config=settings, dtype=torch.float32)
     create = getattr(network, "from_config", network)
     try:
-        with _seeded(config.seed):
+        with seeded(config.seed):
             model = create(settings)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         reason = plain_text(str(error))[:200]
@@ -229,7 +229,8 @@ def _load_file(model: Any, config: TextConfig) -> None:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Draws of torch from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

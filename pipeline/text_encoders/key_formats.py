@@ -14,6 +14,16 @@ OPENAI_NAMES = {
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
+OPENAI_VISION = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+}
+"""Names below ``visual.`` and Transformers' below ``vision_model.``, one of them misspelt."""
 OPENAI_PARTS = {
     "attn.out_proj": "self_attn.out_proj",
     "ln_1": "layer_norm1",
@@ -52,6 +62,52 @@ def convert_weights(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
             shapes = f"{tuple(tensor.shape)}, the encoder's {tuple(wanted[full].shape)}"
             raise ValueError(f"{prefix}{name} has shape {shapes}")
         found[full] = tensor
+    return found
+
+
+def convert_clip(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file for a CLIP with both towers, of Transformers' names ``wanted``. Raises
+    ``ValueError`` naming a tensor that is missing or of another shape."""
+    text = {name: tensor for name, tensor in wanted.items() if name.startswith("text_model.")}
+    found = convert_weights(state, text)
+    mark = next((name for name in state if name.endswith("visual.class_embedding")), None)
+    if mark is not None:
+        prefix = mark.removesuffix("visual.class_embedding")
+        state = _clip_from_openai(
+            {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+        )
+    else:
+        last = "visual_projection.weight"
+        prefix = next((name.removesuffix(last) for name in state if name.endswith(last)), "")
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    for name in wanted.keys() - found.keys():
+        if name.endswith("position_ids"):
+            continue
+        if name not in state:
+            raise ValueError(f"{name} is missing")
+        if state[name].shape != wanted[name].shape:
+            shapes = f"{tuple(state[name].shape)}, the network's {tuple(wanted[name].shape)}"
+            raise ValueError(f"{name} has shape {shapes}")
+        found[name] = state[name]
+    return found
+
+
+def _clip_from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The image tower, projections and scale of OpenAI's CLIP and open_clip."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        own = name.removeprefix("visual.")
+        match = OPENAI_BLOCK.fullmatch(own)
+        if name in ("visual.proj", "text_projection"):
+            kind = "visual" if name == "visual.proj" else "text"
+            found[f"{kind}_projection.weight"] = tensor.T
+        elif name == "logit_scale":
+            found[name] = tensor
+        elif own in OPENAI_VISION and own != name:
+            found[f"vision_model.{OPENAI_VISION[own]}"] = tensor
+        elif match is not None and own != name:
+            layer = f"vision_model.encoder.layers.{match[1]}."
+            found |= _block(layer, match[2], tensor)
     return found
 
 

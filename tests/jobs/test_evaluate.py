@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.evaluate.features.timm_network import FeatureNetwork
 from pipeline.store import Store
 from schemas.errors import UserError
 from tests.pipeline.evaluate.sets import about_samples, blobs
@@ -340,3 +341,93 @@ def test_rows_that_are_not_json_are_refused_before_the_work(
     sides = ("--samples", files / "samples.npz", "--reference", files / "real.npz", *NETWORK)
     with pytest.raises(UserError, match=r"line 1 of '.*evaluations.jsonl' is not an evaluation"):
         run(*sides, "--record", files / "nan", "--step", "1")
+
+
+class TinyInception(FeatureNetwork):
+    """A network in Inception's place whose input size stands for the resizing."""
+
+    def __init__(self, weights: str, *, device: str, resizing: str = "tensorflow") -> None:
+        super().__init__(
+            "test_resnet", "random", size=32 if resizing == "tensorflow" else 24, device=device
+        )
+        self.name, self.resizing = "inception-v3", resizing
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "resizing": self.resizing}
+
+
+def test_both_resizings_of_inception(
+    run: Callable[..., dict[str, Any]], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "pipeline.evaluate.features.inception.InceptionNetwork"
+    monkeypatch.setattr(place, TinyInception)
+    sides = ("--samples", files / "samples.npz", "--reference")
+    one = run(*sides, files / "real.npz")
+    other = run(*sides, files / "real.npz", "--inception-resizing", "pytorch")
+    assert (one["inception_resizing"], other["inception_resizing"]) == ("tensorflow", "pytorch")
+    assert "fid_pytorch" not in one
+    saved = ("--save-reference", files / "ref.npz")
+    both = run(*sides, files / "real.npz", "--inception-resizing", "both", *saved)
+    assert both["fid"] == one["fid"] != other["fid"]
+    assert both["fid_pytorch"] == pytest.approx(other["fid"])
+    again = run(*sides, files / "ref.npz", "--inception-resizing", "both")
+    assert again == pytest.approx(both)
+    assert run(*sides, files / "ref.npz")["fid"] == pytest.approx(one["fid"])
+    with pytest.raises(UserError, match="resizing is tensorflow, here it is pytorch"):
+        run(*sides, files / "ref.npz", "--inception-resizing", "pytorch")
+    with np.load(files / "ref.npz") as stored:
+        np.savez(files / "moments.npz", mu=stored["mu_pytorch"], sigma=stored["sigma_pytorch"])
+    theirs = run(*sides, files / "moments.npz", "--inception-resizing", "pytorch")
+    assert theirs["fid"] == pytest.approx(other["fid"])
+    with pytest.raises(UserError, match="is of Inception, and --network is another"):
+        run(*sides, files / "real.npz", *NETWORK, "--inception-resizing", "both")
+
+
+def test_clip_score_of_captioned_samples(
+    run: Callable[..., dict[str, Any]], files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pairs that the network gets, in an .npz and in a folder, which is read in another
+    order."""
+    seen: list[tuple[bytes, str]] = []
+
+    class Recorded:
+        name = "recorded"
+
+        def __init__(self, name: str, weights: str, **_: Any) -> None:
+            assert (name, weights) == ("openai/clip-vit-large-patch14", "random")
+
+        def add(self, images: torch.Tensor, captions: list[str]) -> None:
+            pairs = zip(_array(images), captions, strict=True)
+            seen.extend((image.tobytes(), caption) for image, caption in pairs)
+
+        def score(self) -> float:
+            return 12.5
+
+    monkeypatch.setattr("pipeline.evaluate.features.clip.ClipScore", Recorded)
+    images = _array(blobs(20, seed=0))
+    captions = [f"caption {number}" for number in range(20)]
+    expected = sorted((im.tobytes(), text) for im, text in zip(images, captions, strict=True))
+    np.savez(files / "texts.npz", images, captions=np.array(captions))
+    folder = files / "samples"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:06d}.png")
+    lines = [{"file": f"{n:06d}.png", "captions": [text]} for n, text in enumerate(captions)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rest = ("--reference", files / "real.npz", *NETWORK, "--clip-weights", "random")
+    for place in (files / "texts.npz", folder):
+        found = run("--samples", place, *rest)
+        assert (found["clip_score"], found["clip"]) == (12.5, "recorded")
+        assert sorted(seen) == expected
+        seen.clear()
+    run("--samples", files / "texts.npz", *rest, "--max-images", "9")
+    assert [text for _, text in seen] == captions[:9]
+    with pytest.raises(UserError, match="--samples has no captions: expected 'captions'"):
+        run("--samples", files / "samples.npz", *rest)
+    (folder / "captions.jsonl").write_text(json.dumps(lines[0]))
+    with pytest.raises(UserError, match=r"captions.jsonl has no caption of 0000\d\d.png"):
+        run("--samples", folder, *rest)
+    np.savez(files / "texts.npz", images, captions=np.array(captions[:3]))
+    with pytest.raises(UserError, match="expected a text for each image"):
+        run("--samples", files / "texts.npz", *rest)

@@ -39,6 +39,7 @@ RECIPE_KINDS = {
     "irepa_run": lambda recipes: list(recipes.configs["irepa"]["runs"]),
     "repa2_run": lambda recipes: list(recipes.values("repa2_loss_values")),
     "reg_sampler_run": lambda recipes: list(recipes.configs["reg_sampler"]["runs"]),
+    "t2i_sampler_run": lambda recipes: list(recipes.configs["t2i_sampler"]["runs"]),
     "reg_path": lambda recipes: list(recipes.values("reg_loss_values")),
     "t2i_variant": lambda recipes: sorted(recipes.values("t2i_train_values").keys() - {"config"}),
 }

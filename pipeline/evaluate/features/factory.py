@@ -6,7 +6,7 @@ import torch
 
 from pipeline.evaluate.features.base import Network
 from pipeline.evaluate.features.timm_network import FeatureNetwork
-from schemas.evaluate import EvaluateConfig
+from schemas.evaluate import EvaluateConfig, Resizing
 from schemas.run import RunEvaluationConfig
 
 NetworkOptions = EvaluateConfig | RunEvaluationConfig
@@ -14,14 +14,20 @@ NetworkOptions = EvaluateConfig | RunEvaluationConfig
 
 
 def open_network(
-    options: NetworkOptions, *, device: torch.device | str, option: str = "--network"
+    options: NetworkOptions,
+    *,
+    device: torch.device | str,
+    option: str = "--network",
+    resizing: Resizing = "tensorflow",
 ) -> Network:
-    """The network of FIDs: Inception, unless ``options`` name another one. Raises ``UserError``."""
+    """The network of FIDs: Inception with ``resizing``, unless ``options`` name another one. Raises
+    ``UserError``."""
     if options.network is None:
         # other networks do not need torch-fidelity
         from pipeline.evaluate.features.inception import InceptionNetwork
 
-        return InceptionNetwork(options.inception_weights or "hub", device=device)
+        weights = options.inception_weights or "hub"
+        return InceptionNetwork(weights, device=device, resizing=resizing)
     assert options.network_weights is not None
     return FeatureNetwork(
         options.network,

@@ -1,5 +1,9 @@
 """The Inception network of published FIDs (Szegedy et al., arXiv 1512.00567; TensorFlow's weights
-of 2015-12-05), in torch-fidelity's port with TensorFlow's resizing."""
+of 2015-12-05), in torch-fidelity's port.
+
+ADM's and torch-fidelity's numbers are with TensorFlow 1's bilinear resizing, whose samples are not
+at pixel centres; pytorch-fid's, and with it U-ViT's, REPA's and HASTE's on MS-COCO, with PyTorch's.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
@@ -22,6 +27,7 @@ from pipeline.precision import check_finite
 from pipeline.storage.files import redact
 from pipeline.teachers.weights import read_state_dict
 from schemas.errors import UserError, plain_text
+from schemas.evaluate import Resizing
 
 NAME = "inception-v3"
 WIDTH = 2048
@@ -42,9 +48,17 @@ class InceptionNetwork:
     size = 299
     width = WIDTH
 
-    def __init__(self, weights: str, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        weights: str,
+        *,
+        device: torch.device | str = "cpu",
+        resizing: Resizing = "tensorflow",
+    ) -> None:
         """``weights`` is a file with the keys of torch-fidelity and pytorch-fid, or ``hub``:
         torch's cache, with a download if needed. Raises ``UserError`` with the file's URL."""
+        self.resizing = resizing
+        self._pixels: Tensor | None = None
         self.shown_weights = redact(weights)
         state = _download() if weights == "hub" else _read(weights)
         copy = io.BytesIO()  # torch-fidelity unpickles its argument: pass only checked tensors
@@ -69,17 +83,30 @@ class InceptionNetwork:
         # ADM's "mixed_6/conv:0" is the first branch, after its ReLU, of the block Mixed_6d of
         # PyTorch ports, according to torch-fidelity's table of names
         self._model.Mixed_6d.branch1x1.register_forward_hook(self._save_spatial)
+        if resizing == "pytorch":  # the port resizes by itself, just before this layer
+            self._model.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (self._pixels,))
 
     @property
     def identity(self) -> dict[str, Any]:
         """Values that must be equal for features to be comparable, for files."""
-        return {"network": NAME, "size": self.size, "weights_sha256": self.weights_sha256}
+        return {
+            "network": NAME,
+            "size": self.size,
+            "weights_sha256": self.weights_sha256,
+            "resizing": self.resizing,
+        }
 
     def extract(self, images_B3RR: Tensor) -> NetworkOutput:
         """Features of "pool_3:0" (B, 2048); spatial features (B, 2023), 17 x 17 positions with 7
         channels in TensorFlow's order; logits (B, 1008) without the bias, as in ADM's evaluator."""
+        images = images_B3RR.to(self.device)
         with torch.inference_mode(), full_precision():
-            features, logits = self._model(images_B3RR.to(self.device))
+            if self.resizing == "pytorch":
+                size = (self.size, self.size)
+                resized = F.interpolate(images / 255, size, mode="bilinear", align_corners=False)
+                self._pixels = 2 * resized - 1
+            features, logits = self._model(images)
+        self._pixels = None
         assert self._spatial is not None
         spatial, self._spatial = self._spatial, None
         return NetworkOutput(features, spatial, logits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePosixPath
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.datasets.captions import read_caption_lines
 from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
 from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.reader import FileReader
@@ -22,7 +23,7 @@ from pipeline.storage.files import list_source, open_url, redact
 from pipeline.storage.npz import fitting_rows
 from pipeline.storage.redaction import without_secrets
 from schemas.errors import UserError, plain_text
-from schemas.sample import ABOUT_FILE, LABELS_FILE, SampleAbout
+from schemas.sample import ABOUT_FILE, CAPTIONS_FILE, LABELS_FILE, SampleAbout
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class FolderImages:
     ) -> None:
         """``resolution`` is the side in pixels of the centre crop, as in ADM; without it all images
         must have the same size. Raises ``UserError``."""
-        self._where = f"{option} '{redact(place)}'"
+        self._place, self._where = place, f"{option} '{redact(place)}'"
         self._resolution = resolution
         filesystem, root = open_url(place, what=option)
         try:
@@ -61,6 +62,7 @@ class FolderImages:
         if ABOUT_FILE in names:
             self.info = read_folder_info(filesystem, root, self._where)
         known = {ABOUT_FILE, LABELS_FILE} if self.info is not None else set()
+        known.add(CAPTIONS_FILE)
         others = len(set(names) - set(images) - known)
         if others:
             logger.warning("%s: skipped %d files that are not images", self._where, others)
@@ -76,6 +78,18 @@ class FolderImages:
         width, height = self._size or (resolution or 0, resolution or 0)
         self._bytes = 3 * width * height
         self.kind = f"{width}x{height} pictures of a folder"
+
+    def captions(self) -> Sequence[str] | None:
+        """From captions.jsonl, the first of each image; its lines are those of ``--captions`` of an
+        extraction, too. Raises ``UserError`` naming an image without one."""
+        try:
+            by_file = read_caption_lines(f"{self._place.rstrip('/')}/{CAPTIONS_FILE}")
+        except FileNotFoundError:
+            return None
+        bare = next((item.path for item in self._items if not by_file.get(item.path)), None)
+        if bare is not None:
+            raise UserError(f"{self._where}: {CAPTIONS_FILE} has no caption of {bare}")
+        return [by_file[item.path][0] for item in self._items]
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """uint8 (B, 3, H, W), see ``Images``. Raises ``UserError`` naming an image that cannot be

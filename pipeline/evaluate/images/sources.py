@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from pipeline.evaluate.images.folder import FolderImages
 from pipeline.evaluate.images.sample_info import parse_sample_info
 from pipeline.evaluate.images.store import StoreImages
 from pipeline.storage.files import is_local, open_url, redact
-from pipeline.storage.npz import Archive, read_about
+from pipeline.storage.npz import CAPTIONS, Archive, read_about
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.sample import SampleAbout
@@ -22,6 +22,8 @@ IMAGES = "arr_0"
 """Name of the images in ADM's .npz files: numpy's name for the first unnamed array."""
 MAX_PIXELS = 1 << 24
 """Pixels of one image in an .npz: 4096 x 4096, 48 MiB."""
+MAX_CAPTIONS = 1 << 32
+"""Bytes of the captions in an .npz."""
 
 
 class Images(Protocol):
@@ -33,6 +35,10 @@ class Images(Protocol):
     """Description of their origin, for people and files."""
     info: SampleAbout | None
     """Description of samples that ``jobs/sample.py`` drew."""
+
+    def captions(self) -> Sequence[str] | None:
+        """The caption of each image; None where there are none."""
+        ...
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """uint8 (B, 3, H, W) with B at most ``size``, and fewer images where a batch would exceed
@@ -92,6 +98,18 @@ class ArchiveImages:
         self.count = shape[0] if limit is None else min(limit, shape[0])
         self.kind = f"{shape[2]}x{shape[1]} images of an .npz"
         self.info = parse_sample_info(read_about(archive), archive.where)
+
+    def captions(self) -> Sequence[str] | None:
+        if CAPTIONS not in self._archive:
+            return None
+        header = self._archive.header(CAPTIONS)
+        if header.dtype.kind != "U" or header.shape != self._archive.header(IMAGES).shape[:1]:
+            raise UserError(
+                f"{self._archive.where}: '{CAPTIONS}' is {header.dtype} {header.shape}; expected "
+                "a text for each image"
+            )
+        texts: list[str] = self._archive.array(CAPTIONS, MAX_CAPTIONS).tolist()
+        return texts[: self.count]
 
     def batches(self, size: int) -> Iterator[Tensor]:
         for block in self._archive.blocks(IMAGES, size, self.count):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pipeline.autoencoders import Autoencoder, decode_means, open_decoder
 from pipeline.store import Store, StreamReader
+from pipeline.store.captions import unpack_texts
 from schemas.errors import UserError
+from schemas.fields import TEXT
 from schemas.sample import SampleAbout
 
 logger = logging.getLogger(__name__)
@@ -55,14 +57,29 @@ class StoreImages:
             store.shown_url,
         )
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, R, R)."""
+    def captions(self) -> Sequence[str] | None:
+        """The first caption of each image."""
+        streams = self._store.manifest.text_streams.items()
+        name = next((name for name, stream in streams if TEXT in stream.columns), None)
+        if name is None:
+            return None
+        reader = StreamReader(self._store, name, columns=[TEXT])
+        parts = (reader.read(*places)[TEXT] for places in self._places(1024))
+        return [unpack_texts(row)[0] for part in parts for row in part]
+
+    def _places(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Shards and rows of the images, ``size`` at a time."""
         positions = (
             (shard, row) for shard, samples in enumerate(self._samples) for row in range(samples)
         )
         selected = itertools.islice(positions, self.count)
         while batch := list(itertools.islice(selected, size)):
             shards, rows = (np.array(numbers) for numbers in zip(*batch, strict=True))
+            yield shards, rows
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """uint8 (B, 3, R, R)."""
+        for shards, rows in self._places(size):
             stored = self._reader.read(shards, rows)
             if self._vae is None:
                 yield torch.from_numpy(stored["crop"]).permute(0, 3, 1, 2)

@@ -58,13 +58,15 @@ class RunEvaluation:
             )
         if sampler.group.is_main:
             check_rows(folder)
-        self.classes = sampler.classes.trained
+        embedder = sampler.embedder
+        self.classes = () if embedder is not None else sampler.classes.trained
         self.sampling = Sampling.of(
             config.samples.sampler,
             labels="random",
             classes=self.classes,
             decoder_sha256=sampler.autoencoder.weights_sha256,
             precision=sampler.precision,
+            captions_sha256=None if embedder is None else embedder.prompts.sha256(options.images),
         )
 
     def due(self, step: int) -> bool:
@@ -89,7 +91,10 @@ class RunEvaluation:
         found = FeatureStatistics(
             len(self.reference.mean), shift=self.reference.mean, device=group.device
         )
-        labels = choose_labels("random", self.classes, self.seed, 0, self.images)
+        if sampler.embedder is None:
+            labels = choose_labels("random", self.classes, self.seed, 0, self.images)
+        else:
+            labels = list(range(self.images))
         broken = 0
         for batch in sampler.sample(student, labels, pause):
             broken += batch.broken

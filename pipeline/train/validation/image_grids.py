@@ -20,13 +20,24 @@ from pipeline.train.validation.schedule import Pause, is_due
 from pipeline.visualization.image_grid import save_grid
 from schemas.run import RunConfig
 
+MAX_CAPTIONS = 8
+"""Captions of a grid, one a row."""
+
 
 class SampleGrids:
-    """``samples/step-STEP.png`` of a run, from the same noise and classes at every step."""
+    """``samples/step-STEP.png`` of a run, from the same noise and classes or captions at every
+    step."""
 
     def __init__(self, config: RunConfig, sampler: DistributedSampler, folder: Path) -> None:
         self.every, self.last = config.samples.every, config.steps
-        self.classes = grid_classes(config, sampler.classes)
+        embedder = sampler.embedder
+        self.captions: list[str] = []
+        if embedder is None:
+            self.rows = grid_classes(config, sampler.classes)
+        else:
+            self.rows = tuple(range(min(MAX_CAPTIONS, embedder.prompts.count)))
+            texts = embedder.prompts.texts(self.rows)
+            self.captions = [text for text in texts for _ in range(config.samples.per_class)]
         self.per_class = config.samples.per_class
         self.sampler = sampler
         self.folder = folder / SAMPLES
@@ -37,7 +48,7 @@ class SampleGrids:
     def draw(self, student: Student, step: int, pause: Pause) -> list[dict[str, Any]]:
         """Draw the grid; every rank calls this, the main rank writes it. Returns metrics events."""
         sampler, group = self.sampler, self.sampler.group
-        labels = [label for label in self.classes for _ in range(self.per_class)]
+        labels = [label for label in self.rows for _ in range(self.per_class)]
         size = sampler.resolution
         images = torch.zeros(len(labels), 3, size, size, dtype=torch.uint8, device=group.device)
         broken = 0
@@ -56,6 +67,8 @@ class SampleGrids:
     def _write(self, images: Tensor, step: int) -> None:
         path = self.folder / f"step-{step:09d}.png"
         temporary = path.with_name(f"{TEMPORARY}{path.name}")
-        names = [row_name(label, self.sampler.classes) for label in self.classes]
-        save_grid(images, temporary, columns=self.per_class, row_names=names)
+        captions, names = self.captions, []
+        if not captions:
+            names = [row_name(label, self.sampler.classes) for label in self.rows]
+        save_grid(images, temporary, self.per_class, row_names=names, captions=captions)
         os.replace(temporary, path)

@@ -15,10 +15,31 @@ from pipeline.models import Student
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import plan_batches
 from pipeline.sampling.generate import check_guidance, check_sampler, draw_latents
+from pipeline.sampling.prompts import PromptEmbedder, open_prompts
 from pipeline.train.validation.schedule import Pause
 from schemas.errors import UserError
 from schemas.run import RunConfig
+from schemas.sample import SampleConfig, SampleTextConfig
 from schemas.store import Manifest
+
+
+def _open_captions(
+    config: RunConfig, manifest: Manifest, device: torch.device
+) -> PromptEmbedder | None:
+    """The captions to draw, of a student that reads captions. Raises ``UserError``."""
+    if config.student.family != "MMDiT":
+        return None
+    samples, stream = config.samples, config.diffusion.text_stream
+    store = None if samples.captions is not None else samples.store or config.store
+    own = samples.store is None and samples.captions is None
+    text = SampleTextConfig(stream=stream if own else None)
+    options = SampleConfig(
+        captions=samples.captions, store=store, sampler=samples.sampler, text=text
+    )
+    prompts = open_prompts(options)
+    assert prompts is not None
+    encoder = manifest.text_stream(stream)[1].encoder
+    return PromptEmbedder(prompts, encoder, options, device=device)
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,7 @@ class DistributedSampler:
         check_sampler(config.student, self.options.sampler, option="--samples.sampler.method")
         null_label = config.student.num_classes if config.diffusion.label_drop else None
         check_guidance(null_label, self.options.sampler, option="--samples.sampler.guidance")
+        self.embedder = _open_captions(config, manifest, group.device)
         self.autoencoder = open_decoder(
             self.options.autoencoder, manifest.autoencoder, option="--samples.autoencoder"
         )
@@ -55,8 +77,9 @@ class DistributedSampler:
     def sample(
         self, student: Student, labels: Sequence[int], pause: Pause
     ) -> Iterator[SampledBatch]:
-        """Batches of this rank's share of one image per label. Every rank calls it and consumes it
-        to the end. Raises ``UserError`` where GPU memory is too small."""
+        """Batches of this rank's share of one image per label, which is a class or the number of a
+        caption. Every rank calls it and consumes it to the end. Raises ``UserError`` where GPU
+        memory is too small."""
         batches = plan_batches(len(labels), self.options.batch_size)
         rank, world_size = self.group.rank, self.group.world_size
         with self._autoencoder_on_device():
@@ -71,7 +94,7 @@ class DistributedSampler:
         with self.enough_memory(len(labels)):
             latents = draw_latents(
                 student,
-                labels,
+                labels if self.embedder is None else self.embedder(labels),
                 self.options.sampler,
                 path=self.path,
                 first_index=numbers.start,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.checkpoints.integrity import write_state
 from pipeline.cli.config_files import merge, read_yaml
@@ -221,6 +222,30 @@ def test_no_text_of_a_run_becomes_markup(
     outside = re.sub(r'(?:content|src)="[^"]*"', "", page)
     assert "http" not in outside.replace("http-equiv", "")
     assert "default-src 'none'" in page.replace("&#x27;", "'")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (json.dumps(["a red bus", HOSTILE, "a red bus", 3]), ["a red bus", "&lt;img src=x"]),
+        ("[", []),
+        ("{}", []),
+    ],
+)
+def test_captions_stand_below_their_pictures(
+    text: str, shown: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    draw(run / "samples", range(100, 200, 100))
+    texts = PngInfo()
+    texts.add_itxt("captions", text)
+    file = run / "samples" / "step-000000100.png"
+    Image.new("RGB", (64, 48)).save(file, pnginfo=texts)
+    page, found = report(capsys, run)
+    assert found["warnings"] == []
+    assert len(re.findall("<li>a red bus</li>", page)) == len(shown[:1])
+    assert all(f"<li>{caption}" in page for caption in shown)
+    assert (f"<summary>{len(shown)} captions</summary>" in page) == bool(shown)
 
 
 def test_long_texts_of_a_run_are_shortened(

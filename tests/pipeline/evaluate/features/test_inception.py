@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from pipeline.evaluate.features.inception import GRID, SPATIAL_CHANNELS, InceptionNetwork
 from pipeline.evaluate.inception_score import InceptionScore
 from pipeline.evaluate.measure import measure
-from pipeline.evaluate.metrics import compare
+from pipeline.evaluate.metrics import RESIZINGS, compare
 from pipeline.evaluate.precision_recall import precision_recall
 from schemas.errors import UserError
 from tests.pipeline.evaluate.sets import ArrayImages, blobs
@@ -106,6 +106,29 @@ def test_spatial_features_are_the_first_channels_in_tensorflows_order(weights: P
     assert places.std() > 0
     for channel in range(7):
         torch.testing.assert_close(places[..., channel], seen[0][0, channel])
+
+
+def test_pytorchs_resizing_is_that_of_pytorch_fid(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pytorch-fid resizes images in [0, 1] and maps them to [-1, 1]; torch-fidelity's port
+    subtracts 128 from what its own resizing returns, and divides by 128."""
+    images = blobs(2, seed=3)
+    found = InceptionNetwork(str(weights), resizing="pytorch").extract(images)
+    usual = InceptionNetwork(str(weights)).extract(images)
+    module = "torch_fidelity.feature_extractor_inceptionv3"
+
+    def resized(x: torch.Tensor, size: tuple[int, int], align_corners: bool) -> torch.Tensor:
+        x = torch.nn.functional.interpolate(x / 255, size, mode="bilinear", align_corners=False)
+        return (2 * x - 1) * 128 + 128
+
+    monkeypatch.setattr(f"{module}.interpolate_bilinear_2d_like_tensorflow1x", resized)
+    expected = InceptionNetwork(str(weights)).extract(images)
+    for one, other, plain in zip(found, expected, usual, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert (one - plain).abs().max() > 1e-3
+    identities = [InceptionNetwork(str(weights), resizing=r).identity for r in RESIZINGS]
+    assert identities[0] != identities[1]
 
 
 def test_other_weights_are_refused_with_the_url(tmp_path: Path) -> None:
