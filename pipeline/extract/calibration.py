@@ -234,8 +234,13 @@ def make_searches(subject: Subject, codec: CalibratedSet, fixed: frozenset[str])
         if not columns:
             continue
         usual = CODEC_SETS[codec][KIND_OF[columns[0]]]
-        family = codec_family(usual) or "sqrt"
-        start = int(usual.removeprefix(family)) if codec_family(usual) else FIRST_ROOT
+        family, start = codec_family(usual), FIRST_ROOT
+        if family is not None:
+            start = int(usual.removeprefix(family))
+        elif columns == ("attention",):
+            family = "sqrt"
+        else:  # a codec without levels
+            continue
         layered = columns[0] not in {"tokens", "features"}
         rows = range(len(subject.teacher.layers)) if layered else (None,)
         searches += [Search(columns, family, start, row) for row in rows]
@@ -246,7 +251,7 @@ def check_tensors(subject: Subject, fixed: frozenset[str]) -> None:
     """Raises ``UserError`` naming the image with NaN or an infinity, or a column that is the same
     for every token of every image: its errors would say nothing."""
     first: dict[str, Tensor] = {}
-    constant = dict.fromkeys(stepped_columns(subject.columns, fixed), True)
+    constant = dict.fromkeys(["features", *stepped_columns(subject.columns, fixed)], True)
     for rows, tokens in _chunks(subject, subject.tokens):
         values = subject.values(tokens, subject.cut, subject.precision)
         targets = subject.targets(values, subject.columns)
