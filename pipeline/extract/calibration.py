@@ -380,12 +380,12 @@ def _measure(
 
 
 def upper_bound(errors_M: Tensor) -> float:
-    """The mean and ``STANDARD_ERRORS`` of it, over images."""
+    """The mean and ``STANDARD_ERRORS`` of it, over images. One image does not tell how others
+    differ: their standard deviation is taken to be the mean."""
     errors = errors_M.double()
     mean = float(errors.mean())
-    if len(errors) < 2:
-        return mean
-    return mean + STANDARD_ERRORS * float(errors.std()) / math.sqrt(len(errors))
+    spread = float(errors.std()) if len(errors) > 1 else mean
+    return mean + STANDARD_ERRORS * spread / math.sqrt(len(errors))
 
 
 def _share_cbrt8(searches: Sequence[Search]) -> None:

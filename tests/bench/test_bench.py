@@ -25,6 +25,7 @@ TINY = {
             for part in (f"--teacher.model-args.{name}", str(value))
         ),
     ],
+    "calibration": ["--weights", "plain", "--codecs", "faithful", "--calibrated", "2"],
     "backends": ["--places", "disk", "--forms", "tiny", "--repeats", "1"],
     "step": [
         *["--student", "SiT-S/2", "--depth", "2", "--width", "96", "--batch", "2"],
@@ -46,6 +47,7 @@ TINY = {
     "shuffle": ["--samples", "2000", "--classes", "10", "--windows", "1,8", "--batches", "5"],
     "commands": ["--only", "pipeline.report", "--rounds", "1", "--starts", "0"],
 }
+TINY["calibration"] += TINY["frontier"]
 
 
 SLOW = ("arithmetic",)
