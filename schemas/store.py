@@ -406,6 +406,12 @@ class TeacherStream(Strict):
     calibration: Calibration | None = Field(default=None, exclude_if=_is_none)
     """Measurement that chose the steps of its codecs; None for fixed steps."""
 
+    @model_validator(mode="after")
+    def _calibrates_its_columns(self) -> TeacherStream:
+        if self.calibration is not None and not self.calibration.columns <= self.columns.keys():
+            raise ValueError(f"its calibration is not of its columns {', '.join(self.columns)}")
+        return self
+
 
 CLASS_CODECS: tuple[CodecName, ...] = ("float16", "bfloat16", "float32")
 """Codecs of class tokens."""

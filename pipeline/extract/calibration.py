@@ -234,8 +234,13 @@ def make_searches(subject: Subject, codec: CalibratedSet, fixed: frozenset[str])
         if not columns:
             continue
         usual = CODEC_SETS[codec][KIND_OF[columns[0]]]
-        family = codec_family(usual) or "sqrt"
-        start = int(usual.removeprefix(family)) if codec_family(usual) else FIRST_ROOT
+        family, start = codec_family(usual), FIRST_ROOT
+        if family is not None:
+            start = int(usual.removeprefix(family))
+        elif columns == ("attention",):
+            family = "sqrt"
+        else:  # a codec without levels
+            continue
         layered = columns[0] not in {"tokens", "features"}
         rows = range(len(subject.teacher.layers)) if layered else (None,)
         searches += [Search(columns, family, start, row) for row in rows]
@@ -246,7 +251,7 @@ def check_tensors(subject: Subject, fixed: frozenset[str]) -> None:
     """Raises ``UserError`` naming the image with NaN or an infinity, or a column that is the same
     for every token of every image: its errors would say nothing."""
     first: dict[str, Tensor] = {}
-    constant = dict.fromkeys(stepped_columns(subject.columns, fixed), True)
+    constant = dict.fromkeys(["features", *stepped_columns(subject.columns, fixed)], True)
     for rows, tokens in _chunks(subject, subject.tokens):
         values = subject.values(tokens, subject.cut, subject.precision)
         targets = subject.targets(values, subject.columns)
@@ -375,12 +380,12 @@ def _measure(
 
 
 def upper_bound(errors_M: Tensor) -> float:
-    """The mean and ``STANDARD_ERRORS`` of it, over images."""
+    """The mean and ``STANDARD_ERRORS`` of it, over images. One image does not tell how others
+    differ: their standard deviation is taken to be the mean."""
     errors = errors_M.double()
     mean = float(errors.mean())
-    if len(errors) < 2:
-        return mean
-    return mean + STANDARD_ERRORS * float(errors.std()) / math.sqrt(len(errors))
+    spread = float(errors.std()) if len(errors) > 1 else mean
+    return mean + STANDARD_ERRORS * spread / math.sqrt(len(errors))
 
 
 def _share_cbrt8(searches: Sequence[Search]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -195,10 +196,9 @@ def measure_fidelity(
     found = Fidelity(
         info.cut, request.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
     )
-    calibration = info.calibration if run is None else None
-    chosen = _other_images(store, name, calibration) if calibration else None
-    found.calibration, found.others = calibration, chosen is None or bool(len(chosen))
-    shards, rows = _spread(store, count, chosen if found.others else None)
+    found.calibration = info.calibration if run is None else None
+    measured = () if found.calibration is None else set(found.calibration.keys)
+    shards, rows, found.others = _spread(store, count, measured)
     for start in range(0, len(shards), CHUNK):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
         crops = torch.from_numpy(source_images(where[0].tolist(), where[1].tolist()))
@@ -355,27 +355,29 @@ def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
 
 
 def _spread(
-    store: Store, count: int, among: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Shards and rows of samples that are evenly spaced in the store, or ``among`` these numbers of
-    samples."""
+    store: Store, count: int, measured: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Shards and rows of samples, evenly spaced in the store, without those that a calibration
+    ``measured``; False in the end if there are no others, and these are taken."""
     sizes = np.asarray(store.index().samples_per_shard)
-    total = int(sizes.sum()) if among is None else len(among)
+    total = int(sizes.sum())
     if not total:
         raise UserError(f"store '{store.shown_url}' holds no samples")
-    chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
-    chosen = chosen if among is None else among[chosen]
     ends = np.cumsum(sizes)
-    shards = np.searchsorted(ends, chosen, side="right")
-    return shards, chosen - (ends - sizes)[shards]
 
+    def places(of: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = np.unique(np.linspace(0, total - 1, min(of, total)).round().astype(np.int64))
+        shards = np.searchsorted(ends, chosen, side="right")
+        return shards, chosen - (ends - sizes)[shards]
 
-def _other_images(store: Store, name: str, calibration: Calibration) -> np.ndarray:
-    """Numbers of the samples, in the order of shards, that a calibration did not measure."""
-    measured = set(calibration.keys)
-    shards = range(store.manifest.num_shards)
-    keys = (key for shard in shards for key in store.record(shard).keys)
-    return np.asarray([n for n, key in enumerate(keys) if key not in measured], dtype=np.int64)
+    shards, rows = places(count + len(measured))
+    pairs = zip(shards.tolist(), rows.tolist(), strict=True)
+    others = np.asarray([not measured or store.record(s).keys[r] not in measured for s, r in pairs])
+    if not others.any():
+        return *places(count), False
+    shards, rows = shards[others], rows[others]
+    thinned = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64)
+    return shards[thinned], rows[thinned], True
 
 
 def _compare(found: Fidelity, exact: Targets, decoded: Targets) -> None:

@@ -8,10 +8,12 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.extract.calibration import Subject, calibrate, first_block
 from pipeline.targets.cuts import cut_columns, with_steps
-from schemas.codecs import PROMISES
+from pipeline.teachers import Teacher
+from schemas.codecs import PROMISES, CalibratedSet
 from tests.bench.frontier import Bench, make_teacher
 from tests.bench.images import load_crops
 from tests.bench.options import CalibrationOptions as Options
@@ -48,18 +50,16 @@ def run(options: Options) -> Report:
         about[f"weights {weights}"] = describe(teacher, crops[others][:4], options.layers[0])
         with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
             bench = Bench(options, teacher, crops[others], folder)
-            with torch.no_grad():
-                parts = [teacher.embed(teacher.preprocess(one)) for one in crops[measured].split(1)]
-                first = first_block(teacher)
-                tokens = torch.cat([teacher.run_blocks(one, 0, first)[0] for one in parts])
             for cut in options.cuts:
+                own = bench.teachers[cut]  # with the layers of the cut
+                tokens = _tokens(own, crops[measured])
                 table = Table(f"{cut}, {weights} weights", HEADINGS)
                 for codec in options.codecs:
-                    fixed = cut_columns(cut, teacher.info(), options.resolution, codec)
+                    fixed = cut_columns(cut, own.info(), options.resolution, codec)
                     began = time.perf_counter()
                     subject = Subject(
                         cut=cut,
-                        teacher=teacher,
+                        teacher=own,
                         columns=fixed,
                         keys=tuple(str(n) for n in range(len(tokens))),
                         tokens=tokens,
@@ -93,7 +93,15 @@ def run(options: Options) -> Report:
     return Report(about, tables)
 
 
-def _kept(row: Row, codec: str) -> str:
+@torch.no_grad()
+def _tokens(teacher: Teacher, crops: Tensor) -> Tensor:
+    """Tokens that enter the first stored layer, in batches of one, as the store's."""
+    first = first_block(teacher)
+    parts = [teacher.embed(teacher.preprocess(one)) for one in crops.split(1)]
+    return torch.cat([teacher.run_blocks(one, 0, first)[0] for one in parts])
+
+
+def _kept(row: Row, codec: CalibratedSet) -> str:
     promise = PROMISES[codec]
     kept = row["kl"] <= promise.kl
     for name in ("feature_cosine", "gradient_cosine"):

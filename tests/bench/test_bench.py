@@ -25,6 +25,7 @@ TINY = {
             for part in (f"--teacher.model-args.{name}", str(value))
         ),
     ],
+    "calibration": ["--weights", "plain", "--codecs", "faithful", "--calibrated", "2"],
     "backends": ["--places", "disk", "--forms", "tiny", "--repeats", "1"],
     "step": [
         *["--student", "SiT-S/2", "--depth", "2", "--width", "96", "--batch", "2"],
@@ -49,6 +50,7 @@ TINY = {
     "commands": ["--only", "pipeline.report", "--rounds", "1", "--starts", "0"],
     "scaling": ["--workers", "[]", "--encoders", "20", "--shards", "50"],
 }
+TINY["calibration"] += TINY["frontier"]
 
 
 SLOW = ("arithmetic", "scaling")
