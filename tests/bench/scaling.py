@@ -148,7 +148,7 @@ def _watch(
     try:
         while len(points) < 2:
             if done() >= (last if points else first):
-                points.append(_usage(process.pid))
+                points.append(usage(process.pid))
             elif process.poll() is not None or time.monotonic() > deadline:
                 end = (folder / "log").read_text()[-2000:]
                 raise UserError(f"{' '.join(command)} did not reach {last}: {end}")
@@ -161,7 +161,7 @@ def _watch(
     return Usage(*(after - before for before, after in zip(*points, strict=True)))
 
 
-def _usage(root: int) -> Usage:
+def usage(root: int) -> Usage:
     """Use until now by a live process, its descendants and their ended children."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
