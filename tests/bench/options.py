@@ -311,8 +311,8 @@ class ScalingOptions(BenchOptions):
 
     works: tuple[Literal["extraction", "training"], ...] = ("extraction", "training")
     """Work to measure: the demo's, which is fixed."""
-    workers: tuple[int, ...] = (1, 2, 4)
-    """Numbers of workers of one thread; '[]' measures the driver only."""
+    workers: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 4)
+    """Numbers of workers of one thread, at most 8; '[]' measures the driver only."""
     rounds: int = Field(default=3, ge=1)
     """Rounds in which both ways do the work once; ratios are of one round, medians are reported."""
     steps: int = Field(default=80, ge=10)

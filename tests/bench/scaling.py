@@ -2,8 +2,9 @@
 
 Each run is a command of its own. Between two points of its fixed work, when all workers are busy,
 the wall time and the CPU time of all of its processes are taken: with Ray those of its daemons and
-of the driver too. CPU time excludes other programs, so its ratio is valid on a busy machine; the
-ratio of wall times shows waiting, and needs an idle one.
+of the driver too. CPU time excludes other programs, so its ratio says something on a busy machine,
+where the daemons' constant share of a core weighs more than on an idle one, because the work takes
+longer. The ratio of wall times shows waiting too, and needs an idle machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.datasets.digits import digits_images
 from pipeline.runs.directory import METRICS
@@ -40,6 +41,7 @@ HEADINGS = (
     Heading("cpu_seconds_ray", "CPU s Ray", ".2f"),
     Heading("cpu_efficiency", "efficiency, CPU", ".3f"),
     Heading("spread", "from .. to"),
+    Heading("daemons", "Ray's daemons, of a core", ".3f"),
     Heading("wall_efficiency", "wall", ".3f"),
 )
 DRIVER_HEADINGS = (
@@ -50,6 +52,16 @@ DRIVER_HEADINGS = (
     Heading("shards_per_cpu_second", "shards / CPU s", ".0f"),
     Heading("wall_shards_per_second", "shards / s", ".0f"),
 )
+
+
+class Usage(NamedTuple):
+    """Seconds between two points of a run."""
+
+    wall: float
+    cpu: float
+    """Of all of its processes."""
+    daemons: float
+    """Of those that are neither the command nor its workers."""
 
 
 def run(options: Options) -> Report:
@@ -73,7 +85,7 @@ def run(options: Options) -> Report:
 
 def _row(work: str, workers: int, scratch: Path, options: Options) -> Row:
     """Medians over rounds, in each of which both ways do the work once."""
-    found: dict[str, list[tuple[float, float]]] = {"plain": [], "ray": []}
+    found: dict[str, list[Usage]] = {"plain": [], "ray": []}
     for number in range(options.rounds):
         for way, values in found.items():
             folder = scratch / f"{work}-{workers}-{number}-{way}"
@@ -81,23 +93,22 @@ def _row(work: str, workers: int, scratch: Path, options: Options) -> Row:
             values.append(_measure(work, way, workers, folder, options))
             print(f"{work}, {workers} workers, {way}: {values[-1]}", file=sys.stderr, flush=True)
     pairs = list(zip(found["plain"], found["ray"], strict=True))
-    wall = [plain[0] / ray[0] for plain, ray in pairs]
-    cpu = [plain[1] / ray[1] for plain, ray in pairs]
+    wall = [plain.wall / ray.wall for plain, ray in pairs]
+    cpu = [plain.cpu / ray.cpu for plain, ray in pairs]
     return {
         "work": work,
         "workers": workers,
-        "cpu_seconds_plain": statistics.median(plain[1] for plain, _ in pairs),
-        "cpu_seconds_ray": statistics.median(ray[1] for _, ray in pairs),
+        "cpu_seconds_plain": statistics.median(plain.cpu for plain, _ in pairs),
+        "cpu_seconds_ray": statistics.median(ray.cpu for _, ray in pairs),
         "cpu_efficiency": statistics.median(cpu),
         "spread": f"{min(cpu):.3f} .. {max(cpu):.3f}",
+        "daemons": statistics.median(ray.daemons / ray.wall for _, ray in pairs),
         "wall_efficiency": statistics.median(wall),
     }
 
 
-def _measure(
-    work: str, way: str, workers: int, folder: Path, options: Options
-) -> tuple[float, float]:
-    """Wall and CPU seconds of a run's work between two points."""
+def _measure(work: str, way: str, workers: int, folder: Path, options: Options) -> Usage:
+    """Seconds of a run's work between two points."""
     if work == "extraction":
         units = -(-len(digits_images(8)[0]) // SHARD_SIZE)
         first, last = 2 * workers, units - 2 * workers
@@ -126,18 +137,18 @@ def _make_training_store(folder: Path) -> None:
 
 def _watch(
     command: list[str], folder: Path, done: Callable[[], int], first: int, last: int
-) -> tuple[float, float]:
+) -> Usage:
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=log, stderr=log, start_new_session=True
         )
-    points: list[tuple[float, float]] = []
+    points: list[Usage] = []
     deadline = time.monotonic() + MAX_SECONDS
     try:
         while len(points) < 2:
             if done() >= (last if points else first):
-                points.append((time.perf_counter(), _cpu_seconds(process.pid)))
+                points.append(usage(process.pid))
             elif process.poll() is not None or time.monotonic() > deadline:
                 end = (folder / "log").read_text()[-2000:]
                 raise UserError(f"{' '.join(command)} did not reach {last}: {end}")
@@ -147,12 +158,11 @@ def _watch(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    (wall, cpu), (wall_after, cpu_after) = points
-    return wall_after - wall, cpu_after - cpu
+    return Usage(*(after - before for before, after in zip(*points, strict=True)))
 
 
-def _cpu_seconds(root: int) -> float:
-    """User and system seconds of a live process, its descendants and their ended children."""
+def usage(root: int) -> Usage:
+    """Use until now by a live process, its descendants and their ended children."""
     parents: dict[int, int] = {}
     ticks: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
@@ -169,4 +179,15 @@ def _cpu_seconds(root: int) -> float:
     while len(tree) > size:
         size = len(tree)
         tree |= {pid for pid, parent in parents.items() if parent in tree}
-    return sum(ticks[pid] for pid in tree if pid in ticks) / TICKS
+    seconds = {pid: ticks[pid] / TICKS for pid in tree if pid in ticks}
+    daemons = sum(used for pid, used in seconds.items() if pid != root and not _works(pid))
+    return Usage(time.perf_counter(), sum(seconds.values()), daemons)
+
+
+def _works(pid: int) -> bool:
+    """True for the processes that do the work, not Ray's daemons beside them."""
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(word in title for word in (b"EncoderActor", b"RayTrainWorker"))

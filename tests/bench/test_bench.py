@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from schemas.errors import UserError
 from tests.bench.__main__ import BENCHES, main
+from tests.bench.scaling import usage
 
 TEACHER = {
     "patch-size": 4,
@@ -102,6 +106,25 @@ def test_tables_are_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 3
     assert len({len(line) for line in lines}) == 1
     assert "### image, plain weights" in out
+
+
+def test_the_use_of_a_run_has_its_children() -> None:
+    """Of those that have ended too; the child does no work of the pipeline."""
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    before = usage(os.getpid())
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    after = usage(os.getpid())
+    assert after.cpu - before.cpu >= 0.29
+    assert after.wall - before.wall >= 0.29
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", f"{busy}\nprint(flush=True)\ninput()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert waiting.stdout is not None
+    waiting.stdout.readline()
+    assert usage(os.getpid()).daemons - after.daemons >= 0.29
+    waiting.communicate(b"\n")
 
 
 def test_an_unknown_bench_is_named() -> None:

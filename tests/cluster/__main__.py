@@ -67,6 +67,8 @@ def drill(options: DrillOptions, folder: Path) -> dict[str, object]:
     # Ray's own take a minute to miss a node whose link is gone with it
     checks = {"period_ms": 1000, "timeout_ms": 4000, "failure_threshold": 3}
     variables |= {f"RAY_health_check_{name}": str(value) for name, value in checks.items()}
+    # after a notice Ray 2.60 waits so long for workers of the node that has gone
+    variables |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
     try:
         network = Loopback() if reason else Namespaces()
         with EmulatedCluster(folder, variables, network) as cluster:

@@ -190,6 +190,29 @@ def reason_against_building() -> str | None:
     return None if free > 12 << 30 else f"{free >> 30} GB are free, and the wheels need 12"
 
 
+class Buildah:
+    """Images in a folder. A context manager, which removes them."""
+
+    def __init__(self, folder: Path) -> None:
+        places = ["--root", str(folder / "storage"), "--runroot", str(folder / "run")]
+        for driver in ("overlay", "vfs"):  # which works everywhere, and copies every layer
+            self.command = ["buildah", *places, "--storage-driver", driver]
+            done = subprocess.run([*self.command, "from", "scratch"], capture_output=True)
+            if done.returncode == 0:
+                return
+        pytest.skip(f"buildah has no storage here: {done.stderr.decode()[-200:]}")
+
+    def __call__(self, *words: str) -> str:
+        return call(*self.command, *words)
+
+    def __enter__(self) -> Buildah:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self("rm", "--all")
+        self("rmi", "--all", "--force")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_image_for_cpus_is_built_and_works(tmp_path: Path) -> None:
@@ -198,53 +221,41 @@ def test_the_image_for_cpus_is_built_and_works(tmp_path: Path) -> None:
     reason = reason_against_building()
     if reason:
         pytest.skip(reason)
-    drivers = ("overlay", "vfs")
-    places = ["--root", str(tmp_path / "storage"), "--runroot", str(tmp_path / "run")]
     base, venv = tmp_path / "base", tmp_path / "venv"
     venv.mkdir()
     call("debootstrap", "--variant=minbase", "bookworm", str(base))
     own = Path("/usr/local/share/ca-certificates")  # of this machine's network, where it has any
     shutil.copytree(own, base / own.relative_to("/"), dirs_exist_ok=True)
-    driver = next(
-        d
-        for d in drivers
-        if subprocess.run(
-            ["buildah", *places, "--storage-driver", d, "from", "scratch"], capture_output=True
-        ).returncode
-        == 0
-    )
-    buildah = ["buildah", *places, "--storage-driver", driver]
-    container = call(*buildah, "from", "scratch").strip()
-    call(*buildah, "add", "--quiet", container, str(base), "/")
-    call(*buildah, "commit", "--quiet", "--rm", container, "localhost/debian:bookworm")
-    options = ["--isolation", "chroot", "--target", "cpu", "--volume", f"{venv}:/opt/venv"]
-    options += ["--build-arg", "BASE=localhost/debian:bookworm", "--tag", "haste:cpu"]
-    if not reachable(CPU_INDEX):  # the wheels of PyPI work on CPUs too, and are larger
-        options += ["--build-arg", "PIP_EXTRA_INDEX_URL="]
-    call(*buildah, "bud", *options, "--file", "docker/Dockerfile", ".")
+    with Buildah(tmp_path) as buildah:
+        container = buildah("from", "scratch").strip()
+        buildah("add", "--quiet", container, str(base), "/")
+        buildah("commit", "--quiet", "--rm", container, "localhost/debian:bookworm")
+        options = ["--isolation", "chroot", "--target", "cpu", "--volume", f"{venv}:/opt/venv"]
+        options += ["--build-arg", "BASE=localhost/debian:bookworm", "--tag", "haste:cpu"]
+        if not reachable(CPU_INDEX):  # the wheels of PyPI work on CPUs too, and are larger
+            options += ["--build-arg", "PIP_EXTRA_INDEX_URL="]
+        buildah("bud", *options, "--file", "docker/Dockerfile", ".")
 
-    container = call(*buildah, "from", "haste:cpu").strip()
-    mounts = ["--isolation", "chroot", "--volume", f"{venv}:/opt/venv:ro"]
+        container = buildah("from", "haste:cpu").strip()
+        mounts = ["--isolation", "chroot", "--volume", f"{venv}:/opt/venv:ro"]
 
-    def inside(*words: str) -> str:
-        return call(*buildah, "run", *mounts, container, "--", *words)
+        def inside(*words: str) -> str:
+            return buildah("run", *mounts, container, "--", *words)
 
-    assert inside("id", "-u").strip() == "10001"
-    assert inside("python", "-m", "pipeline.extract", "--help").startswith("usage: ")
-    assert "commands: extract" in inside("haste")
-    store = "/home/haste/store"
-    words = ["--dataset", "demo", "--store", store, "--actors", "1"]
-    assert "is complete: 1797 samples" in inside("haste", "extract", *words)
-    assert inside("haste", "inspect", store).startswith(f"{store}: complete")
-    shown = json.loads(call(*buildah, "inspect", "--type", "image", "haste:cpu"))
-    assert shown["OCIv1"]["config"]["Entrypoint"] == ["haste"]
-    (image,) = json.loads(call(*buildah, "images", "--json", "haste:cpu"))
-    folders = call(
-        "du", "-sm", str(venv), *map(str, venv.glob("lib/python3*/site-packages/nvidia"))
-    )
-    print(f"image {image['size']}, and MB of its environment:", folders)
-    call(*buildah, "rm", "--all")
-    call(*buildah, "rmi", "--all", "--force")
+        assert inside("id", "-u").strip() == "10001"
+        assert inside("python", "-m", "pipeline.extract", "--help").startswith("usage: ")
+        assert "commands: extract" in inside("haste")
+        store = "/home/haste/store"
+        words = ["--dataset", "demo", "--store", store, "--actors", "1"]
+        assert "is complete: 1797 samples" in inside("haste", "extract", *words)
+        assert inside("haste", "inspect", store).startswith(f"{store}: complete")
+        shown = json.loads(buildah("inspect", "--type", "image", "haste:cpu"))
+        assert shown["OCIv1"]["config"]["Entrypoint"] == ["haste"]
+        assert shown["OCIv1"]["config"]["Cmd"] == ["help"]
+        (image,) = json.loads(buildah("images", "--json", "haste:cpu"))
+        parts = sorted(venv.glob("lib/python3*/site-packages/nvidia"))
+        folders = call("du", "-sm", str(venv), *map(str, parts))
+        print(f"image {image['size']}; its environment and CUDA's part of it, MB:\n{folders}")
 
 
 def reachable(url: str) -> bool:
