@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
+from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.checkpoints.selection import latest_state, search_latest_valid
 from pipeline.checkpoints.state import verify_finite
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import StopSignals
-from pipeline.train.loop import train
+from pipeline.runs.compatibility import resolve_run
+from pipeline.store import Store
+from pipeline.train.loop import run_training
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
@@ -22,10 +28,20 @@ def train_here(
     SIGTERM and Ctrl-C end it with a checkpoint and a ``StoppedError``. ``group`` names the device;
     the default is the CPU. Returns the summary.
     """
+    assert config.store is not None
     checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
     with StopSignals() as signals:
         try:
-            resume = latest_checkpoint(folder, verify_finite)
-            return train(config, folder, checkpoints.save, group=group, resume=resume, poll=signals)
+            state = latest_state(checkpoints)
+            where = None if state is None else checkpoints.where(state.step)
+            config = resolve_run(config, Store.open(config.store).manifest, state, where)
+            latest = _result(search_latest_valid(checkpoints, folder, verify_finite))
+            return run_training(config, folder, checkpoints.save, latest, group=group, poll=signals)
         except StoppedError as stop:
             raise StoppedError(str(stop), signals.exit_code) from None
+
+
+@contextmanager
+def _result(search: Future[tuple[int, Path] | None]) -> Iterator[Path | None]:
+    found = search.result()
+    yield None if found is None else found[1]
