@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -89,6 +90,16 @@ def latest_valid(
     if damaged:
         raise _none_is_valid(checkpoints, steps)
     return None
+
+
+def search_latest_valid(
+    checkpoints: Checkpoints, scratch: Path, check: Callable[[Path], object] = verify
+) -> Future[tuple[int, Path] | None]:
+    """``latest_valid`` in a thread, because reading takes as long as building a model does."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="verify")
+    search = pool.submit(latest_valid, checkpoints, scratch, check)
+    pool.shutdown(wait=False)
+    return search
 
 
 def latest_state(checkpoints: Checkpoints) -> CheckpointState | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
-from pipeline.checkpoints.selection import checkpoint_name
+from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.checkpoints.selection import checkpoint_name, latest_state, search_latest_valid
 from pipeline.checkpoints.state import CheckpointContents, verify_finite
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import StopSignals
-from pipeline.train.loop import train
+from pipeline.runs.compatibility import resolve_run
+from pipeline.store import Store
+from pipeline.train.loop import run_training
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
@@ -29,6 +33,7 @@ def train_here(
     the default is the CPU. ``on_checkpoint`` is called with the folder of every checkpoint once it
     is written, and with that of the one from which the run continues. Returns the summary.
     """
+    assert config.store is not None
     checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
 
     def save(step: int, contents: CheckpointContents) -> None:
@@ -38,9 +43,21 @@ def train_here(
 
     with StopSignals() as signals:
         try:
-            resume = latest_checkpoint(folder, verify_finite)
-            if resume is not None and on_checkpoint is not None:
-                on_checkpoint(resume)
-            return train(config, folder, save, group=group, resume=resume, poll=signals)
+            state = latest_state(checkpoints)
+            where = None if state is None else checkpoints.where(state.step)
+            config = resolve_run(config, Store.open(config.store).manifest, state, where)
+            search = search_latest_valid(checkpoints, folder, verify_finite)
+            latest = _result(search, on_checkpoint)
+            return run_training(config, folder, save, latest, group=group, poll=signals)
         except StoppedError as stop:
             raise StoppedError(str(stop), signals.exit_code) from None
+
+
+@contextmanager
+def _result(
+    search: Future[tuple[int, Path] | None], on_checkpoint: Callable[[Path], None] | None
+) -> Iterator[Path | None]:
+    found = search.result()
+    if found is not None and on_checkpoint is not None:
+        on_checkpoint(found[1])
+    yield None if found is None else found[1]

@@ -226,7 +226,9 @@ class TrainingLoop:
         row.update(self.meter.take(self._measured_losses()))
         if self.trainer.aligned and self._has_ramp:
             row["alignment_factor"] = self.trainer.factor  # of the row's last step
+        before = time.perf_counter()
         row.update(self.parts.throughput.rates(row["images_per_second"]))
+        self.meter.leave_out(time.perf_counter() - before)  # the first call counts FLOPs
         for name, count in self.group.sum_counts(self._bytes_now()).items():
             row[f"bytes_read_{name}"] = count
             new = count - self.bytes_logged.get(name, 0)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.checkpoints.integrity import verify
-from pipeline.checkpoints.selection import Checkpoints, latest_valid
+from pipeline.checkpoints.local import LocalCheckpoints
+from pipeline.checkpoints.selection import Checkpoints, search_latest_valid
 from pipeline.checkpoints.state import CheckpointContents, verify_finite
 from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.distributed.process_group import ProcessGroup
@@ -317,15 +318,32 @@ class _Saver:
             self.poller.saved(self._request)
 
 
-@contextmanager
 def _latest(
     checkpoints: Checkpoints, group: ProcessGroup, local_rank: int
-) -> Iterator[Path | None]:
-    """The latest valid checkpoint, chosen and verified by the main rank for all workers. A remote
-    one is fetched, and verified, by one worker of each node."""
+) -> AbstractContextManager[Path | None]:
+    """The latest valid checkpoint, chosen and verified by the main rank for all workers. A local
+    one is verified from now on, while the run is built. A remote one is fetched, and verified, by
+    one worker of each node, when the context is entered, because it is deleted at its end."""
     scratch = Path(tempfile.gettempdir())
     scratch /= f"haste-checkpoint-{group.broadcast_int(random.getrandbits(48))}"
-    found = latest_valid(checkpoints, scratch, verify_finite) if group.is_main else None
+    search = None
+    if group.is_main and isinstance(checkpoints, LocalCheckpoints):
+        search = search_latest_valid(checkpoints, scratch, verify_finite)
+    return _fetched(search, checkpoints, scratch, group, local_rank)
+
+
+@contextmanager
+def _fetched(
+    search: Future[tuple[int, Path] | None] | None,
+    checkpoints: Checkpoints,
+    scratch: Path,
+    group: ProcessGroup,
+    local_rank: int,
+) -> Iterator[Path | None]:
+    found = None
+    if group.is_main:
+        search = search or search_latest_valid(checkpoints, scratch, verify_finite)
+        found = search.result()
     step = group.broadcast_int(-1 if found is None else found[0])
     if step < 0:
         yield None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -132,11 +133,16 @@ class Throughput:
     """TFLOP/s and MFU, from the FLOPs of the student alone, so that runs are comparable."""
 
     def __init__(self, student: StudentConfig, group: ProcessGroup) -> None:
-        self._flops = STEP * student_flops(student)
+        self._student = student
         self._workers = group.world_size
         self._peak = None
         if group.device.type == "cuda":
             self._peak = peak_tflops(torch.cuda.get_device_name(group.device))
+
+    @cached_property
+    def _flops(self) -> float:
+        """Counted when it is needed, because that takes as long as a step."""
+        return STEP * student_flops(self._student)
 
     def rates(self, images_per_second: float) -> dict[str, float]:
         """``tflops_per_worker`` and, on GPUs with a known data sheet, ``mfu``: the share of the

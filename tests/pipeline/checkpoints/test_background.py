@@ -297,6 +297,19 @@ def test_a_stop_waits(run_config: Make, tmp_path: Path, steps: Steps) -> None:
     assert steps.events == ["step 1", "step 2", "written"]
 
 
+def test_a_stop_whose_checkpoint_fails_is_not_one_with_a_checkpoint(
+    run_config: Make, tmp_path: Path
+) -> None:
+    asked = iter([StopRequest.GO_ON] * 2 + [StopRequest.STOP])
+
+    def save(step: int, contents: CheckpointContents) -> None:
+        time.sleep(0.2)
+        raise UserError("no space left in 'runs'")
+
+    with pytest.raises(UserError, match="no space left"):
+        train(run_config(), tmp_path, save, poll=lambda: next(asked))
+
+
 def test_termination_validation_and_summary_wait(
     run_config: Make, tmp_path: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +387,17 @@ def test_a_run_that_diverges_names_the_checkpoint_that_was_being_written(
     ):
         train(run_config(checkpoint={"every": 2}), tmp_path, save)
     assert keeper.steps() == [2]
+
+
+def test_a_run_that_diverges_names_no_checkpoint_that_failed(
+    run_config: Make, tmp_path: Path
+) -> None:
+    def save(step: int, contents: CheckpointContents) -> None:
+        time.sleep(0.5)
+        raise UserError("no space left in 'runs'")
+
+    with spoiled(0, range(3, 9)), pytest.raises(UserError, match="no space left"):
+        train(run_config(checkpoint={"every": 2}), tmp_path, save)
 
 
 @pytest.mark.parametrize("on", [True, False])
