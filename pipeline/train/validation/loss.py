@@ -12,20 +12,25 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.store_identity import store_identity
-from pipeline.models import SiT
+from pipeline.models import Student
 from pipeline.randomness import Purpose
 from pipeline.runs.metrics import VALIDATION_LOSS
 from pipeline.sampling.batches import plan_batches
 from pipeline.store import Batch, Store, StreamReader
 from pipeline.store.errors import DamagedShardError
+from pipeline.store.reading.caption_reader import CaptionReader
 from pipeline.store.reading.holdout import RankedSamples, ranked_samples
 from pipeline.train.noise import SampleNoise, draw
 from pipeline.train.trainer import Inputs, Trainer
 from pipeline.train.validation.schedule import Pause, is_due
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
+from schemas.store import caption_column
 
-STORE_ONLY = ("dataset.", "shard_size", "samples_per_shard.")
+STORE_ONLY = (
+    *("dataset.", "shard_size", "samples_per_shard."),
+    *("text.captions_sha256", "text.columns"),
+)
 """Properties in which a validation store may differ from the run's store."""
 UNALIGNED = AlignmentConfig(feature_weight=0, attention_weight=0)
 
@@ -34,9 +39,9 @@ class ValidationLoss:
     """Measures the loss of the same samples each time: those of the lowest ranks of their keys.
 
     Posterior and noise of a sample are functions of its key and ``validation.seed``, equal at all
-    times. Samples are labelled. Workers take whole batches of a fixed division, and the losses of
-    single samples are summed in the order of their ranks in float64, so that the result does not
-    depend on the number of workers: bit-identical on CPUs with equally many threads.
+    times. No label or caption is dropped. Workers take whole batches of a fixed division, and the
+    losses of single samples are summed in the order of their ranks in float64, so that the result
+    does not depend on the number of workers: bit-identical on CPUs with equally many threads.
     """
 
     def __init__(self, trainer: Trainer, store: Store, held_out: RankedSamples | None) -> None:
@@ -107,7 +112,7 @@ class ValidationLoss:
         batches = -(-len(self.samples.ranks) // self.options.batch_size)
         return -(-batches // self.trainer.group.world_size)
 
-    def _losses(self, student: SiT, inputs: Inputs) -> Tensor:
+    def _losses(self, student: Student, inputs: Inputs) -> Tensor:
         """Losses (1, B), (2, B) with a class token, in the arithmetic of the training, but never
         compiled, because the sizes of these batches would recompile the training's graphs."""
         trainer, token = self.trainer, inputs.class_token
@@ -129,8 +134,7 @@ class ValidationLoss:
         group, config = self.trainer.group, self.trainer.config
         batches = plan_batches(len(self.samples.ranks), self.options.batch_size)
         names = self.trainer.data_streams
-        # scattered samples: never fetch a whole file for one
-        readers = {name: StreamReader(self.store, name, whole_file_limit=0) for name in names}
+        readers = {name: self._open_reader(name) for name in names}
         for batch in batches[group.rank :: group.world_size]:
             places = np.arange(batch.first, batch.first + batch.count)
             columns, places = self._readable(readers, places)
@@ -149,14 +153,32 @@ class ValidationLoss:
         for reader in readers.values():
             reader.close()
 
+    def _open_reader(self, stream: str) -> StreamReader | CaptionReader:
+        """Its captions are those of epoch 0 and ``validation.seed``, none dropped. Samples are
+        scattered: a whole file is never fetched for one."""
+        captions = self.trainer.captions
+        if captions is None or stream != captions.stream:
+            return StreamReader(self.store, stream, whole_file_limit=0)
+        return CaptionReader(
+            self.store, stream, seed=self.options.seed, drop=0.0, whole_file_limit=0
+        )
+
     def _readable(
-        self, readers: Mapping[str, StreamReader], places: np.ndarray
+        self, readers: Mapping[str, StreamReader | CaptionReader], places: np.ndarray
     ) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
         """The samples at ``places``; with quarantine, only those that can be read."""
 
         def read(some: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
             shards, rows = self.samples.shards[some], self.samples.rows[some]
-            return {name: dict(reader.read(shards, rows)) for name, reader in readers.items()}
+            first = np.zeros(len(some), np.int64)
+            return {
+                name: dict(
+                    reader.columns(shards, rows, first)
+                    if isinstance(reader, CaptionReader)
+                    else reader.read(shards, rows)
+                )
+                for name, reader in readers.items()
+            }
 
         try:
             return read(places), places
@@ -184,7 +206,8 @@ class ValidationLoss:
         tokens = self.trainer.class_tokens
         stream = None if tokens is None else tokens.stream
         other.require_complete("latents", *([] if stream is None else [stream]))
-        wanted, found = (store_identity(store, UNALIGNED, stream) for store in (own, other))
+        captions = None if self.trainer.captions is None else self.trainer.captions.stream
+        wanted, found = (_identity(store, stream, captions) for store in (own, other))
         for name in {**wanted, **found}:
             if not name.startswith(STORE_ONLY) and wanted.get(name) != found.get(name):
                 raise UserError(
@@ -192,6 +215,17 @@ class ValidationLoss:
                     f"is {found.get(name)}, that of the run's store is {wanted.get(name)}"
                 )
         return other
+
+
+def _identity(store: Store, class_stream: str | None, captions: str | None) -> dict[str, Any]:
+    """Properties of a store; of captions those of the first, because another store may hold more
+    of an image."""
+    if captions is None:
+        return store_identity(store, UNALIGNED, class_stream)
+    store.require_complete(captions)
+    _, info = store.manifest.text_stream(captions)
+    identity = store_identity(store, UNALIGNED, class_stream, (captions, info.encoder))
+    return identity | {"caption": info.columns[caption_column(0)].model_dump()}
 
 
 def _finite(value: np.floating[Any]) -> float | None:

@@ -18,12 +18,14 @@ from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.student import load_trained_student
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models import MMDiT
+from pipeline.randomness import Purpose, generator
 from pipeline.runs.compatibility import resolve_run
-from pipeline.runs.metrics import read_metrics
+from pipeline.runs.metrics import VALIDATION_LOSS, read_metrics
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store, StreamReader
 from pipeline.store.captions import load_null
 from pipeline.store.codecs import decode_column
-from pipeline.store.reading.caption_reader import choose_captions
+from pipeline.store.reading.caption_reader import CaptionReader, choose_captions
+from pipeline.store.reading.holdout import key_rank
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.noise import draw
 from pipeline.train.trainer import Trainer
@@ -315,3 +317,56 @@ def test_shards_train_what_copies_train(text_config: Make, tmp_path: Path) -> No
         changes = {"optimizer": EPS, "compute": {**compute, "compile": "off"}}
         train_on(2, text_config(workers={"count": 2, "micro_batch": 3}, **changes), tmp_path / name)
     assert_same_run(tmp_path / "copies", tmp_path / "shards")
+
+
+def test_held_out_captions_are_measured_as_the_formula_says(
+    text_config: Make, text_store: Store, tmp_path: Path
+) -> None:
+    """(v - (noise - x))^2 with the caption of epoch 0, none dropped, in plain torch; the same from
+    two stores."""
+    validation = {"every": 3, "times": (0.3,), "batch_size": 2}
+    config = text_config(
+        steps=3, data={"holdout": 0.4}, validation=validation, checkpoint={"every": 3}
+    )
+    run(config, tmp_path / "run")
+    (row,) = [
+        r
+        for r in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if r.get("event") == VALIDATION_LOSS
+    ]
+    newest = latest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    student = load_trained_student(newest, "model").student
+    captions = CaptionReader(text_store, seed=0, drop=0.0)
+    found = []
+    for number in range(22):
+        rank = key_rank(f"sample-{number}")
+        if rank >= 0.4 * 2**64:
+            continue
+        shard, place = (np.array([value]) for value in divmod(number, 6))
+        stored = StreamReader(text_store, "latents").read(shard, place)
+        rng = generator(Purpose.VALIDATION, 0, rank)
+        rng.random(2, dtype=np.float32)
+        posterior, noise = (
+            torch.from_numpy(rng.standard_normal((1, 4, 8, 8), dtype=np.float32)) for _ in range(2)
+        )
+        mean, std = (torch.from_numpy(stored[part]).float() for part in ("mean", "std"))
+        x = 0.5 * (mean + std * posterior)
+        context = captions.read(shard, place, np.zeros(1, np.int64)).values.float()
+        with torch.no_grad():
+            v = student(0.7 * x + 0.3 * noise, torch.tensor([0.3]), context).prediction
+        found.append((v - (noise - x)).square().mean().item())
+    assert len(found) >= 2
+    assert row["validation_model"] == pytest.approx(np.mean(found), rel=1e-5)
+
+    other = add_text_stream(make_random_store(tmp_path / "other", samples=9))
+    manifest = Path(other.root, "manifest.json")
+    manifest.write_text(manifest.read_text().replace("0" * 64, "9" * 64))
+    config = text_config(steps=3, validation={**validation, "store": other.url})
+    run(config, tmp_path / "second")
+    (row,) = [
+        r
+        for r in read_metrics(tmp_path / "second" / "metrics.jsonl")
+        if r.get("event") == VALIDATION_LOSS
+    ]
+    assert np.isfinite(row["validation_ema"])
