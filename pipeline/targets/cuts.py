@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
-from pipeline.store.codecs import encode_column, find_codec
+from pipeline.store.codecs import encode_column, find_codec, same_numbers
 from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
@@ -23,7 +23,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
     "faithful": {
-        "activations": "tokens23",
+        "activations": "rice23",
         "features": "rms26",
         "factors": "heads28",
         "probabilities": "cbrt8",
@@ -116,7 +116,7 @@ def codec_set_of(columns: Mapping[str, Column]) -> CodecSet | None:
     """The codec set that a cut's columns were stored with; None for crops and mixed codecs."""
     if columns.keys() <= KIND_OF.keys():
         for codec, chosen in CODEC_SETS.items():
-            if all(column.codec == chosen[KIND_OF[n]] for n, column in columns.items()):
+            if all(same_numbers(column.codec, chosen[KIND_OF[n]]) for n, column in columns.items()):
                 return codec
     return None
 

@@ -11,7 +11,7 @@ from typing import Any
 from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
-DIGESTS = {2: "06a31973ca2e6b11d0dfca5ae77bfa434a5faf3d3bbb9d08d499d2a0c022d142"}
+DIGESTS = {2: "9be0515b0726d03e0d0559881ced4555602592fbc8e2f1f9a5bfe79be4cc4f22"}
 """Of the schema of each version, without its prose."""
 
 ADVICE = """

@@ -175,7 +175,7 @@ def test_an_addition_with_other_options_is_refused(images: Path, tmp_path: Path)
     extract(added(base))
     with pytest.raises(UserError, match="made with cut activations, this extraction has qk"):
         extract(added(base, cut="qk"))
-    with pytest.raises(UserError, match=r"made with codec of tokens tokens23, .* has tokens9"):
+    with pytest.raises(UserError, match=r"made with codec of tokens rice23, .* has tokens9"):
         extract(added(base, codec="small"))
     with pytest.raises(UserError, match=r"made with streams.second.teacher.weights_sha256"):
         extract(added(base, teacher={"weights": "random"}))
