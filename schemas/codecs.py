@@ -13,7 +13,7 @@ from schemas.fields import Seed
 
 _CODEC = (
     r"^(float32|float16|bfloat16|int64|uint8|int8(_group64|_outliers16|_centred)?|cbrt8"
-    r"|(tokens|rms|heads)[1-9][0-9]{0,2}|sqrt[1-9][0-9]{0,3})$"
+    r"|(tokens|rms|heads|rice)[1-9][0-9]{0,2}|sqrt[1-9][0-9]{0,3})$"
 )
 
 
@@ -22,8 +22,9 @@ def _codec_name(name: str) -> str:
         raise PydanticCustomError(
             "codec_name",
             "'{name}' is not a codec: there are float32, float16, bfloat16, int64, uint8, int8, "
-            "int8_group64, int8_outliers16, int8_centred and cbrt8; tokens, rms and heads followed "
-            "by 1 to 999 levels per RMS (tokens28); sqrt followed by 1 to 9999 levels (sqrt510)",
+            "int8_group64, int8_outliers16, int8_centred and cbrt8; rice, tokens, rms and heads "
+            "followed by 1 to 999 levels per RMS (rice28); sqrt followed by 1 to 9999 levels "
+            "(sqrt510)",
             {"name": name[:60]},
         )
     return name
@@ -32,8 +33,8 @@ def _codec_name(name: str) -> str:
 CodecName = Annotated[
     str, AfterValidator(_codec_name), WithJsonSchema({"type": "string", "pattern": _CODEC})
 ]
-"""Name of a codec of ``pipeline.store.codecs``. A number after tokens, rms or heads is its levels
-per RMS, after sqrt its levels per unit."""
+"""Name of a codec of ``pipeline.store.codecs``. A number after rice, tokens, rms or heads is its
+levels per RMS, after sqrt its levels per unit."""
 
 Lossless = Literal["none", "zstd", "blosc"]
 """'zstd' entropy-codes integers; 'blosc' shuffles bits first, for floats."""

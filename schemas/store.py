@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import add
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -520,6 +521,9 @@ class SkippedImage(Strict):
     error: str
 
 
+Checksum = Literal["crc32", "crc32c"]
+
+
 class Manifest(Strict):
     """Description of a store: manifest.json."""
 
@@ -535,6 +539,9 @@ class Manifest(Strict):
     num_shards: Annotated[int, Field(ge=0, le=1 << 24)]
     skipped: tuple[SkippedImage, ...] = ()
     """Images left out by --on-bad-image skip; filled in when the extraction is complete."""
+    checksum: Checksum = Field(default="crc32", exclude_if=lambda kind: kind == "crc32")
+    """Checksums in commit records: CRC-32C, which processors compute faster, or CRC-32 in stores of
+    earlier versions and what is converted from them."""
 
     @model_validator(mode="after")
     def _shards_cover_samples(self) -> Manifest:
@@ -694,7 +701,7 @@ class StreamFile(Strict):
     sizes: dict[PartName, list[Count]]
     """Per array: number of these bytes, after lossless compression, with a .npy header in tars."""
     crc32: dict[PartName, list[Annotated[int, Field(ge=0, lt=1 << 32)]]]
-    """Per array: CRC-32 of those bytes."""
+    """Per array: checksum of those bytes, of the kind that the manifest names."""
 
     @field_validator("file")
     @classmethod
@@ -711,7 +718,7 @@ class StreamFile(Strict):
             sizes = self.sizes[part]
             if not len(offsets) == len(sizes) == len(self.crc32[part]):
                 raise ValueError(f"array '{part}' has unequal offsets, sizes and crc32")
-            if any(o + n > self.bytes for o, n in zip(offsets, sizes, strict=True)):
+            if max(map(add, offsets, sizes), default=0) > self.bytes:
                 raise ValueError(f"array '{part}' reaches past the end of {self.file}")
         return self
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.convert.streams import OF_LAYERS, StreamPlan
-from pipeline.store.codecs import column_arrays, decode_column
+from pipeline.store.codecs import column_arrays, decode_column, relayout
 from pipeline.targets.cuts import class_values, cut_values, encode_values, later_cut_values
 from pipeline.teachers import Teacher
 from pipeline.teachers.attention_tap import qk_logits
@@ -50,6 +50,12 @@ class Recoded:
                 out |= {
                     part: self._rows(name, arrays[part]) for part in column_arrays(name, column)
                 }
+            elif self.plan.moves(name):
+                out |= _to_numpy(
+                    relayout(
+                        name, self.plan.before.columns[name], column, self._parts(name, arrays)
+                    )
+                )
             elif name == "attention" and name not in self.plan.before.columns:
                 query, key = self._decode("query", arrays), self._decode("key", arrays)
                 values[name] = torch.softmax(qk_logits(query, key), dim=-1)
@@ -60,14 +66,16 @@ class Recoded:
 
     def _decode(self, name: str, arrays: Arrays) -> Tensor:
         column = self.plan.before.columns[name]
-        parts = {
-            part: _to_device(self._rows(name, arrays[part]), self.device)
-            for part in column_arrays(name, column)
-        }
-        values = decode_column(name, column, parts).float()
+        values = decode_column(name, column, self._parts(name, arrays)).float()
         if name == "attention" and column.codec != "float32":
             values = values / values.sum(-1, keepdim=True)  # as in MapsTargets
         return values
+
+    def _parts(self, name: str, arrays: Arrays) -> dict[str, Tensor]:
+        return {
+            part: _to_device(self._rows(name, arrays[part]), self.device)
+            for part in column_arrays(name, self.plan.before.columns[name])
+        }
 
     def _rows(self, name: str, array: np.ndarray) -> np.ndarray:
         rows = self.plan.rows

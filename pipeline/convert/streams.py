@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeline.store import Store
-from pipeline.store.codecs import coarser_than
+from pipeline.store.codecs import coarser_than, same_numbers
 from pipeline.targets.cuts import codec_set_of, cut_columns
 from pipeline.targets.tail import first_tail_block
 from schemas.convert import ConvertConfig
@@ -91,6 +91,13 @@ class StreamPlan:
         if was is None or (self.reads is not None and column not in self.reads):
             return False
         return was.codec == self.after.columns[column].codec and not self.replays
+
+    def moves(self, column: str) -> bool:
+        """True if a column's numbers are kept bit for bit in another layout."""
+        was = self.before.columns.get(column)
+        if was is None or self.replays or self.copies(column):
+            return False
+        return same_numbers(was.codec, self.after.columns[column].codec)
 
     @property
     def computes(self) -> bool:

@@ -147,7 +147,8 @@ def _stream_bytes(columns: dict[str, Column]) -> int:
     total = 0
     for name, part in stream_parts(columns).items():
         column = columns[name.partition(".")[0]]
-        bits = find_codec(column.codec).bits_per_value if part.lossless != "none" else None
+        estimated = part.lossless != "none" or part.trimmed
+        bits = find_codec(column.codec).bits_per_value if estimated else None
         size = part.nbytes if bits is None else math.prod(column.shape) * bits / 8
         data = 3 if part.is_class else NPY_HEADER + round(size)
         total += TAR_BLOCK * (1 - -data // TAR_BLOCK)

@@ -117,6 +117,7 @@ def make_manifest(config: ExtractConfig, listing: Listing, description: Descript
     return Manifest(
         version=STORE_VERSION,
         format=config.format,
+        checksum="crc32c",
         dataset=DatasetInfo(
             name=config.dataset,
             source=source,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.storage.files import file_size, read_ranges
+from pipeline.store.checksums import extend
 from schemas.errors import plain_text
-from schemas.store import StreamFile
+from schemas.store import Checksum, StreamFile
 
 CHUNK_BYTES = 8 << 20
 """Bytes per read; bounds a thread's memory independently of the record."""
@@ -37,24 +37,25 @@ class Damage(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Byte range of one array of one sample, and its CRC-32."""
+    """Byte range of one array of one sample, and its checksum."""
 
     begin: int
     end: int
-    crc32: int
+    checksum: int
     row: int
     part: str
 
 
 class _Checksums:
-    """CRC-32 of every range of a file that is read in chunks."""
+    """Checksum of every range of a file that is read in chunks."""
 
-    def __init__(self, ranges: Sequence[_Range]) -> None:
+    def __init__(self, ranges: Sequence[_Range], kind: Checksum) -> None:
         """``ranges`` are sorted and do not overlap."""
+        self._kind = kind
         self.wrong: list[_Range] = []
         self._ranges = ranges
         self._finished = 0
-        self._crc32 = 0
+        self._found = 0
 
     def feed(self, begin: int, data: bytes) -> None:
         """The next bytes of the file; ``begin`` is where the previous ones ended."""
@@ -63,12 +64,13 @@ class _Checksums:
             current = self._ranges[self._finished]
             low, high = max(current.begin, begin), min(current.end, end)
             if low < high:
-                self._crc32 = zlib.crc32(view[low - begin : high - begin], self._crc32)
+                piece = view[low - begin : high - begin]
+                self._found = extend(self._kind, self._found, piece)
             if current.end > end:
                 return
-            if self._crc32 != current.crc32:
+            if self._found != current.checksum:
                 self.wrong.append(current)
-            self._finished, self._crc32 = self._finished + 1, 0
+            self._finished, self._found = self._finished + 1, 0
 
     @property
     def missing(self) -> list[_Range]:
@@ -82,6 +84,7 @@ def check_file(
     file: StreamFile,
     keys: Sequence[str],
     on_bytes: Callable[[int], None],
+    checksum: Checksum,
 ) -> list[tuple[str | None, str]]:
     """(sample, problem) for each damaged sample, (None, problem) for damage outside all samples.
     ``on_bytes`` is called with the bytes of each read. Raises the filesystem's own errors."""
@@ -96,7 +99,7 @@ def check_file(
     ranges = sorted(_ranges(file))
     if any(a.end > b.begin for a, b in itertools.pairwise(ranges)):
         return [*found, (None, "its record assigns the same bytes to two samples")]
-    digest, checksums = hashlib.sha256(), _Checksums(ranges)
+    digest, checksums = hashlib.sha256(), _Checksums(ranges, checksum)
     for begin, data in _read_chunks(filesystem, path, file.bytes):
         digest.update(data)
         checksums.feed(begin, data)
@@ -119,8 +122,8 @@ def check_file(
 def _ranges(file: StreamFile) -> Iterator[_Range]:
     for part, offsets in file.offsets.items():
         places = zip(offsets, file.sizes[part], file.crc32[part], strict=True)
-        for row, (begin, size, crc32) in enumerate(places):
-            yield _Range(begin, begin + size, crc32, row, part)
+        for row, (begin, size, checksum) in enumerate(places):
+            yield _Range(begin, begin + size, checksum, row, part)
 
 
 def _read_chunks(filesystem: Any, path: str, size: int) -> Iterator[tuple[int, bytes]]:

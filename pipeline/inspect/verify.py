@@ -172,7 +172,12 @@ class _Checker:
     ) -> list[tuple[str | None, str]]:
         try:
             return check_file(
-                self.store.filesystem, self.store.root, file, keys, on_bytes=self._progress
+                self.store.filesystem,
+                self.store.root,
+                file,
+                keys,
+                self._progress,
+                self.store.manifest.checksum,
             )
         except Exception as error:  # every fsspec backend raises its own types
             return [(None, f"cannot be read: {self.store.reason(error)}")]

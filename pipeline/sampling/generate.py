@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from pipeline.autoencoders import Autoencoder, decode_scaled
 from pipeline.diffusion.samplers import NullLabel, State, sample, sample_jointly
 from pipeline.models import MMDiT, Student
 from pipeline.precision import arithmetic, autocast_dtype
-from pipeline.randomness import Purpose, generator
+from pipeline.sampling.noise import NoiseAhead
 from schemas.diffusion import Convention, Path, SamplerConfig
 from schemas.errors import UserError
 from schemas.sample import Arithmetic
@@ -108,45 +107,34 @@ def draw_latents(
         shapes.append((student.config.class_token,))
     dtype = autocast_dtype(precision)
 
-    def normals(draw: int) -> list[Tensor]:
-        """Standard normal noise number ``draw`` of each image, (B, C, h, w), and of its class token
-        (B, E) if there is one, drawn in this order."""
-        rngs = [
-            generator(Purpose.SAMPLING, config.seed, first_index + i, draw) for i in range(len(y_B))
-        ]
-        return [
-            _to_device(
-                torch.from_numpy(np.stack([r.standard_normal(s, dtype=np.float32) for r in rngs])),
-                device,
-            )
-            for s in shapes
-        ]
-
     def predict(state: State, t: Tensor, y: Tensor) -> list[Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             token = {"class_token_BE": state[1]} if len(state) > 1 else {}
             out = student(state[0], t, y, **token)
         return [x for x in (out.prediction, out.class_prediction) if x is not None]
 
-    with arithmetic(precision):
+    images = range(first_index, first_index + len(y_B))
+    draws = 1 if config.method.startswith("ode") else config.steps
+    noise = NoiseAhead(config.seed, images, shapes, device, count=draws)
+    with arithmetic(precision), noise:
         if config.method == "ddpm":
             latents = sample(
                 lambda x, t, y: predict([x], t, y)[0],
-                normals(0)[0],
+                noise()[0],
                 y_B,
                 config,
                 null_label=null_label,
-                step_noise=lambda step: normals(step + 1)[0],
+                step_noise=lambda _: noise()[0],
             )
         else:
             latents = sample_jointly(
                 predict,
-                normals(0),
+                noise(),
                 y_B,
                 config,
                 null_label=null_label,
                 convention=student.convention if path is None else Convention(path=path),
-                step_noise=lambda step: normals(step + 1),
+                step_noise=lambda _: noise(),
             )[0]
     return latents.float()
 

@@ -15,7 +15,7 @@ FILLED_IN = ("null", "truncated")
 def check_same_store(saved: Manifest, wanted: Manifest, url: str) -> None:
     """Raises ``UserError`` when shards extracted now would not fit those that a store has. Paths
     and URLs are not compared, because they do not change what the files contain."""
-    ignore = ["skipped", "dataset.source", "dataset.empty_classes"]
+    ignore = ["skipped", "dataset.source", "dataset.empty_classes", "checksum"]
     if not saved.dataset.class_names:  # of an earlier version
         ignore.append("dataset.class_names")
     if None not in (saved.autoencoder.weights_sha256, wanted.autoencoder.weights_sha256):

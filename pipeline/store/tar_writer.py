@@ -6,15 +6,15 @@ import hashlib
 import io
 import os
 import tarfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.store.arrays import StoredArray, member_suffix, npy_member
+from pipeline.store.checksums import extend
 from pipeline.store.layout import tar_path
-from schemas.store import StreamFile
+from schemas.store import Checksum, StreamFile
 
 BLOCK = 512
 
@@ -23,8 +23,14 @@ class TarWriter:
     """Writes one stream of one shard as a local tar, and the file's entry for the commit record."""
 
     def __init__(
-        self, path: Path, stream: str, shard: int, parts: Mapping[str, StoredArray]
+        self,
+        path: Path,
+        stream: str,
+        shard: int,
+        parts: Mapping[str, StoredArray],
+        checksum: Checksum,
     ) -> None:
+        self._checksum = checksum
         self.path = path
         self.final = tar_path(stream, shard)
         self.parts = parts
@@ -44,7 +50,7 @@ class TarWriter:
             padded = -(-len(data) // BLOCK) * BLOCK
             self._offsets.setdefault(name, []).append(self._tar.offset - padded)
             self._sizes.setdefault(name, []).append(len(data))
-            self._crc32.setdefault(name, []).append(zlib.crc32(data))
+            self._crc32.setdefault(name, []).append(extend(self._checksum, 0, data))
 
     def finish(self) -> list[tuple[Path, StreamFile]]:
         """Close and flush to disk. Returns the local file and its entry in the commit record."""

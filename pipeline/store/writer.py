@@ -116,8 +116,9 @@ class ShardWriter:
         )
 
     def _open(self, stream: str, folder: Path, temporary: str) -> TarWriter | ZarrWriter:
-        parts = self.parts[stream]
+        parts, checksum = self.parts[stream], self._manifest.checksum
         if self._manifest.format == "zarr":
             size = self._manifest.shard_size
-            return ZarrWriter(folder, f"{temporary}-", stream, self.shard, parts, size)
-        return TarWriter(folder / temporary, stream, self.shard, parts)
+            prefix = f"{temporary}-"
+            return ZarrWriter(folder, prefix, stream, self.shard, parts, size, checksum)
+        return TarWriter(folder / temporary, stream, self.shard, parts, checksum)

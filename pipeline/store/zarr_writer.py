@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.store.arrays import SHUFFLED, ZSTD_LEVEL, StoredArray, use_one_blosc_thread
+from pipeline.store.checksums import extend
 from pipeline.store.layout import array_rows, chunk_path
-from schemas.store import StreamFile
+from schemas.store import Checksum, StreamFile
 
 if TYPE_CHECKING:
     from zarr.storage import MemoryStore
@@ -69,6 +69,7 @@ class ZarrWriter:
         shard: int,
         parts: Mapping[str, StoredArray],
         shard_size: int,
+        checksum: Checksum,
     ) -> None:
         """Files are written to ``folder`` under names that begin with ``prefix``."""
         self.parts = parts
@@ -77,6 +78,7 @@ class ZarrWriter:
         self._stream = stream
         self._shard = shard
         self._shard_size = shard_size
+        self._checksum = checksum
         self._values: dict[str, list[np.ndarray]] = {name: [] for name in parts}
         self._written: list[Path] = []
 
@@ -117,7 +119,11 @@ class ZarrWriter:
             sha256=hashlib.sha256(data).hexdigest(),
             offsets={name: [start for start, _ in ranges]},
             sizes={name: [size for _, size in ranges]},
-            crc32={name: [zlib.crc32(data[start : start + size]) for start, size in ranges]},
+            crc32={
+                name: [
+                    extend(self._checksum, 0, data[start : start + size]) for start, size in ranges
+                ]
+            },
         )
         return path, info
 
@@ -134,7 +140,7 @@ def _create(
     from zarr.codecs import BloscCodec, ZstdCodec
 
     compressors: list[Any] = []
-    if part.lossless == "zstd":
+    if part.lossless == "zstd" or part.trimmed:
         compressors = [ZstdCodec(level=ZSTD_LEVEL)]
     elif part.lossless == "blosc":
         compressors = [

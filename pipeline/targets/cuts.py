@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-from pipeline.store.codecs import encode_column, find_codec
+from pipeline.store.codecs import encode_column, find_codec, same_numbers
 from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
@@ -23,7 +23,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 CODEC_SETS: dict[CodecSet, dict[Kind, CodecName]] = {
     "faithful": {
-        "activations": "tokens23",
+        "activations": "rice23",
         "features": "rms26",
         "factors": "heads28",
         "probabilities": "cbrt8",
@@ -119,7 +119,8 @@ def codec_set_of(stream: TeacherStream) -> CodecSet | None:
     rest = {name: c.codec for name, c in stream.columns.items() if name not in measured}
     if stream.columns.keys() <= KIND_OF.keys():
         for codec in sets:
-            if all(CODEC_SETS[codec][KIND_OF[name]] == own for name, own in rest.items()):
+            chosen = CODEC_SETS[codec]
+            if all(same_numbers(own, chosen[KIND_OF[name]]) for name, own in rest.items()):
                 return codec
     return None
 

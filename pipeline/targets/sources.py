@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.alignment.losses import Targets
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import decoder_of, sums_to_one
+from pipeline.store.codecs.rice import RicePerToken
 from pipeline.targets.kinds import TARGET_KINDS, check_target, target_normalisation
 from pipeline.teachers.attention_tap import qk_logits
 from schemas.alignment import AlignmentConfig, StreamAlignment, TargetKind, place
@@ -109,7 +110,10 @@ class ReplayedTargets:
         self.stream = name
         self.cut = stream.cut
         name = "crop" if self.cut == "image" else "tokens"
-        self._decode = decoder_of(name, stream.columns[name])
+        decoder = decoder_of(name, stream.columns[name])
+        self._decode = decoder.__call__
+        if compiled and isinstance(decoder.codec, RicePerToken):
+            self._decode = _compiled(self._decode)  # uncompiled, it takes tens of passes
         self.teacher = teacher
         self.wanted = wanted
         self.dtype = getattr(torch, stream.compute.precision)

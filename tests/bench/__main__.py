@@ -17,6 +17,8 @@ BENCHES = {
     "backends": "tars and zarr, on disk and on S3: MB/s of writing and reading",
     "step": "a training step in Phase I and II against a step without alignment",
     "loader": "the loader on one core against readinto and against stock webdataset",
+    "sampling": "CPU work of a sampling step, with a student of no cost, against another build",
+    "evaluation": "FID and precision/recall against torch-fidelity on the same features",
     "extract": "an encoder, from JPEG files to shards, against its two networks alone",
     "optimizer": "AdamW and the weights' average, fused against plain",
     "attention": "the attention loss, forward and backward, fused against plain",

@@ -175,6 +175,35 @@ class LoaderOptions(BenchOptions):
     """Streams of one run, such as latents,text,activations: measure them with and without the
     captions, in the first of the forms instead of all."""
 
+    baseline: Path | None = None
+    """Checkout of another version of this project whose loader is measured before and after, on its
+    own stores."""
+
+
+class SamplingOptions(BenchOptions):
+    """Batch, steps, repetitions and the build to compare with."""
+
+    batch: int = Field(default=64, ge=1)
+    """Images of a batch."""
+    steps: int = Field(default=50, ge=2)
+    """Steps of the SDE sampler."""
+    rounds: int = Field(default=3, ge=1)
+    """Rounds in which each build draws one batch in a new process; ratios are of one round, medians
+    are reported."""
+    baseline: Path | None = None
+    """Checkout of another version of this project, measured in the same rounds."""
+
+
+class EvaluationOptions(BenchOptions):
+    """Sizes of the sets of features."""
+
+    count: int = Field(default=50_000, ge=64)
+    """Features of each set whose FID is computed."""
+    manifold: int = Field(default=10_000, ge=64)
+    """Features of each set whose precision and recall are computed; time grows with the square."""
+    width: int = Field(default=2048, ge=2)
+    """Numbers of a feature."""
+
 
 class ExtractOptions(BenchOptions):
     """Networks, device and number of images."""
@@ -329,6 +358,8 @@ OPTIONS: dict[str, type[BenchOptions]] = {
     "backends": BackendsOptions,
     "step": StepOptions,
     "loader": LoaderOptions,
+    "sampling": SamplingOptions,
+    "evaluation": EvaluationOptions,
     "extract": ExtractOptions,
     "optimizer": OptimizerOptions,
     "attention": AttentionOptions,

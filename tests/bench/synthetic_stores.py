@@ -73,6 +73,7 @@ def make_manifest(
     base = random_manifest(spec.shards * spec.shard_size, spec.shard_size, format)
     values: dict[str, Any] = base.model_dump()
     values["autoencoder"]["latent_shape"] = LATENT
+    values["checksum"] = "crc32c"
     values["streams"] = {
         "latents": {
             "kind": "latents",

@@ -36,6 +36,8 @@ TINY = {
         *["--rounds", "1", "--memory", "false", "--recipe", "irepa_paper,sit_b2_irepa"],
     ],
     "loader": ["--forms", "tiny", "--rounds", "1", "--seconds", "0.1"],
+    "sampling": ["--batch", "2", "--steps", "3", "--rounds", "1"],
+    "evaluation": ["--count", "64", "--manifold", "64", "--width", "4"],
     "extract": ["--networks", "demo", "--rounds", "1"],
     "optimizer": ["--student", "SiT-S/2", "--depth", "1", "--rounds", "1"],
     "attention": [

@@ -11,6 +11,7 @@ from pipeline.store.codecs.floats import BFloat16, Plain
 from pipeline.store.codecs.int8 import Int8
 from pipeline.store.codecs.probabilities import CubeRoot, SquareRoot
 from pipeline.store.codecs.quantised import PerHeadQuantiser, PerTokenQuantiser
+from pipeline.store.codecs.rice import RicePerToken
 from schemas.codecs import CodecName
 from schemas.store import Column
 
@@ -30,6 +31,8 @@ __all__ = [
     "encode_column",
     "find_codec",
     "part_name",
+    "relayout",
+    "same_numbers",
     "sums_to_one",
 ]
 
@@ -49,15 +52,16 @@ WITHOUT_LEVELS: dict[CodecName, Codec] = {
 
 WITH_LEVELS: dict[str, Callable[[int], Codec]] = {
     "tokens": partial(PerTokenQuantiser, relative=True),
+    "rice": partial(RicePerToken, relative=True),
     "rms": partial(PerTokenQuantiser, relative=False),
     "heads": PerHeadQuantiser,
     "sqrt": SquareRoot,
 }
 """Codecs whose name ends in their number of levels, such as ``tokens23``."""
 INT8_LEVELS = range(16, 49)
-"""Levels of 'tokens', 'rms' and 'heads' that int8 codecs may be equivalent to. Their step is a
-127th of a vector's largest number, which is 3 (Gaussian) to 8 (channels of large values) times its
-RMS; whether int8 or the 'faithful' set (20 to 26 levels) is finer depends on the teacher."""
+"""Levels of 'tokens', 'rice', 'rms' and 'heads' that int8 codecs may be equivalent to. Their step
+is a 127th of a vector's largest number, which is 3 (Gaussian) to 8 (channels of large values) times
+its RMS; whether int8 or the 'faithful' set (20 to 26 levels) is finer depends on the teacher."""
 
 
 def codec_family(name: CodecName) -> str | None:
@@ -92,6 +96,26 @@ def coarser_than(stored: CodecName, other: CodecName) -> bool:
     if old.family == "int8":
         return new.family != "sqrt" and new.levels > INT8_LEVELS[-1]
     return new.family == "int8" and old.family != "sqrt" and old.levels < INT8_LEVELS[0]
+
+
+def same_numbers(one: CodecName, other: CodecName) -> bool:
+    """True if both codecs decode to the same numbers, bit for bit, and differ in layout only."""
+    a, b = find_codec(one), find_codec(other)
+    if isinstance(a, PerTokenQuantiser) and isinstance(b, PerTokenQuantiser):
+        return (a.levels, a.relative) == (b.levels, b.relative)
+    return one == other
+
+
+def relayout(
+    name: str, before: Column, after: Column, parts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The stored arrays of a column in another layout of ``same_numbers``, without loss."""
+    old, new = find_codec(before.codec), find_codec(after.codec)
+    assert isinstance(old, PerTokenQuantiser)
+    assert isinstance(new, PerTokenQuantiser)
+    arrays = {array: parts[part_name(name, array)] for array in old.arrays(before.shape)}
+    moved = {**arrays, MAIN: new.with_codes(old.codes(arrays))}
+    return {part_name(name, array): tensor for array, tensor in moved.items()}
 
 
 def sums_to_one(name: CodecName) -> bool:

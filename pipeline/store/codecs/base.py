@@ -20,6 +20,9 @@ class Array(NamedTuple):
 
     dtype: np.dtype[Any]
     shape: Shape
+    trimmed: bool = False
+    """True if only the bytes up to the last one that is not 0 are stored, because samples differ in
+    length: an array of bytes, of one dimension and the largest length."""
 
 
 MAIN = ""

@@ -64,6 +64,11 @@ class PerTokenQuantiser:
         }
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
+        codes, others = self.quantise(values)
+        return {MAIN: self.with_codes(codes), **others}
+
+    def quantise(self, values: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The codes (B, T, D), integers within 16 bits, and the other arrays."""
         x = values.double()  # squares of float32 values overflow float32
         centre = x.median(1, keepdim=True).values.clamp(-HALF_MAX, HALF_MAX).half()
         apart = x - centre
@@ -76,16 +81,25 @@ class PerTokenQuantiser:
             step = step * 1.25 * spread.median(1, keepdim=True).values  # std of a normal / mean |x|
         step = step.maximum(apart.abs().amax(-1, keepdim=True) / MAX_CODE).float()
         step = step.where(step > 0, 1.0)
-        return {
-            MAIN: _planes((apart / step).round(), 1),
-            "step": step.where(centred, -step).squeeze(-1),
-            "centre": centre.squeeze(1),
-        }
+        others = {"step": step.where(centred, -step).squeeze(-1), "centre": centre.squeeze(1)}
+        return (apart / step).round(), others
 
     def decode(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return self.dequantise(self.codes(arrays), arrays)
+
+    def dequantise(self, codes: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The numbers (B, T, D) of codes and the other arrays."""
         step = arrays["step"].unsqueeze(-1)
         centre = arrays["centre"].float().unsqueeze(1).where(step > 0, 0.0)
-        return centre + _codes(arrays[MAIN], 1) * step.abs()
+        return centre + codes * step.abs()
+
+    def codes(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The codes (B, T, D) of stored arrays, as any numbers."""
+        return _codes(arrays[MAIN], 1)
+
+    def with_codes(self, codes: Tensor) -> Tensor:
+        """``MAIN`` of codes (B, T, D)."""
+        return _planes(codes, 1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from schemas.store import CommitRecord, StreamFile
+from schemas.store import Checksum, CommitRecord, StreamFile
 
 
 class FileTable(NamedTuple):
@@ -25,6 +25,8 @@ class FileTable(NamedTuple):
     """int64 (n, P)"""
     crc32: np.ndarray
     """uint32 (n, P)"""
+    checksum: Checksum = "crc32"
+    """Kind of these checksums."""
 
 
 class ShardTable(NamedTuple):
@@ -43,8 +45,10 @@ class ShardTable(NamedTuple):
         return ShardTable(self.samples, tuple(file for file in files if file.names))
 
 
-def shard_table(record: CommitRecord, stream: str) -> ShardTable:
-    return ShardTable(record.samples, tuple(_file_table(file) for file in record.streams[stream]))
+def shard_table(record: CommitRecord, stream: str, checksum: Checksum = "crc32") -> ShardTable:
+    """``checksum``: kind of the record's checksums."""
+    files = (_file_table(file, checksum) for file in record.streams[stream])
+    return ShardTable(record.samples, tuple(files))
 
 
 def _only(file: FileTable, names: Collection[str]) -> FileTable:
@@ -57,7 +61,7 @@ def _only(file: FileTable, names: Collection[str]) -> FileTable:
     )
 
 
-def _file_table(file: StreamFile) -> FileTable:
+def _file_table(file: StreamFile, checksum: Checksum) -> FileTable:
     def columns(values: dict[str, list[int]], dtype: type) -> np.ndarray:
         return np.array([values[name] for name in file.offsets], dtype).T
 
@@ -69,4 +73,5 @@ def _file_table(file: StreamFile) -> FileTable:
         columns(file.offsets, np.int64),
         columns(file.sizes, np.int64),
         columns(file.crc32, np.uint32),
+        checksum,
     )

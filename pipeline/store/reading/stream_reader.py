@@ -20,6 +20,8 @@ from pipeline.store.arrays import (
     max_stored_size,
     stream_parts,
 )
+from pipeline.store.codecs import find_codec
+from pipeline.store.codecs.rice import RicePerToken, impossible_headers
 from pipeline.store.errors import (
     DamagedArrayError,
     DamagedShardError,
@@ -87,6 +89,11 @@ class StreamReader:
         if columns is not None:
             held = {name: column for name, column in held.items() if name in columns}
         self.parts = stream_parts(held)
+        self._packed = {
+            name: column.shape
+            for name, column in held.items()
+            if isinstance(find_codec(column.codec), RicePerToken)
+        }
         self.verify = verify
         self.cache_files = cache_files
         self._allocate = allocate
@@ -152,17 +159,21 @@ class StreamReader:
     def fill(self, out: Columns, groups: Sequence[ShardRows]) -> None:
         """Read rows of shards into their places of ``out``. Raises ``DamagedShardError``,
         ``UncommittedShardError`` and ``StorageError``."""
-        row_reader, start = RowReader(out), time.perf_counter()
-        for group in groups:
-            self._fill_shard(out, row_reader, group)
+        row_reader = RowReader(out)
+        loaded = [self._load_shard(group.shard, group.expires_at) for group in groups]
+        start = time.perf_counter()  # records are read once per window
+        for shard, group in zip(loaded, groups, strict=True):
+            self._fill_shard(out, row_reader, shard, group)
         seconds = (time.perf_counter() - start) / max(1, sum(len(group.rows) for group in groups))
         before = seconds if math.isinf(self.seconds_per_sample) else self.seconds_per_sample
         # The average falls slowly because a slow read may be followed by another one.
         self.seconds_per_sample = max(seconds, 0.9 * before + 0.1 * seconds)
 
-    def _fill_shard(self, out: Columns, row_reader: RowReader, group: ShardRows) -> None:
+    def _fill_shard(
+        self, out: Columns, row_reader: RowReader, loaded: _Shard, group: ShardRows
+    ) -> None:
         shard, rows, places, expires_at, _ = group
-        table, layouts = self._load_shard(shard, expires_at)
+        table, layouts = loaded
         if rows.max() >= table.samples:
             raise DamagedShardError(
                 f"{self._where(shard)} has {table.samples} samples, not {rows.max() + 1}: the "
@@ -179,7 +190,15 @@ class StreamReader:
             except FileNotFoundError:
                 raise LostShardError(f"{self._where(shard)} is missing") from None
         if check is not None and check.any():
+            self._check_packed(out, group)
             np.bitwise_or.at(bits, rows // 8, (1 << rows % 8).astype(np.uint8))
+
+    def _check_packed(self, out: Columns, group: ShardRows) -> None:
+        for name, (tokens, width) in self._packed.items():
+            wrong = impossible_headers(out[name], group.places, tokens, width)
+            if wrong.any():
+                row = int(group.rows[wrong.argmax()])
+                raise self._damaged(group.shard, row, name, "its tokens have impossible lengths")
 
     def expire(self, position: int) -> None:
         """Free cached bytes that are needed only before ``position`` of the run."""
@@ -234,7 +253,7 @@ class StreamReader:
             buffers, name = pieces[piece][1], file.names[column]
             try:
                 crc = crc32[number][column] if check[number] else None
-                check_stored(buffers, count, sizes[number][column], crc)
+                check_stored(buffers, count, sizes[number][column], crc, file.checksum)
                 arrays[column].finish(buffers, out[name], places[number])
             except ValueError as error:
                 raise self._damaged(request.shard, int(rows[number]), name, str(error)) from None
@@ -273,7 +292,7 @@ class StreamReader:
                 data = next(remaining)
                 try:
                     crc = int(crc32[number, column]) if check[number] else None
-                    check_stored([data], len(data), int(sizes[number, column]), crc)
+                    check_stored([data], len(data), int(sizes[number, column]), crc, file.checksum)
                     self._arrays[name].fill(data, request.out[name][place : place + 1])
                 except ValueError as error:
                     raise DamagedArrayError(number, name, str(error)) from None
@@ -297,7 +316,10 @@ class StreamReader:
 
     def _load_shard(self, shard: int, expires_at: int) -> _Shard:
         def load() -> _Shard:
-            table = self._checked(shard, shard_table(self.record(shard), self.stream))
+            table = self._checked(
+                shard,
+                shard_table(self.record(shard), self.stream, self.store.manifest.checksum),
+            )
             some = len(self.parts) < len(self._held)
             if some:
                 table = table.only(self.parts)

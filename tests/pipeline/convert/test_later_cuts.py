@@ -52,7 +52,7 @@ def test_lossy_activations_give_maps_within_their_promise(
     assert codecs == {"rms26", "float16", "cbrt8"}
     assert divergence(targets_of(extracted(codec="float32")), targets_of(maps)) < 3e-4
     origin = maps.manifest.teacher_streams["maps"].converted_from[0]
-    assert origin.codecs == {"tokens": "tokens23"}
+    assert origin.codecs == {"tokens": "rice23"}
     assert origin.layers == (2, 3, 4, 5)
 
 
