@@ -154,7 +154,12 @@ def _make_artifacts(config: MatrixConfig, device: str) -> tuple[Store, dict[str,
             "nearest_neighbours": _nearest_neighbours(stores["train"], stores["held_out"]),
         }
 
-    identity = {**common, "judge": config.judge.model_dump(mode="json"), "streams": config.streams}
+    identity = {
+        **common,
+        "judge": config.judge.model_dump(mode="json"),
+        "neighbours": config.measure.neighbours,
+        "streams": config.streams,
+    }
     _, measured = cache.get("measured", identity, measure)
     settings = {
         "run": config.run,

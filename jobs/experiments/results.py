@@ -88,7 +88,8 @@ def tables(results: Results) -> str:
     real = results["facts"].get("real_images", {})
     if real:
         cells = [_format(key, real.get(key)) for key in VALUES]
-        lines.append("| *held-out real images* | | " + " | ".join(cells) + " |")
+        count = results["facts"]["images"]["held_out"]
+        lines.append(f"| *{count:,} held-out real images* | | " + " | ".join(cells) + " |")
     steps = [f"steps to {baseline}'s {VALUES[key][0]}" for key in LOWER]
     lines += [
         "",
