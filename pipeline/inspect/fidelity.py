@@ -147,7 +147,7 @@ def measure_fidelity(
     found = Fidelity(
         info.cut, request.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
     )
-    shards, rows = _spread(store, count)
+    shards, rows = spread(store, count)
     for start in range(0, len(shards), CHUNK):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
         crops = torch.from_numpy(source_images(where[0].tolist(), where[1].tolist()))
@@ -285,7 +285,8 @@ def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
     return teacher
 
 
-def _spread(store: Store, count: int) -> tuple[np.ndarray, np.ndarray]:
+def spread(store: Store, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shards and rows of ``count`` samples, evenly spaced in the store. Raises ``UserError``."""
     sizes = np.asarray(store.index().samples_per_shard)
     total = int(sizes.sum())
     if not total:
