@@ -198,7 +198,7 @@ def measure_fidelity(
     )
     found.calibration = info.calibration if run is None else None
     measured = () if found.calibration is None else set(found.calibration.keys)
-    shards, rows, found.others = _spread(store, count, measured)
+    shards, rows, found.others = spread(store, count, measured)
     for start in range(0, len(shards), CHUNK):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
         crops = torch.from_numpy(source_images(where[0].tolist(), where[1].tolist()))
@@ -354,7 +354,7 @@ def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
     return teacher
 
 
-def _spread(
+def spread(
     store: Store, count: int, measured: Collection[str] = ()
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Shards and rows of samples, evenly spaced in the store, without those that a calibration

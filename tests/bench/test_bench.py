@@ -81,7 +81,7 @@ def test_reading_captions_is_measured_beside_without(capsys: pytest.CaptureFixtu
     report = json.loads(capsys.readouterr().out)
     (rows,) = report["tables"].values()
     assert [row["way"] for row in rows] == ["latents,activations", "latents,text,activations"]
-    size = report["headline"]["text_bytes"]
+    size = report["text_bytes"]
     assert 0.7 * 77 * 768 / 2 < size < 77 * 768 * 4 / 4  # one caption a visit, a tenth dropped
 
 
