@@ -279,7 +279,7 @@ def test_negative_prompts_and_guidance_change_pictures(run: Path, tmp_path: Path
 
 BAD: dict[str, tuple[Sequence[str], str]] = {
     "classes": (["--caption", "a", "--classes", "1"], "--classes is for students of classes"),
-    "labels": (["--store", "s", "--labels", "random"], "--labels is for students of classes"),
+    "labels": (["--store", "s", "--labels", "random"], "--labels is for"),
     "none": (
         [],
         "MMDiT-2/2 was trained on captions: give --caption TEXT, --captions FILE or --store",
