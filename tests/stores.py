@@ -172,15 +172,23 @@ def add_class_stream(store: Store, name: str = "class", **changes: object) -> St
     return store
 
 
-def add_text_stream(store: Store, name: str = "text", codec: str = "rms32") -> Store:
-    """The store with random embeddings of 1 to 3 captions an image, complete; the null caption's
-    are of small numbers."""
+def add_text_stream(
+    store: Store,
+    name: str = "text",
+    codec: str = "rms32",
+    *,
+    captions: int = 3,
+    shape: tuple[int, int] = (TEXT_TOKENS, TEXT_WIDTH),
+    lossless: str = "none",
+) -> Store:
+    """The store with random embeddings of 1 to ``captions`` captions an image, complete; the null
+    caption's are of small numbers."""
     values = store.manifest.model_dump()
-    captions, shape = 3, (TEXT_TOKENS, TEXT_WIDTH)
-    columns = {f"caption{n}": {"shape": shape, "codec": codec} for n in range(captions)}
+    spec = {"shape": shape, "codec": codec, "lossless": lossless}
+    columns = {f"caption{n}": spec for n in range(captions)}
     rng = np.random.default_rng(4)
     null = {
-        "tokens": torch.zeros(TEXT_TOKENS, dtype=torch.int64),
+        "tokens": torch.zeros(shape[0], dtype=torch.int64),
         "embeddings": torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) / 8,
     }
     data = save(null)
@@ -190,7 +198,7 @@ def add_text_stream(store: Store, name: str = "text", codec: str = "rms32") -> S
         "columns": {**columns, "lengths": {"shape": (captions,), "codec": "int64"}},
         "captions": captions,
         "captions_sha256": "4" * 64,
-        "encoder": TEXT_ENCODER,
+        "encoder": {**TEXT_ENCODER, "tokens": shape[0], "width": shape[1]},
         "null": describe_null(data, name).model_dump(),
         "compute": COMPUTE,
         "added": True,

@@ -69,6 +69,7 @@ def store_identity(
             "text.null_sha256": captions.null.sha256,
             "text.encoder": encoder.encoder,
             "text.weights_sha256": encoder.weights_sha256,
+            "text.tokenizer_sha256": captions.encoder.tokenizer_sha256,
             "text.columns": _columns(columns),
         }
     for number, options in enumerate(alignment.streams):

@@ -319,6 +319,8 @@ def _data_files(store: Store, config: DoctorConfig) -> list[str]:
         named = str(config.alignment.stream)
         known = named in store.manifest.streams
         streams.add(named if known else store.manifest.teacher_stream()[0])
+    if config.student.family == "MMDiT":
+        streams.add(store.manifest.text_stream(config.diffusion.text_stream)[0])
     left_out = (MANIFEST, INDEX, "zarr.json")
     root = store.root.rstrip("/")
     return [

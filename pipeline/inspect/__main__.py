@@ -83,6 +83,12 @@ def main(argv: list[str]) -> int:
             weights=config.teacher.weights,
         )
         report, page = found.as_json(summary), f"{page}\n{describe_fidelity(found, summary)}"
+        if config.stream is None and store.manifest.text_streams:
+            from pipeline.inspect.text_fidelity import measure_texts
+
+            texts = list(measure_texts(store, config.fidelity))
+            report["captions"] = [one.as_json() for one in texts if not isinstance(one, str)]
+            page = "\n".join([page, *map(str, texts)])
     print(json.dumps(report) if config.as_json else page)
     return 0
 

@@ -147,7 +147,7 @@ def measure_fidelity(
     found = Fidelity(
         info.cut, request.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
     )
-    shards, rows = _spread(store, count)
+    shards, rows = spread(store, count)
     for start in range(0, len(shards), CHUNK):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
         crops = torch.from_numpy(source_images(where[0].tolist(), where[1].tolist()))
@@ -182,8 +182,17 @@ def measure_config(
     if not config.alignment.active:
         raise UserError(f"run '{config.name}' has no alignment: there are no targets to compare")
     student = config.student
-    if student.model.startswith("DiT"):  # the losses of targets are those of a SiT
-        student = student.model_copy(update={"model": student.model.replace("DiT", "SiT")})
+    if student.family != "SiT":  # the losses of targets are those of a SiT of the same sizes
+        depth, width, heads, patch = student.size
+        student = StudentConfig(
+            model=f"SiT-B/{patch}",
+            latent_size=student.latent_size,
+            latent_channels=student.latent_channels,
+            num_classes=student.num_classes,
+            depth=depth,
+            width=width,
+            heads=heads,
+        )
     return {
         place(number): measure_fidelity(
             store, count, source=source, weights=weights, run=RunStream(student, options)
@@ -276,7 +285,8 @@ def open_teacher(store: Store, stream: str, weights: str | None) -> Teacher:
     return teacher
 
 
-def _spread(store: Store, count: int) -> tuple[np.ndarray, np.ndarray]:
+def spread(store: Store, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shards and rows of ``count`` samples, evenly spaced in the store. Raises ``UserError``."""
     sizes = np.asarray(store.index().samples_per_shard)
     total = int(sizes.sum())
     if not total:

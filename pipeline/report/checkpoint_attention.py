@@ -117,4 +117,6 @@ def _count_weights(student: StudentConfig) -> int:
     block = 18 * width * width  # attention 4, MLP 8, modulation 6
     pixels = 3 * student.latent_channels * patch * patch  # in, and out (twice for DiT)
     rest = student.num_classes + student.grid[0] * student.grid[1] + pixels + 4 * width
+    if student.family == "MMDiT":  # a block for each modality, and the entry of the text
+        return 2 * depth * block + (rest + sum(student.text_shape)) * width
     return depth * block + rest * width

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.reading.shard_index import shard_table
+from schemas.errors import UserError
 from tests.bench.options import LoaderOptions as Options
 from tests.bench.read_methods import data_files, samples_of, stock_webdataset
 from tests.bench.report import Heading, Report, Table
@@ -29,6 +30,7 @@ from tests.bench.synthetic_stores import (
     make_samples,
     write_store,
 )
+from tests.stores import add_text_stream
 
 HEADINGS = (
     Heading("way", "way"),
@@ -46,7 +48,20 @@ BARE = "one preadv per sample"
 QUICK, WHOLE = "loader, checksums off", "loader"
 
 
+CAPTION_SHAPE, CAPTIONS = (77, 768), 5
+"""Of CLIP ViT-L/14 and MS-COCO."""
+CAPTION_HEADINGS = (
+    Heading("way", "streams"),
+    Heading("microseconds", "CPU us a sample", ".0f"),
+    Heading("bytes", "bytes a sample", ".0f"),
+    Heading("share", "of a core at the rate", ".2%"),
+    Heading("waits", "waiting", ".2%"),
+)
+
+
 def run(options: Options) -> Report:
+    if options.streams:
+        return measure_captions(options)
     tables = []
     with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
         for name in options.forms:
@@ -68,6 +83,57 @@ def run(options: Options) -> Report:
         "waiting_share": rows[WHOLE]["waits"],
     }
     return Report({"clock": "CPU seconds, one core", "batch": options.batch}, tables, headline)
+
+
+def measure_captions(options: Options) -> Report:
+    """CPU time of a sample's streams with and without captions, and the waiting of a step."""
+    name = options.forms[0]
+    spec = TINY if name == "tiny" else STORE_SPECS[name]
+    with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
+        manifest = make_manifest(spec, "webdataset", dinov2_b())
+        store = write_store(f"{folder}/store", manifest, make_samples(manifest))
+        store = add_text_stream(store, shape=CAPTION_SHAPE, captions=CAPTIONS, lossless="zstd")
+        text = set(options.streams) & set(store.manifest.text_streams)
+        unknown = set(options.streams) - set(store.manifest.streams)
+        if unknown or not text:
+            held = ", ".join(store.manifest.streams)
+            raise UserError(f"--streams names some of {held}, text among them")
+        others = tuple(stream for stream in options.streams if stream not in text)
+        seconds: dict[tuple[str, ...], list[float]] = {others: [], options.streams: []}
+        read = {}
+        with one_core():
+            for number in range(options.rounds + 1):
+                for streams, times in seconds.items():
+                    start = time.process_time()
+                    loader, batch = open_loader(store, options, verify=True, streams=streams)
+                    batches = islice(loader, samples_of(store) // batch)
+                    count = sum(len(one.positions) for one in batches)
+                    loader.close()
+                    read[streams] = sum(loader.bytes_read.values()) / count
+                    if number:  # the first round warms up
+                        times.append((time.process_time() - start) / count)
+        rows: list[dict[str, Any]] = [
+            {
+                "way": ",".join(streams),
+                "microseconds": statistics.median(times) * 1e6,
+                "bytes": read[streams],
+                "share": statistics.median(times) * options.rate,
+                "waits": waiting_share(store, options, streams),
+            }
+            for streams, times in seconds.items()
+        ]
+    differences = [b - a for a, b in zip(*seconds.values(), strict=True)]
+    headline = {
+        "text_microseconds": statistics.median(differences) * 1e6,
+        "text_bytes": rows[1]["bytes"] - rows[0]["bytes"],
+        "text_waiting_share": rows[1]["waits"] - rows[0]["waits"],
+    }
+    about = {
+        "clock": "CPU seconds, one core",
+        "batch": options.batch,
+        "step": f"{options.rate:g} samples a second",
+    }
+    return Report(about, [Table(name, CAPTION_HEADINGS, rows)], headline)
 
 
 def measure(store: Store, options: Options) -> list[dict[str, Any]]:
@@ -165,10 +231,10 @@ def load(store: Store, options: Options, *, verify: bool) -> int:
     return read + total % batch  # complete batches only; store sizes are multiples of 32
 
 
-def waiting_share(store: Store, options: Options) -> float:
+def waiting_share(store: Store, options: Options, streams: tuple[str, ...] = ()) -> float:
     """Share of wall time that a consumer waits for batches after the first one, with checksums.
     Between batches it sleeps for the time of a batch at ``options.rate``, like a GPU's step."""
-    loader, batch = open_loader(store, options, verify=True)
+    loader, batch = open_loader(store, options, verify=True, streams=streams)
     batches = iter(loader)
     next(batches)
     waited, start = 0.0, time.perf_counter()
@@ -182,12 +248,14 @@ def waiting_share(store: Store, options: Options) -> float:
     return waited / total
 
 
-def open_loader(store: Store, options: Options, *, verify: bool) -> tuple[BatchLoader, int]:
-    """A loader and its batch size."""
+def open_loader(
+    store: Store, options: Options, *, verify: bool, streams: tuple[str, ...] = ()
+) -> tuple[BatchLoader, int]:
+    """A loader, of all streams by default, and its batch size."""
     fresh = Store.open(store.url)
     order = SampleOrder(0, fresh.index().samples_per_shard)
     batch = min(options.batch, samples_of(fresh))
-    streams = tuple(fresh.manifest.streams)
+    streams = streams or tuple(fresh.manifest.streams)
     loader = BatchLoader(
         fresh, streams, order, global_batch=batch, verify=verify, threads=options.workers
     )

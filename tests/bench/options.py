@@ -154,6 +154,9 @@ class LoaderOptions(BenchOptions):
     """Samples per second of the consumer whose waiting is measured."""
     seconds: float = Field(default=3.0, gt=0)
     """Duration of that measurement."""
+    streams: tuple[str, ...] = ()
+    """Streams of one run, such as latents,text,activations: measure them with and without the
+    captions, in the first of the forms instead of all."""
 
 
 class ExtractOptions(BenchOptions):

@@ -64,6 +64,16 @@ def test_a_tiny_bench_prints_one_json_object(name: str, capsys: pytest.CaptureFi
     assert all(rows for rows in report["tables"].values())
 
 
+def test_reading_captions_is_measured_beside_without(capsys: pytest.CaptureFixture[str]) -> None:
+    streams = ["--streams", "latents,text,activations"]
+    assert main(["loader", "--json", *TINY["loader"], *streams]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (rows,) = report["tables"].values()
+    assert [row["way"] for row in rows] == ["latents,activations", "latents,text,activations"]
+    size = report["text_bytes"]
+    assert 0.7 * 77 * 768 / 2 < size < 77 * 768 * 4 / 4  # one caption a visit, a tenth dropped
+
+
 def test_exact_variants_have_no_error_and_finer_ones_less(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -17,6 +17,7 @@ from pipeline.extract.encoder import CaptionEncoder
 from pipeline.extract.target_store import lost_nulls, missing_tasks, open_store
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.inspect.orphans import find_orphans
+from pipeline.inspect.text_fidelity import measure_texts
 from pipeline.inspect.verify import verify_store
 from pipeline.store import Store, StreamReader
 from pipeline.store.captions import caption_lines, load_null, unpack_texts
@@ -272,6 +273,30 @@ def test_inspect_shows_captions(
     assert picture.stat().st_size > 1000
     assert inspect([made.url, "--sample", "000030", "--png", str(picture), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["captions"] == CAPTIONS[30]
+
+
+def test_fidelity_of_captions_is_stated(made: Store, encoder: object) -> None:
+    """By decoding the rows here, and the loss by a student that is made here."""
+    (found,) = measure_texts(made, 3)
+    rows = StreamReader(made, "text").read(*PLACES)
+    stored = decoded(made, 0, rows).double()
+    exact = encoder([CAPTIONS[number][0] for number in IDS]).double()
+    dots = (stored * exact).sum(-1) / (stored.norm(dim=-1) * exact.norm(dim=-1))
+    assert found.cosine_min == pytest.approx(dots.min().item(), abs=1e-9)
+    assert found.cosine_min >= 0.9999
+    error = (stored - exact).square().sum().sqrt() / exact.square().sum().sqrt()
+    assert found.relative_error == pytest.approx(error.item(), rel=1e-3)
+    assert 0 < found.loss_relative_error < 0.01
+    assert (found.codec, found.captions) == ("rms32", 3)
+
+
+def test_captions_of_other_weights_are_not_compared(made: Store) -> None:
+    stream = made.manifest.text_streams["text"]
+    other = stream.encoder.model_copy(update={"seed": 7})
+    streams = {**made.manifest.streams, "text": stream.model_copy(update={"encoder": other})}
+    changed = Store(made.url, made.manifest.model_copy(update={"streams": streams}))
+    (line,) = measure_texts(changed, 3)
+    assert "is not compared: the weights 'random' are not those that made them" in line
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ from schemas.errors import UserError
 from schemas.run import RunConfig
 from tests.captions import TEXT, coco_config, extract_here, write_coco
 from tests.pipeline.train.test_loop import assert_same_weights, run, weights
+from tests.pipeline.train.test_sharding import assert_same_run
+from tests.pipeline.train.test_workers import EPS
 from tests.processes import train_on
 from tests.stores import TEXT_TOKENS, TEXT_WIDTH, add_text_stream, make_random_store
 
@@ -304,3 +306,12 @@ def test_token_ids_are_encoded_by_the_trainer(tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     condition, null = found["tokens"]
     assert (condition == null).all((1, 2)).sum() < 12  # not all are dropped
+
+
+@pytest.mark.slow
+def test_shards_train_what_copies_train(text_config: Make, tmp_path: Path) -> None:
+    """FSDP2: the null caption is a buffer, which no worker divides."""
+    for name, compute in (("copies", {}), ("shards", {"shard": "fsdp2"})):
+        changes = {"optimizer": EPS, "compute": {**compute, "compile": "off"}}
+        train_on(2, text_config(workers={"count": 2, "micro_batch": 3}, **changes), tmp_path / name)
+    assert_same_run(tmp_path / "copies", tmp_path / "shards")
