@@ -90,7 +90,8 @@ def main(argv: list[str]) -> int:
         trained = train_run(config)
     logger.info("3/3  images and report")
     images = _draw_images(run, config, extraction.store, trained)
-    earlier = sorted(str(path.parent) for path in RUN.parent.glob(f"{RUN.name}*/summary.json"))
+    found = (path.parent for path in RUN.parent.glob(f"{RUN.name}*/summary.json"))
+    earlier = sorted(str(path) for path in found if not path.name.endswith(f"_{TEXT}"))
     runs = [str(run)] if recipe in (HASTE, TEXT) else earlier
     write_report(ReportConfig(runs=tuple(runs), html=str(page)))
     print(describe(extraction.store, summarise(extraction.store)), "", sep="\n")

@@ -154,7 +154,6 @@ class PromptEmbedder:
         or the negative prompt must be encoded. Raises ``UserError``, also where the embeddings in a
         store are of another encoder."""
         self.prompts = prompts
-        self._device = device
         self._encoder = None
         if isinstance(prompts, StoredPrompts):
             check_same_encoder(trained, prompts.info.encoder, f"--store '{prompts.shown}'")
@@ -166,9 +165,9 @@ class PromptEmbedder:
             self._null = self._encoder([negative])[0]
 
     def __call__(self, numbers: Sequence[int]) -> Context:
-        """The condition of images."""
+        """The condition of images; stored embeddings are on the CPU."""
         if self.prompts.stored_as is not None:
-            captions = self.prompts.embeddings(numbers).to(self._device)
+            captions = self.prompts.embeddings(numbers)
         else:
             assert self._encoder is not None
             captions = self._encoder(self.prompts.texts(numbers))

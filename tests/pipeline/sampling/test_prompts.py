@@ -17,6 +17,7 @@ from pipeline.autoencoders import open_decoder
 from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.checkpoints.resolve import find_checkpoint
 from pipeline.checkpoints.student import LoadedStudent, load_trained_student
+from pipeline.cli.options import parse_options
 from pipeline.diffusion.samplers import sample
 from pipeline.models import MMDiT
 from pipeline.report.gallery import read_captions as read_shown
@@ -279,7 +280,7 @@ def test_negative_prompts_and_guidance_change_pictures(run: Path, tmp_path: Path
 
 BAD: dict[str, tuple[Sequence[str], str]] = {
     "classes": (["--caption", "a", "--classes", "1"], "--classes is for students of classes"),
-    "labels": (["--store", "s", "--labels", "random"], "--labels is for students of classes"),
+    "labels": (["--store", "s", "--labels", "random"], "--labels is for"),
     "none": (
         [],
         "MMDiT-2/2 was trained on captions: give --caption TEXT, --captions FILE or --store",
@@ -402,6 +403,12 @@ def test_grids_that_a_run_cannot_draw(options: dict[str, Any], message: str) -> 
 def write(path: Path, text: str | bytes) -> Path:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
+
+
+def test_a_caption_is_one_option_with_commas_and_numbers() -> None:
+    argv = ["--caption", "a, b", "--png", "x", "--caption", "3-4", "--caption=--none"]
+    config = parse_options(SampleConfig, argv, command="sample.py", about="")
+    assert config.caption == ("a, b", "3-4", "--none")
 
 
 def test_files_of_captions(tmp_path: Path) -> None:
