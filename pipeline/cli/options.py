@@ -150,6 +150,8 @@ def help_text(
         others: dict[str, list[str]] = {}
         for chosen, values in (presets or {}).items():
             preset = _look_up(values, name, None)
+            if isinstance(preset, Mapping) and not _is_mapping(first.annotation):
+                continue  # other parts of a table that the option's name stands for
             if preset is not None and _show(preset) not in defaults:
                 others.setdefault(_show(preset), []).append(chosen)
         for shown_preset, names in others.items():

@@ -197,7 +197,7 @@ def measure_fidelity(
         info.cut, request.layers, kl_sum=torch.zeros(layers), kl_max=torch.zeros(layers)
     )
     found.calibration = info.calibration if run is None else None
-    measured = () if found.calibration is None else set(found.calibration.keys)
+    measured: Collection[str] = set(found.calibration.keys) if found.calibration else ()
     shards, rows, found.others = spread(store, count, measured)
     for start in range(0, len(shards), CHUNK):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
