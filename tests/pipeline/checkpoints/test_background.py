@@ -117,6 +117,25 @@ def test_each_byte_is_written_and_hashed_once_and_none_is_read(
     assert sum(sizes) == sum(len(data) for name, data in found.items() if name != "state.json")
 
 
+@pytest.mark.parametrize("room", [0, 2000, 9000])
+def test_a_full_disk_is_named(tmp_path: Path, room: int) -> None:
+    """/dev/full in the place of the disk, from some byte on."""
+
+    class Small(HashedFile):
+        left = room
+
+        def write(self, data: Any) -> int:
+            self.left -= memoryview(data).nbytes
+            if self.left < 0:
+                self._file.close()
+                full: Any = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+                self._file = full
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left"), Small(tmp_path / "optimizer.pt") as file:
+        torch.save({"a": torch.randn(1000), "b": torch.randn(1000)}, file)  # type: ignore[arg-type]
+
+
 # -- the copy ------------------------------------------------------------------------------------
 
 
