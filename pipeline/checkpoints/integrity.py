@@ -48,12 +48,14 @@ class UnfinishedCheckpointError(DamagedCheckpointError):
 class HashedFile:
     """A new file that is hashed while it is written, and flushed to disk at the end of the context.
 
-    ``write`` does not hold Python's lock for large data, so that another thread trains on.
+    ``write`` does not hold Python's lock for large data, so that another thread trains on. Its
+    error leaves the context as it is, because ``torch.save`` replaces it by one of its own.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
+        self._error: OSError | None = None
 
     def __enter__(self) -> HashedFile:
         return self
@@ -68,10 +70,16 @@ class HashedFile:
             if error is None:
                 file.flush()
                 os.fsync(file.fileno())
+        if self._error is not None:
+            raise self._error from None
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._error = self._error or error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

@@ -324,22 +324,21 @@ def _latest(
     """The latest valid checkpoint, chosen and verified by the main rank for all workers. A local
     one is verified from now on, while the run is built. A remote one is fetched, and verified, by
     one worker of each node, when the context is entered, because it is deleted at its end."""
-    scratch = Path(tempfile.gettempdir())
-    scratch /= f"haste-checkpoint-{group.broadcast_int(random.getrandbits(48))}"
     search = None
-    if group.is_main and isinstance(checkpoints, LocalCheckpoints):
-        search = search_latest_valid(checkpoints, scratch, verify_finite)
-    return _fetched(search, checkpoints, scratch, group, local_rank)
+    if group.is_main and isinstance(checkpoints, LocalCheckpoints):  # which are not copied
+        search = search_latest_valid(checkpoints, checkpoints.folder, verify_finite)
+    return _fetched(search, checkpoints, group, local_rank)
 
 
 @contextmanager
 def _fetched(
     search: Future[tuple[int, Path] | None] | None,
     checkpoints: Checkpoints,
-    scratch: Path,
     group: ProcessGroup,
     local_rank: int,
 ) -> Iterator[Path | None]:
+    scratch = Path(tempfile.gettempdir())
+    scratch /= f"haste-checkpoint-{group.broadcast_int(random.getrandbits(48))}"
     found = None
     if group.is_main:
         search = search or search_latest_valid(checkpoints, scratch, verify_finite)

@@ -83,17 +83,17 @@ def trees_of(baseline: Path | None) -> dict[str, Path]:
     return {"": ROOT} | ({"_before": baseline} if baseline else {})
 
 
-def headings(columns: tuple[tuple[str, str, str], ...], ratio: Heading) -> tuple[Heading, ...]:
+def headings(columns: tuple[tuple[str, str, str], ...], *ratios: Heading) -> tuple[Heading, ...]:
     """Each column for this build and for the other."""
     pairs = [
         Heading(key + suffix, title + word, form)
         for suffix, word in (("", ""), ("_before", ", before"))
         for key, title, form in columns
     ]
-    return Heading("name", "measured"), *pairs, ratio
+    return Heading("name", "measured"), *pairs, *ratios
 
 
-def ratio(row: Row, key: str) -> Row:
+def ratio(row: Row, key: str) -> dict[str, float]:
     return {"ratio": row[key] / row[f"{key}_before"]} if f"{key}_before" in row else {}
 
 

@@ -15,9 +15,13 @@ from tests.stores import make_random_store
 COLUMNS = (
     ("loaded", "s to the first step", ".2f"),
     ("stepped", "s to its end", ".2f"),
+    ("cpu", "CPU s", ".2f"),
     ("peak", "GB, peak of the process", ".2f"),
 )
-RATIO = Heading("ratio", "s to its end / before", ".3f")
+RATIOS = (
+    Heading("ratio", "s to its end / before", ".3f"),
+    Heading("cpu_ratio", "CPU s / before", ".3f"),
+)
 
 
 def run(options: Options) -> Report:
@@ -32,12 +36,13 @@ def run(options: Options) -> Report:
             for name, tree in trees.items():
                 longer = config | {"steps": 2}
                 timed = timed_run(tree, longer, Path(scratch) / name, options, stop=1)
-                values = (*timed["steps"][0], timed["peak"] / 1e9)
+                values = (*timed["steps"][0], timed["cpu_seconds"], timed["peak"] / 1e9)
                 for (key, _, _), value in zip(COLUMNS, values, strict=True):
                     found.setdefault(key + name, []).append(value)
     row: dict[str, Any] = {"name": "resumed"}
     row |= {key: statistics.median(values) for key, values in found.items()}
     row |= ratio(row, "stepped")
-    table = Table(options.student, headings(COLUMNS, RATIO), [row])
+    row["cpu_ratio"] = ratio(row, "cpu").get("ratio")
+    table = Table(options.student, headings(COLUMNS, *RATIOS), [row])
     about = {"threads": options.threads, "rounds": options.rounds, "depth": options.depth or "all"}
     return Report(about, [table], {"seconds": row["stepped"], "over_before": row.get("ratio")})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from pipeline.checkpoints.state import CheckpointContents, load_optimizer
 from pipeline.distributed.signals import StopRequest
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.metrics import read_metrics
-from pipeline.storage.files import StorageError
+from pipeline.storage.files import StorageError, publish
 from pipeline.train import ray_trainer
 from pipeline.train.local import train_here
 from pipeline.train.loop import TrainingLoop, run_training, train
@@ -113,6 +115,25 @@ def test_each_byte_is_written_and_hashed_once_and_none_is_read(
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was read again"))
     found = written(contents_of(), tmp_path / "a")
     assert sum(sizes) == sum(len(data) for name, data in found.items() if name != "state.json")
+
+
+@pytest.mark.parametrize("room", [0, 2000, 9000])
+def test_a_full_disk_is_named(tmp_path: Path, room: int) -> None:
+    """/dev/full in the place of the disk, from some byte on."""
+
+    class Small(HashedFile):
+        left = room
+
+        def write(self, data: Any) -> int:
+            self.left -= memoryview(data).nbytes
+            if self.left < 0:
+                self._file.close()
+                full: Any = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+                self._file = full
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left"), Small(tmp_path / "optimizer.pt") as file:
+        torch.save({"a": torch.randn(1000), "b": torch.randn(1000)}, file)  # type: ignore[arg-type]
 
 
 # -- the copy ------------------------------------------------------------------------------------
@@ -426,7 +447,11 @@ def test_the_next_update_waits_for_the_copy_on_the_device(
     update, losses, copy = Trainer._optimizer_step, Trainer.losses, HostMemory.copy
 
     def noted(name: str, call: Any) -> Any:
-        return lambda self, *arguments: [order.append(name), call(self, *arguments)][1]
+        def noting(*arguments: Any) -> Any:
+            order.append(name)
+            return call(*arguments)
+
+        return noting
 
     def on_a_stream(self: HostMemory, contents: CheckpointContents) -> Any:
         held = copy(self, contents)
@@ -482,7 +507,7 @@ POINTS = {
     "in the weights": (die_before(HashedFile, "write", call=12), 2),
     "in the optimizer": (die_before(HashedFile, "flush", call=1), 2),
     "before the state": (die_before(state, "write_state"), 2),
-    "before it is published": (die_before(local.os, "replace"), 2),
+    "before it is published": (die_before(os, "replace"), 2),
     "before the disk has it": (die_before(local, "_sync"), 4),
     "before an old one is deleted": (die_before(local, "to_prune"), 4),
 }
@@ -533,6 +558,33 @@ def test_a_run_that_dies_at_any_point_has_a_valid_checkpoint_and_continues(
     assert_same_weights(weights(folder), weights(whole))
 
 
+# -- resuming ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_read_and_hashed_once_while_the_run_is_built(
+    run_config: Make, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    built, hashed = threading.Event(), []
+    digest, build = hashlib.file_digest, Trainer.__init__
+
+    def noting(file: Any, name: Any) -> Any:
+        assert built.wait(SECONDS)
+        hashed.append(Path(file.name).name)
+        return digest(file, name)
+
+    def noted(self: Trainer, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        built.set()
+
+    monkeypatch.setattr(hashlib, "file_digest", noting)
+    monkeypatch.setattr(Trainer, "__init__", noted)
+    train_here(run_config(steps=7, checkpoint={"every": 9}), folder)
+    listed = verify(whole / "checkpoint-000000006", hashes=False)["files"]
+    assert sorted(hashed) == sorted(listed)
+    assert losses(folder)[:6] == losses(whole)
+
+
 # -- Ray and object stores -----------------------------------------------------------------------
 
 
@@ -546,7 +598,7 @@ def poller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return False, 1
 
     monkeypatch.setattr(ray_trainer, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(ray_trainer.ray, "get", lambda value: value)
+    monkeypatch.setattr("pipeline.train.ray_trainer.ray.get", lambda value: value)
     control = SimpleNamespace(heartbeat=SimpleNamespace(remote=heartbeat), heard=heard)
     one = ray_trainer.ControlPoller(control)
     deadline = time.monotonic() + SECONDS
@@ -560,9 +612,9 @@ def test_a_request_is_met_once_and_served_when_the_checkpoint_is_published(
     run_config: Make, poller: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray may end the worker as soon as the request is served."""
+    heard = poller.control.heard
     folder: Any = SimpleNamespace(publish=lambda: None)
     folder.checkpoints = SimpleNamespace(save=lambda *_: heard.append("published"))
-    heard = poller.control.heard
     saver = ray_trainer._Saver(folder, poller)
     assert poller() is StopRequest.SAVE
     saver.begin()
@@ -581,7 +633,6 @@ def test_rows_of_an_object_store_are_published_before_the_checkpoint_that_counts
 ) -> None:
     config = run_config(output=f"memory://{tmp_path.name}", checkpoint={"every": 2})
     counted: list[tuple[int, int]] = []
-    publish = remote.publish
 
     def check(filesystem: Any, path: Path, target: str) -> None:
         if path.name == "state.json":
