@@ -10,11 +10,10 @@ import numpy as np
 from pipeline.storage.files import file_size, is_local
 from pipeline.store import Store, StreamReader
 from pipeline.store.captions import caption_lines
-from pipeline.store.errors import DamagedShardError
 from pipeline.store.layout import MANIFEST
 from pipeline.text import describe_bytes, short_value, shortened
 from schemas.classes import ClassTable
-from schemas.errors import escaped
+from schemas.errors import UserError, escaped
 from schemas.store import (
     AutoencoderInfo,
     ClassStream,
@@ -100,7 +99,7 @@ def count_classes(store: Store, samples: int) -> tuple[int, ...] | None:
         rows = np.arange(store.record(shard).samples)
         try:
             labels = reader.read(np.full_like(rows, shard), rows)["label"]
-        except DamagedShardError:  # --verify tells of it
+        except (UserError, OSError):  # --verify tells of it
             return None
         known = labels[(labels >= 0) & (labels < len(counts))]
         counts += np.bincount(known, minlength=len(counts))

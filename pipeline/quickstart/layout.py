@@ -177,6 +177,11 @@ def _of_folder(source: str, work: Path, *, unpacked: bool = False) -> Layout:
             | WITHOUT_TEXT,
             dict(NO_TEXT),
         )
+    if {"images", "vae-sd"} <= folders:
+        raise UserError(
+            f"--source '{redact(source)}' is prepared for REPA, with latents of its own: use "
+            "python -m pipeline.extract --dataset repa and a config of jobs/configs"
+        )
     if not any(_is_image(path) for path in paths):
         arrays = [path for path in paths if ARRAY_FILES.fullmatch(path.rpartition("/")[2])]
         if arrays:

@@ -177,6 +177,12 @@ def test_an_empty_class_folder_keeps_its_number(tmp_path: Path) -> None:
     assert layout_of(tmp_path / "s", tmp_path / "w") == (1, ["a", "c"], [1])
 
 
+def test_images_without_classes_are_for_folders_alone() -> None:
+    options = {"dataset": "webdataset", "source": "x", "unlabelled": True}
+    with pytest.raises(UserError, match="--unlabelled is for --dataset folder without"):
+        list_images(validate(ExtractConfig, options, where="test"))
+
+
 def test_archives_of_class_folders(tmp_path: Path) -> None:
     photographs(tmp_path / "photos")
     expected = (12, ["cat", "dog", "owl"], [0] * 4 + [1] * 4 + [2] * 4)
@@ -282,6 +288,10 @@ def test_bad_images_are_counted_and_left_out(tmp_path: Path, capsys: Capture) ->
         (lambda p: p.mkdir(), "has no files"),
         (lambda p: (p.mkdir(), (p / "a.txt").write_text("x")), "none of 1 files is an image"),
         (lambda p: p.write_text("x"), "is a file: expected a folder"),
+        (
+            lambda p: [write_image(p / d / "0" / "1.png", (8, 8)) for d in ("images", "vae-sd")],
+            "is prepared for REPA",
+        ),
         (lambda p: p.with_suffix(".zip").write_text("x"), "is not a readable zip"),
         (lambda p: p.with_suffix(".tgz").write_text("x"), "cannot be unpacked"),
         (lambda p: p.with_suffix(".zip").write_bytes(locked_zip()), "has a password"),
