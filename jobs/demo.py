@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from jobs.pretrain.options import PROMPTS
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
 from pipeline.cli.options import parse_options
+from pipeline.pretrain.options import PROMPTS
 from schemas.base import Strict
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig

@@ -8,6 +8,8 @@ python jobs/sample.py --checkpoint runs/demo --num 50000 --labels balanced --npz
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -18,7 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
+from pipeline.storage.redaction import redact
 from schemas.sample import SampleConfig
+
+logger = logging.getLogger("jobs.sample")
+
+FIRST = (
+    *("checkpoint", "png", "classes", "per_class", "num", "npz", "folder", "labels", "weights"),
+    *("sampler.method", "sampler.steps", "sampler.guidance", "sampler.guidance_high"),
+    *("sampler.seed", "autoencoder", "json"),
+)
+"""Options of the short help."""
 
 
 def main(argv: list[str]) -> int:
@@ -28,6 +40,7 @@ def main(argv: list[str]) -> int:
         command="python jobs/sample.py",
         about="Draw from a trained checkpoint: with --png a grid, one row for each class; with "
         "--num single images, by workers of a Ray cluster.",
+        first=FIRST,
     )
     from pipeline.sampling.options import check_options
 
@@ -43,6 +56,17 @@ def main(argv: list[str]) -> int:
 
             summary = sample_many(config)
     print(json.dumps(asdict(summary)) if config.as_json else "\n".join(summary.files))
+    if config.num is None:
+        logger.info(
+            "next, for a Fréchet distance: the same with --num 50000 --npz samples.npz instead of "
+            "--png, then python jobs/evaluate.py --samples samples.npz --reference STORE_OR_FILE"
+        )
+    else:
+        logger.info(
+            "next: python jobs/evaluate.py --samples %s --reference STORE_OR_FILE (--resolution N "
+            "where the reference is a folder of images of mixed sizes)",
+            shlex.quote(redact(summary.files[0])),
+        )
     return 0
 
 

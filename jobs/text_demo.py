@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.pretrain.options import CAPTIONS, NAMES, PROMPTS
 from jobs.pretrain.text_encoder import train_text_encoder
 from pipeline.autoencoders import open_decoder
 from pipeline.checkpoints.student import load_trained_student
 from pipeline.datasets.digits import digits_images, list_digits, read_digit
+from pipeline.pretrain.options import CAPTIONS, NAMES, PROMPTS
 from pipeline.sampling.generate import draw_images
 from pipeline.sampling.prompts import PromptEmbedder, open_prompts
 from pipeline.teachers import Teacher

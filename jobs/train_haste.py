@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
+from pipeline.storage.redaction import redact
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -33,6 +35,15 @@ Train a diffusion transformer with HASTE on a store that pipeline.extract made. 
 resumes an interrupted run. --plan prints the cost of every cut of the teacher for this run instead;
 --plan --help lists its options."""
 
+FIRST = (
+    *("store", "name", "output", "steps", "global_batch", "student.model", "student.latent_size"),
+    *("student.num_classes", "alignment.feature_depth", "alignment.student_layers"),
+    *("alignment.teacher_layers", "alignment.termination.step", "optimizer.learning_rate"),
+    *("workers.count", "workers.micro_batch", "checkpoint.every", "checkpoint.keep"),
+    *("samples.every", "ray_address"),
+)
+"""Options of the short help."""
+
 
 def main(argv: list[str]) -> int:
     if wants_plan(argv):
@@ -44,8 +55,18 @@ def main(argv: list[str]) -> int:
         argv,
         command="python jobs/train_haste.py",
         about=ABOUT,
+        first=FIRST,
     )
-    print(json.dumps(train_run(config), indent=1))
+    from pipeline.text import rounded
+
+    print(json.dumps(rounded(train_run(config)), indent=1))
+    run = shlex.quote(redact(f"{config.output.rstrip('/')}/{config.name}"))
+    logger.info(
+        "next: python jobs/sample.py --checkpoint %s --png samples.png (--classes, "
+        "--sampler.guidance), and python -m pipeline.report %s --html report.html",
+        run,
+        run,
+    )
     return 0
 
 

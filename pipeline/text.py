@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 def describe_bytes(count: float) -> str:
@@ -32,6 +33,15 @@ def short_number(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}".replace("-", "\N{MINUS SIGN}")
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"
+
+
+def rounded(value: Any, digits: int = 4) -> Any:
+    """JSON values whose floats have ``digits`` digits, for display."""
+    if isinstance(value, dict):
+        return {key: rounded(inner, digits) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner, digits) for inner in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def describe_hours(hours: float) -> str:

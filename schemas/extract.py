@@ -98,6 +98,28 @@ class TextConfig(Strict):
     quarter of float32's bytes."""
 
 
+class PretrainConfig(Strict):
+    """Training of a small teacher and autoencoder on the images themselves, before the extraction,
+    where the files that --teacher.weights and --autoencoder name do not exist yet."""
+
+    teacher_steps: Annotated[int, Field(ge=0)] = 600
+    """Steps of the teacher's self-distillation (DINO) into the file --teacher.weights; 0: it is not
+    trained."""
+    autoencoder_steps: Annotated[int, Field(ge=0)] = 800
+    """Steps of the autoencoder's training into the folder --autoencoder; 0: it is not trained."""
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = (16, 32)
+    """Channels of the autoencoder's levels, multiples of 8; every level after the first halves the
+    resolution."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Images per step."""
+    images: Annotated[int, Field(ge=1)] = 20000
+    """Images that are trained and measured on, at most: they are held in memory."""
+    flip: bool = True
+    """Mirror half of the teacher's crops; not for digits and letters."""
+    seed: Seed = 0
+    """Seed of both trainings."""
+
+
 class ExtractConfig(Strict):
     """Options of one extraction."""
 
@@ -124,6 +146,9 @@ class ExtractConfig(Strict):
     """Keep class folders without images, and classes whose every image was skipped as bad, as
     classes without images. By default they are errors, because the numbers of later classes depend
     on them."""
+    unlabelled: bool = False
+    """With 'folder': every image below the source, in whatever folder, is of one class, which has
+    the source's name."""
     split: Split | None = None
     """MS-COCO only: 'train' (the default) or 'val'. A store has one split."""
     captions: str | None = None
@@ -144,6 +169,7 @@ class ExtractConfig(Strict):
     AutoencoderDC, AutoencoderKLFlux2, AutoencoderKLQwenImage, ...), or 'demo' (included in the
     project). Its normalisation of latents is written into the manifest. With --dataset repa: the
     one that made the latents."""
+    pretrain: PretrainConfig | None = None
     cut: Cut = "maps"
     """Point at which the teacher's forward pass is cut: 'maps' stores attention probabilities and
     features; 'qk' the queries and keys, and features; 'activations' the tokens that enter the first

@@ -28,7 +28,8 @@ class InspectConfig(Strict):
     sample: str | None = None
     """Key of a sample to show, with --png."""
     png: str | None = None
-    """The image file to write."""
+    """The image file to write: with --sample that sample, alone a contact sheet (the decoded
+    latents of the first images of each class)."""
     stream: Name | None = None
     """Teacher stream of --sample or --fidelity, where the store holds several."""
     fidelity: Annotated[int, Field(ge=1)] | None = None
@@ -57,4 +58,4 @@ class InspectConfig(Strict):
     check: tuple[str, ...] = ()
     """Training configs (--check A.yaml B.yaml ..., or a folder of them): report which of them the
     store can train, and for the others what is missing and how to add it. Exit code 1 if one cannot
-    be trained."""
+    be trained. --check alone: a table of all in jobs/configs."""

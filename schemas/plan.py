@@ -18,6 +18,9 @@ class Prices(Strict):
     """Prices of compute and storage, in one currency. The defaults are assumptions in US dollars;
     prices differ by provider, contract and year."""
 
+    currency: Annotated[str, Field(pattern=r"^\S{1,8}$")] = "USD"
+    """Currency of the prices given here, and of the costs."""
+
     device_hour: NotNegative | None = None
     """Price of one hour of a device (a GPU, or all timed CPU cores). Assumed by default: 3 for a
     GPU, as an H100 on demand costs 2 to 4; 0.05 per CPU core, about the list price of a cloud
@@ -69,6 +72,8 @@ class ExtractPlan(ExtractConfig):
     extraction or a manifest."""
 
     plan: ExtractPlanOptions = ExtractPlanOptions()
+    wide: bool = False
+    """Print all columns, the counts behind them and all advice, instead of five columns."""
     as_json: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""
 
@@ -84,5 +89,7 @@ class TrainPlan(RunConfig):
     images: Annotated[int, Field(ge=1)] | None = None
     """Images of the data set. Default: the store's, else counted in --extract.source if given,
     else ImageNet-1k's."""
+    wide: bool = False
+    """Print all columns, the counts behind them and all advice, instead of five columns."""
     as_json: Annotated[bool, Field(alias="json")] = False
     """Print one JSON object instead of a table."""

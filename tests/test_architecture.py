@@ -29,8 +29,10 @@ LAYERS = {
         "visualization",
         "cost_estimate",
         "doctor",
+        "pretrain",
+        "quickstart",
     ),
-    "artifacts": ("store", "targets", "checkpoints", "runs"),
+    "artifacts": ("store", "targets", "checkpoints", "runs", "library"),
     "science": (
         "models",
         "diffusion",

@@ -25,10 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs.experiments.options import DIGITS
-from jobs.pretrain.classifier import accuracy, train_classifier
-from jobs.pretrain.kl_autoencoder import train_autoencoder
-from jobs.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
-from jobs.pretrain.self_distillation import self_distill
 from pipeline.cli.progress import progress_bar
 from pipeline.datasets import list_images
 from pipeline.datasets.crop import BadImageError, decode_crop
@@ -37,6 +33,10 @@ from pipeline.datasets.folder import list_class_folders
 from pipeline.extract.encoder import Encoder
 from pipeline.extract.target_store import missing_tasks, open_store
 from pipeline.extract.tasks import stream_name
+from pipeline.pretrain.classifier import accuracy, train_classifier
+from pipeline.pretrain.kl_autoencoder import train_autoencoder
+from pipeline.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
+from pipeline.pretrain.self_distillation import self_distill
 from pipeline.storage.files import TEMPORARY
 from pipeline.storage.locks import exclusive_lock
 from pipeline.store import Store

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from jobs.experiments.artifacts import CLASSIFIER_FILE, Images
 from jobs.experiments.options import JudgeConfig
-from jobs.pretrain.common import normalise
-from jobs.pretrain.options import ClassifierConfig
 from pipeline.autoencoders import decode_scaled, open_decoder
 from pipeline.checkpoints.student import load_student
 from pipeline.evaluate.frechet import Factored, FeatureStatistics, frechet_distance
 from pipeline.evaluate.precision_recall import precision_recall
 from pipeline.hashing import sha256_of_module
 from pipeline.precision import arithmetic, choose_arithmetic
+from pipeline.pretrain.common import normalise
+from pipeline.pretrain.options import ClassifierConfig
 from pipeline.sampling.batches import choose_labels, plan_batches
 from pipeline.sampling.generate import draw_latents
 from pipeline.storage.files import open_url, write_atomic

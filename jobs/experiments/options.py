@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from jobs.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
+from pipeline.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
 from schemas.base import Strict
 from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError

@@ -15,10 +15,10 @@ if not __package__:  # run as a file: Python then searches this folder, not the 
 
 from pydantic import Field
 
-from jobs.pretrain.options import AutoencoderConfig
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
+from pipeline.pretrain.options import AutoencoderConfig
 
 
 class CommandOptions(AutoencoderConfig):
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     # torch and diffusers take seconds to import
     import torch
 
-    from jobs.pretrain.kl_autoencoder import train_autoencoder
     from pipeline.datasets.digits import digits_images
+    from pipeline.pretrain.kl_autoencoder import train_autoencoder
 
     torch.set_num_threads(config.threads)
     digits, _ = digits_images(config.resolution)

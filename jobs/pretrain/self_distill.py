@@ -15,10 +15,10 @@ if not __package__:  # run as a file: Python then searches this folder, not the 
 
 from pydantic import Field
 
-from jobs.pretrain.options import SelfDistillConfig
 from pipeline.assets import DEMO_TEACHER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
+from pipeline.pretrain.options import SelfDistillConfig
 
 
 class CommandOptions(SelfDistillConfig):
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
     # torch and timm take seconds to import
     import torch
 
-    from jobs.pretrain.self_distillation import knn_accuracies, save_teacher, self_distill
     from pipeline.datasets.digits import digits_images
+    from pipeline.pretrain.self_distillation import knn_accuracies, save_teacher, self_distill
 
     torch.set_num_threads(config.threads)
     digits, digit_labels = digits_images(config.backbone.img_size)

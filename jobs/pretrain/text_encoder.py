@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.pretrain.options import CAPTIONS, NAMES
+from pipeline.pretrain.options import CAPTIONS, NAMES
 from pipeline.text_encoders.encoder import seeded
 from pipeline.text_encoders.package import transformers
 

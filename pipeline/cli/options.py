@@ -52,24 +52,29 @@ def parse_options(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     preset_key: str = "",
     positional: str | Sequence[str] = (),
+    first: Sequence[str] = (),
 ) -> M:
     """Build ``model`` from defaults < preset < ``--config FILE`` < ``--option VALUE``.
 
     ``presets`` maps a value of the option ``preset_key`` to a mapping of defaults, for the table
     of the option (``a`` of ``a.b``). They are defaults: ``model_fields_set`` contains only fields
     that a file or an option sets. ``positional``: names of positional arguments,
-    in order; the last may take several words. Prints the help and exits with code 0 on ``--help``;
-    raises ``UserError`` for invalid arguments.
+    in order; the last may take several words. Prints the help and exits with code 0 on ``--help``,
+    which shows the options ``first`` where they are given, and on ``--help-all``; raises
+    ``UserError`` for invalid arguments.
     """
     places = [positional] if isinstance(positional, str) else list(positional)
     table, _, _ = preset_key.rpartition(".")
     whole = {name: _nest(table, one) if table else one for name, one in (presets or {}).items()}
     leaves = dict(leaf_fields(model))
-    if {"-h", "--help"} & set(argv):
+    asked = {"-h", "--help", "--help-all"} & set(argv)
+    if asked:
         several = {at for at in places if _is_texts(leaves[at].annotation)}
         named = (f"{at.upper()} ..." if at in several else at.upper() for at in places)
         usage = " ".join([command, *named])
-        print(help_text(model, command=usage, about=about, presets=whole, preset_key=preset_key))
+        only = () if "--help-all" in asked else first
+        texts = {"command": usage, "about": about, "preset_key": preset_key}
+        print(help_text(model, presets=whole, only=only, **texts))
         sys.exit(0)
     tables = set(_optional_tables(model))
     overrides: list[tuple[str, Any]] = []  # one table may get several entries
@@ -128,9 +133,11 @@ def help_text(
     about: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     preset_key: str = "",
+    only: Sequence[str] = (),
 ) -> str:
     """The ``--help`` page, from field names, defaults and docstrings. ``presets`` maps values of
-    the option ``preset_key`` to other defaults, nested like the model."""
+    the option ``preset_key`` to other defaults, nested like the model. ``only``: options to show,
+    in this order, instead of all."""
     usage = f"{command} [--config FILE.yaml] [--option VALUE ...]"
     lines = [*_wrapped(usage, "usage: ", TEXT), ""]
     for paragraph in about.split("\n\n"):
@@ -142,7 +149,8 @@ def help_text(
     for name, field in leaf_fields(model):
         same_name.setdefault(name, []).append(field)
     kinds = {name.rpartition(".")[0] for name, fields in same_name.items() if len(fields) > 1}
-    for name, fields in same_name.items():
+    for name in only or same_name:
+        fields = same_name[name]
         first = fields[0]
         needed = "required by its kind" if name.rpartition(".")[0] in kinds else "required"
         defaults = dict.fromkeys(_show(f.get_default()) for f in fields if not f.is_required())
@@ -161,6 +169,8 @@ def help_text(
         lines += _wrapped(f"--{_dashed(name)}{shown}  ({default})", OPTION, TEXT)
         if first.description:
             lines += _wrapped(" ".join(first.description.split()), TEXT, TEXT)
+    if only:
+        lines += ["", f"--help-all lists {len(same_name) - len(only)} more options."]
     return "\n".join(lines)
 
 
@@ -206,7 +216,7 @@ def _split_arguments(
         if name != "config" and name not in leaves and name not in tables and not in_table:
             options = [_dashed(leaf) for leaf in [*leaves, "config", "log_level"]]
             hint = suggest(_dashed(option), options).replace("'", "'--", 1)
-            raise UserError(f"unknown option --{option}{hint}; --help lists them all")
+            raise UserError(f"unknown option --{option}{hint}; --help-all lists them")
         if not equals:
             flag = name in leaves and leaves[name].annotation is bool
             if flag and (not rest or rest[0].lower() not in BOOLEANS):

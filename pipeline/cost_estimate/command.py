@@ -39,14 +39,14 @@ def plan_extraction(argv: list[str]) -> int:
         run = validate(RunConfig, read_yaml(trainer), where=trainer)
     from pipeline.cost_estimate.estimate import make_estimate  # torch takes seconds to import
 
-    return _print(make_estimate(config, run, config.plan, config.plan.images), config.as_json)
+    return _print(make_estimate(config, run, config.plan, config.plan.images), config)
 
 
 def plan_training(argv: list[str]) -> int:
     """``jobs/train_haste.py --plan``."""
     command = "python jobs/train_haste.py --plan"
     config = _parse(TrainPlan, argv, command, preset_key="extract.dataset")
-    return _print(estimate_training(config, memory=True), config.as_json)
+    return _print(estimate_training(config, memory=True), config)
 
 
 def estimate_training(config: TrainPlan, *, memory: bool = False) -> Estimate:
@@ -81,8 +81,10 @@ def _parse(model: type[Options], argv: list[str], command: str, *, preset_key: s
     )
 
 
-def _print(estimate: Estimate, json_wanted: bool) -> int:
+def _print(estimate: Estimate, config: ExtractPlan | TrainPlan) -> int:
     from pipeline.cost_estimate.report import as_json, describe
 
-    print(json.dumps(as_json(estimate)) if json_wanted else describe(estimate))
+    currency = config.plan.prices.currency
+    made = as_json(estimate, currency) if config.as_json else None
+    print(describe(estimate, currency, wide=config.wide) if made is None else json.dumps(made))
     return 0

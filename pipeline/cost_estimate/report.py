@@ -19,6 +19,7 @@ HEADER = (
     ("cut", "codec", "per", "in", "extrac-", "read per", "teacher,", "added", "cheaper", "total"),
     ("", "", "image", "all", "tion", "worker", "of a step", "to a run", "from run", "cost"),
 )
+NARROW_HEADER = ("cut", "codec", "size", "added to a run", "total cost")
 LEGEND = "Codecs other than that of --codec are for comparison."
 WAITS = "*: the trainer waits for data."
 
@@ -38,16 +39,21 @@ class Estimate:
     """Memory of a training step; None: not counted."""
 
 
-def describe(estimate: Estimate) -> str:
-    """Assumptions, table and advice in lines of at most 100 columns."""
+def describe(estimate: Estimate, currency: str = "USD", *, wide: bool = False) -> str:
+    """Assumptions, table and advice in lines of at most 100 columns: five columns and one sentence,
+    or all with ``wide``."""
     notes = [f"note: {note}" for note in estimate.notes]
-    advice = " ".join(advise(estimate.costs, estimate.scenario))
+    advice = advise(estimate.costs, estimate.scenario, currency)
     memory = [] if estimate.memory is None else ["", *_memory(estimate.memory)]
-    paragraphs = [*_assumptions(estimate), "", *_table(estimate), "", advice, *notes, *memory]
+    shown = " ".join(advice) if wide else advice[VERDICT]
+    more = [] if wide else ["(--wide: all columns and counts)"]
+    assumptions = _assumptions(estimate, currency, wide=wide)
+    table = _table(estimate, currency) if wide else _narrow_table(estimate, currency)
+    paragraphs = [*assumptions, "", *table, "", shown, *notes, *more, *memory]
     return "\n".join(textwrap.fill(p, WIDTH, subsequent_indent="  ") for p in paragraphs)
 
 
-def as_json(estimate: Estimate) -> dict[str, Any]:
+def as_json(estimate: Estimate, currency: str = "USD") -> dict[str, Any]:
     """Counts are integers; shares are of a vanilla step; prices are in the options' currency."""
     flops, device = estimate.flops, estimate.device
     best = cheapest(estimate.costs)
@@ -66,18 +72,23 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "flops_per_second": {
             k: round(getattr(device.rates, k)) for k in ("teacher", "student", "autoencoder")
         },
-        "prices": {price: scenario.pop(price) for price in ("device_hour", "tb_month")},
+        "prices": {price: scenario.pop(price) for price in ("device_hour", "tb_month")}
+        | {"currency": currency},
         **scenario,
         "cuts": [_rounded(asdict(cost)) for cost in estimate.costs],
         "recommended": {"cut": best.cut, "codec": best.codec},
         "online_is_better": best.cut == ONLINE,
-        "reasons": advise(estimate.costs, estimate.scenario),
+        "reasons": advise(estimate.costs, estimate.scenario, currency),
         "notes": list(estimate.notes),
         **({} if estimate.memory is None else {"memory": estimate.memory.as_json()}),
     }
 
 
-def advise(costs: Sequence[Cost], scenario: Scenario) -> list[str]:
+VERDICT = 1
+"""Place of the recommendation among the sentences of ``advise``."""
+
+
+def advise(costs: Sequence[Cost], scenario: Scenario, currency: str = "USD") -> list[str]:
     """Sentences: the most that a store can save, the recommendation, limits and alternatives."""
     best, lowest = cheapest(costs), min(costs, key=lambda cost: cost.cost)
     online, store = cheapest(costs, online=True), cheapest(costs, online=False)
@@ -89,8 +100,9 @@ def advise(costs: Sequence[Cost], scenario: Scenario) -> list[str]:
     sentences = [
         f"The online teacher takes {100 * online.teacher_share_of_step:,.1f}% of a vanilla step: "
         "a store saves at most this share.",
-        f"{verdict}: {scenario.runs:,} run(s) cost {short_number(store.cost)} with the store, "
-        f"which is {pays}, and {short_number(online.cost)} with the online teacher.",
+        f"{verdict}: {scenario.runs:,} run(s) cost {short_number(store.cost)} {currency} with the "
+        f"store, which is {pays}, and {short_number(online.cost)} {currency} with the online "
+        "teacher.",
     ]
     if not best.bandwidth_suffices:
         sentences.append(
@@ -99,7 +111,7 @@ def advise(costs: Sequence[Cost], scenario: Scenario) -> list[str]:
         )
     if not lowest.candidate:
         sentences.append(
-            f"{lowest.name} would cost {short_number(lowest.cost)}, with larger errors: "
+            f"{lowest.name} would cost {short_number(lowest.cost)} {currency}, with larger errors: "
             f"--codec {lowest.codec}."
         )
     return sentences
@@ -130,7 +142,7 @@ def _memory(memory: StepMemory) -> list[str]:
     ]
 
 
-def _assumptions(estimate: Estimate) -> list[str]:
+def _assumptions(estimate: Estimate, currency: str, *, wide: bool) -> list[str]:
     scenario, flops, device = estimate.scenario, estimate.flops, estimate.device
     lines = []
     if device.basis == "assumed":
@@ -138,18 +150,20 @@ def _assumptions(estimate: Estimate) -> list[str]:
             f"no GPU here: costs assume one of {device.rates.teacher / TERA:g} TFLOP/s "
             "(--plan.tflops); --plan.device cpu estimates this CPU"
         ]
+    counts = (
+        f"GFLOP per image: teacher {short_number(flops.training[ONLINE] / GIGA)}, vanilla step "
+        f"{short_number(flops.step / GIGA)}, alignment {short_number(flops.alignment / GIGA)}, "
+        f"autoencoder {short_number(flops.autoencoder / GIGA)}; on {_describe_rates(device)}"
+    )
     return [
         *lines,
         f"{estimate.config.teacher.model} for {estimate.run.student.model}, "
         f"{scenario.images:,} images; aligned for "
         f"{short_number(scenario.aligned_images_per_run / scenario.images)} of "
         f"{short_number(scenario.images_per_run / scenario.images)} epochs",
-        f"GFLOP per image: teacher {short_number(flops.training[ONLINE] / GIGA)}, vanilla step "
-        f"{short_number(flops.step / GIGA)}, alignment {short_number(flops.alignment / GIGA)}, "
-        f"autoencoder {short_number(flops.autoencoder / GIGA)}; on {_describe_rates(device)}",
-        f"{scenario.runs:,} run(s), {scenario.months:g} months at {scenario.tb_month:g} per "
-        f"TB-month, {scenario.device_hour:g} per device-hour, "
-        "in one currency (the defaults in US dollars), "
+        *([counts] if wide else []),
+        f"{scenario.runs:,} run(s), {scenario.months:g} months at {scenario.tb_month:g} {currency} "
+        f"per TB-month, {scenario.device_hour:g} {currency} per device-hour; "
         f"{scenario.bytes_per_second_per_worker / GIGA:g} GB/s per worker, "
         f"{scenario.encoders:g} encoding and {scenario.workers} training devices",
     ]
@@ -163,8 +177,34 @@ def _describe_rates(device: Device) -> str:
     )
 
 
-def _table(estimate: Estimate) -> list[str]:
-    rows = [*HEADER, *map(_row, estimate.costs)]
+def _narrow_table(estimate: Estimate, currency: str) -> list[str]:
+    header = (*NARROW_HEADER[:-1], f"{NARROW_HEADER[-1]}, {currency}")
+    rows = [header, *map(_narrow_row, estimate.costs)]
+    return _aligned(rows, [] if _reads_suffice(estimate) else [WAITS])
+
+
+def _narrow_row(cost: Cost) -> tuple[str, ...]:
+    return (
+        cost.cut + (" (exists)" if cost.exists else ""),
+        cost.codec,
+        describe_bytes(cost.bytes),
+        describe_hours(cost.device_hours_per_run) + (" " if cost.bandwidth_suffices else "*"),
+        short_number(cost.cost),
+    )
+
+
+def _reads_suffice(estimate: Estimate) -> bool:
+    return all(cost.bandwidth_suffices for cost in estimate.costs)
+
+
+def _table(estimate: Estimate, currency: str) -> list[str]:
+    units = (*HEADER[1][:-1], f"cost, {currency}")
+    rows = [HEADER[0], units, *map(_row, estimate.costs)]
+    return _aligned(rows, [LEGEND if _reads_suffice(estimate) else f"{WAITS} {LEGEND}"])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], legend: list[str]) -> list[str]:
+    """Rows whose first two columns begin, and whose others end, in the same place."""
     cut, codec, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     lines = [
         " ".join(
@@ -172,8 +212,7 @@ def _table(estimate: Estimate) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-    waits = not all(cost.bandwidth_suffices for cost in estimate.costs)
-    return [*lines, f"{WAITS} {LEGEND}" if waits else LEGEND]
+    return [*lines, *legend]
 
 
 def _row(cost: Cost) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pipeline.datasets.captions import list_captioned_folder
 from pipeline.datasets.coco import list_coco
 from pipeline.datasets.coco_features import list_coco_features
 from pipeline.datasets.digits import list_digits, read_digit
-from pipeline.datasets.folder import list_class_folders
+from pipeline.datasets.folder import list_class_folders, list_unlabelled
 from pipeline.datasets.imagenet import list_imagenet, read_synsets
 from pipeline.datasets.listing import ImageItem, Listing, with_names
 from pipeline.datasets.listing_check import check_listing
@@ -31,6 +31,8 @@ def list_images(config: ExtractConfig, class_names: Sequence[str] = ()) -> Listi
     existing store, whose list holds without --synsets, too. Raises ``UserError``."""
     if config.synsets is not None and config.dataset in ("folder", "demo", *COCO):
         raise UserError(f"--synsets is for ImageNet, not for --dataset {config.dataset}")
+    if config.unlabelled and (config.dataset != "folder" or config.captions is not None):
+        raise UserError("--unlabelled is for --dataset folder without --captions")
     _check_captions(config)
     if config.dataset == "demo":
         listing = list_digits()
@@ -49,6 +51,8 @@ def list_images(config: ExtractConfig, class_names: Sequence[str] = ()) -> Listi
             listing = list_coco_features(source, config.split or "train")
         elif config.dataset == "folder" and config.captions is not None:
             listing = list_captioned_folder(source, config.captions)
+        elif config.unlabelled:
+            listing = list_unlabelled(source)
         elif config.dataset == "folder":
             listing = list_class_folders(source, allow_empty=config.allow_empty_classes)
         else:

@@ -42,6 +42,16 @@ def list_class_folders(source: str, *, allow_empty: bool = False) -> Listing:
     return make_listing(paths, labels, classes)
 
 
+def list_unlabelled(source: str) -> Listing:
+    """List every file below ``source``, except hidden ones, as of one class with the name of the
+    source. Raises ``UserError``."""
+    paths = list_files(source)
+    if not paths:
+        raise UserError(f"--source '{redact(source)}' has no images")
+    name = redact(source).rstrip("/").rpartition("/")[2] or "images"
+    return make_listing(paths, [name] * len(paths), [name])
+
+
 def list_class_names(source: str, below: str = "") -> list[str]:
     """Sorted names of the folders directly in ``source/below``, except hidden ones, also of those
     without files. Raises ``UserError``."""

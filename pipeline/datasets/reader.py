@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 
 from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.listing import ImageItem
 from pipeline.storage.files import file_size, is_local, open_url, read_ranges, redact
 from pipeline.storage.local import open_regular, read_range
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 
 Reader = Callable[[ImageItem], bytes]
 
@@ -43,6 +45,8 @@ class FileReader:
             (part,) = read_ranges(self.filesystem, path, ranges)
         except KeyError:  # of fsspec's archives
             raise BadImageError("a link to a file that its archive lacks") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise BadImageError(f"damaged in its archive ({plain_text(str(error))})") from None
         if item.length is not None and len(part) != item.length:
             raise UserError(
                 f"'{redact(path)}': {len(part)} bytes came instead of the {item.length} of sample "

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
+
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
 from schemas.extract import PRESETS, ExtractConfig
 
+logger = logging.getLogger("pipeline.extract")
+
 ABOUT = """\
 Run the teacher and the autoencoder once over a data set and write their outputs to a sharded store.
 The same command resumes an interrupted extraction: only missing shards are made. --plan prints the
 cost of every cut instead; --plan --help lists its options."""
+
+FIRST = (
+    *("dataset", "source", "store", "resolution", "teacher.model", "teacher.weights"),
+    *("teacher.image_size", "autoencoder", "cut", "layers", "codec", "on_bad_image"),
+    *("shard_size", "actors", "ray_address"),
+)
+"""Options of the short help."""
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +37,7 @@ def main(argv: list[str]) -> int:
         about=ABOUT,
         presets=PRESETS,
         preset_key="dataset",
+        first=FIRST,
     )
     from pipeline.extract.job import extract  # Ray takes a second to import
     from pipeline.store.captions import caption_lines
@@ -44,6 +57,13 @@ def main(argv: list[str]) -> int:
         print(line)
     if store.manifest.skipped:
         print(f"{len(store.manifest.skipped)} bad images were skipped; the manifest lists them")
+    at = shlex.quote(store.shown_url)
+    logger.info(
+        "next: python -m pipeline.inspect %s --check (configs that it can train), then python "
+        "jobs/train_haste.py --config CONFIG.yaml --store %s",
+        at,
+        at,
+    )
     return 0
 
 

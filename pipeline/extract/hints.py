@@ -51,7 +51,7 @@ def log_hints(config: ExtractConfig, listing: Listing, description: Description)
 def report_statistics(config: ExtractConfig, teacher: TeacherInfo) -> None:
     """Log mean and std of the input of a teacher from a file, because a file does not name its
     own; a warning where the model's name has others than ImageNet's, which most files have."""
-    if config.teacher.weights in {"hub", "demo", "random"}:
+    if config.teacher.weights in {"hub", "demo", "random"} or config.pretrain is not None:
         return
     mean, std = (", ".join(f"{n:g}" for n in numbers) for numbers in (teacher.mean, teacher.std))
     if teacher.statistics_of == "options":

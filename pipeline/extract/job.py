@@ -72,6 +72,10 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
         config = with_stores_options(config, existing)
     if config.dataset != "demo" and config.source is None:
         raise UserError("--source is missing: the folder or URL of the images")
+    if config.pretrain is not None and config.add_stream is None:
+        from pipeline.pretrain.networks import train_missing
+
+        train_missing(config)
     config = with_absolute_paths(
         config,
         ["store", "source", *(["captions"] if config.dataset == "folder" else [])],

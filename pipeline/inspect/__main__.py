@@ -1,10 +1,11 @@
-"""`python -m pipeline.inspect STORE [--json]`: summary of a store; with `--sample KEY --png FILE`,
-`--fidelity N`, `--verify`, `--gc` or `--check CONFIG...` further checks."""
+"""`python -m pipeline.inspect STORE [--json]`: summary of a store; with `--png FILE` and
+`--sample KEY`, `--fidelity N`, `--verify`, `--gc` or `--check CONFIG...` further checks."""
 
 from __future__ import annotations
 
 import json
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,23 +22,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pipeline.inspect")
 
+SHIPPED = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+
 
 def main(argv: list[str]) -> int:
     config = parse_options(
         InspectConfig,
-        _with_recipe(argv),
+        _with_shipped(_with_recipe(argv)),
         command="python -m pipeline.inspect",
         about="Describe a store: its contents, its sizes and what is missing.",
         positional="store",
     )
     if config.store is None:
         raise UserError("STORE is missing: the folder or URL of the store")
-    if (config.sample is None) != (config.png is None):
+    if config.sample is not None and config.png is None:
         raise UserError("--sample KEY and --png FILE go together")
     chosen = [name for name in ("verify", "gc", "check") if getattr(config, name)]
-    if len(chosen) > 1 or (chosen and (config.sample or config.fidelity) is not None):
+    if len(chosen) > 1 or (chosen and (config.png or config.fidelity) is not None):
         raise UserError(
-            f"--{chosen[0]} cannot be combined with --verify, --gc, --check, --sample or --fidelity"
+            f"--{chosen[0]} cannot be combined with --verify, --gc, --check, --sample, --png or "
+            "--fidelity"
         )
     if config.recipe is not None and (config.fidelity is None or config.stream is not None):
         raise UserError("--recipe FILE goes with --fidelity N, and names the streams itself")
@@ -61,6 +65,11 @@ def main(argv: list[str]) -> int:
         draw_sample(store, config.sample, Path(config.png).expanduser(), config.stream)
         logger.info("wrote %s", config.png)
         captions = read_captions(store, *find_sample(store, config.sample))
+    elif config.png is not None:
+        from pipeline.visualization.contact_sheet import draw_contact_sheet
+
+        images = draw_contact_sheet(store, Path(config.png).expanduser())
+        logger.info("wrote %s: %d decoded latents, a row for each class", config.png, images)
     report, page = summary.as_json(), describe(store, summary, _count_orphans(store))
     if captions:
         report["captions"] = captions
@@ -106,6 +115,15 @@ def _with_recipe(argv: list[str]) -> list[str]:
     ]
 
 
+def _with_shipped(argv: list[str]) -> list[str]:
+    """--check without a file stands for all configs that the project has."""
+    shipped: list[str] = []
+    for word, following in pairwise([*argv, "--"]):
+        alone = word == "--check" and following.startswith("--")
+        shipped += [word, *([str(SHIPPED)] if alone else [])]
+    return shipped
+
+
 def _verify(store: Store, config: InspectConfig) -> int:
     from pipeline.inspect.verify import describe_verification, verify_store
 
@@ -116,10 +134,12 @@ def _verify(store: Store, config: InspectConfig) -> int:
 
 
 def _check(store: Store, config: InspectConfig) -> int:
-    from pipeline.inspect.check import answers_as_json, check_configs  # imports torch
+    from pipeline.inspect.check import answers_as_json, answers_as_table, check_configs  # torch
 
     answers = check_configs(store, config.check)
     found, lines = answers_as_json(answers), "\n".join(str(answer) for answer in answers)
+    if config.check == (str(SHIPPED),):
+        lines = answers_as_table(store, answers)
     print(json.dumps(found) if config.as_json else lines)
     return 0 if found["ok"] else 1
 

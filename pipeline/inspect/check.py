@@ -20,13 +20,17 @@ from pipeline.store import Store
 from pipeline.targets.kinds import STORED
 from pipeline.targets.sources import check_stream
 from pipeline.targets.tail import check_tail
+from pipeline.text import shortened
 from schemas.alignment import StreamAlignment, place
-from schemas.errors import UserError
+from schemas.errors import UserError, plain_text
 from schemas.extract import Cut
 from schemas.fields import TEXT, class_stream_name
 from schemas.run import RunConfig
 from schemas.store import Manifest
 from schemas.validation import validate
+
+MAX_REASON = 90
+"""Characters of a reason in a table."""
 
 
 class Answer(NamedTuple):
@@ -80,6 +84,37 @@ def answers_as_json(answers: list[Answer]) -> dict[str, Any]:
         "configs": [answer._asdict() for answer in answers],
         "ok": all(answer.ok for answer in answers),
     }
+
+
+def answers_as_table(store: Store, answers: list[Answer]) -> str:
+    """One line for each config, with its classes, then the commands that add what some lack."""
+    rows = [("", "config", "classes", "")]
+    commands: dict[str, list[str]] = {}
+    for answer in answers:
+        name = Path(answer.config).stem
+        why = shortened(plain_text(answer.reason or ""), MAX_REASON)
+        rows.append(("yes" if answer.ok else "no", name, _classes_of(answer.config), why))
+        if answer.command is not None:
+            commands.setdefault(answer.command, []).append(name)
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
+    possible = sum(answer.ok for answer in answers)
+    lines.append(
+        f"{possible} of {len(answers)} configs can be trained on this store of "
+        f"{store.manifest.dataset.num_classes} classes"
+    )
+    for command, names in commands.items():
+        lines.append(f"for {shortened(', '.join(names), MAX_REASON)}: {command}")
+    return "\n".join(lines)
+
+
+def _classes_of(file: str) -> str:
+    """Classes that a config states; "the store's" where it has none."""
+    try:
+        student = read_yaml(file).get("student") or {}
+    except UserError:
+        return "?"
+    return str(student.get("num_classes", "the store's"))
 
 
 def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.storage.files import file_size
-from pipeline.store import Store
+import numpy as np
+
+from pipeline.storage.files import file_size, is_local
+from pipeline.store import Store, StreamReader
 from pipeline.store.captions import caption_lines
 from pipeline.store.layout import MANIFEST
 from pipeline.text import describe_bytes, short_value, shortened
 from schemas.classes import ClassTable
-from schemas.errors import escaped
+from schemas.errors import UserError, escaped
 from schemas.store import (
     AutoencoderInfo,
     Calibration,
@@ -24,6 +26,8 @@ from schemas.store import (
 
 MAX_SHOWN = 10
 """Classes that the page shows; ``--json`` has all."""
+MAX_COUNTED = 200_000
+"""Images whose labels are read to count those of each class."""
 MAX_NAME = 40
 """Characters of a class name on the page."""
 
@@ -42,6 +46,8 @@ class StoreSummary:
     """Bytes that do not depend on the number of images: the manifest, teacher tails and null
     captions."""
     classes: ClassTable
+    class_counts: tuple[int, ...] | None = None
+    """Images of each class; None where counting them would take long."""
 
     @property
     def complete(self) -> bool:
@@ -79,7 +85,26 @@ def summarise(store: Store) -> StoreSummary:
         incomplete,
         fixed,
         store.manifest.dataset.classes,
+        count_classes(store, sum(index.samples_per_shard)),
     )
+
+
+def count_classes(store: Store, samples: int) -> tuple[int, ...] | None:
+    """Images of each class in the committed shards of a local store of up to ``MAX_COUNTED``."""
+    dataset = store.manifest.dataset
+    if dataset.dummy_class or samples > MAX_COUNTED or not is_local(store.filesystem):
+        return None
+    reader = StreamReader(store, "latents", columns=["label"])
+    counts = np.zeros(dataset.num_classes, np.int64)
+    for shard in sorted(store.committed_shards()):
+        rows = np.arange(store.record(shard).samples)
+        try:
+            labels = reader.read(np.full_like(rows, shard), rows)["label"]
+        except (UserError, OSError):  # --verify tells of it
+            return None
+        known = labels[(labels >= 0) & (labels < len(counts))]
+        counts += np.bincount(known, minlength=len(counts))
+    return tuple(counts.tolist())
 
 
 def describe(store: Store, summary: StoreSummary, orphans: str | None = None) -> str:
@@ -103,6 +128,7 @@ def describe(store: Store, summary: StoreSummary, orphans: str | None = None) ->
     )
     lines = [
         f"{store.shown_url}: {state}",
+        *_describe_counts(summary),
         f"  data set     {m.dataset.name} from {m.dataset.source or 'its package'}, "
         f"{_labels(m.dataset)}, {m.resolution} px"
         + ("" if m.crop == "adm" else f", crop {m.crop}"),
@@ -168,6 +194,21 @@ def _describe_classes(classes: ClassTable) -> list[str]:
         empty = [str(number) for number in classes.empty]
         lines.append(f"  no images    {len(empty)} classes: {_first(empty)}")
     return lines
+
+
+def _describe_counts(summary: StoreSummary) -> list[str]:
+    """Images of each class, those with most images first."""
+    counts, names = summary.class_counts, summary.classes.names
+    if counts is None:
+        return [f"  images       {summary.samples:,}"]
+    order = sorted(range(len(counts)), key=lambda number: -counts[number])
+    shown = [
+        f"{counts[n]:,} {shortened(names[n], MAX_NAME) if names else f'of class {n}'}"
+        for n in order
+        if counts[n]
+    ]
+    kinds = f"class{'es' * (len(shown) != 1)}"
+    return [f"  images       {summary.samples:,} in {len(shown)} {kinds}: {_first(shown)}"]
 
 
 def _first(items: Sequence[str]) -> str:

@@ -25,6 +25,8 @@ from schemas.errors import plain_text
 SIZE = (5.0, 2.9)
 """Inches of 72 units, which are CSS pixels on a phone."""
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)), (0, (8, 2, 3, 2)))
+MAX_ROWS, MAX_LINES = 10, 8
+"""Steps and lines in the table of a plot's values."""
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text remains text: small, and in the reader's font
     "svg.hashsalt": "haste",  # equal runs give equal bytes
@@ -52,6 +54,9 @@ class Plot(NamedTuple):
     """The last number of each line, for readers who cannot see the picture."""
     image: Markup
     """A ``data:`` URI."""
+    head: list[str]
+    """Head of a table of some of the values: step, then the lines."""
+    rows: list[list[str]]
 
 
 def make_plot(panel: Panel, labels: Sequence[str], last: int, title: str | None = None) -> Plot:
@@ -71,7 +76,25 @@ def make_plot(panel: Panel, labels: Sequence[str], last: int, title: str | None 
         for line in panel.lines
     ]
     image = data_uri(panel_svg(panel, last), "image/svg+xml")
-    return Plot(title or panel.title, notes, values, image)
+    return Plot(title or panel.title, notes, values, image, *_some_values(panel, labels))
+
+
+def _some_values(panel: Panel, labels: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of about ``MAX_ROWS`` steps, the first and the last among them."""
+    lines = panel.lines[:MAX_LINES]
+    steps: set[float] = set()
+    for line in lines:
+        last = len(line.steps) - 1
+        places = {round(n * last / (MAX_ROWS - 1)) for n in range(MAX_ROWS)}
+        steps |= {line.steps[place] for place in places}
+    describe = FORMATS[panel.unit]
+    known = [dict(zip(line.steps, line.values, strict=True)) for line in lines]
+    names = [f"{labels[line.run]}{f' ({line.name})' if line.name else ''}" for line in lines]
+    rows = [
+        [f"{step:,.0f}", *(describe(values[step]) if step in values else "" for values in known)]
+        for step in sorted(steps)
+    ]
+    return ["step", *names], rows
 
 
 def panel_svg(panel: Panel, last: int) -> bytes:

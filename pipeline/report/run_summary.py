@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from markupsafe import Markup
 from pipeline.report.evaluation_groups import describe_group, group_of
 from pipeline.report.rendering import breakable
 from pipeline.report.series import METRICS
+from pipeline.runs.directory import CONFIG
 from pipeline.runs.reader import Record, number
 from pipeline.text import describe_bytes
 from schemas.run import RunConfig
@@ -54,6 +56,10 @@ def run_card(record: Record) -> RunCard:
         shown = [f"{name} {value:.4g}" for name, value in values.items() if value is not None]
         note = f"step {row['step']:,}; {describe_group(group_of(row))}"
         entries.append(Entry("Last evaluation", shown, note))
+    if record.config:
+        config = shlex.quote(f"{record.url.rstrip('/')}/{CONFIG}")
+        command = f"python jobs/train_haste.py --config {config}"
+        entries.append(Entry("Command", [command], "continues the run, or repeats it elsewhere"))
     return RunCard(entries, *_bytes_table(record))
 
 

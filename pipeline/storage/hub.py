@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import re
+import threading
 from collections.abc import Iterator, Sequence
 
 import huggingface_hub as hub
@@ -13,6 +15,8 @@ from pipeline.storage.files import redact
 from schemas.errors import plain_text
 
 CONNECT_SECONDS = 5.0
+_failures: dict[str, str] = {}
+"""Reasons by endpoint."""
 
 
 class HubUnreachableError(Exception):
@@ -51,13 +55,34 @@ def _is_cached(repo: str, filename: str) -> bool:
 
 
 def _unreachable() -> str | None:
-    """Reason why the hub cannot be reached, None if it can."""
+    """Reason why the hub cannot be reached, None if it can. A failure is remembered: the next
+    network of the same command does not wait again."""
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
+    if constants.ENDPOINT not in _failures:
+        reason = _attempt(constants.ENDPOINT)
+        if reason is None:
+            return None
+        _failures[constants.ENDPOINT] = reason
+    return f"{redact(constants.ENDPOINT)} cannot be reached ({_failures[constants.ENDPOINT]})"
+
+
+def _attempt(endpoint: str) -> str | None:
+    """Reason why one request failed, None if it was answered, after ``CONNECT_SECONDS`` at most:
+    the timeout of a request covers neither the look-up of a name nor a second address."""
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def request() -> None:
+        try:
+            # one request without the library's repetitions, by its proxies and certificates
+            hub.get_session().head(endpoint, timeout=CONNECT_SECONDS)
+        except Exception as error:  # the types are those of the library's HTTP client
+            answers.put(str(error) or type(error).__name__)
+        else:
+            answers.put(None)
+
+    threading.Thread(target=request, name="hub", daemon=True).start()
     try:
-        # one request without the library's repetitions, by its proxies and certificates
-        hub.get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
-    except Exception as error:  # the types are those of the library's HTTP client
-        reason = str(error) or type(error).__name__
-        return f"{redact(constants.ENDPOINT)} cannot be reached ({reason})"
-    return None
+        return answers.get(timeout=CONNECT_SECONDS)
+    except queue.Empty:
+        return f"no answer within {CONNECT_SECONDS:g} seconds"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.pretrain import classifier, common, kl_autoencoder, options, self_distillation
+from pipeline.pretrain import classifier, common, kl_autoencoder, options, self_distillation
 from tests.gpu.fake_gpu import FakeGpu, needs_cuda_build
 
 pytestmark = needs_cuda_build

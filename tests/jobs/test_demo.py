@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jobs import demo
-from jobs.pretrain.options import NAMES
+from pipeline.pretrain.options import NAMES
 from schemas.errors import UserError
 
 

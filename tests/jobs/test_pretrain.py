@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from jobs.pretrain.classifier import train_classifier
-from jobs.pretrain.common import check_weights
-from jobs.pretrain.kl_autoencoder import train_autoencoder
-from jobs.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
-from jobs.pretrain.self_distillation import self_distill
+from pipeline.pretrain.classifier import train_classifier
+from pipeline.pretrain.common import check_weights
+from pipeline.pretrain.kl_autoencoder import train_autoencoder
+from pipeline.pretrain.options import AutoencoderConfig, ClassifierConfig, SelfDistillConfig
+from pipeline.pretrain.self_distillation import self_distill
 from schemas.errors import NonFiniteError
 
 PIXELS = torch.randint(0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()

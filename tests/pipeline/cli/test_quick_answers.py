@@ -15,7 +15,7 @@ from tests.bench.options import OPTIONS
 ROOT = Path(__file__).parents[3]
 HEAVY = {"diffusers", "matplotlib", "pandas", "ray", "scipy", "sklearn", "timm", "torch"}
 HEAVY |= {"torch_fidelity", "torchvision", "transformers", "zarr"}
-MODULES = ["doctor", "extract", "extract --plan", "convert", "inspect", "report"]
+MODULES = ["doctor", "extract", "extract --plan", "convert", "inspect", "quickstart", "report"]
 FILES = ["train_haste.py", "train_haste.py --plan", "sample.py", "evaluate.py", "export.py"]
 FILES += ["demo.py", "experiments/matrix.py", "pretrain/autoencoder.py"]
 FILES += ["pretrain/self_distill.py"]
@@ -69,7 +69,8 @@ def test_every_command_is_tried() -> None:
         for word in words
         for end in (".py", "/__main__.py")
     }
-    assert programs - tried == {"pipeline/store/__main__.py"}  # names its successor
+    # one names its successor, the other is for readers, and imports torch at its head
+    assert programs - tried == {"pipeline/store/__main__.py", "jobs/examples/plain_loop.py"}
     bench = (ROOT / "tests" / "bench" / "__main__.py").read_text()
     assert set(OPTIONS) == set(re.findall(r'^    "(\w+)": "', bench, re.MULTILINE))
 
@@ -129,6 +130,24 @@ def test_complaints_import_nothing_heavy(command: str, message: str, tmp_path: P
     assert messages.startswith("error: ")
     assert messages.count("\n") == 0
     assert message.format(tmp_path) in messages
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("-m pipeline.quickstart", "-m pipeline.extract", "jobs/train_haste.py"),
+        *("jobs/sample.py", "jobs/evaluate.py", "-m pipeline.inspect", "-m pipeline.report"),
+    ],
+)
+def test_help_fits_two_screens_and_all_of_it_has_a_name(command: str) -> None:
+    _, page, _ = run(command, "--help", width="100")
+    assert len(page.splitlines()) <= 80
+    _, whole, _ = run(command, "--help-all", width="100")
+    more = re.search(r"\n--help-all lists (\d+) more options\.$", page.rstrip())
+    assert (more is None) == (page == whole)
+    options = [set(re.findall(r"^  --([\w.-]+)", text, re.MULTILINE)) for text in (page, whole)]
+    assert options[0] <= options[1]
+    assert len(options[1] - options[0]) == (int(more[1]) if more else 0)
 
 
 @pytest.mark.parametrize("width", [60, 100])

@@ -167,6 +167,23 @@ def test_the_table_fits(capsys: pytest.CaptureFixture[str]) -> None:
         assert sum(line.startswith(("maps", "qk", "activations", "image")) for line in lines) == 10
 
 
+def test_the_table_has_five_columns_or_all(capsys: pytest.CaptureFixture[str]) -> None:
+    euros = ("--plan.prices.currency", "EUR")
+    pages = {}
+    for wide in ((), ("--wide",)):
+        assert extract_main(["--plan", *H100, *euros, *wide]) == 0
+        pages[len(wide)] = capsys.readouterr().out
+        assert "3 EUR per device-hour" in " ".join(pages[len(wide)].split())
+    narrow, all_columns = pages[0].splitlines(), pages[1].splitlines()
+    header = next(line for line in narrow if line.startswith("cut"))
+    assert " ".join(header.split()) == "cut codec size added to a run total cost, EUR"
+    assert len(narrow) < len(all_columns)
+    assert "GFLOP" not in pages[0]
+    assert "GFLOP" in pages[1]
+    assert pages[0].count("Recommended: ") == 1
+    assert "--wide" in pages[0]
+
+
 def test_these_cores_are_timed_and_priced_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
     result = plan(capsys, *DEMO, "--plan.device", "cpu")
     assert result["images"] == 1_797

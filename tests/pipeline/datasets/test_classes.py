@@ -16,6 +16,8 @@ from pipeline.datasets.class_names import class_numbers
 from pipeline.datasets.crop import BadImageError
 from pipeline.datasets.folder import list_class_folders
 from pipeline.datasets.imagenet import list_imagenet
+from pipeline.datasets.listing import ImageItem
+from pipeline.datasets.reader import FileReader
 from schemas.classes import ClassTable, parse_classes
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -155,6 +157,18 @@ def test_folders_of_an_archive_count_as_they_do_on_disk(tmp_path: Path) -> None:
     kept = list_class_folders(source, allow_empty=True)
     assert labels(kept) == {"a/1.png": 0, "c/2.png": 2}
     assert kept.class_names == ("a", "b", "c")
+
+
+def test_a_damaged_member_of_a_zip_is_a_bad_image(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as zipped:
+        zipped.writestr("a/1.png", b"0123456789")
+        zipped.writestr("a/2.png", b"abcdefghij")
+    path.write_bytes(path.read_bytes().replace(b"01234", b"01x34", 1))
+    read = FileReader(f"zip://::{path}")
+    with pytest.raises(BadImageError, match=r"damaged in its archive \(Bad CRC-32"):
+        read(ImageItem("a/1", 0, "a/1.png"))
+    assert read(ImageItem("a/2", 0, "a/2.png")) == b"abcdefghij"
 
 
 def test_a_link_to_nothing_in_an_archive_is_a_bad_image(tmp_path: Path) -> None:

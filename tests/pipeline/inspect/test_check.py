@@ -337,6 +337,23 @@ def test_one_store_serves_every_config_of_its_resolution(tmp_path: Path, capsys:
     assert {"sit_b2_reg", "sit_xl2_reg_haste"} <= found.keys()
 
 
+def test_check_alone_is_a_table_of_all_shipped_configs(tmp_path: Path, capsys: Capture) -> None:
+    store = imagenet_store(tmp_path / "store")
+    assert main([store.url, "--check"]) == 1
+    header, *lines = capsys.readouterr().out.splitlines()
+    names = {path.stem for path in Path("jobs/configs").glob("*.yaml")}
+    assert header.split() == ["config", "classes"]
+    rows = {line.split()[1]: line.split() for line in lines[: len(names)]}
+    assert rows.keys() == names
+    assert rows["sit_b2_haste"][0] == "yes"
+    assert rows["sit_b2_haste"][2:] == ["the", "store's"]
+    assert rows["demo"][:3] == ["no", "demo", "10"]
+    count = store.manifest.dataset.num_classes
+    assert lines[len(names)].endswith(f"can be trained on this store of {count} classes")
+    main(["--check", "--json", store.url])
+    assert len(json.loads(capsys.readouterr().out)["configs"]) == len(names)
+
+
 def test_missing_class_tokens_are_named_with_the_command_that_computes_them(tmp_path: Path) -> None:
     store = imagenet_store(tmp_path / "store")
     for path in (Path(store.root, "manifest.json"), *Path(store.root, "commits").iterdir()):

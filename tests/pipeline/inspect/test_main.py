@@ -105,6 +105,55 @@ def test_a_real_store_is_summed_up(digits_store: Store, capsys: Capture) -> None
     assert found["streams"] == stream_bytes(digits_store)
 
 
+def test_a_page_begins_with_the_images_of_each_class(digits_store: Store, capsys: Capture) -> None:
+    labels = [
+        label
+        for shard, count in enumerate(digits_store.index().samples_per_shard)
+        for label in StreamReader(digits_store, "latents")
+        .read(np.full(count, shard), np.arange(count))["label"]
+        .tolist()
+    ]
+    most = max(sorted(set(labels)), key=labels.count)
+    assert main([digits_store.url]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    start = f"  images       24 in {len(set(labels))} classes: {labels.count(most)} "
+    assert line.startswith(start)
+
+
+def test_a_contact_sheet_has_a_row_for_each_class(
+    digits_store: Store, tmp_path: Path, capsys: Capture
+) -> None:
+    from pipeline.visualization.contact_sheet import find_images
+
+    png = tmp_path / "new" / "sheet.png"
+    json_of(capsys, digits_store.url, "--png", str(png))
+    places = find_images(digits_store, list(range(10)), 8)
+    rows = [label for label in range(10) if places[label]]
+    with Image.open(png) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    side, gap = 96, 2
+    margin = pixels.shape[1] - gap - 8 * (side + gap)
+    assert pixels.shape[0] == gap + len(rows) * (side + gap)
+    from pipeline.visualization.store_sample import decode_latent
+
+    for row, label in enumerate(rows):
+        top = gap + row * (side + gap)
+        for column in range(8):
+            left = margin + gap + column * (side + gap)
+            found = pixels[top : top + side : 3, left : left + side : 3]
+            if column < len(places[label]):
+                shard, number = places[label][column]
+                reader = StreamReader(digits_store, "latents")
+                sample = reader.read(np.array([shard]), np.array([number]))
+                assert sample["label"][0] == label
+                expected = decode_latent(digits_store, sample["mean"][0]).astype(int)
+                assert np.abs(found - expected).max() <= 1
+            else:
+                assert (found == 255).all()
+    with pytest.raises(UserError, match="is not an image format"):
+        main([digits_store.url, "--png", str(tmp_path / "x.nonsense")])
+
+
 def test_a_sample_is_drawn(digits_store: Store, tmp_path: Path, capsys: Capture) -> None:
     key = digits_store.record(2).keys[1]
     png = tmp_path / "new" / "folder" / "sample.png"
@@ -165,7 +214,8 @@ def test_unknown_key_is_one_line_that_shows_what_keys_look_like(
         ([], "STORE is missing"),
         (["/no/such/store"], "holds no store"),
         (["x", "--sample", "a"], "go together"),
-        (["x", "--png", "a.png"], "go together"),
+        (["x", "--png", "a.png"], "holds no store"),
+        (["x", "--png", "a.png", "--verify"], "cannot be combined"),
         (["x", "--jsn"], "did you mean '--json'"),
     ],
 )

@@ -427,3 +427,21 @@ def test_failed_evaluations_become_a_warning(
     ]
     assert "3 of 10 samples &lt;b&gt;" in page
     assert page.count("no evaluation") == 1
+
+
+def test_each_plot_has_a_table_and_each_run_its_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "a run")
+    page, _ = report(capsys, run)
+    tables = re.findall(r'<details class="values">.*?</details>', page, re.DOTALL)
+    assert len(tables) == page.count("over steps. Last:")
+    denoising = next(table for table in tables if ">0.01<" in table)
+    rows = re.findall(r'<th scope="row">([\d,]+)</th><td>([^<]+)</td>', denoising)
+    assert rows[0] == ("10", "1")
+    assert rows[-1] == ("1,000", "0.01")
+    assert all(
+        float(value) == pytest.approx(10 / float(step.replace(",", "")), rel=1e-3)
+        for step, value in rows
+    )
+    assert f"python jobs/train_haste.py --config &#39;{run}/config.yaml&#39;" in page

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from pipeline.autoencoders import Autoencoder
 from pipeline.evaluate.features.timm_network import FeatureNetwork
+from pipeline.storage import hub
 from pipeline.storage.hub import HubUnreachableError, hub_access
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
@@ -87,3 +88,27 @@ def test_the_library_is_offline_only_while_it_loads(tmp_path: Path) -> None:
     assert not constants.is_offline_mode()
     with pytest.raises(HubUnreachableError), hub_access("a/b", ("x",)):
         pass
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_that_does_not_answer_is_waited_for_once(
+    offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[str] = []
+
+    class Silent:
+        def head(self, url: str, timeout: float) -> None:
+            requests.append(url)
+            time.sleep(3)
+
+    monkeypatch.setattr(hub.hub, "get_session", Silent)
+    monkeypatch.setattr(hub, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "_failures", {})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    start = time.monotonic()
+    for repo in ("a/b", "c/d", "e/f"):
+        reason = "HF_HUB_OFFLINE is set" if offline else r"no answer within 0\.2 seconds"
+        with pytest.raises(HubUnreachableError, match=reason), hub_access(repo, ("x",)):
+            pass
+    assert time.monotonic() - start < 2.5
+    assert len(requests) == (0 if offline else 1)

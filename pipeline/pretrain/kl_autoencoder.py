@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.pretrain.common import Updater, autocast, check_weights, copied_batches
-from jobs.pretrain.options import AutoencoderConfig
+from pipeline.pretrain.common import Updater, autocast, check_weights, copied_batches
+from pipeline.pretrain.options import AutoencoderConfig
 
 
 class AutoencoderReport(BaseModel):

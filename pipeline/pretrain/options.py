@@ -1,4 +1,4 @@
-"""Options of the trainings of this folder, apart from them, so that ``--help`` needs no torch."""
+"""Options of the trainings of this room, apart from them, so that ``--help`` needs no torch."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.pretrain.common import (
+from pipeline.pretrain.common import (
     Updater,
     autocast,
     check_weights,
@@ -21,7 +21,7 @@ from jobs.pretrain.common import (
     normalise,
     parameter_groups,
 )
-from jobs.pretrain.options import ClassifierConfig
+from pipeline.pretrain.options import ClassifierConfig
 
 
 def train_classifier(

@@ -16,7 +16,7 @@ from pipeline.train.device_transfer import DevicePrefetcher
 from schemas.errors import NonFiniteError
 from schemas.extract import IMAGENET_MEAN, IMAGENET_STD
 
-logger = logging.getLogger("jobs.pretrain")
+logger = logging.getLogger(__name__)
 
 LOG_EVERY = 100  # steps
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.pretrain.common import (
+from pipeline.pretrain.common import (
     Updater,
     autocast,
     check_weights,
@@ -29,7 +29,7 @@ from jobs.pretrain.common import (
     normalise,
     parameter_groups,
 )
-from jobs.pretrain.options import AugmentationConfig, BackboneConfig, SelfDistillConfig
+from pipeline.pretrain.options import AugmentationConfig, BackboneConfig, SelfDistillConfig
 
 
 class Head(nn.Module):

@@ -1,0 +1,1 @@
+"""Examples for readers: loops of one's own on a store."""

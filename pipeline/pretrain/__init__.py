@@ -1,0 +1,1 @@
+"""Small networks trained on the images themselves: teacher, autoencoder and classifier."""

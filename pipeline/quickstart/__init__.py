@@ -1,0 +1,1 @@
+"""`python -m pipeline.quickstart`: from a folder of images to three commands that fit them."""

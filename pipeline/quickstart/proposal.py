@@ -1,0 +1,570 @@
+"""Choices for one's own images: two configs and three commands, each choice with its reason.
+
+All follow from the source, the machine and the hours, without a clock, so that the same input gives
+the same files. Times are FLOPs over ``Machine.flops`` and rates of one core, for an idle machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.cost_estimate.costs import class_stream_bytes, latent_bytes, stored_bytes
+from pipeline.cost_estimate.meta_models import Geometry
+from pipeline.quickstart.commented_yaml import CommentedOptions
+from pipeline.quickstart.machine import Machine, at_hand
+from pipeline.quickstart.survey import Survey
+from pipeline.text import describe_bytes, describe_hours
+from schemas.fields import format_layers
+
+ROOT = Path(__file__).resolve().parents[2]
+RESOLUTIONS = (32, 64, 128, 256)
+CPU_RESOLUTION = 64
+"""Largest crop where there is no GPU."""
+HUB_AUTOENCODER = "stabilityai/sd-vae-ft-mse"
+HUB_AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
+SMALLEST_OF_HUB = 128
+"""Smallest crop for the hub's autoencoder, whose latents have an eighth of its sides."""
+LATENT_CHANNELS = 4
+PATCH = 2
+"""Rows and columns of latents in one token of the student."""
+SHARE_OF_EXTRACTION = 0.3
+"""Largest share of the time for encoding with a teacher of the hub."""
+SHARES = {"teacher": 0.25, "autoencoder": 0.2}
+"""Shares of the time that is left after the extraction; the training has the rest."""
+OVERHEAD = 90.0
+"""Seconds in which the three commands start: Ray, torch, workers."""
+TERMINATION = 0.4
+PER_PIXEL = 1e-8
+PER_IMAGE = 3e-3
+"""Seconds of one core to decode a pixel, and to read, compress and write an image's targets."""
+ENCODER_FLOPS = 94.0
+"""FLOPs of the autoencoder's encoder per width^2 and pixel of a level; its decoder has twice as
+many."""
+SAMPLER_STEPS = 50
+GUIDANCE = 2.0
+MAX_ROWS = 10
+SHARED_BYTES = 2.0e8
+"""Shared memory that Ray wants on one machine at least."""
+PROCESS_BYTES = 1.0e9
+"""Memory of one process with torch and Ray."""
+
+
+class Teacher(NamedTuple):
+    """A vision transformer."""
+
+    model: str
+    depth: int
+    width: int
+    heads: int
+    patch: int
+
+    def flops(self, grid: int) -> float:
+        return _transformer_flops(self.depth, self.width, grid**2 + 1)
+
+
+class Student(NamedTuple):
+    """A diffusion transformer and the layers that are aligned."""
+
+    model: str
+    depth: int
+    width: int
+    heads: int
+    layers: tuple[int, ...]
+    feature_depth: int
+    images: int
+    """Fewest images for it."""
+    learning_rate: float
+
+
+OWN_SMALL = Teacher("vit_small_patch14_dinov2.lvd142m", 6, 96, 6, 0)
+OWN_LARGE = Teacher("vit_small_patch14_dinov2.lvd142m", 12, 384, 6, 0)
+HUB_SMALL = Teacher("vit_small_patch14_dinov2.lvd142m", 12, 384, 6, 14)
+HUB_BASE = Teacher("vit_base_patch14_dinov2.lvd142m", 12, 768, 12, 14)
+CPU_STUDENTS = (
+    Student("SiT-S/2", 6, 96, 6, (2, 3), 4, 0, 2e-3),
+    Student("SiT-S/2", 8, 192, 6, (3, 4), 5, 0, 1e-3),
+    Student("SiT-S/2", 12, 384, 6, (2, 3, 4), 5, 20_000, 5e-4),
+)
+GPU_STUDENTS = (
+    Student("SiT-S/2", 12, 384, 6, (2, 3, 4), 5, 0, 3e-4),
+    Student("SiT-B/2", 12, 768, 12, (2, 3, 4), 5, 10_000, 1e-4),
+    Student("SiT-L/2", 24, 1024, 16, (4, 5, 6, 7), 8, 100_000, 1e-4),
+    Student("SiT-XL/2", 28, 1152, 16, (4, 5, 6, 7), 8, 400_000, 1e-4),
+)
+ALIGNED = {
+    (6, 2): (4, 5),
+    (6, 3): (3, 4, 5),
+    (12, 2): (9, 11),
+    (12, 3): (7, 9, 11),
+    (12, 4): (8, 9, 10, 11),
+}
+"""Teacher layers by the teacher's depth and the number of aligned student layers."""
+CPU_STEPS, GPU_STEPS = 5_000, 20_000
+"""Steps that the time must allow for a student larger than the smallest."""
+
+
+class Command(NamedTuple):
+    """One of the three commands and its estimates."""
+
+    name: str
+    line: str
+    seconds: float
+    bytes: float
+    """Bytes that it writes."""
+    memory: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Configs and commands."""
+
+    extract: CommentedOptions
+    train: CommentedOptions
+    commands: tuple[Command, ...]
+    notes: tuple[str, ...]
+    """Choices in one sentence each."""
+    warnings: tuple[str, ...]
+
+
+def propose(survey: Survey, machine: Machine, hours: float, work: Path) -> Proposal:
+    """The proposal for images on a machine. ``work`` is an absolute path."""
+    return _Chooser(survey, machine, hours, work).proposal()
+
+
+class _Chooser:
+    """Choices, in the order in which one follows from another."""
+
+    def __init__(self, survey: Survey, machine: Machine, hours: float, work: Path) -> None:
+        self.survey, self.machine, self.work = survey, machine, work
+        self.seconds = 3600 * hours
+        self.given = f"--hours {hours:g}"
+        gpu = machine.gpus > 0
+        largest = RESOLUTIONS[-1] if gpu else CPU_RESOLUTION
+        side = survey.short_side
+        fitting = [size for size in RESOLUTIONS if size <= min(largest, side * 1.15)]
+        self.resolution = fitting[-1] if fitting else RESOLUTIONS[0]
+        self.hub_autoencoder, self.autoencoder_reason = self._find_autoencoder()
+        self.widths = self._widths()
+        factor = 8 if self.hub_autoencoder else 2 ** (len(self.widths) - 1)
+        self.latent = self.resolution // factor
+        self.grid = self.latent // PATCH
+        self.teacher, self.hub_teacher, self.teacher_reason = self._find_teacher()
+        self.encoding = self._encoding_seconds(self.teacher)
+        trained = [name for name, hub in self._own().items() if not hub]
+        left = max(self.seconds - OVERHEAD - self.encoding, 0.1 * self.seconds)
+        budgets = {name: SHARES[name] * left for name in trained}
+        images = 64 if not gpu else 256
+        self.pretrain_batch = max(2, min(images, survey.images))
+        self.steps = {
+            name: _rounded(min(budget / self._step_seconds(name), 12_000), 10)
+            for name, budget in budgets.items()
+        }
+        self.pretraining = sum(steps * self._step_seconds(n) for n, steps in self.steps.items())
+        self.batch = self._batch()
+        budget = max(left - sum(budgets.values()), 0.0)
+        self.student, self.student_reason = self._find_student(budget)
+        self.train_steps = _rounded(
+            min(budget / self._train_step_seconds(self.student), 400_000), 20
+        )
+        self.teacher_layers = ALIGNED[self.teacher.depth, len(self.student.layers)]
+
+    def _own(self) -> dict[str, bool]:
+        """Networks, and True where they are from the hub."""
+        return {"teacher": self.hub_teacher, "autoencoder": self.hub_autoencoder}
+
+    def _find_autoencoder(self) -> tuple[bool, str]:
+        size = self.resolution
+        if size < SMALLEST_OF_HUB:
+            return False, (
+                f"trained on these images first: {HUB_AUTOENCODER} would leave {size // 8} x "
+                f"{size // 8} numbers of each channel of {size} px"
+            )
+        missing = at_hand(HUB_AUTOENCODER, HUB_AUTOENCODER_FILE)
+        if missing is None:
+            return True, "Stable Diffusion's, which the hub or its cache has"
+        return False, f"trained on these images first: {HUB_AUTOENCODER} {missing}"
+
+    def _widths(self) -> list[int]:
+        """Channels of the levels of an own autoencoder: latents of 16 rows, or 32 for 256 px."""
+        levels = {32: 2, 64: 3, 128: 4, 256: 4}[self.resolution]
+        first = 64 if self.machine.gpus else 16
+        return [min(first * 2**level, 4 * first) for level in range(levels)]
+
+    def _find_teacher(self) -> tuple[Teacher, bool, str]:
+        own = OWN_LARGE if self.machine.gpus else OWN_SMALL
+        wanted = HUB_BASE if self.machine.gpus else HUB_SMALL
+        seconds = self._encoding_seconds(wanted)
+        limit = SHARE_OF_EXTRACTION * self.seconds
+        if seconds > limit:
+            return (
+                own,
+                False,
+                (
+                    f"a small one is trained on these images first: {wanted.model} would take "
+                    f"{describe_hours(seconds / 3600)} of {self.given} here"
+                ),
+            )
+        missing = at_hand(f"timm/{wanted.model}", "model.safetensors")
+        if missing is None:
+            return wanted, True, "DINOv2, which the hub or its cache has"
+        return own, False, f"a small one is trained on these images first: {wanted.model} {missing}"
+
+    def _encoder_flops(self) -> float:
+        """FLOPs per image of the autoencoder's encoder."""
+        if self.hub_autoencoder:
+            return 2.7e11 * (self.resolution / 256) ** 2
+        levels = enumerate(self.widths)
+        return sum(ENCODER_FLOPS * (w * self.resolution / 2**n) ** 2 for n, w in levels)
+
+    def _encoding_seconds(self, teacher: Teacher) -> float:
+        pixels = sum(w * h for w, h in self.survey.sizes) / len(self.survey.sizes)
+        networks = (teacher.flops(self.grid) + self._encoder_flops()) / self.machine.flops
+        reading = (PER_IMAGE + PER_PIXEL * pixels) / self.machine.cores
+        each = max(networks, reading) if self.machine.gpus else networks + reading
+        return self.survey.files * each
+
+    def _step_seconds(self, name: str) -> float:
+        """Seconds of one step of the training of an own network."""
+        if name == "autoencoder":
+            each = 9 * self._encoder_flops()  # encoder, decoder twice as large, and backward passes
+        else:  # the student sees two large crops and small ones, the teacher the large ones
+            small = 4 if self.teacher is OWN_LARGE else 2
+            views = 3 * (2 + small / 4) + 2
+            each = views * self.teacher.flops(self.grid)
+        flops = self.machine.flops / max(1, self.machine.gpus)  # one device
+        return self.pretrain_batch * each / flops
+
+    def _batch(self) -> int:
+        largest = (256 if self.machine.gpu_bytes > 2e10 else 64) if self.machine.gpus else 32
+        devices = max(1, self.machine.gpus)
+        fitting = 2 ** int(math.log2(max(self.survey.images, 1)))
+        return max(devices, self.workers, min(largest, fitting))
+
+    @property
+    def workers(self) -> int:
+        return self.machine.gpus or min(2, self.machine.cores)
+
+    def _train_step_seconds(self, student: Student) -> float:
+        tokens = self.grid**2
+        tail = (self.teacher.depth - min(self._tail(student))) / self.teacher.depth
+        each = 3.3 * _transformer_flops(student.depth, student.width, tokens)
+        each += TERMINATION * tail * self.teacher.flops(self.grid)
+        return self.batch * each / self.machine.flops
+
+    def _tail(self, student: Student) -> tuple[int, ...]:
+        return ALIGNED[self.teacher.depth, len(student.layers)]
+
+    def _find_student(self, budget: float) -> tuple[Student, str]:
+        """The largest whose training has enough steps and images."""
+        all_students = GPU_STUDENTS if self.machine.gpus else CPU_STUDENTS
+        enough = GPU_STEPS if self.machine.gpus else CPU_STEPS
+        chosen = all_students[0]
+        for student in all_students[1:]:
+            fits = (self.teacher.depth, len(student.layers)) in ALIGNED
+            steps = budget / self._train_step_seconds(student) if fits else 0
+            if steps >= enough and self.survey.images >= student.images:
+                chosen = student
+        reason = f"the largest of {len(all_students)} sizes that gets {enough:,} steps in the time"
+        if chosen is all_students[0]:
+            reason = f"the smallest of {len(all_students)} sizes: the time or the images are few"
+        return chosen, reason
+
+    def proposal(self) -> Proposal:
+        work = self.work
+        extract, train = self._extract(), self._train()
+        commands = self._commands()
+        notes = (
+            f"{self.resolution} px crops, {self.latent} x {self.latent} x {LATENT_CHANNELS} "
+            f"latents, {self.grid} x {self.grid} tokens",
+            f"teacher: {self.teacher_reason}",
+            f"autoencoder: {self.autoencoder_reason}",
+            f"student: {self.student.model}, depth {self.student.depth}, width "
+            f"{self.student.width}: {self.student_reason}",
+            f"training: {self.train_steps:,} steps of {self.batch} images, aligned until step "
+            f"{self._termination():,}",
+        )
+        warnings = []
+        total = sum(command.seconds for command in commands)
+        if total > 1.25 * self.seconds:
+            warnings.append(
+                f"{self.given} is short: about {describe_hours(total / 3600)} are needed, "
+                f"{describe_hours(self.encoding / 3600)} of them to encode the images once"
+            )
+        written = sum(command.bytes for command in commands)
+        if written > self.machine.free_bytes:
+            warnings.append(
+                f"{describe_bytes(written)} will be written, and {work} has "
+                f"{describe_bytes(self.machine.free_bytes)} free: use another --work"
+            )
+        if self.machine.shared_bytes < SHARED_BYTES:
+            warnings.append(
+                f"/dev/shm has {describe_bytes(self.machine.shared_bytes)}, and Ray wants "
+                f"{describe_bytes(SHARED_BYTES)}: start the container with --shm-size=2g"
+            )
+        memory = max(command.memory for command in commands)
+        if memory > self.machine.memory_bytes:
+            warnings.append(
+                f"about {describe_bytes(memory)} of memory are needed, and this machine has "
+                f"{describe_bytes(self.machine.memory_bytes)}"
+            )
+        return Proposal(extract, train, commands, notes, tuple(warnings))
+
+    def _termination(self) -> int:
+        return max(1, round(TERMINATION * self.train_steps))
+
+    def _extract(self) -> CommentedOptions:
+        survey, layout = self.survey, self.survey.layout
+        sides = f"{survey.sizes[0][0]}x{survey.sizes[0][1]}"
+        if survey.mixed:
+            sides = f"mixed, the median short side {survey.short_side} px"
+        made = CommentedOptions(
+            "Extraction, written by pipeline.quickstart: teacher and autoencoder see every image "
+            f"once. {survey.files:,} files, {len(survey.bad):,} bad ones among the "
+            f"{survey.examined:,} that were examined; {len(survey.with_images):,} classes; sizes "
+            f"{sides}; {'grey' if survey.grey else 'colour'}. Run it: python -m pipeline.extract "
+            "--config THIS_FILE"
+        )
+        made.set("dataset", layout.dataset, layout.reasons["dataset"])
+        made.set("source", layout.source, layout.reasons["source"])
+        options = dict(layout.options)
+        if survey.lost and not options.get("allow_empty_classes"):
+            options["allow_empty_classes"] = True
+        for key, value in options.items():
+            lost = f"all images of {len(survey.lost)} classes are bad"
+            made.set(key, value, layout.reasons.get(key, lost))
+        made.set("store", str(self.work / "store"), "the store, in the work folder")
+        why = "files that are not images are left out and listed in the manifest"
+        if survey.bad:
+            why += f": {len(survey.bad)} of {survey.examined:,} examined, '{survey.bad[0][0]}' "
+            why += f"first ({survey.bad[0][1]})"
+        made.set("on_bad_image", "skip", why)
+        larger = self.resolution > survey.short_side
+        made.set(
+            "resolution",
+            self.resolution,
+            f"the smallest crop here, images of {survey.short_side} px are enlarged"
+            if larger
+            else f"the largest of {_listed(RESOLUTIONS)} that the images ({sides}) fill"
+            + ("" if self.machine.gpus else f", at most {CPU_RESOLUTION} without a GPU"),
+        )
+        self._set_networks(made)
+        layers = list(self.teacher_layers)
+        made.set(
+            "cut",
+            "activations",
+            f"fewest bytes: the tokens that enter block {layers[0]}; training runs the blocks "
+            "behind it",
+        )
+        made.set("layers", layers, "the layers that the student's attention is aligned to")
+        shard = self._shard_size()
+        made.set("shard_size", shard, f"{-(-survey.files // shard)} shards for {survey.files:,}")
+        made.set("batch_size", min(64, shard), "images per forward pass; at most a shard")
+        if not self.machine.gpus:
+            made.set("actors", self._actors(), f"{self.machine.cores} cores, 8 actors at most")
+        return made
+
+    def _set_networks(self, made: CommentedOptions) -> None:
+        networks = self.work / "networks"
+        made.set("teacher.model", self.teacher.model, self.teacher_reason)
+        if self.hub_teacher:
+            made.set("teacher.weights", "hub", "timm's own download")
+            size = self.teacher.patch * self.grid
+            tokens = f"{self.grid} x {self.grid} tokens, the student's grid"
+            made.set("teacher.image_size", size, f"{tokens}, of {self.teacher.patch} px each")
+        else:
+            weights = str(networks / "teacher.safetensors")
+            made.set("teacher.weights", weights, "written before the extraction: see pretrain")
+            made.set("teacher.image_size", self.resolution, "the crop as it is")
+            arguments = {
+                "patch_size": self.resolution // self.grid,
+                "embed_dim": self.teacher.width,
+                "depth": self.teacher.depth,
+                "num_heads": self.teacher.heads,
+            }
+            made.set(
+                "teacher.model_args",
+                arguments,
+                f"a small one, with {self.grid} x {self.grid} tokens, the student's grid",
+            )
+        name = HUB_AUTOENCODER if self.hub_autoencoder else str(networks / "autoencoder")
+        made.set("autoencoder", name, self.autoencoder_reason)
+        if not self.steps:
+            return
+        for network, key in (("teacher", "teacher_steps"), ("autoencoder", "autoencoder_steps")):
+            share = f"{100 * SHARES[network]:g}% of the time that the extraction leaves"
+            made.set(
+                f"pretrain.{key}",
+                self.steps.get(network, 0),
+                share if network in self.steps else "it comes from the hub",
+            )
+        factor = self.resolution // self.latent
+        if not self.hub_autoencoder:
+            made.set(
+                "pretrain.widths",
+                self.widths,
+                f"{len(self.widths)} levels: latents have 1/{factor} of the image's sides",
+            )
+        made.set("pretrain.batch_size", self.pretrain_batch, "64 on CPUs, 256 on GPUs")
+        count = min(20_000, max(1, int(5e8 / (3 * self.resolution**2))))
+        made.set("pretrain.images", count, "at most: 500 MB of memory")
+        flip = not self.survey.grey
+        made.set(
+            "pretrain.flip",
+            flip,
+            "colour images mean the same when mirrored"
+            if flip
+            else "grey images may be digits or letters, which mirrored mean something else",
+        )
+
+    def _train(self) -> CommentedOptions:
+        student, steps = self.student, self.train_steps
+        made = CommentedOptions(
+            "Training with HASTE, written by pipeline.quickstart: aligned with the teacher first, "
+            "then without it. Run it: python jobs/train_haste.py --config THIS_FILE"
+        )
+        made.set("name", "run", "the run's folder below 'output'")
+        made.set("output", str(self.work), "the work folder")
+        made.set("store", str(self.work / "store"), "what the extraction wrote")
+        epochs = steps * self.batch / max(1, self.survey.images)
+        made.set("steps", steps, f"the rest of {self.given}: about {epochs:.2g} epochs")
+        kind = "a GPU's memory" if self.machine.gpus else "CPUs"
+        made.set("global_batch", self.batch, f"for {kind}; at most the number of images")
+        decay = round(min(0.9999, max(0.5, 1 - 5 / steps)), 5)
+        made.set("ema_decay", decay, "the average reaches over a fifth of the steps")
+        every = max(1, steps // 50)
+        made.set("log_every", every, "about fifty rows of metrics")
+        made.set("student.model", student.model, self.student_reason)
+        if not self.machine.gpus:
+            small = "smaller than published, for CPUs"
+            made.set("student.depth", student.depth, small)
+            made.set("student.width", student.width, small)
+            made.set("student.heads", student.heads, small)
+        made.set("student.latent_size", self.latent, f"that of the latents of {self.resolution} px")
+        classes = len(self.survey.names)
+        made.set("student.num_classes", classes, "the classes of the source")
+        made.set("alignment.feature_depth", student.feature_depth, "a third to two thirds in")
+        layers = list(student.layers)
+        made.set("alignment.student_layers", layers, "early blocks, as in the paper")
+        made.set(
+            "alignment.teacher_layers", list(self.teacher_layers), "late layers of the teacher"
+        )
+        wide = 2048 if student.width >= 384 else 256
+        made.set("alignment.projector_width", wide, "for the student's width")
+        made.set(
+            "alignment.termination",
+            {"kind": "fixed", "step": self._termination()},
+            f"{100 * TERMINATION:g}% of the steps: later alignment holds the student back",
+        )
+        made.set("optimizer.learning_rate", student.learning_rate, "narrow students take more")
+        if self.survey.files < 8 * self._shard_size():
+            made.set("data.window", 4, "few shards")
+        made.set(
+            "workers.count",
+            self.workers,
+            "one for each GPU" if self.machine.gpus else f"for {self.machine.cores} CPU cores",
+        )
+        if not self.machine.gpus:
+            share = max(1, self.machine.cores // self.workers)
+            made.set("workers.cpus_per_worker", share, "an equal share of the cores")
+        made.set("checkpoint.every", max(1, steps // 4), "four checkpoints")
+        made.set("checkpoint.keep", 2, "the latest two")
+        return made
+
+    def _actors(self) -> int:
+        memory = int(self.machine.memory_bytes / (1.5 * PROCESS_BYTES))
+        return max(1, min(self.machine.cores, 8, memory, self._shards()))
+
+    def _shards(self) -> int:
+        return -(-self.survey.files // self._shard_size())
+
+    def _shard_size(self) -> int:
+        devices = max(1, self.machine.gpus or min(self.machine.cores, 8))
+        wanted = self.survey.files // (8 * devices)
+        return max(16, min(512, 2 ** int(math.log2(max(1, wanted)))))
+
+    def _commands(self) -> tuple[Command, ...]:
+        survey, machine, student = self.survey, self.machine, self.student
+        python = _python()
+        jobs = "jobs" if Path.cwd() == ROOT else str(ROOT / "jobs")
+        config = shlex.quote(str(self.work / "extract.yaml"))
+        extract = f"{python} -m pipeline.extract --config {config}"
+        config = shlex.quote(str(self.work / "train.yaml"))
+        train = f"{python} {jobs}/train_haste.py --config {config}"
+        rows = survey.with_images[:MAX_ROWS]
+        per_class = 8 if len(rows) > 1 else 16
+        guidance = f" --sampler.guidance {GUIDANCE:g}" if len(rows) > 1 else ""
+        sample = (
+            f"{python} {jobs}/sample.py --checkpoint {shlex.quote(str(self.work / 'run'))} "
+            f"--classes {format_layers(rows)} --per-class {per_class} "
+            f"--sampler.steps {SAMPLER_STEPS}{guidance} "
+            f"--png {shlex.quote(str(self.work / 'samples.png'))}"
+        )
+        forward = _transformer_flops(student.depth, student.width, self.grid**2)
+        drawn = len(rows) * per_class * SAMPLER_STEPS * (2 if guidance else 1) * forward
+        each = machine.flops / max(1, machine.gpus)
+        weights = 4 * 18 * student.depth * student.width**2
+        step = self._train_step_seconds(student)
+        start = OVERHEAD / 3
+        processes = self._actors() if not machine.gpus else machine.gpus
+        return (
+            Command(
+                "extract",
+                extract,
+                start + self.pretraining + self.encoding,
+                survey.images * self._bytes_per_image(),
+                PROCESS_BYTES * (1 + processes),
+            ),
+            Command(
+                "train",
+                train,
+                start + self.train_steps * step,
+                2 * 4 * weights,
+                (PROCESS_BYTES + 8 * weights) * self.workers + PROCESS_BYTES,
+            ),
+            Command("sample", sample, start / 2 + drawn / each, 2e6, PROCESS_BYTES + 2 * weights),
+        )
+
+    def _bytes_per_image(self) -> float:
+        geometry = Geometry(
+            prefix=1,
+            grid=(self.grid, self.grid),
+            width=self.teacher.width,
+            heads=self.teacher.heads,
+            head_width=self.teacher.width // self.teacher.heads,
+            depth=self.teacher.depth,
+            layers=self.teacher_layers,
+            resolution=self.resolution,
+            latent_shape=(LATENT_CHANNELS, self.latent, self.latent),
+        )
+        stored = stored_bytes("activations", "faithful", geometry)
+        return stored + class_stream_bytes("faithful", geometry) + latent_bytes(geometry)
+
+
+def _transformer_flops(depth: int, width: int, tokens: int) -> float:
+    """FLOPs of a forward pass: 12 products of width x width for each token, and the attention's."""
+    return 2.0 * depth * tokens * (12 * width**2 + 2 * tokens * width)
+
+
+def _rounded(value: float, least: int) -> int:
+    """Two digits of a number of steps."""
+    digits = 10 ** max(0, int(math.log10(max(value, 1))) - 1)
+    return max(least, int(value // digits * digits))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
+def _python() -> str:
+    """``python`` where that is this interpreter, else its path."""
+    found = shutil.which("python")
+    same = found is not None and os.path.abspath(found) == os.path.abspath(sys.executable)
+    return "python" if same else shlex.quote(sys.executable)
