@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import uuid
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--folder '{options.folder}' is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("pipeline").setLevel(logging.WARNING)  # a line for each step
+    signal.signal(signal.SIGTERM, _interrupt)  # which would leave nodes, namespaces and the disk
     counts = drill(options, folder)
     problems = counts["problems"]
     if options.as_json:
@@ -92,6 +94,10 @@ def _disk(options: DrillOptions, folder: Path) -> str:
         print(f"no small disk, so no full ones: {error}", file=sys.stderr)
         return "plain"
     return "small"
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
