@@ -151,6 +151,10 @@ class SampleConfig(Strict):
     """Arithmetic of the student; the sampler's is float64. 'auto' is tf32 on GPUs (float32 weights
     and activations, products in TensorFloat-32, as in the published numbers of SiT, REPA and
     HASTE), float32 on CPUs. The decoder is not autocast: float32, or TF32 with 'tf32'."""
+    compile: bool = False
+    """Compile the student's blocks (torch.compile), for large numbers of images: it takes minutes
+    at the start, and changes the rounding of an image. With --precision bfloat16 the networks take
+    the least time on GPUs; tests/bench/RESULTS.md has the difference in pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the networks; 'auto' is the GPU if there is one."""
     sampler: SamplerConfig = SamplerConfig()
@@ -255,6 +259,8 @@ class SampleAbout(Strict):
     """Version of this software."""
     text: SampledText | None = Field(default=None, exclude_if=lambda text: text is None)
     """Captions of the images; None: they are of classes."""
+    compile: bool = Field(default=False, exclude_if=lambda on: not on)
+    """If the student's blocks were compiled."""
 
     @property
     def convention(self) -> Convention:

@@ -61,6 +61,13 @@ def check_guidance(null_label: int | None, sampler: SamplerConfig, *, option: st
         )
 
 
+def compile_student(student: Student) -> None:
+    """Compile each block and the final layer, whose code equal blocks share, for each size of a
+    batch: all of it, the guided part, a last one."""
+    for part in (*student.blocks, student.final_layer):
+        part.compile(dynamic=False)
+
+
 def draw_images(
     student: Student,
     autoencoder: Autoencoder,

@@ -17,7 +17,7 @@ from pipeline.cli.progress import progress_bar
 from pipeline.datasets.class_names import row_name
 from pipeline.precision import choose_arithmetic, choose_device
 from pipeline.sampling.batches import choose_classes, plan_batches
-from pipeline.sampling.generate import draw_images
+from pipeline.sampling.generate import compile_student, draw_images
 from pipeline.sampling.options import check_options
 from pipeline.sampling.prompts import (
     PromptEmbedder,
@@ -71,6 +71,8 @@ def draw_grid(config: SampleConfig) -> GridSummary:
     autoencoder = open_decoder(config.autoencoder, trained.encoder)
     student.to(device)
     autoencoder.to(device)
+    if config.compile:
+        compile_student(student)
     labels = [row for row in rows for _ in range(config.per_class)]
     images = [
         draw_images(

@@ -73,7 +73,7 @@ def _has_options(info: SampleAbout, config: SampleConfig, checkpoint: str) -> bo
     """True where the options and the checkpoint's name are those of the images."""
     same = all(
         getattr(config, key) == getattr(info, key)
-        for key in ("num", "labels", "batch_size", "weights", "sampler")
+        for key in ("num", "labels", "batch_size", "weights", "sampler", "compile")
     )
     precision = config.precision
     if precision == "auto":

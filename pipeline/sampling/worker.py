@@ -17,7 +17,7 @@ from pipeline.checkpoints.student import load_trained_student
 from pipeline.hashing import sha256_of_module
 from pipeline.precision import arithmetic, choose_arithmetic
 from pipeline.sampling.batches import ImageBatch
-from pipeline.sampling.generate import draw_latents
+from pipeline.sampling.generate import compile_student, draw_latents
 from pipeline.sampling.prompts import (
     PromptEmbedder,
     Prompts,
@@ -50,6 +50,7 @@ class WorkerInfo:
     device: Literal["cpu", "cuda"]
     text: SampledText | None = None
     """Captions, of a student that was trained on them."""
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ class SampleWorker:
         weights = sha256_of_module(self.student)
         self.student.to(device)
         self.autoencoder.to(device)
+        if config.compile:
+            compile_student(self.student)
         return WorkerInfo(
             step=trained.step,
             model=self.student.config.model,
@@ -143,6 +146,7 @@ class SampleWorker:
             precision=self.precision,
             device=device,
             text=text,
+            compile=config.compile,
         )
 
     def _image_size(self, device: str) -> int:
