@@ -171,7 +171,7 @@ def join_state(parts: Parts) -> dict[str, Tensor]:
         for number, projector in enumerate((parts.projector, *parts.others))
         for name, tensor in projector.items()
     }
-    behind = ("final_layer.", *CLASS_TOKEN)
+    behind: tuple[str, ...] = ("final_layer.", *CLASS_TOKEN)
     if any(name.startswith("joint_blocks.") for name in parts.student):
         behind = ()
     last = {name: t for name, t in parts.student.items() if name.startswith(behind)}
