@@ -171,7 +171,7 @@ def join_state(parts: Parts) -> dict[str, Tensor]:
         for number, projector in enumerate((parts.projector, *parts.others))
         for name, tensor in projector.items()
     }
-    behind = ("final_layer.", *CLASS_TOKEN)
+    behind: tuple[str, ...] = ("final_layer.", *CLASS_TOKEN)
     if any(name.startswith("joint_blocks.") for name in parts.student):
         behind = ()
     last = {name: t for name, t in parts.student.items() if name.startswith(behind)}
@@ -191,9 +191,10 @@ def student_from_file(
     content, options = _load(path), options or FileOptions()
     parts = _choose_weights(content, path, weights)
     args = args_of(content)
-    if (part := unknown_part(parts.student)) is not None:
-        raise UserError(f"checkpoint '{path}' cannot be drawn: its student has {part}")
     run = _exported_run(content, path)
+    reads_text = run is not None and run.student.family == "MMDiT"
+    if not reads_text and (part := unknown_part(parts.student)) is not None:
+        raise UserError(f"checkpoint '{path}' cannot be drawn: its student has {part}")
     shown = model or ("file of a student" if run is None else run.student.model)
     try:
         state = parts.student
@@ -201,7 +202,7 @@ def student_from_file(
             student, state = _foreign_student(state, model, args, options)
         else:
             student = _student_of_run(run, model, options)
-            if run.student.family == "MMDiT":
+            if reads_text:
                 state = {**state, NULL_CONTEXT: content[NULL_CONTEXT]}
         student.load_state_dict(state)
     except KeyError as error:
