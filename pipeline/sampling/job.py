@@ -75,7 +75,7 @@ def sample_many(config: SampleConfig) -> SampleSummary:
         for output in outputs:
             stack.enter_context(output.lock())
         started = time.perf_counter()
-        info = info_of_complete_images(config, checkpoint, prompts, outputs, batches)
+        info = info_of_complete_images(config, checkpoint, outputs, batches, prompts)
         if info is not None:  # an earlier call may have been stopped before it finished the files
             return _finish(config, info, prompts, outputs, batches, started, drawn=0)
         # signal handlers come after the connection, because Ray installs its own ones

@@ -47,9 +47,9 @@ def find_checkpoint_to_resume(config: SampleConfig, outputs: Sequence[Output]) -
 def info_of_complete_images(
     config: SampleConfig,
     checkpoint: str,
-    prompts: Prompts | None,
     outputs: Sequence[Output],
     batches: Sequence[ImageBatch],
+    prompts: Prompts | None = None,
 ) -> SampleAbout | None:
     """The description of the images where all of them have been drawn as ``config`` requests;
     ``outputs`` are then open. Else None.

@@ -115,9 +115,9 @@ def draw_here(config: SampleConfig) -> SampleWorker:
         output.open(info)
         for batch in output.missing(batches):
             output.write(worker.draw(batch, [], pngs=True))
-    assert info_of_complete_images(config, checkpoint, prompts, outputs, batches) == info
+    assert info_of_complete_images(config, checkpoint, outputs, batches, prompts) == info
     other = open_prompts(config.model_copy(update={"caption": ("b",), "captions": None}))
-    assert info_of_complete_images(config, checkpoint, other, outputs, batches) is None
+    assert info_of_complete_images(config, checkpoint, outputs, batches, other) is None
     for output in outputs:
         output.finish(batches, prompts.texts(range(config.num)))
     torch.set_num_threads(threads)
