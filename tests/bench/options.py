@@ -155,8 +155,8 @@ class LoaderOptions(BenchOptions):
     seconds: float = Field(default=3.0, gt=0)
     """Duration of that measurement."""
     baseline: Path | None = None
-    """Checkout of another version of this project whose loader is measured before and after, on its
-    own stores."""
+    """Checkout of another version of this project: also measure its loader, on stores that it
+    writes."""
 
 
 class SamplingOptions(BenchOptions):
