@@ -98,7 +98,7 @@ def _theirs(metric: str, samples: np.ndarray, reference: np.ndarray) -> list[flo
 
     a, b = torch.from_numpy(samples), torch.from_numpy(reference)
     if metric != "fid":
-        found = calculate_precision_recall_part(b, a)
+        found = calculate_precision_recall_part(a, b)
         return [float(value) for value in found[:2]]
     both = [fid_features_to_statistics(features) for features in (a, b)]
     return [float(next(iter(fid_statistics_to_metric(*both, False).values())))]

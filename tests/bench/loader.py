@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.reading.shard_index import shard_table
 from schemas.errors import UserError
+from tests.bench.checkouts import run_in
 from tests.bench.options import LoaderOptions as Options
 from tests.bench.read_methods import data_files, samples_of, stock_webdataset
 from tests.bench.report import Heading, Report, Table
@@ -74,6 +75,8 @@ def run(options: Options) -> Report:
             for row in table.rows:
                 if row["way"] == WHOLE:
                     row["waits"] = waiting_share(store, options)
+            if options.baseline is not None:
+                table.rows += baseline_rows(name, options)
             tables.append(table)
     rows = {row["way"]: row for row in tables[0].rows}
     headline = {
@@ -134,6 +137,20 @@ def measure_captions(options: Options) -> Report:
         "step": f"{options.rate:g} samples a second",
     }
     return Report(about, [Table(name, CAPTION_HEADINGS, rows)], headline)
+
+
+def baseline_rows(form: str, options: Options) -> list[dict[str, Any]]:
+    """The loader of another checkout on a store that it writes."""
+    assert options.baseline is not None
+    arguments = ["-m", "tests.bench", "loader", "--json", "--forms", form, "--seconds", "0.1"]
+    arguments += ["--rounds", str(options.rounds), "--batch", str(options.batch)]
+    report = run_in(options.baseline.resolve(), arguments)
+    (theirs,) = report["tables"].values()
+    return [
+        {"way": f"{row['way']}, baseline", **{k: row[k] for k in ("mb_s", "samples_s", "of_raw")}}
+        for row in theirs
+        if row["way"] in {RAW, QUICK, WHOLE}
+    ]
 
 
 def measure(store: Store, options: Options) -> list[dict[str, Any]]:

@@ -176,8 +176,8 @@ class LoaderOptions(BenchOptions):
     captions, in the first of the forms instead of all."""
 
     baseline: Path | None = None
-    """Checkout of another version of this project whose loader is measured before and after, on its
-    own stores."""
+    """Checkout of another version of this project: also measure its loader, on stores that it
+    writes."""
 
 
 class SamplingOptions(BenchOptions):

