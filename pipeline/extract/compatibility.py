@@ -15,6 +15,7 @@ from pipeline.extract.tasks import (
     stream_name,
 )
 from pipeline.store import Store
+from pipeline.store.manifest_diff import in_stored_layout
 from pipeline.text import short_value
 from schemas.codecs import Promise
 from schemas.errors import UserError
@@ -160,7 +161,9 @@ def check_request(config: ExtractConfig, listing: Listing, store: Store) -> None
         if tokens is not None:
             columns |= class_columns_of(config, tokens.teacher.width)
             held |= tokens.columns
-        for name, requested_column in columns.items():
+        chosen = config.column_codecs
+        layouts = in_stored_layout({n: c for n, c in columns.items() if n not in chosen}, held)
+        for name, requested_column in (columns | layouts).items():
             column = held[name]
             if column.codec != requested_column.codec:
                 key = f"codec of {name}"
