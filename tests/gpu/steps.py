@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,17 +46,24 @@ RUN: dict[str, Any] = {
 
 def reg(store: Store) -> tuple[Store, dict[str, Any]]:
     """A store with class tokens, and the option of a student that denoises them."""
-    store = store if store.manifest.class_streams else add_class_stream(store)
+    store = store if store.manifest.class_streams else add_class_stream(_copy(store, "reg"))
     _, stream = store.manifest.class_stream()
     return store, {"student": {"class_token": stream.teacher.width}}
 
 
 def text(store: Store) -> tuple[Store, dict[str, Any]]:
     """A store with captions, and the options of a student that reads them."""
-    store = store if store.manifest.text_streams else add_text_stream(store)
+    store = store if store.manifest.text_streams else add_text_stream(_copy(store, "text"))
     encoder = store.manifest.text_stream()[1].encoder
     sizes = {"text_tokens": encoder.tokens, "text_width": encoder.width}
     return store, {"student": {"model": "MMDiT-3/2", **sizes}}
+
+
+def _copy(store: Store, name: str) -> Store:
+    """A copy beside the store, which other tests use without the stream to add."""
+    folder = Path(store.root).with_name(name)
+    shutil.copytree(store.root, folder, dirs_exist_ok=True)
+    return Store.open(str(folder))
 
 
 def run_config(store: Store, changes: dict[str, Any]) -> RunConfig:

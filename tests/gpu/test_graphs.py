@@ -62,7 +62,7 @@ RECIPES = {
     ("cut", "class_token", "alignment", "first_step"),
     [
         ("maps", False, {}, 5),
-        ("activations", False, {}, 6),  # one more: the tokens are unpacked
+        ("activations", False, {}, 5),
         ("maps", True, {}, 5),
         ("maps", False, RECIPES, 8),
     ],
