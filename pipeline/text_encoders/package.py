@@ -20,6 +20,7 @@ def transformers() -> Any:
             "captions are encoded through Transformers, which is not installed: pip install "
             "'.[text]', or leave them out with --text.keep none"
         ) from None
+    package.utils.logging.disable_progress_bar()
     return package
 
 

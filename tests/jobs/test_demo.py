@@ -100,5 +100,5 @@ def test_pictures_of_the_text_demo_follow_their_captions(
     assert demo.main(["--task", "text"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("agreement: ")
-    assert int(line.split()[1].rstrip("%")) >= 30  # a tenth by chance
+    assert int(line.split()[1].rstrip("%")) >= 80  # a tenth by chance
     assert (tmp_path / "demo_text" / "report.html").exists()
