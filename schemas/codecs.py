@@ -90,7 +90,7 @@ class CodecOptions(Strict):
     """Images that the teacher sees before the extraction, at most half of the data set, to choose
     the steps of faithful or small; the manifest holds steps and errors, and a store that exists
     keeps its steps. 0: the fixed steps of earlier versions, whose errors depend on the teacher.
-    Single tensors have a fixed step by --column-codecs, for instance tokens23."""
+    Single tensors have a fixed step by --column-codecs, for instance rice23."""
     seed: Seed = 0
     """Seed of the choice of these images."""
 

@@ -59,8 +59,8 @@ class DataConfig(Strict):
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, exclude_if=lambda value: value == 0
     )
-    """Part of the samples that is never trained on, for validation.every: a function of their keys
-    alone, so that it is the same for all runs, shards and codecs."""
+    """Part of the samples (0.01: one in a hundred) that is never trained on, for validation.every:
+    a function of their keys alone, so that it is the same for all runs, shards and codecs."""
 
 
 class TrainConfig(Strict):
@@ -223,7 +223,7 @@ class ValidationConfig(Strict):
         *(0.0625, 0.1875, 0.3125, 0.4375),
         *(0.5625, 0.6875, 0.8125, 0.9375),
     )
-    """Times at which each sample is measured."""
+    """Times at which each sample is measured, from 0 (data) to 1 (noise)."""
     store: str | None = None
     """Another store whose samples are used, instead of the part data.holdout of the run's: with the
     same autoencoder and, where the student has one, class stream."""

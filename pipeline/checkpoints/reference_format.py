@@ -48,9 +48,9 @@ CLASS_TOKEN = ("cls_projectors2.", "wg_norm.", "final_layer.linear_cls.")
 """First letters of the weights of REG's class token."""
 SETS = ("model", "ema")
 CLASSES = "classes"
-NULL_CONTEXT = "null_context"
-"""The null caption of an MMDiT."""
 """Key of the classes of a run, in ``args`` and in ``state.json``."""
+NULL_CONTEXT = "null_context"
+"""Key of the null caption of an MMDiT, in files and among the weights of a student."""
 
 
 class Parts(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pipeline.store import Store
+from pipeline.store.codecs import plain_layout
 from schemas.alignment import AlignmentConfig, place
 from schemas.errors import UserError
 from schemas.fields import TEXT
@@ -205,8 +206,12 @@ def check_store_identity(
 
 
 def _columns(columns: dict[str, Column]) -> dict[str, str]:
-    """Codec and shape of each column."""
-    return {
-        name: f"{column.codec} {'x'.join(map(str, column.shape))}".strip()
-        for name, column in sorted(columns.items())
-    }
+    """Codec, shape and levels of single layers of each column; layouts of the same numbers are
+    equal, so that a store may be converted between them during a run."""
+    return {name: _column(column) for name, column in sorted(columns.items())}
+
+
+def _column(column: Column) -> str:
+    parts = [plain_layout(column.codec), "x".join(map(str, column.shape))]
+    parts += [f"levels {','.join(map(str, column.levels))}"] if column.levels else []
+    return " ".join(parts).strip()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline.store import Store
-from pipeline.targets.cuts import codec_set_of, cut_columns
+from pipeline.targets.cuts import codec_set_of, cut_columns, stepped_columns
 from pipeline.teachers.manifest_check import teacher_config
 from pipeline.teachers.vit import create_meta_vit
 from schemas.codecs import PROMISES, CodecSet
@@ -137,11 +137,17 @@ def _promise(stream: TeacherStream, resolution: int) -> Iterator[str]:
     """Options of a calibrated stream: those that keep its promise, and codecs that it fixed."""
     assert stream.calibration is not None
     codec, promise = stream.calibration.codec, stream.calibration.promise
-    yield from _codec_set(codec, any(c.lossless != "none" for c in stream.columns.values()))
+    made = cut_columns(stream.cut, stream.teacher, resolution, codec)
+    compresses, may = (
+        any(column.lossless != "none" for column in some.values())
+        for some in (stream.columns, made)
+    )
+    yield from _codec_set(codec, compresses or not may)
     if promise != PROMISES[codec]:
         for key, value in promise.model_dump().items():
             yield from (f"--codec.{key.replace('_', '-')}", str(value))
-    made = cut_columns(stream.cut, stream.teacher, resolution, codec)
+    fixed = stream.columns.keys() - stream.calibration.columns
+    stepped = stepped_columns(fixed, ())  # they would be calibrated otherwise
     for name, column in stream.columns.items():
-        if name not in stream.calibration.columns and column.codec != made[name].codec:
+        if name in stepped or (name in fixed and column.codec != made[name].codec):
             yield from (f"--column-codecs.{name}", column.codec)

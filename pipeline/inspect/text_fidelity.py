@@ -17,8 +17,8 @@ from pipeline.store import Store, StreamReader
 from pipeline.store.captions import unpack_texts
 from pipeline.store.codecs import decode_column
 from pipeline.text_encoders import TextEncoder
+from pipeline.text_encoders.recorded import recorded_config
 from schemas.errors import UserError
-from schemas.extract import TextConfig
 from schemas.fields import TEXT
 from schemas.store import TextEncoderInfo, caption_column
 from schemas.student import StudentConfig
@@ -41,7 +41,7 @@ class TextFidelity:
     relative_error: float
     """Norm of the difference by the norm, over all numbers."""
     loss_relative_error: float
-    """Of the denoising loss of an MM-DiT with random weights."""
+    """Relative error of the denoising loss of an MM-DiT with random weights."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,17 +123,7 @@ def _open_encoder(info: TextEncoderInfo) -> TextEncoder:
     """The encoder of a stream. Raises ``UserError``."""
     if info.weights_sha256 is None:
         raise UserError("their encoder was not run here: the source holds the embeddings")
-    encoder = TextEncoder(
-        TextConfig(
-            keep="embeddings",
-            encoder=info.encoder,
-            weights=info.weights,
-            seed=info.seed,
-            model_args=info.model_args,
-            tokenizer=info.tokenizer,
-            max_tokens=info.tokens,
-        )
-    )
+    encoder = TextEncoder(recorded_config(info))
     if encoder.weights_sha256 != info.weights_sha256:
         raise UserError(f"the weights '{info.weights}' are not those that made them")
     return encoder

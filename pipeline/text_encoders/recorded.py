@@ -40,13 +40,14 @@ def open_recorded(
     device: torch.device | str = "cpu",
 ) -> TextEncoder:
     """The encoder of ``info`` on ``device``. Raises ``UserError`` where it cannot be loaded, naming
-    the options that say where it is, or where it is another one."""
+    the options for its places, or where it is another one."""
     try:
         encoder = TextEncoder(recorded_config(info, given))
     except UserError as error:
         raise UserError(
-            f"the captions' encoder, as recorded with the student's training data: {error}; its "
-            "places here are --text.encoder, --text.weights and --text.tokenizer"
+            f"the captions' encoder, as recorded with the student's training data: {error}; "
+            "jobs/sample.py finds it elsewhere by --text.encoder, --text.weights and "
+            "--text.tokenizer"
         ) from None
     check_same_encoder(info, encoder.info(), "--text.encoder")
     return encoder.to(device)

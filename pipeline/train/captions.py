@@ -18,7 +18,6 @@ from pipeline.store.reading.caption_reader import (
     caption_decoder,
 )
 from schemas.errors import UserError
-from schemas.extract import TextConfig
 from schemas.store import TextEncoderInfo
 
 if TYPE_CHECKING:
@@ -71,19 +70,11 @@ class CaptionInput:
 
 def _load_encoder(info: TextEncoderInfo, null_T: Tensor, stream: str) -> TextEncoder:
     """The encoder of a stream of token ids, on the CPU. Raises ``UserError``."""
-    from pipeline.text_encoders import TextEncoder  # takes seconds to import
+    # here, because they take seconds to import
+    from pipeline.text_encoders import TextEncoder
+    from pipeline.text_encoders.recorded import recorded_config
 
-    encoder = TextEncoder(
-        TextConfig(
-            keep="embeddings",
-            encoder=info.encoder,
-            weights=info.weights,
-            seed=info.seed,
-            model_args=info.model_args,
-            tokenizer=info.tokenizer,
-            max_tokens=info.tokens,
-        )
-    )
+    encoder = TextEncoder(recorded_config(info))
     ids = encoder.tokenizer([""]).ids[0]
     same = encoder.tokenizer.sha256() == info.tokenizer_sha256
     if not same or not np.array_equal(ids, null_T.numpy()):

@@ -31,8 +31,12 @@ def train_here(
 
     SIGTERM and Ctrl-C end it with a checkpoint and a ``StoppedError``. ``group`` names the device;
     the default is the CPU. ``on_checkpoint`` is called with the folder of every checkpoint once it
-    is written, and with that of the one from which the run continues. Returns the summary.
+    is written, and with that of the one from which the run continues. The training waits for it,
+    because it may sample, which sets the arithmetic of the whole process. Returns the summary.
     """
+    if on_checkpoint is not None:
+        waits = config.checkpoint.model_copy(update={"background": False})
+        config = config.model_copy(update={"checkpoint": waits})
     assert config.store is not None
     checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
 

@@ -31,6 +31,7 @@ __all__ = [
     "encode_column",
     "find_codec",
     "part_name",
+    "plain_layout",
     "relayout",
     "same_numbers",
     "sums_to_one",
@@ -98,12 +99,14 @@ def coarser_than(stored: CodecName, other: CodecName) -> bool:
     return new.family == "int8" and old.family != "sqrt" and old.levels < INT8_LEVELS[0]
 
 
+def plain_layout(name: CodecName) -> CodecName:
+    """The codec of the same numbers, bit for bit, without packing: tokens23 of rice23."""
+    return f"tokens{find_codec(name).levels}" if codec_family(name) == "rice" else name
+
+
 def same_numbers(one: CodecName, other: CodecName) -> bool:
     """True if both codecs decode to the same numbers, bit for bit, and differ in layout only."""
-    a, b = find_codec(one), find_codec(other)
-    if isinstance(a, PerTokenQuantiser) and isinstance(b, PerTokenQuantiser):
-        return (a.levels, a.relative) == (b.levels, b.relative)
-    return one == other
+    return plain_layout(one) == plain_layout(other)
 
 
 def relayout(

@@ -74,7 +74,7 @@ class ValidationLoss:
         """The event for the metrics; every rank calls it and gets the same. ``pause`` is called
         between batches and may raise. Keys: ``validation_ema`` and ``validation_model`` (means over
         samples and times), the same with ``_t0.5`` for each time, and with ``_class_token`` the
-        loss of the class token. A loss that is not finite is None."""
+        loss of the class token. A loss that is not finite, or of no readable sample, is None."""
         trainer, times = self.trainer, self.options.times
         students = {"ema": trainer.averaged_student(), "model": trainer.trained_student()}
         kinds = ["", "_class_token"][: 1 if trainer.class_tokens is None else 2]
@@ -95,7 +95,7 @@ class ValidationLoss:
             pause()
         trainer.group.sum(table)  # each loss is nonzero on one rank only
         count = trainer.group.sum_counts({"count": count})["count"]
-        sums = table.cpu().numpy().sum(-1, dtype=np.float64) / max(count, 1)
+        sums = table.cpu().numpy().sum(-1, dtype=np.float64) / (count or math.nan)
         event: dict[str, Any] = {"event": VALIDATION_LOSS}
         for one, weights in zip(sums, students, strict=True):
             for losses, kind in zip(one, kinds, strict=True):

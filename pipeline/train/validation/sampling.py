@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,10 +37,16 @@ def _open_captions(
     options = SampleConfig(
         captions=samples.captions, store=store, sampler=samples.sampler, text=text
     )
-    prompts = open_prompts(options)
-    assert prompts is not None
     encoder = manifest.text_stream(stream)[1].encoder
-    return PromptEmbedder(prompts, encoder, options, device=device)
+    try:
+        prompts = open_prompts(options)
+        assert prompts is not None
+        return PromptEmbedder(prompts, encoder, options, device=device)
+    except UserError as error:
+        if own:
+            raise
+        named = re.sub("--(store|captions) ", r"--samples.\1 ", str(error))  # of jobs/sample.py
+        raise UserError(named) from None
 
 
 @dataclass(frozen=True)

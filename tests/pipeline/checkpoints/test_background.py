@@ -585,6 +585,18 @@ def test_a_checkpoint_is_read_and_hashed_once_while_the_run_is_built(
     assert losses(folder)[:6] == losses(whole)
 
 
+def test_the_training_waits_for_a_callback(run_config: Make, tmp_path: Path) -> None:
+    """It may sample, which sets the arithmetic of the process and its generator."""
+    called: list[tuple[str, bool]] = []
+
+    def callback(checkpoint: Path) -> None:
+        here = threading.current_thread() is threading.main_thread()
+        called.append((checkpoint.name, here))
+
+    train_here(run_config(steps=4, checkpoint={"every": 2}), tmp_path, on_checkpoint=callback)
+    assert called == [("checkpoint-000000002", True), ("checkpoint-000000004", True)]
+
+
 # -- Ray and object stores -----------------------------------------------------------------------
 
 

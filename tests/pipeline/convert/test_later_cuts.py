@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.checkpoints.store_identity import store_identity
 from pipeline.inspect.summary import describe, summarise
 from pipeline.targets.sources import Wanted
 from pipeline.targets.tail import load_tail, tail_file
+from schemas.alignment import AlignmentConfig
 from tests.conversions import (
     Extract,
     arrays_of,
@@ -117,3 +119,5 @@ def test_tokens_move_between_layouts_without_loss(extracted: Extract, tmp_path: 
     assert_close(targets_of(old), targets_of(new), rtol=0, atol=0)
     direct = extracted(cut="activations", codec="faithful")
     assert_same_arrays(direct, new, "activations")
+    aligned = AlignmentConfig(stream="activations")
+    assert store_identity(new, aligned) == store_identity(old, aligned)  # so that runs continue

@@ -25,6 +25,7 @@ from pipeline.extract.encoder import Encoder
 from pipeline.extract.target_store import missing_tasks, open_store
 from pipeline.extract.tasks import calibration_items
 from pipeline.inspect.__main__ import main as inspect
+from pipeline.inspect.suggest_extraction import _codecs
 from pipeline.store import Store
 from pipeline.store.codecs import decode_column, encode_column
 from schemas.codecs import CodecOptions
@@ -276,7 +277,7 @@ def test_fixed_steps_leave_no_trace_and_are_resumed_by_the_default(tmp_path: Pat
     text = Path(store.root, "manifest.json").read_text()
     assert "calibration" not in text
     assert "levels" not in text
-    assert store.manifest.teacher_stream()[1].columns["tokens"].codec == "tokens23"
+    assert store.manifest.teacher_stream()[1].columns["tokens"].codec == "rice23"
     check_request(options(store.url, cut="activations"), digits(fixed), store)
     with pytest.raises(
         UserError, match=r"codec\.kl none \(fixed steps\), this extraction has 0.01"
@@ -290,10 +291,15 @@ def test_a_codec_by_name_is_not_calibrated(tmp_path: Path) -> None:
     assert (stream.columns["tokens"].codec, stream.calibration) == ("tokens28", None)
     partly = options(tmp_path / "b", cut="qk", column_codecs={"query": "float16"})
     store = make(partly)
-    columns = store.manifest.teacher_stream()[1].columns
-    assert (columns["query"].codec, columns["query"].levels) == ("float16", ())
+    stream = store.manifest.teacher_stream()[1]
+    assert (stream.columns["query"].codec, stream.columns["query"].levels) == ("float16", ())
     assert calibration_of(store).columns == {"features", "key"}
     check_request(partly, digits(partly), store)
+    for codec in ("float16", "heads28"):  # the second is that of the set, and would be measured
+        query = Column(shape=stream.columns["query"].shape, codec=codec)
+        changed = {"columns": {**stream.columns, "query": query}}
+        suggested = list(_codecs(stream.model_copy(update=changed), 32))
+        assert suggested == ["--column-codecs.query", codec]
 
 
 def test_crops_and_features_alone(tmp_path: Path) -> None:

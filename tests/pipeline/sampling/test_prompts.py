@@ -400,6 +400,15 @@ def test_grids_that_a_run_cannot_draw(options: dict[str, Any], message: str) -> 
         validate(RunConfig, {"student": STUDENT, **options}, where="config.yaml")
 
 
+def test_captions_of_grids_are_refused_by_the_names_of_their_options(
+    store: Store, tmp_path: Path
+) -> None:
+    for key in ("captions", "store"):
+        missing = str(tmp_path / "missing")
+        with pytest.raises(UserError, match=rf"^--samples\.{key} '.*missing'"):
+            train_tiny(store, tmp_path / "run", samples={"every": 1, key: missing})
+
+
 def write(path: Path, text: str | bytes) -> Path:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path

@@ -199,6 +199,14 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         {"streams": {"maps": {"columns": {"features": {"codec": "float32"}}}}},
         "teacher.columns",
     ),
+    "other levels of a layer": (
+        {
+            "streams": {
+                "maps": {"columns": {"attention": {"codec": "sqrt510", "levels": (9, 510, 510)}}}
+            }
+        },
+        "teacher.columns",
+    ),
 }
 
 

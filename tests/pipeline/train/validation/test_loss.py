@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.distributed.signals import no_request
 from pipeline.models import make_student
 from pipeline.randomness import Purpose, generator
 from pipeline.report.series import validation_panels
@@ -123,8 +125,7 @@ def test_training_is_not_changed_by_it_but_for_the_held_out_samples(
 
 def test_held_out_samples_are_never_trained_on(run_config: Make, tmp_path: Path) -> None:
     config = run_config(**ON)
-    no_checkpoint: Any = __import__("contextlib").nullcontext(None)
-    parts = build_run(config, tmp_path / "run", ProcessGroup(), no_checkpoint, lambda: None)  # type: ignore[arg-type, return-value]
+    parts = build_run(config, tmp_path / "run", ProcessGroup(), nullcontext(None), no_request)
     order, store = parts.probe.order, parts.store
     shards, rows = order.locate(np.arange(3 * order.epoch_size))
     seen = {store.record(s).keys[r] for s, r in zip(shards.tolist(), rows.tolist(), strict=True)}
@@ -151,19 +152,16 @@ def _worker(rank: int, world: int, values: dict[str, Any], folder: str) -> None:
         torch.distributed.init_process_group(
             "gloo", f"file://{folder}/store-{world}", rank=rank, world_size=world
         )
-    from contextlib import nullcontext
-
     group = ProcessGroup(rank, world)
     config = RunConfig.model_validate(values)
-    from pipeline.distributed.signals import no_request
-
-    parts = build_run(config, Path(folder, f"run-{world}"), group, nullcontext(None), no_request)  # type: ignore[arg-type]
+    parts = build_run(config, Path(folder, f"run-{world}"), group, nullcontext(None), no_request)
     assert parts.validation_loss is not None
     event = parts.validation_loss.measure(lambda: None)
     parts.close()
     Path(folder, f"event-{world}-{rank}.json").write_text(json.dumps(event))
 
 
+@pytest.mark.long
 def test_any_number_of_workers_measures_the_same_bits(run_config: Make, tmp_path: Path) -> None:
     """With weights divided among them too."""
     values = run_config(**ON).model_dump(mode="json")
@@ -296,6 +294,9 @@ def test_unreadable_samples_under_quarantine(run_config: Make, tmp_path: Path) -
     rest = {"data": {**ON["data"], "on_bad_shard": "quarantine"}}
     train_here(run_config(**{**ON, **rest}, store=store.url), tmp_path / "run")
     assert losses(tmp_path / "run")[0]["validation_ema"] > 0.1
+    rest["validation"] = {**ON["validation"], "samples": 1}  # that of the lost file
+    train_here(run_config(**{**ON, **rest}, store=store.url), tmp_path / "none")
+    assert losses(tmp_path / "none")[0]["validation_ema"] is None
 
 
 def test_the_report_shows_it(run_config: Make, tmp_path: Path) -> None:
