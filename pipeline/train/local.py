@@ -31,9 +31,13 @@ def train_here(
 
     SIGTERM and Ctrl-C end it with a checkpoint and a ``StoppedError``. ``group`` names the device;
     the default is the CPU. ``on_checkpoint`` is called with the folder of every checkpoint once it
-    is written, and with that of the one from which the run continues. Returns the summary.
+    is written, and with that of the one from which the run continues. The training waits for it,
+    because networks that it runs change settings of the process (TF32). Returns the summary.
     """
     assert config.store is not None
+    if on_checkpoint is not None:
+        in_turn = config.checkpoint.model_copy(update={"background": False})
+        config = config.model_copy(update={"checkpoint": in_turn})
     checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
 
     def save(step: int, contents: CheckpointContents) -> None:
