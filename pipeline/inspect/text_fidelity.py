@@ -41,7 +41,7 @@ class TextFidelity:
     relative_error: float
     """Norm of the difference by the norm, over all numbers."""
     loss_relative_error: float
-    """Of the denoising loss of an MM-DiT with random weights."""
+    """Error of the denoising loss of an MM-DiT with random weights."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -58,7 +58,7 @@ SAMPLER_STEPS = 50
 GUIDANCE = 2.0
 MAX_ROWS = 10
 SHARED_BYTES = 2.0e8
-"""Shared memory that Ray wants on one machine at least."""
+"""Shared memory that Ray needs on one machine, bytes."""
 PROCESS_BYTES = 1.0e9
 """Memory of one process with torch and Ray."""
 
@@ -323,7 +323,7 @@ class _Chooser:
             )
         if self.machine.shared_bytes < SHARED_BYTES:
             warnings.append(
-                f"/dev/shm has {describe_bytes(self.machine.shared_bytes)}, and Ray wants "
+                f"/dev/shm has {describe_bytes(self.machine.shared_bytes)}, and Ray needs "
                 f"{describe_bytes(SHARED_BYTES)}: start the container with --shm-size=2g"
             )
         memory = max(command.memory for command in commands)

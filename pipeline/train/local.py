@@ -34,10 +34,10 @@ def train_here(
     is written, and with that of the one from which the run continues. The training waits for it,
     because networks that it runs change settings of the process (TF32). Returns the summary.
     """
-    assert config.store is not None
     if on_checkpoint is not None:
         in_turn = config.checkpoint.model_copy(update={"background": False})
         config = config.model_copy(update={"checkpoint": in_turn})
+    assert config.store is not None
     checkpoints = LocalCheckpoints(folder, config.checkpoint.keep)
 
     def save(step: int, contents: CheckpointContents) -> None:

@@ -182,7 +182,7 @@ class CaptionReader:
             self._fill(out, group, self._epochs_of(group.start + group.places))
 
     def columns(self, shards: np.ndarray, rows: np.ndarray, epochs: np.ndarray) -> Columns:
-        """What ``fill`` makes, for visits of the samples ``(shards[i], rows[i])`` in
+        """Columns as of ``fill``, for visits of the samples ``(shards[i], rows[i])`` in
         ``epochs[i]``."""
         out = self.empty(len(rows))
         for shard in np.unique(shards).tolist():
