@@ -11,7 +11,7 @@ from typing import Any
 from schemas.json_schema import SCHEMA_FILE, schema_text, store_schema
 from schemas.store import STORE_VERSION
 
-DIGESTS = {2: "76f80d8e4103b9542d216f7087160d0df887d451403011c4e8f0267677c4e7c2"}
+DIGESTS = {2: "05c6b95e6db5b371154eb0b00022258c4bddb762abd673459af6f3e52578c2cc"}
 """Of the schema of each version, without its prose."""
 
 ADVICE = """
