@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
 
 def _name(source: str) -> str:
     """A name for a folder from the last part of a source."""
-    last = source.rstrip("/").rpartition("/")[2]
+    last = redact(source).rstrip("/").rpartition("/")[2]
     stem = re.sub(r"(\.tar)?\.(zip|tar|gz|tgz|bz2|xz)$", "", last)
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._") or "quickstart"
 

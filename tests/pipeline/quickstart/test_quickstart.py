@@ -24,7 +24,7 @@ from PIL import Image
 from pipeline.cli.config_files import read_yaml
 from pipeline.datasets import list_images, open_reader
 from pipeline.quickstart import proposal
-from pipeline.quickstart.__main__ import main
+from pipeline.quickstart.__main__ import _name, main
 from pipeline.quickstart.layout import find_layout
 from pipeline.quickstart.machine import Machine
 from pipeline.quickstart.survey import survey_source
@@ -424,3 +424,7 @@ def test_credentials_of_a_source_are_not_printed(
         main(["--source", source, "--work", str(tmp_path / "w")])
     assert "looking at" in caplog.text
     assert "hidden-word" not in caplog.text + str(raised.value)
+
+
+def test_a_folder_is_called_like_its_source_without_credentials() -> None:
+    assert _name("https://user:word@host/cats.tar.gz?signature=abcdef") == "cats"
