@@ -95,9 +95,7 @@ class OpenStore:
 
     def __getitem__(self, index: int) -> Sample:
         """Raises ``IndexError``, so that a ``for`` loop over a store ends."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"the store has samples 0 to {len(self) - 1}, not {index}")
-        shards, rows = self._places([index % len(self)])
+        shards, rows = self._places([index])
         columns = self._latents.read(shards, rows)
         mean = normalise(torch.from_numpy(columns["mean"]).float(), self._normalisation)
         key = self.store.record(int(shards[0])).keys[int(rows[0])]
@@ -114,7 +112,7 @@ class OpenStore:
     ) -> Targets:
         """The teacher's targets of the samples: its features, and its attention in ``layers``
         (0-based). ``stream`` names one of ``streams`` where there are several. Raises ``UserError``
-        for layers that the store lacks."""
+        for layers that the store lacks, and ``IndexError`` for samples that it lacks."""
         source = self._open_targets(layers, features, stream, torch.device(device))
         return _decode(source, StreamReader(self.store, source.stream), self._places(indices))
 
@@ -185,7 +183,12 @@ class OpenStore:
         return open_targets(self.store, name, wanted, device)
 
     def _places(self, indices: Sequence[int] | np.ndarray) -> Rows:
-        found = np.asarray(indices, np.int64)
+        """Negative indices count from the end. Raises ``IndexError``."""
+        given = np.asarray(indices, np.int64)
+        found = np.where(given < 0, given + len(self), given)
+        outside = given[(found < 0) | (found >= len(self))]
+        if len(outside):
+            raise IndexError(f"the store has samples 0 to {len(self) - 1}, not {outside[0]}")
         shards = np.searchsorted(self._ends, found, side="right")
         return shards, found - (self._ends[shards] - self._sizes[shards])
 

@@ -217,7 +217,7 @@ class SampledText(Strict):
     ``truncated``, have the same captions."""
 
     captions: str
-    """Where they are from, for display."""
+    """Their source, for display."""
     captions_sha256: Sha256
     stored_as: str | None = None
     """Codec of the embeddings in a store; None: they were computed."""
@@ -260,7 +260,7 @@ class SampleAbout(Strict):
     text: SampledText | None = Field(default=None, exclude_if=lambda text: text is None)
     """Captions of the images; None: they are of classes."""
     compile: bool = Field(default=False, exclude_if=lambda on: not on)
-    """If the student's blocks were compiled."""
+    """True: the student's blocks were compiled."""
 
     @property
     def convention(self) -> Convention:

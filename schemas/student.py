@@ -119,7 +119,7 @@ class StudentConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _says_its_initialisation(cls, values: Any) -> Any:
-        """That of the authors, in the config of the run too."""
+        """Initialise as the authors do, and say so in the run's config."""
         if isinstance(values, dict) and str(values.get("model", "")).startswith("MMDiT-"):
             given = values.get("initialisation")
             return {**values, "initialisation": "pytorch" if given is None else given}

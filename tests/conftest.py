@@ -35,7 +35,7 @@ CLUSTER_FOLDERS = ("tests/cluster/", "tests/docker/", "tests/faults/", "tests/jo
 CLUSTER_FIXTURES = {"two_cpus", "s3"}
 LONG_FOLDERS = (
     *("tests/bench/", "tests/gpu/", "tests/parity/", "tests/pipeline/cost_estimate/"),
-    *("tests/pipeline/targets/", "tests/pipeline/train/"),
+    *("tests/pipeline/pretrain/", "tests/pipeline/targets/", "tests/pipeline/train/"),
 )
 PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
 SHARED = Path(__file__).parents[2] / "shared"

@@ -126,6 +126,11 @@ def collect(source: str, held_out: int, resolution: int, folder: Path) -> dict[s
     if Path(source).is_dir():
         by_class: dict[str, list[str]] = {}
         for item in list_class_folders(source).items:
+            if item.path.count("/") > 1:
+                raise UserError(
+                    f"--source '{source}': '{item.path}' is in a folder inside a class; expected "
+                    "CLASS/NAME.jpg"
+                )
             by_class.setdefault(item.path.split("/")[0], []).append(item.path)
         layout = f"--source '{source}': expected CLASS/NAME.jpg"
         return _split(

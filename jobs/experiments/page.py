@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
         raise UserError("expected nothing, or FOLDER NAME: the --output of an experiment")
     if argv:
         folder, name = Path(argv[0]), argv[1]
+        if not (folder / "results.json").is_file():
+            raise UserError(f"'{folder}' has no results.json: expected the --output of matrix.py")
         RESULTS.mkdir(exist_ok=True)
         for source, target in (
             ("results.json", f"{name}.json"),

@@ -17,6 +17,9 @@ from schemas.codecs import CodecSet
 from schemas.extract import Cut, TextConfig
 from schemas.store import Column
 
+CALIBRATION_PASSES = 7
+"""Passes of a calibration through the later blocks: a check, 3 to 5 steps, the gradients."""
+
 HOUR = 3600.0
 TERA = 1e12
 GIGA = 1e9

@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 
 from pipeline.cost_estimate.costs import (
+    CALIBRATION_PASSES,
     GIGA,
     HOUR,
     ONLINE,
@@ -271,8 +272,6 @@ STEPPED: dict[Cut, tuple[str, ...]] = {
     "image": (),
 }
 """Columns of each cut that are quantised in steps."""
-CALIBRATION_PASSES = 7
-"""Passes of a calibration through the later blocks: a check, 3 to 5 steps, the gradients."""
 
 
 def _calibration_notes(

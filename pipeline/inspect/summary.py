@@ -100,7 +100,7 @@ def count_classes(store: Store, samples: int) -> tuple[int, ...] | None:
         rows = np.arange(store.record(shard).samples)
         try:
             labels = reader.read(np.full_like(rows, shard), rows)["label"]
-        except (UserError, OSError):  # --verify tells of it
+        except (UserError, OSError):  # --verify reports it
             return None
         known = labels[(labels >= 0) & (labels < len(counts))]
         counts += np.bincount(known, minlength=len(counts))

@@ -27,7 +27,7 @@ from pipeline.pretrain.options import (
     SelfDistillConfig,
 )
 from pipeline.pretrain.self_distillation import knn_accuracies, save_teacher, self_distill
-from pipeline.storage.files import TEMPORARY
+from pipeline.storage.files import TEMPORARY, redact
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, PretrainConfig
 
@@ -104,7 +104,9 @@ def _read_images(config: ExtractConfig, options: PretrainConfig) -> _Images:
             continue
         labels.append(item.label)
     if not pixels:
-        raise UserError(f"--source '{config.source}': none of {len(items)} files is an image")
+        raise UserError(
+            f"--source '{redact(str(config.source))}': none of {len(items)} files is an image"
+        )
     stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     return _Images(stacked.contiguous(), torch.tensor(labels))
 
@@ -207,7 +209,8 @@ def _autoencoder_config(options: PretrainConfig) -> AutoencoderConfig:
 
 
 def _common(config: ExtractConfig, options: PretrainConfig) -> dict[str, Any]:
-    common = {"source": config.source, "resolution": config.resolution, "crop": config.crop}
+    source = config.source and redact(config.source)
+    common = {"source": source, "resolution": config.resolution, "crop": config.crop}
     return common | options.model_dump(include={"batch_size", "images", "seed"})
 
 

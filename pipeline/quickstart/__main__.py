@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
+from pipeline.storage.redaction import redact
 from schemas.errors import StoppedError, UserError
 from schemas.quickstart import QuickstartConfig
 
@@ -40,7 +42,10 @@ def main(argv: list[str]) -> int:
     from schemas.validation import validate
 
     work = Path(config.work or Path("runs", _name(config.source))).expanduser().absolute()
-    logger.info("looking at '%s'", config.source)
+    existing = next(path for path in [work, *work.parents] if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--work '{work}': '{existing}' is not a folder that can be written to")
+    logger.info("looking at '%s'", redact(config.source))
     # torch takes seconds to import
     from pipeline.quickstart.machine import look_at_machine
     from pipeline.quickstart.proposal import propose
@@ -88,7 +93,7 @@ def main(argv: list[str]) -> int:
 
 def _name(source: str) -> str:
     """A name for a folder from the last part of a source."""
-    last = source.rstrip("/").rpartition("/")[2]
+    last = redact(source).rstrip("/").rpartition("/")[2]
     stem = re.sub(r"(\.tar)?\.(zip|tar|gz|tgz|bz2|xz)$", "", last)
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._") or "quickstart"
 
@@ -96,7 +101,7 @@ def _name(source: str) -> str:
 def _write(path: Path, text: str) -> Path:
     """Write a config; another one of this name is kept beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and path.read_bytes() != text.encode():
         old = path.with_suffix(".yaml.old")
         path.replace(old)
         logger.warning("%s had other options: they are now in %s", path, old.name)

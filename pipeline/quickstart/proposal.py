@@ -16,12 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.cost_estimate.costs import class_stream_bytes, latent_bytes, stored_bytes
+from pipeline.cost_estimate.costs import (
+    CALIBRATION_PASSES,
+    class_stream_bytes,
+    latent_bytes,
+    stored_bytes,
+)
 from pipeline.cost_estimate.meta_models import Geometry
 from pipeline.quickstart.commented_yaml import CommentedOptions
 from pipeline.quickstart.machine import Machine, at_hand
 from pipeline.quickstart.survey import Survey
 from pipeline.text import describe_bytes, describe_hours
+from schemas.codecs import CodecOptions
 from schemas.fields import format_layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +58,7 @@ SAMPLER_STEPS = 50
 GUIDANCE = 2.0
 MAX_ROWS = 10
 SHARED_BYTES = 2.0e8
-"""Shared memory that Ray wants on one machine at least."""
+"""Shared memory that Ray needs on one machine, bytes."""
 PROCESS_BYTES = 1.0e9
 """Memory of one process with torch and Ray."""
 
@@ -225,11 +231,22 @@ class _Chooser:
         return sum(ENCODER_FLOPS * (w * self.resolution / 2**n) ** 2 for n, w in levels)
 
     def _encoding_seconds(self, teacher: Teacher) -> float:
+        return self.survey.files * self._image_seconds(teacher) + self._calibration_seconds(teacher)
+
+    def _image_seconds(self, teacher: Teacher) -> float:
+        """Seconds of all devices in which one image is encoded."""
         pixels = sum(w * h for w, h in self.survey.sizes) / len(self.survey.sizes)
         networks = (teacher.flops(self.grid) + self._encoder_flops()) / self.machine.flops
         reading = (PER_IMAGE + PER_PIXEL * pixels) / self.machine.cores
-        each = max(networks, reading) if self.machine.gpus else networks + reading
-        return self.survey.files * each
+        return max(networks, reading) if self.machine.gpus else networks + reading
+
+    def _calibration_seconds(self, teacher: Teacher) -> float:
+        """Seconds of one device in which the codec's steps are chosen."""
+        later = (teacher.depth - min(ALIGNED[teacher.depth, 3])) / teacher.depth
+        passes = 1 + 2 * CALIBRATION_PASSES * later
+        devices = self.machine.gpus or self.machine.cores
+        images = CodecOptions().images(self.survey.files)
+        return images * passes * teacher.flops(self.grid) * devices / self.machine.flops
 
     def _step_seconds(self, name: str) -> float:
         """Seconds of one step of the training of an own network."""
@@ -306,7 +323,7 @@ class _Chooser:
             )
         if self.machine.shared_bytes < SHARED_BYTES:
             warnings.append(
-                f"/dev/shm has {describe_bytes(self.machine.shared_bytes)}, and Ray wants "
+                f"/dev/shm has {describe_bytes(self.machine.shared_bytes)}, and Ray needs "
                 f"{describe_bytes(SHARED_BYTES)}: start the container with --shm-size=2g"
             )
         memory = max(command.memory for command in commands)

@@ -17,6 +17,7 @@ from pipeline.datasets import list_images, open_reader
 from pipeline.datasets.crop import BadImageError, decode_crop, to_rgb
 from pipeline.datasets.listing import ImageItem
 from pipeline.quickstart.layout import Layout, find_layout
+from pipeline.storage.files import redact
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.validation import validate
@@ -91,7 +92,8 @@ def survey_source(source: str, work: Path) -> Survey:
     if not sizes:
         path, reason = bad[0]
         raise UserError(
-            f"--source '{source}': none of {len(chosen)} files is an image ({path}: {reason})"
+            f"--source '{redact(source)}': none of {len(chosen)} files is an image "
+            f"({path}: {reason})"
         )
     counts = Counter(item.label for item in listing.items)
     every = len(chosen) == len(listing.items)

@@ -43,7 +43,7 @@ class Prompts(Protocol):
 
     @property
     def shown(self) -> str:
-        """Where they are from, for display."""
+        """Their source, for display."""
 
     @property
     def stored_as(self) -> str | None:
@@ -126,7 +126,7 @@ class StoredPrompts:
         return [unpack_texts(row)[k] for row, k in zip(packed, chosen, strict=True)]
 
     def sha256(self, images: int) -> str:
-        """Of all captions of the store, so that none has to be read."""
+        """Digest of all captions of the store and the seed, so that no caption is read."""
         return hashlib.sha256(f"{self.info.captions_sha256} {self.seed}".encode()).hexdigest()
 
     def embeddings(self, numbers: Sequence[int]) -> Tensor:

@@ -50,7 +50,7 @@ QUICK, WHOLE = "loader, checksums off", "loader"
 
 
 CAPTION_SHAPE, CAPTIONS = (77, 768), 5
-"""Of CLIP ViT-L/14 and MS-COCO."""
+"""Embedding of CLIP ViT-L/14, and captions of an image of MS-COCO."""
 CAPTION_HEADINGS = (
     Heading("way", "streams"),
     Heading("microseconds", "CPU us a sample", ".0f"),

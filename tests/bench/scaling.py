@@ -59,9 +59,9 @@ class Usage(NamedTuple):
 
     wall: float
     cpu: float
-    """Of all of its processes."""
+    """CPU time of all of its processes."""
     daemons: float
-    """Of those that are neither the command nor its workers."""
+    """CPU time of those that are neither the command nor its workers."""
 
 
 def run(options: Options) -> Report:

@@ -111,7 +111,7 @@ def test_tables_are_markdown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_use_of_a_run_has_its_children() -> None:
-    """Of those that have ended too; the child does no work of the pipeline."""
+    """Children that have ended count too; this one does no work of the pipeline."""
     busy = "import time\nwhile time.process_time() < 0.3: pass"
     before = usage(os.getpid())
     subprocess.run([sys.executable, "-c", busy], check=True)

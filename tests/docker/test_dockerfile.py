@@ -244,7 +244,7 @@ def test_the_image_for_cpus_is_built_and_works(tmp_path: Path) -> None:
 
         assert inside("id", "-u").strip() == "10001"
         assert inside("python", "-m", "pipeline.extract", "--help").startswith("usage: ")
-        assert "commands: extract" in inside("haste")
+        assert "commands: quickstart, extract" in inside("haste")
         store = "/home/haste/store"
         words = ["--dataset", "demo", "--store", store, "--actors", "1"]
         assert "is complete: 1797 samples" in inside("haste", "extract", *words)

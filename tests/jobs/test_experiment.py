@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from jobs.experiments.artifacts import ArtifactCache, read_images
+from jobs.experiments.artifacts import ArtifactCache, collect, read_images
 from jobs.experiments.experiment import run_matrix
 from jobs.experiments.judge import Judge
 from jobs.experiments.options import CONFIGS, MatrixConfig
@@ -276,6 +276,21 @@ def test_a_damaged_image_is_named(source: Path, tmp_path: Path) -> None:
             zipped.writestr(name, data[:60] if name.endswith("class3/0002.png") else data)
     with pytest.raises(UserError, match=r"'.*class3/0002.png' cannot be used"):
         run_matrix(config_of(damaged, tmp_path / "work"))
+
+
+def test_a_folder_is_split_by_name(source: Path, tmp_path: Path) -> None:
+    """The last names are held out; images of one name in two folders of a class are refused."""
+    with zipfile.ZipFile(source) as zipped:
+        zipped.extractall(tmp_path)
+    folder = tmp_path / "train"
+    collect(str(folder), 2, 32, tmp_path / "split")
+    held_out = sorted(path.name for path in (tmp_path / "split/held_out/class3").iterdir())
+    assert held_out == ["0010.png", "0011.png"]
+    inner = folder / "class3" / "inner"
+    inner.mkdir()
+    shutil.copy(folder / "class3" / "0000.png", inner)
+    with pytest.raises(UserError, match=r"'class3/inner/0000.png' is in a folder inside a class"):
+        collect(str(folder), 2, 32, tmp_path / "again")
 
 
 def test_a_run_that_another_process_trains_is_refused(source: Path, done: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jobs.experiments import results as module
-from jobs.experiments.page import END, PAGE, RESULTS, begin, names, page_with_tables
+from jobs.experiments.page import END, PAGE, RESULTS, begin, main, names, page_with_tables
 from jobs.experiments.results import (
     bootstrap,
     difference,
@@ -150,3 +150,10 @@ def test_a_page_is_filled_in(tmp_path: Path) -> None:
         page_with_tables(filled, tmp_path)
     with pytest.raises(UserError, match=r"there is no .*three.json"):
         page_with_tables(f"{filled}{begin('three')}\n{END}\n{begin('two')}\n{END}\n", tmp_path)
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    before = PAGE.read_bytes()
+    with pytest.raises(UserError, match=r"'.*/no' has no results.json"):
+        main([str(tmp_path / "no"), "digits"])
+    assert PAGE.read_bytes() == before

@@ -51,6 +51,10 @@ def test_targets_are_those_of_the_losses(store: OpenStore) -> None:
     expected = read_targets(store.store, *rows, Wanted(True, (3, 1), 3))
     assert torch.equal(found.features, expected.features)  # type: ignore[arg-type]
     assert torch.equal(found.attention, expected.attention)  # type: ignore[arg-type]
+    assert torch.equal(store.targets([17 - COUNT]).features, found.features[1:])  # type: ignore
+    for outside in (COUNT, -COUNT - 1):
+        with pytest.raises(IndexError, match=f"samples 0 to 21, not {outside}"):
+            store.targets([3, outside])
     assert store.targets([0], features=False).features is None
     with pytest.raises(UserError, match=r"lacks teacher layer 0: it has 1, 2, 3"):
         store.targets([0], layers=[0, 1])

@@ -421,6 +421,20 @@ def test_a_run_that_diverges_names_no_checkpoint_that_failed(
         train(run_config(checkpoint={"every": 2}), tmp_path, save)
 
 
+def test_the_training_waits_for_a_measurement_of_each_checkpoint(
+    run_config: Make, tmp_path: Path
+) -> None:
+    """Networks of ``on_checkpoint`` change settings of the process that the training has too."""
+    threads = []
+    train_here(
+        run_config(steps=2, checkpoint={"every": 1}),
+        tmp_path / "run",
+        on_checkpoint=lambda folder: threads.append((folder.name, threading.current_thread())),
+    )
+    main = threading.main_thread()
+    assert threads == [(f"checkpoint-{step:09d}", main) for step in (1, 2)]
+
+
 @pytest.mark.parametrize("on", [True, False])
 def test_the_option(run_config: Make, tmp_path: Path, on: bool) -> None:
     threads: list[bool] = []

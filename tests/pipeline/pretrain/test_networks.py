@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline.autoencoders import Autoencoder
-from pipeline.pretrain.networks import train_missing
+from pipeline.pretrain.networks import _common, train_missing
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -91,3 +91,9 @@ def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images" / "a" / "1.png").write_bytes(b"x")
     with pytest.raises(UserError, match="none of 1 files is an image"):
         train_missing(config_of(tmp_path))
+
+
+def test_credentials_of_the_source_are_not_in_reports(tmp_path: Path) -> None:
+    config = config_of(tmp_path, source="s3://user:hidden-word@bucket/images")
+    assert config.pretrain is not None
+    assert _common(config, config.pretrain)["source"] == "s3://bucket/images"

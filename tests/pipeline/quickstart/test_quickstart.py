@@ -24,7 +24,7 @@ from PIL import Image
 from pipeline.cli.config_files import read_yaml
 from pipeline.datasets import list_images, open_reader
 from pipeline.quickstart import proposal
-from pipeline.quickstart.__main__ import main
+from pipeline.quickstart.__main__ import _name, main
 from pipeline.quickstart.layout import find_layout
 from pipeline.quickstart.machine import Machine
 from pipeline.quickstart.survey import survey_source
@@ -354,6 +354,21 @@ def test_more_hours_give_more_steps_and_a_larger_student(tmp_path: Path) -> None
     assert 0.7 * 1800 < seconds < 1.1 * 1800
 
 
+def test_the_calibration_of_the_codec_is_in_the_time(tmp_path: Path) -> None:
+    """Half of a small data set, 256 of a larger one, on one core."""
+    ten_classes(tmp_path / "ten")
+    survey = survey_source(str(tmp_path / "ten"), tmp_path)
+    each = proposal.OWN_SMALL.flops(8) / 2e10 * (1 + 2 * 7 * 3 / 6)  # 3 of 6 blocks are later
+    for files, images in ((20, 10), (50_000, 256)):
+        chooser = proposal._Chooser(replace(survey, files=files), CPU, 0.5, tmp_path)
+        assert chooser.grid == 8
+        assert chooser._calibration_seconds(proposal.OWN_SMALL) == pytest.approx(images * each)
+        without = files * chooser._image_seconds(proposal.OWN_SMALL)
+        assert chooser._encoding_seconds(proposal.OWN_SMALL) == pytest.approx(
+            without + images * each
+        )
+
+
 def test_a_config_with_other_options_is_kept(tmp_path: Path, capsys: Capture) -> None:
     grey_digits(tmp_path / "g")
     first = proposed(capsys, tmp_path / "g", tmp_path / "w", "--hours", "0.01")
@@ -392,3 +407,24 @@ def test_folders_become_pictures(name: str, tmp_path: Path) -> None:
     assert (report["results"]["knn"] is None) == (name == "one")
     psnr = json.loads((tmp_path / "w" / "networks" / "autoencoder" / "pretrain.json").read_text())
     assert psnr["results"]["psnr_db"] > 3
+
+
+def test_a_work_folder_below_a_file_is_refused(tmp_path: Path) -> None:
+    one_class(tmp_path / "one")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--work '.*file/w': '.*file' is not a folder"):
+        main(["--source", str(tmp_path / "one"), "--work", str(tmp_path / "file" / "w")])
+
+
+def test_credentials_of_a_source_are_not_printed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = "memory://user:hidden-word@nothing/images"
+    with caplog.at_level("INFO"), pytest.raises(UserError) as raised:
+        main(["--source", source, "--work", str(tmp_path / "w")])
+    assert "looking at" in caplog.text
+    assert "hidden-word" not in caplog.text + str(raised.value)
+
+
+def test_a_folder_is_called_like_its_source_without_credentials() -> None:
+    assert _name("https://user:word@host/cats.tar.gz?signature=abcdef") == "cats"
