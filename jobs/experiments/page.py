@@ -16,8 +16,9 @@ if not __package__:  # run as a file: Python then searches this folder, not the 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import jobs  # noqa: F401  (reports packages that are not installed)
 
-from jobs.experiments.results import tables
 from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
+from schemas.base import Strict
 from schemas.errors import UserError
 
 PAGE = Path(__file__).with_name("README.md")
@@ -38,6 +39,8 @@ def names(text: str) -> list[str]:
 def page_with_tables(text: str, results: Path) -> str:
     """The page with the tables of every file. Raises ``UserError`` for a file without a part, and
     for a part without a file."""
+    from jobs.experiments.results import tables  # imports NumPy
+
     for path in sorted(results.glob("*.json")):
         if path.stem not in names(text):
             raise UserError(f"the page has no part '{path.stem}': add {begin(path.stem)} and {END}")
@@ -51,24 +54,44 @@ def page_with_tables(text: str, results: Path) -> str:
     return text
 
 
+class PageConfig(Strict):
+    """Results to copy first, where they are given."""
+
+    folder: str | None = None
+    """The --output of an experiment."""
+    name: str | None = None
+    """Name of its file in results/ and of its part of the page."""
+
+
 def main(argv: list[str]) -> int:
-    if len(argv) not in (0, 2) or any(part.startswith("-") for part in argv):
+    config = parse_options(
+        PageConfig,
+        argv,
+        command="python jobs/experiments/page.py",
+        about="Make the tables of jobs/experiments/README.md from results/*.json.",
+        positional=("folder", "name"),
+    )
+    if (config.folder is None) != (config.name is None):
         raise UserError("expected nothing, or FOLDER NAME: the --output of an experiment")
-    if argv:
-        folder, name = Path(argv[0]), argv[1]
-        if not (folder / "results.json").is_file():
-            raise UserError(f"'{folder}' has no results.json: expected the --output of matrix.py")
-        RESULTS.mkdir(exist_ok=True)
-        for source, target in (
-            ("results.json", f"{name}.json"),
-            ("curves.png", f"{name}_curves.png"),
-            ("cosine.png", f"{name}_cosine.png"),
-        ):
-            if (folder / source).exists():
-                shutil.copyfile(folder / source, RESULTS / target)
+    if config.folder is not None and config.name is not None:
+        _copy(Path(config.folder), config.name)
     PAGE.write_text(page_with_tables(PAGE.read_text(), RESULTS))
     print(PAGE)
     return 0
+
+
+def _copy(folder: Path, name: str) -> None:
+    """Copy results and figures of an experiment to ``results/``."""
+    if not (folder / "results.json").is_file():
+        raise UserError(f"'{folder}' has no results.json: expected the --output of matrix.py")
+    RESULTS.mkdir(exist_ok=True)
+    for source, target in (
+        ("results.json", f"{name}.json"),
+        ("curves.png", f"{name}_curves.png"),
+        ("cosine.png", f"{name}_cosine.png"),
+    ):
+        if (folder / source).exists():
+            shutil.copyfile(folder / source, RESULTS / target)
 
 
 if __name__ == "__main__":
