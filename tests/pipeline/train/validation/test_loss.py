@@ -161,7 +161,6 @@ def _worker(rank: int, world: int, values: dict[str, Any], folder: str) -> None:
     Path(folder, f"event-{world}-{rank}.json").write_text(json.dumps(event))
 
 
-@pytest.mark.long
 def test_any_number_of_workers_measures_the_same_bits(run_config: Make, tmp_path: Path) -> None:
     """With weights divided among them too."""
     values = run_config(**ON).model_dump(mode="json")
