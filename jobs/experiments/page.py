@@ -18,7 +18,10 @@ if not __package__:  # run as a file: Python then searches this folder, not the 
 
 from jobs.experiments.results import tables
 from pipeline.cli.command import run_command
+from pipeline.cli.options import parse_options
+from schemas.base import Strict
 from schemas.errors import UserError
+from schemas.fields import Name
 
 PAGE = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).with_name("results")
@@ -51,11 +54,27 @@ def page_with_tables(text: str, results: Path) -> str:
     return text
 
 
+class PageOptions(Strict):
+    """Results to add to the page."""
+
+    output: str | None = None
+    """The --output of an experiment, whose results and figures are copied first."""
+    name: Name | None = None
+    """Name of the copied results: that of a part of the page."""
+
+
 def main(argv: list[str]) -> int:
-    if len(argv) not in (0, 2) or any(part.startswith("-") for part in argv):
+    options = parse_options(
+        PageOptions,
+        argv,
+        command="python jobs/experiments/page.py",
+        about="Write the tables of jobs/experiments/README.md from its folder results.",
+        positional=("output", "name"),
+    )
+    if (options.output is None) != (options.name is None):
         raise UserError("expected nothing, or FOLDER NAME: the --output of an experiment")
-    if argv:
-        folder, name = Path(argv[0]), argv[1]
+    if options.output is not None:
+        folder, name = Path(options.output), options.name
         if not (folder / "results.json").is_file():
             raise UserError(f"'{folder}' has no results.json: expected the --output of matrix.py")
         RESULTS.mkdir(exist_ok=True)
