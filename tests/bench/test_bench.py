@@ -111,13 +111,13 @@ def test_tables_are_markdown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_use_of_a_run_has_its_children() -> None:
-    """Children that have ended count too; this one does no work of the pipeline."""
+    """Children that have ended count too, in ticks of 10 ms; this one does no work of the pipeline."""
     busy = "import time\nwhile time.process_time() < 0.3: pass"
     before = usage(os.getpid())
     subprocess.run([sys.executable, "-c", busy], check=True)
     after = usage(os.getpid())
-    assert after.cpu - before.cpu >= 0.29
-    assert after.wall - before.wall >= 0.29
+    assert after.cpu - before.cpu >= 0.25
+    assert after.wall - before.wall >= 0.25
     waiting = subprocess.Popen(
         [sys.executable, "-c", f"{busy}\nprint(flush=True)\ninput()"],
         stdin=subprocess.PIPE,
@@ -125,7 +125,7 @@ def test_the_use_of_a_run_has_its_children() -> None:
     )
     assert waiting.stdout is not None
     waiting.stdout.readline()
-    assert usage(os.getpid()).daemons - after.daemons >= 0.29
+    assert usage(os.getpid()).daemons - after.daemons >= 0.25
     waiting.communicate(b"\n")
 
 
