@@ -111,7 +111,7 @@ def test_tables_are_markdown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_use_of_a_run_has_its_children() -> None:
-    """Children that have ended count too, in ticks of 10 ms; this one does no work of the pipeline."""
+    """Children that have ended count too, in ticks of 10 ms; these do no work of the pipeline."""
     busy = "import time\nwhile time.process_time() < 0.3: pass"
     before = usage(os.getpid())
     subprocess.run([sys.executable, "-c", busy], check=True)
