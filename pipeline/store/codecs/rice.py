@@ -88,7 +88,7 @@ def pack(codes: Tensor) -> Tensor:
     import torch
 
     batch, tokens, width = codes.shape
-    codes = codes.long()
+    codes = codes.nan_to_num(0.0, 0.0, 0.0).long()  # of samples that are refused: see `not_finite`
     sign = (codes < 0).long()
     magnitude = codes ^ -sign
     raw = row_bytes(width, RAW_BITS)

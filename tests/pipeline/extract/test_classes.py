@@ -39,7 +39,7 @@ class LocalPool:
     def __init__(self, config: ExtractConfig, **_: Any) -> None:
         self.encoder = Encoder(config, device="cpu", threads=1)
         self.describe, self.save_tail = self.encoder.describe, self.encoder.save_tail
-        self.describe_tail = self.encoder.describe_tail
+        self.describe_tail, self.calibrate = self.encoder.describe_tail, self.encoder.calibrate
 
     def encode(self, url: str, manifest: Manifest, tasks: list[ShardTask]) -> Iterator[ShardResult]:
         return (self.encoder.encode_shard(url, manifest, task) for task in tasks)

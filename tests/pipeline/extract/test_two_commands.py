@@ -54,6 +54,9 @@ class LocalPool:
     def describe_tail(self) -> Any:
         return self.encoder.describe_tail()
 
+    def calibrate(self, *arguments: Any) -> Any:
+        return self.encoder.calibrate(*arguments)
+
     def save_tail(self, url: str) -> Any:
         return self.encoder.save_tail(url)
 
