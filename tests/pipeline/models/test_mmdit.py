@@ -78,7 +78,6 @@ def test_other_names_are_refused(model: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": {"every": 5}}, "samples.every draws by class"),
         ({"student": {"model": "MMDiT-3", "class_token": 8}}, "class_token is for SiT"),
         (
             {"student": {"model": "SiT-B/2"}, "diffusion": {"text_stream": "text"}},
