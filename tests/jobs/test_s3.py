@@ -126,7 +126,7 @@ def test_extract_through_an_outage_then_train_resume_and_inspect(
         process = train(store_url, runs, steps)
         output = finish(process)
         assert process.returncode == 0, output
-        summary = json.loads(output[output.rindex("\n{\n") :])
+        summary, _ = json.JSONDecoder().raw_decode(output, output.rindex("\n{\n") + 1)
     assert (summary["steps"], summary["termination_step"]) == (8, 4)
     assert summary["bytes_read"]["activations"]["before"] > 0
     assert summary["bytes_read"]["activations"]["after"] == 0
