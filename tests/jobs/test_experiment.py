@@ -152,7 +152,7 @@ def test_results_have_every_arm_at_every_step(done: Path) -> None:
 
 
 def test_measurements_are_those_of_the_formulas(source: Path, done: Path) -> None:
-    """Of the last checkpoint, sampled and looked at again, in numpy."""
+    """Numbers of the last checkpoint, sampled and measured again in NumPy."""
     config = config_of(source, done)
     train = read_images(done / "images" / "train", 32)
     judge = Judge(done / "judge", config.judge, config.measure, train, "cpu")

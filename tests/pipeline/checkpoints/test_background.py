@@ -616,7 +616,7 @@ def test_the_training_waits_for_a_callback(run_config: Make, tmp_path: Path) -> 
 
 @pytest.fixture
 def poller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Of a control that has got one request, and notes what it hears."""
+    """Poller of a control that has received one request, and records its calls."""
     heard: list[int] = []
 
     def heartbeat(saved: int) -> tuple[bool, int]:

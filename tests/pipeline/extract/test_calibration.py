@@ -82,7 +82,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Store]:
 @pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("answer", [1, 2, 17, 23, 24, 400, 999])
 def test_the_search_finds_the_coarsest_levels(exponent: float, answer: int) -> None:
-    """Of errors that fall by another power than the expected square, too."""
+    """Errors may also fall by another power than the expected square."""
     shares: dict[int, float] = {}
     while (levels := next_levels(shares, 23, 999)) is not None:
         assert levels not in shares
