@@ -108,7 +108,9 @@ def measure_captions(options: Options) -> Report:
             for number in range(options.rounds + 1):
                 for streams, times in seconds.items():
                     start = time.process_time()
-                    loader, batch = open_loader(store, options, verify=True, streams=streams)
+                    loader, batch = open_loader(
+                        store, options, verify=True, streams=streams, epochs=1
+                    )
                     batches = islice(loader, samples_of(store) // batch)
                     count = sum(len(one.positions) for one in batches)
                     loader.close()
@@ -266,15 +268,28 @@ def waiting_share(store: Store, options: Options, streams: tuple[str, ...] = ())
 
 
 def open_loader(
-    store: Store, options: Options, *, verify: bool, streams: tuple[str, ...] = ()
+    store: Store,
+    options: Options,
+    *,
+    verify: bool,
+    streams: tuple[str, ...] = (),
+    epochs: int | None = None,
 ) -> tuple[BatchLoader, int]:
-    """A loader, of all streams by default, and its batch size."""
+    """A loader, of all streams by default, and its batch size. Nothing is read ahead of so many
+    ``epochs``."""
     fresh = Store.open(store.url)
     order = SampleOrder(0, fresh.index().samples_per_shard)
     batch = min(options.batch, samples_of(fresh))
     streams = streams or tuple(fresh.manifest.streams)
+    until = None if epochs is None else epochs * (samples_of(fresh) // batch)
     loader = BatchLoader(
-        fresh, streams, order, global_batch=batch, verify=verify, threads=options.workers
+        fresh,
+        streams,
+        order,
+        global_batch=batch,
+        needed_until=None if until is None else dict.fromkeys(streams, until),
+        verify=verify,
+        threads=options.workers,
     )
     return loader, batch
 
