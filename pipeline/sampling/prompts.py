@@ -84,7 +84,7 @@ class GivenPrompts:
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
     def embeddings(self, numbers: Sequence[int]) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # an encoder computes them: ``stored_as`` is None
 
 
 class StoredPrompts:
