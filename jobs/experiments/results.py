@@ -36,6 +36,8 @@ LOWER = ("frechet", "validation")
 Run = Mapping[str, Any]
 Results = Mapping[str, Any]
 Curve = dict[int, float]
+Table = tuple[list[str], list[list[str]]]
+"""Head and rows."""
 
 
 def read_run_numbers(run: Path, verdicts: Path) -> dict[str, Any]:
@@ -65,49 +67,69 @@ def read_run_numbers(run: Path, verdicts: Path) -> dict[str, Any]:
 
 def write_results(folder: Path, results: Results, runs: Sequence[Path]) -> None:
     """Write ``results.json``, ``table.md``, figures and ``report.html`` to ``folder``."""
-    from pipeline.report.page import write_report  # with matplotlib
+    from pipeline.report.page import Introduction, write_report  # with matplotlib
     from schemas.report import ReportConfig
 
     _write(folder / "results.json", json.dumps(results, separators=(",", ":")) + "\n")
     _write(folder / "table.md", tables(results))
-    draw(results, folder)
+    pictures = draw(results, folder)
     if runs:
         shown = tuple(str(run) for run in runs[:MAX_RUNS])
-        write_report(ReportConfig(runs=shown, html=str(folder / "report.html"), attention="none"))
+        config = ReportConfig(runs=shown, html=str(folder / "report.html"), attention="none")
+        both = final_table(results), differences_table(results)
+        notes = (differences_note(results), *_failures(results))
+        write_report(config, Introduction("Comparison of the arms", both, notes, pictures))
 
 
 def tables(results: Results) -> str:
     """Markdown: the arms at the last step, and their differences from the baseline."""
-    arms = list(dict.fromkeys(run["arm"] for run in results["runs"]))
-    baseline, last = arms[0], results["steps"]
-    names = [name for name, _ in VALUES.values()]
-    lines = ["| arm | seeds | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
-    for arm in arms:
-        cells = [_mean_cell(results, arm, key) for key in VALUES]
-        lines.append(f"| {arm} | {_seeds_cell(results, arm)} | " + " | ".join(cells) + " |")
+    lines = [
+        *_markdown(*final_table(results)),
+        "",
+        differences_note(results),
+        "",
+        *_markdown(*differences_table(results)),
+    ]
+    failed = _failures(results)
+    return "\n".join([*lines, *([""] if failed else []), *failed, ""])
+
+
+def final_table(results: Results) -> Table:
+    """The arms at the last step."""
+    rows = [
+        [arm, _seeds_cell(results, arm), *(_mean_cell(results, arm, key) for key in VALUES)]
+        for arm in _arms(results)
+    ]
     real = results["facts"].get("real_images", {})
     if real:
-        cells = [_format(key, real.get(key)) for key in VALUES]
         count = results["facts"]["images"]["held_out"]
-        lines.append(f"| *{count:,} held-out real images* | | " + " | ".join(cells) + " |")
-    steps = [f"steps to {baseline}'s {VALUES[key][0]}" for key in LOWER]
-    lines += [
-        "",
+        cells = [_format(key, real.get(key)) for key in VALUES]
+        rows.append([f"{count:,} held-out real images", "", *cells])
+    return ["arm", "seeds", *(name for name, _ in VALUES.values())], rows
+
+
+def differences_note(results: Results) -> str:
+    """The sentence between the tables."""
+    baseline, last = _arms(results)[0], results["steps"]
+    return (
         f"At step {last:,}, averaged weights; ± is the standard deviation over seeds. Differences "
         f"from {baseline} of the same seed, with 95% intervals (bootstrap over seeds), and the "
-        f"step at which an arm reaches {baseline}'s value of step {last:,}:",
-        "",
-        "| arm | " + " | ".join([*names[:3], *steps]) + " |",
-        "|---" * (4 + len(steps)) + "|",
-    ]
-    for arm in arms[1:]:
-        cells = [_difference_cell(results, baseline, arm, key) for key in list(VALUES)[:3]]
+        f"step at which an arm reaches {baseline}'s value of step {last:,}."
+    )
+
+
+def differences_table(results: Results) -> Table:
+    """The arms' differences from the baseline, and steps to equal quality."""
+    baseline, *others = _arms(results)
+    keys = list(VALUES)[:3]
+    names = [VALUES[key][0] for key in keys]
+    steps = [f"steps to {baseline}'s {VALUES[key][0]}" for key in LOWER]
+    rows = []
+    for arm in others:
+        cells = [_difference_cell(results, baseline, arm, key) for key in keys]
         cells += [_steps_cell(results, baseline, arm, key) for key in LOWER]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    failed = [run for run in results["runs"] if run["failed"]]
-    lines += [""] if failed else []
-    lines += [f"Failed: {run['arm']}, seed {run['seed']}: {run['failed']}" for run in failed]
-    return "\n".join([*lines, ""])
+        rows.append([arm, *cells])
+    return ["arm", *names, *steps], rows
 
 
 def curves(results: Results, arm: str, key: str) -> dict[int, Curve]:
@@ -183,15 +205,16 @@ def first_crossing(steps: Sequence[int], values: Sequence[float], wanted: float)
     return math.inf
 
 
-def draw(results: Results, folder: Path) -> None:
+def draw(results: Results, folder: Path) -> list[Path]:
     """``curves.png``: measurements over steps; ``cosine.png``: gradient cosines over steps beside
-    the differences between arms whose alignment ends and those aligned to the end."""
+    the differences between arms whose alignment ends and those aligned to the end. Returns their
+    paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    arms = list(dict.fromkeys(run["arm"] for run in results["runs"]))
+    arms = _arms(results)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4))
     for arm, key, axis in _each(arms, ("frechet", "agreement"), axes):
         _draw_curves(axis, arm, list(curves(results, arm, key).values()))
@@ -207,11 +230,11 @@ def draw(results: Results, folder: Path) -> None:
     axes[2].axhline(0, color="grey", linewidth=1)
     axes[2].set(xlabel="step", ylabel=f"validation loss, difference from {arms[0]}")
     axes[1].set_ylim(0, 1)
-    _save(figure, folder / "curves.png")
+    paths = [_save(figure, folder / "curves.png")]
 
     measured = [arm for arm in arms if any(r["cosine"] for r in results["runs"] if r["arm"] == arm)]
     if not measured:
-        return
+        return paths
     figure, axes = plt.subplots(1, len(measured) + 1, figsize=(3.6 * (len(measured) + 1), 3.6))
     for arm, axis in zip(measured, axes, strict=False):
         runs = [run["cosine"] for run in results["runs"] if run["arm"] == arm and run["cosine"]]
@@ -229,7 +252,7 @@ def draw(results: Results, folder: Path) -> None:
             axes[-1].axvline(end, color="grey", linestyle=":", linewidth=1)
     axes[-1].axhline(0, color="grey", linewidth=1)
     axes[-1].set(title="ended or not", xlabel="step", ylabel="validation loss, difference")
-    _save(figure, folder / "cosine.png")
+    return [*paths, _save(figure, folder / "cosine.png")]
 
 
 def _paired(results: Results, baseline: str, arm: str, key: str) -> list[Curve]:
@@ -265,7 +288,7 @@ def _draw_curves(axis: Any, name: str, lines: Sequence[Curve], index: int | None
     axis.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.12)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     for axis in figure.axes:
@@ -277,6 +300,22 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(temporary, dpi=100)
     plt.close(figure)
     temporary.replace(path)
+    return path
+
+
+def _arms(results: Results) -> list[str]:
+    """Their names, the baseline first."""
+    return list(dict.fromkeys(run["arm"] for run in results["runs"]))
+
+
+def _failures(results: Results) -> list[str]:
+    failed = [run for run in results["runs"] if run["failed"]]
+    return [f"Failed: {run['arm']}, seed {run['seed']}: {run['failed']}" for run in failed]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _seeds_cell(results: Results, arm: str) -> str:

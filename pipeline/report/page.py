@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -12,7 +13,7 @@ from pipeline.assets import REPORT_STYLE
 from pipeline.report.evaluation_groups import describe_group, group_of
 from pipeline.report.gallery import Gallery, Source, load_file, make_gallery
 from pipeline.report.palette import FONTS, SCHEMES
-from pipeline.report.rendering import breakable, render, run_name
+from pipeline.report.rendering import breakable, data_uri, render, run_name
 from pipeline.report.run_summary import config_differences, run_card
 from pipeline.report.series import (
     METRICS,
@@ -48,12 +49,30 @@ Values = dict[str, Any]
 """Values of a part of the page, by their names in its template."""
 
 
+class Introduction(NamedTuple):
+    """A part before the runs: what a comparison of them found."""
+
+    title: str
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]
+    """Head and rows of each."""
+    notes: Sequence[str] = ()
+    pictures: Sequence[Path] = ()
+    """PNG files."""
+
+
 class Report:
     """The page of several runs, and the problems found while it was made."""
 
-    def __init__(self, records: Sequence[Record], *, attention: Attention) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        attention: Attention,
+        introduction: Introduction | None = None,
+    ) -> None:
         """``attention``: draw that of checkpoints for runs without attention pictures."""
         self.records = records
+        self._introduction = introduction
         self.labels = make_labels(records)
         self.warnings: list[str] = []
         self._names = [run_name(run, label) for run, label in enumerate(self.labels)]
@@ -75,6 +94,11 @@ class Report:
             style=Markup(f"{SCHEMES}:root{{--fonts:{FONTS}}}{REPORT_STYLE.read_text()}"),
             last_step=self._last_step,
             warnings=self.warnings,
+            introduction=self._introduction,
+            pictures=[
+                {"name": path.stem, "image": data_uri(path.read_bytes(), "image/png")}
+                for path in (self._introduction.pictures if self._introduction else ())
+            ],
             runs=[{"name": n, "url": r.url, "card": run_card(r)} for n, r in runs],
             different=config_differences(self.records),
             samples=samples,
@@ -178,7 +202,9 @@ def make_labels(records: Sequence[Record]) -> list[str]:
     return labels
 
 
-def write_report(config: ReportConfig) -> tuple[Report, int]:
+def write_report(
+    config: ReportConfig, introduction: Introduction | None = None
+) -> tuple[Report, int]:
     """Write the page; returns the report and the bytes written. Raises ``UserError``."""
     if not config.runs:
         raise UserError("RUN is missing: name the folders of one or more runs")
@@ -188,7 +214,8 @@ def write_report(config: ReportConfig) -> tuple[Report, int]:
         if count > 1:
             raise UserError(f"RUN '{redact(run)}' is named {count} times")
     filesystem, path = open_url(absolute_url(config.html), what="--html")
-    report = Report([read_run(run) for run in config.runs], attention=config.attention)
+    records = [read_run(run) for run in config.runs]
+    report = Report(records, attention=config.attention, introduction=introduction)
     data = report.html().encode()
     write_atomic(filesystem, path, data)
     return report, len(data)

@@ -14,6 +14,7 @@ import pytest
 import scipy.linalg
 import timm
 import torch
+from markupsafe import escape
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,7 +22,7 @@ from jobs.experiments.artifacts import ArtifactCache, collect, read_images
 from jobs.experiments.experiment import run_matrix
 from jobs.experiments.judge import Judge
 from jobs.experiments.options import CONFIGS, MatrixConfig
-from jobs.experiments.results import tables
+from jobs.experiments.results import differences_table, final_table, tables
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.runs.metrics import read_metrics
 from pipeline.storage.locks import exclusive_lock
@@ -148,7 +149,12 @@ def test_results_have_every_arm_at_every_step(done: Path) -> None:
     assert "| haste | 1 of 1 |" in text
     assert "| repa | 0 of 1 | - | - |" in text
     assert Image.open(done / "curves.png").size[0] > 400
-    assert (done / "report.html").read_text().count("haste-seed0") > 1
+    page = (done / "report.html").read_text()
+    assert page.count("haste-seed0") > 1
+    own = page.partition("<h2>Comparison of the arms</h2>")[2].partition("<h2>")[0]
+    for row in final_table(values)[1] + differences_table(values)[1]:
+        assert all(escape(cell) in own for cell in row)
+    assert own.count("data:image/png;base64,") == 1 + (done / "cosine.png").exists()
 
 
 def test_measurements_are_those_of_the_formulas(source: Path, done: Path) -> None:
