@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ os.environ["HOME"] = tempfile.mkdtemp(prefix="haste-test-home-")
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each training
 os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: help is tested as it is in a pipe
 
 import pytest
@@ -41,12 +44,27 @@ PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two processes a CPU, because tests that start other processes wait for them; 3 GiB each."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(2 * len(os.sched_getaffinity(0)), memory // (3 << 30)))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no folder all of whose tests ``-m`` leaves out."""
+    expression = str(config.option.markexpr)
+    words = () if " or " in expression else re.findall(r"\bnot (\w+)", expression)
+    left_out = {"cluster": CLUSTER_FOLDERS, "long": LONG_FOLDERS}
+    folder = f"{os.path.relpath(collection_path, config.rootpath)}/"
+    return any(folder in left_out.get(word, ()) for word in words) or None
+
+
 @pytest.hookimpl(tryfirst=True)  # before options such as -m select by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark files that start a Ray cluster or a server as ``cluster``, and folders whose tests
     train, compile, measure or compare with references as ``long``: ``make test-quick`` leaves out
-    both. Several processes (pytest-xdist) share the files; one of them runs all clusters, which
-    would compete for CPUs."""
+    both. Several processes (pytest-xdist) take whole files in the order of ``_schedule``."""
     clusters = {
         item.path
         for item in items
@@ -58,9 +76,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.cluster)
         if item.nodeid.startswith(LONG_FOLDERS):
             item.add_marker(pytest.mark.long)
-        if config.pluginmanager.hasplugin("xdist"):
-            name = "clusters" if item.path in clusters else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(name))
+    if hasattr(config, "workerinput"):
+        _schedule(items)
+
+
+def _schedule(items: list[pytest.Item]) -> None:
+    """Sort files: those of clusters and long ones by turns, because the first wait while the second
+    compute, then the others, which are short and end together."""
+    files: dict[Path, int] = {}
+    turns: Counter[bool] = Counter()
+    for item in items:
+        if item.path not in files:
+            cluster = item.get_closest_marker("cluster") is not None
+            long = item.get_closest_marker("long") is not None
+            turns[cluster] += cluster or long
+            files[item.path] = turns[cluster] if cluster or long else len(items)
+    items.sort(key=lambda item: files[item.path])
 
 
 def pytest_unconfigure() -> None:

@@ -24,6 +24,8 @@ from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
+PRELOADED = ["tests.processes", "timm"]
+"""Modules that the fork server imports, one for all tests of a process."""
 Around = Callable[[int], AbstractContextManager[object]]
 
 
@@ -47,7 +49,7 @@ def train_on(
     values = config.model_dump(mode="json")
     arguments = (world_size, address, values, folder, resume, stop_at, around)
     # the fork server imports torch, and timm and the compiler on first use, once for all processes
-    multiprocessing.set_forkserver_preload(["tests.processes", "timm"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
 
 

@@ -78,6 +78,7 @@ NOT_IN_DRIVERS = {
     "pipeline/runs/compatibility.py": ("diffusers", "timm"),
     "pipeline/train/loop.py": ("diffusers", "timm"),
     "pipeline/train/ray_trainer.py": ("diffusers", "timm"),
+    "pipeline/train/run_control.py": ("ray", "torch"),
 }
 """Packages that importing a file must not load, because each of them takes seconds in the driver,
 or in a worker of a run that does not use it."""

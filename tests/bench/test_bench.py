@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
+from tests.bench import resume, timed_run
 from tests.bench.__main__ import BENCHES, main
 from tests.bench.scaling import usage
+from tests.processes import PRELOADED
 
 TEACHER = {
     "patch-size": 4,
@@ -62,9 +69,25 @@ TINY["calibration"] += TINY["frontier"]
 SLOW = ("arithmetic", "scaling")
 
 
+@pytest.fixture
+def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``resume`` runs the program of ``checkpoint`` in this process, and those of ``evaluation``,
+    whose own memory is of no interest here, are forked after the import of torch."""
+
+    def run_here(_: Path, config: dict[str, Any], folder: Path, options: Any, stop: int = 0) -> Any:
+        with patch.object(Trainer, "train_step", Trainer.train_step):  # put back
+            return timed_run.main(config, str(folder), options.threads, stop)
+
+    monkeypatch.setattr(resume, "timed_run", run_here)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    forkserver = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda *_: forkserver)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in BENCHES]
 )
+@pytest.mark.usefixtures("few_processes")
 def test_a_tiny_bench_prints_one_json_object(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--json", *TINY[name]]) == 0
     out = capsys.readouterr().out

@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.bench.options import OPTIONS
+from tests.commands import CommandServer
 
 ROOT = Path(__file__).parents[3]
 HEAVY = {"diffusers", "matplotlib", "pandas", "ray", "scipy", "sklearn", "timm", "torch"}
@@ -30,12 +32,27 @@ COMMANDS = [
 ]
 
 
-def run(command: str, *more: str, width: str = "80") -> tuple[int, str, str]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[CommandServer]:
+    with CommandServer() as running:
+        yield running
+
+
+def run(server: CommandServer, command: str, *more: str, width: str = "80") -> tuple[int, str, str]:
     """Exit code, output and messages of a command that must import no package of ``HEAVY``."""
+    ended = server.run([*command.split(), *more], COLUMNS=width)
+    assert "schemas" in ended.packages
+    assert ended.packages & HEAVY == set()
+    return ended.code, ended.out, ended.err.rstrip("\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command: str) -> None:
+    """In a process that has imported nothing before."""
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", *command.split(), *more],
+        [sys.executable, "-X", "importtime", *command.split(), "--help"],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": width},
+        env={**os.environ, "COLUMNS": "80"},
         capture_output=True,
         text=True,
     )
@@ -44,13 +61,8 @@ def run(command: str, *more: str, width: str = "80") -> tuple[int, str, str]:
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in times}
     assert "schemas" in imported
     assert imported & HEAVY == set()
-    return done.returncode, done.stdout, "\n".join(line for line in lines if line not in times)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_imports_nothing_heavy(command: str) -> None:
-    code, page, messages = run(command, "--help")
-    assert (code, messages) == (0, "")
+    page = done.stdout
+    assert (done.returncode, lines) == (0, times)
     assert page.startswith("usage: ")
     assert command.split()[1 if command.startswith("-m") else 0] in page
 
@@ -122,10 +134,12 @@ def test_every_command_is_tried() -> None:
         ("-m tests.faults", "--store is missing"),
     ],
 )
-def test_complaints_import_nothing_heavy(command: str, message: str, tmp_path: Path) -> None:
+def test_complaints_import_nothing_heavy(
+    server: CommandServer, command: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "broken.yaml").write_text("steps: [1,\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    code, output, messages = run(command.format(tmp_path))
+    code, output, messages = run(server, command.format(tmp_path))
     assert (code, output) == (2, "")
     assert messages.startswith("error: ")
     assert messages.count("\n") == 0
@@ -139,10 +153,12 @@ def test_complaints_import_nothing_heavy(command: str, message: str, tmp_path: P
         *("jobs/sample.py", "jobs/evaluate.py", "-m pipeline.inspect", "-m pipeline.report"),
     ],
 )
-def test_help_fits_two_screens_and_all_of_it_has_a_name(command: str) -> None:
-    _, page, _ = run(command, "--help", width="100")
+def test_help_fits_two_screens_and_all_of_it_has_a_name(
+    server: CommandServer, command: str
+) -> None:
+    _, page, _ = run(server, command, "--help", width="100")
     assert len(page.splitlines()) <= 80
-    _, whole, _ = run(command, "--help-all", width="100")
+    _, whole, _ = run(server, command, "--help-all", width="100")
     more = re.search(r"\n--help-all lists (\d+) more options\.$", page.rstrip())
     assert (more is None) == (page == whole)
     options = [set(re.findall(r"^  --([\w.-]+)", text, re.MULTILINE)) for text in (page, whole)]
@@ -151,13 +167,13 @@ def test_help_fits_two_screens_and_all_of_it_has_a_name(command: str) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 100])
-def test_help_is_as_wide_as_the_terminal(width: int) -> None:
-    _, page, _ = run("jobs/train_haste.py", "--help", width=str(width))
+def test_help_is_as_wide_as_the_terminal(server: CommandServer, width: int) -> None:
+    _, page, _ = run(server, "jobs/train_haste.py", "--help", width=str(width))
     lines = [line for line in page.splitlines() if len(line) > width]
     assert all(re.fullmatch(r"  --[\w.-]+ \{\S+\}", line) for line in lines)  # of one long word
     assert len(lines) < 5
     assert max(map(len, page.splitlines())) > width - 10
-    _, other, _ = run("jobs/train_haste.py", "--help", width="1000")
+    _, other, _ = run(server, "jobs/train_haste.py", "--help", width="1000")
     assert page.split() == other.split()
     assert "--plan" in page
 
