@@ -119,6 +119,16 @@ class ComputeConfig(Strict):
     deterministic: bool = Field(default=False, exclude_if=lambda value: value is False)
     """Use only GPU kernels that add in a fixed order, so that a run repeats to the last bit, as on
     CPUs; slower. An operation without such a kernel ends the run."""
+    cuda_graphs: bool = Field(default=False, exclude_if=lambda value: value is False)
+    """On a GPU, launch a step as one CUDA graph, for small students, whose kernels take less time
+    than Python needs to launch them. The memory of a step stays reserved between steps. One worker
+    with the fused optimizer only. Rehearsed, but not yet tried on a GPU."""
+
+    @model_validator(mode="after")
+    def _graphs_have_their_optimizer(self) -> ComputeConfig:
+        if self.cuda_graphs and self.optimizer != "fused":
+            raise ValueError("cuda_graphs needs the fused optimizer, whose steps are counted there")
+        return self
 
 
 class CheckpointConfig(Strict):
@@ -376,6 +386,10 @@ class RunConfig(Strict):
             raise ValueError(
                 "alignment.termination.kind gradient_cosine needs gradients of single workers, "
                 "which compute.shard fsdp2 does not keep: use another trigger or shard none"
+            )
+        if self.compute.cuda_graphs and self.workers.count > 1:
+            raise ValueError(
+                f"compute.cuda_graphs is for one worker, and workers.count is {self.workers.count}"
             )
         if self.global_batch < self.workers.count:
             raise ValueError(

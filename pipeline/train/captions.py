@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.store import Store
+from pipeline.store import Store, StreamReader
 from pipeline.store.captions import load_null
 from pipeline.store.reading.caption_reader import (
     CAPTION,
     DROPPED,
     LENGTH,
+    CaptionReader,
     caption_decoder,
 )
 from schemas.errors import UserError
@@ -83,3 +84,45 @@ def _load_encoder(info: TextEncoderInfo, null_T: Tensor, stream: str) -> TextEnc
             f"'{info.tokenizer}' than this machine has: extract it again, or use the same files"
         )
     return encoder
+
+
+class SampleReader:
+    """Reads single samples of several streams, which are scattered: a whole file is never fetched
+    for one."""
+
+    def __init__(
+        self,
+        store: Store,
+        streams: Iterable[str],
+        captions: CaptionInput | None,
+        *,
+        seed: int,
+        drop: float,
+    ) -> None:
+        """``captions``: those of the training, whose stream is read as ``CaptionReader`` says."""
+        self._readers = {
+            name: CaptionReader(store, name, seed=seed, drop=drop, whole_file_limit=0)
+            if captions is not None and name == captions.stream
+            else StreamReader(store, name, whole_file_limit=0)
+            for name in dict.fromkeys(streams)
+        }
+
+    def read(
+        self, shards: np.ndarray, rows: np.ndarray, epochs: np.ndarray
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Arrays (B, ...) of each stream. ``epochs``: those of the visits, which choose captions.
+        Raises ``DamagedShardError``."""
+        return {
+            name: dict(
+                reader.columns(shards, rows, epochs)
+                if isinstance(reader, CaptionReader)
+                else reader.read(shards, rows)
+            )
+            for name, reader in self._readers.items()
+        }
+
+    def close(self) -> dict[str, int]:
+        """Close the files. Returns the bytes that were read of each stream."""
+        for reader in self._readers.values():
+            reader.close()
+        return {name: reader.bytes_read for name, reader in self._readers.items()}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.randomness import Purpose, generator
-from pipeline.store import Batch, SampleOrder, Store, StreamReader
+from pipeline.store import Batch, SampleOrder, Store
 from pipeline.store.errors import DamagedShardError
 from pipeline.store.reading.batch_loader import rank_slice
-from pipeline.store.reading.caption_reader import CaptionReader
+from pipeline.train.captions import SampleReader
 from pipeline.train.trainer import Trainer
 
 CHUNK = 32  # samples of one pass, unless workers.micro_batch is smaller
@@ -64,43 +64,32 @@ class GradientProbe:
         total = min(samples, self.order.epoch_size)
         chosen = np.sort(rng.choice(self.order.epoch_size, size=total, replace=False))
         begin, end = rank_slice(total, trainer.group.rank, trainer.group.world_size)
-        readers: dict[str, StreamReader | CaptionReader] = {}
-        for name in (*trainer.data_streams, *trainer.teacher_streams):
-            # scattered samples: never fetch a whole file for one
-            if trainer.captions is not None and name == trainer.captions.stream:
-                seed, drop = trainer.config.seed, trainer.config.diffusion.label_drop
-                readers[name] = CaptionReader(
-                    self.store, name, seed=seed, drop=drop, whole_file_limit=0
-                )
-            else:
-                readers[name] = StreamReader(self.store, name, whole_file_limit=0)
+        reader = SampleReader(
+            self.store,
+            [*trainer.data_streams, *trainer.teacher_streams],
+            trainer.captions,
+            seed=trainer.config.seed,
+            drop=trainer.config.diffusion.label_drop,
+        )
         chunk = min(CHUNK, trainer.config.workers.micro_batch or CHUNK)
         for start in range(begin, end, chunk):
             positions = chosen[start : min(start + chunk, end)].astype(np.int64)
-            yield from self._read(readers, positions)
-        for name, reader in readers.items():
-            self.bytes_read[name] = self.bytes_read.get(name, 0) + reader.bytes_read
-            reader.close()
+            yield from self._read(reader, positions)
+        for name, count in reader.close().items():
+            self.bytes_read[name] = self.bytes_read.get(name, 0) + count
 
-    def _read(
-        self, readers: Mapping[str, StreamReader | CaptionReader], positions: np.ndarray
-    ) -> Iterator[Batch]:
+    def _read(self, reader: SampleReader, positions: np.ndarray) -> Iterator[Batch]:
         """One batch; with quarantine, only its readable samples. Readability is a property of the
         store, so that the result still does not depend on the number of ranks."""
         shards, rows = self.order.locate(positions)
         try:
-            columns = {
-                name: reader.read(shards, rows)
-                if isinstance(reader, StreamReader)
-                else reader.columns(shards, rows, self.order.epochs_of(positions))
-                for name, reader in readers.items()
-            }
+            columns = reader.read(shards, rows, self.order.epochs_of(positions))
         except DamagedShardError:
             if self.trainer.config.data.on_bad_shard == "stop":
                 raise
             if len(positions) > 1:
                 for position in np.split(positions, len(positions)):
-                    yield from self._read(readers, position)
+                    yield from self._read(reader, position)
             return
         yield Batch(self.trainer.step, positions, columns)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from pipeline.train.captions import CaptionInput
 from pipeline.train.compile_limit import report_compile_limit
 from pipeline.train.device_transfer import DevicePrefetcher
 from pipeline.train.noise import NoisePrefetcher, SampleNoise
+from pipeline.train.step_graph import StepGraph
 from schemas.errors import UserError
 from schemas.run import RunConfig
 
@@ -47,6 +48,14 @@ class Inputs(NamedTuple):
     """(B, C, h, w) the denoising target."""
     class_token: ClassToken | None = None
     """None for a student without a class token."""
+
+
+class Uploaded(NamedTuple):
+    """Stored arrays and draws of B samples, on the device."""
+
+    columns: dict[str, dict[str, Tensor]]
+    """Arrays (B, ...) of each stream."""
+    draws: SampleNoise
 
 
 class Trainer:
@@ -152,6 +161,11 @@ class Trainer:
             class_token=config.student.class_token,
         )
         self.wrapped: nn.Module = group.wrap(self.module)
+        self._graph: StepGraph | None = None
+        if config.compute.cuda_graphs and group.device.type == "cuda":
+            if group.world_size > 1:
+                raise UserError("compute.cuda_graphs is for one worker: set it to false")
+            self._graph = StepGraph(self._step)
 
     def train_step(self, batch: Batch) -> Tensor:
         """One optimizer step on this rank's slice of a global batch.
@@ -164,26 +178,45 @@ class Trainer:
         config = self.config
         draws = self.draws(batch.positions)
         self.draws.expect(batch.positions + config.global_batch)
-        parts = list(split_batch(batch, draws, config.workers.micro_batch))
+        split = list(split_batch(batch, draws, config.workers.micro_batch))
+        streams = dict.fromkeys((*self.data_streams, *self.teacher_streams))
+        parts = (self.upload(*part, streams) for part in split)
+        if self._graph is None:
+            result, self.skipped = self._step(parts, len(split))
+        else:
+            self._wait_for_copy()
+            result, self.skipped = self._graph(list(parts), self.factor)
+        self.step += 1
+        return result
+
+    def _step(
+        self, parts: Iterable[Uploaded], count: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The device's work of a step: what ``train_step`` returns, and ``skipped``. ``count``:
+        number of parts, where there are other workers."""
         losses = torch.zeros(len(self.module.losses), device=self.group.device)
         for number, part in enumerate(parts, start=1):
             # Ranks may have unequal numbers of parts; each averages once, with its last part.
-            with self.group.sync_gradients(self.wrapped, enabled=number == len(parts)):
-                losses += self._accumulate(*part)
+            with self.group.sync_gradients(self.wrapped, enabled=number == count):
+                losses += self._accumulate(part)
         result = torch.cat([losses, self._clip_gradients().view(1)])
-        if config.train.on_nan == "skip_step":
+        skipped = None
+        if self.config.train.on_nan == "skip_step":
             broken = (~result.isfinite()).any().float()
-            self.skipped = self.group.sum(broken) > 0
+            skipped = self.group.sum(broken) > 0
+        self._wait_for_copy()
+        self._optimizer_step(skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.module.student, skipped)
+        for number, projector in self.module.projectors():
+            self.projector_emas[number].update(projector, skipped)
+        return result, skipped
+
+    def _wait_for_copy(self) -> None:
+        """Let the device wait for a copy of the state that is being made."""
         if self.copied is not None:
             self.copied.wait()
             self.copied = None
-        self._optimizer_step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.module.student, self.skipped)
-        for number, projector in self.module.projectors():
-            self.projector_emas[number].update(projector, self.skipped)
-        self.step += 1
-        return result
 
     def _clip_gradients(self) -> Tensor:
         """The global norm of the gradients, which are then clipped to ``max_grad_norm``.
@@ -206,19 +239,24 @@ class Trainer:
         fused = self.optimizer.param_groups[0]["fused"]
         return bool(fused) and self.group.device.type == "cuda" and not self._sharded
 
-    def _optimizer_step(self) -> None:
+    def _optimizer_step(self, skipped: Tensor | None) -> None:
         """AdamW's step, without effect where ``skipped``."""
-        if self.skipped is None:
-            self.optimizer.step()
-        elif self.optimizer.param_groups[0]["fused"]:  # as a gradient scaler does
-            self.optimizer.found_inf = self.skipped.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not self.skipped:  # waits for the device, as the plain form has no such flag
-            self.optimizer.step()
+        if skipped is not None:
+            if self.optimizer.param_groups[0]["fused"]:  # as a gradient scaler does
+                self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            elif skipped:  # waits for the device, as the plain form has no such flag
+                return
+        capturing = self._graph is not None and self._graph.capturing
+        groups = self.optimizer.param_groups
+        for group in groups:  # the fused kernel always is; a flag that is left would be saved
+            group["capturable"] = capturing
+        self.optimizer.step()
+        for group in groups:
+            group["capturable"] = False
 
-    def _accumulate(self, batch: Batch, draws: SampleNoise) -> Tensor:
+    def _accumulate(self, part: Uploaded) -> Tensor:
         """Add the gradients of some samples; their sums of ``module.losses``."""
-        losses = self.losses(self.wrapped, self.inputs(batch, draws), self.targets_of(batch))
+        losses = self.losses(self.wrapped, self._inputs(part), self._targets_from(part.columns))
         # DDP divides the sum of gradients by the number of ranks
         total = self.total(losses) * (self.group.world_size / self.config.global_batch)
         total.backward()
@@ -257,6 +295,8 @@ class Trainer:
         trigger's observation; a resumed run passes that of its checkpoint.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        if self._graph is not None:
+            self._graph.drop()
         self.module.release_alignment()
         self.aligned, self._targets = False, None
         self.termination = {"terminated_at_step": self.step, **evidence}
@@ -344,6 +384,13 @@ class Trainer:
         if state["termination"] is not None:
             self.terminate(state["termination"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self._graph is not None:
+            self._graph.drop()
+            if not self.optimizer.param_groups[0]["fused"]:
+                raise UserError(
+                    "compute.cuda_graphs needs the fused optimizer, and the checkpoint was trained "
+                    "with the plain one: set --compute.cuda-graphs false"
+                )
 
     @property
     def _compiles(self) -> bool:
@@ -386,22 +433,31 @@ class Trainer:
         dtype = precision_dtype(self.config.precision, self.group.device.type)
         return None if dtype == torch.float32 else dtype
 
-    def inputs(
-        self, batch: Batch, draws: SampleNoise | None = None, *, time: float | None = None
-    ) -> Inputs:
-        """Inputs of the student for a batch, on the device. ``draws`` are made if not given;
-        ``time`` replaces the drawn times."""
+    def upload(self, batch: Batch, draws: SampleNoise, streams: Iterable[str]) -> Uploaded:
+        """Start to copy ``streams`` of a batch and its draws to the device. Raises ``UserError``
+        for labels and tokens that the networks do not have."""
         stored = batch.columns["latents"]
         classes = self.manifest.dataset.num_classes
         if stored["label"].min(initial=0) < 0 or stored["label"].max(initial=0) >= classes:
             raise UserError(  # an index out of range ends a process on a GPU
                 f"the store holds a label outside its {classes} classes: it is damaged"
             )
-        columns = self.feed(_tensors(stored))
+        if self.captions is not None:
+            self.captions.check(batch.columns[self.captions.stream])
+        columns = {name: self.feed(_tensors(batch.columns[name])) for name in streams}
+        given = {k: values for k, values in draws._asdict().items() if values is not None}
+        return Uploaded(columns, SampleNoise(**self.feed(given)))
+
+    def inputs(
+        self, batch: Batch, draws: SampleNoise | None = None, *, time: float | None = None
+    ) -> Inputs:
+        """Inputs of the student for a batch, on the device. ``draws`` are made if not given;
+        ``time`` replaces the drawn times."""
         draws = draws or self.draws(batch.positions)
-        drawn = SampleNoise(
-            **self.feed({k: values for k, values in draws._asdict().items() if values is not None})
-        )
+        return self._inputs(self.upload(batch, draws, self.data_streams), time)
+
+    def _inputs(self, uploaded: Uploaded, time: float | None = None) -> Inputs:
+        columns, drawn = uploaded.columns["latents"], uploaded.draws
         latents = columns["mean"].float() + columns["std"].float() * drawn.posterior
         latents = normalise(latents, normalisation_of(self.manifest.autoencoder))
         if self.captions is None:
@@ -409,28 +465,29 @@ class Trainer:
                 drawn.drop_label, self.config.student.num_classes, columns["label"]
             )
         else:
-            texts = batch.columns[self.captions.stream]
-            self.captions.check(texts)
-            condition = self.captions(self.feed(_tensors(texts)))
+            condition = self.captions(uploaded.columns[self.captions.stream])
         t = drawn.t
         if time is not None:
             t = torch.full_like(t, time)
         noisy, network_time, target = self.module.objective.corrupt(latents, drawn.noise, t)
-        return Inputs(noisy, network_time, condition, target, self._class_token(batch, drawn, t))
+        return Inputs(noisy, network_time, condition, target, self._class_token(uploaded, t))
 
-    def _class_token(self, batch: Batch, drawn: SampleNoise, t_B: Tensor) -> ClassToken | None:
+    def _class_token(self, uploaded: Uploaded, t_B: Tensor) -> ClassToken | None:
         """Class tokens at the times of the latents, unscaled, with noise of their own (REG)."""
         if self.class_tokens is None:
             return None
-        assert drawn.class_noise is not None
-        stored = batch.columns[self.class_tokens.stream]
-        clean = self.class_tokens(self.feed(_tensors(stored)))
-        noisy, _, target = self.module.objective.corrupt(clean, drawn.class_noise, t_B)
+        noise = uploaded.draws.class_noise
+        assert noise is not None
+        clean = self.class_tokens(uploaded.columns[self.class_tokens.stream])
+        noisy, _, target = self.module.objective.corrupt(clean, noise, t_B)
         return ClassToken(noisy, target, clean)
 
     def targets_of(self, batch: Batch) -> list[Targets]:
         """Alignment targets of a batch for each stream, on the device."""
-        columns = {name: self.feed(_tensors(batch.columns[name])) for name in self.teacher_streams}
+        streams = self.teacher_streams
+        return self._targets_from({n: self.feed(_tensors(batch.columns[n])) for n in streams})
+
+    def _targets_from(self, columns: Mapping[str, Mapping[str, Tensor]]) -> list[Targets]:
         return [source(columns[source.stream]) for source in self.targets]
 
     def close(self) -> None:

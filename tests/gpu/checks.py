@@ -141,6 +141,26 @@ def steps_do_not_wait(device: torch.device) -> dict[str, Any]:
     return {"runs": 3}
 
 
+def cuda_graphs(device: torch.device) -> dict[str, Any]:
+    """Steps of which later ones are replayed, against the same without, and their times."""
+    found: dict[str, Any] = {}
+    for cut in ("maps", "activations"):
+        results = {}
+        for graphs in (False, True):
+            changes = {"steps": 99, "compute": {"compile": "off", "cuda_graphs": graphs}}
+            with open_steps(store(cut), device, {**FLOAT32, **changes}) as run:
+                phase = [run.take(8)]
+                run.terminate()
+                phase.append(run.take(8))
+                results[graphs] = torch.cat(phase).double().cpu()
+                name = f"ms a step, {cut}, {'graph' if graphs else 'launched'}"
+                start = time.perf_counter()
+                run.take(20).cpu()
+                found[name] = (time.perf_counter() - start) / 20 * 1e3
+        found[cut] = difference(results[True], results[False])
+    return found
+
+
 def copies(device: torch.device) -> dict[str, Any]:
     """The project's own tests of copies to a GPU."""
     test = "tests/pipeline/train/test_device_transfer.py"
@@ -264,6 +284,7 @@ CHECKS: dict[str, Check] = {
     "float32 steps": Check(float32_steps, dict.fromkeys(CUTS, 2e-3)),
     "steps do not wait": Check(steps_do_not_wait, {}),
     "compiled steps": Check(fast_steps, {"float32": 5e-3, "bfloat16": 2e-2}),
+    "CUDA graphs": Check(cuda_graphs, {"maps": 1e-4, "activations": 1e-4}),
     "copies": Check(copies, {"failed": 0}),
     "SiT-XL/2": Check(step_of_xl, {"Phase I / Phase II": 1.1}, gpu_only=True),
     "repeats": Check(repeats, {"again": 0, "resumed": 0}),

@@ -123,6 +123,21 @@ class Memory:
         self.unrecorded: dict[Stream, Event] = {}
 
 
+class Graph:
+    """A CUDA graph: what its kernels read that was there before, which must stay there."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, StorageWeakRef] = {}
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        gpu = FakeGpu.active
+        gpu.operations += 1
+        if any(storage.expired() for storage in self.inputs.values()):
+            gpu._races.append(_event("a graph reads memory that was freed"))
+
+
 class FakeGpu(contextlib.ExitStack):
     active: FakeGpu
 
@@ -133,6 +148,10 @@ class FakeGpu(contextlib.ExitStack):
         self.waits: list[Event] = []
         self._races: list[Event] = []
         self.operations = 0
+        """On the GPU, by Python: those of a capture do not count, its replay is one."""
+        self.graphs: list[Graph] = []
+        self.capturing: Graph | None = None
+        self._made: set[int] = set()  # storages made by the present capture
         self.current = self.default = Stream()
         self._memory: dict[int, Memory] = {}
         self._pinned: dict[int, tuple[int, object]] = {}
@@ -149,7 +168,7 @@ class FakeGpu(contextlib.ExitStack):
         return [event for event in self.waits if event.inside(function)]
 
     def note_wait(self, what: str) -> None:
-        self.waits.append(_event(what))
+        self.waits.append(_event(what if self.capturing is None else f"{what}, in a capture"))
 
     def __enter__(self) -> FakeGpu:
         super().__enter__()
@@ -177,7 +196,9 @@ class FakeGpu(contextlib.ExitStack):
             "torch.cuda.get_device_capability": lambda device=None: (9, 0),
             "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
             "torch.cuda.empty_cache": lambda: None,
-            "torch.cuda.is_current_stream_capturing": lambda: False,
+            "torch.cuda.is_current_stream_capturing": lambda: self.capturing is not None,
+            "torch.cuda.CUDAGraph": Graph,
+            "torch.cuda.graph": self._capture,
             "torch.cuda._lazy_init": lambda: None,
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch._subclasses.fake_tensor.init_gpu_context": lambda device: None,
@@ -208,6 +229,17 @@ class FakeGpu(contextlib.ExitStack):
             raise ValueError(f"expected a CUDA device, got {device}")
         return self.current
 
+    @contextlib.contextmanager
+    def _capture(self, graph: Graph, *, capture_error_mode: str) -> Iterator[None]:
+        self.note_wait("synchronize, before a capture")
+        before, self.capturing = self.operations, graph
+        self._made.clear()
+        try:
+            yield
+        finally:
+            self.operations, self.capturing = before, None
+        self.graphs.append(graph)
+
     # host memory
 
     def _empty(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -236,7 +268,7 @@ class FakeGpu(contextlib.ExitStack):
         if isinstance(tensor, FakeTensor) or tensor.device.type != "cpu":
             return False
         at = tensor.data_ptr()
-        return any(start <= at < start + size for start, (size, _) in self._pinned.items())
+        return any(start <= at < start + size for start, (size, _) in list(self._pinned.items()))
 
     def copied(self, source: Tensor, target: Tensor | str, non_blocking: bool) -> None:
         """Note a copy between devices that blocks. ``target``: a tensor or the type of a device."""
@@ -252,6 +284,10 @@ class FakeGpu(contextlib.ExitStack):
     # streams
 
     def read(self, tensor: Tensor) -> None:
+        if self.capturing is not None and _device(tensor).type == "cuda":
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._made:
+                self.capturing.inputs[storage._cdata] = StorageWeakRef(storage)
         memory = self._memory_of(tensor)
         if memory is None or memory.written is None:
             return
@@ -263,6 +299,10 @@ class FakeGpu(contextlib.ExitStack):
             memory.unrecorded[self.current] = _event("used without record_stream")
 
     def wrote(self, tensor: Tensor) -> None:
+        if self.capturing is not None and _device(tensor).type == "cuda":
+            known = tensor.untyped_storage()._cdata
+            if known not in self.capturing.inputs:
+                self._made.add(known)
         memory = self._memory_of(tensor)
         if memory is not None:
             stream = self.current

@@ -91,7 +91,10 @@ class Steps:
 
     def take(self, count: int) -> Tensor:
         """The results of so many steps, (count, 5), on the device."""
-        return torch.stack([self.trainer.train_step(next(self._batches)) for _ in range(count)])
+        return torch.stack([self.trainer.train_step(self.next_batch()) for _ in range(count)])
+
+    def next_batch(self) -> Batch:
+        return next(self._batches)
 
     def terminate(self) -> None:
         self.loader.close_streams(self.teacher_streams)

@@ -30,7 +30,7 @@ pytestmark = needs_cuda_build
 Patch = tuple[Any, str, Callable[..., Any]]
 total_norm = torch.nn.utils.get_total_norm
 forward = SiT.forward
-inputs = trainer.Trainer.inputs
+inputs = trainer.Trainer._inputs
 
 
 def norm_is_read(gradients: Any) -> Tensor:
@@ -81,7 +81,7 @@ STEP_FAULTS: dict[str, tuple[Patch, Literal["wait", "race", "device"]]] = {
     "times on the CPU": (
         (
             trainer.Trainer,
-            "inputs",
+            "_inputs",
             lambda self, *args, **kw: inputs(self, *args, **kw)._replace(time=torch.zeros(4)),
         ),
         "device",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,10 +16,10 @@ from pipeline.models import Student
 from pipeline.randomness import Purpose
 from pipeline.runs.metrics import VALIDATION_LOSS
 from pipeline.sampling.batches import plan_batches
-from pipeline.store import Batch, Store, StreamReader
+from pipeline.store import Batch, Store
 from pipeline.store.errors import DamagedShardError
-from pipeline.store.reading.caption_reader import CaptionReader
 from pipeline.store.reading.holdout import RankedSamples, ranked_samples
+from pipeline.train.captions import SampleReader
 from pipeline.train.noise import SampleNoise, draw
 from pipeline.train.trainer import Inputs, Trainer
 from pipeline.train.validation.schedule import Pause, is_due
@@ -133,11 +133,13 @@ class ValidationLoss:
         """This rank's batches, with their places in the order of ranks."""
         group, config = self.trainer.group, self.trainer.config
         batches = plan_batches(len(self.samples.ranks), self.options.batch_size)
-        names = self.trainer.data_streams
-        readers = {name: self._open_reader(name) for name in names}
+        trainer, seed = self.trainer, self.options.seed  # no caption is dropped
+        reader = SampleReader(
+            self.store, trainer.data_streams, trainer.captions, seed=seed, drop=0.0
+        )
         for batch in batches[group.rank :: group.world_size]:
             places = np.arange(batch.first, batch.first + batch.count)
-            columns, places = self._readable(readers, places)
+            columns, places = self._readable(reader, places)
             positions = self.samples.ranks[places]
             draws = draw(
                 self.options.seed,
@@ -150,35 +152,17 @@ class ValidationLoss:
             if len(places):
                 span = range(batch.first, batch.first + len(places))
                 yield span, Batch(0, positions, columns), draws
-        for reader in readers.values():
-            reader.close()
-
-    def _open_reader(self, stream: str) -> StreamReader | CaptionReader:
-        """Its captions are those of epoch 0 and ``validation.seed``, none dropped. Samples are
-        scattered: a whole file is never fetched for one."""
-        captions = self.trainer.captions
-        if captions is None or stream != captions.stream:
-            return StreamReader(self.store, stream, whole_file_limit=0)
-        return CaptionReader(
-            self.store, stream, seed=self.options.seed, drop=0.0, whole_file_limit=0
-        )
+        reader.close()
 
     def _readable(
-        self, readers: Mapping[str, StreamReader | CaptionReader], places: np.ndarray
+        self, reader: SampleReader, places: np.ndarray
     ) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
-        """The samples at ``places``; with quarantine, only those that can be read."""
+        """The samples at ``places``, with captions of epoch 0; with quarantine, only those that can
+        be read."""
 
         def read(some: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
             shards, rows = self.samples.shards[some], self.samples.rows[some]
-            first = np.zeros(len(some), np.int64)
-            return {
-                name: dict(
-                    reader.columns(shards, rows, first)
-                    if isinstance(reader, CaptionReader)
-                    else reader.read(shards, rows)
-                )
-                for name, reader in readers.items()
-            }
+            return reader.read(shards, rows, np.zeros(len(some), np.int64))
 
         try:
             return read(places), places
