@@ -11,11 +11,15 @@
 #   HASTE_WAIT_SECONDS  seconds until all nodes must have joined (default 600: a container is pulled)
 #   HASTE_TMP           folder on each node's own disk, with a short name because paths of sockets are
 #                       limited (default /tmp)
+# Others reach every process too: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network between
+# the nodes where a node has several.
 
 set -u
 : "${HASTE_ROOT:=$SLURM_SUBMIT_DIR}" "${HASTE_WAIT_SECONDS:=600}" "${HASTE_TMP:=/tmp}"
 : "${HASTE_HEAD_IP:=$(hostname -I | cut -d' ' -f1)}"
 [ -z "${HASTE_VENV:-}" ] || PATH=$HASTE_VENV/bin:$PATH
+# without --cpus-per-task, all CPUs that the job has on a node
+export SLURM_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 export PATH HASTE_ROOT HASTE_TMP HASTE_HEAD_IP PYTHONUNBUFFERED=1
 export PYTHONPATH=$HASTE_ROOT${PYTHONPATH:+:$PYTHONPATH}
 cd "$HASTE_ROOT" || exit 2
@@ -25,6 +29,10 @@ cd "$HASTE_ROOT" || exit 2
 HASTE_PORT=$((20000 + SLURM_JOB_ID % 1200 * 10))
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export HASTE_PORT RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_ADDRESS=$HASTE_HEAD_IP:$HASTE_PORT
+
+# The number of an array's last task is that of the array: Slurm's commands take it for all tasks.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+: "${job:=$SLURM_JOB_ID}"
 
 nodes=    # process of the srun that holds Ray's nodes
 command=  # process that gets the signals
@@ -41,9 +49,20 @@ forward() {
     if [ -n "$command" ]; then kill -TERM "$command"; else leave 143; fi
 }
 
+# Run words on every node, with all GPUs of the job: those that sbatch's --gpus-per-node names are not
+# the job's where its user gave --gres too. After `sbatch --export=NAMES` variables would not reach it.
+on_nodes() {
+    env -u SLURM_GPUS_PER_NODE srun --overlap --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+        --cpus-per-task="$SLURM_CPUS_PER_TASK" "$@"
+}
+
 start_ray() {
-    srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
-        --cpus-per-task="$SLURM_CPUS_PER_TASK" bash "$HASTE_ROOT/docker/slurm/ray_node.sh" &
+    on_nodes --kill-on-bad-exit=1 bash "$HASTE_ROOT/docker/slurm/ray_node.sh" check &
+    wait $! || {
+        echo "a node cannot run Ray: see above" >&2
+        leave 1
+    }
+    on_nodes bash "$HASTE_ROOT/docker/slurm/ray_node.sh" &
     nodes=$!
     timeout "$HASTE_WAIT_SECONDS" ${HASTE_CONTAINER:-} python - "$SLURM_NNODES" <<'PYTHON' &
 import logging, sys, time
@@ -84,7 +103,7 @@ run_command() {
 leave() {
     trap '' TERM USR1
     # Steps get TERM, not this shell; a signal to srun would kill them before they clean up.
-    if [ -n "$nodes" ] && scancel --signal=TERM "$SLURM_JOB_ID"; then
+    if [ -n "$nodes" ] && scancel --signal=TERM "$job"; then
         for ((i = 0; i < 90; i++)); do
             kill -0 "$nodes" 2>/dev/null || break
             sleep 0.5
@@ -92,8 +111,8 @@ leave() {
         kill -TERM "$nodes" 2>/dev/null
     fi
     if [ -n "$again" ] && [ "$1" != 0 ]; then
-        echo "the time limit is near: job $SLURM_JOB_ID goes back to the queue and continues there"
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # Slurm ends this shell
+        echo "the time limit is near: job $job goes back to the queue and continues there"
+        scontrol requeue "$job" && sleep 60 # Slurm ends this shell
     fi
     exit "$1"
 }

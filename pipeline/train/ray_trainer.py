@@ -24,7 +24,7 @@ import ray
 import ray.train
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -43,7 +43,7 @@ from pipeline.runs.directory import RunFolder
 from pipeline.storage.files import StorageError, absolute_url, open_url
 from pipeline.train.ray_metrics import exported_metrics
 from pipeline.train.run_control import RunControl
-from schemas.errors import StoppedError, UserError
+from schemas.errors import StoppedError, UserError, plain_text
 from schemas.run import RunConfig
 
 POLL_SECONDS = 1.0
@@ -121,8 +121,9 @@ def fit(config: RunConfig) -> None:
     """Train a config that ``resolve_run`` has checked on a connected Ray cluster; a run of the same
     name and output continues.
 
-    Raises ``UserError`` where the cluster cannot hold the workers, ``StoppedError`` after SIGTERM
-    or Ctrl-C, Ray's own errors where training failed more often than ``workers.max_failures``.
+    Raises ``UserError`` where the cluster cannot hold the workers or they died more often than
+    ``workers.max_failures``, ``StoppedError`` after SIGTERM or Ctrl-C, Ray's own errors where the
+    training itself failed.
     """
     workers = config.workers
     gpus = workers.gpus_per_worker
@@ -157,9 +158,29 @@ def fit(config: RunConfig) -> None:
                 cause = getattr(failure, "cause", failure)
                 if isinstance(cause, UserError):
                     raise cause from None
+            death = describe_death(error, workers.max_failures)
+            if death is not None:
+                raise UserError(death) from None
             raise
         if result.return_value is not None:
             raise StoppedError(str(result.return_value), signals.exit_code)
+
+
+def describe_death(error: WorkerGroupError, max_failures: int) -> str | None:
+    """One line about a worker whose process was ended, for instance for its memory; None where the
+    training raised the error. Other workers then miss their connection to it, which says less."""
+    for rank, failure in error.worker_failures.items():
+        cause = getattr(failure, "health_check_failure", None)
+        if isinstance(cause, (RayActorError, OutOfMemoryError)):
+            text = plain_text(str(cause))
+            reason = text.partition("The actor is dead because ")[2] or text
+            return (
+                f"worker {rank} died, and --workers.max-failures {max_failures} allows no more "
+                "restarts; the same command continues at the latest checkpoint. Where the memory "
+                "of the node, of Slurm's --mem or of the pod is used up, processes are killed so. "
+                f"Ray's reason: {reason[:300]}"
+            )
+    return None
 
 
 def scaling(config: RunConfig, gpus: float) -> ScalingConfig:

@@ -342,9 +342,9 @@ class ScalingOptions(BenchOptions):
     """Work to measure: the demo's, which is fixed."""
     workers: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (1, 2, 4)
     """Numbers of workers of one thread, at most 8; '[]' measures the driver only."""
-    rounds: int = Field(default=3, ge=1)
+    rounds: int = Field(default=5, ge=1)
     """Rounds in which both ways do the work once; ratios are of one round, medians are reported."""
-    steps: int = Field(default=80, ge=10)
+    steps: int = Field(default=60, ge=10)
     """Steps of a training, of which the first fifth is not measured."""
     encoders: int = Field(default=1000, ge=0)
     """Simulated encoders of the driver; 0 leaves it out."""

@@ -2,9 +2,11 @@
 
 Each run is a command of its own. Between two points of its fixed work, when all workers are busy,
 the wall time and the CPU time of all of its processes are taken: with Ray those of its daemons and
-of the driver too. CPU time excludes other programs, so its ratio says something on a busy machine,
-where the daemons' constant share of a core weighs more than on an idle one, because the work takes
-longer. The ratio of wall times shows waiting too, and needs an idle machine.
+of the driver too. CPU time excludes other programs, so its ratio says something on a busy machine.
+There the daemons' constant share of a core weighs more than on an idle one, because the work takes
+longer: that share is measured on idle clusters, and `efficiency` counts it for the time that the
+work takes where nothing else runs. The ratio of wall times shows waiting too, and needs an idle
+machine. A round does all works once; which way comes first alternates from round to round.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from tests.bench.scaling_commands import SHARD_SIZE, extraction
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.01
 MAX_SECONDS = 900.0
+IDLE_SECONDS = 10
 TICKS = os.sysconf("SC_CLK_TCK")
 
 HEADINGS = (
@@ -39,10 +42,12 @@ HEADINGS = (
     Heading("workers", "workers", "d"),
     Heading("cpu_seconds_plain", "CPU s plain", ".2f"),
     Heading("cpu_seconds_ray", "CPU s Ray", ".2f"),
-    Heading("cpu_efficiency", "efficiency, CPU", ".3f"),
+    Heading("efficiency", "efficiency", ".3f"),
     Heading("spread", "from .. to"),
-    Heading("daemons", "Ray's daemons, of a core", ".3f"),
+    Heading("cpu_efficiency", "CPU as taken", ".3f"),
     Heading("wall_efficiency", "wall", ".3f"),
+    Heading("daemons", "Ray's daemons, of a core", ".3f"),
+    Heading("idle_daemons", "idle", ".3f"),
 )
 DRIVER_HEADINGS = (
     Heading("encoders", "encoders", "d"),
@@ -64,18 +69,19 @@ class Usage(NamedTuple):
     """CPU time of those that are neither the command nor its workers."""
 
 
+Runs = dict[tuple[str, int], list[tuple[Usage, Usage]]]
+"""(work, workers) -> (plain, Ray) of each round."""
+
+
 def run(options: Options) -> Report:
     tables, headline = [], {}
     if options.workers:
         with tempfile.TemporaryDirectory(prefix="haste-bench-") as folder:
-            rows = [
-                _row(work, count, Path(folder), options)
-                for work in options.works
-                for count in options.workers
-            ]
+            runs, idle = _rounds(Path(folder), options)
+        rows = [_row(*key, pairs, idle[key[1]]) for key, pairs in runs.items()]
         tables.append(Table("workers", HEADINGS, rows))
-        headline["cpu_efficiency_min"] = min(row["cpu_efficiency"] for row in rows)
-        headline["wall_efficiency_min"] = min(row["wall_efficiency"] for row in rows)
+        for name in ("efficiency", "cpu_efficiency", "wall_efficiency"):
+            headline[f"{name}_min"] = min(row[name] for row in rows)
     if options.encoders:
         row = driver.measure(options.encoders, options.shards)
         tables.append(Table("driver", DRIVER_HEADINGS, [row]))
@@ -83,33 +89,63 @@ def run(options: Options) -> Report:
     return Report({"rounds": options.rounds, "load average": os.getloadavg()[0]}, tables, headline)
 
 
-def _row(work: str, workers: int, scratch: Path, options: Options) -> Row:
-    """Medians over rounds, in each of which both ways do the work once."""
-    found: dict[str, list[Usage]] = {"plain": [], "ray": []}
+def _rounds(scratch: Path, options: Options) -> tuple[Runs, dict[int, float]]:
+    """All runs, and the daemons' share of a core in an idle cluster of so many workers."""
+    runs: Runs = {(work, count): [] for count in options.workers for work in options.works}
+    idle: dict[int, list[float]] = {count: [] for count in options.workers}
+
+    def measure(work: str, way: str, count: int, number: int) -> Usage:
+        folder = scratch / f"{work}-{count}-{number}-{way}"
+        folder.mkdir()
+        found = _measure(work, way, count, folder, options)
+        print(f"{work}, {count} workers, {way}: {found}", file=sys.stderr, flush=True)
+        return found
+
     for number in range(options.rounds):
-        for way, values in found.items():
-            folder = scratch / f"{work}-{workers}-{number}-{way}"
-            folder.mkdir()
-            values.append(_measure(work, way, workers, folder, options))
-            print(f"{work}, {workers} workers, {way}: {values[-1]}", file=sys.stderr, flush=True)
-    pairs = list(zip(found["plain"], found["ray"], strict=True))
-    wall = [plain.wall / ray.wall for plain, ray in pairs]
-    cpu = [plain.cpu / ray.cpu for plain, ray in pairs]
+        for count, shares in idle.items():
+            found = measure("idle", "ray", count, number)
+            shares.append(found.daemons / found.wall)
+        for (work, count), pairs in runs.items():
+            ways = ("plain", "ray") if number % 2 == 0 else ("ray", "plain")
+            used = {way: measure(work, way, count, number) for way in ways}
+            pairs.append((used["plain"], used["ray"]))
+    return runs, {count: statistics.median(shares) for count, shares in idle.items()}
+
+
+def _row(work: str, workers: int, pairs: list[tuple[Usage, Usage]], idle: float) -> Row:
+    """Medians over rounds, of ratios within one."""
+    free = [efficiency(plain, ray, idle, workers) for plain, ray in pairs]
     return {
         "work": work,
         "workers": workers,
         "cpu_seconds_plain": statistics.median(plain.cpu for plain, _ in pairs),
         "cpu_seconds_ray": statistics.median(ray.cpu for _, ray in pairs),
-        "cpu_efficiency": statistics.median(cpu),
-        "spread": f"{min(cpu):.3f} .. {max(cpu):.3f}",
+        "efficiency": statistics.median(free),
+        "spread": f"{min(free):.3f} .. {max(free):.3f}",
+        "cpu_efficiency": statistics.median(plain.cpu / ray.cpu for plain, ray in pairs),
+        "wall_efficiency": statistics.median(plain.wall / ray.wall for plain, ray in pairs),
         "daemons": statistics.median(ray.daemons / ray.wall for _, ray in pairs),
-        "wall_efficiency": statistics.median(wall),
+        "idle_daemons": idle,
     }
+
+
+def efficiency(plain: Usage, ray: Usage, idle: float, workers: int) -> float:
+    """CPU time of plain processes over that through Ray, whose daemons' constant share ``idle`` of
+    a core counts for the seconds that the work takes on cores of its own."""
+    works = ray.cpu - ray.daemons
+    serves = max(0.0, ray.daemons - idle * ray.wall)  # the daemons' part that the work asks for
+    seconds = works / min(workers, os.cpu_count() or 1)
+    return plain.cpu / (works + serves + idle * seconds)
 
 
 def _measure(work: str, way: str, workers: int, folder: Path, options: Options) -> Usage:
     """Seconds of a run's work between two points."""
-    if work == "extraction":
+    if work == "idle":
+        units, first, last = IDLE_SECONDS, 1, 2
+
+        def done() -> int:
+            return len(list(folder.glob("idle-*")))
+    elif work == "extraction":
         units = -(-len(digits_images(8)[0]) // SHARD_SIZE)
         first, last = 2 * workers, units - 2 * workers
 

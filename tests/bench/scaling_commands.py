@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from schemas.run import RunConfig
 SHARD_SIZE = 32
 BATCH = 32
 LOG_EVERY = 2
+SETTLE_SECONDS = 5.0
+"""Until the daemons of a new cluster are idle."""
 
 
 def extraction(folder: Path, workers: int, store: str = "store") -> ExtractConfig:
@@ -57,6 +60,19 @@ def cluster(workers: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def ray_idle(folder: Path, workers: int, units: int) -> None:
+    """A cluster that does nothing for ``units`` seconds between two files."""
+    import ray
+
+    with cluster(workers):
+        ray.get([ray.remote(time.sleep).remote(1) for _ in range(workers)])
+        time.sleep(SETTLE_SECONDS)
+        (folder / "idle-begins").touch()
+        time.sleep(units)
+        (folder / "idle-ends").touch()
+        time.sleep(1)  # for the second look at its processes
 
 
 def ray_extraction(folder: Path, workers: int, units: int) -> None:
@@ -110,6 +126,7 @@ def plain_extraction(folder: Path, workers: int, units: int) -> None:
 
 
 COMMANDS = {
+    "idle": {"ray": ray_idle},
     "extraction": {"plain": plain_extraction, "ray": ray_extraction},
     "training": {"plain": plain_training, "ray": ray_training},
 }

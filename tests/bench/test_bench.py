@@ -17,7 +17,7 @@ from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
 from tests.bench import resume, timed_run
 from tests.bench.__main__ import BENCHES, main
-from tests.bench.scaling import usage
+from tests.bench.scaling import Usage, efficiency, usage
 from tests.processes import PRELOADED
 
 TEACHER = {
@@ -96,6 +96,15 @@ def test_a_tiny_bench_prints_one_json_object(name: str, capsys: pytest.CaptureFi
     assert report["bench"] == name
     assert report["machine"]["torch"]
     assert all(rows for rows in report["tables"].values())
+
+
+def test_scaling_counts_idle_daemons_for_the_time_of_free_cores() -> None:
+    """20 CPU seconds of work on one core took 100 s on a busy machine. The daemons used 8 of them:
+    0.05 of a core all the time, which are 1 s on a free core, and 3 s for the work."""
+    plain, ray = Usage(wall=80, cpu=21.6, daemons=0), Usage(wall=100, cpu=28, daemons=8)
+    assert efficiency(plain, ray, 0.05, 1) == pytest.approx(21.6 / (20 + 3 + 1))
+    quiet = ray._replace(cpu=24, daemons=4)  # less than idle ones: none of it is for the work
+    assert efficiency(plain, quiet, 0.05, 1) == pytest.approx(21.6 / (20 + 1))
 
 
 def test_reading_captions_is_measured_beside_without(capsys: pytest.CaptureFixture[str]) -> None:

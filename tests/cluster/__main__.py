@@ -67,7 +67,7 @@ def drill(options: DrillOptions, folder: Path) -> dict[str, object]:
     variables = process_variables(mark, folder, ray_folder)
     variables |= {"OMP_NUM_THREADS": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     # Ray's own take a minute to miss a node whose link is gone with it
-    checks = {"period_ms": 1000, "timeout_ms": 4000, "failure_threshold": 3}
+    checks = {"period_ms": 1000, "timeout_ms": 6000, "failure_threshold": 3}
     variables |= {f"RAY_health_check_{name}": str(value) for name, value in checks.items()}
     # after a notice Ray 2.60 waits so long for workers of the node that has gone
     variables |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}

@@ -30,7 +30,7 @@ from tests.cluster.emulation import ROOT, EmulatedCluster, Node
 from tests.cluster.options import DrillOptions
 from tests.faults.environments import SmallDisk
 from tests.faults.processes import pids_with_title
-from tests.faults.timeouts import SETTLE_SECONDS, RunFailedError, wait_for
+from tests.faults.timeouts import SETTLE_SECONDS, HarnessError, RunFailedError, wait_for
 from tests.faults.workloads import words
 
 BATCH = 12
@@ -42,7 +42,7 @@ LOSS_TOLERANCE = 2e-3
 WEIGHT_TOLERANCE = 2e-3
 """Greatest difference of a loss, and of the weights in the L2 norm, in relation to the undisturbed
 run's, which one process trains: sums over another number of workers differ in their last bits."""
-RECOVERY_SECONDS = 300.0
+RECOVERY_SECONDS = 600.0
 WORKER = "RayTrainWorker"
 
 
@@ -136,33 +136,53 @@ def run_drill(options: DrillOptions, cluster: EmulatedCluster, mark: str, folder
             output = Path(disk.url)
         config = drill_config(folder / "store", output, options.nodes)
         run = DrilledRun(cluster, config, mark, folder)
-        for _ in range(options.nodes):
-            cluster.join()
+        cluster.join(options.nodes)
         run.start(1_000_000)
-        stack.callback(run.process.wait)
-        stack.callback(run.process.kill)
-        run.wait(lambda: run.saved() > 0, "the first checkpoint")
-        while drill.losses < options.losses:
-            _lose_one(run, drill, rng, options)
-            _play_extras(run, drill, rng, disk)
-            print(_line(drill, run), file=sys.stderr, flush=True)
-        while len(cluster.nodes) < options.nodes:
-            cluster.join()
-            drill.joins += 1
-        run.process.terminate()
-        code = run.process.wait(timeout=RECOVERY_SECONDS)
-        if code != 143 or run.saved() < max(0, run.step()):
-            drill.problems.append(f"SIGTERM: exit code {code}, checkpoint {run.saved()}")
-        drill.steps = run.saved() + AFTER
-        run.start(drill.steps)
-        if run.process.wait(timeout=RECOVERY_SECONDS) != 0:
-            raise RunFailedError(f"the last steps: {run.log.read_text()[-3000:]}")
-        drill.seconds = time.monotonic() - began
-        newest = latest_checkpoint(run.folder)
-        assert newest is not None
-        shutil.copytree(newest, folder / "final")  # for inspection, after the disk is gone
+        stack.callback(lambda: (run.process.kill(), run.process.wait()))
+        try:
+            _play(run, drill, rng, disk, options)
+        except (RunFailedError, HarnessError, subprocess.TimeoutExpired) as error:
+            drill.problems.append(str(error))
+            return drill
+        finally:
+            drill.seconds = time.monotonic() - began
         judge(run, drill, folder / "undisturbed")
     return drill
+
+
+def _play(
+    run: DrilledRun,
+    drill: Drill,
+    rng: random.Random,
+    disk: SmallDisk | None,
+    options: DrillOptions,
+) -> None:
+    """Lose the nodes, end the run by SIGTERM and let it train to its end."""
+    cluster, began = run.cluster, time.monotonic()
+    run.wait(lambda: run.saved() > 0, "the first checkpoint")
+    while drill.losses < options.losses:
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            break
+        _lose_one(run, drill, rng, options)
+        _play_extras(run, drill, rng, disk)
+        print(_line(drill, run), file=sys.stderr, flush=True)
+    _join(run, drill, options.nodes - len(cluster.nodes))
+    run.process.terminate()
+    code = run.process.wait(timeout=RECOVERY_SECONDS)
+    if code != 143 or run.saved() < max(0, run.step()):
+        drill.problems.append(f"SIGTERM: exit code {code}, checkpoint {run.saved()}")
+    drill.steps = run.saved() + AFTER
+    run.start(drill.steps)
+    if run.process.wait(timeout=RECOVERY_SECONDS) != 0:
+        raise RunFailedError(f"the last steps: {run.log.read_text()[-3000:]}")
+    newest = latest_checkpoint(run.folder)
+    assert newest is not None
+    shutil.copytree(newest, run.log.parent / "final")  # for inspection, after the disk is gone
+
+
+def _join(run: DrilledRun, drill: Drill, count: int) -> None:
+    run.cluster.join(count)
+    drill.joins += count
 
 
 def _lose_one(run: DrilledRun, drill: Drill, rng: random.Random, options: DrillOptions) -> None:
@@ -182,9 +202,7 @@ def _lose_one(run: DrilledRun, drill: Drill, rng: random.Random, options: DrillO
     early = rng.random() < 0.5
     if not early and cluster.nodes:
         run.trains_beyond(before)
-    for _ in range(joins):
-        cluster.join()
-        drill.joins += 1
+    _join(run, drill, joins)
     if early or not joins or not cluster.nodes:
         run.trains_beyond(max(before, run.saved()))
     else:

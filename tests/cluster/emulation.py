@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -19,20 +18,38 @@ from ray.core.generated import autoscaler_pb2
 
 from tests.cluster.network import Loopback
 from tests.faults.processes import descendants, send
-from tests.faults.timeouts import HarnessError, wait_for
+from tests.faults.timeouts import HarnessError, WaitTimeoutError, wait_for
 
 ROOT = Path(__file__).parents[2]
 NODE_SECONDS = 120.0
+NODE_ATTEMPTS = 4
+"""Starts of nodes that may fail at each call: Ray gives one up that took more than 30 seconds."""
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 class Node:
     """A Ray node: one process, whose descendants are its daemons and workers."""
 
-    def __init__(self, number: int, address: str, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, number: int, address: str, process: subprocess.Popen[bytes], log: Path
+    ) -> None:
         self.number = number
         self.address = address
         self.process = process
+        self.log = log
+
+    def starts(self) -> bool:
+        """Wait until Ray runs on it; False: it ended before, or takes too long."""
+
+        def ended_or_runs() -> bool:
+            return self.process.poll() is not None or self.runs()
+
+        with suppress(WaitTimeoutError):
+            wait_for(ended_or_runs, NODE_SECONDS, "a node")
+        return self.process.poll() is None and self.runs()
+
+    def runs(self) -> bool:
+        return b"Ray runtime started" in self.log.read_bytes()
 
     def kill(self) -> None:
         """End everything on it at once, as a machine that is switched off."""
@@ -49,20 +66,21 @@ class EmulatedCluster:
         """Environment variables of all processes."""
         self.network = network
         self.nodes: list[Node] = []
-        self._log = (folder / "nodes.log").open("wb")
+        self._folder = folder
         self._stack = ExitStack()
         self._numbers = iter(range(1, 200))
 
     def __enter__(self) -> EmulatedCluster:
-        self._stack.enter_context(self._log)
         self._stack.enter_context(self.network)
         with socket.socket() as probe:
             probe.bind((self.network.head, 0))
             port = probe.getsockname()[1]
         self.address = f"{self.network.head}:{port}"
         words = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
-        head = self._start([], self.network.head, words, {})
-        self._stack.callback(Node(0, self.network.head, head).kill)
+        head = self._start(0, self.network.head, [], words, {})
+        self._stack.callback(head.kill)
+        if not head.starts():
+            raise HarnessError(f"the head did not start: {head.log.read_text()[-1500:]}")
         return self
 
     def __exit__(
@@ -75,13 +93,24 @@ class EmulatedCluster:
             self.lose(self.nodes[0])
         self._stack.close()
 
-    def join(self) -> Node:
-        """Start another node and wait until the cluster has it."""
+    def join(self, count: int = 1) -> None:
+        """Start ``count`` more nodes at the same time and wait until the cluster has them."""
+        for _ in range(NODE_ATTEMPTS):
+            begun = [self._begin() for _ in range(count)]
+            failed = [node for node in begun if not node.starts()]
+            for node in failed:
+                self.lose(node)
+            count = len(failed)
+            if not failed:
+                return
+        raise HarnessError(f"a node did not start: {failed[0].log.read_text()[-1500:]}")
+
+    def _begin(self) -> Node:
         number = next(self._numbers)
         address, prefix, variables = self.network.add(number)
         words = [f"--address={self.address}", "--num-cpus=1"]
         words += ["--resources", json.dumps({_resource(number): 1})]
-        node = Node(number, address, self._start(prefix, address, words, variables))
+        node = self._start(number, address, prefix, words, variables)
         self.nodes.append(node)
         return node
 
@@ -106,30 +135,27 @@ class EmulatedCluster:
             raise HarnessError(f"no notice: {refusal}")
 
     def _start(
-        self, prefix: list[str], address: str, words: list[str], variables: Mapping[str, str]
-    ) -> subprocess.Popen[bytes]:
+        self,
+        number: int,
+        address: str,
+        prefix: list[str],
+        words: list[str],
+        variables: Mapping[str, str],
+    ) -> Node:
         command = [*prefix, *RAY, "start", "--block", f"--node-ip-address={address}", *words]
         command += [f"--object-store-memory={80 << 20}", "--disable-usage-stats"]
-        offset = self._log.tell()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**self.variables, **variables},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,
-        )
-        log = Path(self._log.name)
-
-        def started() -> bool:
-            if process.poll() is not None:
-                raise HarnessError(f"a node did not start: {log.read_text()[-1500:]}")
-            return b"Ray runtime started" in log.read_bytes()[offset:]
-
-        wait_for(started, NODE_SECONDS, "a node")
-        self._log.seek(0, os.SEEK_END)
-        return process
+        log = self._folder / f"node-{number}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**self.variables, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        return Node(number, address, process, log)
 
 
 def _resource(number: int) -> str:

@@ -21,6 +21,9 @@ class DrillOptions(Strict):
     seed: int = 0
     """Determines which node is lost, when, and when others join. Every other loss comes with a
     notice: the first one of an even seed."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which no more nodes are lost, so that the comparison is reached on a crowded
+    machine too; none: all of them are."""
     grace: Annotated[float, Field(ge=5)] = 20.0
     """Seconds between a notice and the end of its node."""
     network: Literal["auto", "namespaces", "loopback"] = "auto"

@@ -240,7 +240,8 @@ def test_the_image_for_cpus_is_built_and_works(tmp_path: Path) -> None:
         mounts = ["--isolation", "chroot", "--volume", f"{venv}:/opt/venv:ro"]
 
         def inside(*words: str) -> str:
-            return buildah("run", *mounts, container, "--", *words)
+            # env: buildah 1.28 looks for the program itself on this machine's PATH, not the image's
+            return buildah("run", *mounts, container, "--", "env", *words)
 
         assert inside("id", "-u").strip() == "10001"
         assert inside("python", "-m", "pipeline.extract", "--help").startswith("usage: ")

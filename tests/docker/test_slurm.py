@@ -185,6 +185,82 @@ def test_bash_parses(file: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+FAKES = {
+    "ray": """\
+#!/bin/sh
+echo "$SLURMD_NODENAME has ${SLURM_GPUS_ON_NODE:-no} GPUs"
+exec sleep 600
+""",
+    "python": """\
+#!/bin/bash
+case $1 in
+-c) [ ! -e "${0%/*}/broken-$SLURMD_NODENAME" ] ;;
+-) cat >/dev/null ;;
+*) trap 'echo saved; exit 143' TERM; echo "trains $*"; while :; do sleep 0.1; done ;;
+esac
+""",
+}
+"""Programs in place of Ray and the command: what follows is Slurm's part and the batch files'."""
+
+
+@pytest.fixture
+def fakes(slurm: Slurm, tmp_path: Path) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in FAKES.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_last_task_of_an_array_goes_back_alone(slurm: Slurm, fakes: Path) -> None:
+    """Its number is the array's, by which Slurm's commands would take all of its tasks."""
+    export = f"--export=HASTE_VENV={fakes.parent}"  # and no other variable
+    job, log = slurm.submit("train.sbatch", "a b", options=("--array=0-1", export))
+    tasks = [f"{job}_{number}" for number in (0, 1)]
+    slurm.until(lambda: log.is_file() and log.read_text().count("trains") == 2, 60, log)
+    slurm.call("scancel", "--signal=USR1", "--batch", tasks[1])
+    slurm.until(lambda: slurm.field(tasks[1], "Restarts") == "1", 60, log)
+    text = log.read_text()
+    assert text.count("saved") == 1
+    assert f"job {tasks[1]} goes back to the queue" in text
+    assert slurm.field(tasks[0], "JobState") == "RUNNING"
+    assert slurm.field(tasks[0], "Restarts") == "0"
+    slurm.call("scancel", job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "gpus"), [("--gpus-per-node=0", "no"), ("--gres=gpu:2", "2"), ("--comment=x", "8")]
+)
+def test_gpus_of_the_job_are_those_of_its_nodes(
+    slurm: Slurm, fakes: Path, option: str, gpus: str
+) -> None:
+    """Also where the command line has other GPUs than the file; missing ones are said."""
+    export = f"--export=ALL,HASTE_VENV={fakes.parent}"
+    job, log = slurm.submit("train.sbatch", options=(option, export))
+    slurm.until(lambda: log.is_file() and log.read_text().count("GPUs") >= 2, 60, log)
+    slurm.until(lambda: "trains" in log.read_text(), 60, log)
+    slurm.call("scancel", "--signal=TERM", "--batch", job)
+    assert slurm.end_of(job, log) == "FAILED 143:0"
+    text = log.read_text()
+    assert all(f"{node} has {gpus} GPUs" in text for node in ("n1", "n2"))
+    if shutil.which("nvidia-smi") is None:
+        missing = f"n2: Slurm gave {gpus} GPUs, and nvidia-smi lists 0" in text
+        assert missing == (gpus != "no")
+
+
+@pytest.mark.slow
+def test_a_node_without_the_environment_is_named(slurm: Slurm, fakes: Path) -> None:
+    (fakes / "broken-n2").touch()
+    export = f"--export=ALL,HASTE_VENV={fakes.parent}"
+    job, log = slurm.submit("train.sbatch", options=(export,))
+    assert slurm.end_of(job, log) == "FAILED 1:0"
+    assert f"n2: no Ray or no checkout: HASTE_VENV ({fakes.parent})" in log.read_text()
+    assert "trains" not in log.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_run_survives_all_that_slurm_does_to_it(slurm: Slurm, store: str, tmp_path: Path) -> None:
