@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.randomness import Purpose, generator
+from pipeline.randomness import Purpose, uniform_pairs
 from pipeline.store.arrays import Allocate, allocate
 from pipeline.store.captions import load_null
-from pipeline.store.codecs import Decoder, column_arrays, decoder_of
+from pipeline.store.codecs import Decoder, decoder_of
 from pipeline.store.errors import DamagedShardError
+from pipeline.store.reading.alternatives import AlternativesReader
 from pipeline.store.reading.file_source import FileSource
+from pipeline.store.reading.memory_cache import SharedCache
 from pipeline.store.reading.row_request import Columns, ShardRows
-from pipeline.store.reading.stream_reader import StreamReader
 from pipeline.store.store import Store
 from schemas.errors import UserError
 from schemas.store import LENGTHS, TextStream, caption_column
@@ -59,9 +60,7 @@ def choose_captions(
         raise ValueError(f"{drop} is not a probability")
     if (np.asarray(counts) < 1).any():
         raise ValueError("an image has no caption")
-    places = zip(np.asarray(epochs).tolist(), np.asarray(samples).tolist(), strict=True)
-    draws = [generator(Purpose.CAPTION, seed, *place).random(2) for place in places]
-    uniform = np.array(draws).reshape(-1, 2)
+    uniform = uniform_pairs(Purpose.CAPTION, seed, np.asarray(epochs), np.asarray(samples))
     number = (uniform[:, 0] * counts).astype(np.int64)
     return CaptionChoice(np.minimum(number, np.asarray(counts) - 1), uniform[:, 1] < drop)
 
@@ -112,32 +111,33 @@ class CaptionReader:
         kind = "embeddings" if self.info.keeps == "embeddings" else "tokens"
         self.null = load_null(store, self.stream)[kind]
         self._epochs_of = epochs_of
-        self._allocate = allocate
         columns = [caption_column(number) for number in range(self.info.captions)]
         if len({self.info.columns[name].codec for name in columns}) > 1:
             raise UserError(
                 f"captions of stream '{self.stream}' of {store.shown_url} are of several codecs: "
                 "convert the store to one"
             )
-        if self.info.keeps == "tokens":
-            columns.append(LENGTHS)
-        self._readers: dict[str, StreamReader] = {}
-        for name in columns:
-            self._readers[name] = StreamReader(
+        shared = [LENGTHS] if self.info.keeps == "tokens" else []
+        # The captions of a sample lie together in a tar, and in a file each in a zarr store.
+        apart = store.manifest.format == "zarr"
+        self._readers: list[AlternativesReader] = []
+        for some in ([name] for name in columns) if apart else [columns]:
+            reader = AlternativesReader(
                 store,
                 self.stream,
-                columns=[name],
+                some,
+                CAPTION,
+                shared=shared,
                 verify=verify,
                 whole_file_limit=whole_file_limit,
                 source=source,
                 allocate=allocate,
             )
-            source = self._readers[name].source
-        self._first = self._readers[columns[0]]
-        self._arrays = {  # of each caption's column, in one order
-            name: column_arrays(name, self.info.columns[name]) for name in columns
-        }
+            self._readers.append(reader)
+            source = reader.source
+        self._first = self._readers[0]
         self._decode = caption_decoder(self.info)
+        self._choices: SharedCache[CaptionChoice] = SharedCache()
 
     @property
     def source(self) -> FileSource:
@@ -155,19 +155,21 @@ class CaptionReader:
         return self.source.bytes_read
 
     def counts(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Captions of samples, int64 (B,), by the commit records alone."""
-        places = zip(shards.tolist(), rows.tolist(), strict=True)
-        return np.array([self._counts(shard)[row] for shard, row in places], np.int64)
+        """Captions of samples, int64 (B,), by the commit records alone. Raises
+        ``DamagedShardError``."""
+        counts = np.empty(len(rows), np.int64)
+        for shard in set(shards.tolist()):
+            of = shards == shard
+            counts[of] = self._counts(shard, rows[of])
+        return counts
 
     def empty(self, count: int) -> Columns:
         """Arrays for ``count`` visits, for ``fill``. Raises ``UserError`` when memory cannot hold
         them."""
-        first = self._first.empty(count)
-        names = zip(self._decode.names.values(), self._arrays[caption_column(0)], strict=True)
-        out = {name: first[array] for name, array in names}
-        out[DROPPED] = np.zeros(count, bool)
-        if LENGTHS in self._readers:
+        out = self._first.empty(count)
+        if out.pop(LENGTHS, None) is not None:
             out[LENGTH] = np.zeros(count, np.int64)
+        out[DROPPED] = np.zeros(count, bool)
         return out
 
     def split_into_tasks(self, groups: Sequence[ShardRows]) -> Iterator[Sequence[ShardRows]]:
@@ -178,27 +180,36 @@ class CaptionReader:
         """Read the captions of visits into their places of ``out``. Raises what
         ``StreamReader.fill`` raises."""
         assert self._epochs_of is not None
+        chosen = []
         for group in groups:
-            self._fill(out, group, self._epochs_of(group.start + group.places))
+            epochs = self._epochs_of(group.start + group.places)
+            self._counts(group.shard, group.rows)
+            choice = CaptionChoice(np.empty(len(epochs), np.int64), np.empty(len(epochs), bool))
+            for epoch in set(epochs.tolist()):
+                of = epochs == epoch
+                every = self._choose_shard(group.shard, epoch, group.expires_at)
+                choice.number[of] = every.number[group.rows[of]]
+                choice.dropped[of] = every.dropped[group.rows[of]]
+            chosen.append((group, choice))
+        self._fill(out, chosen)
 
     def columns(self, shards: np.ndarray, rows: np.ndarray, epochs: np.ndarray) -> Columns:
         """The arrays that ``fill`` makes, for visits of the samples ``(shards[i], rows[i])`` in
         ``epochs[i]``."""
-        out = self.empty(len(rows))
-        for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard)
-            places = places[np.argsort(rows[places])]
-            self._fill(out, ShardRows(shard, rows[places], places), epochs[places])
-        return out
+        return self._columns(shards, rows, self.choose(shards, rows, epochs))
+
+    def choose(self, shards: np.ndarray, rows: np.ndarray, epochs: np.ndarray) -> CaptionChoice:
+        """The captions of these visits."""
+        samples = shards * self.store.manifest.shard_size + rows
+        counts = self.counts(shards, rows)
+        return choose_captions(self.seed, epochs, samples, counts, drop=self.drop)
 
     def read(self, shards: np.ndarray, rows: np.ndarray, epochs: np.ndarray) -> Captions:
         """The captions of visits of the samples ``(shards[i], rows[i])`` in ``epochs[i]``."""
         import torch  # takes seconds, and drivers need the choice alone
 
-        samples = shards * self.store.manifest.shard_size + rows
-        counts = self.counts(shards, rows)
-        choice = choose_captions(self.seed, epochs, samples, counts, drop=self.drop)
-        columns = self.columns(shards, rows, epochs)
+        choice = self.choose(shards, rows, epochs)
+        columns = self._columns(shards, rows, choice)
         parts = {name: torch.from_numpy(array) for name, array in columns.items()}
         dropped = parts[DROPPED].view(-1, *[1] * self.null.dim())
         return Captions(
@@ -207,46 +218,78 @@ class CaptionReader:
 
     def expire(self, position: int) -> None:
         """Free cached bytes that are needed only before ``position`` of the run."""
-        for reader in self._readers.values():
+        for reader in self._readers:
             reader.expire(position)
+        self._choices.expire(position)
 
     def close(self) -> None:
         """Free cached bytes. The reader must not be used afterwards."""
-        for reader in self._readers.values():
+        for reader in self._readers:
             reader.close()
+        self._choices.clear()
 
-    def _counts(self, shard: int) -> list[int]:
-        return self._first.record(shard).captions[self.stream].counts
-
-    def _fill(self, out: Columns, group: ShardRows, epochs: np.ndarray) -> None:
-        """The captions of one shard's visits, those of each number with one request."""
-        shard, rows, places = group.shard, group.rows, group.places
-        held = self._counts(shard)
+    def _counts(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """Captions of samples of a shard."""
+        held = self._first.record(shard).captions[self.stream].counts
         if rows.max() >= len(held):
             raise DamagedShardError(
-                f"stream '{self.stream}', shard {shard} of {self.store.shown_url} has captions of "
-                f"{len(held)} samples, not {rows.max() + 1}: run the extraction again"
+                f"{self._where(shard)} has captions of {len(held)} samples, not {rows.max() + 1}: "
+                "run the extraction again"
             )
-        counts = np.array(held, np.int64)[rows]
-        samples = shard * self.store.manifest.shard_size + rows
-        number, dropped = choose_captions(self.seed, epochs, samples, counts, drop=self.drop)
-        out[DROPPED][places] = dropped
-        for name in self._decode.names.values():  # of dropped visits nothing else is written
-            out[name][places[dropped]] = 0
-        for chosen in np.unique(number[~dropped]).tolist():
-            if chosen >= self.info.captions:
-                raise DamagedShardError(
-                    f"stream '{self.stream}', shard {shard} of {self.store.shown_url}: its record "
-                    f"lists more than {self.info.captions} captions of an image"
-                )
-            of = (number == chosen) & ~dropped
-            wanted = group._replace(rows=rows[of], places=places[of])
-            name = caption_column(chosen)
-            arrays = zip(self._arrays[name], self._decode.names.values(), strict=True)
-            self._readers[name].fill({array: out[own] for array, own in arrays}, [wanted])
-        kept = np.flatnonzero(~dropped)
-        if LENGTHS in self._readers and len(kept):
-            lengths = self._readers[LENGTHS].empty(len(kept))
-            wanted = group._replace(rows=rows[kept], places=np.arange(len(kept)))
-            self._readers[LENGTHS].fill(lengths, [wanted])
-            out[LENGTH][places[kept]] = lengths[LENGTHS][np.arange(len(kept)), number[kept]]
+        counts = np.fromiter((held[row] for row in rows.tolist()), np.int64, len(rows))
+        if counts.max() > self.info.captions:
+            raise DamagedShardError(
+                f"{self._where(shard)}: its record lists more than {self.info.captions} captions "
+                "of an image"
+            )
+        return counts
+
+    def _choose_shard(self, shard: int, epoch: int, expires_at: int) -> CaptionChoice:
+        """The captions of all samples of a shard in an epoch: as fast as those of a few."""
+
+        def choose() -> CaptionChoice:
+            rows = np.arange(len(self._first.record(shard).captions[self.stream].counts))
+            return self.choose(np.full_like(rows, shard), rows, np.full_like(rows, epoch))
+
+        choice = self._choices.get(f"{shard}/{epoch}", choose, expires_at=expires_at)
+        assert choice is not None  # this cache has no byte limit
+        return choice
+
+    def _columns(self, shards: np.ndarray, rows: np.ndarray, choice: CaptionChoice) -> Columns:
+        out = self.empty(len(rows))
+        chosen = []
+        for shard in set(shards.tolist()):
+            places = np.flatnonzero(shards == shard)
+            places = places[np.argsort(rows[places])]
+            of_shard = CaptionChoice(choice.number[places], choice.dropped[places])
+            chosen.append((ShardRows(shard, rows[places], places), of_shard))
+        self._fill(out, chosen)
+        return out
+
+    def _fill(self, out: Columns, chosen: Sequence[tuple[ShardRows, CaptionChoice]]) -> None:
+        """The captions of visits, those of one shard with one request where its format allows."""
+        found = dict(out)
+        if LENGTH in out:
+            found[LENGTHS] = np.zeros((len(out[LENGTH]), self.info.captions), np.int64)
+        wanted: list[list[ShardRows]] = [[] for _ in self._readers]
+        for group, (number, dropped) in chosen:
+            out[DROPPED][group.places] = dropped
+            for name in self._decode.names.values():  # of dropped visits nothing else is written
+                out[name][group.places[dropped]] = 0
+            first = 0
+            for groups, reader in zip(wanted, self._readers, strict=True):
+                held = len(reader.columns)
+                of = ~dropped & (number >= first) & (number < first + held)
+                if of.any():
+                    rows = group.rows[of] * held + number[of] - first
+                    groups.append(group._replace(rows=rows, places=group.places[of]))
+                first += held
+        for groups, reader in zip(wanted, self._readers, strict=True):
+            if groups:
+                reader.fill(found, groups)
+        if LENGTH in out:
+            for group, (number, _) in chosen:
+                out[LENGTH][group.places] = found[LENGTHS][group.places, number]
+
+    def _where(self, shard: int) -> str:
+        return f"stream '{self.stream}', shard {shard} of {self.store.shown_url}"

@@ -108,7 +108,7 @@ class FileSource:
             if self._disk is not None:
                 self._disk.discard(file.sha256)
                 self._disk_attempts.pop(file.sha256, None)
-        if self._fetch_whole(file.bytes, len(file.offsets)) or file.file in self.cache:
+        if self._fetch_whole(file.bytes, file.samples) or file.file in self.cache:
             loaded = self.cache.get(
                 file.file,
                 lambda: self._load_file(file, expires_at, refetch),
@@ -138,7 +138,7 @@ class FileSource:
             self._read_ahead[file.file] = expires_at
             if len(self._read_ahead) > MAX_TRACKED_FILES:
                 self._read_ahead.popitem(last=False)
-            read_ahead = self._fetch_whole(file.bytes, len(file.offsets))
+            read_ahead = self._fetch_whole(file.bytes, file.samples)
         path = f"{self._root}/{file.file}"
         result = read_directly(self._filesystem, path, read, ahead=read_ahead)
         if result is None:

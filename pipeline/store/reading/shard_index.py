@@ -27,6 +27,12 @@ class FileTable(NamedTuple):
     """uint32 (n, P)"""
     checksum: Checksum = "crc32"
     """Kind of these checksums."""
+    alternatives: int = 1
+    """Rows of one sample, of which a visit reads one."""
+
+    @property
+    def samples(self) -> int:
+        return len(self.offsets) // self.alternatives
 
 
 class ShardTable(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ from pipeline.store.reading.row_request import Columns, RowRequest, ShardRows
 from pipeline.store.reading.shard_index import ShardTable, shard_table
 from pipeline.store.store import Store
 from schemas.errors import UserError
-from schemas.store import CommitRecord
+from schemas.store import Column, CommitRecord
 
 __all__ = ["DamagedShardError", "StreamReader"]
 
@@ -88,20 +88,19 @@ class StreamReader:
         self._held = stream_parts(held)
         if columns is not None:
             held = {name: column for name, column in held.items() if name in columns}
-        self.parts = stream_parts(held)
-        self._packed = {
-            name: column.shape
-            for name, column in held.items()
-            if isinstance(find_codec(column.codec), RicePerToken)
-        }
+        self._npy = manifest.format != "zarr"
+        self._describe(held)
+        self._rows_per_shard = manifest.shard_size
+        self._names = frozenset(self.parts)
+        """Arrays of the files that are read."""
+        self._fixed = len(self._names) == len(self._held)
+        """True to look for the fixed layout of rows, which parts of a row need not have."""
         self.verify = verify
         self.cache_files = cache_files
         self._allocate = allocate
         self.source = source or FileSource(
             store.filesystem, store.root, fetch_whole=whole_up_to(whole_file_limit)
         )
-        npy = manifest.format != "zarr"
-        self._arrays = {name: ArrayReader(part, npy=npy) for name, part in self.parts.items()}
         self.seconds_per_sample = math.inf
         """Recent reading time of one sample: rises at once, falls slowly."""
         self._files_per_shard = len(self.parts) if manifest.format == "zarr" else 1
@@ -109,6 +108,16 @@ class StreamReader:
         # One bit per row, in blocks of shards. Two threads in one shard may overwrite each other's
         # bits; the rows are then verified again.
         self._verified: dict[int, np.ndarray] = {}
+
+    def _describe(self, columns: Mapping[str, Column]) -> None:
+        """Read these columns."""
+        self.parts = stream_parts(columns)
+        self._packed = {
+            name: column.shape
+            for name, column in columns.items()
+            if isinstance(find_codec(column.codec), RicePerToken)
+        }
+        self._arrays = {name: ArrayReader(part, npy=self._npy) for name, part in self.parts.items()}
 
     @property
     def opens(self) -> int:
@@ -316,20 +325,21 @@ class StreamReader:
 
     def _load_shard(self, shard: int, expires_at: int) -> _Shard:
         def load() -> _Shard:
-            table = self._checked(
-                shard,
-                shard_table(self.record(shard), self.stream, self.store.manifest.checksum),
-            )
-            some = len(self.parts) < len(self._held)
-            if some:
-                table = table.only(self.parts)
-            if some or not self.source.is_direct:
+            table = self._read_table(shard)
+            if not self._fixed or not self.source.is_direct:
                 return _Shard(table, [None] * len(table.files))
             return _Shard(table, [find_fixed_layout(file, self._arrays) for file in table.files])
 
         loaded = self._shards.get(shard, load, expires_at=expires_at)
         assert loaded is not None  # this cache has no byte limit
         return loaded
+
+    def _read_table(self, shard: int) -> ShardTable:
+        """The index of a shard, of the arrays that are read."""
+        table = self._checked(
+            shard, shard_table(self.record(shard), self.stream, self.store.manifest.checksum)
+        )
+        return table.only(self._names) if len(self._names) < len(self._held) else table
 
     def _checked(self, shard: int, table: ShardTable) -> ShardTable:
         """The table. Raises ``DamagedShardError`` when the record lists other arrays, more samples
@@ -351,7 +361,7 @@ class StreamReader:
 
     def _verified_bits(self, shard: int) -> np.ndarray:
         """uint8, one bit per row of the shard: set once the row is verified. Changed in place."""
-        size = -(-self.store.manifest.shard_size // 8)
+        size = -(-self._rows_per_shard // 8)
         block = self._verified.get(shard // SHARDS_PER_BLOCK)
         if block is None:
             block = np.zeros((SHARDS_PER_BLOCK, size), np.uint8)
