@@ -53,7 +53,8 @@ class StepGraph:
             return self._function(inputs)
         if self._graph is None:
             self._graph = self._capture(inputs)
-        torch._foreach_copy_(self._inputs, tensors)
+        for own, given in zip(self._inputs, tensors, strict=True):
+            own.copy_(given)
         self._graph.replay()
         return tree_map_only(Tensor, torch.clone, self._outputs)  # the next replay overwrites them
 
@@ -67,9 +68,9 @@ class StepGraph:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._outputs = self._function(own)
         except RuntimeError as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
-                f"a step cannot be captured ({str(error).strip().splitlines()[0][:200]}): set "
-                "--compute.cuda-graphs false"
+                f"a step cannot be captured ({first}): set --compute.cuda-graphs false"
             ) from error
         finally:
             self.capturing = False

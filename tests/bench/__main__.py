@@ -18,6 +18,7 @@ BENCHES = {
     "step": "a training step in Phase I and II against a step without alignment",
     "loader": "the loader on one core against readinto and against stock webdataset",
     "sampling": "CPU work of a sampling step, with a student of no cost, against another build",
+    "pixels": "difference of sampled pixels by arithmetic: bfloat16 and compiled against float32",
     "evaluation": "FID and precision/recall against torch-fidelity on the same features",
     "extract": "an encoder, from JPEG files to shards, against its two networks alone",
     "optimizer": "AdamW and the weights' average, fused against plain",

@@ -311,6 +311,25 @@ class CommandsOptions(BenchOptions):
     """Only answers of commands that contain this text."""
 
 
+class PixelsOptions(BenchOptions):
+    """Student and images."""
+
+    checkpoint: str
+    """Run folder or checkpoint of a student of classes, such as runs/demo."""
+    autoencoder: str | None = None
+    """Decoder: hub id or folder. Default: the one that encoded the store."""
+    images: int = Field(default=80, ge=2)
+    """Images of each arithmetic."""
+    steps: int = Field(default=50, ge=1)
+    """Steps of the samplers."""
+    guidance: float = Field(default=2.0, ge=1)
+    """Guidance scale."""
+    methods: tuple[Literal["sde", "ode", "ode_heun"], ...] = ("ode", "sde")
+    """Samplers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; 'auto' is the GPU if there is one."""
+
+
 class ResumeOptions(BenchOptions):
     """Student, repetitions and the build to compare with."""
 
@@ -359,6 +378,7 @@ OPTIONS: dict[str, type[BenchOptions]] = {
     "step": StepOptions,
     "loader": LoaderOptions,
     "sampling": SamplingOptions,
+    "pixels": PixelsOptions,
     "evaluation": EvaluationOptions,
     "extract": ExtractOptions,
     "optimizer": OptimizerOptions,

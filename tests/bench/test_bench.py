@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -12,13 +13,21 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
+from pipeline.assets import DEMO_AUTOENCODER
+from pipeline.cli.config_files import merge
+from pipeline.store import Store
+from pipeline.train.local import train_here
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
+from schemas.run import RunConfig
 from tests.bench import resume, timed_run
 from tests.bench.__main__ import BENCHES, main
+from tests.bench.pixels import differences
 from tests.bench.scaling import Usage, efficiency, usage
 from tests.processes import PRELOADED
+from tests.stores import tiny_run
 
 TEACHER = {
     "patch-size": 4,
@@ -85,7 +94,7 @@ def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in BENCHES]
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in TINY]
 )
 @pytest.mark.usefixtures("few_processes")
 def test_a_tiny_bench_prints_one_json_object(name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,6 +114,35 @@ def test_scaling_counts_idle_daemons_for_the_time_of_free_cores() -> None:
     assert efficiency(plain, ray, 0.05, 1) == pytest.approx(21.6 / (20 + 3 + 1))
     quiet = ray._replace(cpu=24, daemons=4)  # less than idle ones: none of it is for the work
     assert efficiency(plain, quiet, 0.05, 1) == pytest.approx(21.6 / (20 + 1))
+
+
+def test_pixels(
+    random_store: Store,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tests.bench.pixels.compile_student", lambda student: None)  # minutes
+    values: dict[str, Any] = {"steps": 1, "store": random_store.url, "checkpoint": {"every": 1}}
+    train_here(RunConfig.model_validate(merge(tiny_run(), values)), tmp_path)
+    options = ["--checkpoint", str(tmp_path), "--autoencoder", str(DEMO_AUTOENCODER)]
+    assert set(TINY) | {"pixels"} == set(BENCHES)
+    assert main(["pixels", "--json", "--images", "3", "--steps", "2", *options]) == 0
+    (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
+    assert len(rows) == 8
+    by_arm = {row["arithmetic"]: row["mean"] for row in rows if row["sampler"] == "ode"}
+    assert by_arm["bfloat16"] == by_arm["bfloat16, compiled"]
+    assert by_arm["float32, compiled"] == 0  # the same arithmetic as the reference
+
+
+def test_differences_of_pixels() -> None:
+    reference = torch.zeros(1, 1, 2, 2)
+    images = torch.tensor([[[[0.0, 3.0], [0.0, 9.0]]]])
+    assert dict(differences(images, reference)) == pytest.approx(
+        {"mean": 3.0, "rms": 22.5**0.5, "psnr": 20 * math.log10(255 / 22.5**0.5)}
+        | {"above": 0.25, "most": 9.0}
+    )
+    assert dict(differences(reference, reference))["psnr"] is None
 
 
 def test_reading_captions_is_measured_beside_without(capsys: pytest.CaptureFixture[str]) -> None:
