@@ -90,6 +90,7 @@ def test_captions_of_the_text_demo_and_their_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_pictures_of_the_text_demo_follow_their_captions(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -8,33 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
-from pipeline.checkpoints.reference_format import Parts, join_state, split_state
+from pipeline.checkpoints.reference_format import Parts, join_state
 from pipeline.distributed.process_group import ProcessGroup
-from pipeline.models import MMDiT
-from pipeline.train.noise import NoisePrefetcher, SampleNoise
+from pipeline.train.noise import SampleNoise
 from pipeline.train.trainer import Trainer
 from tests.parity.reference import COSINE_FLOOR, Golden, check_number
 from tests.parity.t2i import batch_of, make_store, run_config
-from tests.parity.test_reg_training import check_final_sums, check_final_tensors
-from tests.parity.test_training import EMA, MODEL, _norm_of_change, state_of
+from tests.parity.training import (
+    check_changes,
+    check_final_sums,
+    check_final_tensors,
+    check_gradient_norms,
+    load_recorded,
+    take_steps,
+)
 
 IO, VALUES = "t2i_train_io", "t2i_train_values"
-
-
-def without_null(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors keep the null caption in a file of its own."""
-    return {name: tensor for name, tensor in state.items() if name != "null_context"}
-
-
-def load_recorded(recipes: Golden, trainer: Trainer) -> None:
-    parts = split_state(recipes.tensors("t2i_state"))
-    for student in (trainer.module.student, trainer.ema.module):
-        assert isinstance(student, MMDiT)
-        student.load_state_dict({"null_context": student.null_context, **parts.student})
-    for projector in (trainer.projectors[0], trainer.projector_emas[0].module):
-        projector.load_state_dict(parts.projector)
 
 
 def recorded_draws(recipes: Golden, step: int) -> SampleNoise:
@@ -51,7 +41,7 @@ def open_trainer(recipes: Golden, variant: str, folder: Path) -> Trainer:
     trainer = Trainer(
         run_config(recipes, variant), make_store(recipes, folder / "store"), ProcessGroup()
     )
-    load_recorded(recipes, trainer)
+    load_recorded(trainer, recipes.tensors("t2i_state"))
     return trainer
 
 
@@ -59,37 +49,14 @@ def open_trainer(recipes: Golden, variant: str, folder: Path) -> Trainer:
 def run(
     recipes: Golden, t2i_variant: str, tmp_path_factory: pytest.TempPathFactory
 ) -> SimpleNamespace:
-    """All recorded steps; what each returned, and the trainer after the last."""
-    records = recipes.values(VALUES)[t2i_variant]["steps"]
-    trainer = open_trainer(recipes, t2i_variant, tmp_path_factory.mktemp("t2i"))
-    initial = {
-        name: tensor.double().clone()
-        for name, tensor in without_null(state_of(trainer, average=False)).items()
-    }
-    results = []
-    for step, record in enumerate(records):
-        if trainer.aligned and not record["aligned"]:
-            trainer.terminate({"trigger": "fixed"})
-        draws = recorded_draws(recipes, step)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(NoisePrefetcher, "__call__", lambda *_, draws=draws: draws)
-            *sums, norm = trainer.train_step(batch_of(recipes, step)).tolist()
-        states = [without_null(state_of(trainer, average=average)) for average in (False, True)]
-        changes = [_norm_of_change(state, initial) for state in states]
-        batch = trainer.config.global_batch
-        losses = {n: v / batch for n, v in zip(trainer.module.losses, sums, strict=True)}
-        results.append(SimpleNamespace(losses=losses, norm=norm, changes=changes))
-    trainer.close()
-    model, ema = states
-    return SimpleNamespace(
-        variant=t2i_variant,
-        records=records,
-        results=results,
-        initial=initial,
-        model=model,
-        ema=ema,
-        config=trainer.config,
+    run = take_steps(
+        open_trainer(recipes, t2i_variant, tmp_path_factory.mktemp("t2i")),
+        recipes.values(VALUES)[t2i_variant]["steps"],
+        lambda step: batch_of(recipes, step),
+        lambda step: recorded_draws(recipes, step),
     )
+    run.variant = t2i_variant
+    return run
 
 
 def test_losses_of_every_step(run: SimpleNamespace) -> None:
@@ -106,16 +73,11 @@ def test_losses_of_every_step(run: SimpleNamespace) -> None:
 
 
 def test_gradient_norm_of_every_step(run: SimpleNamespace) -> None:
-    for record, result in zip(run.records, run.results, strict=True):
-        what = f"step {record['step']}: gradient norm"
-        check_number(what, result.norm, record["grad_norm_before_clip"])
+    check_gradient_norms(run)
 
 
 def test_change_of_all_weights_after_every_step(run: SimpleNamespace) -> None:
-    for record, result in zip(run.records, run.results, strict=True):
-        model, ema = result.changes
-        assert model == pytest.approx(record["model_delta_l2_all"], rel=MODEL)
-        assert ema == pytest.approx(record["ema_delta_l2_all"], rel=EMA)
+    check_changes(run)
 
 
 @pytest.mark.parametrize("kind", ["model", "ema"])
