@@ -136,7 +136,13 @@ def _page(survey: Survey, machine: str, proposal: Proposal, files: list[Path]) -
             f"   {command.line}",
         ]
     total = sum(command.seconds for command in proposal.commands)
-    lines.append(f"in all about {describe_hours(total / 3600)}; --run runs the three")
+    extract, train = (shlex.quote(str(file)) for file in files)
+    lines += [
+        f"in all about {describe_hours(total / 3600)}; --run runs the three",
+        "what other cuts of the teacher would cost:",
+        f"   {proposal.commands[0].line.partition(' --config ')[0]} --plan --config {extract} "
+        f"--plan.trainer {train}",
+    ]
     return "\n".join(escaped(line) for line in lines)
 
 
