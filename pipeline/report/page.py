@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ from schemas.report import Attention, ReportConfig
 
 if TYPE_CHECKING:
     from pipeline.report.plots import Plot
+
+logger = logging.getLogger(__name__)
 
 MAX_LABEL = 64
 MAX_COLUMNS = 8
@@ -188,7 +191,9 @@ def write_report(config: ReportConfig) -> tuple[Report, int]:
         if count > 1:
             raise UserError(f"RUN '{redact(run)}' is named {count} times")
     filesystem, path = open_url(absolute_url(config.html), what="--html")
-    report = Report([read_run(run) for run in config.runs], attention=config.attention)
+    records = [read_run(run) for run in config.runs]
+    logger.info("drawing the page of %d runs", len(records))
+    report = Report(records, attention=config.attention)
     data = report.html().encode()
     write_atomic(filesystem, path, data)
     return report, len(data)
