@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--recipe {recipe} is for --task class; --task text has HASTE only")
         recipe = TEXT
     config = _run_config(recipe)
+    logger.info("the demo takes about 4 minutes on two idle cores")
     # Ray and torch take seconds to import
     from jobs.train_haste import train_run
     from pipeline.distributed.ray_cluster import ray_cluster

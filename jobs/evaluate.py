@@ -8,6 +8,8 @@ python jobs/evaluate.py --reference STORE --save-reference reference.npz
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from schemas.evaluate import EvaluateConfig, Evaluation
+
+logger = logging.getLogger("jobs.evaluate")
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +34,7 @@ def main(argv: list[str]) -> int:
     from pipeline.evaluate.options import check_options
 
     check_options(config)
+    logger.info("opening the images and the networks")
     from pipeline.evaluate.evaluator import evaluate  # torch takes seconds to import
     from pipeline.precision import choose_device
     from pipeline.storage.files import redact
@@ -39,6 +44,12 @@ def main(argv: list[str]) -> int:
         print(evaluation.model_dump_json() if config.as_json else _table(evaluation))
     elif config.as_json:
         print(json.dumps({"save_reference": redact(str(config.save_reference))}))
+    if evaluation is None:
+        reference = shlex.quote(redact(str(config.save_reference)))
+        logger.info("next: the same with --samples FILE_OR_FOLDER --reference %s", reference)
+    elif config.record is not None:
+        run = shlex.quote(redact(config.record))
+        logger.info("next: python -m pipeline.report %s --html report.html", run)
     return 0
 
 

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     from pipeline.sampling.options import check_options
 
     check_options(config)
+    logger.info("drawing from '%s'", redact(str(config.checkpoint)))
     with redirect_stdout(sys.stderr):  # Ray's workers and other libraries may print
         summary: Any
         if config.num is None:

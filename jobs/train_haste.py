@@ -94,6 +94,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
 
     config = for_workers(config)
     store = Store.open(config.store)
+    logger.info("run '%s' on %s", config.name, store.shown_url)
     run = RunFolder(config)
     _, summary = _resolve(config, run, store)
     if not summary:

@@ -8,6 +8,7 @@ trained apart. The same command continues an interrupted experiment.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from jobs.experiments.options import MatrixConfig, check_options
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 
+logger = logging.getLogger("jobs.experiments")
+
 
 def main(argv: list[str]) -> int:
     config = parse_options(
@@ -28,10 +31,13 @@ def main(argv: list[str]) -> int:
         about="Compare recipes on one data set. Begin with --config jobs/experiments/digits.yaml.",
     )
     check_options(config)
+    logger.info("experiment in '%s'", config.output)
     from jobs.experiments.experiment import run_matrix  # torch takes seconds to import
 
     table, failed = run_matrix(config)
     print(table)
+    if not failed:
+        logger.info("next: python jobs/experiments/page.py --help (a page of the results)")
     return 1 if failed else 0
 
 

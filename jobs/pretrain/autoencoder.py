@@ -5,6 +5,8 @@ python jobs/pretrain/autoencoder.py [--steps N] [--out DIRECTORY]
 
 from __future__ import annotations
 
+import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +21,8 @@ from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.pretrain.options import AutoencoderConfig
+
+logger = logging.getLogger("jobs.pretrain")
 
 
 class CommandOptions(AutoencoderConfig):
@@ -39,6 +43,7 @@ def main(argv: list[str]) -> int:
         command="python jobs/pretrain/autoencoder.py",
         about="Train the demo's autoencoder on scikit-learn's digits.",
     )
+    logger.info("training of the autoencoder, %d steps", config.steps)
     # torch and diffusers take seconds to import
     import torch
 
@@ -53,6 +58,9 @@ def main(argv: list[str]) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, saved to {path}")
     print(report.model_dump_json(indent=2))
+    logger.info(
+        "next: python -m pipeline.extract --dataset demo --autoencoder %s", shlex.quote(str(path))
+    )
     return 0
 
 

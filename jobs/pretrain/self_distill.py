@@ -5,6 +5,8 @@ python jobs/pretrain/self_distill.py [--steps N] [--out FILE]
 
 from __future__ import annotations
 
+import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +21,8 @@ from pipeline.assets import DEMO_TEACHER
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
 from pipeline.pretrain.options import SelfDistillConfig
+
+logger = logging.getLogger("jobs.pretrain")
 
 
 class CommandOptions(SelfDistillConfig):
@@ -37,6 +41,7 @@ def main(argv: list[str]) -> int:
         command="python jobs/pretrain/self_distill.py",
         about="Self-distil the demo's teacher on scikit-learn's digits.",
     )
+    logger.info("self-distillation, %d steps", config.steps)
     # torch and timm take seconds to import
     import torch
 
@@ -54,6 +59,10 @@ def main(argv: list[str]) -> int:
     print(f"{parameters:,} parameters, saved to {path}")
     for name, value in knn.items():
         print(f"k-NN accuracy, {name}: {value:.4f}")
+    logger.info(
+        "next: python -m pipeline.extract --dataset demo --teacher.weights %s",
+        shlex.quote(str(path)),
+    )
     return 0
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from pipeline.cli.interrupts import answered_interrupts
 from pipeline.cli.log_setup import LEVELS, set_up_logging
 from schemas.errors import StoppedError, UserError, plain_text
 
@@ -13,13 +14,15 @@ from schemas.errors import StoppedError, UserError, plain_text
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Run ``main(argv)`` as a command: a ``UserError`` is one line on stderr and exit code 2,
     a ``StoppedError`` one line and its own code. A closed stdout pipe (``head``) is not an error.
+    Ctrl-C is answered at once, and is exit code 130.
 
     The option ``--log-level`` is the same for every command: it is taken out of ``argv`` here.
     """
     try:
         level, argv = _split_log_level(sys.argv[1:])
         set_up_logging(level)
-        code = main(argv)
+        with answered_interrupts():
+            code = main(argv)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {plain_text(str(error))}", file=sys.stderr)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakSet
 
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
+QUIET_SECONDS = 1.5
+"""Seconds without output that need no explanation."""
 LINE_SECONDS = 60.0
 """Seconds between two lines where stderr is no terminal."""
 COUNT = "{{desc}}: {{n_fmt}}/{{total_fmt}}{unit} ({{percentage:.0f}}%)"
@@ -45,6 +53,18 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
             self.refresh()
             self.disable = True
             self._decr_instances(self)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def saying(text: str) -> Iterator[None]:
+    """Log ``text`` where the work in the context takes more than ``QUIET_SECONDS``."""
+    timer = threading.Timer(QUIET_SECONDS, logger.info, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm[Any]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 import sys
 
 from pipeline.cli.command import run_command
 from pipeline.cli.options import parse_options
+from pipeline.storage.redaction import redact
 from schemas.convert import ConvertConfig
+
+logger = logging.getLogger("pipeline.convert")
 
 ABOUT = """\
 Re-encode a complete store to another format, a coarser codec or a later cut of the teacher. Only
@@ -28,6 +33,7 @@ def main(argv: list[str]) -> int:
     from pipeline.convert.request import open_source
 
     open_source(config)  # a missing store is reported before torch is imported, for seconds
+    logger.info("conversion to '%s'", redact(str(config.target)))
     from pipeline.convert.job import convert
 
     done = convert(config)
@@ -39,6 +45,7 @@ def main(argv: list[str]) -> int:
         f"{done.bytes_before:.0f} bytes per image before, {done.bytes_after:.0f} after"
     )
     sys.stdout.flush()
+    logger.info("next: python -m pipeline.inspect %s --verify", shlex.quote(store.shown_url))
     return 0
 
 

@@ -10,6 +10,8 @@ import torch
 
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.autoencoders.autoencoder import KINDS
+from pipeline.pretrain.kl_autoencoder import create_autoencoder
+from pipeline.pretrain.options import AutoencoderConfig
 from pipeline.teachers.vit import create_meta_vit
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -69,7 +71,7 @@ def build_meta_models(config: ExtractConfig) -> MetaModels:
             f"--layers asks for layer {max(config.layers)}; teacher '{config.teacher.model}' has "
             f"{shape.depth} layers, 0 to {shape.depth - 1}"
         )
-    autoencoder, notes = _meta_autoencoder(config.autoencoder)
+    autoencoder, notes = _meta_autoencoder(config)
     geometry = Geometry(
         prefix=vit.num_prefix_tokens,
         grid=tuple(vit.patch_embed.grid_size),
@@ -99,12 +101,19 @@ def encode(autoencoder: Any, pixels_B3RR: torch.Tensor) -> torch.Tensor:
     return encoded.latent_dist.mean if latents is None else latents
 
 
-def _meta_autoencoder(name: str) -> tuple[Any, tuple[str, ...]]:
+def _meta_autoencoder(options: ExtractConfig) -> tuple[Any, tuple[str, ...]]:
+    name, pretrain = options.autoencoder, options.pretrain
     source = str(DEMO_AUTOENCODER) if name == "demo" else name
     notes: tuple[str, ...] = ()
     try:
         config = diffusers.AutoencoderKL.load_config(source, local_files_only=True)
     except (OSError, ValueError):
+        if pretrain is not None and pretrain.autoencoder_steps:
+            with torch.device("meta"):
+                model = create_autoencoder(
+                    AutoencoderConfig(widths=pretrain.widths), options.resolution
+                )
+            return model, (f"autoencoder '{name}' is trained first, which is not counted here",)
         config = {"_class_name": "AutoencoderKL", **STABLE_DIFFUSION}
         if not name.startswith("stabilityai/sd-vae-"):
             notes = (f"autoencoder '{name}' is not on this machine: Stable Diffusion's is assumed",)

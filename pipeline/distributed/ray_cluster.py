@@ -25,6 +25,8 @@ TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 REFUSED = ("InvalidAuthToken", "Unauthenticated", "UNAUTHENTICATED", "authentication token")
 """Words of messages of a cluster that refuses a token."""
 
+logger = logging.getLogger(__name__)
+
 _token = secrets.token_hex(32)
 """Token of this process's own clusters; one for all, because Ray caches it."""
 
@@ -50,6 +52,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         if address == "local":
             stack.enter_context(_own_token())
+        logger.info("starting Ray" if address == "local" else "connecting to Ray's cluster")
         try:
             # because the dashboard would cost a quarter of the start's CPU time and 1 GB
             local = {"include_dashboard": False} if address == "local" else {}

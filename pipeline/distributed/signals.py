@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType
 from typing import Any
+
+from pipeline.cli.interrupts import CONTINUES, Answers, write_stderr
 
 
 class StopRequest(IntEnum):
@@ -35,7 +36,7 @@ class StopSignals:
     A second Ctrl-C interrupts at once. Signals are received in the main thread only.
     """
 
-    def __init__(self, promise: str | None = "stopping after a checkpoint") -> None:
+    def __init__(self, promise: str = "stopping after a checkpoint") -> None:
         """``promise`` is written to stderr at the first signal: what will happen next."""
         self.promise = promise
         self.received: signal.Signals | None = None
@@ -45,11 +46,14 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._receive)
+            Answers.text = self.promise
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            Answers.text = CONTINUES
 
     def __call__(self) -> StopRequest:
         return StopRequest.GO_ON if self.received is None else StopRequest.STOP
@@ -62,7 +66,7 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
-            if self.promise is not None:
-                # not print(), which the signal may have interrupted
-                os.write(2, f"{self.received.name}: {self.promise}\n".encode())
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+            if not Answers.by_thread:
+                write_stderr(f"{self.received.name}: {self.promise}")
+        if not Answers.by_thread:  # the thread ends the process at a second Ctrl-C
+            signal.signal(signal.SIGINT, self._before[signal.SIGINT])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from pipeline.cli.progress import progress_bar
+from pipeline.cli.progress import progress_bar, saying
 from pipeline.datasets import Listing, list_images
 from pipeline.datasets.listing import describe_image
 from pipeline.datasets.listing_check import short_name
@@ -82,7 +82,9 @@ def extract(config: ExtractConfig) -> ExtractionSummary:
         folders=["autoencoder", "text.encoder", "text.tokenizer"],
         weights=["teacher.weights", "text.weights"],
     )
-    listing = list_images(config, _stored_names(config, existing))
+    with saying("listing the images"):
+        listing = list_images(config, _stored_names(config, existing))
+    logger.info("%s images", f"{len(listing.items):,}")
     config = with_captions(config, listing)
     name = stream_name(config)
     if existing is not None:

@@ -52,14 +52,16 @@ def main(argv: list[str]) -> int:
     if config.verify:
         return _verify(store, config)
     if config.check:
+        logger.info("comparing configs with the store")
         return _check(store, config)
     if config.gc:
         return _remove_orphans(store, config)
     summary = summarise(store)
     captions: list[str] = []
     broken = False
+    if (config.png or config.fidelity) is not None:  # these import torch, slowly
+        logger.info("opening %s", store.shown_url)
     if config.sample is not None and config.png is not None:
-        # imports torch, slowly
         from pipeline.visualization.store_sample import draw_sample, find_sample, read_captions
 
         draw_sample(store, config.sample, Path(config.png).expanduser(), config.stream)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pipeline.checkpoints.store_identity import choose_class_stream, with_text
 from pipeline.cli.config_files import read_yaml
+from pipeline.cli.progress import progress_bar
 from pipeline.inspect.codec_check import coarse_codec
 from pipeline.inspect.suggest_extraction import suggest_extraction
 from pipeline.runs.compatibility import (
@@ -60,7 +61,8 @@ def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
         reason = f"{missing}: run its extraction again"
         return [Answer(file, False, reason) for file in files]
     incomplete = {name for name in store.added_streams if store.missing_shards(name)}
-    return [_answer(store, file, incomplete) for file in files]
+    asked = progress_bar(files, unit="config", desc="check") if len(files) > 1 else files
+    return [_answer(store, file, incomplete) for file in asked]
 
 
 def config_files(named: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.alignment.aligned_student import AlignedStudent
 from pipeline.alignment.losses import Targets
+from pipeline.cli.progress import progress_bar
 from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.inspect.source_images import SourceImages
 from pipeline.inspect.summary import StoreSummary
@@ -199,7 +200,8 @@ def measure_fidelity(
     found.calibration = info.calibration if run is None else None
     measured: Collection[str] = set(found.calibration.keys) if found.calibration else ()
     shards, rows, found.others = spread(store, count, measured)
-    for start in range(0, len(shards), CHUNK):
+    starts = range(0, len(shards), CHUNK)
+    for start in progress_bar(starts, unit="batch", desc=f"fidelity of {name}"):
         where = shards[start : start + CHUNK], rows[start : start + CHUNK]
         crops = torch.from_numpy(source_images(where[0].tolist(), where[1].tolist()))
         exact = exact_source({"crop": crops.to(device)})

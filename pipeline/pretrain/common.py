@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.cli.progress import progress_bar
 from pipeline.train.device_transfer import DevicePrefetcher
 from schemas.errors import NonFiniteError
 from schemas.extract import IMAGENET_MEAN, IMAGENET_STD
@@ -69,7 +69,7 @@ class Updater:
         or tensors without one. ``clip``: largest norm of the gradient."""
         self.optimizer = torch.optim.AdamW(parameters, betas=betas, weight_decay=0.0)
         self.name, self.schedule, self.clip = name, schedule, clip
-        self._start = time.perf_counter()
+        self._bar = progress_bar(total=schedule.steps, unit="step", desc=name)
 
     def update(self, step: int, loss: Tensor) -> None:
         """One step down the gradient of ``loss``; logs every ``LOG_EVERY``-th loss and the last.
@@ -85,14 +85,17 @@ class Updater:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.clip)
         self.optimizer.step()
+        self._bar.update()
         if step % LOG_EVERY == 0 or step == steps - 1:
-            value, seconds = loss.item(), time.perf_counter() - self._start
+            value = loss.item()
             if not math.isfinite(value):
                 raise NonFiniteError(
                     f"the {self.name}'s loss is not finite at step {step} (first at one of the "
                     f"last {LOG_EVERY} steps): give a lower learning rate"
                 )
-            logger.info("%s: step %5d  loss %.4f  %.0f s", self.name, step, value, seconds)
+            logger.info("%s: step %5d  loss %.4f", self.name, step, value)
+        if step == steps - 1:
+            self._bar.close()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

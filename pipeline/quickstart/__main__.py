@@ -7,13 +7,13 @@ import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.command import run_command
+from pipeline.cli.interrupts import HANDED_ON, handing_on
 from pipeline.cli.options import parse_options
 from pipeline.storage.redaction import redact
 from schemas.errors import StoppedError, UserError
@@ -136,7 +136,13 @@ def _page(survey: Survey, machine: str, proposal: Proposal, files: list[Path]) -
             f"   {command.line}",
         ]
     total = sum(command.seconds for command in proposal.commands)
-    lines.append(f"in all about {describe_hours(total / 3600)}; --run runs the three")
+    extract, train = (shlex.quote(str(file)) for file in files)
+    lines += [
+        f"in all about {describe_hours(total / 3600)}; --run runs the three",
+        "what other cuts of the teacher would cost:",
+        f"   {proposal.commands[0].line.partition(' --config ')[0]} --plan --config {extract} "
+        f"--plan.trainer {train}",
+    ]
     return "\n".join(escaped(line) for line in lines)
 
 
@@ -144,15 +150,17 @@ def _run(name: str, line: str) -> None:
     """Run one of the commands; its results go to stderr, because stdout has the proposal. Raises
     ``StoppedError`` with its exit code where it fails."""
     logger.info("%s: %s", name, line)
-    with subprocess.Popen(shlex.split(line), stdout=sys.stderr) as process:
-        # a signal to this process alone is handed on; Ctrl-C in a terminal is sent to both
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # the command saves its state and ends
-            code = process.wait() or 130
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    # of its own group, so that it receives each signal once, from here, and answers it itself
+    with (
+        subprocess.Popen(shlex.split(line), stdout=sys.stderr, process_group=0) as process,
+        handing_on(process.send_signal),
+    ):
+        code = process.wait()
+    stopped = -code if code < 0 else code - 128
+    if stopped in HANDED_ON:
+        raise StoppedError(
+            f"the {name} command was stopped; run the same command again to continue", 128 + stopped
+        )
     if code:
         raise StoppedError(
             f"the {name} command failed (exit code {code}); run the same command again to continue",

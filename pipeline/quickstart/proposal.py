@@ -347,7 +347,8 @@ class _Chooser:
             f"once. {survey.files:,} files, {len(survey.bad):,} bad ones among the "
             f"{survey.examined:,} that were examined; {len(survey.with_images):,} classes; sizes "
             f"{sides}; {'grey' if survey.grey else 'colour'}. Run it: python -m pipeline.extract "
-            "--config THIS_FILE"
+            "--config THIS_FILE; costs of this and other cuts: python -m pipeline.extract --plan "
+            "--config THIS_FILE --plan.trainer train.yaml"
         )
         made.set("dataset", layout.dataset, layout.reasons["dataset"])
         made.set("source", layout.source, layout.reasons["source"])

@@ -23,7 +23,7 @@ MAX_PIXELS = 64 << 20
 MAX_SIDE = 1400
 """Pixels of a picture in the page; larger ones are scaled down."""
 MAX_CAPTIONS = 100
-"""Captions of a picture that are written below it."""
+"""Captions, or names of rows, of a picture that are written below it."""
 MAX_PNG_BYTES = 160_000
 """Larger ones become JPEG."""
 
@@ -53,6 +53,8 @@ class Figure(NamedTuple):
     missing: str | None = None
     captions: Sequence[str] = ()
     """Different captions of the picture, in the order of its rows."""
+    rows: Sequence[str] = ()
+    """Names of the picture's rows, which are classes."""
 
 
 class Gallery(NamedTuple):
@@ -124,12 +126,12 @@ def small_picture(data: bytes) -> tuple[bytes, str]:
     return file.getvalue(), "image/jpeg"
 
 
-def read_captions(data: bytes) -> list[str]:
-    """The captions that a PNG file of samples holds, each once, shortened; empty where it holds
-    none."""
+def read_captions(data: bytes, key: str = "captions") -> list[str]:
+    """The captions, or with the key ``rows`` the names of rows, that a PNG file of samples holds,
+    each once, shortened; empty where it holds none."""
     with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
         picture.load()  # texts may follow the pixels
-        text = picture.info.get("captions")
+        text = picture.info.get(key)
     try:
         captions = json.loads(text) if isinstance(text, str) else []
     except (ValueError, RecursionError):
@@ -147,7 +149,8 @@ def _figure(source: Source, step: int, warnings: list[str]) -> Figure:
     try:
         data = source.load(step)
         image = data_uri(*small_picture(data))
-        return figure._replace(image=image, captions=read_captions(data))
+        captions, rows = read_captions(data), read_captions(data, "rows")
+        return figure._replace(image=image, captions=captions, rows=rows)
     except (BadPictureError, UserError, OSError) as error:
         warnings.append(f"{source.label}: the picture of step {step:,} {redact(str(error))}")
         return figure._replace(missing="cannot be shown")

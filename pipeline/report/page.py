@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from schemas.report import Attention, ReportConfig
 
 if TYPE_CHECKING:
     from pipeline.report.plots import Plot
+
+logger = logging.getLogger(__name__)
 
 MAX_LABEL = 64
 MAX_COLUMNS = 8
@@ -215,6 +218,7 @@ def write_report(
             raise UserError(f"RUN '{redact(run)}' is named {count} times")
     filesystem, path = open_url(absolute_url(config.html), what="--html")
     records = [read_run(run) for run in config.runs]
+    logger.info("drawing the page of %d runs", len(records))
     report = Report(records, attention=config.attention, introduction=introduction)
     data = report.html().encode()
     write_atomic(filesystem, path, data)

@@ -6,11 +6,13 @@ import json
 import logging
 import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.cli.progress import LINE_SECONDS
 from pipeline.runs.directory import METRICS, WANDB_ID
 from pipeline.storage.redaction import redacted_config
 from schemas.errors import UserError
@@ -44,7 +46,8 @@ class MetricsLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS
-        self.total_steps = config.steps
+        self.total_steps, self.global_batch = config.steps, config.global_batch
+        self._logged = start_step, time.monotonic()
         self.rows = _truncate_rows(self.path, rows)
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
@@ -64,6 +67,16 @@ class MetricsLog:
         for observe in OBSERVERS:
             observe(values)
         logger.info("%s", self._line(values))
+        self._logged = step, time.monotonic()
+
+    def note_step(self, step: int) -> None:
+        """Log that the training goes on, at most once in ``LINE_SECONDS`` without a row. Steps of
+        a GPU may be queued and not computed yet."""
+        now = time.monotonic()
+        if now - self._logged[1] >= LINE_SECONDS:
+            rate = (step - self._logged[0]) / (now - self._logged[1])
+            self._logged = step, now
+            logger.info("step %d/%d  %s", step, self.total_steps, self._pace(step, rate))
 
     def close(self) -> None:
         self._file.close()
@@ -82,7 +95,6 @@ class MetricsLog:
                 detail = f"{ema:.4f} averaged weights, {model:.4f} as trained"
             return f"step {row['step']}: {row['event']}" + (f", {detail}" if detail else "")
         rate = row["steps_per_second"]
-        left = (self.total_steps - row["step"]) / rate if rate else 0
         parts = [f"step {row['step']}/{self.total_steps}", f"phase {row['phase']}"]
         parts += [
             f"{name} {row[name]:.4f}"
@@ -90,10 +102,15 @@ class MetricsLog:
             if name in row
         ]
         parts += [f"{row['skipped_steps']} steps skipped"] if row.get("skipped_steps") else []
-        parts += [f"{rate:.2f} steps/s", f"data wait {row['data_wait_share']:.0%}"]
-        return "  ".join(
-            [*parts, f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"]
-        )
+        parts += [f"data wait {row['data_wait_share']:.0%}", self._pace(row["step"], rate)]
+        return "  ".join(parts)
+
+    def _pace(self, step: int, rate: float) -> str:
+        """Rates of ``rate`` steps/s, and the time of the remaining steps."""
+        left = int((self.total_steps - step) / rate) if rate else 0
+        images = f"{rate * self.global_batch:.0f} images/s"
+        eta = f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return f"{rate:.2f} steps/s  {images}  {eta}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.cli.interrupts import CONTINUES
 from pipeline.cli.progress import progress_bar
 from pipeline.distributed.actor_pool import Actors
 from pipeline.distributed.ray_cluster import ray_cluster
@@ -80,7 +81,7 @@ def sample_many(config: SampleConfig) -> SampleSummary:
             return _finish(config, info, prompts, outputs, batches, started, drawn=0)
         # signal handlers come after the connection, because Ray installs its own ones
         stack.enter_context(ray_cluster(config.ray_address))
-        signals = stack.enter_context(StopSignals(promise=None))
+        signals = stack.enter_context(StopSignals(CONTINUES))
 
         def check_signals() -> None:
             if signals.received is not None:

@@ -143,6 +143,8 @@ class TrainingLoop:
             parts.clock.tick(1 if trainer.aligned else 2)
             if trainer.step % config.log_every == 0 or trainer.step == config.steps:
                 self._log_row()
+            elif parts.metrics is not None:
+                parts.metrics.note_step(trainer.step)
             if trainer.step % config.checkpoint.every == 0 or trainer.step == config.steps:
                 self._save()
             self._validate_if_due(resumed=False)

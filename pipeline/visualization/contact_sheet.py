@@ -9,12 +9,15 @@ import torch
 from PIL import Image
 
 from pipeline.autoencoders import decode_means, open_decoder
+from pipeline.cli.progress import progress_bar
 from pipeline.datasets.class_names import row_name
 from pipeline.store import Store, StreamReader
 from pipeline.visualization.image_grid import save_grid
 from schemas.errors import UserError
 
 ROWS, COLUMNS = 10, 8
+BATCH = 8
+"""Images that are decoded at a time."""
 MAX_SHARDS = 64
 """Shards whose labels are read to find images of each class."""
 
@@ -38,8 +41,13 @@ def draw_contact_sheet(store: Store, path: Path) -> int:
     encoder = store.manifest.autoencoder
     try:
         decoder = open_decoder(None, encoder, option=None)
-        parts = torch.from_numpy(means).split(64)
-        images = torch.cat([decode_means(decoder, encoder, part).cpu() for part in parts])
+        parts = torch.from_numpy(means).split(BATCH)
+        with progress_bar(total=len(means), unit="image", desc="decode") as bar:
+            decoded = []
+            for part in parts:
+                decoded.append(decode_means(decoder, encoder, part).cpu())
+                bar.update(len(part))
+        images = torch.cat(decoded)
     except UserError as error:
         raise UserError(f"{store.shown_url}: {error}") from None
     names = [] if one else [row_name(label, table) for label in shown]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from schemas.errors import plain_text
 
-CAPTIONS = "captions"
-"""Key of a PNG file's text."""
+CAPTIONS, ROWS = "captions", "rows"
+"""Keys of a PNG file's texts."""
 CAPTION_SIZE, CAPTION_LINES = 11, 3
 """Font size in pixels of captions, and lines at most."""
 
@@ -30,7 +30,7 @@ def save_grid(
 ) -> None:
     """Write uint8 images row by row on a white background; images of less than 96 pixels are
     enlarged. ``row_names`` are written on the left, the caption of each image below it; a PNG file
-    also holds the captions as its text ``captions``, a list in JSON."""
+    also holds both as its texts ``rows`` and ``captions``, lists in JSON."""
     images = images_B3RR.permute(0, 2, 3, 1).numpy()
     count, height, width, _ = images.shape
     scale = max(1, 96 // height)
@@ -57,12 +57,14 @@ def save_grid(
         centre = margin + gap + i % columns * (width + gap) + width // 2
         place = {"anchor": "ma", "align": "center", "spacing": 2, "font_size": CAPTION_SIZE}
         draw.text((centre, top + 1), text, fill="black", **place)
-    if captions and path.suffix.lower() == ".png":
-        texts_of_file = PngInfo()
-        texts_of_file.add_itxt(CAPTIONS, json.dumps(list(captions)))
-        picture.save(path, pnginfo=texts_of_file)
-    else:
+    if path.suffix.lower() != ".png":
         picture.save(path)
+        return
+    texts_of_file = PngInfo()
+    for key, values in ((CAPTIONS, captions), (ROWS, row_names)):
+        if values:
+            texts_of_file.add_itxt(key, json.dumps(list(values)))
+    picture.save(path, pnginfo=texts_of_file)
 
 
 def wrap_caption(caption: str, width: int) -> str:

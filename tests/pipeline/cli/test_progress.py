@@ -11,7 +11,7 @@ import pytest
 from tqdm import tqdm
 
 from pipeline.cli import progress
-from pipeline.cli.progress import progress_bar
+from pipeline.cli.progress import progress_bar, saying
 
 
 class Terminal(io.StringIO):
@@ -55,3 +55,18 @@ def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress_bar(total=2) as bar:
         assert type(bar) is tqdm
     assert "\r" in terminal.getvalue()
+
+
+def test_long_work_is_named_and_short_work_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.1)
+    with saying("counting sheep"):
+        deadline = time.monotonic() + 20
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 60.0)
+    with saying("counting fish"):
+        pass
+    assert caplog.messages == ["counting sheep"]

@@ -389,7 +389,27 @@ def test_help_needs_no_torch() -> None:
     assert loaded & {"torch", "ray", "timm", "diffusers", "PIL"} == set()
 
 
+def test_the_printed_plan_knows_networks_that_are_not_trained_yet(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last line costs the proposal's own run, whose latents come from the own autoencoder."""
+    from pipeline.extract.__main__ import main as extract
+
+    grey_digits(tmp_path / "g")
+    monkeypatch.setattr("pipeline.quickstart.machine.look_at_machine", lambda work: CPU)
+    monkeypatch.setattr(proposal, "at_hand", lambda *_: "is not in the cache")
+    options = ["--source", str(tmp_path / "g"), "--work", str(tmp_path / "w"), "--hours", "0.01"]
+    assert main(options) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    words = shlex.split(line)
+    assert words[1:4] == ["-m", "pipeline.extract", "--plan"]
+    assert extract([*words[3:], "--json"]) == 0
+    estimate = json.loads(capsys.readouterr().out)
+    assert any("networks/autoencoder' is trained first" in note for note in estimate["notes"])
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders_become_pictures(name: str, tmp_path: Path) -> None:
     """The command with --run, in processes of its own, without network and weights."""

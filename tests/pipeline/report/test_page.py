@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -22,6 +23,7 @@ from pipeline.runs.reader import read_run
 from pipeline.store import Store
 from pipeline.text import MAX_TEXT
 from pipeline.train.local import train_here
+from pipeline.visualization.image_grid import save_grid
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.validation import validate
@@ -246,6 +248,19 @@ def test_captions_stand_below_their_pictures(
     assert len(re.findall("<li>a red bus</li>", page)) == len(shown[:1])
     assert all(f"<li>{caption}" in page for caption in shown)
     assert (f"<summary>{len(shown)} captions</summary>" in page) == bool(shown)
+
+
+def test_names_of_classes_stand_below_their_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a grid is saved, and as a hostile file may have them."""
+    run = make_run(tmp_path / "run")
+    file = run / "samples" / "step-000000100.png"
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    save_grid(images, file, 2, row_names=["0 golden retriever", f"1 {HOSTILE}"])
+    page, found = report(capsys, run)
+    assert found["warnings"] == []
+    assert "<small>rows: 0 golden retriever, 1 &lt;img src=x" in page
 
 
 def test_long_texts_of_a_run_are_shortened(
