@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pipeline.store import Store
-from pipeline.store.codecs import coarser_than, same_numbers
+from pipeline.store.codecs import coarser_than, codec_family, same_numbers
 from pipeline.targets.cuts import codec_set_of, cut_columns
 from pipeline.targets.tail import first_tail_block
 from schemas.convert import ConvertConfig
@@ -162,12 +162,17 @@ def _plan_teacher(
         return replace(plan, after=after.model_copy(update={"calibration": None}))
     for column, now in columns.items():
         was = stream.columns.get(column)
-        if was is not None and coarser_than(was.codec, now.codec):
+        if was is None or now.codec == was.codec:
+            continue
+        levels = _kept_levels(was, stream, teacher.layers)
+        stored = f"{codec_family(was.codec)}{min(levels)}" if levels else was.codec
+        if coarser_than(stored, now.codec):
             option = f"--codec {config.codec}"
             if column in config.column_codecs:
                 option = f"--column-codecs.{column} {now.codec}"
             raise UserError(
-                f"{option}: {where} keeps its {column} in {was.codec}; {now.codec} would be larger "
+                f"{option}: {where} keeps its {column} in {stored}"
+                f"{' in a layer' if levels else ''}; {now.codec} would be larger "
                 f"and no more faithful: choose a coarser codec, or {_extract(store, cut)}"
             )
     return plan
@@ -231,11 +236,16 @@ def _columns(
     )
     for name, was in stream.columns.items():  # a column that keeps its codec keeps its bytes
         if name in columns and columns[name].codec == was.codec:
-            levels = dict(zip(stream.teacher.layers, was.levels, strict=False))
-            kept = {"levels": tuple(levels[layer] for layer in teacher.layers if layer in levels)}
+            kept = {"levels": _kept_levels(was, stream, teacher.layers)}
             lossless = {"lossless": was.lossless} if compress is None else {}
             columns[name] = columns[name].model_copy(update={**kept, **lossless})
     return columns
+
+
+def _kept_levels(column: Column, stream: TeacherStream, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Levels of these layers of a stream's column, where layers have levels of their own."""
+    levels = dict(zip(stream.teacher.layers, column.levels, strict=False))
+    return tuple(levels[layer] for layer in layers if layer in levels)
 
 
 def _calibration(

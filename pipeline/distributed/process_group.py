@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -67,6 +68,18 @@ class ProcessGroup:
         table[self.rank] = values.to(self.device, torch.float64)
         rows: list[list[float]] = self.sum(table).tolist()
         return rows
+
+    def concatenate(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (n, K), int64, of all workers, whose numbers n may differ, by rank."""
+        if self.world_size == 1:
+            return rows
+        counts = [int(count) for (count,) in self.gather(torch.tensor([len(rows)]))]
+        own = torch.zeros(max(counts), rows.shape[1], dtype=torch.int64, device=self.device)
+        own[: len(rows)] = torch.from_numpy(rows)
+        parts = [torch.empty_like(own) for _ in counts]
+        dist.all_gather(parts, own)
+        kept = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.cat(kept).cpu().numpy()
 
     def scatter_saved(self, rows: list[list[float]]) -> list[float]:
         """This rank's part of saved rows of ``gather``, so that sums over the ranks are unchanged:

@@ -134,7 +134,7 @@ def build_run(
     shards = store.index().samples_per_shard
     held_out = None
     if config.data.holdout:
-        held_out = ranked_samples(store, config.data.holdout)
+        held_out = ranked_samples(store, config.data.holdout, group)
         if len(held_out.ranks) == sum(shards):
             raise UserError(
                 f"data.holdout {config.data.holdout:g} leaves none of the {sum(shards)} samples of "

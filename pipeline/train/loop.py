@@ -300,10 +300,12 @@ class TrainingLoop:
         return names
 
     def _bytes_now(self) -> dict[str, int]:
-        """Bytes that this process has read, per open stream."""
+        """Bytes of samples that this process has read, per open stream."""
         counts = self.parts.loader.bytes_read
-        for name, count in self.parts.probe.bytes_read.items():
-            counts[name] += count
+        loss = self.parts.validation_loss
+        for other in (self.parts.probe.bytes_read, {} if loss is None else loss.bytes_read):
+            for name, count in other.items():
+                counts[name] += count
         return counts
 
     def _save(self) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from pipeline.store.store import Store
+from schemas.errors import UserError
 
 THREADS = 16
 """Commit records that are read at the same time."""
@@ -43,20 +44,56 @@ def key_rank(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
-def ranked_samples(store: Store, fraction: float = 1.0) -> RankedSamples:
-    """The samples whose rank is below ``fraction`` of 2^64; reads all commit records. Raises
-    ``UserError`` where one is missing or damaged."""
+class Workers(Protocol):
+    """The workers of a run: see ``ProcessGroup``."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def concatenate(self, rows: np.ndarray) -> np.ndarray: ...
+
+    def sum_counts(self, counts: dict[str, int]) -> dict[str, int]: ...
+
+
+def ranked_samples(
+    store: Store, fraction: float = 1.0, workers: Workers | None = None
+) -> RankedSamples:
+    """The samples whose rank is below ``fraction`` of 2^64. All commit records are read, by each of
+    the ``workers``, which all call this, an equal part. Raises ``UserError`` where one is missing
+    or damaged."""
+    shards = range(store.manifest.num_shards)
+    if workers is None or workers.world_size == 1:
+        return _sorted(_find(store, shards, fraction))
+    failed, own = 0, np.empty((0, 3), np.int64)
+    try:
+        own = _find(store, shards[workers.rank :: workers.world_size], fraction)
+    except UserError:
+        failed = 1
+    if workers.sum_counts({"failed": failed})["failed"]:
+        return ranked_samples(store, fraction)  # so that each worker raises the same error
+    return _sorted(workers.concatenate(own))
+
+
+def _find(store: Store, shards: range, fraction: float) -> np.ndarray:
+    """Rank, whose 64 bits are taken as a signed number, shard and row: int64 (n, 3)."""
     limit = int(fraction * 2**64)
 
-    def find(shard: int) -> list[tuple[int, int, int]]:
-        ranks = map(key_rank, store.record(shard).keys)
-        return [(rank, shard, row) for row, rank in enumerate(ranks) if rank < limit]
+    def find(shard: int) -> np.ndarray:
+        keys = store.record(shard).keys
+        found = [(rank, row) for row, key in enumerate(keys) if (rank := key_rank(key)) < limit]
+        out = np.full((len(found), 3), shard, np.int64)
+        out[:, 0] = np.array([rank for rank, _ in found], np.uint64).view(np.int64)
+        out[:, 2] = [row for _, row in found]
+        return out
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="holdout") as pool:
-        found = sorted(
-            sample for some in pool.map(find, range(store.manifest.num_shards)) for sample in some
-        )
-    ranks, shards, rows = zip(*found, strict=True) if found else ((), (), ())
-    return RankedSamples(
-        np.array(ranks, np.uint64), np.array(shards, np.int64), np.array(rows, np.int64)
-    )
+        return np.concatenate([np.empty((0, 3), np.int64), *pool.map(find, shards)])
+
+
+def _sorted(found: np.ndarray) -> RankedSamples:
+    ranks, shards, rows = found[:, 0].view(np.uint64), found[:, 1], found[:, 2]
+    order = np.lexsort((rows, shards, ranks))
+    return RankedSamples(ranks[order], shards[order], rows[order])

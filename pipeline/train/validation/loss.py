@@ -55,7 +55,7 @@ class ValidationLoss:
             samples = held_out
         else:
             store = self._open_other(options.store, store)
-            samples = ranked_samples(store)
+            samples = ranked_samples(store, workers=trainer.group)
         if not len(samples.ranks):
             part = f"data.holdout {trainer.config.data.holdout:g}"
             raise UserError(
@@ -64,6 +64,8 @@ class ValidationLoss:
             )
         self.store = store
         self.samples = samples.first(options.samples)
+        self.bytes_read: dict[str, int] = {}
+        """Of each stream of the run's store; those of another store are not counted."""
         self._batches: list[tuple[range, Batch, SampleNoise]] | None = None
 
     def due(self, step: int) -> bool:
@@ -152,7 +154,9 @@ class ValidationLoss:
             if len(places):
                 span = range(batch.first, batch.first + len(places))
                 yield span, Batch(0, positions, columns), draws
-        reader.close()
+        read = reader.close()
+        if self.options.store is None:
+            self.bytes_read.update(read)
 
     def _readable(
         self, reader: SampleReader, places: np.ndarray

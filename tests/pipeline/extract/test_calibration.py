@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.cli.config_files import merge
 from pipeline.cli.options import parse_options
 from pipeline.convert import convert
+from pipeline.convert.streams import plan_streams
 from pipeline.cost_estimate.estimate import _calibration_notes
 from pipeline.datasets import Listing, list_images
 from pipeline.extract.calibration import MARGIN, next_levels
@@ -439,6 +440,35 @@ def test_a_conversion_keeps_the_steps(stores: Callable[[str], Store], tmp_path: 
     assert (maps.calibration, maps.columns["attention"].codec) == (None, "cbrt8")
     small = converted("e", codec="small")
     assert (small.calibration, small.columns["query"].levels) == (None, ())
+
+
+def test_a_layer_is_not_stored_finer_than_it_is_kept(
+    stores: Callable[[str], Store], tmp_path: Path
+) -> None:
+    """Not even where the finest layer of its column is: the largest levels name the codec."""
+    store = stores("qk")
+    name, stream = store.manifest.teacher_stream()
+    query = stream.columns["query"].model_copy(
+        update={"codec": "heads30", "levels": (10, 30, 5, 20)}
+    )
+    stream = stream.model_copy(update={"columns": {**stream.columns, "query": query}})
+    streams = {**store.manifest.streams, name: stream}
+    store = Store(store.url, store.manifest.model_copy(update={"streams": streams}))
+
+    def plan(codec: str, **more: Any) -> Any:
+        columns = {"query": codec}
+        config = ConvertConfig(
+            source=store.url, column_codecs=columns, target=str(tmp_path / "target"), **more
+        )
+        (found,) = (plan for plan in plan_streams(config, store) if plan.source == name)
+        return found.after.columns["query"]
+
+    assert plan("heads5").levels == ()
+    assert plan("heads30").levels == (10, 30, 5, 20)
+    assert plan("heads10", layers=(2, 3, 5)).levels == ()
+    for codec, layers in (("heads6", (2, 3, 4, 5)), ("heads11", (2, 3)), ("heads29", (3, 4))):
+        with pytest.raises(UserError, match=r"keeps its query in heads(5|10) in a layer; heads"):
+            plan(codec, layers=layers)
 
 
 def parsed(*argv: str) -> CodecOptions:

@@ -85,6 +85,33 @@ def test_the_loss_is_that_of_the_formula(run_config: Make, tmp_path: Path) -> No
         assert row[f"validation_{kind}"] == pytest.approx(np.mean(by_time), rel=1e-5)
 
 
+def test_the_bytes_that_it_reads_are_counted(run_config: Make, tmp_path: Path) -> None:
+    """Of samples of the run's store, once; those of another store are not."""
+    other = make_random_store(tmp_path / "other", samples=9)
+    manifest = Path(other.root, "manifest.json")
+    manifest.write_text(manifest.read_text().replace("0" * 64, "9" * 64))
+    changes: dict[str, dict[str, Any]] = {
+        "none": {},
+        "other": {"validation": {**ON["validation"], "store": other.url}},
+        "off": {"data": ON["data"]},
+        "on": ON,
+    }
+    read = {}
+    for name, options in changes.items():
+        train_here(run_config(**options, steps=4), tmp_path / name)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())["bytes_read"]
+        read[name] = {stream: sum(counts.values()) for stream, counts in summary.items()}
+    store = Store.open(str(run_config().store))
+    held_out = ranked_samples(store, ON["data"]["holdout"])
+    expected = 0
+    for shard, row in zip(held_out.shards.tolist(), held_out.rows.tolist(), strict=True):
+        (file,) = store.record(shard).streams["latents"]
+        expected += sum(sizes[row] for sizes in file.sizes.values())
+    assert read["on"]["latents"] - read["off"]["latents"] == expected
+    assert read["on"]["maps"] == read["off"]["maps"]
+    assert read["other"] == read["none"]
+
+
 @pytest.mark.parametrize(
     ("changes", "class_token"),
     [
@@ -144,6 +171,53 @@ def test_ranks_do_not_depend_on_shards(tmp_path: Path) -> None:
         found.append([store.record(shard).keys[row] for shard, row in places])
         assert set(ranked_samples(store, 0.2).ranks) < set(part.ranks)
     assert found[0] == found[1] != []
+
+
+class Part:
+    """One of two workers; ``other`` are the rows of the other one."""
+
+    world_size = 2
+
+    def __init__(self, rank: int, other: np.ndarray | None = None, failed: int = 0) -> None:
+        self.rank, self.other, self.failed = rank, other, failed
+
+    def concatenate(self, rows: np.ndarray) -> np.ndarray:
+        self.own = rows
+        return rows if self.other is None else np.concatenate([rows, self.other])
+
+    def sum_counts(self, counts: dict[str, int]) -> dict[str, int]:
+        return {"failed": counts["failed"] + self.failed}
+
+
+def test_each_worker_reads_its_part_of_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_random_store(tmp_path / "store", shard_size=3)
+    read: list[int] = []
+    record = Store.record
+
+    def count(self: Store, shard: int, *args: Any) -> Any:
+        read.append(shard)
+        return record(self, shard, *args)
+
+    monkeypatch.setattr(Store, "record", count)
+    alone = ranked_samples(store, 0.6)
+    assert sorted(read) == list(range(8))
+    parts = [Part(rank) for rank in (0, 1)]
+    for part in parts:
+        read.clear()
+        ranked_samples(store, 0.6, part)
+        assert sorted(read) == list(range(part.rank, 8, 2))
+    together = ranked_samples(store, 0.6, Part(0, other=parts[1].own))
+    assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert together.ranks.dtype == np.uint64
+    read.clear()
+    ranked_samples(store, 0.6, Part(1, failed=1))  # the other worker could not read a record
+    assert set(read) == set(range(8))
+    Path(store.root, "commits", "shard-000003.json").write_text("{")
+    for part in (Part(1), Part(0, failed=1)):  # both say which
+        with pytest.raises(UserError, match="shard-000003"):
+            ranked_samples(Store.open(store.url), 0.6, part)
 
 
 def _worker(rank: int, world: int, values: dict[str, Any], folder: str) -> None:
