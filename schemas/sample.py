@@ -22,7 +22,7 @@ from schemas.fields import (
     format_layers,
     text_or_digest,
 )
-from schemas.student import ModelName
+from schemas.student import StudentName
 
 Positive = Annotated[int, Field(ge=1)]
 Labels = Literal["random", "balanced"]
@@ -92,8 +92,8 @@ class SampleConfig(Strict):
     """Folder or URL of a run or of one checkpoint, or a .pt file of the SiT, DiT, REPA or HASTE
     repositories. For a run, the latest checkpoint is used; unfinished images are continued with
     the checkpoint that they were started with."""
-    model: ModelName | None = None
-    """Model in a .pt file, for example SiT-XL/2. Not needed for files of jobs/export.py."""
+    model: StudentName | None = None
+    """Model in a .pt file, such as SiT-XL/2 or MMDiT-24. Not needed for files of jobs/export.py."""
     checkpoint_format: CheckpointFormat | None = None
     """Time of the SiT in a .pt file that does not say it (weights alone): 'sit', data at time 1, as
     in SiT's own repository, or 'repa', data at time 0, as in REPA and HASTE."""

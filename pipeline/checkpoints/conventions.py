@@ -34,8 +34,8 @@ SPELLINGS: dict[str, dict[str, tuple[CheckpointFormat, str]]] = {
 OPTIONS = {"sit": ("loss_weight", "train_eps"), "repa": ("enc_type", "encoder_depth", "proj_coeff")}
 """Other options that only one of the repositories has."""
 UNKNOWN = {
-    "joint_blocks.": "text conditioning (MM-DiT)",
-    "context_embedder.": "text conditioning (MM-DiT)",
+    "joint_blocks.": "text conditioning (MM-DiT, drawn with --model MMDiT-24)",
+    "context_embedder.": "text conditioning (MM-DiT, drawn with --model MMDiT-24)",
     "bn.": "a batch norm of its latents (REPA-E)",
     "feat_rope.": "rotary position embeddings (LightningDiT)",
     "decoder_pos_embed": "a masked decoder (MaskDiT, MDT)",

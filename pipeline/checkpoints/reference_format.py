@@ -192,7 +192,7 @@ def student_from_file(
     parts = _choose_weights(content, path, weights)
     args = args_of(content)
     run = _exported_run(content, path)
-    reads_text = run is not None and run.student.family == "MMDiT"
+    reads_text = (run.student.model if run else model or "").startswith("MMDiT-")
     if not reads_text and (part := unknown_part(parts.student)) is not None:
         raise UserError(f"checkpoint '{path}' cannot be drawn: its student has {part}")
     shown = model or ("file of a student" if run is None else run.student.model)
@@ -242,6 +242,8 @@ def _foreign_student(
     it loads. Raises ``ValueError``, and ``KeyError`` for the name of a missing weight."""
     if model is None:
         raise ValueError("it does not record its architecture: add --model")
+    if model.startswith("MMDiT-"):
+        return _foreign_mmdit(state, model, options)
     _check_named_model(args.get("model"), model)
     own = _without_legacy_names(state)
     config, null_row = student_config(own, model, args, options)
@@ -250,6 +252,32 @@ def _foreign_student(
         raise ValueError("it has no outputs for the variance")
     student = make_student(config, null_row=null_row, qk_norm=_has_qk_norm(own, config, args))
     return student, drop_learned_sigma(own, config)
+
+
+def _foreign_mmdit(
+    state: Mapping[str, Tensor], model: str, options: FileOptions
+) -> tuple[Student, dict[str, Tensor]]:
+    """The same for an MM-DiT of REPA's or HASTE's repository; the null caption, which is in a file
+    of its own there, is zeros until ``complete_student`` of ``pipeline.sampling.prompts``."""
+    if options.num_classes is not None:
+        raise ValueError("--num-classes is for students of classes")
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("joint_blocks.")})
+    size = StudentConfig(model=model).size
+    if (depth, width, patch) != (size.depth, size.width, size.patch_size):
+        raise ValueError(
+            f"it has {depth} blocks of width {width} and patch {patch}; {model} has {size.depth} "
+            f"of width {size.width} and patch {size.patch_size}"
+        )
+    config = StudentConfig(
+        model=model,
+        latent_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
+        latent_channels=channels,
+        text_width=state["context_embedder.weight"].shape[1],
+    )
+    if _outputs(state, config) != 1:
+        raise ValueError("it has outputs for a variance")
+    return make_student(config), {**state, NULL_CONTEXT: torch.zeros(config.text_shape)}
 
 
 def _outputs(state: Mapping[str, Tensor], config: StudentConfig) -> int:
@@ -277,6 +305,8 @@ def _set_convention(
         if student.config.family == "DiT":
             _check_dit(args, options)
             return
+        if student.config.family == "MMDiT" and options.checkpoint_format is None:
+            options = options.model_copy(update={"checkpoint_format": "repa"})  # SiT's has none
         learned_sigma = _outputs(state, student.config) == 2
         student.convention = find_convention(
             args, state, learned_sigma=learned_sigma, options=options

@@ -17,6 +17,9 @@ from schemas.diffusion import Convention
 from schemas.errors import UserError
 from schemas.sample import FileOptions
 from schemas.store import AutoencoderInfo, TextEncoderInfo
+from schemas.student import StudentConfig
+
+CLIP = "openai/clip-vit-large-patch14"
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class LoadedStudent:
     """Classes that the student was trained on, as far as the checkpoint records them."""
     text_encoder: TextEncoderInfo | None = None
     """Encoder of the captions that an MMDiT was trained on; None for other students."""
+    lacks_null: bool = False
+    """The null caption is not among the weights, as in an MMDiT's file of another repository."""
 
 
 def load_trained_student(
@@ -68,21 +73,41 @@ def _load_file(
             "--model SiT-XL/2"
         )
     student = student_from_file(file, model, weights, options).requires_grad_(False).eval()
-    if student.config.family == "SiT":
+    family = student.config.family
+    if family != "DiT":
         convention = student.convention
+        condition = f"{student.config.num_classes} classes"
+        if student.null_label is None:
+            condition += ' without "no class"'
         logger.info(
-            "'%s' is drawn as a %s path, %s, data at time %d, %d classes%s",
+            "'%s' is drawn as a %s path, %s, data at time %d, %s",
             file.name,
             convention.path,
             convention.prediction,
             convention.data_time,
-            student.config.num_classes,
-            "" if student.null_label is not None else ' without "no class"',
+            condition if family == "SiT" else "captions",
         )
     classes = read_classes(file, student.config.num_classes)
     if run is None:
-        return LoadedStudent(student, None, None, classes)
+        text = None if family != "MMDiT" else _clip(student.config)
+        return LoadedStudent(student, None, None, classes, text, lacks_null=text is not None)
     return LoadedStudent(student, run.autoencoder, None, classes, run.text_encoder)
+
+
+def _clip(student: StudentConfig) -> TextEncoderInfo:
+    """The encoder of U-ViT's, REPA's and HASTE's captions, whose files do not name it."""
+    tokens, width = student.text_shape
+    return TextEncoderInfo(
+        encoder=CLIP,
+        weights="source",
+        seed=0,
+        model_args={},
+        weights_sha256=None,
+        tokenizer=CLIP,
+        tokenizer_sha256=None,
+        tokens=tokens,
+        width=width,
+    )
 
 
 def load_student(folder: Path, weights: str = "ema") -> tuple[Student, CheckpointState]:

@@ -76,7 +76,8 @@ def parse_captions(value: object) -> list[str] | None:
 
 def list_captioned_folder(source: str, file: str) -> Listing:
     """List the files below ``source`` that ``file``, of JSON lines {"file": path below the source,
-    "captions": [text, ...]}, names, in the order of their paths. Raises ``UserError``."""
+    "captions": [text, ...]} or {..., "caption": text}, names, in the order of their paths. Raises
+    ``UserError``."""
     try:
         captions = read_caption_lines(file)
     except FileNotFoundError:
@@ -110,7 +111,7 @@ def read_caption_lines(file: str) -> dict[str, list[str]]:
         except (ValueError, RecursionError):
             raise UserError(f"{shown}, line {number}: is not JSON in UTF-8") from None
         known = isinstance(entry, dict) and isinstance(entry.get("file"), str)
-        texts = parse_captions(entry.get("captions")) if known else None
+        texts = parse_captions(entry.get("captions", entry.get("caption"))) if known else None
         if texts is None:
             raise UserError(
                 f'{shown}, line {number}: expected {{"file": path below --source, "captions": '

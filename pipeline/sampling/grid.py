@@ -24,6 +24,7 @@ from pipeline.sampling.prompts import (
     Prompts,
     StoredPrompts,
     check_conditions,
+    complete_student,
     open_prompts,
 )
 from pipeline.visualization.image_grid import save_grid
@@ -65,6 +66,7 @@ def draw_grid(config: SampleConfig) -> GridSummary:
     embedder, captions = None, []
     if prompts is not None and trained.text_encoder is not None:
         embedder = PromptEmbedder(prompts, trained.text_encoder, config, device=device)
+        complete_student(trained, embedder)
         embedder.truncated(len(rows))
         captions = [text for text in prompts.texts(rows) for _ in range(config.per_class)]
     precision = choose_arithmetic(config.precision, device)

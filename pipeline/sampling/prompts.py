@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoints.student import LoadedStudent
+from pipeline.models import MMDiT
 from pipeline.sampling.captions_file import Alternatives, read_captions
 from pipeline.sampling.generate import Context, check_guidance, check_sampler
 from pipeline.sampling.options import PROMPTS
@@ -25,6 +26,7 @@ from pipeline.store import Store, StreamReader
 from pipeline.store.captions import unpack_texts
 from pipeline.store.reading.caption_reader import CaptionReader, choose_captions
 from pipeline.text import shortened
+from pipeline.text_encoders import TextEncoder
 from pipeline.text_encoders.recorded import check_same_encoder, open_recorded
 from schemas.errors import UserError, plain_text
 from schemas.fields import TEXT
@@ -109,6 +111,7 @@ class StoredPrompts:
         self.stored_as = self.info.columns["caption0"].codec if embeds else None
         self.seed = seed
         self._captions = CaptionReader(store, self.stream, seed=seed, drop=0)
+        self.null = self._captions.null
         has_texts = TEXT in self.info.columns
         self._texts = StreamReader(store, self.stream, columns=[TEXT]) if has_texts else None
 
@@ -149,17 +152,18 @@ class PromptEmbedder:
         config: SampleConfig,
         *,
         device: torch.device | str = "cpu",
+        encoder: TextEncoder | None = None,
     ) -> None:
-        """``trained`` is the encoder of the student's training data. It is loaded only if a caption
-        or the negative prompt must be encoded. Raises ``UserError``, also where the embeddings in a
-        store are of another encoder."""
+        """``trained`` is the encoder of the student's training data. It is loaded, unless it is
+        given as ``encoder``, only if a caption or the negative prompt must be encoded. Raises
+        ``UserError``, also where the embeddings in a store are of another encoder."""
         self.prompts = prompts
         self._encoder = None
         if isinstance(prompts, StoredPrompts):
             check_same_encoder(trained, prompts.info.encoder, f"--store '{prompts.shown}'")
         negative = config.negative_prompt
         if prompts.stored_as is None or negative is not None:
-            self._encoder = open_recorded(trained, config.text, device=device)
+            self._encoder = encoder or open_recorded(trained, config.text, device=device)
         self._null: Tensor | None = None
         if negative is not None and self._encoder is not None:
             self._null = self._encoder([negative])[0]
@@ -172,6 +176,13 @@ class PromptEmbedder:
             assert self._encoder is not None
             captions = self._encoder(self.prompts.texts(numbers))
         return Context(captions, self._null)
+
+    def null_caption(self) -> Tensor:
+        """float32 (T, E): the embedding of the empty caption, of the store or by the encoder."""
+        if isinstance(self.prompts, StoredPrompts) and self.prompts.stored_as is not None:
+            return self.prompts.null.float()
+        assert self._encoder is not None
+        return self._encoder([""])[0]
 
     def truncated(self, images: int) -> int | None:
         """Number of the first ``images`` images whose caption is longer than the encoder's input;
@@ -224,6 +235,13 @@ def check_conditions(config: SampleConfig, trained: LoadedStudent) -> None:
     check_sampler(student.config, config.sampler)
     null = student.null_label if config.negative_prompt is None else 0
     check_guidance(null, config.sampler, option="--sampler.guidance")
+
+
+def complete_student(trained: LoadedStudent, embedder: PromptEmbedder) -> None:
+    """Give the student the null caption where its file lacks it."""
+    if trained.lacks_null:
+        assert isinstance(trained.student, MMDiT)
+        trained.student.null_context.copy_(embedder.null_caption())
 
 
 def describe_prompts(

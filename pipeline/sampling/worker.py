@@ -22,6 +22,7 @@ from pipeline.sampling.prompts import (
     PromptEmbedder,
     Prompts,
     check_conditions,
+    complete_student,
     describe_prompts,
     open_prompts,
 )
@@ -118,16 +119,17 @@ class SampleWorker:
         )
         self.student = trained.student
         check_conditions(config, trained)
+        weights = sha256_of_module(self.student)  # of the file, before its null caption is known
         text = None
         if trained.text_encoder is not None:
             prompts = prompts or open_prompts(config)
             assert prompts is not None
             assert config.num is not None
             self.embedder = PromptEmbedder(prompts, trained.text_encoder, config, device=device)
+            complete_student(trained, self.embedder)
             text = describe_prompts(prompts, trained.text_encoder, config)
             text = text.model_copy(update={"truncated": self.embedder.truncated(config.num)})
         self.autoencoder = open_decoder(config.autoencoder, trained.encoder)
-        weights = sha256_of_module(self.student)
         self.student.to(device)
         self.autoencoder.to(device)
         if config.compile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,12 @@ class StoredArray(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of one sample, uncompressed."""
-        return element_count(self.shape) * self.dtype.itemsize
+        return _nbytes(self.shape, self.dtype)
+
+
+@lru_cache(maxsize=256)
+def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return element_count(shape) * dtype.itemsize
 
 
 def stream_parts(columns: Mapping[str, Column]) -> dict[str, StoredArray]:

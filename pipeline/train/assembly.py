@@ -166,7 +166,7 @@ def build_run(
         trace=StepTrace(folder, group, config.profile),
         consensus=StopConsensus(group, poll),
         validation_loss=_open_validation_loss(trainer, store, held_out),
-        validator=_open_validator(config, store, group, folder),
+        validator=_open_validator(trainer, store, folder),
         metrics=metrics,
     )
 
@@ -227,11 +227,11 @@ def _open_validation_loss(
     return ValidationLoss(trainer, store, held_out)
 
 
-def _open_validator(
-    config: RunConfig, store: Store, group: ProcessGroup, folder: Path
-) -> Validator | None:
+def _open_validator(trainer: Trainer, store: Store, folder: Path) -> Validator | None:
+    config, captions = trainer.config, trainer.captions
     if config.samples.every is None and config.samples.evaluate.images is None:
         return None
     from pipeline.train.validation.runner import Validator  # diffusers takes seconds to import
 
-    return Validator(config, store.manifest, group, folder)
+    encoder = None if captions is None else captions.encoder
+    return Validator(config, store.manifest, trainer.group, folder, encoder)

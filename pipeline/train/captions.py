@@ -36,13 +36,14 @@ class CaptionInput:
         self.encoder_info = info.encoder
         """The encoder, with the hash of the weights that are in use."""
         self._decode = caption_decoder(info)
-        self._encoder: TextEncoder | None = None
+        self.encoder: TextEncoder | None = None
+        """The encoder of token ids, on the training device; None of embeddings."""
         null = load_null(store, self.stream)
         if info.keeps == "tokens":
-            self._encoder = _load_encoder(info.encoder, null["tokens"], self.stream)
-            self.encoder_info = self._encoder.info()
-            self.null = self._encoder([""])[0].to(device)
-            self._encoder.to(device)
+            self.encoder = _load_encoder(info.encoder, null["tokens"], self.stream)
+            self.encoder_info = self.encoder.info()
+            self.null = self.encoder([""])[0].to(device)
+            self.encoder.to(device)
         else:
             self.null = null["embeddings"].float().to(device)
         """float32 (T, E): the embedding of the empty caption."""
@@ -50,22 +51,22 @@ class CaptionInput:
     def check(self, columns: Mapping[str, np.ndarray]) -> None:
         """Raises ``UserError`` for token ids that the encoder does not have, because an index out
         of range ends a process on a GPU."""
-        if self._encoder is None:
+        if self.encoder is None:
             return
         ids = columns[CAPTION]
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._encoder.vocabulary:
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.encoder.vocabulary:
             raise UserError(
                 f"stream '{self.stream}' of the store holds a token outside the "
-                f"{self._encoder.vocabulary} of '{self.encoder_info.encoder}': it is damaged"
+                f"{self.encoder.vocabulary} of '{self.encoder_info.encoder}': it is damaged"
             )
 
     def __call__(self, columns: Mapping[str, Tensor]) -> Tensor:
         """float32 (B, T, E) from the arrays of ``CaptionReader`` (B, ...): the embeddings of each
         visit's caption, of the empty one where it is dropped."""
         values = self._decode(columns)
-        if self._encoder is not None:
+        if self.encoder is not None:
             places = torch.arange(values.shape[1], device=values.device)
-            values = self._encoder.embed(values, places < columns[LENGTH].unsqueeze(1))
+            values = self.encoder.embed(values, places < columns[LENGTH].unsqueeze(1))
         return torch.where(columns[DROPPED].view(-1, 1, 1), self.null, values.float())
 
 

@@ -124,7 +124,7 @@ class _PackedRows:
         request = self._request
         file, check = request.file, request.check
         checksum = CHECKSUMS[file.checksum]
-        checked = [False] * len(request.rows) if check is None else check.tolist()
+        checked = [False] * len(request.rows) if check is None else list(check)
         expected = file.crc32[request.rows].tolist()
         stored = np.empty(int(self._spans.max()), np.uint8)
         buffer, data = stored.data, stored.view()
@@ -154,21 +154,22 @@ class _Target:
 
     def __init__(self, reader: ArrayReader, out: np.ndarray) -> None:
         self._part = reader.part
-        self._header = np.frombuffer(reader.header, np.uint8)
+        self._header = reader.header
         self._rows = out.reshape(len(out), -1).view(np.uint8)
         self._size = len(self._header) + self._part.nbytes
-        self._plain = np.empty(self._size if self._part.lossless != "none" else 0, np.uint8)
+        self._compressed = self._part.lossless != "none"
+        self._plain = np.empty(self._size if self._compressed else 0, np.uint8)
 
     def fill(self, piece: np.ndarray[Any, np.dtype[np.uint8]], place: int) -> bool:
         """Write stored bytes into the row at ``place``; False where they are not its array's."""
-        if self._part.lossless != "none":
+        if self._compressed:
             try:
                 decompress(self._part, piece.data, self._size, self._plain)
             except ValueError:
                 return False
             piece = self._plain
         header = len(self._header)
-        if len(piece) != self._size or not np.array_equal(piece[:header], self._header):
+        if len(piece) != self._size or piece[:header].tobytes() != self._header:
             return False
         self._rows[place] = piece[header:]
         return True

@@ -159,8 +159,9 @@ class CaptionReader:
         ``DamagedShardError``."""
         counts = np.empty(len(rows), np.int64)
         for shard in set(shards.tolist()):
-            of = shards == shard
-            counts[of] = self._counts(shard, rows[of])
+            of, held = shards == shard, self._counts(shard)
+            self._check_rows(shard, rows[of], held)
+            counts[of] = held[rows[of]]
         return counts
 
     def empty(self, count: int) -> Columns:
@@ -183,14 +184,12 @@ class CaptionReader:
         chosen = []
         for group in groups:
             epochs = self._epochs_of(group.start + group.places)
-            self._counts(group.shard, group.rows)
-            choice = CaptionChoice(np.empty(len(epochs), np.int64), np.empty(len(epochs), bool))
-            for epoch in set(epochs.tolist()):
+            for epoch in set(epochs.tolist()):  # nearly always one
                 of = epochs == epoch
-                every = self._choose_shard(group.shard, epoch, group.expires_at)
-                choice.number[of] = every.number[group.rows[of]]
-                choice.dropped[of] = every.dropped[group.rows[of]]
-            chosen.append((group, choice))
+                part = group._replace(rows=group.rows[of], places=group.places[of])
+                every = self._choose_shard(part, epoch)
+                choice = CaptionChoice(every.number[part.rows], every.dropped[part.rows])
+                chosen.append((part, choice))
         self._fill(out, chosen)
 
     def columns(self, shards: np.ndarray, rows: np.ndarray, epochs: np.ndarray) -> Columns:
@@ -228,31 +227,36 @@ class CaptionReader:
             reader.close()
         self._choices.clear()
 
-    def _counts(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """Captions of samples of a shard."""
-        held = self._first.record(shard).captions[self.stream].counts
-        if rows.max() >= len(held):
-            raise DamagedShardError(
-                f"{self._where(shard)} has captions of {len(held)} samples, not {rows.max() + 1}: "
-                "run the extraction again"
-            )
-        counts = np.fromiter((held[row] for row in rows.tolist()), np.int64, len(rows))
-        if counts.max() > self.info.captions:
+    def _counts(self, shard: int) -> np.ndarray:
+        """Captions of all samples of a shard."""
+        counts = np.array(self._first.record(shard).captions[self.stream].counts, np.int64)
+        if counts.max(initial=0) > self.info.captions:
             raise DamagedShardError(
                 f"{self._where(shard)}: its record lists more than {self.info.captions} captions "
                 "of an image"
             )
         return counts
 
-    def _choose_shard(self, shard: int, epoch: int, expires_at: int) -> CaptionChoice:
-        """The captions of all samples of a shard in an epoch: as fast as those of a few."""
+    def _check_rows(self, shard: int, rows: np.ndarray, held: np.ndarray) -> None:
+        if rows.max() >= len(held):
+            raise DamagedShardError(
+                f"{self._where(shard)} has captions of {len(held)} samples, not {rows.max() + 1}: "
+                "run the extraction again"
+            )
+
+    def _choose_shard(self, group: ShardRows, epoch: int) -> CaptionChoice:
+        """The captions of all samples of a group's shard in an epoch: as fast as those of a few."""
 
         def choose() -> CaptionChoice:
-            rows = np.arange(len(self._first.record(shard).captions[self.stream].counts))
-            return self.choose(np.full_like(rows, shard), rows, np.full_like(rows, epoch))
+            counts = self._counts(group.shard)
+            samples = group.shard * self.store.manifest.shard_size + np.arange(len(counts))
+            epochs = np.full(len(counts), epoch)
+            return choose_captions(self.seed, epochs, samples, counts, drop=self.drop)
 
-        choice = self._choices.get(f"{shard}/{epoch}", choose, expires_at=expires_at)
+        key = f"{group.shard}/{epoch}"
+        choice = self._choices.get(key, choose, expires_at=group.expires_at)
         assert choice is not None  # this cache has no byte limit
+        self._check_rows(group.shard, group.rows, choice.number)
         return choice
 
     def _columns(self, shards: np.ndarray, rows: np.ndarray, choice: CaptionChoice) -> Columns:
@@ -274,16 +278,16 @@ class CaptionReader:
         wanted: list[list[ShardRows]] = [[] for _ in self._readers]
         for group, (number, dropped) in chosen:
             out[DROPPED][group.places] = dropped
-            for name in self._decode.names.values():  # of dropped visits nothing else is written
-                out[name][group.places[dropped]] = 0
-            first = 0
-            for groups, reader in zip(wanted, self._readers, strict=True):
-                held = len(reader.columns)
-                of = ~dropped & (number >= first) & (number < first + held)
+            if dropped.any():
+                for name in self._decode.names.values():  # nothing else is written there
+                    out[name][group.places[dropped]] = 0
+            held = len(self._first.columns)
+            file, column = np.divmod(number, held)
+            for wanted_of, groups in enumerate(wanted):
+                of = ~dropped & (file == wanted_of)
                 if of.any():
-                    rows = group.rows[of] * held + number[of] - first
+                    rows = group.rows[of] * held + column[of]
                     groups.append(group._replace(rows=rows, places=group.places[of]))
-                first += held
         for groups, reader in zip(wanted, self._readers, strict=True):
             if groups:
                 reader.fill(found, groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.models import Student
@@ -14,15 +14,24 @@ from pipeline.train.validation.schedule import Pause
 from schemas.run import RunConfig
 from schemas.store import Manifest
 
+if TYPE_CHECKING:
+    from pipeline.text_encoders import TextEncoder
+
 
 class Validator:
     """Sample grids and evaluation, decoded by one autoencoder."""
 
     def __init__(
-        self, config: RunConfig, manifest: Manifest, group: ProcessGroup, folder: Path
+        self,
+        config: RunConfig,
+        manifest: Manifest,
+        group: ProcessGroup,
+        folder: Path,
+        encoder: TextEncoder | None = None,
     ) -> None:
-        """Raises ``UserError`` where a needed file or network is missing."""
-        sampler = DistributedSampler(config, manifest, group)
+        """``encoder`` of captions, if the training has loaded it. Raises ``UserError`` where a
+        needed file or network is missing."""
+        sampler = DistributedSampler(config, manifest, group, encoder)
         self.grids = SampleGrids(config, sampler, folder)
         evaluates = config.samples.evaluate.images is not None
         self.evaluation = RunEvaluation(config, sampler, folder) if evaluates else None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +24,12 @@ from schemas.run import RunConfig
 from schemas.sample import SampleConfig, SampleTextConfig
 from schemas.store import Manifest
 
+if TYPE_CHECKING:
+    from pipeline.text_encoders import TextEncoder
+
 
 def _open_captions(
-    config: RunConfig, manifest: Manifest, device: torch.device
+    config: RunConfig, manifest: Manifest, device: torch.device, encoder: TextEncoder | None
 ) -> PromptEmbedder | None:
     """The captions to draw, of a student that reads captions. Raises ``UserError``."""
     if config.student.family != "MMDiT":
@@ -37,11 +41,11 @@ def _open_captions(
     options = SampleConfig(
         captions=samples.captions, store=store, sampler=samples.sampler, text=text
     )
-    encoder = manifest.text_stream(stream)[1].encoder
+    trained = manifest.text_stream(stream)[1].encoder
     try:
         prompts = open_prompts(options)
         assert prompts is not None
-        return PromptEmbedder(prompts, encoder, options, device=device)
+        return PromptEmbedder(prompts, trained, options, device=device, encoder=encoder)
     except UserError as error:
         if own:
             raise
@@ -64,16 +68,22 @@ class DistributedSampler:
     """Sampler whose images do not depend on the number of workers, because each worker takes whole
     batches of a fixed division."""
 
-    def __init__(self, config: RunConfig, manifest: Manifest, group: ProcessGroup) -> None:
-        """Raises ``UserError`` if the sampler does not suit the student, or the autoencoder cannot
-        be loaded."""
+    def __init__(
+        self,
+        config: RunConfig,
+        manifest: Manifest,
+        group: ProcessGroup,
+        encoder: TextEncoder | None = None,
+    ) -> None:
+        """``encoder`` of captions, if the training has loaded it. Raises ``UserError`` if the
+        sampler does not suit the student, or the autoencoder cannot be loaded."""
         self.options = config.samples
         self.path = config.diffusion.path
         self.group = group
         check_sampler(config.student, self.options.sampler, option="--samples.sampler.method")
         null_label = config.student.num_classes if config.diffusion.label_drop else None
         check_guidance(null_label, self.options.sampler, option="--samples.sampler.guidance")
-        self.embedder = _open_captions(config, manifest, group.device)
+        self.embedder = _open_captions(config, manifest, group.device, encoder)
         self.autoencoder = open_decoder(
             self.options.autoencoder, manifest.autoencoder, option="--samples.autoencoder"
         )

@@ -352,7 +352,12 @@ REFUSED: dict[str, Refusal] = {
         {},
         "Unexpected key",
     ),
-    "MM-DiT": (added("joint_blocks.0.x_block.attn.qkv.weight", 4), None, {}, r"\(MM-DiT\): joint"),
+    "MM-DiT": (
+        added("joint_blocks.0.x_block.attn.qkv.weight", 4),
+        None,
+        {},
+        r"--model MMDiT-24\): joint",
+    ),
     "REPA-E": (added("bn.running_mean", 4), repa_args(), {}, r"\(REPA-E\): bn.running_mean"),
     "LightningDiT": (added("feat_rope.freqs_cos", 4), None, {}, r"rotary .*: feat_rope.freqs_cos"),
     "SwiGLU": (added("blocks.0.mlp.w12.weight", 4), None, {}, "SwiGLU .*: blocks.0.mlp.w12.weight"),

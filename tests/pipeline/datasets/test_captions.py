@@ -203,7 +203,7 @@ def write_folder(root: Path, lines: list[object]) -> dict[str, object]:
 def test_a_folder_with_a_list_of_captions(tmp_path: Path) -> None:
     lines = [
         {"file": "deep/er/a.png", "captions": ["one", "two"]},
-        {"file": "b.png", "captions": "single"},
+        {"file": "b.png", "caption": "single"},
         "",
         {"file": "lost.png", "captions": ["x"]},
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,12 @@ from pipeline.sampling.generate import Context, draw_images, draw_latents
 from pipeline.sampling.grid import draw_grid
 from pipeline.sampling.job import describe_images
 from pipeline.sampling.outputs import FolderOutput, NpzOutput
-from pipeline.sampling.prompts import PromptEmbedder, StoredPrompts, open_prompts
+from pipeline.sampling.prompts import (
+    PromptEmbedder,
+    StoredPrompts,
+    complete_student,
+    open_prompts,
+)
 from pipeline.sampling.resume import info_of_complete_images
 from pipeline.sampling.worker import SampleWorker
 from pipeline.store import Store
@@ -40,7 +46,7 @@ from schemas.diffusion import SamplerConfig
 from schemas.errors import UserError
 from schemas.extract import TextConfig
 from schemas.run import RunConfig
-from schemas.sample import SampleConfig
+from schemas.sample import FileOptions, SampleConfig
 from schemas.validation import validate
 from tests.captions import CAPTIONS, TEXT, coco_config, extract_here, write_coco
 from tests.stores import tiny_run
@@ -116,7 +122,8 @@ def draw_here(config: SampleConfig) -> SampleWorker:
         for batch in output.missing(batches):
             output.write(worker.draw(batch, [], pngs=True))
     assert info_of_complete_images(config, checkpoint, outputs, batches, prompts) == info
-    other = open_prompts(config.model_copy(update={"caption": ("b",), "captions": None}))
+    changed = {"caption": ("b",), "captions": None, "store": None}
+    other = open_prompts(config.model_copy(update=changed))
     assert info_of_complete_images(config, checkpoint, outputs, batches, other) is None
     for output in outputs:
         output.finish(batches, prompts.texts(range(config.num)))
@@ -195,6 +202,60 @@ def test_one_random_caption_of_each_sample_of_a_store(
     assert embedder._encoder is None  # stored embeddings need no encoder
     computed = TextEncoder(TextConfig.model_validate(TEXT))(texts[6:9])
     assert torch.cosine_similarity(computed, expected, dim=-1).min() > 0.9999
+
+
+def authors_file(run: Path, file: Path, **args: object) -> Path:
+    """Weights of a run as HASTE's ``train_t2i.py`` writes them: the null caption is elsewhere."""
+    state = dict(load_trained_student(run).student.state_dict())
+    del state["null_context"]
+    projector = {"projectors.0.0.weight": torch.zeros(3, 64)}
+    options = argparse.Namespace(
+        path_type="linear", prediction="v", enc_type="dinov2-vit-b", **args
+    )
+    torch.save({"ema": {**state, **projector}, "args": options, "steps": 5}, file)
+    return file
+
+
+def test_a_file_of_the_authors_is_drawn_as_the_run(
+    run: Path, store: Store, trained: LoadedStudent, tmp_path: Path
+) -> None:
+    file = authors_file(run, tmp_path / "haste.pt")
+    images = {}
+    for name, checkpoint, model in (("run", run, {}), ("file", file, {"model": "MMDiT-2"})):
+        path = tmp_path / f"{name}.npz"
+        draw_here(config_of(checkpoint, store=store.url, num=3, npz=str(path), **model))
+        images[name] = np.load(path)["arr_0"]
+    np.testing.assert_array_equal(images["run"], images["file"])
+    png = tmp_path / "x.png"
+    draw_grid(config_of(file, model="MMDiT-2", store=store.url, png=str(png)))
+    assert png.exists()
+    found = load_trained_student(file, "ema", "MMDiT-2/2")
+    assert found.text_encoder is not None
+    config = config_of(file, store=store.url)
+    embedder = PromptEmbedder(StoredPrompts(store.url, 0), found.text_encoder, config)
+    assert not found.student.null_context.any()
+    complete_student(found, embedder)
+    for key, tensor in trained.student.state_dict().items():
+        assert torch.equal(found.student.state_dict()[key], tensor), key
+    assert found.student.convention == trained.student.convention
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        ("MMDiT-3/2", {}, "has 2 blocks of width 64 and patch 2; MMDiT-3/2 has 3 of width 96"),
+        ("MMDiT-2/4", {}, "patch 2; MMDiT-2/4 has 2 of width 64 and patch 4"),
+        ("MMDiT-2/2", {"num_classes": 5}, "--num-classes is for students of classes"),
+        ("MMDiT-2/2", {"path_type": "cosine"}, "say path_type linear, --path-type says cosine"),
+        ("SiT-S/2", {}, r"--model MMDiT-24\)"),
+    ],
+)
+def test_files_of_other_models_are_refused(
+    run: Path, tmp_path: Path, model: str, options: dict[str, Any], reason: str
+) -> None:
+    file = authors_file(run, tmp_path / "haste.pt")
+    with pytest.raises(UserError, match=reason):
+        load_trained_student(file, "ema", model, FileOptions(**options))
 
 
 def test_images_of_a_file_with_their_captions(

@@ -26,6 +26,7 @@ from pipeline.store.captions import load_null
 from pipeline.store.codecs import decode_column
 from pipeline.store.reading.caption_reader import CaptionReader, choose_captions
 from pipeline.store.reading.holdout import key_rank
+from pipeline.train.assembly import _open_validator
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.noise import draw
 from pipeline.train.trainer import Trainer
@@ -274,11 +275,16 @@ def test_several_streams_must_be_named(text_config: Make, tmp_path: Path) -> Non
     assert summary["bytes_read"]["text"] == {"before": 0, "after": 0}
 
 
-def test_token_ids_are_encoded_by_the_trainer(tmp_path: Path) -> None:
-    """A stream of token ids gives the student the embeddings of a stream of embeddings."""
+def test_token_ids_are_encoded_by_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream of token ids gives the student the embeddings of a stream of embeddings; the encoder
+    is loaded once, for grids of other captions too."""
     pytest.importorskip("transformers", reason="the extra `text` is not installed")
     pytest.importorskip("open_clip", reason="CLIP's vocabulary is not installed (extra `text`)")
     source = write_coco(tmp_path / "source")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red car\n")
     found = {}
     for keep in ("embeddings", "tokens"):
         text = {**TEXT, "keep": keep, "codec": "float32"}
@@ -291,6 +297,7 @@ def test_token_ids_are_encoded_by_the_trainer(tmp_path: Path) -> None:
             "global_batch": 12,
             "diffusion": {"label_drop": 0.3},
             "alignment": {"feature_weight": 0, "attention_weight": 0},
+            "samples": {"every": 1, "captions": str(prompts)},
         }
         config = resolve_run(RunConfig.model_validate(values), store.manifest, None, None)
         trainer = Trainer(config, store, ProcessGroup())
@@ -299,6 +306,10 @@ def test_token_ids_are_encoded_by_the_trainer(tmp_path: Path) -> None:
         assert batch.columns["text"]["dropped"].any()
         assert trainer.captions.encoder_info.weights_sha256 is not None
         if keep == "tokens":
+            encoder = trainer.captions.encoder
+            monkeypatch.delattr("pipeline.sampling.prompts.open_recorded")  # it loads another
+            embedder = _open_validator(trainer, store, tmp_path).grids.sampler.embedder
+            assert torch.equal(embedder(range(1)).captions, encoder(["a red car"]))
             assert batch.columns["text"]["caption"].dtype == np.int64
             batch.columns["text"]["caption"][0, 3] = 10**6
             with pytest.raises(UserError, match="holds a token outside the 49408 of"):

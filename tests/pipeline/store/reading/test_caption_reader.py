@@ -17,7 +17,15 @@ from pipeline.store.reading.stream_reader import DamagedShardError
 from tests.stores import add_text_stream, make_random_store
 
 SEED, DROP = 5, 0.3
-CODECS = [("rms32", "zstd"), ("rms32", "none"), ("float16", "blosc"), ("float16", "none")]
+CASES = [  # codec, lossless, cached on a disk
+    ("rms32", "zstd", False),
+    ("rms32", "zstd", True),
+    ("rms32", "none", False),
+    ("float16", "blosc", False),
+    ("float16", "none", True),
+    ("rice24", "none", False),
+    ("rice24", "none", True),
+]
 
 
 def text_store(folder: Path, codec: str = "rms32", lossless: str = "zstd", **kind: str) -> Store:
@@ -54,8 +62,7 @@ def check(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
 
 
 @pytest.mark.parametrize("format", ["webdataset", "zarr"])
-@pytest.mark.parametrize(("codec", "lossless"), CODECS)
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("codec", "lossless", "cached"), CASES)
 def test_a_loader_reads_what_a_plain_reading_does(
     tmp_path: Path, format: str, codec: str, lossless: str, cached: bool
 ) -> None:
