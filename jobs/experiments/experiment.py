@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import signal
 import time
 from collections import deque
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,7 +260,7 @@ def _train_in_processes(config: MatrixConfig, jobs: list[Job]) -> None:
                 job = waiting.popleft()
                 _failed(config, job).unlink(missing_ok=True)
                 process = context.Process(target=_train_alone, args=(config, job), name=job.name)
-                process.start()
+                _start_without_interrupts(process)
                 active[job.name] = job, process
                 logger.info("run %s began, %d are waiting", job.name, len(waiting))
             time.sleep(POLL_SECONDS)
@@ -278,6 +280,17 @@ def _train_in_processes(config: MatrixConfig, jobs: list[Job]) -> None:
                 logger.info("run %s ended", name)
                 if process.exitcode and _failure(config, job) is None:
                     _note_failure(config, job, f"its process ended with code {process.exitcode}")
+
+
+def _start_without_interrupts(process: BaseProcess) -> None:
+    """Start a process that a terminal's Ctrl-C does not reach: this process sends it SIGTERM, which
+    does not break off its imports with a traceback."""
+    resource_tracker.ensure_running()  # else it is started with the process, and unblocks signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _train_alone(config: MatrixConfig, job: Job) -> None:

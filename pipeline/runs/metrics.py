@@ -52,6 +52,7 @@ class MetricsLog:
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._wandb = _open_wandb(config, folder) if config.wandb else None
+        logger.info("training from step %d to %d", start_step, config.steps)
 
     def row(self, values: dict[str, Any]) -> None:
         """Write one row; ``values["step"]`` is the number of finished steps."""

@@ -8,6 +8,7 @@ resumes from the latest valid one there.
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import tempfile
@@ -45,6 +46,8 @@ from pipeline.train.ray_metrics import exported_metrics
 from pipeline.train.run_control import RunControl
 from schemas.errors import StoppedError, UserError, plain_text
 from schemas.run import RunConfig
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 """Seconds between two polls of the main rank for requests."""
@@ -150,6 +153,7 @@ def fit(config: RunConfig) -> None:
             callbacks=[CheckpointBeforeResize(control)],
         ),
     )
+    logger.info("starting %d workers, which load torch and the student", workers.count)
     with StopSignals() as signals:
         try:
             result = _fit_and_watch(trainer, control, signals)

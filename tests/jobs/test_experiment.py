@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jobs.experiments.artifacts import ArtifactCache, collect, read_images
-from jobs.experiments.experiment import run_matrix
+from jobs.experiments.experiment import _start_without_interrupts, run_matrix
 from jobs.experiments.judge import Judge
 from jobs.experiments.options import CONFIGS, MatrixConfig
 from jobs.experiments.results import differences_table, final_table, tables
@@ -323,6 +324,21 @@ def test_one_process_at_a_time_makes_artifacts(tmp_path: Path) -> None:
     final, report = cache.get("thing", {"size": 1}, make)
     assert report["made"].startswith(".tmp-")
     assert sorted(path.name for path in final.parent.iterdir()) == ["thing"]
+
+
+class FakeProcess:
+    """Notes the blocked signals with which it is started."""
+
+    def start(self) -> None:
+        self.blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_terminals_interrupt_does_not_reach_processes_of_runs() -> None:
+    """A started process inherits the blocked signals."""
+    process = FakeProcess()
+    _start_without_interrupts(process)  # type: ignore[arg-type]
+    assert signal.SIGINT in process.blocked
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.slow  # it trains four arms on digits, in processes of their own
