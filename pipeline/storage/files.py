@@ -26,7 +26,7 @@ from pipeline.storage.filesystem import (
     open_url,
     upload_options,
 )
-from pipeline.storage.local import files_below, folders_in, open_regular, read_range
+from pipeline.storage.local import LocalFile, files_below, folders_in, open_regular, read_range
 from pipeline.storage.redaction import redact
 from pipeline.storage.retry import RETRY_SECONDS, RETRY_VARIABLE, StorageError, retrying, shown
 from pipeline.text import short_value
@@ -136,18 +136,15 @@ def read_directly(
     read: Callable[[int], T],
     *,
     ahead: bool = False,
+    open_file: Callable[..., LocalFile] = LocalFile,
 ) -> T | None:
     """Call ``read`` with the descriptor of a local file; None if that is not a regular file.
     ``read`` must be safe to repeat. ``ahead`` asks the system to read the whole file in the
-    background."""
+    background. ``open_file(path, ahead=...)`` may return a file that is open already."""
 
     def attempt() -> T | None:
-        with open_regular(path) as descriptor:
-            if descriptor is None:
-                return None
-            if ahead and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            return read(descriptor)
+        file = open_file(path, ahead=ahead)
+        return None if file.descriptor is None else read(file.descriptor)
 
     return retrying(attempt, filesystem, path, doing="read")
 

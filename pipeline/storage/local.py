@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import fsspec
@@ -17,19 +17,44 @@ from pipeline.storage.filesystem import is_local
 def open_regular(path: str) -> Iterator[int | None]:
     """A descriptor to read a file from; None if it is not a regular file, because a pipe may block
     forever and a device may not end. Raises ``OSError``."""
+    descriptor = _open_regular(path)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _open_regular(path: str) -> int | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         if error.errno != errno.ENXIO:  # a socket
             raise
-        descriptor = None
-    if descriptor is None:
-        yield None
-        return
-    try:
-        yield descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
-    finally:
-        os.close(descriptor)
+        return None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+class LocalFile:
+    """A local file that is open until its last user drops it, whichever thread that is."""
+
+    descriptor: int | None = None
+    """None if it is not a regular file."""
+
+    def __init__(self, path: str, *, ahead: bool = False) -> None:
+        """``ahead`` asks the system to read the whole file in the background. Raises
+        ``OSError``."""
+        self.descriptor = _open_regular(path)
+        if self.descriptor is not None and ahead and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # ``close`` is an argument, because globals are gone when the interpreter ends.
+        if self.descriptor is not None:
+            close(self.descriptor)
 
 
 def read_range(descriptor: int, begin: int, end: int | None = None) -> bytes:

@@ -37,10 +37,12 @@ HEADINGS = (
     Heading("way", "way"),
     Heading("mb_s", "MB/s", ".0f"),
     Heading("samples_s", "samples/s", ".0f"),
+    Heading("microseconds", "CPU us a sample", ".0f"),
     Heading("of_raw", "of readinto", ".2f"),
     Heading("of_webdataset", "of stock webdataset", ".2f"),
     Heading("waits", "waiting", ".2%"),
 )
+BASELINE = (Heading("of_baseline", "of baseline", ".2f"),)
 ALIVE = 4
 """Batches in memory at once: two prefetched, the current one and its successor."""
 SPEC_NAMES = (*STORE_SPECS, "tiny")
@@ -76,14 +78,20 @@ def run(options: Options) -> Report:
                 if row["way"] == WHOLE:
                     row["waits"] = waiting_share(store, options)
             if options.baseline is not None:
-                table.rows += baseline_rows(name, options)
+                theirs = baseline_rows(name, options)
+                speeds = {row["way"]: row["samples_s"] for row in theirs}
+                for row in table.rows:
+                    if f"{row['way']}, baseline" in speeds:
+                        row["of_baseline"] = row["samples_s"] / speeds[f"{row['way']}, baseline"]
+                rows = [*table.rows, *theirs]
+                table = Table(name, (*HEADINGS, *BASELINE), rows)
             tables.append(table)
-    rows = {row["way"]: row for row in tables[0].rows}
+    first = {row["way"]: row for row in tables[0].rows}
     headline = {
-        "over_raw_read": rows[QUICK]["of_raw"],
-        "over_raw_read_checksums_on": rows[WHOLE]["of_raw"],
-        "over_webdataset_decode": rows[WHOLE]["of_webdataset"],
-        "waiting_share": rows[WHOLE]["waits"],
+        "over_raw_read": first[QUICK]["of_raw"],
+        "over_raw_read_checksums_on": first[WHOLE]["of_raw"],
+        "over_webdataset_decode": first[WHOLE]["of_webdataset"],
+        "waiting_share": first[WHOLE]["waits"],
     }
     return Report({"clock": "CPU seconds, one core", "batch": options.batch}, tables, headline)
 
@@ -149,7 +157,11 @@ def baseline_rows(form: str, options: Options) -> list[dict[str, Any]]:
     report = run_in(options.baseline.resolve(), arguments)
     (theirs,) = report["tables"].values()
     return [
-        {"way": f"{row['way']}, baseline", **{k: row[k] for k in ("mb_s", "samples_s", "of_raw")}}
+        {
+            "way": f"{row['way']}, baseline",
+            "microseconds": 1e6 / row["samples_s"],
+            **{name: row[name] for name in ("mb_s", "samples_s", "of_raw")},
+        }
         for row in theirs
         if row["way"] in {RAW, QUICK, WHOLE}
     ]
@@ -182,6 +194,7 @@ def measure(store: Store, options: Options) -> list[dict[str, Any]]:
             "way": name,
             "mb_s": stored / statistics.median(times) / 1e6,
             "samples_s": samples_of(store) / statistics.median(times),
+            "microseconds": statistics.median(times) / samples_of(store) * 1e6,
             "of_raw": ratio(name, RAW),
             "of_webdataset": ratio(name, STOCK),
         }
@@ -244,7 +257,7 @@ def _bare_rows(
 def load(store: Store, options: Options, *, verify: bool) -> int:
     """Read one shuffled epoch of both streams as a run does; CPU time of all threads counts."""
     total = samples_of(store)
-    loader, batch = open_loader(store, options, verify=verify)
+    loader, batch = open_loader(store, options, verify=verify, epochs=1)
     read = sum(len(one.positions) for one in islice(loader, total // batch))
     loader.close()
     return read + total % batch  # complete batches only; store sizes are multiples of 32

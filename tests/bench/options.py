@@ -176,8 +176,8 @@ class LoaderOptions(BenchOptions):
     captions, in the first of the forms instead of all."""
 
     baseline: Path | None = None
-    """Checkout of another version of this project: also measure its loader, on stores that it
-    writes."""
+    """Checkout of another version of this project (git worktree add FOLDER COMMIT): also measure
+    its loader, on stores that it writes."""
 
 
 class SamplingOptions(BenchOptions):

@@ -161,6 +161,7 @@ class BatchLoader:
         self._quarantine: Quarantine | None = None
         if on_bad_shard == "quarantine":
             self._quarantine = Quarantine(order, start_step * global_batch, agree)
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batch-loader")
         self._index = IndexPrefetcher(order, self._pool)
         self._read_ahead()
@@ -242,7 +243,8 @@ class BatchLoader:
         for name in self._streams_at(step):
             batch.columns[name] = self._readers[name].empty(end - begin)
         for name, columns in batch.columns.items():
-            for task_groups in self._readers[name].split_into_tasks(groups):
+            tasks = [groups] if self._threads == 1 else self._readers[name].split_into_tasks(groups)
+            for task_groups in tasks:
                 damaged = self._pool.submit(self._fill_collecting, name, columns, task_groups)
                 batch.tasks.append(_Task(name, damaged))
         return batch
@@ -350,12 +352,20 @@ def _concatenate(parts: Sequence[Batch]) -> Batch:
 def group_by_shard(order: SampleOrder, begin: int, end: int) -> list[ShardRows]:
     """The samples at positions ``begin`` to ``end`` of the run, by shard, rows ascending. Places
     count from ``begin``."""
+    if begin == end:
+        return []
     shards, rows, ends = order.locate_windows(np.arange(begin, end, dtype=np.int64))
     places = np.lexsort((rows, shards))  # neighbouring rows of a file become one request
-    numbers, starts = np.unique(shards[places], return_index=True)
+    shards, rows, ends = shards[places], rows[places], ends[places]
+    starts = np.flatnonzero(np.diff(shards, prepend=-1))
+    firsts = starts.tolist()
+    spans = zip(firsts, [*firsts[1:], len(places)], strict=True)
+    expiries = np.maximum.reduceat(ends, starts).tolist()
     return [
-        ShardRows(shard, rows[group], group, int(ends[group].max()), begin)
-        for shard, group in zip(numbers.tolist(), np.split(places, starts)[1:], strict=True)
+        ShardRows(shard, rows[first:stop], places[first:stop], expires_at, begin)
+        for shard, (first, stop), expires_at in zip(
+            shards[starts].tolist(), spans, expiries, strict=True
+        )
     ]
 
 

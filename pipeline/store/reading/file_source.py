@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import fsspec
 
 from pipeline.storage.files import is_local, read_directly, read_ranges
-from pipeline.storage.local import GAP
+from pipeline.storage.local import GAP, LocalFile
 from pipeline.store.reading.disk_cache import DiskCache
 from pipeline.store.reading.memory_cache import MemoryBudget, SharedCache
 from pipeline.store.reading.shard_index import FileTable
@@ -22,6 +22,9 @@ T = TypeVar("T")
 REQUEST_COST_BYTES = 256 << 10
 """Cost of one more request, in bytes that could have been read instead: 3 ms at 80 MB/s, because
 several requests run at a time."""
+
+MAX_OPEN_FILES = 64
+"""Local files that stay open during their window; others are opened for each batch."""
 
 MAX_TRACKED_FILES = 1 << 14
 """Files whose read-ahead or disk cache attempt is remembered; current windows hold fewer."""
@@ -80,6 +83,7 @@ class FileSource:
         self.bytes_read = 0
         self.cache: SharedCache[tuple[bytes, bool]] = SharedCache(budget)
         """Whole files by path, and whether they came from the disk."""
+        self._open_files: SharedCache[LocalFile] = SharedCache(MemoryBudget(MAX_OPEN_FILES))
         self._filesystem = filesystem
         self._root = root
         self._fetch_whole = fetch_whole
@@ -132,24 +136,50 @@ class FileSource:
     ) -> T | None:
         """Call ``read`` with the descriptor of a local file; it returns a result and the bytes it
         read. Returns the result, or None when the file is not a regular file."""
-        self._count(requests=1)
+        self._raise_if_closed()
         read_ahead = self._read_ahead.get(file.file) != expires_at  # once per window
         if read_ahead:
             self._read_ahead[file.file] = expires_at
             if len(self._read_ahead) > MAX_TRACKED_FILES:
                 self._read_ahead.popitem(last=False)
             read_ahead = self._fetch_whole(file.bytes, file.samples)
+
+        def open_file(path: str, ahead: bool) -> LocalFile:
+            def load() -> LocalFile:
+                self._count(requests=1)
+                return LocalFile(path, ahead=ahead)
+
+            if not expires_at:
+                return load()
+            held = self._open_files.get(file.file, load, size=1, expires_at=expires_at)
+            return held or load()
+
+        def read_or_reopen(descriptor: int) -> tuple[T, int]:
+            try:
+                return read(descriptor)
+            except OSError:  # such as a stale handle: the next attempt opens the file again
+                self._open_files.discard(file.file)
+                raise
+
         path = f"{self._root}/{file.file}"
-        result = read_directly(self._filesystem, path, read, ahead=read_ahead)
+        result = read_directly(
+            self._filesystem, path, read_or_reopen, ahead=read_ahead, open_file=open_file
+        )
         if result is None:
             return None
         self._count(read=result[1])
         return result[0]
 
+    def expire(self, position: int) -> None:
+        """Free files that are needed only before ``position`` of the run."""
+        self.cache.expire(position)
+        self._open_files.expire(position)
+
     def close(self) -> None:
         """Free cached files and send no more requests to storage."""
         self.closed.set()
         self.cache.clear()
+        self._open_files.clear()
 
     def _load_file(self, file: FileTable, expires_at: int, refetch: bool) -> tuple[bytes, bool]:
         """A whole file, and whether it came from the disk cache."""
@@ -245,8 +275,7 @@ class FileSource:
 
     def _local_path(self, file: FileTable) -> Path | None:
         """Path of the file in the disk cache; None if it is not there."""
-        if self.closed.is_set():
-            raise CancelledError
+        self._raise_if_closed()
         return None if self._disk is None else self._disk.path(file.sha256)
 
     def _fetch(self, file: FileTable) -> bytes:
@@ -258,10 +287,14 @@ class FileSource:
         self._count(read=len(data))
         return data
 
+    def _raise_if_closed(self) -> None:
+        if self.closed.is_set():
+            raise CancelledError
+
     def _count(self, *, requests: int = 0, read: int = 0) -> None:
         with self._lock:
-            if requests and self.closed.is_set():
-                raise CancelledError
+            if requests:
+                self._raise_if_closed()
             self.opens += requests
             self.bytes_read += read
 

@@ -74,7 +74,7 @@ class RowReader:
         some_sizes = file.sizes[rows]
         sizes = some_sizes.tolist()
         begins = file.offsets[rows, 0].tolist()
-        checked = [False] * len(rows) if check is None else check.tolist()
+        checked = check or [False] * len(rows)
         expected = file.crc32[rows].tolist() if any(checked) else []
         row_bytes = layout.row_bytes
         for number, place in enumerate(request.places.tolist()):

@@ -39,7 +39,7 @@ class RowRequest:
     """int64 (n,)"""
     places: np.ndarray
     """int64 (n,): index of each row in the arrays of ``out``."""
-    check: np.ndarray | None
-    """bool (n,): rows whose checksum is verified; None for none of them."""
+    check: list[bool] | None
+    """Of each row, True if its checksum is verified; None for none of them."""
     expires_at: int
     """As in ``ShardRows``."""

@@ -183,24 +183,26 @@ class StreamReader:
     ) -> None:
         shard, rows, places, expires_at, _ = group
         table, layouts = loaded
-        if rows.max() >= table.samples:
+        numbers = rows.tolist()
+        if max(numbers) >= table.samples:
             raise DamagedShardError(
-                f"{self._where(shard)} has {table.samples} samples, not {rows.max() + 1}: the "
+                f"{self._where(shard)} has {table.samples} samples, not {max(numbers) + 1}: the "
                 "store's index is stale; delete it and run the extraction again"
             )
         check = None
         if self.verify:
-            bits = self._verified_bits(shard)
-            check = np.unpackbits(bits, bitorder="little")[rows] == 0
+            bits = self._verified_bits(shard).data  # in Python, because a group has few rows
+            check = [not bits[row >> 3] >> (row & 7) & 1 for row in numbers]
         for file, layout in zip(table.files, layouts, strict=True):
             request = RowRequest(file, out, shard, rows, places, check, expires_at)
             try:
                 self._read_rows(request, layout, row_reader)
             except FileNotFoundError:
                 raise LostShardError(f"{self._where(shard)} is missing") from None
-        if check is not None and check.any():
+        if check is not None and any(check):
             self._check_packed(out, group)
-            np.bitwise_or.at(bits, rows // 8, (1 << rows % 8).astype(np.uint8))
+            for row in numbers:
+                bits[row >> 3] |= 1 << (row & 7)
 
     def _check_packed(self, out: Columns, group: ShardRows) -> None:
         for name, (tokens, width) in self._packed.items():
@@ -211,7 +213,7 @@ class StreamReader:
 
     def expire(self, position: int) -> None:
         """Free cached bytes that are needed only before ``position`` of the run."""
-        self.source.cache.expire(position)
+        self.source.expire(position)
         self._shards.expire(position)
 
     def close(self) -> None:
@@ -256,7 +258,7 @@ class StreamReader:
             return counts, sum(counts)
 
         counts = self.source.read_directly(file, read, request.expires_at)
-        check = np.zeros(len(rows), bool) if request.check is None else request.check
+        check = request.check or [False] * len(rows)
         for piece, count in enumerate(counts or [0] * len(pieces)):
             number, column = divmod(piece, len(arrays))
             buffers, name = pieces[piece][1], file.names[column]
@@ -276,10 +278,7 @@ class StreamReader:
         refetch = False
         while True:
             data, from_disk = self.source.read(file, ranges, request.expires_at, refetch=refetch)
-            if from_disk:
-                check = np.ones(len(rows), bool)
-            else:
-                check = np.zeros(len(rows), bool) if request.check is None else request.check
+            check = [True] * len(rows) if from_disk else request.check or [False] * len(rows)
             try:
                 self._decode(request, data, check)
                 return
@@ -290,7 +289,7 @@ class StreamReader:
                 row = int(rows[error.number])
                 raise self._damaged(request.shard, row, error.name, error.reason) from None
 
-    def _decode(self, request: RowRequest, pieces: list[memoryview], check: np.ndarray) -> None:
+    def _decode(self, request: RowRequest, pieces: list[memoryview], check: list[bool]) -> None:
         """Decompress pieces, row by row and array by array, into the batch. Raises
         ``DamagedArrayError``."""
         file, rows = request.file, request.rows
