@@ -12,7 +12,7 @@ demo: .venv/.installed
 test: .venv/.installed lint types
 	$(PYTEST) -m "not slow"
 
-# For a change at hand: no clusters, servers, trainings, compilers or comparisons with references.
+# For a change at hand: no clusters, servers, trainings, extractions, compilers or references.
 test-quick: .venv/.installed
 	$(PYTEST) -m "not slow and not cluster and not long"
 

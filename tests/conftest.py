@@ -36,9 +36,12 @@ if TYPE_CHECKING:
 
 CLUSTER_FOLDERS = ("tests/cluster/", "tests/docker/", "tests/faults/", "tests/jobs/")
 CLUSTER_FIXTURES = {"two_cpus", "s3"}
-LONG_FOLDERS = (
-    *("tests/bench/", "tests/gpu/", "tests/parity/", "tests/pipeline/cost_estimate/"),
-    *("tests/pipeline/pretrain/", "tests/pipeline/targets/", "tests/pipeline/train/"),
+LONG = (
+    *("tests/bench/", "tests/gpu/", "tests/parity/", "tests/pipeline/convert/"),
+    *("tests/pipeline/cost_estimate/", "tests/pipeline/extract/", "tests/pipeline/pretrain/"),
+    *("tests/pipeline/targets/", "tests/pipeline/train/"),
+    *("tests/pipeline/checkpoints/test_background.py", "tests/pipeline/checkpoints/test_export.py"),
+    *("tests/pipeline/inspect/test_fidelity.py", "tests/pipeline/sampling/test_prompts.py"),
 )
 PRIVATE_HOME = os.environ["HOME"]  # tests may change the variable
 SHARED = Path(__file__).parents[2] / "shared"
@@ -52,19 +55,21 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Import no folder all of whose tests ``-m`` leaves out."""
+    """Import no folder or file all of whose tests ``-m`` leaves out."""
     expression = str(config.option.markexpr)
     words = () if " or " in expression else re.findall(r"\bnot (\w+)", expression)
-    left_out = {"cluster": CLUSTER_FOLDERS, "long": LONG_FOLDERS}
-    folder = f"{os.path.relpath(collection_path, config.rootpath)}/"
-    return any(folder in left_out.get(word, ()) for word in words) or None
+    left_out = {"cluster": CLUSTER_FOLDERS, "long": LONG}
+    path = os.path.relpath(collection_path, config.rootpath)
+    names = {path, f"{path}/"}
+    return any(not names.isdisjoint(left_out.get(word, ())) for word in words) or None
 
 
 @pytest.hookimpl(tryfirst=True)  # before options such as -m select by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark files that start a Ray cluster or a server as ``cluster``, and folders whose tests
-    train, compile, measure or compare with references as ``long``: ``make test-quick`` leaves out
-    both. Several processes (pytest-xdist) take whole files in the order of ``_schedule``."""
+    """Mark files that start a Ray cluster or a server as ``cluster``, and folders and files whose
+    tests train, extract, compile, measure or compare with references as ``long``: ``make
+    test-quick`` leaves out both. Several processes (pytest-xdist) take whole files in the order of
+    ``_schedule``."""
     clusters = {
         item.path
         for item in items
@@ -74,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path in clusters:
             item.add_marker(pytest.mark.cluster)
-        if item.nodeid.startswith(LONG_FOLDERS):
+        if item.nodeid.startswith(LONG):
             item.add_marker(pytest.mark.long)
     if hasattr(config, "workerinput"):
         _schedule(items)

@@ -47,7 +47,9 @@ def gradient(losses: Tensor, qkv: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 8.0])  # the last: logits of some hundreds
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[needs_compiler, pytest.mark.long])]
+)
 def test_it_is_the_plain_loss(sharpness: float, compiled: bool) -> None:
     qkv = operands(sharpness=sharpness)
     probs = teacher(sharpness)
