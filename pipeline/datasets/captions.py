@@ -40,9 +40,15 @@ def captioned_listing(
             shortened += sum(len(text) > len(short) for text, short in pairs)
             items.append(item._replace(captions=kept))
         else:
-            bare.append(item.path)
+            bare.append(_place(item))
     if not items:
-        raise UserError(f"--source '{shown}' has no image with a caption")
+        reasons = [f"--source '{shown}' has no image with a caption"]
+        if bare:
+            reasons.append(f"{len(bare)} images have none, first: {short_name(bare[0])}")
+        if without_images:
+            first = short_name(without_images[0])
+            reasons.append(f"captions are of {len(without_images)} missing images, first: {first}")
+        raise UserError("; ".join(reasons))
     counts = CaptionCounts(
         captions=sum(len(item.captions) for item in items),
         empty=empty,
@@ -53,6 +59,11 @@ def captioned_listing(
     )
     _report(counts, bare, without_images, shown)
     return Listing(items, 1, captions=counts)
+
+
+def _place(item: ImageItem) -> str:
+    """The file of an image; in a tar also its sample."""
+    return item.path if item.length is None else f"{item.path}: sample '{item.key}'"
 
 
 def _storable(text: str) -> str:

@@ -119,7 +119,8 @@ class CaptionReader:
             )
         shared = [LENGTHS] if self.info.keeps == "tokens" else []
         # The captions of a sample lie together in a tar, and in a file each in a zarr store.
-        apart = store.manifest.format == "zarr"
+        equal = all(self.info.columns[name] == self.info.columns[columns[0]] for name in columns)
+        apart = store.manifest.format == "zarr" or not equal
         self._readers: list[AlternativesReader] = []
         for some in ([name] for name in columns) if apart else [columns]:
             reader = AlternativesReader(

@@ -151,6 +151,25 @@ def test_tars_of_img2dataset_have_captions_and_no_classes(tmp_path: Path) -> Non
     assert (listing.num_classes, {item.label for item in listing.items}) == (1, {0})
 
 
+def test_samples_without_a_caption_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [*img2dataset(0, "a cat"), *img2dataset(1, None)]
+    write_tar(tmp_path / "00000.tar", members)
+    with caplog.at_level(logging.WARNING):
+        listed(tmp_path, "webdataset")
+    assert "1 images without captions, first: 00000.tar: sample '000000001'" in caplog.text
+
+
+def test_a_source_without_any_caption_says_what_it_has(tmp_path: Path) -> None:
+    lines = [{"file": "/data/b.png", "captions": ["x"]}]
+    options = write_folder(tmp_path, lines)
+    with pytest.raises(UserError) as error:
+        listed(tmp_path / "pictures", **options)
+    reason = "3 images have none, first: b.png; captions are of 1 missing images, first: /data/b"
+    assert reason in str(error.value)
+
+
 def test_json_members_may_have_several_captions(tmp_path: Path) -> None:
     about = json.dumps({"captions": ["one", "two"]}).encode()
     write_tar(tmp_path / "a.tar", [("x.jpg", picture(0)), ("x.json", about), ("x.txt", b"text")])

@@ -147,9 +147,12 @@ def test_choices_depend_on_seed_epoch_and_sample_alone() -> None:
         choose_captions(0, epochs[:1], samples[:1], np.zeros(1, int))
 
 
-def test_tokens_are_stored_instead_of_embeddings(tmp_path: Path, encoder: object) -> None:
-    text = {**TEXT, "keep": "tokens"}
-    config = coco_config(write_coco(tmp_path / "source"), tmp_path / "store", text=text)
+def test_tokens_are_stored_instead_of_embeddings(
+    tmp_path: Path, made: Store, encoder: object
+) -> None:
+    text, format = {**TEXT, "keep": "tokens"}, made.manifest.format
+    source = write_coco(tmp_path / "source")
+    config = coco_config(source, tmp_path / "store", text=text, format=format)
     store = extract_here(config)
     rows = StreamReader(store, "text").read(*PLACES)
     for row, number in enumerate(IDS):

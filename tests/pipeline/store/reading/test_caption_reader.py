@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.randomness import Purpose, generator, uniform_pairs
-from pipeline.store import BatchLoader, SampleOrder, Store, StreamReader
+from pipeline.store import BatchLoader, SampleOrder, ShardWriter, Store, StreamReader
 from pipeline.store.reading.caption_reader import DROPPED, CaptionReader
 from pipeline.store.reading.disk_cache import DiskCache
 from pipeline.store.reading.row_request import ShardRows
@@ -77,6 +78,30 @@ def test_a_loader_reads_what_a_plain_reading_does(
         expected = plain_visits(store, shards, rows, order.epochs_of(batch.positions))
         check(batch.columns["text"], expected)
     loader.close()
+
+
+def test_captions_of_another_compression_are_read(tmp_path: Path) -> None:
+    """A store that this software does not write."""
+    url = text_store(tmp_path / "store", "float16", "none").url
+    other = text_store(tmp_path / "other", "float16", "zstd")
+    manifest, replaced = Path(url, "manifest.json"), "caption1"
+    values = json.loads(manifest.read_text())
+    values["streams"]["text"]["columns"][replaced]["lossless"] = "zstd"
+    manifest.write_text(json.dumps(values))
+    plain = Store.open(url)
+    for shard in range(plain.manifest.num_shards):
+        with ShardWriter(url, plain.manifest, shard, added="text") as writer:
+            record = other.record(shard, "text")
+            rows = np.arange(len(record.keys))
+            found = StreamReader(other, "text").read(np.full(len(rows), shard), rows)
+            for row, key in enumerate(record.keys):
+                writer.add(key, {"text": {name: array[row] for name, array in found.items()}})
+            writer.commit()
+    store = Store.open(url)
+    samples = np.arange(22)
+    visits = samples // 6, samples % 6, samples % 3
+    found = CaptionReader(store, seed=SEED, drop=DROP).columns(*visits)
+    check(found, plain_visits(store, *visits))
 
 
 def test_visits_of_any_order_are_read(tmp_path: Path) -> None:
