@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,29 @@ from pipeline.cost_estimate.costs import (
     stored_bytes,
 )
 from pipeline.cost_estimate.meta_models import Geometry
+from pipeline.quickstart.candidates import (
+    ALIGNED,
+    CPU_STUDENTS,
+    GPU_STUDENTS,
+    HUB_BASE,
+    HUB_SMALL,
+    OWN_LARGE,
+    OWN_SMALL,
+    Student,
+    Teacher,
+    transformer_flops,
+)
 from pipeline.quickstart.commented_yaml import CommentedOptions
+from pipeline.quickstart.configs import (
+    CPU_RESOLUTION,
+    HUB_AUTOENCODER,
+    LATENT_CHANNELS,
+    PROCESS_BYTES,
+    RESOLUTIONS,
+    SHARES,
+    TERMINATION,
+    Choices,
+)
 from pipeline.quickstart.machine import Machine, at_hand
 from pipeline.quickstart.survey import Survey
 from pipeline.text import describe_bytes, describe_hours
@@ -31,23 +52,15 @@ from schemas.codecs import CodecOptions
 from schemas.fields import format_layers
 
 ROOT = Path(__file__).resolve().parents[2]
-RESOLUTIONS = (32, 64, 128, 256)
-CPU_RESOLUTION = 64
-"""Largest crop where there is no GPU."""
-HUB_AUTOENCODER = "stabilityai/sd-vae-ft-mse"
 HUB_AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
 SMALLEST_OF_HUB = 128
 """Smallest crop for the hub's autoencoder, whose latents have an eighth of its sides."""
-LATENT_CHANNELS = 4
 PATCH = 2
 """Rows and columns of latents in one token of the student."""
 SHARE_OF_EXTRACTION = 0.3
 """Largest share of the time for encoding with a teacher of the hub."""
-SHARES = {"teacher": 0.25, "autoencoder": 0.2}
-"""Shares of the time that is left after the extraction; the training has the rest."""
 OVERHEAD = 90.0
 """Seconds in which the three commands start: Ray, torch, workers."""
-TERMINATION = 0.4
 PER_PIXEL = 1e-8
 PER_IMAGE = 3e-3
 """Seconds of one core to decode a pixel, and to read, compress and write an image's targets."""
@@ -59,60 +72,8 @@ GUIDANCE = 2.0
 MAX_ROWS = 10
 SHARED_BYTES = 2.0e8
 """Shared memory that Ray needs on one machine, bytes."""
-PROCESS_BYTES = 1.0e9
-"""Memory of one process with torch and Ray."""
 
 
-class Teacher(NamedTuple):
-    """A vision transformer."""
-
-    model: str
-    depth: int
-    width: int
-    heads: int
-    patch: int
-
-    def flops(self, grid: int) -> float:
-        return _transformer_flops(self.depth, self.width, grid**2 + 1)
-
-
-class Student(NamedTuple):
-    """A diffusion transformer and the layers that are aligned."""
-
-    model: str
-    depth: int
-    width: int
-    heads: int
-    layers: tuple[int, ...]
-    feature_depth: int
-    images: int
-    """Fewest images for it."""
-    learning_rate: float
-
-
-OWN_SMALL = Teacher("vit_small_patch14_dinov2.lvd142m", 6, 96, 6, 0)
-OWN_LARGE = Teacher("vit_small_patch14_dinov2.lvd142m", 12, 384, 6, 0)
-HUB_SMALL = Teacher("vit_small_patch14_dinov2.lvd142m", 12, 384, 6, 14)
-HUB_BASE = Teacher("vit_base_patch14_dinov2.lvd142m", 12, 768, 12, 14)
-CPU_STUDENTS = (
-    Student("SiT-S/2", 6, 96, 6, (2, 3), 4, 0, 2e-3),
-    Student("SiT-S/2", 8, 192, 6, (3, 4), 5, 0, 1e-3),
-    Student("SiT-S/2", 12, 384, 6, (2, 3, 4), 5, 20_000, 5e-4),
-)
-GPU_STUDENTS = (
-    Student("SiT-S/2", 12, 384, 6, (2, 3, 4), 5, 0, 3e-4),
-    Student("SiT-B/2", 12, 768, 12, (2, 3, 4), 5, 10_000, 1e-4),
-    Student("SiT-L/2", 24, 1024, 16, (4, 5, 6, 7), 8, 100_000, 1e-4),
-    Student("SiT-XL/2", 28, 1152, 16, (4, 5, 6, 7), 8, 400_000, 1e-4),
-)
-ALIGNED = {
-    (6, 2): (4, 5),
-    (6, 3): (3, 4, 5),
-    (12, 2): (9, 11),
-    (12, 3): (7, 9, 11),
-    (12, 4): (8, 9, 10, 11),
-}
-"""Teacher layers by the teacher's depth and the number of aligned student layers."""
 CPU_STEPS, GPU_STEPS = 5_000, 20_000
 """Steps that the time must allow for a student larger than the smallest."""
 
@@ -145,7 +106,7 @@ def propose(survey: Survey, machine: Machine, hours: float, work: Path) -> Propo
     return _Chooser(survey, machine, hours, work).proposal()
 
 
-class _Chooser:
+class _Chooser(Choices):
     """Choices, in the order in which one follows from another."""
 
     def __init__(self, survey: Survey, machine: Machine, hours: float, work: Path) -> None:
@@ -265,14 +226,10 @@ class _Chooser:
         fitting = 2 ** int(math.log2(max(self.survey.images, 1)))
         return max(devices, self.workers, min(largest, fitting))
 
-    @property
-    def workers(self) -> int:
-        return self.machine.gpus or min(2, self.machine.cores)
-
     def _train_step_seconds(self, student: Student) -> float:
         tokens = self.grid**2
         tail = (self.teacher.depth - min(self._tail(student))) / self.teacher.depth
-        each = 3.3 * _transformer_flops(student.depth, student.width, tokens)
+        each = 3.3 * transformer_flops(student.depth, student.width, tokens)
         each += TERMINATION * tail * self.teacher.flops(self.grid)
         return self.batch * each / self.machine.flops
 
@@ -334,180 +291,6 @@ class _Chooser:
             )
         return Proposal(extract, train, commands, notes, tuple(warnings))
 
-    def _termination(self) -> int:
-        return max(1, round(TERMINATION * self.train_steps))
-
-    def _extract(self) -> CommentedOptions:
-        survey, layout = self.survey, self.survey.layout
-        sides = f"{survey.sizes[0][0]}x{survey.sizes[0][1]}"
-        if survey.mixed:
-            sides = f"mixed, the median short side {survey.short_side} px"
-        made = CommentedOptions(
-            "Extraction, written by pipeline.quickstart: teacher and autoencoder see every image "
-            f"once. {survey.files:,} files, {len(survey.bad):,} bad ones among the "
-            f"{survey.examined:,} that were examined; {len(survey.with_images):,} classes; sizes "
-            f"{sides}; {'grey' if survey.grey else 'colour'}. Run it: python -m pipeline.extract "
-            "--config THIS_FILE; costs of this and other cuts: python -m pipeline.extract --plan "
-            "--config THIS_FILE --plan.trainer train.yaml"
-        )
-        made.set("dataset", layout.dataset, layout.reasons["dataset"])
-        made.set("source", layout.source, layout.reasons["source"])
-        options = dict(layout.options)
-        if survey.lost and not options.get("allow_empty_classes"):
-            options["allow_empty_classes"] = True
-        for key, value in options.items():
-            lost = f"all images of {len(survey.lost)} classes are bad"
-            made.set(key, value, layout.reasons.get(key, lost))
-        made.set("store", str(self.work / "store"), "the store, in the work folder")
-        why = "files that are not images are left out and listed in the manifest"
-        if survey.bad:
-            why += f": {len(survey.bad)} of {survey.examined:,} examined, '{survey.bad[0][0]}' "
-            why += f"first ({survey.bad[0][1]})"
-        made.set("on_bad_image", "skip", why)
-        larger = self.resolution > survey.short_side
-        made.set(
-            "resolution",
-            self.resolution,
-            f"the smallest crop here, images of {survey.short_side} px are enlarged"
-            if larger
-            else f"the largest of {_listed(RESOLUTIONS)} that the images ({sides}) fill"
-            + ("" if self.machine.gpus else f", at most {CPU_RESOLUTION} without a GPU"),
-        )
-        self._set_networks(made)
-        layers = list(self.teacher_layers)
-        made.set(
-            "cut",
-            "activations",
-            f"fewest bytes: the tokens that enter block {layers[0]}; training runs the blocks "
-            "behind it",
-        )
-        made.set("layers", layers, "the layers that the student's attention is aligned to")
-        shard = self._shard_size()
-        made.set("shard_size", shard, f"{-(-survey.files // shard)} shards for {survey.files:,}")
-        made.set("batch_size", min(64, shard), "images per forward pass; at most a shard")
-        if not self.machine.gpus:
-            made.set("actors", self._actors(), f"{self.machine.cores} cores, 8 actors at most")
-        return made
-
-    def _set_networks(self, made: CommentedOptions) -> None:
-        networks = self.work / "networks"
-        made.set("teacher.model", self.teacher.model, self.teacher_reason)
-        if self.hub_teacher:
-            made.set("teacher.weights", "hub", "timm's own download")
-            size = self.teacher.patch * self.grid
-            tokens = f"{self.grid} x {self.grid} tokens, the student's grid"
-            made.set("teacher.image_size", size, f"{tokens}, of {self.teacher.patch} px each")
-        else:
-            weights = str(networks / "teacher.safetensors")
-            made.set("teacher.weights", weights, "written before the extraction: see pretrain")
-            made.set("teacher.image_size", self.resolution, "the crop as it is")
-            arguments = {
-                "patch_size": self.resolution // self.grid,
-                "embed_dim": self.teacher.width,
-                "depth": self.teacher.depth,
-                "num_heads": self.teacher.heads,
-            }
-            made.set(
-                "teacher.model_args",
-                arguments,
-                f"a small one, with {self.grid} x {self.grid} tokens, the student's grid",
-            )
-        name = HUB_AUTOENCODER if self.hub_autoencoder else str(networks / "autoencoder")
-        made.set("autoencoder", name, self.autoencoder_reason)
-        if not self.steps:
-            return
-        for network, key in (("teacher", "teacher_steps"), ("autoencoder", "autoencoder_steps")):
-            share = f"{100 * SHARES[network]:g}% of the time that the extraction leaves"
-            made.set(
-                f"pretrain.{key}",
-                self.steps.get(network, 0),
-                share if network in self.steps else "it comes from the hub",
-            )
-        factor = self.resolution // self.latent
-        if not self.hub_autoencoder:
-            made.set(
-                "pretrain.widths",
-                self.widths,
-                f"{len(self.widths)} levels: latents have 1/{factor} of the image's sides",
-            )
-        made.set("pretrain.batch_size", self.pretrain_batch, "64 on CPUs, 256 on GPUs")
-        count = min(20_000, max(1, int(5e8 / (3 * self.resolution**2))))
-        made.set("pretrain.images", count, "at most: 500 MB of memory")
-        flip = not self.survey.grey
-        made.set(
-            "pretrain.flip",
-            flip,
-            "colour images mean the same when mirrored"
-            if flip
-            else "grey images may be digits or letters, which mirrored mean something else",
-        )
-
-    def _train(self) -> CommentedOptions:
-        student, steps = self.student, self.train_steps
-        made = CommentedOptions(
-            "Training with HASTE, written by pipeline.quickstart: aligned with the teacher first, "
-            "then without it. Run it: python jobs/train_haste.py --config THIS_FILE"
-        )
-        made.set("name", "run", "the run's folder below 'output'")
-        made.set("output", str(self.work), "the work folder")
-        made.set("store", str(self.work / "store"), "what the extraction wrote")
-        epochs = steps * self.batch / max(1, self.survey.images)
-        made.set("steps", steps, f"the rest of {self.given}: about {epochs:.2g} epochs")
-        kind = "a GPU's memory" if self.machine.gpus else "CPUs"
-        made.set("global_batch", self.batch, f"for {kind}; at most the number of images")
-        decay = round(min(0.9999, max(0.5, 1 - 5 / steps)), 5)
-        made.set("ema_decay", decay, "the average reaches over a fifth of the steps")
-        every = max(1, steps // 50)
-        made.set("log_every", every, "about fifty rows of metrics")
-        made.set("student.model", student.model, self.student_reason)
-        if not self.machine.gpus:
-            small = "smaller than published, for CPUs"
-            made.set("student.depth", student.depth, small)
-            made.set("student.width", student.width, small)
-            made.set("student.heads", student.heads, small)
-        made.set("student.latent_size", self.latent, f"that of the latents of {self.resolution} px")
-        classes = len(self.survey.names)
-        made.set("student.num_classes", classes, "the classes of the source")
-        made.set("alignment.feature_depth", student.feature_depth, "a third to two thirds in")
-        layers = list(student.layers)
-        made.set("alignment.student_layers", layers, "early blocks, as in the paper")
-        made.set(
-            "alignment.teacher_layers", list(self.teacher_layers), "late layers of the teacher"
-        )
-        wide = 2048 if student.width >= 384 else 256
-        made.set("alignment.projector_width", wide, "for the student's width")
-        made.set(
-            "alignment.termination",
-            {"kind": "fixed", "step": self._termination()},
-            f"{100 * TERMINATION:g}% of the steps: later alignment holds the student back",
-        )
-        made.set("optimizer.learning_rate", student.learning_rate, "narrow students take more")
-        if self.survey.files < 8 * self._shard_size():
-            made.set("data.window", 4, "few shards")
-        made.set(
-            "workers.count",
-            self.workers,
-            "one for each GPU" if self.machine.gpus else f"for {self.machine.cores} CPU cores",
-        )
-        if not self.machine.gpus:
-            share = max(1, self.machine.cores // self.workers)
-            made.set("workers.cpus_per_worker", share, "an equal share of the cores")
-        made.set("checkpoint.every", max(1, steps // 4), "four checkpoints")
-        made.set("checkpoint.keep", 2, "the latest two")
-        return made
-
-    def _actors(self) -> int:
-        memory = int(self.machine.memory_bytes / (1.5 * PROCESS_BYTES))
-        return max(1, min(self.machine.cores, 8, memory, self._shards()))
-
-    def _shards(self) -> int:
-        return -(-self.survey.files // self._shard_size())
-
-    def _shard_size(self) -> int:
-        devices = max(1, self.machine.gpus or min(self.machine.cores, 8))
-        wanted = self.survey.files // (8 * devices)
-        return max(16, min(512, 2 ** int(math.log2(max(1, wanted)))))
-
     def _commands(self) -> tuple[Command, ...]:
         survey, machine, student = self.survey, self.machine, self.student
         python = _python()
@@ -525,7 +308,7 @@ class _Chooser:
             f"--sampler.steps {SAMPLER_STEPS}{guidance} "
             f"--png {shlex.quote(str(self.work / 'samples.png'))}"
         )
-        forward = _transformer_flops(student.depth, student.width, self.grid**2)
+        forward = transformer_flops(student.depth, student.width, self.grid**2)
         drawn = len(rows) * per_class * SAMPLER_STEPS * (2 if guidance else 1) * forward
         each = machine.flops / max(1, machine.gpus)
         weights = 4 * 18 * student.depth * student.width**2
@@ -566,19 +349,10 @@ class _Chooser:
         return stored + class_stream_bytes("faithful", geometry) + latent_bytes(geometry)
 
 
-def _transformer_flops(depth: int, width: int, tokens: int) -> float:
-    """FLOPs of a forward pass: 12 products of width x width for each token, and the attention's."""
-    return 2.0 * depth * tokens * (12 * width**2 + 2 * tokens * width)
-
-
 def _rounded(value: float, least: int) -> int:
     """Two digits of a number of steps."""
     digits = 10 ** max(0, int(math.log10(max(value, 1))) - 1)
     return max(least, int(value // digits * digits))
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
 
 
 def _python() -> str:
