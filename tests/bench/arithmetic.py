@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,7 @@ from pipeline.models.projector import Projector
 from pipeline.models.sit import Block
 from pipeline.store.codecs import find_codec
 from pipeline.teachers.attention_tap import AttentionOperands
+from pipeline.targets.cuts import CODEC_SETS
 from pipeline.teachers.vit import create_meta_vit
 from pipeline.train.step_graph import WARM_UP
 from schemas.errors import UserError
@@ -61,6 +63,7 @@ NOT_A_KERNEL = {
     "empty",
     "_has_same_storage",
 }
+DECODED = "stored tokens decoded"
 UPDATE = {
     "norm of gradients": ("linalg_vector_norm", "_foreach_norm"),
     "clipping": ("mul_", "_foreach_mul_"),
@@ -105,6 +108,8 @@ def run(options: Options) -> Report:
         **_phase_1_extra({row["part"]: row["ms"] for row in rows}, options.tapped),
         "update_bytes_per_weight": _bytes_per_weight(parts, size),
     }
+    decoded = sum(row["ms"] for row in rows if row["part"] == DECODED)
+    total["decoding_share_of_step"] = decoded / total["ms_per_step"]
     about = {
         "counted for": f"{options.batch} samples, bfloat16, one H100; predicted, not measured",
         "rates": f"{options.tflops:g} TFLOP/s of products, {options.tb_per_second:g} TB/s else",
@@ -231,7 +236,8 @@ def _graphs(
 
 def _tail(options: Options) -> Iterator[Part]:
     """One block of DINOv2-B in the trainer, for cuts 'activations' and 'image', compiled as there
-    and, beside it, uncompiled."""
+    and, beside it, uncompiled; the device's part of decoding what it reads, which is all but the
+    copy into the batch."""
     vit, _ = create_meta_vit(ExtractConfig().teacher, ExtractConfig().resolution)
     tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
     with fake_h100(), torch.no_grad():
@@ -255,6 +261,22 @@ def _tail(options: Options) -> Iterator[Part]:
             return torch.softmax(torch.stack(read, dim=1), dim=-1)
 
         yield from _graphs("its probabilities", 0, probabilities, operands, cast=False)
+        codec = find_codec(CODEC_SETS["faithful"]["activations"])
+        arrays = codec.arrays((tokens, vit.embed_dim))
+        stored = [
+            torch.empty(
+                options.batch,
+                *array.shape,
+                dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype,
+                device=CUDA,
+            )
+            for array in arrays.values()
+        ]
+
+        def decode(*parts: Tensor) -> Tensor:
+            return codec.decode(dict(zip(arrays, parts, strict=True)))
+
+        yield from _graphs(DECODED, 0, decode, stored, cast=False)
 
 
 def _update(student: StudentConfig) -> Iterator[Part]:
