@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.cli.config_files import merge
 from pipeline.datasets import Listing, list_images
-from pipeline.extract.encoder import Encoder
-from pipeline.extract.tasks import make_manifest, make_tasks, with_tail
+from pipeline.extract.encoder import Encoder, ShardResult
+from pipeline.extract.tasks import ShardTask, make_manifest, make_tasks, with_tail
 from pipeline.store import Store
 from schemas.extract import PRESETS, ExtractConfig
+from schemas.store import Manifest
 
 SAMPLES = 8
+
+
+class LocalPool:
+    """The encoder pool of an extraction, in this process; the fixture ``without_ray`` sets it."""
+
+    def __init__(self, config: ExtractConfig, **_: Any) -> None:
+        self.encoder = Encoder(config, device="cpu", threads=1)
+        self.describe, self.save_tail = self.encoder.describe, self.encoder.save_tail
+        self.describe_tail, self.calibrate = self.encoder.describe_tail, self.encoder.calibrate
+
+    def encode(
+        self, url: str, manifest: Manifest, tasks: Iterable[ShardTask]
+    ) -> Iterator[ShardResult]:
+        return (self.encoder.encode_shard(url, manifest, task) for task in tasks)
+
+    def close(self) -> None: ...
 
 
 def encode(folder: Path, samples: int = SAMPLES, device: str = "cpu", **options: Any) -> Store:

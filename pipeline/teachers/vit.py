@@ -11,6 +11,7 @@ import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.storage.hub import HubUnreachableError, hub_access
 from pipeline.teachers.attention_tap import AttentionTap
@@ -24,6 +25,23 @@ HUB_FILES = ("pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pyto
 PIXELS_PER_TOKEN = (
     16  # pixels of the crop per side: the autoencoder's 8 times the student's patch of 2
 )
+
+INITIALISING = {"add_", "clamp_", "erfinv_", "fill_", "mul_", "normal_", "uniform_", "zero_"}
+"""In-place functions of the initialisations of weights."""
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leave tensors on the meta device as they are: they have no values, but to initialise them
+    takes four fifths of a model's creation there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        tensor = args[0] if args else (kwargs or {}).get("tensor")  # as torch.nn.init passes it
+        named = getattr(func, "__name__", None) in INITIALISING
+        if named and isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        return func(*args, **(kwargs or {}))
 
 
 class VitShape(NamedTuple):
@@ -96,7 +114,7 @@ def create_meta_vit(
 ) -> tuple[Any, VitShape]:
     """As ``create_vit``, on the meta device: all shapes, no weights; nothing is downloaded."""
     shape, size, grid = _sizes(config, resolution, tapped)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         vit = _create(config, img_size=size)
     vit.attn_pool = None
     _fuse_attention(vit)
@@ -173,7 +191,7 @@ def _sizes(
 ) -> tuple[VitShape, int, TokenGrid | None]:
     """Shape of the model, pixels per side of its input, and the grid of a model that cannot be
     tapped, which is refused if ``tapped``. Raises ``UserError``."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         vit = _create(config)
     try:
         shape = _tappable_shape(vit, config.model)
@@ -192,7 +210,7 @@ def _token_sizes(
     usual = int(vit.pretrained_cfg["input_size"][-1])
     patch = usual // find_grid(vit, usual, config.model).grid_size[0]
     size = _input_size(config, resolution, patch)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         grid = find_grid(_create(config, img_size=size), size, config.model)
     heads = int(getattr(getattr(vit.blocks[0], "attn", None), "num_heads", 1))
     heads = heads if grid.width % heads == 0 else 1

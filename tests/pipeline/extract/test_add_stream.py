@@ -25,8 +25,6 @@ from schemas.run import RunConfig
 from tests.encoded import demo_like
 from tests.helpers import all_files, recorded_opens
 
-pytestmark = pytest.mark.usefixtures("two_cpus")
-
 
 def added(base: ExtractConfig, **options: Any) -> ExtractConfig:
     """Only new options are given; the others come from the store."""
@@ -37,11 +35,26 @@ def added(base: ExtractConfig, **options: Any) -> ExtractConfig:
     )
 
 
+@pytest.mark.usefixtures("two_cpus")
+def test_actors_add_what_one_process_adds(
+    images: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    for name in ("actors", "here"):
+        if name == "here":
+            request.getfixturevalue("without_ray")
+        base = demo_like(images, tmp_path / name / "store", actors=2)
+        assert extract(base).images == 12
+        assert extract(added(base, layers=(3, 4))).images == 12
+        assert extract(added(base, layers=(3, 4))).images == 0
+    assert all_files(tmp_path / "actors") == all_files(tmp_path / "here")
+
+
 def wanted(*layers: int) -> Wanted:
     return Wanted(features=True, layers=layers, heads=6)
 
 
 @pytest.mark.parametrize("format", ["webdataset", "zarr"])
+@pytest.mark.usefixtures("without_ray")
 def test_latents_keys_and_shards_stay_and_training_can_choose(
     images: Path, tmp_path: Path, format: str
 ) -> None:
@@ -113,6 +126,7 @@ def run_on(store: Store, stream: str | None) -> RunConfig:
     )
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_an_interrupted_addition_is_completed_and_the_store_serves_on(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +146,7 @@ def test_an_interrupted_addition_is_completed_and_the_store_serves_on(
     assert all_files(tmp_path / "store") == whole
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_skipped_images_are_skipped_in_every_stream(images: Path, tmp_path: Path) -> None:
     base = demo_like(images, tmp_path / "store", on_bad_image="skip")
     assert base.source is not None
@@ -158,6 +173,7 @@ def test_skipped_images_are_skipped_in_every_stream(images: Path, tmp_path: Path
         ({"layers": (2, 9)}, "layer 9"),
     ],
 )
+@pytest.mark.usefixtures("without_ray")
 def test_bad_requests_are_one_line(
     images: Path, tmp_path: Path, options: dict[str, Any], complaint: str
 ) -> None:
@@ -169,6 +185,7 @@ def test_bad_requests_are_one_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_an_addition_with_other_options_is_refused(images: Path, tmp_path: Path) -> None:
     base = demo_like(images, tmp_path / "store")
     extract(base)
@@ -181,6 +198,7 @@ def test_an_addition_with_other_options_is_refused(images: Path, tmp_path: Path)
         extract(added(base, teacher={"weights": "random"}))
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_lost_record_of_the_first_streams_is_told_as_incomplete(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +210,7 @@ def test_a_lost_record_of_the_first_streams_is_told_as_incomplete(
     assert "INCOMPLETE: 1 of 4 shards are missing (first: 1)" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_the_command_takes_from_the_store_what_it_does_not_say(
     images: Path, tmp_path: Path
 ) -> None:

@@ -258,7 +258,7 @@ def test_conversions_keep_class_tokens(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tokens(alone), tokens(store))
 
 
-@pytest.mark.usefixtures("two_cpus")
+@pytest.mark.usefixtures("without_ray")
 def test_an_added_stream_has_its_own_class_stream(images: Path, tmp_path: Path) -> None:
     base = demo_like(images, tmp_path / "store", actors=1)
     extract(base)

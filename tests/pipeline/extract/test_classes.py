@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,47 +13,17 @@ from PIL import Image
 
 import pipeline.extract.job as job
 from pipeline.convert import convert
-from pipeline.distributed import ray_cluster, resources
-from pipeline.extract import encoder_pool
-from pipeline.extract.encoder import Encoder, ShardResult
-from pipeline.extract.tasks import ShardTask
 from pipeline.inspect.__main__ import main as inspect
 from pipeline.inspect.source_images import SourceImages
 from pipeline.store import Store
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest
 from tests.encoded import demo_like
 from tests.helpers import edit_json
 
 WNIDS = ("n01440764", "n02102040", "n07753592")
-
-
-class LocalPool:
-    """The encoder of an extraction, in this process."""
-
-    def __init__(self, config: ExtractConfig, **_: Any) -> None:
-        self.encoder = Encoder(config, device="cpu", threads=1)
-        self.describe, self.save_tail = self.encoder.describe, self.encoder.save_tail
-        self.describe_tail, self.calibrate = self.encoder.describe_tail, self.encoder.calibrate
-
-    def encode(self, url: str, manifest: Manifest, tasks: list[ShardTask]) -> Iterator[ShardResult]:
-        return (self.encoder.encode_shard(url, manifest, task) for task in tasks)
-
-    def close(self) -> None: ...
-
-
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def cluster(_: str | None) -> Iterator[None]:
-        yield
-
-    one = SimpleNamespace(count=1, threads=1, gpus=0)
-    monkeypatch.setattr(encoder_pool, "EncoderPool", LocalPool)
-    monkeypatch.setattr(ray_cluster, "ray_cluster", cluster)
-    monkeypatch.setattr(resources, "choose_resources", lambda *_, **__: one)
+pytestmark = pytest.mark.usefixtures("without_ray")
 
 
 def picture(path: Path, seed: int) -> None:

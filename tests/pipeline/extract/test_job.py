@@ -242,6 +242,7 @@ def test_bad_images_stop_the_job_or_are_skipped(images: Path, tmp_path: Path) ->
     assert extract(skipping).images == 0
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_latents_are_taken_over_without_an_autoencoder(tmp_path: Path) -> None:
     folder = random_repa(tmp_path / "data", count=7)
     config = demo_like(folder, tmp_path / "store", dataset="repa")
@@ -286,6 +287,7 @@ def test_bad_requests_are_one_line(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_what_inspect_check_says_is_missing_is_added_by_its_very_command(
     images: Path, tmp_path: Path
 ) -> None:

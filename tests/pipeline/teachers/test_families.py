@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import timm.layers
 import torch
 from torch import Tensor, nn
 
 from pipeline.teachers import Teacher
 from pipeline.teachers.attention_tap import AttentionOperands, AttentionTap
-from pipeline.teachers.vit import block_arguments
+from pipeline.teachers.vit import _NoInitialisation, block_arguments
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
 
@@ -227,3 +228,30 @@ def test_layers_and_sizes_that_do_not_fit_are_refused() -> None:
         make_teacher(FAMILIES[0], layers=(1, 3))
     with pytest.raises(UserError, match="20 is not a multiple of the teacher's patch size 14"):
         make_teacher(FAMILIES[0], image_size=20)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "vit_small_patch14_dinov2.lvd142m",
+        "vit_base_patch16_siglip_224.webli",
+        "eva02_base_patch14_224.mim_in22k",
+        "convnext_tiny",
+    ],
+)
+def test_shapes_are_those_of_initialised_weights(model: str) -> None:
+    with torch.device("meta"):
+        expected = timm.create_model(model, num_classes=0).state_dict()
+        with _NoInitialisation():
+            found = timm.create_model(model, num_classes=0).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].is_meta
+        assert found[name].shape == tensor.shape
+        assert found[name].dtype == tensor.dtype
+
+
+def test_tensors_with_values_are_initialised() -> None:
+    with _NoInitialisation():
+        weights = nn.init.constant_(torch.ones(2), 3).mul_(2)
+    assert weights.tolist() == [6, 6]
