@@ -10,7 +10,8 @@ if [ "${1:-}" = check ]; then
             "HASTE_CONTAINER and HASTE_ROOT ($HASTE_ROOT) must be on every node" >&2
         exit 1
     }
-    mkdir -p "$folder" || exit 1 # it says why; HASTE_TMP is another place
+    mkdir -p "$folder" || exit 1 # it says why; HASTE_TMP names another place
+    rmdir "$folder" 2>/dev/null
     # shellcheck disable=SC2086
     gpus=$(${HASTE_CONTAINER:-} nvidia-smi -L 2>/dev/null | grep -c '^GPU')
     [ "$gpus" -ge "${SLURM_GPUS_ON_NODE:-0}" ] || echo "$SLURMD_NODENAME: Slurm gave" \

@@ -96,6 +96,10 @@ class DrilledRun:
                 stderr=log,
             )
 
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def step(self) -> int:
         """Step of the last row of the metrics, which a restart may take back."""
         return max((row["step"] for row in self.rows()), default=0)
@@ -138,7 +142,7 @@ def run_drill(options: DrillOptions, cluster: EmulatedCluster, mark: str, folder
         run = DrilledRun(cluster, config, mark, folder)
         cluster.join(options.nodes)
         run.start(1_000_000)
-        stack.callback(lambda: (run.process.kill(), run.process.wait()))
+        stack.callback(run.kill)
         try:
             _play(run, drill, rng, disk, options)
         except (RunFailedError, HarnessError, subprocess.TimeoutExpired) as error:

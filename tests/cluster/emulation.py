@@ -80,6 +80,7 @@ class EmulatedCluster:
         head = self._start(0, self.network.head, [], words, {})
         self._stack.callback(head.kill)
         if not head.starts():
+            self._stack.close()
             raise HarnessError(f"the head did not start: {head.log.read_text()[-1500:]}")
         return self
 
