@@ -154,7 +154,7 @@ class SampleConfig(Strict):
     compile: bool = False
     """Compile the student's blocks (torch.compile), for large numbers of images: it takes minutes
     at the start, and changes the rounding of an image. With --precision bfloat16 the networks take
-    the least time on GPUs; tests/bench/RESULTS.md has the difference in pixels."""
+    the least time on GPUs; `python -m tests.bench pixels` measures the difference in pixels."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the networks; 'auto' is the GPU if there is one."""
     sampler: SamplerConfig = SamplerConfig()

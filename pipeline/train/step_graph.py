@@ -53,8 +53,7 @@ class StepGraph:
             return self._function(inputs)
         if self._graph is None:
             self._graph = self._capture(inputs)
-        for own, given in zip(self._inputs, tensors, strict=True):
-            own.copy_(given)
+        torch._foreach_copy_(self._inputs, tensors)
         self._graph.replay()
         return tree_map_only(Tensor, torch.clone, self._outputs)  # the next replay overwrites them
 
