@@ -24,14 +24,16 @@ from pipeline.alignment.termination import ResidualPlateauTrigger, StepLosses
 from pipeline.checkpoints.integrity import STATE, write_state
 from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.selection import latest_valid
-from pipeline.checkpoints.state import load_optimizer, verify_finite
+from pipeline.checkpoints.state import load_optimizer, read_state, verify_finite
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import StopRequest
 from pipeline.models.ema import Ema
+from pipeline.models.factory import RANDOM, Uninitialised
+from pipeline.precision import is_finite
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.reader import read_run
-from pipeline.train import loop, ray_trainer
+from pipeline.train import loop, ray_trainer, trainer
 from pipeline.train.finite import FiniteWatch
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.local import train_here
@@ -334,8 +336,10 @@ def test_steps_do_not_wait_for_the_device() -> None:
 
 
 def poison(checkpoint: Path, name: str) -> None:
-    """Make one number of a checkpoint NaN, its checksums right."""
+    """Make one number of a checkpoint NaN, its checksums right. It still says that the files that
+    were written first are finite."""
     state = json.loads((checkpoint / STATE).read_text())
+    assert len(state["finite"]) == 64
     (checkpoint / STATE).unlink()
     path = checkpoint / name
     if path.suffix == ".pt":
@@ -372,6 +376,48 @@ def test_a_dead_checkpoint_of_an_earlier_version_is_not_continued(
         train_here(config.model_copy(update={"steps": 8}), folder)
     # sampling chooses by checksums, and refuses by name
     assert latest_valid(LocalCheckpoints(folder, keep=1), folder) is not None
+
+
+@pytest.mark.parametrize("key", ["finite", None])
+def test_numbers_are_read_only_where_the_writer_did_not_examine_them(
+    run_config: Make, tmp_path: Path, key: str | None
+) -> None:
+    config = run_config(steps=2, checkpoint={"every": 2})
+    run(config, tmp_path)
+    checkpoint = tmp_path / "checkpoint-000000002"
+    state = json.loads((checkpoint / STATE).read_text())
+    (checkpoint / STATE).unlink()
+    write_state(checkpoint, {k: v for k, v in state.items() if k not in ("files", "sha256", key)})
+    assert read_state(checkpoint).finite == (key is None)
+    with patch("pipeline.checkpoints.state.is_finite", wraps=is_finite) as examined:
+        verify_finite(checkpoint)
+    assert bool(examined.call_count) == (key is not None)
+
+
+@pytest.mark.parametrize("termination", [2, 50])
+def test_a_resumed_run_loads_all_that_it_does_not_initialise(
+    run_config: Make, tmp_path: Path, termination: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights that are left as they are allocated are NaN here."""
+    config = run_config(checkpoint={"every": 3}, alignment={"termination": {"step": termination}})
+    run(config, tmp_path / "whole")
+    run(config.model_copy(update={"steps": 3}), tmp_path / "parts")
+    left: list[str] = []
+
+    class Poisoned(Uninitialised):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = super().__torch_function__(function, types, args, kwargs)
+            if function in RANDOM:
+                left.append(function.__name__)
+                result.data.fill_(math.nan)
+            return result
+
+    monkeypatch.setattr(trainer, "Uninitialised", Poisoned)
+    run(config, tmp_path / "parts", tmp_path / "parts" / "checkpoint-000000003")
+    assert {"normal_", "uniform_", "kaiming_uniform_"} == set(left)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def cosines(*values: float) -> Any:
