@@ -106,7 +106,7 @@ def write_state(
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
     state = {**state, "files": files}
     with (folder / STATE).open("w") as file:
-        json.dump({**state, SELF: sha256_of_json(state)}, file, indent=1)
+        json.dump({**state, SELF: _checksum(state)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -121,7 +121,7 @@ def parse_state_json(data: bytes, where: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is not a checkpoint's state"
         raise DamagedCheckpointError(where, f"{STATE}: {reason}") from None
-    if checksum != sha256_of_json(state) or not valid:
+    if checksum != _checksum(state) or not valid:
         raise DamagedCheckpointError(where, f"{STATE}: its checksum is wrong")
     return dict(state)
 
@@ -164,8 +164,7 @@ def _hash_fault(path: Path, expected: dict[str, Any]) -> str | None:
     return None if digest == expected["sha256"] else "was altered: its checksum is wrong"
 
 
-def sha256_of_json(value: Mapping[str, Any]) -> str:
-    """Checksum of plain values, whatever the order of their keys."""
+def _checksum(state: dict[str, Any]) -> str:
     # Numbers and strings survive a round trip through JSON, so that the text is the same when read.
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(state, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

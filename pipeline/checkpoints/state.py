@@ -20,7 +20,6 @@ from pipeline.checkpoints.integrity import (
     DamagedCheckpointError,
     HashedFile,
     NonFiniteCheckpointError,
-    sha256_of_json,
     verify,
     write_state,
 )
@@ -37,9 +36,6 @@ from schemas.validation import validate
 VERSION = 2
 TEXT_ENCODER = "text_encoder"
 OPTIMIZER = "optimizer.pt"
-FINITE = "finite"
-"""Key of the checksum of the files' checksums, if all their numbers were finite when they were
-written; in ``CheckpointContents.state`` True. Earlier versions did not write it."""
 DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16),
     *(torch.int32, torch.float32, torch.float64, torch.int64),
@@ -81,10 +77,7 @@ class CheckpointContents:
         with HashedFile(folder / OPTIMIZER) as file:
             torch.save(dict(self.optimizer), file)  # type: ignore[arg-type]
         checksums[OPTIMIZER] = file.sha256
-        state = {"version": VERSION, **self.state}
-        if state.get(FINITE):
-            state[FINITE] = sha256_of_json(checksums)
-        write_state(folder, state, checksums)
+        write_state(folder, {"version": VERSION, **self.state}, checksums)
 
 
 @dataclass(frozen=True)
@@ -107,8 +100,6 @@ class CheckpointState:
     """Rows of the metrics file that were written before the checkpoint."""
     looked: bool
     """True if the validation of this step was finished when the checkpoint was written."""
-    finite: bool
-    """True if all weights and moments were found to be finite when the checkpoint was written."""
     classes: ClassTable
     """Classes of the store; in checkpoints that do not record them, those of the student."""
     data: dict[str, Any]
@@ -149,7 +140,6 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
             meter=state["meter"],
             metrics_rows=int(state["metrics_rows"]),
             looked=bool(state.get("looked", True)),  # earlier versions validated first
-            finite=_was_finite(state),
             classes=validate(
                 ClassTable,
                 state.get(CLASSES, {"count": config.student.num_classes}),
@@ -224,10 +214,9 @@ def _mapped_optimizer(folder: Path) -> dict[str, Any]:
 
 
 def verify_finite(folder: Path) -> None:
-    """``verify``, and that all weights and moments are finite, for a run that trains on from here;
-    they are read where the writer did not examine them. Raises ``DamagedCheckpointError``."""
-    if _was_finite(verify(folder)):
-        return
+    """``verify``, and that all weights and moments are finite, for a run that trains on from here.
+    Raises ``DamagedCheckpointError``."""
+    verify(folder)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -239,12 +228,6 @@ def verify_finite(folder: Path) -> None:
     for state in _mapped_optimizer(folder).get("state", {}).values():
         if not all(is_finite(value) for value in state.values()):
             raise NonFiniteCheckpointError(folder, f"moments of {OPTIMIZER} are")
-
-
-def _was_finite(state: Mapping[str, Any]) -> bool:
-    """If the files that a verified ``state.json`` lists were written of finite numbers."""
-    checksums = {name: file["sha256"] for name, file in state["files"].items()}
-    return FINITE in state and state[FINITE] == sha256_of_json(checksums)
 
 
 def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path) -> None:

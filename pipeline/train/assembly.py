@@ -191,7 +191,7 @@ def _load_trainer(folder: Path, state: CheckpointState, trainer: Trainer) -> Non
             "optimizer": load_optimizer(folder),
         }
     )
-    for name, tensors in trainer.tensors().items() if not state.finite else ():
+    for name, tensors in trainer.tensors().items():
         broken = ~all_finite(tensors, trainer.group.device)
         if trainer.group.sum(broken.float()):  # a rank may hold a slice only
             raise NonFiniteCheckpointError(folder, f"its {name} is")

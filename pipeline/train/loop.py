@@ -12,7 +12,6 @@ from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
 from pipeline.alignment.termination import Decision, StepLosses, alignment_factor
 from pipeline.checkpoints.background import BackgroundCheckpoints
 from pipeline.checkpoints.state import (
-    FINITE,
     TEXT_ENCODER,
     CheckpointContents,
     classes_to_save,
@@ -336,7 +335,6 @@ class TrainingLoop:
                 "meter": self.meter.state_dict(),
                 "metrics_rows": parts.metrics.rows if parts.metrics is not None else 0,
                 "looked": self.validated_step == trainer.step,
-                FINITE: True,  # else ``_save`` raises
                 "store": parts.identity,
                 **classes_to_save(parts.store.manifest.dataset.classes, self.config),
                 **self._text_encoder(),
