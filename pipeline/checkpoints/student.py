@@ -11,6 +11,7 @@ from pipeline.checkpoints.reference_format import read_classes, read_export, stu
 from pipeline.checkpoints.selection import is_weights_file
 from pipeline.checkpoints.state import CheckpointState, load_weights, read_state
 from pipeline.models import Student, make_student
+from pipeline.models.factory import Uninitialised
 from pipeline.precision import check_finite
 from schemas.classes import ClassTable
 from schemas.diffusion import Convention
@@ -116,9 +117,10 @@ def load_student(folder: Path, weights: str = "ema") -> tuple[Student, Checkpoin
     if latest is None:
         raise UserError(f"--checkpoint '{folder}' holds no checkpoint")
     state = read_state(latest)
-    student = make_student(
-        state.config.student, convention=Convention(path=state.config.diffusion.path)
-    )
+    with Uninitialised():
+        student = make_student(
+            state.config.student, convention=Convention(path=state.config.diffusion.path)
+        )
     if state.config.diffusion.label_drop == 0:
         student.null_label = None
     load_weights(latest, weights, student)

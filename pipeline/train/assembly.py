@@ -97,17 +97,21 @@ def build_run(
     group: ProcessGroup,
     checkpoint: AbstractContextManager[Path | None],
     poll: PollRequest,
+    *,
+    resumes: bool = False,
 ) -> RunParts:
     """Build a run from a config that ``resolve_run`` has checked; every rank calls it.
 
     ``checkpoint`` gives the folder of a verified checkpoint to continue from, or None, and is
-    entered only while that is read. Raises ``UserError`` where the checkpoint was trained on
-    another store.
+    entered only while that is read; with ``resumes`` it must not be None, because the weights are
+    not initialised. Raises ``UserError`` where the checkpoint was trained on another store.
     """
     assert config.store is not None
     store = Store.open(config.store)
     trigger = make_trigger(config.alignment.termination, config.alignment)
-    trainer = Trainer(config, store, group, measure_entropy=trigger.needs_entropy)
+    trainer = Trainer(
+        config, store, group, measure_entropy=trigger.needs_entropy, initialise=not resumes
+    )
     meter = StepMeter(group, config.global_batch, trainer.module.losses)
     tokens, captions = trainer.class_tokens, trainer.captions
     identity = store_identity(
@@ -127,6 +131,11 @@ def build_run(
             trigger.load_state_dict(state.trigger, group.scatter_saved)
             meter.load_state_dict(state.meter)
             progress = Progress.of(state)
+        elif resumes:
+            raise UserError(
+                f"run '{config.name}': its checkpoint was removed while it was to be read; run the "
+                "same command again"
+            )
     metrics = None
     if group.is_main:
         metrics = MetricsLog(folder, config, start_step=trainer.step, rows=progress.metrics_rows)

@@ -52,7 +52,10 @@ def train_here(
             config = resolve_run(config, Store.open(config.store).manifest, state, where)
             search = search_latest_valid(checkpoints, folder, verify_finite)
             latest = _result(search, on_checkpoint)
-            return run_training(config, folder, save, latest, group=group, poll=signals)
+            resumes = state is not None  # or ``latest`` raises
+            return run_training(
+                config, folder, save, latest, group=group, poll=signals, resumes=resumes
+            )
         except StoppedError as stop:
             raise StoppedError(str(stop), signals.exit_code) from None
 

@@ -52,7 +52,10 @@ def train(
     saved = None if resume is None else read_state(resume)
     config = resolve_run(config, Store.open(config.store).manifest, saved, resume)
     checkpoint = nullcontext(resume)  # a Path is a context manager itself, which does nothing
-    return run_training(config, folder, save_checkpoint, checkpoint, group=group, poll=poll)
+    resumes = resume is not None
+    return run_training(
+        config, folder, save_checkpoint, checkpoint, group=group, poll=poll, resumes=resumes
+    )
 
 
 def run_training(
@@ -64,6 +67,7 @@ def run_training(
     group: ProcessGroup | None = None,
     poll: PollRequest = no_request,
     before_save: Callable[[], None] = lambda: None,
+    resumes: bool = False,
 ) -> dict[str, Any]:
     """Train a config that ``resolve_run`` has checked; metrics and summary go to ``folder``. Every
     rank calls this. Returns the summary.
@@ -71,9 +75,10 @@ def run_training(
     ``checkpoint`` gives the verified checkpoint to continue from, or None, while it is entered.
     ``poll`` is called at every step and says whether to save or to stop. If any rank is told to
     stop, all save and raise ``StoppedError``. ``before_save`` is called at the step of a
-    checkpoint, when the one before is written.
+    checkpoint, when the one before is written. ``resumes``: ``checkpoint`` will give one, so that
+    no weights are initialised.
     """
-    parts = build_run(config, folder, group or ProcessGroup(), checkpoint, poll)
+    parts = build_run(config, folder, group or ProcessGroup(), checkpoint, poll, resumes=resumes)
     try:
         return TrainingLoop(parts, save_checkpoint, before_save).run_to_end()
     finally:

@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.checkpoints.integrity import verify
 from pipeline.checkpoints.local import LocalCheckpoints
-from pipeline.checkpoints.selection import Checkpoints, search_latest_valid
+from pipeline.checkpoints.selection import Checkpoints, latest_state, search_latest_valid
 from pipeline.checkpoints.state import CheckpointContents, verify_finite
 from pipeline.distributed.log_relay import set_up_worker_logging
 from pipeline.distributed.process_group import ProcessGroup
@@ -266,6 +266,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
                 saver,
                 _latest(folder.checkpoints, group, context.get_local_rank()),
                 group=group,
+                resumes=_resumes(folder.checkpoints, group),
                 poll=poller or no_request,
                 before_save=saver.begin,
             )
@@ -314,6 +315,11 @@ def _latest(
     if group.is_main and isinstance(checkpoints, LocalCheckpoints):  # which are not copied
         search = search_latest_valid(checkpoints, checkpoints.folder, verify_finite)
     return _fetched(search, checkpoints, group, local_rank)
+
+
+def _resumes(checkpoints: Checkpoints, group: ProcessGroup) -> bool:
+    """If ``_latest`` will give a checkpoint, or raise an error, on every rank."""
+    return bool(group.broadcast_int(group.is_main and latest_state(checkpoints) is not None))
 
 
 @contextmanager

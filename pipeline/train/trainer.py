@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.sharding import local, save_whole, save_whole_optimizer, shard, whole
 from pipeline.models import MMDiT, Student, make_student
 from pipeline.models.ema import Ema
+from pipeline.models.factory import Uninitialised
 from pipeline.precision import precision_dtype, use_deterministic_kernels
 from pipeline.store import Batch, Store
 from pipeline.targets.class_token import ClassTokens
@@ -68,8 +70,10 @@ class Trainer:
         group: ProcessGroup,
         *,
         measure_entropy: bool = False,
+        initialise: bool = True,
     ) -> None:
-        """``measure_entropy``: also measure the teacher's attention entropy, for a trigger."""
+        """``measure_entropy``: also measure the teacher's attention entropy, for a trigger. Not
+        ``initialise``: all weights will be loaded."""
         self.config = config
         self.manifest = manifest = store.manifest
         self.group = group
@@ -119,18 +123,19 @@ class Trainer:
         if config.compute.deterministic and group.device.type == "cuda":
             use_deterministic_kernels()
         torch.manual_seed(config.seed)
-        self.module = AlignedStudent(
-            config.student,
-            config.alignment,
-            teacher_width=first.width,
-            heads=first.heads,
-            teacher_grid=first.grid,
-            others=aligned[1:],
-            diffusion=config.diffusion,
-            measure_entropy=measure_entropy,
-            fused=config.compute.attention_loss == "fused",
-            class_streams=class_streams,
-        ).to(group.device)
+        with nullcontext() if initialise else Uninitialised():
+            self.module = AlignedStudent(
+                config.student,
+                config.alignment,
+                teacher_width=first.width,
+                heads=first.heads,
+                teacher_grid=first.grid,
+                others=aligned[1:],
+                diffusion=config.diffusion,
+                measure_entropy=measure_entropy,
+                fused=config.compute.attention_loss == "fused",
+                class_streams=class_streams,
+            ).to(group.device)
         if isinstance(self.module.student, MMDiT) and self.captions is not None:
             self.module.student.null_context.copy_(self.captions.null)
         self.ema = Ema(self.module.student, config.ema_decay)

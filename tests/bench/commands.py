@@ -74,8 +74,14 @@ def run(options: Options) -> Report:
     tables = [Table("answers", ANSWER_HEADINGS, answers)]
     if starts:
         tables.append(Table("first results", START_HEADINGS, starts))
-    worst = {f"{key}_max": max(row[key] for row in answers) for key in ("seconds", "megabytes")}
-    return Report({"rounds": options.rounds}, tables, worst if answers else {})
+    worst = {
+        f"{key}_max": max(row[key] for row in answers)
+        for key in ("seconds", "megabytes")
+        if answers
+    }
+    for name, row in zip(("image", "step"), starts, strict=False):
+        worst[f"first_{name}_over_before"] = row.get("ratio")
+    return Report({"rounds": options.rounds}, tables, worst)
 
 
 def _answer(command: str, trees: dict[str, Path], scratch: Path, options: Options) -> Row:

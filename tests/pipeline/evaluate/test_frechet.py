@@ -196,6 +196,43 @@ def test_streamed_moments_are_numpys(batch: int) -> None:
     np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("batch", [1, 5, 6, 40])
+def test_moments_of_held_rows_and_of_blocks_are_numpys(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows are summed and some held, in blocks of odd widths, and moments may be read at any
+    time."""
+    monkeypatch.setattr("pipeline.evaluate.frechet.ROWS", 6)
+    monkeypatch.setattr("pipeline.evaluate.frechet.BLOCK", 3)
+    features = torch.randn(40, 13, generator=torch.Generator().manual_seed(batch)) + 3
+    statistics = FeatureStatistics(13)
+    for begin in range(0, 40, batch):
+        statistics.add(features[begin : begin + batch])
+        end = min(begin + batch, 40)
+        assert statistics.count == end
+        if end > 1 and end % 3:
+            expected = np.cov(features[:end].double().numpy(), rowvar=False)
+            np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-12, atol=1e-13)
+    assert statistics.covariance.equal(statistics.covariance.T)
+    np.testing.assert_allclose(statistics.mean, features.double().mean(0), rtol=1e-13)
+
+
+@pytest.mark.parametrize("ratio", [1e-1, 1e-3, 1e-5])
+def test_roots_of_eigenvalues_are_taken_where_they_are_exact(
+    ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against commuting covariances whose smallest deviation is ``ratio`` of the largest. Of the
+    last, eigenvalues of the product have no correct digit."""
+    rng = np.random.default_rng(7)
+    basis, calls, svdvals = _rotation(rng, 30), [], torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda m: calls.append(1) or svdvals(m))
+    deviations = np.stack([np.geomspace(1, ratio, 30), np.geomspace(2, ratio, 30)])
+    a, b = (_moments(np.zeros(30), basis @ np.diag(s**2) @ basis.T) for s in deviations)
+    expected = ((deviations[0] - deviations[1]) ** 2).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-7)
+    assert len(calls) == (ratio == 1e-5)
+
+
 @pytest.mark.parametrize("shift", [None, torch.full((5,), 1e8)])
 def test_a_small_variance_far_from_zero_is_accurate(shift: torch.Tensor | None) -> None:
     features = _features(50)

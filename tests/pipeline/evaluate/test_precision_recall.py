@@ -71,3 +71,32 @@ def test_memory_maps_are_accepted_and_few_points_refused(tmp_path: Path) -> None
     assert precision_recall(mapped, points) == (1, 1)
     with pytest.raises(ValueError, match="3 points have no 3-th neighbour"):
         precision_recall(points, points[:3])
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("pairs", [1.0, 0.0])
+def test_ties_are_decided_in_float64(k: int, pairs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points of a coarse lattice far from zero: most distances equal a radius, and many points
+    have copies. ``pairs`` 1 compares pair by pair, 0 whole blocks."""
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_ROWS", 16)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_COLUMNS", 40)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.PAIRS", 32)
+    monkeypatch.setattr("pipeline.evaluate.precision_recall.MAX_PAIRS", pairs)
+    rng = np.random.default_rng(k)
+    samples = rng.integers(0, 4, (90, 3)).astype(np.float32) + 4096
+    reference = rng.integers(1, 6, (70, 3)).astype(np.float32) + 4096
+    found = precision_recall(samples, reference, k)
+    assert found == _brute_force(samples.astype(np.float64), reference.astype(np.float64), k)
+    assert 0 < found[1] < found[0]
+
+
+def test_float64_decides_what_float32_cannot() -> None:
+    """A point that is 1e-9 nearer, or farther, than the radius of a ball among points that are
+    100 away, for which float32 has errors of 1e-3."""
+    reference = np.array([[0.0], [1.0], [100.0], [103.0]])
+    found = []
+    for shift in (1e-9, -1e-9):
+        samples = np.array([[shift - 1], [50.0], [300.0], [500.0]])
+        found.append(precision_recall(samples, reference, 1))
+        assert found[-1] == _brute_force(samples, reference, 1)
+    assert [precision for precision, _ in found] == [0.25, 0]

@@ -28,10 +28,11 @@ from pipeline.checkpoints.state import load_optimizer, verify_finite
 from pipeline.distributed.process_group import ProcessGroup
 from pipeline.distributed.signals import StopRequest
 from pipeline.models.ema import Ema
+from pipeline.models.factory import RANDOM, Uninitialised
 from pipeline.runs.directory import RunFolder
 from pipeline.runs.metrics import read_metrics
 from pipeline.runs.reader import read_run
-from pipeline.train import loop, ray_trainer
+from pipeline.train import loop, ray_trainer, trainer
 from pipeline.train.finite import FiniteWatch
 from pipeline.train.gradient_probe import GradientProbe
 from pipeline.train.local import train_here
@@ -372,6 +373,32 @@ def test_a_dead_checkpoint_of_an_earlier_version_is_not_continued(
         train_here(config.model_copy(update={"steps": 8}), folder)
     # sampling chooses by checksums, and refuses by name
     assert latest_valid(LocalCheckpoints(folder, keep=1), folder) is not None
+
+
+@pytest.mark.parametrize("termination", [2, 50])
+def test_a_resumed_run_loads_all_that_it_does_not_initialise(
+    run_config: Make, tmp_path: Path, termination: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights that are left as they are allocated are NaN here."""
+    config = run_config(checkpoint={"every": 3}, alignment={"termination": {"step": termination}})
+    run(config, tmp_path / "whole")
+    run(config.model_copy(update={"steps": 3}), tmp_path / "parts")
+    left: list[str] = []
+
+    class Poisoned(Uninitialised):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = super().__torch_function__(function, types, args, kwargs)
+            if function in RANDOM:
+                left.append(function.__name__)
+                result.data.fill_(math.nan)
+            return result
+
+    monkeypatch.setattr(trainer, "Uninitialised", Poisoned)
+    run(config, tmp_path / "parts", tmp_path / "parts" / "checkpoint-000000003")
+    assert {"normal_", "uniform_", "kaiming_uniform_"} == set(left)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def cosines(*values: float) -> Any:
