@@ -486,6 +486,7 @@ def test_ray_is_told_not_to_restart_a_dead_run(
         raise NonFiniteError("run 'tiny' stopped: the denoising loss of worker 1 is not finite")
 
     monkeypatch.setattr(loop, "run_training", dead)
+    monkeypatch.setattr(ray_trainer, "_resumes", lambda *_: False)  # asks the other ranks
     values = run_config().model_dump(mode="json")
     with pytest.raises(NonFiniteError):
         ray_trainer._worker({"config": values, "control": SimpleNamespace(fail=remote)})
