@@ -83,7 +83,7 @@ def denormalise(latents_BChw: Tensor, by: Normalisation) -> Tensor:
 
 @lru_cache(maxsize=8)  # made once, because a copy to a device waits for it
 def _per_channel(values: Statistics, device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
 def _statistics(

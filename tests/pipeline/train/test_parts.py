@@ -67,7 +67,7 @@ def test_students_see_latents_normalised_by_the_manifest(
     """A sample of the posterior, whose spread has no mean of its own, by each channel's numbers."""
     manifest = random_store.manifest
     mean, std = np.array([-1.5, 2.0, -1.25, 2.5]), np.array([8.5, 6.0, 6.5, 5.25])
-    statistics = {"latents_mean": tuple(mean), "latents_std": tuple(std)}
+    statistics = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
     vae = manifest.autoencoder.model_copy(update=statistics)
     store = Store(random_store.url, manifest.model_copy(update={"autoencoder": vae}))
     trainer = Trainer(run_config(), store, ProcessGroup())
