@@ -127,7 +127,9 @@ class ComputeConfig(Strict):
     @model_validator(mode="after")
     def _graphs_have_their_optimizer(self) -> ComputeConfig:
         if self.cuda_graphs and self.optimizer != "fused":
-            raise ValueError("cuda_graphs needs the fused optimizer, whose steps are counted there")
+            raise ValueError(
+                "cuda_graphs needs compute.optimizer fused, which counts its steps on the GPU"
+            )
         return self
 
 

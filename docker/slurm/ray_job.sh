@@ -52,7 +52,7 @@ forward() {
 # Run words on every node, with all GPUs of the job: those that sbatch's --gpus-per-node names are not
 # the job's where its user gave --gres too. After `sbatch --export=NAMES` variables would not reach it.
 on_nodes() {
-    env -u SLURM_GPUS_PER_NODE srun --overlap --export=ALL --nodes="$SLURM_NNODES" \
+    exec env -u SLURM_GPUS_PER_NODE srun --overlap --export=ALL --nodes="$SLURM_NNODES" \
         --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "$@"
 }
 

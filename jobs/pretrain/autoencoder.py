@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
     print(f"{parameters:,} parameters, saved to {path}")
     print(report.model_dump_json(indent=2))
     logger.info(
-        "next: python -m pipeline.extract --dataset demo --autoencoder %s", shlex.quote(str(path))
+        "next: python -m pipeline.extract --dataset demo --store STORE --autoencoder %s",
+        shlex.quote(str(path)),
     )
     return 0
 

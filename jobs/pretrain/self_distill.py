@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     for name, value in knn.items():
         print(f"k-NN accuracy, {name}: {value:.4f}")
     logger.info(
-        "next: python -m pipeline.extract --dataset demo --teacher.weights %s",
+        "next: python -m pipeline.extract --dataset demo --store STORE --teacher.weights %s",
         shlex.quote(str(path)),
     )
     return 0

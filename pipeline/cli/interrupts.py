@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-CONTINUES = "stopping; the same command goes on from what is finished"
+CONTINUES = "stopping; the same command goes on from files that are complete"
 SAME_SECONDS = 0.2
 """Seconds in which a repeated Ctrl-C is the same one, because launchers hand on what a terminal has
 sent to all processes."""
 STOPS = (signal.SIGINT, signal.SIGTERM)
-HANDED_ON = (*STOPS, signal.SIGHUP)
+HANDED_ON = (*STOPS, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Answers:
@@ -60,8 +60,8 @@ def answered_interrupts() -> Iterator[None]:
 
 @contextmanager
 def handing_on(send: Callable[[int], object]) -> Iterator[None]:
-    """Context in which SIGINT, SIGTERM and SIGHUP, where they are not ignored, are passed to
-    ``send``, for a command that this one runs and that answers them itself."""
+    """Context in which signals of ``HANDED_ON`` that are not ignored are passed to ``send``, for a
+    command that this one runs and that answers them itself."""
     numbers = [number for number in HANDED_ON if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: send(number)) for number in numbers}
     descriptor = signal.set_wakeup_fd(-1)

@@ -151,11 +151,13 @@ def _run(name: str, line: str) -> None:
     ``StoppedError`` with its exit code where it fails."""
     logger.info("%s: %s", name, line)
     # of its own group, so that it receives each signal once, from here, and answers it itself
-    with (
-        subprocess.Popen(shlex.split(line), stdout=sys.stderr, process_group=0) as process,
-        handing_on(process.send_signal),
-    ):
-        code = process.wait()
+    with subprocess.Popen(shlex.split(line), stdout=sys.stderr, process_group=0) as process:
+        try:
+            with handing_on(process.send_signal):
+                code = process.wait()
+        except BaseException:  # such as a Ctrl-C before signals were handed on
+            process.terminate()
+            raise
     stopped = -code if code < 0 else code - 128
     if stopped in HANDED_ON:
         raise StoppedError(

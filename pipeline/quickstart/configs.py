@@ -24,7 +24,7 @@ PROCESS_BYTES = 1.0e9
 
 
 class Choices:
-    """What was chosen for the images, the machine and the hours, and the configs of it."""
+    """Choices for the images, the machine and the hours, and their configs."""
 
     survey: Survey
     machine: Machine

@@ -177,6 +177,11 @@ class PromptEmbedder:
             captions = self._encoder(self.prompts.texts(numbers))
         return Context(captions, self._null)
 
+    @property
+    def encoder_sha256(self) -> str | None:
+        """Digest of the encoder's weights; None where captions are not encoded here."""
+        return None if self._encoder is None else self._encoder.weights_sha256
+
     def null_caption(self) -> Tensor:
         """float32 (T, E): the embedding of the empty caption, of the store or by the encoder."""
         if isinstance(self.prompts, StoredPrompts) and self.prompts.stored_as is not None:

@@ -128,7 +128,9 @@ class SampleWorker:
             self.embedder = PromptEmbedder(prompts, trained.text_encoder, config, device=device)
             complete_student(trained, self.embedder)
             text = describe_prompts(prompts, trained.text_encoder, config)
-            text = text.model_copy(update={"truncated": self.embedder.truncated(config.num)})
+            known = text.encoder_sha256 or self.embedder.encoder_sha256
+            truncated = self.embedder.truncated(config.num)
+            text = text.model_copy(update={"encoder_sha256": known, "truncated": truncated})
         self.autoencoder = open_decoder(config.autoencoder, trained.encoder)
         self.student.to(device)
         self.autoencoder.to(device)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
 from pipeline.alignment.termination import Decision, StepLosses, alignment_factor
@@ -28,6 +28,9 @@ from pipeline.train.assembly import RunParts, build_run
 from pipeline.train.finite import FiniteWatch
 from schemas.errors import NonFiniteError, StoppedError
 from schemas.run import RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.train.validation.loss import ValidationLoss
 
 SaveCheckpoint = Callable[[int, CheckpointContents], None]
 """(step, contents) -> None. Called on every rank at the same steps; the main rank writes, in a
@@ -259,7 +262,7 @@ class TrainingLoop:
         with self._outside_training():
             self.checkpoints.wait()
             pause = self._save_or_stop_if_requested
-            events = [loss.measure(pause)] if loss is not None and loss.due(step) else []
+            events = [self._measure(loss)] if loss is not None and loss.due(step) else []
             if validator is not None and validator.due(step):
                 student = self.trainer.averaged_student()
                 events += validator.run(student, step, pause, resumed=resumed)
@@ -269,6 +272,17 @@ class TrainingLoop:
                     self.parts.trigger.record_validation(step, event["validation_model"])
                 self._log_event(event)
             self.validated_step = step
+
+    def _measure(self, loss: ValidationLoss) -> dict[str, Any]:
+        """The event of the validation loss; bytes that it reads do not count in rates, as its time
+        does not."""
+        before = dict(loss.bytes_read)
+        event = loss.measure(self._save_or_stop_if_requested)
+        new = {name: count - before.get(name, 0) for name, count in loss.bytes_read.items()}
+        if new:
+            for name, count in self.group.sum_counts(new).items():
+                self.bytes_logged[name] = self.bytes_logged.get(name, 0) + count
+        return event
 
     @contextmanager
     def _outside_training(self) -> Iterator[None]:

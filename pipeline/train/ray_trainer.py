@@ -181,7 +181,7 @@ def describe_death(error: WorkerGroupError, max_failures: int) -> str | None:
             return (
                 f"worker {rank} died, and --workers.max-failures {max_failures} allows no more "
                 "restarts; the same command continues at the latest checkpoint. Where the memory "
-                "of the node, of Slurm's --mem or of the pod is used up, processes are killed so. "
+                "of the node, of Slurm's --mem or of the pod is used up, processes are killed. "
                 f"Ray's reason: {reason[:300]}"
             )
     return None

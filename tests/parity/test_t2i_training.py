@@ -11,6 +11,7 @@ import torch
 
 from pipeline.checkpoints.reference_format import Parts, join_state
 from pipeline.distributed.process_group import ProcessGroup
+from pipeline.models import MMDiT
 from pipeline.train.noise import SampleNoise
 from pipeline.train.trainer import Trainer
 from tests.parity.reference import COSINE_FLOOR, Golden, check_number
@@ -41,6 +42,7 @@ def open_trainer(recipes: Golden, variant: str, folder: Path) -> Trainer:
     trainer = Trainer(
         run_config(recipes, variant), make_store(recipes, folder / "store"), ProcessGroup()
     )
+    assert isinstance(trainer.module.student, MMDiT)
     load_recorded(trainer, recipes.tensors("t2i_state"))
     return trainer
 

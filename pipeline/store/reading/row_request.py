@@ -40,6 +40,6 @@ class RowRequest:
     places: np.ndarray
     """int64 (n,): index of each row in the arrays of ``out``."""
     check: list[bool] | None
-    """Of each row, True if its checksum is verified; None for none of them."""
+    """True for each row whose checksum is verified; None for none of them."""
     expires_at: int
     """As in ``ShardRows``."""

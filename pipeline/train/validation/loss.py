@@ -65,7 +65,7 @@ class ValidationLoss:
         self.store = store
         self.samples = samples.first(options.samples)
         self.bytes_read: dict[str, int] = {}
-        """Of each stream of the run's store; those of another store are not counted."""
+        """Bytes by stream of the run's store; those of another store are not counted."""
         self._batches: list[tuple[range, Batch, SampleNoise]] | None = None
 
     def due(self, step: int) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -15,19 +15,32 @@ import pytest
 from pipeline.storage.local import LocalFile
 from pipeline.store import BatchLoader, SampleOrder, Store
 from pipeline.store.reading.stream_reader import DamagedShardError
-from tests.helpers import SIZES, known_values, recorded_opens
+from tests.helpers import SIZES, known_values, recorded_opens, write_known_store
 
 STREAM = "maps"
 BATCH = 3
 
 
-def descriptors() -> list[str]:
-    return sorted(os.listdir("/proc/self/fd"))
+def descriptors(root: Path | str) -> list[str]:
+    """Paths below ``root`` that this process has open."""
+    paths = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # closed meanwhile
+            paths.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sorted(path for path in paths if path.startswith(str(root)))
+
+
+@pytest.fixture(scope="module")
+def many_files(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """40 files of each stream."""
+    return write_known_store(str(tmp_path_factory.mktemp("many")), (BATCH,) * 40)
 
 
 @contextmanager
-def loading(store: Store, window: int = 1, threads: int = 2) -> Iterator[BatchLoader]:
-    order = SampleOrder(11, SIZES, window)
+def loading(
+    store: Store, window: int = 1, threads: int = 2, sizes: Sequence[int] = SIZES
+) -> Iterator[BatchLoader]:
+    order = SampleOrder(11, sizes, window)
     loader = BatchLoader(store, [STREAM], order, global_batch=BATCH, threads=threads)
     try:
         yield loader
@@ -35,8 +48,8 @@ def loading(store: Store, window: int = 1, threads: int = 2) -> Iterator[BatchLo
         loader.close()
 
 
-def check(loader: BatchLoader, steps: int, window: int = 1) -> None:
-    order = SampleOrder(11, SIZES, window)
+def check(loader: BatchLoader, steps: int, window: int = 1, sizes: Sequence[int] = SIZES) -> None:
+    order = SampleOrder(11, sizes, window)
     for batch in islice(loader, steps):
         shards, rows = order.locate(batch.positions)
         places = zip(shards.tolist(), rows.tolist(), strict=True)
@@ -47,7 +60,6 @@ def check(loader: BatchLoader, steps: int, window: int = 1) -> None:
 
 @pytest.mark.parametrize("threads", [1, 8])
 def test_a_file_is_opened_once_in_a_window(known_store: Store, threads: int) -> None:
-    before = descriptors()
     with recorded_opens() as paths:
         with loading(known_store, window=len(SIZES), threads=threads) as loader:
             check(loader, sum(SIZES) // BATCH, len(SIZES))
@@ -56,26 +68,25 @@ def test_a_file_is_opened_once_in_a_window(known_store: Store, threads: int) -> 
     assert {Path(path).name for path in opened} == stored
     assert len(opened) <= 2 * len(SIZES)  # those of the next epoch, which is read ahead, again
     assert loader.opens[STREAM] == len(opened)
-    assert descriptors() == before
+    assert not descriptors(known_store.root)
 
 
 def test_no_more_than_the_limit_stay_open(
-    known_store: Store, monkeypatch: pytest.MonkeyPatch
+    many_files: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.store.reading.file_source.MAX_OPEN_FILES", 1)
-    before = len(descriptors())
-    with loading(known_store, window=len(SIZES)) as loader:
-        check(loader, 12, len(SIZES))
-        assert len(descriptors()) <= before + 2  # and one of each reading thread, for a moment
-    assert len(descriptors()) == before
+    sizes = (BATCH,) * 40
+    with loading(many_files, window=40, sizes=sizes) as loader:
+        check(loader, 20, 40, sizes)
+        assert len(descriptors(many_files.root)) <= 3  # one, and one of each thread for a moment
+    assert not descriptors(many_files.root)
 
 
-def test_windows_that_have_ended_are_closed(known_store: Store) -> None:
-    before = len(descriptors())
-    with loading(known_store) as loader:
-        for _ in range(4):
-            check(loader, 5)
-            assert len(descriptors()) <= before + len(SIZES)
+def test_windows_that_have_ended_are_closed(many_files: Store) -> None:
+    sizes = (BATCH,) * 40
+    with loading(many_files, sizes=sizes) as loader:
+        check(loader, 30, 1, sizes)
+        assert len(descriptors(many_files.root)) <= 10  # those of batches that are read ahead
 
 
 def test_a_stale_handle_is_opened_again(
@@ -115,9 +126,8 @@ def test_a_flipped_bit_is_found_in_a_file_that_is_open(known_store: Store) -> No
 
 def test_what_is_not_a_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    before = descriptors()
     for path in (tmp_path / "pipe", tmp_path):
         assert LocalFile(str(path)).descriptor is None
     with pytest.raises(FileNotFoundError):
         LocalFile(str(tmp_path / "none"))
-    assert descriptors() == before
+    assert not descriptors(tmp_path)

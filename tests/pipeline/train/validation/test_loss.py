@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_the_formula(run_config: Make, tmp_path: Path) -> No
 
 
 def test_the_bytes_that_it_reads_are_counted(run_config: Make, tmp_path: Path) -> None:
-    """Of samples of the run's store, once; those of another store are not."""
+    """Bytes of the run's own store are counted once, those of another store are not."""
     other = make_random_store(tmp_path / "other", samples=9)
     manifest = Path(other.root, "manifest.json")
     manifest.write_text(manifest.read_text().replace("0" * 64, "9" * 64))
