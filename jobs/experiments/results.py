@@ -235,7 +235,13 @@ def draw(results: Results, folder: Path) -> list[Path]:
     measured = [arm for arm in arms if any(r["cosine"] for r in results["runs"] if r["arm"] == arm)]
     if not measured:
         return paths
-    figure, axes = plt.subplots(1, len(measured) + 1, figsize=(3.6 * (len(measured) + 1), 3.6))
+    columns = min(len(measured) + 1, 4)
+    rows = math.ceil((len(measured) + 1) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.4 * rows), squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes[len(measured) + 1 :]:
+        axis.remove()
+    axes = axes[: len(measured) + 1]
     for arm, axis in zip(measured, axes, strict=False):
         runs = [run["cosine"] for run in results["runs"] if run["arm"] == arm and run["cosine"]]
         times = next(iter(runs[0].values()))
