@@ -155,7 +155,7 @@ def test_memory_that_a_graph_reads_must_stay(stores: Callable[..., Store]) -> No
     ("changes", "named"),
     [
         ({"workers": {"count": 2}}, "one worker"),
-        ({"compute": {"cuda_graphs": True, "optimizer": "plain"}}, "fused optimizer"),
+        ({"compute": {"cuda_graphs": True, "optimizer": "plain"}}, "compute.optimizer fused"),
     ],
 )
 def test_what_graphs_cannot_do_is_refused(
