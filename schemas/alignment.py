@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from schemas.base import Strict
-from schemas.fields import Layers, Name, RisingLayers
+from schemas.fields import Layers, Name, RisingLayers, is_none
 
 
 class Ramp(Strict):
@@ -20,7 +20,7 @@ class Ramp(Strict):
     """Length in steps."""
 
 
-OptionalRamp = Annotated[Ramp | None, Field(exclude_if=lambda value: value is None)]
+OptionalRamp = Annotated[Ramp | None, Field(exclude_if=is_none)]
 
 
 class FixedStep(Strict):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from schemas.base import Strict
-from schemas.fields import Name
+from schemas.fields import Name, is_none
 
 Path = Literal["linear", "cosine"]
 TimeDistribution = Literal["uniform", "lognormal"]
@@ -48,9 +48,9 @@ class DiffusionConfig(Strict):
         default=CLASS_WEIGHT, exclude_if=lambda weight: weight == CLASS_WEIGHT
     )
     """Weight of the denoising loss of the class token, with student.class_token (beta of REG)."""
-    class_stream: Name | None = Field(default=None, exclude_if=lambda name: name is None)
+    class_stream: Name | None = Field(default=None, exclude_if=is_none)
     """Stream of class tokens, with student.class_token, where the store holds several."""
-    text_stream: Name | None = Field(default=None, exclude_if=lambda name: name is None)
+    text_stream: Name | None = Field(default=None, exclude_if=is_none)
     """MMDiT: stream of captions, where the store holds several."""
 
 
@@ -68,9 +68,7 @@ class SamplerConfig(Strict):
     """Lowest time t at which guidance is applied."""
     guidance_high: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Highest time t at which guidance is applied."""
-    class_guidance: Annotated[float, Field(ge=0)] | None = Field(
-        default=None, exclude_if=lambda scale: scale is None
-    )
+    class_guidance: Annotated[float, Field(ge=0)] | None = Field(default=None, exclude_if=is_none)
     """Guidance scale of a class token that is drawn with the image (student.class_token), in the
     same interval; 0: not guided. Default: 'guidance'. Without effect where that is 1."""
     seed: int = 0

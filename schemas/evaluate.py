@@ -8,7 +8,7 @@ from pydantic import Field
 
 from schemas.base import Strict
 from schemas.extract import Resolution
-from schemas.fields import MAX_TEXT, Digest, ModelArguments, ModelId, Seed
+from schemas.fields import MAX_TEXT, Digest, ModelArguments, ModelId, Seed, is_none
 from schemas.sample import Sampling, Weights
 
 Resizing = Literal["tensorflow", "pytorch"]
@@ -100,12 +100,10 @@ class Evaluation(Strict):
     fid: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Fréchet distance on the network's features."""
     fid_pytorch: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        default=None, exclude_if=lambda value: value is None
+        default=None, exclude_if=is_none
     )
     """The same of Inception with PyTorch's resizing, with --inception-resizing both."""
-    inception_resizing: Resizing | None = Field(
-        default=None, exclude_if=lambda value: value is None
-    )
+    inception_resizing: Resizing | None = Field(default=None, exclude_if=is_none)
     """Resizing of fid, of Inception only; not in rows of earlier versions, where it is
     'tensorflow'."""
     sfid: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
@@ -117,10 +115,10 @@ class Evaluation(Strict):
     recall: Annotated[float, Field(ge=0, le=1)] | None
     fd_dinov2: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     clip_score: Annotated[float, Field(ge=0, le=100)] | None = Field(
-        default=None, exclude_if=lambda value: value is None
+        default=None, exclude_if=is_none
     )
     """Mean of 100 cos(image, caption) over the samples, with --clip-weights."""
-    clip: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    clip: str | None = Field(default=None, exclude_if=is_none)
     """Network of clip_score, with the beginning of its weights' SHA-256."""
     samples: int
     """Generated images."""

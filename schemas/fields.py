@@ -10,8 +10,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Place = Annotated[str, Field(max_length=4096)]
+"""A path, a URL or an id on the hub."""
+
 _NUMBER = r"(\d+(?:_\d+)*)"
 """A decimal number, as on a command line: zeros before it mean nothing."""
+
+
+def is_none(value: object) -> bool:
+    """True for None: an ``exclude_if`` that leaves a key out of saved JSON."""
+    return value is None
 
 
 def parse_layers(value: Any) -> Any:

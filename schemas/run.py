@@ -10,7 +10,7 @@ from schemas.alignment import AlignmentConfig, place
 from schemas.base import Strict
 from schemas.classes import Classes
 from schemas.diffusion import CLASS_WEIGHT, DiffusionConfig, SamplerConfig
-from schemas.fields import ModelArguments, ModelId
+from schemas.fields import ModelArguments, ModelId, is_none
 from schemas.student import StudentConfig
 
 Positive = Annotated[int, Field(ge=1)]
@@ -196,9 +196,9 @@ class SamplesConfig(Strict):
     classes: Classes | None = None
     """Numbers or names of classes, one per row of the grid: 1,2,3 or 0-9 or tabby,otter; name:7 is
     the class called 7. Default: the first eight with images."""
-    captions: str | None = Field(default=None, exclude_if=lambda file: file is None)
+    captions: str | None = Field(default=None, exclude_if=is_none)
     """MMDiT: file of captions to draw, as of jobs/sample.py --captions; up to eight in grids."""
-    store: str | None = Field(default=None, exclude_if=lambda url: url is None)
+    store: str | None = Field(default=None, exclude_if=is_none)
     """MMDiT: store whose captions are drawn, such as one of validation images. Default: the store
     that the run is trained on."""
     per_class: Annotated[int, Field(ge=1, le=100)] = 4

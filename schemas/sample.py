@@ -20,6 +20,7 @@ from schemas.fields import (
     Repeated,
     Sha256,
     format_layers,
+    is_none,
     text_or_digest,
 )
 from schemas.student import StudentName
@@ -182,7 +183,7 @@ class Sampling(Strict):
     """Classes that were sampled from, such as 0-999, or a digest if that is long."""
     decoder_sha256: Digest
     precision: Arithmetic
-    captions: Digest | None = Field(default=None, exclude_if=lambda value: value is None)
+    captions: Digest | None = Field(default=None, exclude_if=is_none)
     """Digest of the captions and the negative prompt, in place of classes."""
 
     @classmethod
@@ -257,7 +258,7 @@ class SampleAbout(Strict):
     sampler: SamplerConfig
     version: str
     """Version of this software."""
-    text: SampledText | None = Field(default=None, exclude_if=lambda text: text is None)
+    text: SampledText | None = Field(default=None, exclude_if=is_none)
     """Captions of the images; None: they are of classes."""
     compile: bool = Field(default=False, exclude_if=lambda on: not on)
     """True: the student's blocks were compiled."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, Field, model_validator
 
 from schemas.base import Strict
+from schemas.fields import is_none
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, width and heads of the published sizes (arXiv 2401.08740, table 1)."""
@@ -69,18 +70,16 @@ class StudentConfig(Strict):
     """Width. Default: that of the published size."""
     heads: Positive | None = None
     """Attention heads. Default: those of the published size."""
-    class_token: Positive | None = Field(default=None, exclude_if=lambda width: width is None)
+    class_token: Positive | None = Field(default=None, exclude_if=is_none)
     """SiT: width of the teacher's class token, which is denoised together with the latent (REG,
     arXiv 2507.01467); 768 for DINOv2-B. Default: no class token."""
-    text_width: Positive | None = Field(default=None, exclude_if=lambda width: width is None)
+    text_width: Positive | None = Field(default=None, exclude_if=is_none)
     """MMDiT: width of the text embeddings. Default: that of the store; 768 (CLIP ViT-L/14) where
     there is none (--plan)."""
-    text_tokens: Positive | None = Field(default=None, exclude_if=lambda tokens: tokens is None)
+    text_tokens: Positive | None = Field(default=None, exclude_if=is_none)
     """MMDiT: tokens of a caption, padding included. Default: those of the store; 77 where there is
     none (--plan)."""
-    initialisation: Literal["pytorch", "zero"] | None = Field(
-        default=None, exclude_if=lambda value: value is None
-    )
+    initialisation: Literal["pytorch", "zero"] | None = Field(default=None, exclude_if=is_none)
     """MMDiT: 'pytorch', that of each layer's class, as in REPA and HASTE (default); 'zero', that of
     DiT and SiT, where each block starts as the identity and the output as 0."""
 

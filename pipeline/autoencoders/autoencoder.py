@@ -24,7 +24,7 @@ from pipeline.hashing import sha256_of_module
 from pipeline.precision import check_finite
 from pipeline.storage.hub import HubUnreachableError, hub_access, is_hub_id
 from schemas.errors import UserError, plain_text
-from schemas.store import AutoencoderInfo, AutoencoderKind
+from schemas.networks import AutoencoderInfo, AutoencoderKind
 
 KINDS: tuple[AutoencoderKind, ...] = get_args(AutoencoderKind)
 FRAMES = frozenset({"AutoencoderKLQwenImage", "AutoencoderKLWan"})

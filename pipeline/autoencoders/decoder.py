@@ -9,7 +9,7 @@ from pipeline.autoencoders.autoencoder import Autoencoder
 from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.text import short_value
 from schemas.errors import UserError, plain_text
-from schemas.store import AutoencoderInfo
+from schemas.networks import AutoencoderInfo
 
 PUBLISHED_AUTOENCODER = "stabilityai/sd-vae-ft-ema"
 """Decoder of the authors of SiT, REPA and HASTE."""

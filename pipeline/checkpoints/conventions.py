@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from schemas.diffusion import Convention, DiffusionConfig
+from schemas.networks import AutoencoderInfo, TextEncoderInfo
 from schemas.sample import CheckpointFormat, FileOptions
-from schemas.store import AutoencoderInfo, TextEncoderInfo
 from schemas.student import StudentConfig
 
 SPELLINGS: dict[str, dict[str, tuple[CheckpointFormat, str]]] = {

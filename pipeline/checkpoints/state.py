@@ -29,8 +29,8 @@ from pipeline.precision import is_finite
 from pipeline.text import unpickling_fault
 from schemas.classes import ClassTable
 from schemas.errors import UserError
+from schemas.networks import AutoencoderInfo, TextEncoderInfo
 from schemas.run import RunConfig
-from schemas.store import AutoencoderInfo, TextEncoderInfo
 from schemas.validation import validate
 
 VERSION = 2

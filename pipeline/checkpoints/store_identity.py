@@ -12,8 +12,10 @@ from pipeline.store.codecs import plain_layout
 from schemas.alignment import AlignmentConfig, place
 from schemas.errors import UserError
 from schemas.fields import TEXT
+from schemas.networks import TeacherInfo, TextEncoderInfo
 from schemas.run import RunConfig
-from schemas.store import Column, Manifest, TeacherInfo, TextEncoderInfo
+from schemas.store import Manifest
+from schemas.streams import Column
 
 Run = TypeVar("Run", bound=RunConfig)
 TEACHER = "teacher."

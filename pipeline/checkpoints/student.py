@@ -16,8 +16,8 @@ from pipeline.precision import check_finite
 from schemas.classes import ClassTable
 from schemas.diffusion import Convention
 from schemas.errors import UserError
+from schemas.networks import AutoencoderInfo, TextEncoderInfo
 from schemas.sample import FileOptions
-from schemas.store import AutoencoderInfo, TextEncoderInfo
 from schemas.student import StudentConfig
 
 CLIP = "openai/clip-vit-large-patch14"

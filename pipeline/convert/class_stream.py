@@ -21,7 +21,8 @@ from pipeline.teachers.manifest_check import has_class_token
 from schemas.codecs import CodecName
 from schemas.errors import UserError
 from schemas.fields import CLASS, class_stream_name
-from schemas.store import CLASS_CODECS, ClassStream, ClassToken, Manifest, TeacherStream
+from schemas.store import Manifest
+from schemas.streams import CLASS_CODECS, ClassStream, ClassToken, TeacherStream
 
 REPLAYED = ("activations", "image")
 """Cuts whose tail is run for the class token."""

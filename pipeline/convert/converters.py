@@ -13,7 +13,7 @@ from pipeline.store.codecs import column_arrays, decode_column, relayout
 from pipeline.targets.cuts import class_values, cut_values, encode_values, later_cut_values
 from pipeline.teachers import Teacher
 from pipeline.teachers.attention_tap import qk_logits
-from schemas.store import ClassStream, TeacherStream
+from schemas.streams import ClassStream, TeacherStream
 
 Arrays = Mapping[str, np.ndarray]
 """Stored arrays (B, ...) by part name."""

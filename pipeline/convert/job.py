@@ -33,7 +33,9 @@ from pipeline.targets.tail import (
 from pipeline.teachers import Teacher
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
-from schemas.store import Manifest, StoreIndex, TeacherStream, TextStream, WeightsFile
+from schemas.networks import WeightsFile
+from schemas.store import Manifest, StoreIndex
+from schemas.streams import TeacherStream, TextStream
 
 
 @dataclass(frozen=True)

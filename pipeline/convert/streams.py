@@ -12,19 +12,19 @@ from pipeline.store import Store
 from pipeline.store.codecs import coarser_than, codec_family, same_numbers
 from pipeline.targets.cuts import codec_set_of, cut_columns
 from pipeline.targets.tail import first_tail_block
+from schemas.calibration import Calibration
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import Cut, Format
-from schemas.store import (
-    Calibration,
+from schemas.networks import TeacherInfo
+from schemas.store import Manifest
+from schemas.streams import (
     ClassStream,
     Column,
     ComputeInfo,
     LatentsStream,
-    Manifest,
     Origin,
     Stream,
-    TeacherInfo,
     TeacherStream,
 )
 

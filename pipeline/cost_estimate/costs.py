@@ -15,7 +15,7 @@ from pipeline.store.codecs import find_codec
 from pipeline.targets.cuts import class_columns, cut_columns
 from schemas.codecs import CodecSet
 from schemas.extract import Cut, TextConfig
-from schemas.store import Column
+from schemas.streams import Column
 
 CALIBRATION_PASSES = 7
 """Passes of a calibration through the later blocks: a check, 3 to 5 steps, the gradients."""

@@ -11,7 +11,8 @@ from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.datasets.listing_check import short_name
 from pipeline.storage.files import absolute_url, open_url, read_at_most, redact
 from schemas.errors import UserError
-from schemas.store import MAX_CAPTION_BYTES, MAX_CAPTIONS, CaptionCounts
+from schemas.store import MAX_CAPTION_BYTES, CaptionCounts
+from schemas.streams import MAX_CAPTIONS
 
 MAX_JSON_BYTES = 1 << 30
 

@@ -15,7 +15,8 @@ from pipeline.datasets.listing import ImageItem, Listing
 from pipeline.storage.files import redact
 from schemas.errors import UserError
 from schemas.extract import Split
-from schemas.store import MAX_CAPTIONS, CaptionCounts
+from schemas.store import CaptionCounts
+from schemas.streams import MAX_CAPTIONS
 
 NAME = re.compile(r"(0|[1-9][0-9]{0,9})(?:_(0|[1-9][0-9]{0,3}))?\.(npy|png)")
 NULL = "empty_context.npy"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from schemas.errors import UserError
-from schemas.store import AutoencoderInfo
+from schemas.networks import AutoencoderInfo
 
 Statistics = tuple[float, ...]
 

@@ -28,16 +28,11 @@ from pipeline.targets.cuts import (
 )
 from pipeline.teachers import Teacher
 from pipeline.teachers.attention_tap import qk_logits
+from schemas.calibration import Calibration, CalibrationCurve, CalibrationPoint, TargetErrors
 from schemas.codecs import CalibratedSet, CodecName, Promise
 from schemas.errors import UserError
 from schemas.extract import Cut, Precision
-from schemas.store import (
-    Calibration,
-    CalibrationCurve,
-    CalibrationPoint,
-    Column,
-    TargetErrors,
-)
+from schemas.streams import Column
 
 MARGIN = 0.05
 """Share of the promise that stays free: other images differ from the measured ones."""

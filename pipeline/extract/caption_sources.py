@@ -23,13 +23,8 @@ from pipeline.text_encoders import TextEncoder
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.fields import TEXT
-from schemas.store import (
-    LENGTHS,
-    TextEncoderInfo,
-    TextStream,
-    WeightsFile,
-    caption_column,
-)
+from schemas.networks import TextEncoderInfo, WeightsFile
+from schemas.streams import LENGTHS, TextStream, caption_column
 
 Rows = list[Sequence[np.ndarray]]
 """Result of ``read`` for each image of a batch."""

@@ -7,7 +7,8 @@ from pipeline.store.captions import pack_texts, text_columns
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.fields import TEXT, is_text_stream
-from schemas.store import ComputeInfo, TextEncoderInfo, TextStream, WeightsFile
+from schemas.networks import TextEncoderInfo, WeightsFile
+from schemas.streams import ComputeInfo, TextStream
 
 
 def text_stream_name(config: ExtractConfig) -> str:

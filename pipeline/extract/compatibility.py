@@ -17,11 +17,13 @@ from pipeline.extract.tasks import (
 from pipeline.store import Store
 from pipeline.store.manifest_diff import in_stored_layout
 from pipeline.text import short_value
+from schemas.calibration import Calibration
 from schemas.codecs import Promise
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.fields import MAX_NAME
-from schemas.store import Calibration, ClassStream, Manifest, TeacherStream
+from schemas.store import Manifest
+from schemas.streams import ClassStream, TeacherStream
 from schemas.validation import validate
 
 

@@ -48,17 +48,13 @@ from pipeline.targets.cuts import (
 from pipeline.targets.tail import describe_tail, first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from pipeline.train.device_transfer import DevicePrefetcher
+from schemas.calibration import Calibration
 from schemas.codecs import PROMISES
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, Precision
-from schemas.store import (
-    Calibration,
-    ClassToken,
-    ComputeInfo,
-    Manifest,
-    SkippedImage,
-    WeightsFile,
-)
+from schemas.networks import WeightsFile
+from schemas.store import Manifest, SkippedImage
+from schemas.streams import ClassToken, ComputeInfo
 
 VERSIONED = ("torch", "timm", "diffusers", "numpy", "numcodecs", "pillow")
 BATCHES_AHEAD = 2  # decoded while the networks compute an earlier batch

@@ -15,9 +15,11 @@ from pipeline.distributed.log_relay import send_progress, set_up_worker_logging
 from pipeline.extract.captions import adds_captions
 from pipeline.extract.tasks import Description, ShardTask
 from pipeline.store.manifest_diff import differences
+from schemas.calibration import Calibration
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Calibration, Manifest, WeightsFile
+from schemas.networks import WeightsFile
+from schemas.store import Manifest
 
 if TYPE_CHECKING:
     from pipeline.extract.encoder import ShardResult

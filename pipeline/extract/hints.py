@@ -12,7 +12,7 @@ from PIL import Image
 from pipeline.datasets import Listing, open_reader
 from pipeline.extract.tasks import Description
 from schemas.extract import IMAGENET_MEAN, IMAGENET_STD, ExtractConfig
-from schemas.store import AutoencoderInfo, TeacherInfo
+from schemas.networks import AutoencoderInfo, TeacherInfo
 
 FEW_TOKENS = 8
 """Tokens per side below which attention has little to say; the paper has 16."""

@@ -31,7 +31,8 @@ from pipeline.store import Store
 from pipeline.store.layout import INDEX
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Manifest, SkippedImage, TeacherStream, TextStream
+from schemas.store import Manifest, SkippedImage
+from schemas.streams import TeacherStream, TextStream
 
 if TYPE_CHECKING:
     from pipeline.extract.encoder import ShardResult

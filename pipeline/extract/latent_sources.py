@@ -23,7 +23,7 @@ from pipeline.storage.files import redact
 from pipeline.storage.npz import MAX_HEADER
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import AutoencoderInfo
+from schemas.networks import AutoencoderInfo
 
 SD_SCALING = 0.18215
 FIRST_LATENTS = 64

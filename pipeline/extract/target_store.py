@@ -31,9 +31,11 @@ from pipeline.storage.files import exists
 from pipeline.store import Store
 from pipeline.store.captions import write_null
 from pipeline.store.manifest_diff import check_same_store
+from schemas.calibration import Calibration
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import Calibration, Stream, TeacherStream, WeightsFile
+from schemas.networks import WeightsFile
+from schemas.streams import Stream, TeacherStream
 
 logger = logging.getLogger(__name__)
 

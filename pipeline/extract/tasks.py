@@ -11,27 +11,22 @@ from pipeline.extract.captions import make_text_stream
 from pipeline.randomness import Purpose, generator
 from pipeline.storage.files import absolute_url, redact
 from pipeline.targets.cuts import class_columns, cut_columns, stepped_columns, with_steps
+from schemas.calibration import Calibration
 from schemas.codecs import CodecName
 from schemas.cuts import TeacherShape
 from schemas.extract import ExtractConfig
 from schemas.fields import TEXT, class_stream_name
-from schemas.store import (
-    STORE_VERSION,
-    AutoencoderInfo,
-    Calibration,
+from schemas.networks import AutoencoderInfo, TeacherInfo, TextEncoderInfo, WeightsFile
+from schemas.store import STORE_VERSION, DatasetInfo, Manifest
+from schemas.streams import (
     ClassStream,
     ClassToken,
     Column,
     ComputeInfo,
-    DatasetInfo,
     LatentsStream,
-    Manifest,
     Stream,
-    TeacherInfo,
     TeacherStream,
-    TextEncoderInfo,
     TextStream,
-    WeightsFile,
 )
 
 

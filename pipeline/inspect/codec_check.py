@@ -9,7 +9,7 @@ from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import decode_column, encode_column
 from pipeline.targets.sources import MapsTargets, ReplayedTargets, open_targets, wanted_targets
 from schemas.alignment import StreamAlignment
-from schemas.store import Column
+from schemas.streams import Column
 
 SAMPLES = 4
 """Images of the first shard that are compared."""

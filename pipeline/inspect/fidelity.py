@@ -34,18 +34,14 @@ from pipeline.teachers import Teacher
 from pipeline.teachers.manifest_check import create_meta_teacher, teacher_config
 from pipeline.text import describe_bytes
 from schemas.alignment import AlignmentConfig, StreamAlignment, place
+from schemas.calibration import Calibration, TargetErrors
 from schemas.cuts import cut_shapes
 from schemas.errors import UserError
 from schemas.fields import element_count
+from schemas.networks import TeacherInfo
 from schemas.run import RunConfig
-from schemas.store import (
-    Calibration,
-    Column,
-    Manifest,
-    TargetErrors,
-    TeacherInfo,
-    TeacherStream,
-)
+from schemas.store import Manifest
+from schemas.streams import Column, TeacherStream
 from schemas.student import StudentConfig
 
 CHUNK = 4  # images per forward pass: maps of 5 layers in float64 take 0.3 GB

@@ -14,7 +14,8 @@ from pipeline.teachers.vit import create_meta_vit
 from schemas.codecs import PROMISES, CodecSet
 from schemas.errors import UserError
 from schemas.extract import Cut, ExtractConfig, TeacherConfig
-from schemas.store import Manifest, TeacherStream
+from schemas.store import Manifest
+from schemas.streams import TeacherStream
 
 DEFAULT_CUT: Cut = "activations"
 """Cut for a store without a teacher stream: it serves most layer maps for the fewest bytes."""

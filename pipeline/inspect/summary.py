@@ -12,17 +12,12 @@ from pipeline.store import Store, StreamReader
 from pipeline.store.captions import caption_lines
 from pipeline.store.layout import MANIFEST
 from pipeline.text import describe_bytes, short_value, shortened
+from schemas.calibration import Calibration
 from schemas.classes import ClassTable
 from schemas.errors import UserError, escaped
-from schemas.store import (
-    AutoencoderInfo,
-    Calibration,
-    ClassStream,
-    Column,
-    DatasetInfo,
-    TeacherStream,
-    TextStream,
-)
+from schemas.networks import AutoencoderInfo
+from schemas.store import DatasetInfo
+from schemas.streams import ClassStream, Column, TeacherStream, TextStream
 
 MAX_SHOWN = 10
 """Classes that the page shows; ``--json`` has all."""

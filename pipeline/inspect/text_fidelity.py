@@ -20,7 +20,8 @@ from pipeline.text_encoders import TextEncoder
 from pipeline.text_encoders.recorded import recorded_config
 from schemas.errors import UserError
 from schemas.fields import TEXT
-from schemas.store import TextEncoderInfo, caption_column
+from schemas.networks import TextEncoderInfo
+from schemas.streams import caption_column
 from schemas.student import StudentConfig
 
 BLOCKS = 4

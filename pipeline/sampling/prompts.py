@@ -30,8 +30,8 @@ from pipeline.text_encoders import TextEncoder
 from pipeline.text_encoders.recorded import check_same_encoder, open_recorded
 from schemas.errors import UserError, plain_text
 from schemas.fields import TEXT
+from schemas.networks import TextEncoderInfo
 from schemas.sample import SampleConfig, SampledText
-from schemas.store import TextEncoderInfo
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from pipeline.store.checksums import extend
 from pipeline.store.codecs import MAIN, find_codec, part_name
 from schemas.codecs import Lossless
 from schemas.fields import element_count
-from schemas.store import Checksum, Column
+from schemas.store import Checksum
+from schemas.streams import Column
 
 ZSTD_LEVEL = 1
 """Higher levels cost time and save nothing, because quantised numbers have few repetitions."""

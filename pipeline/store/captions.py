@@ -13,17 +13,9 @@ from pipeline.store.codecs import find_codec
 from schemas.codecs import CodecName, Lossless
 from schemas.errors import UserError
 from schemas.fields import TEXT
-from schemas.store import (
-    LENGTHS,
-    MAX_CAPTION_BYTES,
-    MAX_CAPTIONS,
-    Column,
-    Manifest,
-    TextEncoderInfo,
-    TextStream,
-    WeightsFile,
-    caption_column,
-)
+from schemas.networks import TextEncoderInfo, WeightsFile
+from schemas.store import MAX_CAPTION_BYTES, Manifest
+from schemas.streams import LENGTHS, MAX_CAPTIONS, Column, TextStream, caption_column
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pipeline.store.codecs import same_numbers
 from pipeline.text import short_value
 from schemas.errors import UserError
-from schemas.store import Column, Manifest
+from schemas.store import Manifest
+from schemas.streams import Column
 
 FILLED_IN = ("null", "truncated")
 """Keys of a stream of captions that are written later, or have a check of their own."""

@@ -16,14 +16,8 @@ from pipeline.store.arrays import check_value, stream_parts
 from pipeline.store.layout import commit_path
 from pipeline.store.tar_writer import TarWriter
 from pipeline.store.zarr_writer import ZarrWriter
-from schemas.store import (
-    LENGTHS,
-    STORE_VERSION,
-    CommitRecord,
-    Manifest,
-    RecordedCaptions,
-    SkippedImage,
-)
+from schemas.store import STORE_VERSION, CommitRecord, Manifest, RecordedCaptions, SkippedImage
+from schemas.streams import LENGTHS
 
 Values = Mapping[str, Mapping[str, Any]]
 """stream -> part name -> one sample's array, as ``encode_column`` returns them."""

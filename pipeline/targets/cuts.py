@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pipeline.store.codecs import encode_column, find_codec, same_numbers
+from schemas.calibration import CalibrationCurve
 from schemas.codecs import CodecName, CodecSet
 from schemas.cuts import TeacherShape, cut_shapes
 from schemas.errors import UserError
 from schemas.extract import Cut
-from schemas.store import CLASS_CODECS, CalibrationCurve, ClassToken, Column, TeacherStream
+from schemas.streams import CLASS_CODECS, ClassToken, Column, TeacherStream
 
 if TYPE_CHECKING:
     from torch import Tensor

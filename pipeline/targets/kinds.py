@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.teachers.attention_tap import AttentionOperands
 from schemas.alignment import StreamAlignment, TargetKind
 from schemas.errors import UserError
-from schemas.store import TeacherStream
+from schemas.streams import TeacherStream
 
 if TYPE_CHECKING:
     from pipeline.teachers import Teacher

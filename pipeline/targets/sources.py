@@ -19,7 +19,9 @@ from pipeline.teachers.attention_tap import qk_logits
 from schemas.alignment import AlignmentConfig, StreamAlignment, TargetKind, place
 from schemas.errors import UserError
 from schemas.fields import element_count
-from schemas.store import Manifest, TeacherInfo, TeacherStream
+from schemas.networks import TeacherInfo
+from schemas.store import Manifest
+from schemas.streams import TeacherStream
 from schemas.student import StudentConfig
 
 if TYPE_CHECKING:

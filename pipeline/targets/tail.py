@@ -17,7 +17,7 @@ from pipeline.teachers.manifest_check import create_meta_teacher, tail_bytes, te
 from pipeline.teachers.vit import tail_state
 from schemas.errors import UserError
 from schemas.extract import Cut
-from schemas.store import TeacherInfo, WeightsFile
+from schemas.networks import TeacherInfo, WeightsFile
 
 MAX_HEADER = 1 << 20
 """Bytes of the header of a safetensors file."""

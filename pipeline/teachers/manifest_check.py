@@ -12,7 +12,7 @@ from pipeline.teachers.token_network import FAMILIES, TokenNetwork
 from pipeline.teachers.vit import create_meta_vit, normalisation, tail_state
 from schemas.errors import UserError, plain_text
 from schemas.extract import TeacherConfig
-from schemas.store import TeacherInfo
+from schemas.networks import TeacherInfo
 
 MAX_BYTES = 32 << 30
 """Limit of a teacher's weights; timm's largest model has 28 GB."""

@@ -23,7 +23,7 @@ from pipeline.teachers.vit import (
 )
 from schemas.errors import UserError
 from schemas.extract import TeacherConfig
-from schemas.store import TeacherInfo
+from schemas.networks import TeacherInfo
 from schemas.validation import validate
 
 

@@ -24,7 +24,7 @@ from pipeline.text_encoders.tokenizer import (
 )
 from schemas.errors import UserError, plain_text
 from schemas.extract import TextConfig
-from schemas.store import TextEncoderInfo
+from schemas.networks import TextEncoderInfo
 
 USUAL_TOKENS = 77
 """Tokens of a caption where the encoder has no limit: CLIP's, as in the text-to-image recipes."""

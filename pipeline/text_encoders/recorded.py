@@ -8,8 +8,8 @@ from pipeline.text_encoders.encoder import TextEncoder
 from schemas.errors import UserError
 from schemas.extract import TextConfig
 from schemas.fields import DIGEST
+from schemas.networks import TextEncoderInfo
 from schemas.sample import SampleTextConfig
-from schemas.store import TextEncoderInfo
 
 SOURCE = "source"
 """Weights of embeddings that a data set contains: no encoder was run."""

@@ -19,7 +19,7 @@ from pipeline.store.reading.caption_reader import (
     caption_decoder,
 )
 from schemas.errors import UserError
-from schemas.store import TextEncoderInfo
+from schemas.networks import TextEncoderInfo
 
 if TYPE_CHECKING:
     from pipeline.text_encoders import TextEncoder

@@ -17,7 +17,7 @@ from pipeline.targets.sources import Wanted, read_targets
 from pipeline.text import shortened
 from schemas.errors import UserError, plain_text
 from schemas.fields import TEXT
-from schemas.store import TeacherInfo
+from schemas.networks import TeacherInfo
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -31,7 +31,8 @@ from pipeline.storage.files import open_url, write_atomic
 from pipeline.store import Store
 from pipeline.store.layout import commit_path
 from schemas.extract import ExtractConfig
-from schemas.store import CommitRecord, ComputeInfo, Manifest
+from schemas.store import CommitRecord, Manifest
+from schemas.streams import ComputeInfo
 from tests.bench.report import Row
 from tests.bench.scaling_commands import cluster
 from tests.stores import COMPUTE, make_random_store, random_manifest

@@ -23,7 +23,7 @@ from pipeline.targets.tail import first_tail_block, save_tail
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import Cut
-from schemas.store import Column, ComputeInfo, TeacherStream
+from schemas.streams import Column, ComputeInfo, TeacherStream
 from tests.bench.codec_variants import CodecVariant, codec_variants
 from tests.bench.errors import Judge
 from tests.bench.images import load_crops

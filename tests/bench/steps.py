@@ -21,8 +21,10 @@ from pipeline.train.device_transfer import DevicePrefetcher
 from pipeline.train.trainer import Trainer
 from schemas.extract import Cut, TeacherConfig
 from schemas.fields import CLASS
+from schemas.networks import TeacherInfo, WeightsFile
 from schemas.run import RunConfig
-from schemas.store import ClassStream, Column, Manifest, TeacherInfo, WeightsFile
+from schemas.store import Manifest
+from schemas.streams import ClassStream, Column
 from tests.bench.synthetic_stores import StoreSpec, dinov2_b, make_manifest, make_samples
 from tests.bench.timing import Clock
 

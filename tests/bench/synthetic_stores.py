@@ -15,7 +15,9 @@ from pipeline.store.writer import Values
 from pipeline.targets.cuts import cut_columns, encode_values
 from schemas.codecs import CodecSet
 from schemas.extract import Cut, Format
-from schemas.store import Column, Manifest, TeacherInfo, WeightsFile
+from schemas.networks import TeacherInfo, WeightsFile
+from schemas.store import Manifest
+from schemas.streams import Column
 from tests.stores import COMPUTE, TEACHER, random_manifest
 
 DISTINCT = 16  # samples; the others repeat them

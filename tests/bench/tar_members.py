@@ -17,7 +17,7 @@ from pipeline.store.arrays import (
 )
 from pipeline.store.codecs import decode_column
 from pipeline.store.tar_writer import BLOCK
-from schemas.store import Column
+from schemas.streams import Column
 
 
 def write_members(

@@ -8,7 +8,8 @@ from pipeline.models import SiT
 from pipeline.models.projector import Projector
 from schemas.alignment import AlignmentConfig
 from schemas.diffusion import DiffusionConfig
-from schemas.store import ClassStream, Column, Manifest
+from schemas.store import Manifest
+from schemas.streams import ClassStream, Column
 from schemas.student import StudentConfig
 from tests.parity.reference import Golden
 from tests.parity.students import make_projector

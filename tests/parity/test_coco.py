@@ -23,7 +23,8 @@ from pipeline.store.captions import load_null, text_columns, unpack_texts
 from pipeline.store.codecs import decode_column
 from pipeline.store.reading.caption_reader import choose_captions
 from schemas.extract import PRESETS, ExtractConfig, TextConfig
-from schemas.store import TextStream, WeightsFile
+from schemas.networks import WeightsFile
+from schemas.streams import TextStream
 from tests.parity.reference import Golden, check_close
 
 FILE = "coco_text"

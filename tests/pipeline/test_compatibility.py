@@ -29,7 +29,7 @@ from pipeline.targets.sources import Wanted, read_targets
 from pipeline.train.local import train_here
 from schemas.convert import ConvertConfig
 from schemas.run import RunConfig
-from schemas.store import Column
+from schemas.streams import Column
 from tests.fixtures.store_and_run_0.measures import arithmetic, few, one_thread, sha256_of
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "store_and_run_0"

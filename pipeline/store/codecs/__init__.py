@@ -13,7 +13,7 @@ from pipeline.store.codecs.probabilities import CubeRoot, SquareRoot
 from pipeline.store.codecs.quantised import PerHeadQuantiser, PerTokenQuantiser
 from pipeline.store.codecs.rice import RicePerToken
 from schemas.codecs import CodecName
-from schemas.store import Column
+from schemas.streams import Column
 
 if TYPE_CHECKING:
     from torch import Tensor

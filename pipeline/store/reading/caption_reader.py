@@ -18,7 +18,7 @@ from pipeline.store.reading.memory_cache import SharedCache
 from pipeline.store.reading.row_request import Columns, ShardRows
 from pipeline.store.store import Store
 from schemas.errors import UserError
-from schemas.store import LENGTHS, TextStream, caption_column
+from schemas.streams import LENGTHS, TextStream, caption_column
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -35,7 +35,8 @@ from pipeline.store.reading.row_request import Columns, RowRequest, ShardRows
 from pipeline.store.reading.shard_index import ShardTable, shard_table
 from pipeline.store.store import Store
 from schemas.errors import UserError
-from schemas.store import Column, CommitRecord
+from schemas.store import CommitRecord
+from schemas.streams import Column
 
 __all__ = ["DamagedShardError", "StreamReader"]
 

@@ -25,7 +25,7 @@ from pipeline.train.trainer import Inputs, Trainer
 from pipeline.train.validation.schedule import Pause, is_due
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
-from schemas.store import caption_column
+from schemas.streams import caption_column
 
 STORE_ONLY = (
     *("dataset.", "shard_size", "samples_per_shard."),

@@ -12,7 +12,7 @@ import torch
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.autoencoders import Autoencoder, decode_means, open_decoder
 from schemas.errors import UserError
-from schemas.store import AutoencoderInfo
+from schemas.networks import AutoencoderInfo
 
 
 @pytest.fixture

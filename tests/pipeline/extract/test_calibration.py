@@ -29,11 +29,12 @@ from pipeline.inspect.__main__ import main as inspect
 from pipeline.inspect.suggest_extraction import _codecs
 from pipeline.store import Store
 from pipeline.store.codecs import decode_column, encode_column
+from schemas.calibration import Calibration
 from schemas.codecs import CodecOptions
 from schemas.convert import ConvertConfig
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.store import Calibration, Column
+from schemas.streams import Column
 
 SAMPLES, IMAGES = 24, 8
 

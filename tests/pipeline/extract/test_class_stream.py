@@ -23,7 +23,7 @@ from pipeline.store import Store, StreamReader
 from pipeline.targets.class_token import read_class_tokens
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
-from schemas.store import ClassStream
+from schemas.streams import ClassStream
 from tests.conversions import BATCH, SAMPLES, SHARD, converted, digits, encode, options
 from tests.encoded import demo_like
 from tests.helpers import all_files, edit_json, recorded_opens

@@ -28,7 +28,8 @@ from pipeline.inspect.verify import verify_store
 from pipeline.store import Store
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig
-from schemas.store import Manifest, SkippedImage, WeightsFile
+from schemas.networks import WeightsFile
+from schemas.store import Manifest, SkippedImage
 from tests.encoded import demo_like
 from tests.repa import image_name, latent_name, random_repa
 from tests.stores import tiny_run

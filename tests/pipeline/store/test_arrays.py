@@ -22,7 +22,7 @@ from pipeline.store.arrays import (
     read_npy_member,
     stream_parts,
 )
-from schemas.store import Column
+from schemas.streams import Column
 
 CLASS = stream_parts({"label": Column(shape=(), codec="int64")})["label"]
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pipeline.store.arrays import stream_parts
 from pipeline.store.codecs import decode_column, encode_column, find_codec, part_name, sums_to_one
-from schemas.store import Column
+from schemas.streams import Column
 
 TOKENS = ("float32", "float16", "bfloat16", "int8", "int8_group64", "int8_outliers16")
 TOKENS += ("int8_centred", "tokens20", "tokens8", "rms26", "rms8")

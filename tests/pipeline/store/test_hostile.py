@@ -31,7 +31,8 @@ from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.run import RunConfig
-from schemas.store import Column, StreamFile
+from schemas.store import StreamFile
+from schemas.streams import Column
 from schemas.validation import validate
 from tests.encoded import encode
 from tests.helpers import edit_json, known_key, known_values

@@ -28,7 +28,9 @@ from pipeline.store.codecs.rice import RicePerToken, impossible_headers, pack, u
 from pipeline.store.reading.file_source import FileSource
 from pipeline.store.reading.stream_reader import DamagedShardError, StreamReader
 from pipeline.store.writer import Values
-from schemas.store import Column, Manifest, TeacherInfo
+from schemas.networks import TeacherInfo
+from schemas.store import Manifest
+from schemas.streams import Column
 from tests.bench.synthetic_stores import LATENT, StoreSpec, make_manifest, write_store
 from tests.stores import TEACHER
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from pipeline.store import BatchLoader, SampleOrder, Store, StreamReader
 from pipeline.targets.class_token import ClassTokens, read_class_tokens
 from schemas.errors import UserError
-from schemas.store import ClassStream, Manifest
+from schemas.store import Manifest
+from schemas.streams import ClassStream
 from tests.helpers import edit_json, recorded_opens
 from tests.stores import WIDTH, add_class_stream, add_random_stream, make_random_store
 

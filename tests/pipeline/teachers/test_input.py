@@ -18,7 +18,7 @@ from pipeline.teachers import Teacher
 from pipeline.teachers.manifest_check import create_meta_teacher, teacher_config
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, TeacherConfig
-from schemas.store import TeacherInfo
+from schemas.networks import TeacherInfo
 from tests.stores import random_manifest
 
 MODEL = "vit_small_patch16_224"  # timm's own weights were trained with 0.5 and 0.5

@@ -19,7 +19,7 @@ from pipeline.teachers.manifest_check import create_meta_teacher
 from pipeline.teachers.token_network import TokenNetwork
 from schemas.errors import UserError
 from schemas.extract import PRESETS, ExtractConfig, TeacherConfig
-from schemas.store import TeacherInfo
+from schemas.networks import TeacherInfo
 from tests.conversions import SAMPLES, SHARD, encode, options
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 4}

@@ -13,7 +13,7 @@ from pipeline.models import make_student
 from pipeline.visualization.attention import _same_place, student_attention
 from schemas.alignment import AlignmentConfig
 from schemas.diffusion import Convention, Path
-from schemas.store import AutoencoderInfo
+from schemas.networks import AutoencoderInfo
 from schemas.student import StudentConfig
 
 LATENT = (4, 8, 8)

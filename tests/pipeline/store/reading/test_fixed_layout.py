@@ -22,7 +22,7 @@ from pipeline.store.reading.fixed_layout import (
 from pipeline.store.reading.shard_index import FileTable, shard_table
 from pipeline.store.reading.stream_reader import DamagedShardError
 from schemas.errors import UserError
-from schemas.store import Column
+from schemas.streams import Column
 from tests.helpers import edit_json, known_values
 from tests.stores import make_random_store
 
