@@ -76,13 +76,14 @@ def write_results(folder: Path, results: Results, runs: Sequence[Path]) -> None:
     if runs:
         shown = tuple(str(run) for run in runs[:MAX_RUNS])
         config = ReportConfig(runs=shown, html=str(folder / "report.html"), attention="none")
-        both = final_table(results), differences_table(results)
         notes = (differences_note(results), *_failures(results))
-        write_report(config, Introduction("Comparison of the arms", both, notes, pictures))
+        all_tables = (final_table(results), differences_table(results), *_alignment_tables(results))
+        write_report(config, Introduction("Comparison of the arms", all_tables, notes, pictures))
 
 
 def tables(results: Results) -> str:
-    """Markdown: the arms at the last step, and their differences from the baseline."""
+    """Markdown: the arms at the last step, their differences from the baseline, gradient cosines
+    and differences that the termination makes."""
     lines = [
         *_markdown(*final_table(results)),
         "",
@@ -90,6 +91,8 @@ def tables(results: Results) -> str:
         "",
         *_markdown(*differences_table(results)),
     ]
+    for table in _alignment_tables(results):
+        lines += ["", *_markdown(*table)]
     failed = _failures(results)
     return "\n".join([*lines, *([""] if failed else []), *failed, ""])
 
@@ -130,6 +133,41 @@ def differences_table(results: Results) -> Table:
         cells += [_steps_cell(results, baseline, arm, key) for key in LOWER]
         rows.append([arm, *cells])
     return ["arm", *names, *steps], rows
+
+
+def cosine_table(results: Results) -> Table:
+    """Gradient cosines of the arms where they were measured: the lowest and the highest mean over
+    seeds and times of one step, and single values below 0."""
+    rows = []
+    for arm in _arms(results):
+        by_step: dict[int, list[float]] = {}
+        for run in results["runs"]:
+            for step, times in run["cosine"].items() if run["arm"] == arm else ():
+                by_step.setdefault(int(step), []).extend(v for v in times.values() if v is not None)
+        values = [value for step in by_step for value in by_step[step]]
+        if values:
+            means = [statistics.fmean(step) for step in by_step.values() if step]
+            negative = f"{sum(value < 0 for value in values)} of {len(values)}"
+            rows.append([arm, _cosine(min(means)), _cosine(max(means)), negative])
+    return ["arm", "lowest mean gradient cosine", "highest mean", "negative values"], rows
+
+
+def termination_table(results: Results) -> Table:
+    """Differences between the arms whose alignment ends and those aligned to the end."""
+    keys = list(VALUES)[:3]
+    rows = [
+        [
+            f"{ended} \N{MINUS SIGN} {always}",
+            *(_difference_cell(results, always, ended, key) for key in keys),
+        ]
+        for ended, always in results["pairs"].items()
+    ]
+    return ["termination", *(VALUES[key][0] for key in keys)], rows
+
+
+def _alignment_tables(results: Results) -> list[Table]:
+    tables = termination_table(results), cosine_table(results)
+    return [(head, rows) for head, rows in tables if rows]
 
 
 def curves(results: Results, arm: str, key: str) -> dict[int, Curve]:
@@ -366,8 +404,13 @@ def _format(key: str, value: float | None) -> str:
 
 
 def _signed(key: str, value: float) -> str:
-    sign = "+" if value >= 0 else "\N{MINUS SIGN}"
-    return f"{sign}{_format(key, abs(value))}"
+    digits = _format(key, abs(value))
+    sign = "+" if value > 0 else "\N{MINUS SIGN}"
+    return sign + digits if float(digits) else digits
+
+
+def _cosine(value: float) -> str:
+    return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _short(value: float | None) -> float | None:

@@ -12,7 +12,7 @@ import torch
 from pipeline.storage.hub import HubUnreachableError, hub_access
 from pipeline.text import describe_bytes
 
-CORE_FLOPS = 2e10
+CORE_FLOPS = 3.5e10
 """Sustained FLOP/s of one CPU core in small networks in float32."""
 GPU_FLOPS = 5e13
 """Sustained FLOP/s of a GPU in bfloat16 in networks of this size, which do not fill it."""

@@ -23,7 +23,13 @@ from jobs.experiments.artifacts import ArtifactCache, collect, read_images
 from jobs.experiments.experiment import _start_without_interrupts, run_matrix
 from jobs.experiments.judge import Judge
 from jobs.experiments.options import CONFIGS, MatrixConfig
-from jobs.experiments.results import differences_table, final_table, tables
+from jobs.experiments.results import (
+    cosine_table,
+    differences_table,
+    final_table,
+    tables,
+    termination_table,
+)
 from pipeline.cli.config_files import merge, read_yaml
 from pipeline.runs.metrics import read_metrics
 from pipeline.storage.locks import exclusive_lock
@@ -153,8 +159,8 @@ def test_results_have_every_arm_at_every_step(done: Path) -> None:
     page = (done / "report.html").read_text()
     assert page.count("haste-seed0") > 1
     own = page.partition("<h2>Comparison of the arms</h2>")[2].partition("<h2>")[0]
-    for row in final_table(values)[1] + differences_table(values)[1]:
-        assert all(escape(cell) in own for cell in row)
+    for table in (final_table, differences_table, termination_table, cosine_table):
+        assert all(escape(cell) in own for row in table(values)[1] for cell in row)
     assert own.count("data:image/png;base64,") == 1 + (done / "cosine.png").exists()
 
 

@@ -15,11 +15,13 @@ from jobs.experiments import results as module
 from jobs.experiments.page import END, PAGE, RESULTS, begin, main, names, page_with_tables
 from jobs.experiments.results import (
     bootstrap,
+    cosine_table,
     difference,
     first_crossing,
     read_run_numbers,
     steps_to_equal,
     tables,
+    termination_table,
 )
 from schemas.errors import UserError
 
@@ -99,6 +101,27 @@ def test_steps_to_equal_quality_are_those_of_mean_curves() -> None:
     worse = made(*THREE["runs"][:3], *(run("slow", s, frechet={"300": 99.0}) for s in range(3)))
     assert steps_to_equal(worse, "vanilla", "slow", "frechet") == (math.inf, (math.inf, math.inf))
     assert "not reached [not reached, not reached]" in tables(worse)
+
+
+def test_cosines_are_means_over_seeds_and_times_of_one_step() -> None:
+    first = {"2": {"0.1": 0.4, "0.9": -0.2}, "4": {"0.1": -0.3, "0.9": 0.1}}
+    second = {"2": {"0.1": 0.6, "0.9": None}, "4": {"0.1": -0.1, "0.9": 0.1}}
+    found = made(run("vanilla", 0), run("repa", 0, cosine=first), run("repa", 1, cosine=second))
+    head, rows = cosine_table(found)
+    means = np.mean([0.4, -0.2, 0.6]), np.mean([-0.3, 0.1, -0.1, 0.1])
+    assert rows == [["repa", f"−{-means[1]:.3f}", f"{means[0]:.3f}", "3 of 7"]]  # noqa: RUF001
+    assert len(head) == len(rows[0])
+    assert f"| {' | '.join(rows[0])} |" in tables(found)
+    assert cosine_table(THREE)[1] == []
+    assert "cosine" not in tables(THREE)
+
+
+def test_the_termination_is_compared_with_the_run_that_goes_on() -> None:
+    found = THREE | {"pairs": {"repa": "vanilla"}}
+    [row] = termination_table(found)[1]
+    assert row[0] == "repa − vanilla"  # noqa: RUF001
+    assert row[1].startswith("−0.83 [−2.00, +0.50]")  # noqa: RUF001
+    assert f"| {' | '.join(row)} |" in tables(found)
 
 
 def test_failed_and_missing_runs_are_shown() -> None:

@@ -358,7 +358,7 @@ def test_the_calibration_of_the_codec_is_in_the_time(tmp_path: Path) -> None:
     """Half of a small data set, 256 of a larger one, on one core."""
     ten_classes(tmp_path / "ten")
     survey = survey_source(str(tmp_path / "ten"), tmp_path)
-    each = proposal.OWN_SMALL.flops(8) / 2e10 * (1 + 2 * 7 * 3 / 6)  # 3 of 6 blocks are later
+    each = proposal.OWN_SMALL.flops(8) / 3.5e10 * (1 + 2 * 7 * 3 / 6)  # 3 of 6 blocks are later
     for files, images in ((20, 10), (50_000, 256)):
         chooser = proposal._Chooser(replace(survey, files=files), CPU, 0.5, tmp_path)
         assert chooser.grid == 8
