@@ -30,7 +30,9 @@ from pipeline.models.projector import Projector
 from pipeline.models.sit import Block
 from pipeline.store.codecs import find_codec
 from pipeline.targets.cuts import CODEC_SETS
+from pipeline.teachers.attention_tap import AttentionOperands
 from pipeline.teachers.vit import create_meta_vit
+from pipeline.train.step_graph import WARM_UP
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
 from schemas.student import StudentConfig
@@ -104,13 +106,31 @@ def run(options: Options) -> Report:
         "launches_per_step": sum((row["launches"] + row["library"]) * row["count"] for row in rows),
         "update_bytes_per_weight": _bytes_per_weight(parts, size),
     }
-    decoded = sum(row["ms"] for row in rows if row["part"] == DECODED)
-    total["decoding_share_of_step"] = decoded / total["ms_per_step"]
+    ms = {row["part"]: row["ms"] for row in rows}
+    total["decoding_share_of_step"] = ms[DECODED] / total["ms_per_step"]
+    total |= _phase_1_extra(ms, options.tapped)
+    total["launches_with_cuda_graphs"] = _replayed()
     about = {
         "counted for": f"{options.batch} samples, bfloat16, one H100; predicted, not measured",
         "rates": f"{options.tflops:g} TFLOP/s of products, {options.tb_per_second:g} TB/s else",
     }
     return Report(about, [Table(options.student, headings, rows)], total)
+
+
+def _phase_1_extra(ms: dict[str, float], tapped: int) -> dict[str, float]:
+    """Milliseconds of a step of Phase I beyond one without alignment, by the store's cut. Of
+    ``activations`` the teacher's last ``tapped`` + 1 blocks run; decoding of tokens is left out."""
+    if not tapped:
+        return {}
+    passes = ("forward", "backward")
+    blocks = [ms[f"tapped block, {name}"] - ms[f"block, {name}"] for name in passes]
+    losses = ms["attention loss"] + ms["its gradient"]
+    both = sum(ms[f"projector, {name}"] for name in passes) + tapped * (sum(blocks) + losses)
+    teacher = (tapped + 1) * ms["teacher's block"] + ms["its probabilities"]
+    return {
+        "phase_1_extra_ms_maps": both + ms["maps decoded"],
+        "phase_1_extra_ms_activations": both + teacher,
+    }
 
 
 Part = tuple[str, int, Traffic]
@@ -245,6 +265,18 @@ def _tail(options: Options) -> Iterator[Part]:
             return codec.decode(dict(zip(arrays, parts, strict=True)))
 
         yield from _graphs(DECODED, 0, decode, stored, cast=False)
+        heads = vit.blocks[-1].attn.num_heads
+        shape = (options.batch, heads, tokens, vit.embed_dim // heads)
+        count, prefix = 2 * (options.tapped or 1), vit.num_prefix_tokens
+        operands = [torch.empty(shape, device=CUDA, dtype=torch.bfloat16) for _ in range(count)]
+
+        def probabilities(*operands: Tensor) -> Tensor:
+            """As ``ReplayedTargets.replay`` makes them of its tapped layers."""
+            pairs = zip(operands[::2], operands[1::2], strict=True)
+            read = [AttentionOperands(q, k, q, 0.125, True).logits(prefix) for q, k in pairs]
+            return torch.softmax(torch.stack(read, dim=1), dim=-1)
+
+        yield from _graphs("its probabilities", 0, probabilities, operands, cast=False)
 
 
 def _update(student: StudentConfig) -> Iterator[Part]:
@@ -263,6 +295,32 @@ def _update(student: StudentConfig) -> Iterator[Part]:
     for title, operations in UPDATE.items():
         moved = sum(counting.by_name.get(name, Traffic()).bytes for name in operations)
         yield title, 1, Traffic(int(moved > 0), bytes=round(moved * scale))
+
+
+def _replayed() -> int:
+    """Launches by Python of a step of Phase I with ``compute.cuda_graphs``: copies and the graph,
+    equally many for any student."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = encode(Path(folder) / "store", cut="maps")
+        changes = {"steps": WARM_UP + 2, "compute": {"cuda_graphs": True}}
+        changes["alignment"] = {"termination": {"step": WARM_UP + 2}}
+        with FakeGpu() as gpu, open_steps(store, CUDA, changes) as steps:
+            steps.take(WARM_UP + 1)
+            before = gpu.operations
+            steps.trainer.train_step(steps.next_batch())
+            return gpu.operations - before
+
+
+def _weights(student: StudentConfig) -> int:
+    from pipeline.models import make_student
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in make_student(student).parameters())
+
+
+def _bytes_per_weight(parts: Sequence[Part], student: StudentConfig) -> float:
+    total = sum(traffic.bytes for name, _, traffic in parts if name in UPDATE)
+    return total / _weights(student)
 
 
 def _weights(student: StudentConfig) -> int:
