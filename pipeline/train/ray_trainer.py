@@ -29,7 +29,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.checkpoints.integrity import verify
@@ -55,12 +55,17 @@ RESIZE_SECONDS = 600.0
 """Seconds that a worker group may take to save before it is resized."""
 
 
-class CheckpointBeforeResize(ControllerCallback):
+class CheckpointBeforeResize(ControllerCallback, WorkerGroupCallback):
     """Callback in Ray's controller that requests a checkpoint before an elastic worker group is
     resized, because Ray ends its workers without notice, and when a node is about to be lost."""
 
     def __init__(self, control: Any) -> None:
         self.control = control
+        self.workers: list[Any] = []
+        """Actors of the present group."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.workers = [worker.actor for worker in worker_group.get_workers()]
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         before, name = type(previous_state).__name__, type(current_state).__name__
@@ -71,10 +76,22 @@ class CheckpointBeforeResize(ControllerCallback):
             if name == "PreemptingState" or number is None:
                 return  # the group trains until the node is lost
             deadline = time.monotonic() + RESIZE_SECONDS
+            calls = [_call(worker) for worker in self.workers]
             while time.monotonic() < deadline and ray.get(self.control.is_pending.remote(number)):
                 time.sleep(0.2)
+                for place, worker in enumerate(self.workers):
+                    if ray.wait([calls[place]], timeout=0)[0]:
+                        ray.get(calls[place])  # raises if the worker has died
+                        calls[place] = _call(worker)
         except RayError:
-            return  # the driver has ended, and the actor with it
+            # The driver has ended, and the actor with it; or a worker was lost since Ray decided to
+            # resize: the others wait for it and cannot save, and Ray looks at them afterwards only.
+            return
+
+
+def _call(worker: Any) -> ray.ObjectRef:
+    """A call that an actor answers at once. One of a lost node fails once Ray has noticed it."""
+    return worker.__ray_call__.remote(lambda _: None)
 
 
 class ControlPoller:

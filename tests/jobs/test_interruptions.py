@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -183,9 +185,29 @@ def test_a_request_to_save_is_pending_until_it_is_done() -> None:
     assert not control.is_pending(request)
 
 
+class Idle:
+    """An actor in place of a worker."""
+
+
+def resized(control: Any, workers: Sequence[Any]) -> None:
+    """Play what Ray's controller does with a group of ``workers`` that it resizes."""
+    callback = CheckpointBeforeResize(control)
+    group = SimpleNamespace(get_workers=lambda: [SimpleNamespace(actor=w) for w in workers])
+    callback.after_worker_group_start(group)
+    callback.after_controller_state_update(RunningState(), RunningState())
+    callback.after_controller_state_update(RunningState(), ResizingState(scaling_decision=None))
+
+
+def await_training(control: Any) -> None:
+    deadline = time.monotonic() + 30
+    while ray.get(control.save.remote()) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 @pytest.mark.usefixtures("two_cpus")
 def test_the_controller_waits_for_a_checkpoint_before_it_resizes() -> None:
     control = ray.remote(RunControl).options(num_cpus=0).remote()
+    workers = [ray.remote(Idle).options(num_cpus=0).remote() for _ in range(2)]
     poller = ControlPoller(control)
     seen: list[StopRequest] = []
 
@@ -196,15 +218,29 @@ def test_the_controller_waits_for_a_checkpoint_before_it_resizes() -> None:
                 poller.saved(poller.requested)
             time.sleep(0.05)
 
-    deadline = time.monotonic() + 30
-    while ray.get(control.save.remote()) is None and time.monotonic() < deadline:
-        time.sleep(0.1)
+    await_training(control)
     thread = threading.Thread(target=train_on)
     thread.start()
-    callback = CheckpointBeforeResize(control)
-    callback.after_controller_state_update(RunningState(), RunningState())
-    callback.after_controller_state_update(RunningState(), ResizingState(scaling_decision=None))
+    resized(control, workers)
     thread.join(10)
     poller.close()
     assert seen == [StopRequest.SAVE]
     assert poller() is StopRequest.GO_ON
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_the_controller_waits_for_no_checkpoint_of_a_group_that_lost_a_worker() -> None:
+    """The others wait for it in a collective and can save no more."""
+    control = ray.remote(RunControl).options(num_cpus=0).remote()
+    workers = [ray.remote(Idle).options(num_cpus=0).remote() for _ in range(2)]
+    poller = ControlPoller(control)
+    await_training(control)
+    thread = threading.Thread(target=resized, args=(control, workers))
+    thread.start()
+    thread.join(2)
+    assert thread.is_alive()  # both live
+    ray.kill(workers[1])
+    thread.join(20)
+    assert not thread.is_alive()
+    assert poller() is StopRequest.SAVE  # it was still pending
+    poller.close()
