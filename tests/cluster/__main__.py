@@ -34,7 +34,6 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--folder '{options.folder}' is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("pipeline").setLevel(logging.WARNING)  # a line for each step
-    signal.signal(signal.SIGTERM, _interrupt)  # which would leave nodes, namespaces and the disk
     counts = drill(options, folder)
     problems = counts["problems"]
     if options.as_json:
@@ -62,6 +61,8 @@ def drill(options: DrillOptions, folder: Path) -> dict[str, object]:
         print(f"no network namespaces, so no slow links: {reason}", file=sys.stderr)
     options = options.model_copy(update={"disk": _disk(options, folder)})
     extract(extraction(folder, 1))
+    # SIGTERM would leave nodes, namespaces and the disk; Ray's own handler stays after the extraction
+    signal.signal(signal.SIGTERM, _interrupt)
     mark = uuid.uuid4().hex
     ray_folder = Path(tempfile.mkdtemp(prefix="hc-", dir="/tmp"))  # short socket paths
     variables = process_variables(mark, folder, ray_folder)
