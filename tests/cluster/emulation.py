@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -22,8 +23,10 @@ from tests.faults.timeouts import HarnessError, WaitTimeoutError, wait_for
 
 ROOT = Path(__file__).parents[2]
 NODE_SECONDS = 120.0
-NODE_ATTEMPTS = 4
+NODE_FAILURES = 8
 """Starts of nodes that may fail at each call: Ray gives one up that took more than 30 seconds."""
+AT_ONCE = max(1, (os.cpu_count() or 1) // 2)
+"""Nodes that start at the same time: the daemons of one take 15 seconds of a core."""
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -95,16 +98,17 @@ class EmulatedCluster:
         self._stack.close()
 
     def join(self, count: int = 1) -> None:
-        """Start ``count`` more nodes at the same time and wait until the cluster has them."""
-        for _ in range(NODE_ATTEMPTS):
-            begun = [self._begin() for _ in range(count)]
+        """Start ``count`` more nodes and wait until the cluster has them."""
+        failures = 0
+        while count:
+            begun = [self._begin() for _ in range(min(count, AT_ONCE))]
             failed = [node for node in begun if not node.starts()]
             for node in failed:
                 self.lose(node)
-            count = len(failed)
-            if not failed:
-                return
-        raise HarnessError(f"a node did not start: {failed[0].log.read_text()[-1500:]}")
+            count -= len(begun) - len(failed)
+            failures += len(failed)
+            if failures > NODE_FAILURES:
+                raise HarnessError(f"a node did not start: {failed[0].log.read_text()[-1500:]}")
 
     def _begin(self) -> Node:
         number = next(self._numbers)
