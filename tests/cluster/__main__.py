@@ -61,7 +61,7 @@ def drill(options: DrillOptions, folder: Path) -> dict[str, object]:
         print(f"no network namespaces, so no slow links: {reason}", file=sys.stderr)
     options = options.model_copy(update={"disk": _disk(options, folder)})
     extract(extraction(folder, 1))
-    # SIGTERM would leave nodes, namespaces and the disk; Ray's own handler stays after the extraction
+    # after the extraction, which replaces the handler: nodes, namespaces and the disk would stay
     signal.signal(signal.SIGTERM, _interrupt)
     mark = uuid.uuid4().hex
     ray_folder = Path(tempfile.mkdtemp(prefix="hc-", dir="/tmp"))  # short socket paths
