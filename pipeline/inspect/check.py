@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,12 @@ class Answer(NamedTuple):
     """Reason why it cannot be trained; if it can, an option to set."""
     command: str | None = None
     """Command that adds only what is missing; None where another store is needed."""
+
+    @property
+    def options(self) -> list[str]:
+        """Options that the training needs beside its config."""
+        found = re.findall(r"with (--[\w.-]+) ([\w-]+)", self.reason or "")
+        return [word for pair in found for word in pair] if self.ok else []
 
     def __str__(self) -> str:
         line = f"{'yes' if self.ok else 'no ':<4} {self.config}"
