@@ -22,6 +22,7 @@ from pipeline.cli.config_files import read_yaml
 from pipeline.cli.next_step import log_next, without_options
 from pipeline.cli.options import parse_options
 from pipeline.storage.redaction import redact
+from pipeline.text import describe_hours
 from schemas.errors import UserError
 from schemas.sample import SampleConfig
 
@@ -33,6 +34,8 @@ FIRST = (
     *("sampler.seed", "autoencoder", "json"),
 )
 """Options of the short help."""
+LONGEST = 36_000
+"""Seconds that 50,000 images may take where their number is proposed."""
 
 
 def main(argv: list[str]) -> int:
@@ -61,8 +64,11 @@ def main(argv: list[str]) -> int:
     print(json.dumps(asdict(summary)) if config.as_json else "\n".join(summary.files))
     if config.num is None:
         same = without_options(argv, {"png", "classes", "per_class", "json"})
-        many = ("--num", "50000", "--npz", "samples.npz")
-        log_next("images for a Fréchet distance", "jobs/sample.py", *same, *many)
+        each = summary.seconds / summary.images
+        number = 50_000 if 50_000 * each < LONGEST else 1_000
+        many = ("--num", str(number), "--npz", "samples.npz")
+        time = describe_hours(number * each / 3600, 2)
+        log_next(f"images for a Fréchet distance in {time}", "jobs/sample.py", *same, *many)
     else:
         files = ("--samples", redact(summary.files[0]))
         log_next("their Fréchet distance", "jobs/evaluate.py", *files, *_reference(config))

@@ -27,8 +27,8 @@ from schemas.store import Calibration, Manifest, WeightsFile
 if TYPE_CHECKING:
     from pipeline.extract.encoder import ShardResult
 
-EXPECTED_PASSES = 10
-"""Passes of a calibration over its images, for the time that is left: mostly 8 to 12."""
+EXPECTED_PASSES = 7
+"""Passes of a calibration over its images, for the time that is left: mostly 5 to 10."""
 
 
 class EncoderActor:

@@ -189,6 +189,11 @@ def test_sampling_names_the_evaluation(
     check_sampling(many)
     assert (many.num, many.npz, many.png, many.classes) == (50_000, "samples.npz", None, None)
     assert many.sampler.guidance == 2
+    slow = GridSummary(8, png, 8.0)
+    monkeypatch.setattr("pipeline.sampling.grid.draw_grid", lambda config: slow)
+    assert jobs.sample.main(grid) == 0
+    assert "images for a Fréchet distance in 17 min: " in caplog.text
+    assert proposed(caplog)[SAMPLES].num == 1000
     npz = str(tmp_path / "b.npz")
     summary = SampleSummary(8, npz, None, 1.0, 8.0, "random", 0)
     monkeypatch.setattr("pipeline.sampling.job.sample_many", lambda config: summary)

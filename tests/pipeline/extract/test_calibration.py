@@ -369,7 +369,7 @@ def test_progress_of_a_calibration_is_reported_by_batch(
     monkeypatch.setattr(pool, "call_one", call_one)
     assert pool.calibrate([], IMAGES, shape) == "found"
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"measure codec steps: 0/{10 * IMAGES} images (0%)"
+    assert lines[0] == f"measure codec steps: 0/{7 * IMAGES} images (0%)"
     assert lines[-1].startswith(f"measure codec steps: {11 * IMAGES}/{11 * IMAGES} images (100%)")
 
 
