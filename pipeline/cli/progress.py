@@ -27,6 +27,7 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
     """A tqdm that writes whole lines and no carriage returns."""
 
     _instances: ClassVar[Any] = WeakSet()  # not among the bars that log lines are written above
+    _shown: tuple[float, float | None] | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options |= {"mininterval": LINE_SECONDS, "miniters": 1, "leave": False}
@@ -65,9 +66,14 @@ class ProgressLines(tqdm):  # type: ignore[type-arg]
         """A bar that nothing has closed, as after Ctrl-C, has no last line."""
         self.disable = True
 
+    def display(self, *args: Any, **options: Any) -> None:
+        self._shown = (self.n, self.total)
+        super().display(*args, **options)
+
     def close(self) -> None:
         if not self.disable:
-            self.refresh()
+            if self._shown != (self.n, self.total):
+                self.refresh()
             self.disable = True
             self._decr_instances(self)  # type: ignore[attr-defined]
 

@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     )
     from pipeline.extract.job import extract  # Ray takes a second to import
     from pipeline.store.captions import caption_lines
+    from pipeline.text import counted
 
     summary = extract(config)
     store = summary.store
@@ -56,7 +57,8 @@ def main(argv: list[str]) -> int:
     for line in caption_lines(store.manifest):
         print(line)
     if store.manifest.skipped:
-        print(f"{len(store.manifest.skipped)} bad images were skipped; the manifest lists them")
+        skipped = counted(len(store.manifest.skipped), "bad image was", "bad images were")
+        print(f"{skipped} skipped; the manifest lists them")
     if (train := training_beside(store.url)) is not None:
         log_next("the training", "jobs/train_haste.py", "--config", train)
     else:

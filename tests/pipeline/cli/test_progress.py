@@ -54,7 +54,7 @@ def test_lines_say_rate_time_left_and_time_taken(
                 time.sleep(0.01)
                 bar.update(1)
         many = "B" if unit == "B" else " images"
-        first, second, *_, last = capsys.readouterr().err.splitlines()
+        first, second, last = capsys.readouterr().err.splitlines()
         assert first == f"a: 1/3{many} (33%)"
         assert re.fullmatch(rf"a: 2/3{many} \(67%\), {rate}, \d\d:\d\d left", second)
         assert re.fullmatch(rf"a: 3/3{many} \(100%\) in [\d.]+ s", last)
