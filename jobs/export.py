@@ -39,10 +39,12 @@ def main(argv: list[str]) -> int:
         )
     from pipeline.checkpoints.export import export_checkpoint  # torch takes seconds to import
     from pipeline.checkpoints.state import read_state
+    from pipeline.cli.progress import saying
 
     out = Path(config.out).expanduser()
     with local_copy(checkpoint, weights=None) as folder:
-        export_checkpoint(folder, out)
+        with saying(f"writing weights, averages and AdamW's state to '{out}'"):
+            export_checkpoint(folder, out)
         reads_captions = read_state(folder).config.student.family == "MMDiT"
     print(out)
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pipeline.cli.config_files import read_yaml
+from pipeline.storage.redaction import redact
 from schemas.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def log_next(purpose: str, program: str, *words: str) -> None:
-    """Log the command that users mostly want next."""
-    logger.info("next, %s: %s", purpose, command_line(program, *words))
+    """Log the command that users mostly want next, without credentials in its words."""
+    logger.info("next, %s: %s", purpose, command_line(program, *map(redact, words)))
 
 
 def command_line(program: str, *words: str) -> str:

@@ -31,8 +31,9 @@ from schemas.run import RunConfig
 from schemas.store import Manifest
 from schemas.validation import validate
 
-MAX_REASON = 90
+MAX_REASON = 120
 """Characters of a reason in a table."""
+MISFIT = "it does not fit this store: "
 
 
 class Answer(NamedTuple):
@@ -101,7 +102,8 @@ def answers_as_table(store: Store, answers: list[Answer]) -> str:
     commands: dict[str, list[str]] = {}
     for answer in answers:
         name = Path(answer.config).stem
-        why = shortened(plain_text(answer.reason or ""), MAX_REASON)
+        reason = (answer.reason or "").removeprefix(MISFIT)
+        why = shortened(plain_text(reason), MAX_REASON)
         rows.append(("yes" if answer.ok else "no", name, _classes_of(answer.config), why))
         if answer.command is not None:
             commands.setdefault(answer.command, []).append(name)
@@ -135,7 +137,7 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
         check_latents(config, store.manifest)
         check_classes(with_classes(config, store.manifest), store.manifest)
     except UserError as error:
-        return Answer(file, False, f"it does not fit this store: {error}")
+        return Answer(file, False, f"{MISFIT}{error}")
     answers = [
         _answer_stream(store, file, one, incomplete, place(number))
         for number, one in enumerate(config.alignment.streams)

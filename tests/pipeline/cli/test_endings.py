@@ -257,12 +257,21 @@ def test_an_examined_cluster_gets_its_training(
     )
     monkeypatch.setattr("pipeline.doctor.findings.describe", lambda findings: "")
     options = ["--store", "s3://a/b", "--workers", "3", "--read-seconds", "1", "--steps", "9"]
-    more = ["--models", "--extract.dataset", "demo", "--plan.runs=2"]
+    more = ["--models", "--extract.dataset", "demo", "--plan.runs=2", "--extract.codec=small"]
+    monkeypatch.setattr("pipeline.store.Store.exists", lambda url: True)
     assert doctor.main([*options, *more]) == 0
     training = proposed(caplog)["jobs/train_haste.py"]
     assert (training.store, training.workers.count, training.steps) == ("s3://a/b", 3, 9)
+    monkeypatch.setattr("pipeline.store.Store.exists", lambda url: False)
     caplog.clear()
-    assert doctor.main(["--workers", "3"]) == 0  # nothing to train on
+    assert doctor.main([*options, *more]) == 0
+    extracted = proposed(caplog)["pipeline.extract"]
+    assert (extracted.store, extracted.dataset, extracted.codec.name) == (
+        "s3://a/b",
+        "demo",
+        "small",
+    )
+    caplog.clear()
     status = "fail"
     assert doctor.main(options) == 1
     assert proposed(caplog) == {}
@@ -289,6 +298,12 @@ def test_lines_run_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=environment)
         assert done.stdout.startswith("usage: "), done.stderr
     assert next_step.ROOT == ROOT
+
+
+def test_credentials_are_not_in_a_proposed_line(caplog: pytest.LogCaptureFixture) -> None:
+    next_step.log_next("it", "jobs/sample.py", "--checkpoint", "s3://user:hidden-word@host/run")
+    assert "s3://" in caplog.text
+    assert "hidden-word" not in caplog.text
 
 
 def test_options_are_left_out_with_their_values() -> None:
