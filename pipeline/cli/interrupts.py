@@ -57,7 +57,7 @@ def answered_interrupts() -> Iterator[None]:
         signal.set_wakeup_fd(before)
         Answers.by_thread = False
         os.close(writer)
-        thread.join(1.0)  # the answer comes before the last line
+        thread.join(0.3)  # the answer comes before the last line
 
 
 @contextmanager
