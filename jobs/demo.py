@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
+from pipeline.cli.next_step import log_next
 from pipeline.cli.options import parse_options
 from pipeline.pretrain.options import PROMPTS
 from schemas.base import Strict
@@ -102,6 +103,10 @@ def main(argv: list[str]) -> int:
 
         agreement, pictures = measure_agreement(run)
         print(f"agreement: {agreement:.0%} of {pictures} pictures are of their caption's digit")
+    sys.stdout.flush()
+    one = ("--caption", "a handwritten seven") if text else ("--classes", "7")
+    files = ("--checkpoint", str(run), *one, "--png", str(run / "seven.png"))
+    log_next("other pictures", "jobs/sample.py", *files)
     return 0
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next, without_options
 from pipeline.cli.options import parse_options
 from schemas.evaluate import EvaluateConfig, Evaluation
 
@@ -45,11 +45,14 @@ def main(argv: list[str]) -> int:
     elif config.as_json:
         print(json.dumps({"save_reference": redact(str(config.save_reference))}))
     if evaluation is None:
-        reference = shlex.quote(redact(str(config.save_reference)))
-        logger.info("next: the same with --samples FILE_OR_FOLDER --reference %s", reference)
+        kept = without_options(argv, {"reference", "save_reference", "json"})
+        files = ("--samples", "samples.npz", "--reference", redact(str(config.save_reference)))
+        log_next("with images of jobs/sample.py", "jobs/evaluate.py", *kept, *files)
     elif config.record is not None:
-        run = shlex.quote(redact(config.record))
-        logger.info("next: python -m pipeline.report %s --html report.html", run)
+        run = redact(config.record)
+        log_next("the run with its evaluations", "pipeline.report", run, "--html", "report.html")
+    else:
+        logger.info("--record RUN adds these numbers to the run that made the samples")
     return 0
 
 

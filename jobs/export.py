@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.checkpoints.resolve import find_checkpoint, local_copy
 from pipeline.checkpoints.selection import is_weights_file
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next
 from pipeline.cli.options import parse_options
 from schemas.errors import UserError
 from schemas.export import ExportConfig
@@ -37,11 +38,19 @@ def main(argv: list[str]) -> int:
             "checkpoints"
         )
     from pipeline.checkpoints.export import export_checkpoint  # torch takes seconds to import
+    from pipeline.checkpoints.state import read_state
+    from pipeline.cli.progress import saying
 
     out = Path(config.out).expanduser()
     with local_copy(checkpoint, weights=None) as folder:
-        export_checkpoint(folder, out)
+        with saying(f"writing weights, averages and AdamW's state to '{out}'"):
+            export_checkpoint(folder, out)
+        reads_captions = read_state(folder).config.student.family == "MMDiT"
     print(out)
+    sys.stdout.flush()
+    condition = ("--caption", "a cat on a chair") if reads_captions else ()
+    files = ("--checkpoint", str(out), *condition, "--png", "samples.png")
+    log_next("pictures from the file", "jobs/sample.py", *files)
     return 0
 
 

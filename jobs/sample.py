@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli.command import run_command
+from pipeline.cli.config_files import read_yaml
+from pipeline.cli.next_step import log_next, without_options
 from pipeline.cli.options import parse_options
 from pipeline.storage.redaction import redact
+from pipeline.text import describe_hours
+from schemas.errors import UserError
 from schemas.sample import SampleConfig
 
 logger = logging.getLogger("jobs.sample")
@@ -31,6 +34,8 @@ FIRST = (
     *("sampler.seed", "autoencoder", "json"),
 )
 """Options of the short help."""
+LONGEST = 36_000
+"""Seconds that 50,000 images may take where their number is proposed."""
 
 
 def main(argv: list[str]) -> int:
@@ -58,17 +63,28 @@ def main(argv: list[str]) -> int:
             summary = sample_many(config)
     print(json.dumps(asdict(summary)) if config.as_json else "\n".join(summary.files))
     if config.num is None:
-        logger.info(
-            "next, for a Fréchet distance: the same with --num 50000 --npz samples.npz instead of "
-            "--png, then python jobs/evaluate.py --samples samples.npz --reference STORE_OR_FILE"
-        )
+        same = without_options(argv, {"png", "classes", "per_class", "json"})
+        each = summary.seconds / summary.images
+        number = 50_000 if 50_000 * each < LONGEST else 1_000
+        many = ("--num", str(number), "--npz", "samples.npz")
+        time = describe_hours(number * each / 3600, 2)
+        log_next(f"images for a Fréchet distance in {time}", "jobs/sample.py", *same, *many)
     else:
-        logger.info(
-            "next: python jobs/evaluate.py --samples %s --reference STORE_OR_FILE (--resolution N "
-            "where the reference is a folder of images of mixed sizes)",
-            shlex.quote(redact(summary.files[0])),
-        )
+        files = ("--samples", redact(summary.files[0]))
+        log_next("their Fréchet distance", "jobs/evaluate.py", *files, *_reference(config))
     return 0
+
+
+def _reference(config: SampleConfig) -> tuple[str, ...]:
+    """Options of the evaluation: the store of the local run that drew the images, and the run."""
+    folder = Path(config.checkpoint or "").expanduser()
+    for run in (folder, folder.parent):
+        with suppress(UserError):
+            store = read_yaml(run / "config.yaml").get("store")
+            if isinstance(store, str) and Path(store).is_dir():
+                return ("--reference", store, "--record", str(run))
+    logger.info("STORE_OR_FILE are real images; those of mixed sizes need --resolution N")
+    return ("--reference", "STORE_OR_FILE")
 
 
 if __name__ == "__main__":

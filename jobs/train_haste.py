@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
 from pipeline.storage.redaction import redact
@@ -60,13 +60,10 @@ def main(argv: list[str]) -> int:
     from pipeline.text import rounded
 
     print(json.dumps(rounded(train_run(config)), indent=1))
-    run = shlex.quote(redact(f"{config.output.rstrip('/')}/{config.name}"))
-    logger.info(
-        "next: python jobs/sample.py --checkpoint %s --png samples.png (--classes, "
-        "--sampler.guidance), and python -m pipeline.report %s --html report.html",
-        run,
-        run,
-    )
+    run = redact(f"{config.output.rstrip('/')}/{config.name}")
+    captions = ("--store", redact(str(config.store))) if config.student.family == "MMDiT" else ()
+    log_next("pictures", "jobs/sample.py", "--checkpoint", run, "--png", "samples.png", *captions)
+    log_next("curves and samples on a page", "pipeline.report", run, "--html", "report.html")
     return 0
 
 

@@ -44,12 +44,17 @@ def rounded(value: Any, digits: int = 4) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
-def describe_hours(hours: float) -> str:
-    """A duration with up to three digits: 0.02 as 72 s."""
+def describe_hours(hours: float, digits: int = 3) -> str:
+    """A duration with up to ``digits`` digits: 0.02 as 72 s."""
     for size, unit in ((1, "h"), (1 / 60, "min")):
         if hours >= size:
-            return f"{short_number(float(f'{hours / size:.3g}'))} {unit}"
-    return f"{3600 * hours:.3g} s"
+            return f"{short_number(float(f'{hours / size:.{digits}g}'))} {unit}"
+    return f"{3600 * hours:.{digits}g} s"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 image, 2,000 images."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def short_value(value: object, length: int = 80) -> str:

@@ -18,6 +18,7 @@ if not __package__:  # run as a file: Python then searches this folder, not the 
 
 from jobs.experiments.options import MatrixConfig, check_options
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next
 from pipeline.cli.options import parse_options
 
 logger = logging.getLogger("jobs.experiments")
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     table, failed = run_matrix(config)
     print(table)
     if not failed:
-        logger.info("next: python jobs/experiments/page.py --help (a page of the results)")
+        log_next("their tables on a page", "jobs/experiments/page.py", "--help")
     return 1 if failed else 0
 
 

@@ -6,7 +6,6 @@ python jobs/pretrain/autoencoder.py [--steps N] [--out DIRECTORY]
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from pydantic import Field
 
 from pipeline.assets import DEMO_AUTOENCODER
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next
 from pipeline.cli.options import parse_options
 from pipeline.pretrain.options import AutoencoderConfig
 
@@ -58,10 +58,8 @@ def main(argv: list[str]) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, saved to {path}")
     print(report.model_dump_json(indent=2))
-    logger.info(
-        "next: python -m pipeline.extract --dataset demo --store STORE --autoencoder %s",
-        shlex.quote(str(path)),
-    )
+    options = ("--dataset", "demo", "--store", "runs/store", "--autoencoder", str(path))
+    log_next("an extraction with it", "pipeline.extract", *options)
     return 0
 
 

@@ -6,7 +6,6 @@ python jobs/pretrain/self_distill.py [--steps N] [--out FILE]
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from pydantic import Field
 
 from pipeline.assets import DEMO_TEACHER
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next
 from pipeline.cli.options import parse_options
 from pipeline.pretrain.options import SelfDistillConfig
 
@@ -59,10 +59,8 @@ def main(argv: list[str]) -> int:
     print(f"{parameters:,} parameters, saved to {path}")
     for name, value in knn.items():
         print(f"k-NN accuracy, {name}: {value:.4f}")
-    logger.info(
-        "next: python -m pipeline.extract --dataset demo --store STORE --teacher.weights %s",
-        shlex.quote(str(path)),
-    )
+    options = ("--dataset", "demo", "--store", "runs/store", "--teacher.weights", str(path))
+    log_next("an extraction with it", "pipeline.extract", *options)
     return 0
 
 

@@ -13,6 +13,7 @@ from pipeline.checkpoints.integrity import STATE, UnfinishedCheckpointError
 from pipeline.checkpoints.local import latest_checkpoint
 from pipeline.checkpoints.remote import PartialCheckpoints, download, fetch_partial
 from pipeline.checkpoints.selection import checkpoint_name, is_weights_file, latest_valid
+from pipeline.cli.progress import saying
 from pipeline.storage.files import absolute_url, exists, file_size, is_local, open_url, redact
 from schemas.errors import UserError
 from schemas.sample import Weights
@@ -67,11 +68,12 @@ def local_copy(place: str, weights: Weights | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="haste-checkpoint-") as scratch:
         copy = Path(scratch) / root.rpartition("/")[2]
         try:
-            if is_weights_file(copy):
-                download(filesystem, root, copy)
-            else:
-                names = None if weights is None else (f"{weights}.safetensors",)
-                fetch_partial(filesystem, root, shown, names, copy)
+            with saying(f"fetching the checkpoint '{shown}'"):
+                if is_weights_file(copy):
+                    download(filesystem, root, copy)
+                else:
+                    names = None if weights is None else (f"{weights}.safetensors",)
+                    fetch_partial(filesystem, root, shown, names, copy)
         except (FileNotFoundError, UnfinishedCheckpointError):
             raise UserError(
                 f"--checkpoint '{shown}' does not exist any more, or is not visible from this "

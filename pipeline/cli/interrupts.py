@@ -41,7 +41,8 @@ def answered_interrupts() -> Iterator[None]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    threading.Thread(target=_answer, args=(reader,), name="interrupts", daemon=True).start()
+    thread = threading.Thread(target=_answer, args=(reader,), name="interrupts", daemon=True)
+    thread.start()
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # a forked process would answer in the name of this one
     os.register_at_fork(after_in_child=_forget)
@@ -56,6 +57,7 @@ def answered_interrupts() -> Iterator[None]:
         signal.set_wakeup_fd(before)
         Answers.by_thread = False
         os.close(writer)
+        thread.join(0.3)  # the answer comes before the last line
 
 
 @contextmanager

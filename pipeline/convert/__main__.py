@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next
 from pipeline.cli.options import parse_options
 from pipeline.storage.redaction import redact
 from schemas.convert import ConvertConfig
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         f"{done.bytes_before:.0f} bytes per image before, {done.bytes_after:.0f} after"
     )
     sys.stdout.flush()
-    logger.info("next: python -m pipeline.inspect %s --verify", shlex.quote(store.shown_url))
+    log_next("its checksums", "pipeline.inspect", store.shown_url, "--verify")
     return 0
 
 

@@ -22,6 +22,8 @@ from schemas.errors import UserError, plain_text
 
 logger = logging.getLogger(__name__)
 
+_reported: set[tuple[str, tuple[str, ...]]] = set()
+
 
 def list_class_folders(source: str, *, allow_empty: bool = False) -> Listing:
     """List ``source/CLASS/**/FILE``; the label is the rank of CLASS among the sorted class folders.
@@ -87,8 +89,10 @@ def _unreadable(source: str, error: Exception) -> UserError:
 
 
 def report_ignored(source: str, paths: Sequence[str]) -> None:
-    """Log the files of a source that are in no class folder."""
-    if paths:
+    """Log the files of a source that are in no class folder, once for each command."""
+    known = (source, tuple(paths))
+    if paths and known not in _reported:
+        _reported.add(known)
         logger.warning(
             "--source '%s': ignored %d files that are in no class folder, first: %s",
             redact(source),

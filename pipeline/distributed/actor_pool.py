@@ -80,7 +80,8 @@ class Actors(Generic[A]):
     def describe(self) -> A:
         """Wait for the first actor to load. Raises its ``UserError``."""
         patience = PatienceWarning(
-            f"waiting for the cluster to have {self.cpus:g} free CPUs and {self.gpus:g} free GPUs"
+            f"waiting for the cluster to have free CPUs ({self.cpus:g})"
+            + (f" and GPUs ({self.gpus:g})" if self.gpus else "")
         )
         while self.about is None:
             self._wait(patience)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next, without_options
 from pipeline.cli.options import parse_options
 from schemas.doctor import DoctorConfig
 from schemas.extract import PRESETS
+from schemas.run import RunConfig
 
 ABOUT = """\
 Examine the Ray cluster from each of its nodes, before a run is paid for: versions, clocks, store
@@ -30,10 +33,23 @@ def main(argv: list[str]) -> int:
     # Imported here because ray and torch take seconds, which the help and a refusal need not.
     from pipeline.doctor.examination import examine
     from pipeline.doctor.findings import as_json, describe
+    from pipeline.storage.files import redact
+    from pipeline.store import Store
 
     findings = examine(config, run_known=bool(config.model_fields_set & OF_THE_RUN))
     print(json.dumps(as_json(findings)) if config.as_json else describe(findings))
-    return 1 if any(finding.status == "fail" for finding in findings) else 0
+    if any(finding.status == "fail" for finding in findings):
+        return 1
+    sys.stdout.flush()
+    if Store.exists(str(config.store)):
+        own = {"json", *DoctorConfig.model_fields} - set(RunConfig.model_fields)
+        words = without_options(_with_worker_count(argv), own)
+        log_next("the training", "jobs/train_haste.py", *words)
+    else:
+        words = without_options(argv, set(DoctorConfig.model_fields) - {"extract"} | {"workers"})
+        words = [word.replace("--extract.", "--", 1) for word in words]
+        log_next("the store", "pipeline.extract", *words, "--store", redact(str(config.store)))
+    return 0
 
 
 def _with_worker_count(argv: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import uuid
@@ -36,10 +37,12 @@ from pipeline.storage.files import TEMPORARY, is_local, list_tree, open_url
 from pipeline.storage.filesystem import with_absolute_paths
 from pipeline.store import Store
 from pipeline.store.layout import INDEX, MANIFEST
-from pipeline.text import describe_bytes
+from pipeline.text import counted, describe_bytes
 from schemas.doctor import DoctorConfig
 from schemas.errors import UserError, plain_text
 from schemas.fields import COMMITS
+
+logger = logging.getLogger(__name__)
 
 CLOCK_ROUNDS = 5
 BYTES_PER_WEIGHT = 16
@@ -69,6 +72,11 @@ def examine(config: DoctorConfig, *, run_known: bool) -> list[Finding]:
     store_url = str(config.store)
     store = Store.open(store_url) if Store.exists(store_url) else None
     with ray_cluster(config.ray_address), _probes() as nodes:
+        logger.info(
+            "examining %s: %g s at most for a check, ten times as long for loading models",
+            counted(len(nodes), "node"),
+            config.timeout,
+        )
         return list(Examination(config, store, nodes, run_known).findings())
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shlex
 
 from pipeline.cli.command import run_command
+from pipeline.cli.next_step import log_next, training_beside
 from pipeline.cli.options import parse_options
 from pipeline.cost_estimate import wants_plan
 from schemas.extract import PRESETS, ExtractConfig
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     )
     from pipeline.extract.job import extract  # Ray takes a second to import
     from pipeline.store.captions import caption_lines
+    from pipeline.text import counted
 
     summary = extract(config)
     store = summary.store
@@ -56,14 +57,14 @@ def main(argv: list[str]) -> int:
     for line in caption_lines(store.manifest):
         print(line)
     if store.manifest.skipped:
-        print(f"{len(store.manifest.skipped)} bad images were skipped; the manifest lists them")
-    at = shlex.quote(store.shown_url)
-    logger.info(
-        "next: python -m pipeline.inspect %s --check (configs that it can train), then python "
-        "jobs/train_haste.py --config CONFIG.yaml --store %s",
-        at,
-        at,
-    )
+        skipped = counted(len(store.manifest.skipped), "bad image was", "bad images were")
+        print(f"{skipped} skipped; the manifest lists them")
+    if (train := training_beside(store.url)) is not None:
+        log_next("the training", "jobs/train_haste.py", "--config", train)
+    else:
+        log_next("configs that it can train", "pipeline.inspect", store.shown_url, "--check")
+        options = ("--config", "CONFIG.yaml", "--store", store.shown_url)
+        log_next("with one of them", "jobs/train_haste.py", *options)
     return 0
 
 

@@ -7,7 +7,7 @@ step is searched for on images of the data set, for each column and each layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,6 +66,8 @@ class Subject:
     """The same in float32 arithmetic; None where ``tokens`` are."""
     precision: Precision
     device: torch.device
+    progress: Callable[[int], None] = lambda images: None
+    """Called after each batch of each pass with its number of images."""
 
     @property
     def first(self) -> int:
@@ -280,6 +282,7 @@ def _chunks(subject: Subject, tokens: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(tokens), size):
         rows = slice(start, min(start + size, len(tokens)))
         yield rows, tokens[rows].to(subject.device)
+        subject.progress(rows.stop - rows.start)
 
 
 def _coded(subject: Subject, columns: Mapping[str, Column]) -> Iterator[tuple[Targets, Targets]]:

@@ -135,16 +135,28 @@ class Encoder:
 
     @torch.no_grad()
     def calibrate(
-        self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
+        self,
+        items: Sequence[ImageItem],
+        images: int,
+        latent_shape: tuple[int, int, int],
+        progress: Callable[[int], None] = lambda done: None,
     ) -> Calibration:
         """The steps of the codecs that keep the promise on the first ``images`` of ``items`` that
-        can be read. Raises ``UserError``."""
+        can be read. ``progress`` is called after each batch with the images of all passes until
+        then. Raises ``UserError``."""
         config, teacher = self.config, self.teacher
         promise, codec = config.codec.promise, config.codec.name
         assert promise is not None
         assert codec in PROMISES
         first = first_block(teacher)
         keys: list[str] = []
+        measured = 0
+
+        def advance(count: int) -> None:
+            nonlocal measured
+            measured += count
+            progress(measured)
+
         tokens: dict[Precision, list[Tensor]] = {self.precision: [], "float32": []}
         for some, crops in self._crops(items, images):
             keys += [item.key for item in some]
@@ -155,6 +167,7 @@ class Encoder:
                     entering = teacher.embed(teacher.preprocess(pixels))
                     entering, _ = teacher.run_blocks(entering, 0, first)
                 parts.append(entering.cpu())
+            advance(len(some))
         own, exact = tokens.pop(self.precision), tokens.get("float32")
         subject = Subject(
             cut=config.cut,
@@ -167,6 +180,7 @@ class Encoder:
             exact_tokens=None if exact is None else torch.cat(exact),
             precision=self.precision,
             device=self.device,
+            progress=advance,
         )
         return calibrate(
             subject,
@@ -379,7 +393,11 @@ class CaptionEncoder:
         return None if self.captions is None else self.captions.null
 
     def calibrate(
-        self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
+        self,
+        items: Sequence[ImageItem],
+        images: int,
+        latent_shape: tuple[int, int, int],
+        progress: Callable[[int], None] = lambda done: None,
     ) -> Calibration:
         raise NotImplementedError  # captions have fixed steps
 

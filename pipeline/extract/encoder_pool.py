@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from pipeline.cli.progress import progress_bar
 from pipeline.datasets import ImageItem
 from pipeline.datasets.listing import describe_image
 from pipeline.distributed.actor_pool import Actors
-from pipeline.distributed.log_relay import send_progress, set_up_worker_logging
+from pipeline.distributed.log_relay import (
+    ProgressHandler,
+    send_progress,
+    set_up_worker_logging,
+)
 from pipeline.extract.captions import adds_captions
 from pipeline.extract.tasks import Description, ShardTask
 from pipeline.store.manifest_diff import differences
@@ -23,6 +28,9 @@ from schemas.store import Manifest
 
 if TYPE_CHECKING:
     from pipeline.extract.encoder import ShardResult
+
+EXPECTED_PASSES = 7
+"""Passes of a calibration over its images, for the time that is left: mostly 5 to 10."""
 
 
 class EncoderActor:
@@ -49,7 +57,7 @@ class EncoderActor:
     def calibrate(
         self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
     ) -> Calibration:
-        return self.encoder.calibrate(items, images, latent_shape)
+        return self.encoder.calibrate(items, images, latent_shape, partial(send_progress, 0))
 
     def encode(self, url: str, manifest: Manifest, task: ShardTask) -> ShardResult:
         return self.encoder.encode_shard(url, manifest, task, partial(send_progress, task.shard))
@@ -112,11 +120,20 @@ class EncoderPool(Actors[Description]):
         self, items: Sequence[ImageItem], images: int, latent_shape: tuple[int, int, int]
     ) -> Calibration:
         """Let one actor choose the codecs' steps on images. Raises as ``describe_tail`` does."""
-        found: Calibration = self.call_one(
-            lambda actor: actor.calibrate.remote(items, images, latent_shape),
-            failed="the steps of the codecs could not be measured",
-            again="the steps of the codecs are measured once more",
-        )
+        total = EXPECTED_PASSES * images
+        with progress_bar(total=total, unit="image", desc="measure codec steps") as bar:
+
+            def show(_: int, done: int) -> None:  # begins again where an actor has died
+                bar.total = max(total, done)
+                bar.update(done - bar.n)
+
+            with ProgressHandler(show):
+                found: Calibration = self.call_one(
+                    lambda actor: actor.calibrate.remote(items, images, latent_shape),
+                    failed="the steps of the codecs could not be measured",
+                    again="the steps of the codecs are measured once more",
+                )
+            bar.total = bar.n  # the number of passes is known at the end
         return found
 
     def encode(

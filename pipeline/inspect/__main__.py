@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.command import run_command
 from pipeline.cli.config_files import read_yaml
+from pipeline.cli.next_step import log_next, training_beside
 from pipeline.cli.options import parse_options
 from schemas.errors import UserError, plain_text
 from schemas.inspect import InspectConfig
@@ -103,6 +105,12 @@ def main(argv: list[str]) -> int:
             report["captions"] = [one.as_json() for one in texts if not isinstance(one, str)]
             page = "\n".join([page, *map(str, texts)])
     print(json.dumps(report) if config.as_json else page)
+    if summary.complete and not broken:
+        sys.stdout.flush()
+        if (train := training_beside(store.url)) is not None:
+            log_next("the training", "jobs/train_haste.py", "--config", train)
+        else:
+            log_next("configs that it can train", "pipeline.inspect", store.shown_url, "--check")
     return 1 if broken else 0
 
 
@@ -143,6 +151,13 @@ def _check(store: Store, config: InspectConfig) -> int:
     if config.check == (str(SHIPPED),):
         lines = answers_as_table(store, answers)
     print(json.dumps(found) if config.as_json else lines)
+    sys.stdout.flush()
+    suitable = next((answer for answer in answers if answer.ok), None)
+    if suitable is not None:
+        options = ("--config", suitable.config, "--store", store.shown_url, *suitable.options)
+        log_next("the training", "jobs/train_haste.py", *options)
+    elif (train := training_beside(store.url)) is not None:
+        log_next("the training that quickstart wrote", "jobs/train_haste.py", "--config", train)
     return 0 if found["ok"] else 1
 
 

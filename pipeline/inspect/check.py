@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +31,9 @@ from schemas.run import RunConfig
 from schemas.store import Manifest
 from schemas.validation import validate
 
-MAX_REASON = 90
+MAX_REASON = 120
 """Characters of a reason in a table."""
+MISFIT = "it does not fit this store: "
 
 
 class Answer(NamedTuple):
@@ -44,6 +46,12 @@ class Answer(NamedTuple):
     """Reason why it cannot be trained; if it can, an option to set."""
     command: str | None = None
     """Command that adds only what is missing; None where another store is needed."""
+
+    @property
+    def options(self) -> list[str]:
+        """Options that the training needs beside its config."""
+        found = re.findall(r"with (--[\w.-]+) ([\w-]+)", self.reason or "")
+        return [word for pair in found for word in pair] if self.ok else []
 
     def __str__(self) -> str:
         line = f"{'yes' if self.ok else 'no ':<4} {self.config}"
@@ -94,7 +102,8 @@ def answers_as_table(store: Store, answers: list[Answer]) -> str:
     commands: dict[str, list[str]] = {}
     for answer in answers:
         name = Path(answer.config).stem
-        why = shortened(plain_text(answer.reason or ""), MAX_REASON)
+        reason = (answer.reason or "").removeprefix(MISFIT)
+        why = shortened(plain_text(reason), MAX_REASON)
         rows.append(("yes" if answer.ok else "no", name, _classes_of(answer.config), why))
         if answer.command is not None:
             commands.setdefault(answer.command, []).append(name)
@@ -128,7 +137,7 @@ def _answer(store: Store, file: str, incomplete: set[str]) -> Answer:
         check_latents(config, store.manifest)
         check_classes(with_classes(config, store.manifest), store.manifest)
     except UserError as error:
-        return Answer(file, False, f"it does not fit this store: {error}")
+        return Answer(file, False, f"{MISFIT}{error}")
     answers = [
         _answer_stream(store, file, one, incomplete, place(number))
         for number, one in enumerate(config.alignment.streams)

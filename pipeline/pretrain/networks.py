@@ -28,6 +28,7 @@ from pipeline.pretrain.options import (
 )
 from pipeline.pretrain.self_distillation import knn_accuracies, save_teacher, self_distill
 from pipeline.storage.files import TEMPORARY, redact
+from pipeline.text import counted
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig, PretrainConfig
 
@@ -95,14 +96,16 @@ def _read_images(config: ExtractConfig, options: PretrainConfig) -> _Images:
     """The first images of the extraction's order, which is random; bad ones are left out. Raises
     ``UserError`` if none is left."""
     items, read = list_images(config).items[: options.images], open_reader(config)
-    pixels, labels = [], []
+    pixels, labels, bad = [], [], []
     for item in progress_bar(items, unit="image", desc="read images to train on"):
         try:
             pixels.append(decode_crop(read(item), config.resolution, crop=config.crop))
-        except (BadImageError, OSError) as error:  # the extraction reports it again
-            logger.info("left out %s: %s", item.path, error)
+        except (BadImageError, OSError) as error:
+            bad.append(f"{item.path} ({error})")
             continue
         labels.append(item.label)
+    if bad:  # the extraction reports all of them
+        logger.info("trained without %s, first %s", counted(len(bad), "bad image"), bad[0])
     if not pixels:
         raise UserError(
             f"--source '{redact(str(config.source))}': none of {len(items)} files is an image"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.cli.command import run_command
 from pipeline.cli.interrupts import HANDED_ON, handing_on
+from pipeline.cli.next_step import log_next
 from pipeline.cli.options import parse_options
 from pipeline.storage.redaction import redact
 from schemas.errors import StoppedError, UserError
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     # torch takes seconds to import
     from pipeline.quickstart.machine import look_at_machine
     from pipeline.quickstart.proposal import propose
-    from pipeline.quickstart.survey import survey_source
+    from pipeline.quickstart.survey import conversion_advice, survey_source
     from schemas.extract import ExtractConfig
     from schemas.run import RunConfig
 
@@ -67,10 +68,11 @@ def main(argv: list[str]) -> int:
         logger.warning("%s", warning)
     if survey.bad:
         logger.warning(
-            "%d of %d examined files are not images or damaged, first %s (%s): they are left out",
+            "%d of %d examined files are not images or damaged, first %s (%s): they are left out%s",
             len(survey.bad),
             survey.examined,
             *survey.bad[0],
+            conversion_advice(survey.bad),
         )
     found = {
         "images": survey.images,
@@ -88,6 +90,10 @@ def main(argv: list[str]) -> int:
         for command in proposal.commands:
             _run(command.name, command.line)
         logger.info("pictures: %s", work / "samples.png")
+        page = str(work / "report.html")
+        log_next(
+            "curves and samples on a page", "pipeline.report", str(work / "run"), "--html", page
+        )
     return 0
 
 
@@ -110,7 +116,7 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _page(survey: Survey, machine: str, proposal: Proposal, files: list[Path]) -> str:
-    from pipeline.text import describe_bytes, describe_hours, shortened
+    from pipeline.text import counted, describe_bytes, describe_hours, shortened
     from schemas.errors import escaped
 
     names = ", ".join(shortened(survey.names[n], 40) for n in survey.with_images[:10])
@@ -120,8 +126,8 @@ def _page(survey: Survey, machine: str, proposal: Proposal, files: list[Path]) -
     if survey.mixed:
         sizes = f"of mixed sizes (median short side {survey.short_side} px)"
     lines = [
-        f"{survey.images:,} images in {len(survey.with_images)} "
-        f"class{'es' * (len(survey.with_images) != 1)} ({names}{more}), "
+        f"{counted(survey.images, 'image')} in "
+        f"{counted(len(survey.with_images), 'class', 'classes')} ({names}{more}), "
         f"{'grey' if survey.grey else 'colour'}, {sizes}; {len(survey.bad)} bad of "
         f"{survey.examined:,} examined",
         f"this machine: {machine}",
@@ -131,14 +137,14 @@ def _page(survey: Survey, machine: str, proposal: Proposal, files: list[Path]) -
     ]
     for number, command in enumerate(proposal.commands, 1):
         lines += [
-            f"{number}. {command.name}: about {describe_hours(command.seconds / 3600)}, writes "
+            f"{number}. {command.name}: about {describe_hours(command.seconds / 3600, 2)}, writes "
             f"{describe_bytes(command.bytes)}, {describe_bytes(command.memory)} of memory",
             f"   {command.line}",
         ]
     total = sum(command.seconds for command in proposal.commands)
     extract, train = (shlex.quote(str(file)) for file in files)
     lines += [
-        f"in all about {describe_hours(total / 3600)}; --run runs the three",
+        f"in all about {describe_hours(total / 3600, 2)}; --run runs the three",
         "what other cuts of the teacher would cost:",
         f"   {proposal.commands[0].line.partition(' --config ')[0]} --plan --config {extract} "
         f"--plan.trainer {train}",

@@ -56,7 +56,7 @@ class Choices:
 
     @property
     def workers(self) -> int:
-        return self.machine.gpus or min(2, self.machine.cores)
+        return self.machine.gpus or min(2, self.machine.cores, max(1, self.survey.images))
 
     def _termination(self) -> int:
         return max(1, round(TERMINATION * self.train_steps))

@@ -24,6 +24,7 @@ from pipeline.datasets.imagenet import WNID
 from pipeline.quickstart.arrays import ARRAY_FILES, write_arrays
 from pipeline.storage.files import TEMPORARY, exists, is_local, open_url, redact
 from pipeline.storage.filesystem import absolute_url
+from pipeline.text import counted
 from schemas.errors import UserError, plain_text
 from schemas.extract import Dataset
 
@@ -188,12 +189,23 @@ def _of_folder(source: str, work: Path, *, unpacked: bool = False) -> Layout:
             found = _unpacked(source, work, lambda folder: write_arrays(source, arrays, folder))
             return _of_folder(str(found), work, unpacked=True)
         inner = [path for path in paths if _is_archive(path)]
-        if inner and "://" not in source:
+        if inner:
             raise UserError(
-                f"--source '{redact(source)}' holds {len(inner)} archives, first '{inner[0]}': "
-                "give one of them"
+                f"--source '{redact(source)}' holds no images but "
+                f"{counted(len(inner), 'archive')}, first '{inner[0]}': "
+                f"{_advice_for_archives(source, inner)}"
             )
     return _of_classes(source, paths, where)
+
+
+def _advice_for_archives(source: str, paths: list[str]) -> str:
+    """A source that is read in place of one that holds only the archives ``paths``."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    if "://" in source:
+        return "unpack them and give the folder"
+    if len(folders) == 1 and folders != {""} and all(path.endswith(".tar") for path in paths):
+        return f"give --source '{source.rstrip('/')}/{folders.pop()}'"
+    return "give one of them, or unpack all into one folder"
 
 
 def _of_classes(source: str, paths: list[str], where: str) -> Layout:

@@ -7,14 +7,11 @@ the same files. Times are FLOPs over ``Machine.flops`` and rates of one core, fo
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.cli.next_step import command_line
 from pipeline.cost_estimate.costs import (
     CALIBRATION_PASSES,
     class_stream_bytes,
@@ -47,11 +44,10 @@ from pipeline.quickstart.configs import (
 )
 from pipeline.quickstart.machine import Machine, at_hand
 from pipeline.quickstart.survey import Survey
-from pipeline.text import describe_bytes, describe_hours
+from pipeline.text import counted, describe_bytes, describe_hours
 from schemas.codecs import CodecOptions
 from schemas.fields import format_layers
 
-ROOT = Path(__file__).resolve().parents[2]
 HUB_AUTOENCODER_FILE = "diffusion_pytorch_model.safetensors"
 SMALLEST_OF_HUB = 128
 """Smallest crop for the hub's autoencoder, whose latents have an eighth of its sides."""
@@ -70,6 +66,7 @@ many."""
 SAMPLER_STEPS = 50
 GUIDANCE = 2.0
 MAX_ROWS = 10
+FEW_IMAGES = 100
 SHARED_BYTES = 2.0e8
 """Shared memory that Ray needs on one machine, bytes."""
 
@@ -176,7 +173,7 @@ class _Chooser(Choices):
                 False,
                 (
                     f"a small one is trained on these images first: {wanted.model} would take "
-                    f"{describe_hours(seconds / 3600)} of {self.given} here"
+                    f"{describe_hours(seconds / 3600, 2)} of {self.given} here"
                 ),
             )
         missing = at_hand(f"timm/{wanted.model}", "model.safetensors")
@@ -266,11 +263,16 @@ class _Chooser(Choices):
             f"{self._termination():,}",
         )
         warnings = []
+        if self.survey.images < FEW_IMAGES:
+            warnings.append(
+                f"{counted(self.survey.images, 'image')}: so few are learned by heart, and the "
+                "pictures will repeat them; some hundreds for each class are a beginning"
+            )
         total = sum(command.seconds for command in commands)
         if total > 1.25 * self.seconds:
             warnings.append(
-                f"{self.given} is short: about {describe_hours(total / 3600)} are needed, "
-                f"{describe_hours(self.encoding / 3600)} of them to encode the images once"
+                f"{self.given} is short: about {describe_hours(total / 3600, 2)} are needed, "
+                f"{describe_hours(self.encoding / 3600, 2)} of them to encode the images once"
             )
         written = sum(command.bytes for command in commands)
         if written > self.machine.free_bytes:
@@ -293,20 +295,18 @@ class _Chooser(Choices):
 
     def _commands(self) -> tuple[Command, ...]:
         survey, machine, student = self.survey, self.machine, self.student
-        python = _python()
-        jobs = "jobs" if Path.cwd() == ROOT else str(ROOT / "jobs")
-        config = shlex.quote(str(self.work / "extract.yaml"))
-        extract = f"{python} -m pipeline.extract --config {config}"
-        config = shlex.quote(str(self.work / "train.yaml"))
-        train = f"{python} {jobs}/train_haste.py --config {config}"
+        config = str(self.work / "extract.yaml")
+        extract = command_line("pipeline.extract", "--config", config)
+        config = str(self.work / "train.yaml")
+        train = command_line("jobs/train_haste.py", "--config", config)
         rows = survey.with_images[:MAX_ROWS]
         per_class = 8 if len(rows) > 1 else 16
-        guidance = f" --sampler.guidance {GUIDANCE:g}" if len(rows) > 1 else ""
-        sample = (
-            f"{python} {jobs}/sample.py --checkpoint {shlex.quote(str(self.work / 'run'))} "
-            f"--classes {format_layers(rows)} --per-class {per_class} "
-            f"--sampler.steps {SAMPLER_STEPS}{guidance} "
-            f"--png {shlex.quote(str(self.work / 'samples.png'))}"
+        guidance = ["--sampler.guidance", f"{GUIDANCE:g}"] if len(rows) > 1 else []
+        sample = command_line(
+            "jobs/sample.py",
+            *("--checkpoint", str(self.work / "run"), "--classes", format_layers(rows)),
+            *("--per-class", str(per_class), "--sampler.steps", str(SAMPLER_STEPS), *guidance),
+            *("--png", str(self.work / "samples.png")),
         )
         forward = transformer_flops(student.depth, student.width, self.grid**2)
         drawn = len(rows) * per_class * SAMPLER_STEPS * (2 if guidance else 1) * forward
@@ -353,10 +353,3 @@ def _rounded(value: float, least: int) -> int:
     """Two digits of a number of steps."""
     digits = 10 ** max(0, int(math.log10(max(value, 1))) - 1)
     return max(least, int(value // digits * digits))
-
-
-def _python() -> str:
-    """``python`` where that is this interpreter, else its path."""
-    found = shutil.which("python")
-    same = found is not None and os.path.abspath(found) == os.path.abspath(sys.executable)
-    return "python" if same else shlex.quote(sys.executable)

@@ -26,6 +26,8 @@ MAX_EXAMINED = 2000
 """Images that are decoded: all of a small data set, else some of each part."""
 PROBE = 32
 """Pixels per side of the crops that tell grey from colour."""
+NOT_READ = (".heic", ".heif", ".jxl", ".svg", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw")
+"""Suffixes of photographs and drawings that Pillow does not read."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def survey_source(source: str, work: Path) -> Survey:
         path, reason = bad[0]
         raise UserError(
             f"--source '{redact(source)}': none of {len(chosen)} files is an image "
-            f"({path}: {reason})"
+            f"({path}: {reason}){conversion_advice(bad)}"
         )
     counts = Counter(item.label for item in listing.items)
     every = len(chosen) == len(listing.items)
@@ -108,6 +110,13 @@ def survey_source(source: str, work: Path) -> Survey:
         sizes=tuple(sorted(sizes)),
         grey=grey,
     )
+
+
+def conversion_advice(bad: Sequence[tuple[str, str]]) -> str:
+    """Advice about pictures in formats that are not read, from paths and reasons; often empty."""
+    names = [path.lower() for path, _ in bad]
+    found = [suffix for suffix in NOT_READ if any(name.endswith(suffix) for name in names)]
+    return f"; convert files of {', '.join(found)} to JPEG" if found else ""
 
 
 def _evenly(items: Sequence[ImageItem], count: int) -> list[ImageItem]:

@@ -109,7 +109,8 @@ class MetricsLog:
     def _pace(self, step: int, rate: float) -> str:
         """Rates of ``rate`` steps/s, and the time of the remaining steps."""
         left = int((self.total_steps - step) / rate) if rate else 0
-        images = f"{rate * self.global_batch:.0f} images/s"
+        speed = rate * self.global_batch
+        images = f"{speed:.{0 if speed >= 10 else 1}f} images/s"
         eta = f"ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         return f"{rate:.2f} steps/s  {images}  {eta}"
 

@@ -76,20 +76,20 @@ def draw_grid(config: SampleConfig) -> GridSummary:
     if config.compile:
         compile_student(student)
     labels = [row for row in rows for _ in range(config.per_class)]
-    images = [
-        draw_images(
-            student,
-            autoencoder,
-            part if embedder is None else embedder(part),
-            config.sampler,
-            first_index=batch.first,
-            precision=precision,
-        )
-        for batch in progress_bar(
-            plan_batches(len(labels), config.batch_size), unit="part", desc="sample"
-        )
-        for part in [labels[batch.first : batch.first + batch.count]]
-    ]
+    images = []
+    with progress_bar(total=len(labels), unit="image", desc="sample") as bar:
+        for batch in plan_batches(len(labels), config.batch_size):
+            part = labels[batch.first : batch.first + batch.count]
+            drawn = draw_images(
+                student,
+                autoencoder,
+                part if embedder is None else embedder(part),
+                config.sampler,
+                first_index=batch.first,
+                precision=precision,
+            )
+            images.append(drawn)
+            bar.update(batch.count)
     # captions stand below their pictures, so that single ones need no row of their own
     single = config.per_class == 1 and len(captions) > 0
     columns = min(MAX_COLUMNS, len(rows)) if single else config.per_class

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from jobs.examples import plain_loop
-from pipeline import open_store
+from pipeline import library, open_store
 from pipeline.library import OpenStore
 from pipeline.store import StreamReader
 from pipeline.targets.sources import Wanted, read_targets
@@ -117,6 +119,27 @@ def test_wrong_requests_are_refused(store: OpenStore, tmp_path: Path) -> None:
         store.batches(4, rank=2, world_size=2)
     with pytest.raises(UserError, match="batch_size 0"):
         store.batches(0)
+
+
+def test_the_example_of_the_documentation_runs(
+    store: OpenStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As printed, but for the place, size and layers of the store."""
+    example = textwrap.dedent((library.__doc__ or "").split("\n\n", 1)[1].split("\n``")[0])
+    held = store.store.manifest.teacher_stream(None)[1].teacher.layers
+    for printed, own in (
+        ("runs/cats/store", store.store.url),
+        ("batches(64,", "batches(8,"),
+        ("(9, 11)", str(tuple(held))),
+    ):
+        assert example.count(printed) == 1
+        example = example.replace(printed, own)
+    losses: list[float] = []
+    names: dict[str, Any] = {"mine": lambda *tensors: losses.append(len(tensors))}
+    exec(example, names)
+    assert losses == [4] * 10 * len(names["batches"])
+    assert capsys.readouterr().out.startswith(f"{len(store)} ")
+    assert names["sample"].latent.shape == store.latent_shape
 
 
 def test_leaving_an_iteration_early_ends_its_thread(store: OpenStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 import time
 
@@ -42,11 +43,35 @@ def test_a_quick_command_prints_its_ends_only(capsys: pytest.CaptureFixture[str]
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def test_lines_say_rate_time_left_and_time_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    number = r"[\d.]+(e\+\d+)?"
+    for unit, rate in (("image", f"{number} images/s"), ("B", f"{number} [kMG]?B/s")):
+        with progress_bar(total=3, initial=1, unit=unit, desc="a") as bar:
+            for _ in range(2):
+                time.sleep(0.01)
+                bar.update(1)
+        many = "B" if unit == "B" else " images"
+        first, second, last = capsys.readouterr().err.splitlines()
+        assert first == f"a: 1/3{many} (33%)"
+        assert re.fullmatch(rf"a: 2/3{many} \(67%\), {rate}, \d\d:\d\d left", second)
+        assert re.fullmatch(rf"a: 3/3{many} \(100%\) in [\d.]+ s", last)
+
+
 def test_an_error_leaves_the_last_state(capsys: pytest.CaptureFixture[str]) -> None:
     bar = progress_bar(total=5, desc="a")
     with pytest.raises(ValueError, match="broken"), bar:
         raise ValueError(f"broken after {bar.update(3)}")
     assert "a: 3/5" in capsys.readouterr().err
+
+
+def test_a_bar_that_was_left_says_nothing_later(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = progress_bar(total=5, desc="a")
+    bar.update(3)
+    del bar
+    assert capsys.readouterr().err.splitlines() == ["a: 0/5 its (0%)"]
 
 
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

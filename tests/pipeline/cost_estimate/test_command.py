@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,26 @@ def test_the_table_has_five_columns_or_all(capsys: pytest.CaptureFixture[str]) -
     assert "GFLOP" in pages[1]
     assert pages[0].count("Recommended: ") == 1
     assert "--wide" in pages[0]
+
+
+def test_a_reader_needs_no_legend(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mark is explained where a row has it, no two columns are equal, and epochs are short."""
+    for speed, marked in (("1000", False), ("0.001", True)):
+        assert extract_main(["--plan", *H100, "--plan.gb-per-second", speed]) == 0
+        page = capsys.readouterr().out
+        cuts = ("maps ", "qk ", "activations ", "image ")
+        rows = [line for line in page.splitlines() if line.startswith(cuts)]
+        assert any("*" in line for line in rows) == marked
+        assert ("*: the trainer waits for data." in page) == marked
+        columns = list(
+            zip(*(re.split(r"\s+(?![kMGT]?B|h|min|s\b)", r)[:5] for r in rows), strict=True)
+        )
+        assert len(set(columns)) == 5
+        text = " ".join(page.split())
+        epochs = re.search(r"images; aligned for ([\d.]+k?) of ([\d.]+k?) epochs", text)
+        assert epochs is not None
+        assert max(map(len, epochs.groups())) <= 5
+        assert re.search(r"Recommended: .* cost [\d.]+k? USD with the store", text)
 
 
 def test_these_cores_are_timed_and_priced_where_asked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
+from pipeline.cli.log_setup import LEVEL_VARIABLE
 from pipeline.distributed.ray_cluster import ray_cluster
 from schemas.errors import UserError
 
@@ -55,6 +57,24 @@ def test_a_local_cluster_has_a_secret_token_that_ends_with_it(home: Path, seen: 
     assert set(first) == {"RAY_AUTH_TOKEN"}
     assert len(first["RAY_AUTH_TOKEN"]) == 64
     assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("level", [None, "info", "debug"])
+def test_rays_own_lines_are_for_debugging(
+    level: str | None, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither Ray's messages nor the workers' output with Ray's prefixes; ours are relayed."""
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **given: options.update(given))
+    monkeypatch.delenv(LEVEL_VARIABLE, raising=False)
+    if level is not None:
+        monkeypatch.setenv(LEVEL_VARIABLE, level)
+    with ray_cluster(None):
+        pass
+    assert options["log_to_driver"] == (level == "debug")
+    assert options["logging_level"] == (logging.INFO if level == "debug" else logging.WARNING)
+    for name in ("ray.train", "ray.data"):
+        assert logging.getLogger(name).level == options["logging_level"]
 
 
 def test_the_environment_is_restored_after_an_error(seen: Seen) -> None:

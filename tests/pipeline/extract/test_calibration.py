@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,11 @@ from pipeline.convert import convert
 from pipeline.convert.streams import plan_streams
 from pipeline.cost_estimate.estimate import _calibration_notes
 from pipeline.datasets import Listing, list_images
+from pipeline.distributed.log_relay import progress_logger
 from pipeline.extract.calibration import MARGIN, next_levels
 from pipeline.extract.compatibility import check_request
 from pipeline.extract.encoder import Encoder
+from pipeline.extract.encoder_pool import EncoderPool
 from pipeline.extract.target_store import missing_tasks, open_store
 from pipeline.extract.tasks import calibration_items
 from pipeline.inspect.__main__ import main as inspect
@@ -341,6 +344,34 @@ def test_images_of_a_calibration_are_seeded_and_at_most_half(tmp_path: Path) -> 
         255,
         256,
     ]
+
+
+def test_progress_of_a_calibration_is_reported_by_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = options(tmp_path)
+    encoder = Encoder(config, device="cpu", threads=1)
+    reports: list[int] = []
+    shape = encoder.describe().autoencoder.latent_shape  # type: ignore[union-attr]
+    found = encoder.calibrate(digits(config).items, IMAGES, shape, reports.append)
+    assert reports[:3] == [6, 8, 16]  # the teacher's batches of 6, and one chunk of the first pass
+    steps = {after - before for before, after in pairwise([0, *reports])}
+    assert max(steps) <= IMAGES
+    points = max(len(curve.points) for curve in found.curves)
+    assert len(reports) >= 2 + 1 + points + 1
+
+    pool = object.__new__(EncoderPool)
+
+    def call_one(call: Any, **_: str) -> str:
+        for done in (IMAGES, 3, 11 * IMAGES):  # an actor that died has begun again
+            progress_logger.info("", extra={"task": 0, "done": done})
+        return "found"
+
+    monkeypatch.setattr(pool, "call_one", call_one)
+    assert pool.calibrate([], IMAGES, shape) == "found"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"measure codec steps: 0/{7 * IMAGES} images (0%)"
+    assert lines[-1].startswith(f"measure codec steps: {11 * IMAGES}/{11 * IMAGES} images (100%)")
 
 
 def broken(encoder: Encoder, value: float) -> Encoder:

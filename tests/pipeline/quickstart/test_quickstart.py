@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -295,6 +296,19 @@ def test_bad_images_are_counted_and_left_out(tmp_path: Path, capsys: Capture) ->
         (lambda p: p.with_suffix(".zip").write_text("x"), "is not a readable zip"),
         (lambda p: p.with_suffix(".tgz").write_text("x"), "cannot be unpacked"),
         (lambda p: p.with_suffix(".zip").write_bytes(locked_zip()), "has a password"),
+        (
+            lambda p: zip_of(p.with_suffix(".zip"), "in/a.zip", "readme.txt"),
+            r"no images but 1 archive, first 'in/a.zip': unpack them and give the folder",
+        ),
+        (
+            lambda p: [write_text(p / "train" / f"{n}.tar") for n in range(2)],
+            r"no images but 2 archives, first 'train/0.tar': give --source '.*/s/train'",
+        ),
+        (lambda p: [write_text(p / f"{n}.zip") for n in "ab"], "unpack all into one folder"),
+        (
+            lambda p: [write_text(p / "cat" / f"{n}.HEIC") for n in range(2)],
+            r"none of 2 files is an image .*; convert files of .heic to JPEG",
+        ),
     ],
 )
 def test_a_source_without_images_is_refused(
@@ -305,6 +319,47 @@ def test_a_source_without_images_is_refused(
     with pytest.raises(UserError, match=message) as caught:
         survey_source(str(source), tmp_path / "w")
     assert "\n" not in str(caught.value)
+
+
+def write_text(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x")
+
+
+def zip_of(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as zipped:
+        for name in names:
+            zipped.writestr(name, b"x")
+
+
+def test_the_page_of_odd_folders(
+    tmp_path: Path,
+    capsys: Capture,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One image, a photograph that is not read, a stray file and names of other languages."""
+    monkeypatch.setattr("pipeline.quickstart.machine.look_at_machine", lambda work: CPU)
+    monkeypatch.setattr(proposal, "at_hand", lambda *_: "is not in the cache")
+    folder = tmp_path / "K\u00fche & K\u00e4lber"
+    write_image(folder / "Stra\u00dfe 1" / "IMG 1.JPG", (90, 80))
+    write_text(folder / "Stra\u00dfe 1" / "IMG 2.HEIC")
+    write_text(folder / "list.txt")
+    options = ["--source", str(folder), "--work", str(tmp_path / "w w"), "--hours", "0.01"]
+    assert main(options) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(
+        "1 image in 1 class (Stra\u00dfe 1), colour, 90x80; 1 bad of 2 examined\n"
+    )
+    assert not re.search(r"about [\d.]{4,} (s|min|h)", page)  # estimates have two digits
+    assert "convert files of .heic to JPEG" in caplog.text
+    assert "1 image: so few are learned by heart" in caplog.text
+    train = validate(RunConfig, read_yaml(tmp_path / "w w" / "train.yaml"), where="train")
+    assert (train.global_batch, train.workers.count) == (1, 1)
+    assert caplog.text.count("in no class folder") == 1
+    capsys.readouterr()
+    assert main(options) == 0
+    assert caplog.text.count("in no class folder") == 1  # once for each command
 
 
 def locked_zip() -> bytes:
