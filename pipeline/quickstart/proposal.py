@@ -265,7 +265,7 @@ class _Chooser(Choices):
         warnings = []
         if self.survey.images < FEW_IMAGES:
             warnings.append(
-                f"{counted(self.survey.images, 'image')}: so few are learned by heart, and the "
+                f"{counted(self.survey.images, 'image')}: so few are memorised, and the "
                 "pictures will repeat them; some hundreds for each class are a beginning"
             )
         total = sum(command.seconds for command in commands)

@@ -353,7 +353,7 @@ def test_the_page_of_odd_folders(
     )
     assert not re.search(r"about [\d.]{4,} (s|min|h)", page)  # estimates have two digits
     assert "convert files of .heic to JPEG" in caplog.text
-    assert "1 image: so few are learned by heart" in caplog.text
+    assert "1 image: so few are memorised" in caplog.text
     train = validate(RunConfig, read_yaml(tmp_path / "w w" / "train.yaml"), where="train")
     assert (train.global_batch, train.workers.count) == (1, 1)
     assert caplog.text.count("in no class folder") == 1
