@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -56,8 +57,17 @@ def train_on(
 
 @contextmanager
 def divides(rank: int) -> Iterator[None]:
-    """Several workers write each checkpoint together, however small."""
-    with patch.object(shares, "MIN_BYTES", 1):
+    """Several workers write each checkpoint together, however small, each in a thread."""
+    save = LocalCheckpoints.save
+
+    def checked(self: LocalCheckpoints, step: int, contents: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        save(self, step, contents)
+
+    with (
+        patch.object(shares, "MIN_BYTES", 1),
+        patch.object(LocalCheckpoints, "save", checked),
+    ):
         yield
 
 

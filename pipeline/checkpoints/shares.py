@@ -86,10 +86,12 @@ def announce(
     filesystem: fsspec.AbstractFileSystem, folder: str, share: Share, write: Callable[[], Files]
 ) -> None:
     """Let ``write`` write this share's files into ``folder``, then announce them; or its error,
-    so that the main rank need not wait."""
+    so that the main rank need not wait, unless it is that of the storage itself."""
     path = f"{folder}/{share.announcement(share.number)}"
     try:
         content = {"plan": share.plan, "files": write()}
+    except StorageError:
+        raise
     except Exception as error:
         reason = plain_text(str(error)) or type(error).__name__
         with suppress(Exception):

@@ -255,7 +255,7 @@ def _mapped_optimizer(folder: Path) -> dict[str, Any]:
     parts = map_parts(_mapped_moments, part_paths(folder, OPTIMIZER))
     if len(parts) == 1:
         return parts[0]
-    moments = {number: one for part in parts for number, one in part["state"].items()}
+    moments = {number: one for part in parts for number, one in part.get("state", {}).items()}
     return {**parts[0], "state": {number: moments[number] for number in sorted(moments)}}
 
 

@@ -93,6 +93,15 @@ def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "get_context", lambda *_: forkserver)
 
 
+@pytest.mark.usefixtures("few_processes")
+def test_a_checkpoint_of_two_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--student", "SiT-S/2", "--depth", "1", "--workers", "2"]
+    assert main(["checkpoint", "--json", *options]) == 0
+    (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
+    assert [row["name"] for row in rows] == [1, 2]
+    assert rows[1]["gigabytes"] == pytest.approx(rows[0]["gigabytes"] / 2, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in TINY]
 )

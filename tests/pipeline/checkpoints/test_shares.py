@@ -354,6 +354,19 @@ def test_files_of_an_earlier_attempt_are_never_published(tmp_path: Path) -> None
     assert_same_weights(tensors_of(folder), tensors_of(tmp_path / "expected"))
 
 
+def test_a_share_that_is_uploaded_first_stays(tmp_path: Path) -> None:
+    """The main rank removes what earlier attempts left at this step, and nothing else."""
+    place = place_of("memory", tmp_path)
+    assert isinstance(place.checkpoints, RemoteCheckpoints)
+    left = f"{place.checkpoints.root}/{NAME}/optimizer.pt"
+    place.checkpoints.filesystem.pipe_file(left, b"half")
+    main, other = parts_of(contents_of(4), 2)
+    place.checkpoints.save(4, other)
+    place.checkpoints.save(4, main)
+    listed = verify(place.checkpoints.fetch(4, tmp_path))["files"]
+    assert set(place.files()) == {f"{NAME}/{file}" for file in (*listed, "state.json")}
+
+
 def test_workers_that_hold_other_tensors_are_found(place: Place, tmp_path: Path) -> None:
     other = contents_of(4)
     del other.optimizer["state"][1]
