@@ -128,7 +128,9 @@ def parse_state_json(data: bytes, where: str | Path) -> dict[str, Any]:
         checksum = state.pop(SELF)
         files = state["files"].items()
         valid = all(name == Path(name).name and file["bytes"] >= 0 for name, file in files)
-        parts = [part for name in state.get(SHARES, {}) for part in parts_of(state, name)]
+        parts = {part for name in state.get(SHARES, {}) for part in parts_of(state, name)}
+        # a file that is no part would be left out by readers
+        valid = valid and (SHARES not in state or state["files"].keys() <= parts)
         valid = valid and all(part == Path(part).name for part in parts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is not a checkpoint's state"

@@ -19,7 +19,11 @@ from jobs.export import main as export
 from pipeline.checkpoints import local, shares, state
 from pipeline.checkpoints.background import HostMemory
 from pipeline.checkpoints.division import part_of
-from pipeline.checkpoints.integrity import DamagedCheckpointError, verify
+from pipeline.checkpoints.integrity import (
+    DamagedCheckpointError,
+    verify,
+    write_listed_state,
+)
 from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.remote import RemoteCheckpoints
 from pipeline.checkpoints.resolve import find_checkpoint, local_copy
@@ -265,6 +269,27 @@ def test_a_damaged_or_missing_share_is_named_and_the_checkpoint_before_is_used(
     if complaint == "is missing":
         with pytest.raises(UserError, match=f"lacks {part}"):
             tensors_of(tmp_path / NAME)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: parts["optimizer.pt"].pop(),
+        lambda parts: parts.pop("ema.safetensors"),
+        lambda parts: parts["ema.safetensors"].append("../model.safetensors"),
+        lambda parts: parts["ema.safetensors"].append(5),
+    ],
+)
+def test_a_state_that_does_not_name_each_part_is_damaged(
+    tmp_path: Path, change: Callable[[dict[str, list[Any]]], object]
+) -> None:
+    """Its checksum is right: readers would leave tensors out, or leave the folder."""
+    save_all(LocalCheckpoints(tmp_path, 2), 4, parts_of(contents_of(), 2))
+    values = verify(tmp_path / NAME)
+    change(values["shares"])
+    write_listed_state(tmp_path / NAME, values, values["files"])
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged: state\.json"):
+        verify(tmp_path / NAME)
 
 
 def test_a_share_that_is_not_finite_is_not_continued(tmp_path: Path) -> None:
