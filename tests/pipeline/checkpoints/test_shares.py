@@ -59,6 +59,7 @@ TENSORS = ("model", "ema", "projector", "projector_ema")
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shares, "MIN_BYTES", 1)
+    monkeypatch.setattr(shares, "LIMIT_SECONDS", 60.0)
     for module in (shares, local):
         monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
 
@@ -316,10 +317,7 @@ def failing(part: CheckpointContents) -> CheckpointContents:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_worker_that_fails_leaves_no_checkpoint(
-    place: Place, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shares, "LIMIT_SECONDS", 30.0)
+def test_a_worker_that_fails_leaves_no_checkpoint(place: Place, tmp_path: Path, rank: int) -> None:
     assert not save_all(place.checkpoints, 2, parts_of(contents_of(2), 3, 1))
     before = place.files()
     parts = parts_of(contents_of(4), 3, 2)
