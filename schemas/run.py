@@ -141,8 +141,9 @@ class CheckpointConfig(Strict):
     keep: Positive = 3
     """Number of newest checkpoints that are kept."""
     background: bool = Field(default=True, exclude_if=lambda value: value is True)
-    """Write checkpoints while the training goes on, from a copy in the memory of the first
-    worker's host: 16 bytes per weight (SiT-XL/2: 11 GB). false: the training waits for the disk."""
+    """Write checkpoints while the training goes on, from a copy in the hosts' memory: 16 bytes per
+    weight in all (SiT-XL/2: 11 GB), of which each of several workers holds and writes an equal
+    share. false: the training waits for the disk."""
 
 
 class RunEvaluationConfig(Strict):

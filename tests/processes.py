@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pipeline.checkpoints import shares
 from pipeline.checkpoints.local import LocalCheckpoints, latest_checkpoint
 from pipeline.checkpoints.state import read_state
 from pipeline.distributed.process_group import ProcessGroup
@@ -53,6 +55,22 @@ def train_on(
     mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
 
 
+@contextmanager
+def divides(rank: int) -> Iterator[None]:
+    """Several workers write each checkpoint together, however small, each in a thread."""
+    save = LocalCheckpoints.save
+
+    def checked(self: LocalCheckpoints, step: int, contents: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        save(self, step, contents)
+
+    with (
+        patch.object(shares, "MIN_BYTES", 1),
+        patch.object(LocalCheckpoints, "save", checked),
+    ):
+        yield
+
+
 def _process(
     rank: int,
     world_size: int,
@@ -89,7 +107,7 @@ def _train(
     train_step = Trainer.train_step
 
     def save(step: int, contents: Any) -> None:
-        if group.is_main:
+        if group.is_main or contents.share is not None:
             checkpoints.save(step, contents)
 
     def poll() -> StopRequest:

@@ -61,11 +61,14 @@ class BackgroundCheckpoints:
             except Exception as own:
                 logger.error("%s", own)  # ``error`` is raised
 
-    def save(self, step: int, contents: CheckpointContents) -> torch.cuda.Event | None:
+    def save(
+        self, step: int, contents: CheckpointContents, *, behind: bool = True
+    ) -> torch.cuda.Event | None:
         """Start to write the present state, after the checkpoint before. Returns, on a GPU, the
-        event until which tensors of ``contents`` must not be changed; elsewhere they are copied."""
+        event until which tensors of ``contents`` must not be changed; elsewhere they are copied.
+        Not ``behind``, this worker writes nothing: nothing is copied, no thread is started."""
         self.wait()
-        held = self._memory.copy(contents) if self._enabled else None
+        held = self._memory.copy(contents) if self._enabled and behind else None
         if held is None:
             self._save(step, contents)
             return None
@@ -135,7 +138,8 @@ class HostMemory:
         # plain values: some of them are changed by the next step
         memo: dict[int, Any] = dict(places)
         weights, optimizer = copy.deepcopy((dict(contents.weights), contents.optimizer), memo)
-        return CheckpointContents(weights, optimizer, copy.deepcopy(dict(contents.state))), event
+        state = copy.deepcopy(dict(contents.state))
+        return CheckpointContents(weights, optimizer, state, contents.share), event
 
     @property
     def nbytes(self) -> int:

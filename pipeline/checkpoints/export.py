@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.checkpoints.integrity import DamagedCheckpointError
@@ -19,12 +17,13 @@ from pipeline.checkpoints.state import (
     load_optimizer,
     projector_files,
     read_state,
+    read_weights,
+    weights_file,
 )
 from pipeline.models import make_student
 from pipeline.models.ema import catch_up
 from pipeline.models.projector import make_projector
 from pipeline.precision import check_finite
-from schemas.errors import UserError
 
 
 def export_checkpoint(folder: Path, out: Path) -> None:
@@ -99,11 +98,8 @@ def _renumber(
 
 def _read(folder: Path, name: str, like: nn.Module) -> dict[str, Tensor]:
     """Weights of ``NAME.safetensors`` in the order of a module's state."""
-    path = folder / f"{name}.safetensors"
+    state = read_weights(folder, name)
     try:
-        state = load_file(path)
         return {name: state[name] for name in like.state_dict()}
-    except FileNotFoundError:
-        raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
-    except (SafetensorError, KeyError) as error:
-        raise DamagedCheckpointError(folder, f"{path.name}: {error}") from None
+    except KeyError as error:
+        raise DamagedCheckpointError(folder, f"{weights_file(name)}: {error}") from None

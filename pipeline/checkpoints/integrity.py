@@ -18,6 +18,9 @@ from typing import Any
 from schemas.errors import UserError
 
 STATE = "state.json"
+SHARES = "shares"
+"""Key of the names of the parts of each file, in the state of a checkpoint that several workers
+wrote; without it, no file is divided."""
 SELF = "sha256"
 """Key of the checksum of everything else in ``state.json``."""
 MAX_THREADS = 8
@@ -104,7 +107,14 @@ def write_state(
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    state = {**state, "files": files}
+    write_listed_state(folder, state, files)
+
+
+def write_listed_state(
+    folder: Path, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write ``state.json``, and flush it to disk. ``files``: ``bytes`` and ``sha256`` of each."""
+    state = {**state, "files": dict(files)}
     with (folder / STATE).open("w") as file:
         json.dump({**state, SELF: _checksum(state)}, file, indent=1)
         file.flush()
@@ -118,12 +128,33 @@ def parse_state_json(data: bytes, where: str | Path) -> dict[str, Any]:
         checksum = state.pop(SELF)
         files = state["files"].items()
         valid = all(name == Path(name).name and file["bytes"] >= 0 for name, file in files)
+        parts = {part for name in state.get(SHARES, {}) for part in parts_of(state, name)}
+        # a file that is no part would be left out by readers
+        valid = valid and (SHARES not in state or state["files"].keys() <= parts)
+        valid = valid and all(part == Path(part).name for part in parts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is not a checkpoint's state"
         raise DamagedCheckpointError(where, f"{STATE}: {reason}") from None
     if checksum != _checksum(state) or not valid:
         raise DamagedCheckpointError(where, f"{STATE}: its checksum is wrong")
     return dict(state)
+
+
+def parts_of(state: Mapping[str, Any], name: str) -> list[str]:
+    """Names of the files that hold what the file ``name`` does in a checkpoint of one worker."""
+    parts: list[str] = state.get(SHARES, {}).get(name, [name])
+    return parts
+
+
+def part_paths(folder: Path, name: str) -> list[Path]:
+    """Paths of ``parts_of`` a checkpoint's folder. Raises ``DamagedCheckpointError``."""
+    try:
+        state = parse_state_json((folder / STATE).read_bytes(), folder)
+    except FileNotFoundError:
+        return [folder / name]
+    except OSError as error:
+        raise DamagedCheckpointError(folder, f"{STATE}: {error.strerror}") from None
+    return [folder / part for part in parts_of(state, name)]
 
 
 def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.checkpoints.integrity import STATE, DamagedCheckpointError, verify
 from pipeline.checkpoints.selection import (
@@ -17,10 +20,15 @@ from pipeline.checkpoints.selection import (
     steps_of,
     to_prune,
 )
-from pipeline.storage.files import TEMPORARY
+from pipeline.checkpoints.shares import POLL_SECONDS, Files, announce, collect
+from pipeline.storage.files import TEMPORARY, StorageError
 
 if TYPE_CHECKING:
     from pipeline.checkpoints.state import CheckpointContents
+
+FOLDER_SECONDS = 300.0
+"""Seconds that a worker waits for the main rank to make the folder of a checkpoint; it may be
+waiting for the device."""
 
 
 class LocalCheckpoints:
@@ -31,13 +39,28 @@ class LocalCheckpoints:
         self.keep = keep
 
     def save(self, step: int, contents: CheckpointContents) -> None:
-        """Write to a temporary folder, then rename: a checkpoint is complete or absent."""
+        """Write to a temporary folder, then rename: a checkpoint is complete or absent. Of one that
+        several workers write, each calls this: the main rank makes that folder, in which the others
+        write, and renames it when all have."""
+        share = contents.share
+        temporary = self._temporary(None if share is None else share.token)
+        if share is not None and share.number:
+            self._await(temporary)
+            announce(
+                LocalFileSystem(), str(temporary), share, lambda: contents.write_share(temporary)
+            )
+            return
         for left in self.folder.glob(f"{TEMPORARY}*"):
-            if left.is_dir():  # left by a process that was killed
-                shutil.rmtree(left)
-        temporary = self._temporary()
+            if left.is_dir():  # left by a process that was killed, or that may be ending just now
+                shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
-        contents.write(temporary)
+        if share is None:
+            contents.write(temporary)
+        else:
+            own = contents.write_share(temporary)
+            others = collect(LocalFileSystem(), str(temporary), share, self.where(step))
+            self._check_sizes(temporary, others)
+            contents.write_shared_state(temporary, own | others)
         final = self.folder / checkpoint_name(step)
         if final.exists():  # a damaged one that the run has now replaced
             os.replace(final, self._temporary())
@@ -61,8 +84,35 @@ class LocalCheckpoints:
     def fetch(self, step: int, scratch: Path) -> Path:
         return self.folder / checkpoint_name(step)
 
-    def _temporary(self) -> Path:
-        return self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
+    def _temporary(self, token: str | None = None) -> Path:
+        return self.folder / f"{TEMPORARY}{token or uuid.uuid4().hex}"
+
+    def _await(self, temporary: Path) -> None:
+        """Wait for the main rank to make the folder. This worker makes none: one that outlives its
+        run leaves nothing behind."""
+        end = time.monotonic() + FOLDER_SECONDS
+        # a listing, because network file systems remember for long that a name did not exist
+        while not self.folder.is_dir() or temporary.name not in os.listdir(self.folder):
+            if time.monotonic() > end:
+                raise StorageError(
+                    f"'{temporary}', which the first worker makes, is not seen by this one: "
+                    "--output must be a folder that all nodes share, or a URL"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _check_sizes(self, temporary: Path, files: Files) -> None:
+        """Raises ``StorageError`` where a file that another worker wrote is not here as it was."""
+        for name, about in files.items():
+            try:
+                # opened, because network file systems ask for the present size then
+                with (temporary / name).open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+            except OSError as error:
+                raise StorageError(f"'{temporary / name}': {error.strerror}") from None
+            if size != about["bytes"]:
+                raise StorageError(
+                    f"'{temporary / name}' has {size} of {about['bytes']} bytes that were written"
+                )
 
 
 def latest_checkpoint(folder: Path, check: Callable[[Path], object] = verify) -> Path | None:

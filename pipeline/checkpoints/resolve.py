@@ -9,9 +9,20 @@ from pathlib import Path
 
 import fsspec
 
-from pipeline.checkpoints.integrity import STATE, UnfinishedCheckpointError
+from pipeline.checkpoints.integrity import (
+    STATE,
+    DamagedCheckpointError,
+    UnfinishedCheckpointError,
+    parse_state_json,
+    parts_of,
+)
 from pipeline.checkpoints.local import latest_checkpoint
-from pipeline.checkpoints.remote import PartialCheckpoints, download, fetch_partial
+from pipeline.checkpoints.remote import (
+    PartialCheckpoints,
+    download,
+    fetch_partial,
+    read_state_bytes,
+)
 from pipeline.checkpoints.selection import checkpoint_name, is_weights_file, latest_valid
 from pipeline.cli.progress import saying
 from pipeline.storage.files import absolute_url, exists, file_size, is_local, open_url, redact
@@ -54,6 +65,18 @@ def find_checkpoint(name: str | None, step: int | None = None) -> str:
     if latest is None:
         raise UserError(f"--checkpoint '{name}' holds no checkpoint")
     return str(latest)
+
+
+def holds_weights(filesystem: fsspec.AbstractFileSystem, folder: str, weights: Weights) -> bool:
+    """If the folder of a checkpoint has these weights, in one file or in parts."""
+    name = f"{weights}.safetensors"
+    if exists(filesystem, f"{folder}/{name}"):
+        return True
+    try:
+        state = parse_state_json(read_state_bytes(filesystem, folder, folder), folder)
+    except DamagedCheckpointError:
+        return False
+    return all(exists(filesystem, f"{folder}/{part}") for part in parts_of(state, name))
 
 
 @contextmanager

@@ -26,10 +26,12 @@ PREFIX = "checkpoint-"
 
 
 class Checkpoints(Protocol):
-    """The checkpoints of one run, on a local disk or an object store. One process saves."""
+    """The checkpoints of one run, on a local disk or an object store. One process saves, or each
+    that has a share."""
 
     def save(self, step: int, contents: CheckpointContents) -> None:
-        """Write the checkpoint of a step, all of it or nothing, and prune older ones."""
+        """Write the checkpoint of a step, all of it or nothing, and prune older ones. With a share
+        other than the first, write that: the process of the first publishes."""
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, valid or not; oldest first."""

@@ -1,13 +1,18 @@
-"""Contents of a checkpoint: weights as safetensors, AdamW's state, plain values in state.json."""
+"""Contents of a checkpoint: weights as safetensors, AdamW's state, plain values in state.json.
+
+Where several workers write one (``shares``), each has files of the same kinds with some of the
+tensors: readers take the union.
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -16,14 +21,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoints.integrity import (
+    MAX_THREADS,
+    SHARES,
     STATE,
     DamagedCheckpointError,
     HashedFile,
     NonFiniteCheckpointError,
+    part_paths,
     verify,
+    write_listed_state,
     write_state,
 )
 from pipeline.checkpoints.reference_format import CLASSES
+from pipeline.checkpoints.shares import Files, Share
 from pipeline.checkpoints.store_identity import with_saved_streams
 from pipeline.precision import is_finite
 from pipeline.text import unpickling_fault
@@ -33,7 +43,12 @@ from schemas.networks import AutoencoderInfo, TextEncoderInfo
 from schemas.run import RunConfig
 from schemas.validation import validate
 
-VERSION = 2
+T = TypeVar("T")
+
+VERSION = 3
+"""The newest version that is read: checkpoints of several workers."""
+UNDIVIDED = 2
+"""Version of a checkpoint of one worker, which earlier software reads too."""
 TEXT_ENCODER = "text_encoder"
 OPTIMIZER = "optimizer.pt"
 DTYPES = (
@@ -65,19 +80,51 @@ class CheckpointContents:
     """AdamW's ``state_dict()``."""
     state: Mapping[str, Any]
     """Plain values: the fields of ``CheckpointState`` and what people may want to read."""
+    share: Share | None = None
+    """The share whose tensors these are; None: all of them."""
 
     def write(self, folder: Path) -> None:
         """Fill an empty folder; ``state.json`` is written last, with the checksums of the rest.
         Tensors are read once."""
+        checksums = self._write_tensors(folder, lambda name: name)
+        write_state(folder, {"version": UNDIVIDED, **self.state}, checksums)
+
+    def write_share(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Write the files of the share; ``state.json`` is left to ``write_shared_state``."""
+        assert self.share is not None
+        file_of = self.share.file
+        return {
+            file_of(name): {
+                "of": name,
+                "bytes": (folder / file_of(name)).stat().st_size,
+                "sha256": checksum,
+            }
+            for name, checksum in self._write_tensors(folder, file_of).items()
+        }
+
+    def write_shared_state(self, folder: Path, files: Files) -> None:
+        """Write ``state.json`` of a checkpoint with the ``files`` of all shares."""
+        shares: dict[str, list[str]] = {}
+        for file in sorted(files):
+            shares.setdefault(files[file]["of"], []).append(file)
+        listed = {
+            file: {"bytes": about["bytes"], "sha256": about["sha256"]}
+            for file, about in sorted(files.items())
+        }
+        write_listed_state(folder, {"version": VERSION, **self.state, SHARES: shares}, listed)
+
+    def _write_tensors(self, folder: Path, file_of: Callable[[str], str]) -> dict[str, str]:
+        """Write the tensors; ``file_of`` names a file by its name in an undivided checkpoint, by
+        which the checksums are returned."""
         checksums = {}
         for name, tensors in self.weights.items():
-            with HashedFile(folder / f"{name}.safetensors") as file:
+            with HashedFile(folder / file_of(weights_file(name))) as file:
                 _write_safetensors(tensors, file)
-            checksums[f"{name}.safetensors"] = file.sha256
-        with HashedFile(folder / OPTIMIZER) as file:
+            checksums[weights_file(name)] = file.sha256
+        with HashedFile(folder / file_of(OPTIMIZER)) as file:
             torch.save(dict(self.optimizer), file)  # type: ignore[arg-type]
         checksums[OPTIMIZER] = file.sha256
-        write_state(folder, {"version": VERSION, **self.state}, checksums)
+        return checksums
 
 
 @dataclass(frozen=True)
@@ -156,6 +203,11 @@ def parse_state(state: dict[str, Any], where: str | Path) -> CheckpointState:
         raise DamagedCheckpointError(where, f"{STATE}: {error}") from None
 
 
+def weights_file(name: str) -> str:
+    """Name of the file of a module's weights in an undivided checkpoint."""
+    return f"{name}.safetensors"
+
+
 def projector_files(number: int) -> tuple[str, str]:
     """Names of the files of a stream's projector and of its average, for the number of the stream
     in ``AlignmentConfig.streams``. The first has none in its names, as when it was the only one."""
@@ -200,7 +252,15 @@ def _cloned(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mapped_optimizer(folder: Path) -> dict[str, Any]:
     """AdamW's state, whose tensors are pages of the file, read when they are used."""
-    path = folder / OPTIMIZER
+    parts = map_parts(_mapped_moments, part_paths(folder, OPTIMIZER))
+    if len(parts) == 1:
+        return parts[0]
+    moments = {number: one for part in parts for number, one in part.get("state", {}).items()}
+    return {**parts[0], "state": {number: moments[number] for number in sorted(moments)}}
+
+
+def _mapped_moments(path: Path) -> dict[str, Any]:
+    folder = path.parent
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -217,17 +277,20 @@ def verify_finite(folder: Path) -> None:
     """``verify``, and that all weights and moments are finite, for a run that trains on from here.
     Raises ``DamagedCheckpointError``."""
     verify(folder)
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if not is_finite(file.get_tensor(name)):
-                        raise NonFiniteCheckpointError(folder, f"{name} of {path.name} is")
-        except SafetensorError as error:
-            raise DamagedCheckpointError(folder, f"{path.name}: {error}") from None
+    map_parts(_require_finite, sorted(folder.glob("*.safetensors")))
     for state in _mapped_optimizer(folder).get("state", {}).values():
         if not all(is_finite(value) for value in state.values()):
             raise NonFiniteCheckpointError(folder, f"moments of {OPTIMIZER} are")
+
+
+def _require_finite(path: Path) -> None:
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if not is_finite(file.get_tensor(name)):
+                    raise NonFiniteCheckpointError(path.parent, f"{name} of {path.name} is")
+    except SafetensorError as error:
+        raise DamagedCheckpointError(path.parent, f"{path.name}: {error}") from None
 
 
 def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path) -> None:
@@ -251,18 +314,36 @@ def check_same_run(state: CheckpointState, config: RunConfig, folder: str | Path
 
 def load_weights(folder: Path, name: str, module: torch.nn.Module) -> None:
     """Fill ``module`` from ``NAME.safetensors``. Raises ``UserError`` where it does not fit."""
-    path = folder / f"{name}.safetensors"
+    tensors = read_weights(folder, name)
     try:
-        module.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f"checkpoint '{folder}' lacks {path.name}") from None
-    except SafetensorError as error:
-        raise DamagedCheckpointError(folder, f"{path.name}: {error}") from None
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise UserError(
-            f"'{path}' is of another model: {lines[min(1, len(lines) - 1)].strip()[:200]}"
+            f"'{folder / weights_file(name)}' is of another model: "
+            f"{lines[min(1, len(lines) - 1)].strip()[:200]}"
         ) from None
+
+
+def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """Weights of the module ``name``, on the CPU. Raises ``UserError``."""
+    parts = map_parts(_read_tensors, part_paths(folder, weights_file(name)))
+    return {key: tensor for part in parts for key, tensor in part.items()}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint '{path.parent}' lacks {path.name}") from None
+    except SafetensorError as error:
+        raise DamagedCheckpointError(path.parent, f"{path.name}: {error}") from None
+
+
+def map_parts(read: Callable[[Path], T], paths: Iterable[Path]) -> list[T]:
+    """What ``read`` returns for each file; several are read at a time."""
+    with ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="checkpoint") as pool:
+        return list(pool.map(read, paths))
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[str]:

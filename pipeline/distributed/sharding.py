@@ -44,11 +44,9 @@ def save_whole(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(divide)
 
 
-def save_whole_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """As ``save_whole``; ranks other than the first save empty moments, which nobody writes."""
-
-    def gather(_: Any, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "state": {n: _moments(one) for n, one in state["state"].items()}}
+def load_whole_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """``load_state_dict`` uses whole tensors from here on. ``state_dict`` leaves moments divided,
+    because each is gathered for the worker alone that writes it (``checkpoints.division``)."""
 
     def divide(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -61,17 +59,7 @@ def save_whole_optimizer(optimizer: torch.optim.Optimizer) -> None:
         }
         return {**state, "state": moments}
 
-    optimizer.register_state_dict_post_hook(gather)
     optimizer.register_load_state_dict_pre_hook(divide)
-
-
-def _moments(state: dict[str, Any]) -> dict[str, Any]:
-    saves = dist.get_rank() == 0
-    moments = {}
-    for name, value in state.items():
-        gathered = whole(value)
-        moments[name] = gathered.cpu() if saves else torch.empty(0)
-    return moments
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoints.resolve import local_copy
+from pipeline.checkpoints.integrity import part_paths
+from pipeline.checkpoints.resolve import holds_weights, local_copy
 from pipeline.checkpoints.selection import checkpoint_name, is_weights_file
 from pipeline.hashing import sha256_of_arrays
-from pipeline.storage.files import absolute_url, exists, is_local, open_url, redact
+from pipeline.storage.files import absolute_url, is_local, open_url, redact
 from schemas.errors import UserError, plain_text
 from schemas.sample import SampleAbout
 
@@ -28,13 +30,12 @@ def check_samples_are_of(run: str, info: SampleAbout, step: int) -> None:
     filesystem, root = open_url(url, what="--record")
     local, shown = is_local(filesystem), redact(run)
     name = checkpoint_name(step)
-    weights = f"{root}/{name}/{info.weights}.safetensors"
     recorded, _, _ = info.checkpoint.rpartition("/")
     same_place = recorded == (root if local else redact(url))
-    if (local or not same_place) and exists(filesystem, weights):
+    if (local or not same_place) and holds_weights(filesystem, f"{root}/{name}", info.weights):
         place = f"{root}/{name}" if local else f"{url}/{name}"
         with local_copy(place, info.weights) as folder:
-            if _digest(folder / f"{info.weights}.safetensors") != info.weights_sha256:
+            if _digest(folder, f"{info.weights}.safetensors") != info.weights_sha256:
                 raise UserError(
                     f"--record '{shown}': the samples were not drawn from the '{info.weights}' "
                     f"weights of its {name} but from other ones ('{info.checkpoint}'); name the "
@@ -52,13 +53,17 @@ def check_samples_are_of(run: str, info: SampleAbout, step: int) -> None:
         )
 
 
-def _digest(weights: Path) -> str:
-    """SHA-256 of a file of weights, as in ``SampleAbout``; one tensor in memory at a time."""
+def _digest(folder: Path, weights: str) -> str:
+    """SHA-256 of weights of a checkpoint, as in ``SampleAbout``; one tensor in memory at a time."""
     try:
-        with safe_open(weights, "pt") as file:
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(safe_open(path, "pt")) for path in part_paths(folder, weights)
+            ]
+            holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118
             return sha256_of_arrays(
-                (name, file.get_tensor(name).numpy()) for name in sorted(file.keys())
+                (name, holders[name].get_tensor(name).numpy()) for name in sorted(holders)
             )
     except (SafetensorError, OSError) as error:
         reason = plain_text(str(error))[:200]
-        raise UserError(f"--record: '{weights}' cannot be read: {reason}") from None
+        raise UserError(f"--record: '{folder / weights}' cannot be read: {reason}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,13 +183,15 @@ def build_run(
 
 def _load_trainer(folder: Path, state: CheckpointState, trainer: Trainer) -> None:
     """Files were verified by the process that selected the checkpoint: none is hashed again."""
-    for name, module in trainer.modules().items():
-        load_weights(folder, name, module)
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+        optimizer = pool.submit(load_optimizer, folder)  # half of the bytes
+        for name, module in trainer.modules().items():
+            load_weights(folder, name, module)
     trainer.load_state_dict(
         {
             "step": state.step,
             "termination": state.termination,
-            "optimizer": load_optimizer(folder),
+            "optimizer": optimizer.result(),
         }
     )
     for name, tensors in trainer.tensors().items():

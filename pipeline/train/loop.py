@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.alignment.aligned_student import CLASS_TOKEN_LOSS
 from pipeline.alignment.termination import Decision, StepLosses, alignment_factor
 from pipeline.checkpoints.background import BackgroundCheckpoints
+from pipeline.checkpoints.division import part_of
 from pipeline.checkpoints.state import (
     TEXT_ENCODER,
     CheckpointContents,
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from pipeline.train.validation.loss import ValidationLoss
 
 SaveCheckpoint = Callable[[int, CheckpointContents], None]
-"""(step, contents) -> None. Called on every rank at the same steps; the main rank writes, in a
-thread unless ``checkpoint.background`` is false."""
+"""(step, contents) -> None. Called on every rank at the same steps; the main rank writes, and so do
+others whose contents have a ``share``, in a thread unless ``checkpoint.background`` is false."""
 
 
 def train(
@@ -105,9 +106,8 @@ class TrainingLoop:
         self.finite = FiniteWatch(
             parts.group, self.config.train.max_skipped, parts.trainer.module.losses
         )
-        background = parts.config.checkpoint.background and parts.group.is_main
         self.checkpoints = BackgroundCheckpoints(
-            save_checkpoint, parts.group.device, enabled=background
+            save_checkpoint, parts.group.device, enabled=parts.config.checkpoint.background
         )
         self.before_save = before_save
         self.saved_step = parts.trainer.step
@@ -332,7 +332,9 @@ class TrainingLoop:
         with self._outside_training():
             self.checkpoints.wait()
             self.before_save()
-            self.trainer.copied = self.checkpoints.save(self.trainer.step, self._checkpoint())
+            contents = part_of(self._checkpoint(), self.group)
+            writes = self.group.is_main or contents.share is not None
+            self.trainer.copied = self.checkpoints.save(self.trainer.step, contents, behind=writes)
             self.saved_step = self.trainer.step
             self.parts.consensus.forget()
 

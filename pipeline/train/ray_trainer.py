@@ -301,7 +301,7 @@ def _worker(arguments: dict[str, Any]) -> str | None:
 
 
 class _Saver:
-    """Saves on the main rank, which alone has a poller."""
+    """Saves on the main rank, which alone has a poller, and on others that have a share."""
 
     def __init__(self, run: RunFolder, poller: ControlPoller | None) -> None:
         self.run = run
@@ -317,8 +317,9 @@ class _Saver:
 
     def __call__(self, step: int, contents: CheckpointContents) -> None:
         """A request counts as served when the checkpoint is published."""
-        if self.poller is not None:
+        if self.poller is not None or contents.share is not None:
             self.run.checkpoints.save(step, contents)
+        if self.poller is not None:
             self.poller.saved(self._request)
 
 

@@ -19,7 +19,7 @@ from pipeline.checkpoints.state import projector_files
 from pipeline.diffusion.normalisation import normalisation_of, normalise
 from pipeline.diffusion.times import times_of
 from pipeline.distributed.process_group import ProcessGroup
-from pipeline.distributed.sharding import local, save_whole, save_whole_optimizer, shard, whole
+from pipeline.distributed.sharding import load_whole_optimizer, local, save_whole, shard, whole
 from pipeline.models import MMDiT, Student, make_student
 from pipeline.models.ema import Ema
 from pipeline.models.factory import Uninitialised
@@ -155,7 +155,7 @@ class Trainer:
             self._shard()
         self.optimizer = _make_optimizer(self.module, config)
         if self._sharded:
-            save_whole_optimizer(self.optimizer)
+            load_whole_optimizer(self.optimizer)
         self.feed = DevicePrefetcher(group.device)
         self.draws = NoisePrefetcher(
             config.seed,

@@ -1,4 +1,5 @@
-"""Time that a training loses by a checkpoint, and memory, beside another build."""
+"""Time that a training loses by a checkpoint, and memory, beside another build; and the time until
+several workers have written one together."""
 
 from __future__ import annotations
 
@@ -29,6 +30,8 @@ RATIO = Heading("ratio", "stall / before", ".3f")
 
 
 def run(options: Options) -> Report:
+    if options.workers > 1:
+        return together(options)
     trees = trees_of(options.baseline)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
     with tempfile.TemporaryDirectory(prefix="haste-bench-") as scratch:
@@ -133,3 +136,27 @@ def timed_run(
         raise UserError(f"the run failed in {tree}: {done.stderr.strip().splitlines()[-1]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def together(options: Options) -> Report:
+    """Workers write equal shares of one state, which all have in memory, to this machine's disk."""
+    from tests.bench.shared_save import save_shares
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="haste-bench-") as scratch:
+        for count in (1, options.workers):
+            found = [save_shares(options, count, Path(scratch)) for _ in range(options.rounds)]
+            medians = map(statistics.median, zip(*found, strict=True))
+            keys = ("seconds", "cpu_seconds", "bytes")
+            rows.append({"name": count, **dict(zip(keys, medians, strict=True))})
+            rows[-1]["gigabytes"] = rows[-1].pop("bytes") / 1e9
+            rows[-1]["ratio"] = rows[-1]["cpu_seconds"] / rows[0]["cpu_seconds"]
+    headings = (
+        Heading("name", "workers"),
+        Heading("seconds", "s until it is published", ".2f"),
+        Heading("cpu_seconds", "CPU s of the busiest worker", ".2f"),
+        Heading("gigabytes", "GB of the largest share", ".2f"),
+        Heading("ratio", "CPU s / alone", ".3f"),
+    )
+    about = {"threads": options.threads, "rounds": options.rounds, "depth": options.depth or "all"}
+    return Report(about, [Table(options.student, headings, rows)], {"ratio": rows[1]["ratio"]})

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,9 @@ ANSWERS = (
 )
 EXTRACT = "-m pipeline.extract --dataset demo --shard-size 8 --batch-size 8 --actors 1 --store {0}"
 TRAIN = "jobs/train_haste.py --config jobs/configs/demo.yaml --log-every 1 --store {0} --output {1}"
+ALL_IMAGES = ("--shard-size", "64")
+MARK = "HASTE_BENCH_MARK"
+"""Variable of the environment that all processes of a measured command inherit, Ray's too."""
 MAX_SECONDS = 300.0
 """Wait for a first result."""
 
@@ -58,8 +63,11 @@ ANSWER_HEADINGS = (
 START_HEADINGS = (
     Heading("command", "until the first"),
     Heading("seconds", "s", ".1f"),
+    Heading("cpu_seconds", "CPU s of all processes", ".1f"),
     Heading("seconds_before", "s before", ".1f"),
+    Heading("cpu_seconds_before", "CPU s before", ".1f"),
     Heading("ratio", "ratio", ".2f"),
+    Heading("cpu_ratio", "CPU ratio", ".2f"),
 )
 
 
@@ -112,11 +120,11 @@ def _measure(tree: Path, arguments: list[str]) -> dict[str, float]:
     return {"seconds": seconds, "cpu_seconds": cpu, "megabytes": usage.ru_maxrss / 1024}
 
 
-def _start(tree: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
+def _start(tree: Path, arguments: list[str], **more: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree)},
+        env={**os.environ, "PYTHONPATH": str(tree), **more},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -126,39 +134,61 @@ def _start(tree: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
 def _starts(trees: dict[str, Path], scratch: Path, options: Options) -> list[Row]:
     image: dict[str, Any] = {"command": "encoded shard of 8 images"}
     step: dict[str, Any] = {"command": "training step"}
-    for name, tree in trees.items():
-        store = scratch / f"store{name}"  # each tree reads its own
-        if _start(tree, [*EXTRACT.format(store).split(), "--shard-size", "64"]).wait() != 0:
+    for name, tree in trees.items():  # each tree reads its own
+        extraction = _start(tree, [*EXTRACT.format(scratch / f"store{name}").split(), *ALL_IMAGES])
+        if extraction.wait() != 0:
             raise UserError(f"the store for the training could not be extracted in {tree}")
-        seconds: dict[str, list[float]] = {"image": [], "step": []}
-        for number in range(options.starts):
+    found: dict[str, list[tuple[float, float]]] = {}
+    for number in range(options.starts):
+        for name, tree in trees.items():
             place = scratch / f"{number}{name}"
             command, wanted = EXTRACT.format(place / "store").split(), place / "store"
-            seconds["image"].append(_until(tree, command, lambda w=wanted: w.rglob("*.json")))
-            command = TRAIN.format(store, place / "runs").split()
+            result = _until(tree, command, lambda w=wanted: w.rglob("*.json"))
+            found.setdefault(f"image{name}", []).append(result)
+            command = TRAIN.format(scratch / f"store{name}", place / "runs").split()
             wanted = place / "runs" / "demo"
-            seconds["step"].append(_until(tree, command, lambda w=wanted: _rows(w)))
+            result = _until(tree, command, lambda w=wanted: _rows(w))
+            found.setdefault(f"step{name}", []).append(result)
             shutil.rmtree(place)
-        image[f"seconds{name}"] = statistics.median(seconds["image"])
-        step[f"seconds{name}"] = statistics.median(seconds["step"])
-    return [row | _ratio(row, "seconds") for row in (image, step)]
+    for kind, row in (("image", image), ("step", step)):
+        for name in trees:
+            medians = map(statistics.median, zip(*found[f"{kind}{name}"], strict=True))
+            row |= dict(zip((f"seconds{name}", f"cpu_seconds{name}"), medians, strict=True))
+        row |= {"cpu_ratio": _ratio(row, "cpu_seconds").get("ratio")} | _ratio(row, "seconds")
+    return [image, step]
 
 
 def _rows(folder: Path) -> Iterable[Path]:
     return (path for path in folder.glob("metrics.jsonl") if path.stat().st_size)
 
 
-def _until(tree: Path, arguments: list[str], found: Callable[[], Iterable[Path]]) -> float:
-    """Seconds from the start of a command until ``found`` yields a file; ends the command."""
+def _until(
+    tree: Path, arguments: list[str], found: Callable[[], Iterable[Path]]
+) -> tuple[float, float]:
+    """Seconds from the start of a command until ``found`` yields a file, and CPU seconds of all its
+    processes until then; ends the command."""
+    mark = uuid.uuid4().hex
     began = time.perf_counter()
-    process = _start(tree, arguments)
+    process = _start(tree, arguments, **{MARK: mark})
     try:
         while not any(path.name != "manifest.json" for path in found()):
             if process.poll() is not None or time.perf_counter() - began > MAX_SECONDS:
                 raise UserError(f"{' '.join(arguments)} has no first result in {tree}")
             time.sleep(0.01)
-        return time.perf_counter() - began
+        return time.perf_counter() - began, _cpu_seconds(f"{MARK}={mark}".encode())
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _cpu_seconds(mark: bytes) -> float:
+    """CPU seconds of the processes with ``mark`` in their environment, and of their ended
+    children."""
+    ticks = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            if mark in (process / "environ").read_bytes():
+                fields = (process / "stat").read_text().rpartition(")")[2].split()
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")

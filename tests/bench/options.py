@@ -352,6 +352,9 @@ class CheckpointOptions(ResumeOptions):
     """Rounds in which each build runs once; medians are reported."""
     every: int = Field(default=24, ge=3)
     """Steps between checkpoints, longer than one takes to write."""
+    workers: int = Field(default=1, ge=1)
+    """More than one: measure instead how long so many workers of this build write a checkpoint
+    together, beside one alone."""
 
 
 class ScalingOptions(BenchOptions):

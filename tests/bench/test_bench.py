@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,8 +23,9 @@ from pipeline.train.local import train_here
 from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
 from schemas.run import RunConfig
-from tests.bench import resume, timed_run
+from tests.bench import commands, resume, timed_run
 from tests.bench.__main__ import BENCHES, main
+from tests.bench.options import CommandsOptions
 from tests.bench.pixels import differences
 from tests.bench.scaling import Usage, efficiency, usage
 from tests.processes import PRELOADED
@@ -91,6 +93,42 @@ def few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     multiprocessing.set_forkserver_preload(PRELOADED)
     forkserver = multiprocessing.get_context("forkserver")
     monkeypatch.setattr(multiprocessing, "get_context", lambda *_: forkserver)
+
+
+def test_first_results_take_turns_and_count_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work is done by a child in a session of its own, as Ray's processes are."""
+    work = "import time\nwhile time.process_time() < 0.5: pass\nopen('done', 'w')\ntime.sleep(3)"
+    child = "import subprocess, sys; subprocess.run(sys.argv[1:], start_new_session=True)"
+    place = tmp_path / "place"
+    place.mkdir()
+    command = ["-c", child, sys.executable, "-c", work]
+    seconds, cpu = commands._until(place, command, lambda: place.glob("done"))
+    assert 0.5 <= cpu <= seconds * 2
+    turns: list[str] = []
+
+    def until(tree: Path, *_: Any) -> tuple[float, float]:
+        turns.append(tree.name)
+        for name in ("0", "1", "0_before", "1_before"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        return (1.0, 2.0) if tree.name == "new" else (4.0, 4.0)
+
+    monkeypatch.setattr(commands, "_until", until)
+    monkeypatch.setattr(commands, "_start", lambda *_: SimpleNamespace(wait=lambda: 0))
+    trees = {"": Path("new"), "_before": Path("old")}
+    rows = commands._starts(trees, tmp_path, CommandsOptions(starts=2))
+    assert turns == ["new", "new", "old", "old"] * 2
+    assert [(row["ratio"], row["cpu_ratio"]) for row in rows] == [(0.25, 0.5)] * 2
+
+
+@pytest.mark.usefixtures("few_processes")
+def test_a_checkpoint_of_two_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--student", "SiT-S/2", "--depth", "1", "--workers", "2"]
+    assert main(["checkpoint", "--json", *options]) == 0
+    (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
+    assert [row["name"] for row in rows] == [1, 2]
+    assert rows[1]["gigabytes"] == pytest.approx(rows[0]["gigabytes"] / 2, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from s3fs import S3FileSystem
 
+from pipeline.checkpoints import shares
+from pipeline.checkpoints.integrity import verify
+from pipeline.checkpoints.remote import RemoteCheckpoints
+from pipeline.checkpoints.selection import latest_valid
+from pipeline.checkpoints.state import verify_finite
 from pipeline.datasets import list_images
 from pipeline.datasets.imagenet import read_synsets
 from pipeline.datasets.repa import first_latents
@@ -40,6 +46,9 @@ from pipeline.storage.files import (
 from pipeline.storage.filesystem import READ_SECONDS
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
+from tests.pipeline.checkpoints.test_background import contents_of, written
+from tests.pipeline.checkpoints.test_shares import parts_of, save_all, tensors_of
+from tests.pipeline.train.test_loop import assert_same_weights
 from tests.s3 import KEY, SECRET, SeaweedFS
 
 
@@ -355,3 +364,26 @@ def test_a_url_without_a_bucket_is_told_as_such() -> None:
     for url in ("s3://", "s3:///"):
         with pytest.raises(UserError, match="names no bucket"):
             open_url(url, what="--store")
+
+
+def test_checkpoints_of_several_workers(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker dies; two others replace what three had begun, then keep one checkpoint."""
+    monkeypatch.setattr(shares, "MIN_BYTES", 1)
+    url = f"{bucket}/run"
+    filesystem, root = open_url(url, what="--output")
+    checkpoints = RemoteCheckpoints(filesystem, root, url, keep=1)
+    with patch.object(shares, "LIMIT_SECONDS", 3.0):
+        (error,) = save_all(checkpoints, 4, parts_of(contents_of(1), 3, 1)[:2]).values()
+    assert "share 3 of 3 was not written" in str(error)
+    assert latest_valid(checkpoints, tmp_path) is None
+    for step in (4, 6):
+        assert not save_all(checkpoints, step, parts_of(contents_of(step), 2, step))
+    written(contents_of(6), tmp_path / "expected")
+    found = latest_valid(checkpoints, tmp_path, verify_finite)
+    assert found is not None
+    assert found[0] == 6
+    assert_same_weights(tensors_of(found[1]), tensors_of(tmp_path / "expected"))
+    listed = {*verify(found[1])["files"], "state.json"}
+    assert set(list_tree(filesystem, root)) == {f"{root}/{found[1].name}/{n}" for n in listed}

@@ -23,7 +23,7 @@ from tests.pipeline.train.test_workers import (
     rows_of,
     weights_of,
 )
-from tests.processes import train_on
+from tests.processes import divides, train_on
 
 Make = Callable[..., RunConfig]
 SHARD = {"shard": "fsdp2"}
@@ -84,8 +84,8 @@ def test_compiled_shards_train_what_copies_train(run_config: Make, tmp_path: Pat
 
 
 def test_checkpoints_are_interchangeable(run_config: Make, tmp_path: Path) -> None:
-    """Phase I on shards goes on as copies, on one worker, and on shards to the last bit; and copies
-    go on as shards."""
+    """Phase I on shards, whose checkpoint each worker wrote a share of, goes on as copies, on one
+    worker, and on shards to the last bit; and copies go on as shards."""
     workers = {"count": 2, "micro_batch": 2}
 
     def config(shard: str, **more: Any) -> RunConfig:
@@ -95,7 +95,8 @@ def test_checkpoints_are_interchangeable(run_config: Make, tmp_path: Path) -> No
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train_on(2, config("fsdp2"), whole)
-    train_on(2, config("fsdp2"), stopped, stop_at=2)
+    train_on(2, config("fsdp2"), stopped, stop_at=2, around=divides)
+    assert list(stopped.glob("checkpoint-*/optimizer-2-of-2-*"))
     for name, world_size, shard in (("same", 2, "fsdp2"), ("copies", 2, "none"), ("1", 1, "fsdp2")):
         folder = shutil.copytree(stopped, tmp_path / name)
         train_on(world_size, config(shard), folder)
