@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +19,9 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each training
+# Ray's 15 would let its workers wait for the computing tests of other processes
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+os.environ["RAY_worker_register_timeout_seconds"] = "300"  # noqa: SIM112
 os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: help is tested as it is in a pipe
 
 import pytest
@@ -27,6 +32,8 @@ from pipeline.datasets import Listing, list_images
 from pipeline.store import Store
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.run import RunConfig
+from tests import forks
+from tests.forks import ADDRESS
 from tests.helpers import write_known_store
 from tests.stores import make_random_store, tiny_run
 
@@ -99,7 +106,29 @@ def _schedule(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: files[item.path])
 
 
-def pytest_unconfigure() -> None:
+FORKS = pytest.StashKey[subprocess.Popen[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start one server of Ray's workers for all processes of the tests; see ``tests.forks``."""
+    if hasattr(config, "workerinput"):
+        return
+    os.environ[ADDRESS] = f"{PRIVATE_HOME}/forks"
+    words = [sys.executable, "-P", forks.__file__, "--serve", os.environ[ADDRESS]]
+    if getattr(config.option, "numprocesses", None) and "not cluster" not in config.option.markexpr:
+        words.append("--at-once")  # while the processes collect their tests
+    config.stash[FORKS] = subprocess.Popen(
+        words,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (server := config.stash.get(FORKS, None)) is not None:
+        server.communicate()
     shutil.rmtree(PRIVATE_HOME, ignore_errors=True)
 
 
@@ -133,6 +162,7 @@ def s3() -> Iterator[SeaweedFS]:
 def two_cpus() -> Iterator[None]:
     """A Ray cluster on this machine with exactly two CPUs."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
+    forks.fork_workers()
     ray.init(
         num_cpus=2,
         num_gpus=0,

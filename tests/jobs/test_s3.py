@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipeline.store import Store
 from schemas.extract import PRESETS
+from tests.forks import COMMAND
 from tests.helpers import all_files
 from tests.s3 import SECRET, SeaweedFS
 
@@ -35,7 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(*argv: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *argv],
+        [sys.executable, *COMMAND, *argv],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
