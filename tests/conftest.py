@@ -55,10 +55,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Two processes a CPU, because tests that start other processes wait for them; 3 GiB each."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes a CPU, because tests that start clusters wait for them, and one without such
+    tests, because each imports for 13 to 20 seconds; 3 GiB each."""
+    each = 1 if "not cluster" in config.option.markexpr else 2
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(2 * len(os.sched_getaffinity(0)), memory // (3 << 30)))
+    return max(1, min(each * len(os.sched_getaffinity(0)), memory // (3 << 30)))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
