@@ -119,13 +119,16 @@ def pytest_configure(config: pytest.Config) -> None:
     words = [sys.executable, "-P", forks.__file__, "--serve", os.environ[ADDRESS]]
     if getattr(config.option, "numprocesses", None) and "not cluster" not in config.option.markexpr:
         words.append("--at-once")  # while the processes collect their tests
-    config.stash[FORKS] = subprocess.Popen(
+    server = subprocess.Popen(
         words,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert server.stdout is not None
+    server.stdout.readline()  # of a server that accepts connections
+    config.stash[FORKS] = server
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

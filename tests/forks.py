@@ -113,7 +113,7 @@ def _import(names: tuple[str, ...]) -> None:
     assert "ray" not in sys.modules
 
 
-def _run(values: dict[str, object], files: list[int]) -> NoReturn:
+def _run(values: dict[str, Any], files: list[int]) -> NoReturn:
     """End this process as ``python WORDS`` would."""
     import runpy
     import signal
