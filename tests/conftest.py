@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +19,9 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each training
+# Ray's 15 would let its workers wait for the computing tests of other processes
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+os.environ["RAY_worker_register_timeout_seconds"] = "300"  # noqa: SIM112
 os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: help is tested as it is in a pipe
 
 import pytest
@@ -27,6 +32,8 @@ from pipeline.datasets import Listing, list_images
 from pipeline.store import Store
 from schemas.extract import PRESETS, ExtractConfig
 from schemas.run import RunConfig
+from tests import forks
+from tests.forks import ADDRESS
 from tests.helpers import write_known_store
 from tests.stores import make_random_store, tiny_run
 
@@ -48,10 +55,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Two processes a CPU, because tests that start other processes wait for them; 3 GiB each."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes a CPU, because tests that start clusters wait for them, and one without such
+    tests, because each imports for 13 to 20 seconds; 3 GiB each."""
+    each = 1 if "not cluster" in config.option.markexpr else 2
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(2 * len(os.sched_getaffinity(0)), memory // (3 << 30)))
+    return max(1, min(each * len(os.sched_getaffinity(0)), memory // (3 << 30)))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -99,7 +108,32 @@ def _schedule(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: files[item.path])
 
 
-def pytest_unconfigure() -> None:
+FORKS = pytest.StashKey[subprocess.Popen[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start one server of Ray's workers for all processes of the tests; see ``tests.forks``."""
+    if hasattr(config, "workerinput"):
+        return
+    os.environ[ADDRESS] = f"{PRIVATE_HOME}/forks"
+    words = [sys.executable, "-P", forks.__file__, "--serve", os.environ[ADDRESS]]
+    if getattr(config.option, "numprocesses", None) and "not cluster" not in config.option.markexpr:
+        words.append("--at-once")  # while the processes collect their tests
+    server = subprocess.Popen(
+        words,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    server.stdout.readline()  # of a server that accepts connections
+    config.stash[FORKS] = server
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (server := config.stash.get(FORKS, None)) is not None:
+        server.communicate()
     shutil.rmtree(PRIVATE_HOME, ignore_errors=True)
 
 
@@ -133,6 +167,7 @@ def s3() -> Iterator[SeaweedFS]:
 def two_cpus() -> Iterator[None]:
     """A Ray cluster on this machine with exactly two CPUs."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
+    forks.fork_workers()
     ray.init(
         num_cpus=2,
         num_gpus=0,

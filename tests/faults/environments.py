@@ -185,5 +185,6 @@ def process_variables(mark: str, folder: Path, ray_folder: Path) -> dict[str, st
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_worker_niceness": "0",
         "PYTHONUNBUFFERED": "1",
     }

@@ -7,14 +7,19 @@ separate process, so that its children inherit the mark and the environment of o
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 from ray.cluster_utils import Cluster
+
+from tests.forks import WANTED, fork_workers
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 
 def main() -> None:
+    if WANTED in os.environ:
+        fork_workers()
     cluster = Cluster(initialize_head=True, head_node_args=NODE)
     _add(cluster)
     for _ in sys.stdin:

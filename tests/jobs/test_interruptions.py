@@ -27,6 +27,7 @@ from pipeline.train.local import train_here
 from pipeline.train.ray_trainer import CheckpointBeforeResize, ControlPoller, RunControl, scaling
 from schemas.errors import UserError
 from schemas.run import RunConfig
+from tests.forks import COMMAND
 
 Make = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def test_a_signal_to_the_driver_ends_the_job_with_a_checkpoint(
     config = run_config(steps=400, workers=SMALL)
     path = write_config(config, tmp_path / "config.yaml")
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWED, "--config", str(path)],
+        [sys.executable, *COMMAND, "-c", SLOWED, "--config", str(path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ import yaml
 from schemas.run import RunConfig
 from tests.faults.environments import ROOT, Nodes, process_variables
 from tests.faults.processes import kill_all
+from tests.forks import WANTED
 from tests.pipeline.train.test_loop import losses, weights
 from tests.processes import train_on
 
@@ -31,7 +32,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         stack.callback(kill_all, mark)
         folder = tmp_path / "nodes"
         folder.mkdir()
-        variables = process_variables(mark, folder, ray_folder)
+        variables = process_variables(mark, folder, ray_folder) | {WANTED: "1"}
         yield stack.enter_context(Nodes(folder, variables))
 
 

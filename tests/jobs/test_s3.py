@@ -15,27 +15,28 @@ from PIL import Image
 
 from pipeline.store import Store
 from schemas.extract import PRESETS
+from tests.forks import COMMAND
 from tests.helpers import all_files
 from tests.s3 import SECRET, SeaweedFS
 
 ROOT = Path(__file__).parents[2]
-SHARDS = 8
+SHARDS = 16
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 12 pictures each."""
+    """Two classes of 24 pictures each: encoding them takes longer than noticing the first shard."""
     folder = tmp_path_factory.mktemp("source")
     for number in range(3 * SHARDS):
         path = folder / f"class{number % 2}" / f"{number:02d}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.linear_gradient("L").rotate(15 * number).resize((40, 40)).convert("RGB").save(path)
+        Image.linear_gradient("L").rotate(7 * number).resize((40, 40)).convert("RGB").save(path)
     return folder
 
 
 def command(*argv: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *argv],
+        [sys.executable, *COMMAND, *argv],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,

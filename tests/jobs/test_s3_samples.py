@@ -16,6 +16,7 @@ from pipeline.checkpoints.local import LocalCheckpoints
 from pipeline.store import Store
 from pipeline.train.loop import train
 from schemas.run import RunConfig
+from tests.forks import COMMAND
 from tests.s3 import SECRET, SeaweedFS
 from tests.stores import tiny_run
 
@@ -48,7 +49,7 @@ def test_samples_and_evaluations_of_a_run_on_s3(
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # names of sockets must be short
     finished = subprocess.run(
-        [sys.executable, "jobs/sample.py", *words, "--json"],
+        [sys.executable, *COMMAND, "jobs/sample.py", *words, "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,

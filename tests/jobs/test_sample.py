@@ -30,6 +30,7 @@ from pipeline.train.loop import train
 from schemas.errors import UserError
 from schemas.run import RunConfig
 from schemas.sample import SampleConfig
+from tests.forks import COMMAND
 from tests.stores import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +183,7 @@ def test_ended_by_a_signal_and_resumed(
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(options(run, num=30, npz=str(out))))
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWED, "--config", str(config), "--json"],
+        [sys.executable, *COMMAND, "-c", SLOWED, "--config", str(config), "--json"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

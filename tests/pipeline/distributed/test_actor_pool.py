@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 
 from pipeline.distributed import actor_pool
 from pipeline.distributed.actor_pool import Actors
@@ -114,3 +116,17 @@ def test_the_end_of_the_last_that_could_is_the_end_too(
         with pytest.raises(UserError, match=r"^testing actors die while loading: Actor"):
             double(made, range(5))
     assert any("0 goes back to the queue" in line for line in caplog.messages)
+
+
+class Looks:
+    def look(self) -> tuple[bool, int, str]:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+        return "timm" in sys.modules, os.nice(0), parent.replace("\0", " ")
+
+
+def test_workers_of_tests_are_forks() -> None:
+    """Otherwise each imports for seconds, and waits for the computing tests of other processes."""
+    imported, priority, parent = ray.get(ray.remote(num_cpus=0)(Looks).remote().look.remote())
+    assert "tests/forks.py --serve" in parent
+    assert imported
+    assert priority == os.nice(0)
