@@ -138,7 +138,8 @@ def test_extract_through_an_outage_then_train_resume_and_inspect(
         assert SECRET.encode() not in store.filesystem.cat_file(path), path
 
     process = command("-m", "pipeline.inspect", store_url, "--json")
-    found = json.loads(finish(process).splitlines()[-1])
+    output = finish(process)
+    found, _ = json.JSONDecoder().raw_decode(output, output.index("{"))
     assert (found["samples"], found["complete"]) == (3 * SHARDS, True)
 
 

@@ -72,7 +72,7 @@ def test_progress_is_reported_by_batch(images: Path, tmp_path: Path) -> None:
     reports: list[tuple[int, int]] = []
     with ProgressHandler(lambda shard, done: reports.append((shard, done))):
         extract(demo_like(images, tmp_path / "store", actors=1, shard_size=8, batch_size=3))
-    assert reports == [(0, 3), (0, 6), (0, 8), (1, 3), (1, 4)]
+    assert reports[-5:] == [(0, 3), (0, 6), (0, 8), (1, 3), (1, 4)]  # after the calibration's
 
 
 def test_the_bar_counts_each_image_once() -> None:
