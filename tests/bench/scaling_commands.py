@@ -62,12 +62,17 @@ def cluster(workers: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def _sleep(seconds: float) -> None:
+    """Ray takes no functions of C."""
+    time.sleep(seconds)
+
+
 def ray_idle(folder: Path, workers: int, units: int) -> None:
     """A cluster that does nothing for ``units`` seconds between two files."""
     import ray
 
     with cluster(workers):
-        ray.get([ray.remote(time.sleep).remote(1) for _ in range(workers)])
+        ray.get([ray.remote(_sleep).remote(1) for _ in range(workers)])
         time.sleep(SETTLE_SECONDS)
         (folder / "idle-begins").touch()
         time.sleep(units)
