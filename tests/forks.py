@@ -108,7 +108,7 @@ def serve(address: str, at_once: bool) -> NoReturn:
 
 def _import(names: tuple[str, ...]) -> None:
     for name in names:
-        with suppress(ImportError):  # not installed everywhere
+        with suppress(Exception):  # missing or broken; without this server, clusters would hang
             __import__(name)
     assert "ray" not in sys.modules
 
