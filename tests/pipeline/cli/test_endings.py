@@ -144,7 +144,11 @@ def test_an_inspection_names_the_check_and_the_check_a_training(
     check = proposed(caplog)["pipeline.inspect"]
     assert (check.store, check.check) == (known_store.url, (str(inspection.SHIPPED),))
     config = str(ROOT / "jobs" / "configs" / "demo.yaml")
-    answers = [Answer("no.yaml", False, "with --steps 3"), Answer(config, True, "with --steps 5")]
+    answers = [
+        Answer("no.yaml", False, "with --steps 3"),
+        Answer("no.yaml", True, "with alignment.others.0.stream b"),  # which is not an option
+        Answer(config, True, "with --steps 5"),
+    ]
     monkeypatch.setattr("pipeline.inspect.check.check_configs", lambda *_: answers)
     caplog.clear()
     assert inspection.main([known_store.url, "--check", config]) == 1
