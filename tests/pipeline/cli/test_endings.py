@@ -194,6 +194,10 @@ def test_sampling_names_the_evaluation(
     check_sampling(many)
     assert (many.num, many.npz, many.png, many.classes) == (50_000, "samples.npz", None, None)
     assert many.sampler.guidance == 2
+    (tmp_path / "grid.yaml").write_text(dump_yaml({"checkpoint": "x", "png": png}))
+    caplog.clear()
+    assert jobs.sample.main(["--config", str(tmp_path / "grid.yaml")]) == 0
+    check_sampling(proposed(caplog)[SAMPLES])
     slow = GridSummary(8, png, 8.0)
     monkeypatch.setattr("pipeline.sampling.grid.draw_grid", lambda config: slow)
     assert jobs.sample.main(grid) == 0
