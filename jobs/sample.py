@@ -34,7 +34,7 @@ FIRST = (
     *("sampler.seed", "autoencoder", "json"),
 )
 """Options of the short help."""
-LONGEST = 36_000
+MAX_SECONDS = 36_000
 """Seconds that 50,000 images may take where their number is proposed."""
 
 
@@ -64,8 +64,10 @@ def main(argv: list[str]) -> int:
     print(json.dumps(asdict(summary)) if config.as_json else "\n".join(summary.files))
     if config.num is None:
         same = without_options(argv, {"png", "classes", "per_class", "json"})
+        if any(word.partition("=")[0] == "--config" for word in argv):  # it may name the grid
+            same += ["--png", "none"]
         each = summary.seconds / summary.images
-        number = 50_000 if 50_000 * each < LONGEST else 1_000
+        number = 50_000 if 50_000 * each < MAX_SECONDS else 1_000
         many = ("--num", str(number), "--npz", "samples.npz")
         time = describe_hours(number * each / 3600, 2)
         log_next(f"images for a Fréchet distance in {time}", "jobs/sample.py", *same, *many)

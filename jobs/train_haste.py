@@ -61,7 +61,9 @@ def main(argv: list[str]) -> int:
 
     print(json.dumps(rounded(train_run(config)), indent=1))
     run = redact(f"{config.output.rstrip('/')}/{config.name}")
-    captions = ("--store", redact(str(config.store))) if config.student.family == "MMDiT" else ()
+    captions = ["--store", redact(str(config.store))] if config.student.family == "MMDiT" else []
+    if config.diffusion.text_stream is not None:  # of several in the store
+        captions += ["--text.stream", config.diffusion.text_stream]
     log_next("pictures", "jobs/sample.py", "--checkpoint", run, "--png", "samples.png", *captions)
     log_next("curves and samples on a page", "pipeline.report", run, "--html", "report.html")
     return 0

@@ -133,6 +133,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if (server := config.stash.get(FORKS, None)) is not None:
+        server.kill()  # it may be importing still
         server.communicate()
     shutil.rmtree(PRIVATE_HOME, ignore_errors=True)
 

@@ -33,7 +33,7 @@ PACKAGES = (
     *("pyarrow.parquet", "aiohttp", "google.protobuf", "jsonschema", "requests", "yaml"),
 )
 """Packages that no test of a cluster changes, and Ray's own dependencies."""
-LARGEST_REQUEST = 1 << 18
+MAX_REQUEST = 1 << 18
 
 
 def fork_workers() -> None:
@@ -94,7 +94,7 @@ def serve(address: str, at_once: bool) -> NoReturn:
             if listener not in ready:
                 os._exit(0)
             connection, _ = listener.accept()
-            data, files, _, _ = socket.recv_fds(connection, LARGEST_REQUEST, 3)
+            data, files, _, _ = socket.recv_fds(connection, MAX_REQUEST, 3)
             if not imported and data:
                 _import(PACKAGES)
                 imported = True
@@ -108,7 +108,7 @@ def serve(address: str, at_once: bool) -> NoReturn:
 
 def _import(names: tuple[str, ...]) -> None:
     for name in names:
-        with suppress(ImportError):  # not installed everywhere
+        with suppress(Exception):  # missing or broken; without this server, clusters would hang
             __import__(name)
     assert "ray" not in sys.modules
 

@@ -410,7 +410,7 @@ def _signed(key: str, value: float) -> str:
 
 
 def _cosine(value: float) -> str:
-    return f"{value:.3f}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:z.3f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _short(value: float | None) -> float | None:

@@ -129,7 +129,7 @@ def parse_state_json(data: bytes, where: str | Path) -> dict[str, Any]:
         files = state["files"].items()
         valid = all(name == Path(name).name and file["bytes"] >= 0 for name, file in files)
         parts = {part for name in state.get(SHARES, {}) for part in parts_of(state, name)}
-        # a file that is no part would be left out by readers
+        # a file that is not a part would be left out by readers
         valid = valid and (SHARES not in state or state["files"].keys() <= parts)
         valid = valid and all(part == Path(part).name for part in parts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

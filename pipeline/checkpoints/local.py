@@ -39,9 +39,9 @@ class LocalCheckpoints:
         self.keep = keep
 
     def save(self, step: int, contents: CheckpointContents) -> None:
-        """Write to a temporary folder, then rename: a checkpoint is complete or absent. Of one that
-        several workers write, each calls this: the main rank makes that folder, in which the others
-        write, and renames it when all have."""
+        """Write to a temporary folder, then rename: a checkpoint is complete or absent. Each worker
+        that has a share calls this: the main rank makes the folder, in which the others write, and
+        renames it when all have."""
         share = contents.share
         temporary = self._temporary(None if share is None else share.token)
         if share is not None and share.number:

@@ -68,7 +68,7 @@ def find_checkpoint(name: str | None, step: int | None = None) -> str:
 
 
 def holds_weights(filesystem: fsspec.AbstractFileSystem, folder: str, weights: Weights) -> bool:
-    """If the folder of a checkpoint has these weights, in one file or in parts."""
+    """True if the folder of a checkpoint has these weights, in one file or in parts."""
     name = f"{weights}.safetensors"
     if exists(filesystem, f"{folder}/{name}"):
         return True

@@ -106,8 +106,7 @@ def collect(
     """Files of all other shares in ``folder``, once they are announced; the announcements are
     removed. ``where`` names the checkpoint in messages.
 
-    Raises ``StorageError``, which is no verdict on the run: a restart begins at the checkpoint
-    before.
+    Raises ``StorageError``, with which the run may be restarted from the checkpoint before.
     """
     awaited = {share.announcement(number): number for number in range(1, share.count)}
     found: dict[str, Any] = {}

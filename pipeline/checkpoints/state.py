@@ -341,7 +341,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def map_parts(read: Callable[[Path], T], paths: Iterable[Path]) -> list[T]:
-    """What ``read`` returns for each file; several are read at a time."""
+    """Results of ``read`` for each file; several are read at a time."""
     with ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="checkpoint") as pool:
         return list(pool.map(read, paths))
 

@@ -45,11 +45,17 @@ def main(argv: list[str]) -> int:
         own = {"json", *DoctorConfig.model_fields} - set(RunConfig.model_fields)
         words = without_options(_with_worker_count(argv), own)
         log_next("the training", "jobs/train_haste.py", *words)
-    else:
-        words = without_options(argv, set(DoctorConfig.model_fields) - {"extract"} | {"workers"})
-        words = [word.replace("--extract.", "--", 1) for word in words]
+    elif _gives_extraction(argv) or not config.extract.model_fields_set:
+        # a config of the training is refused by the extraction
+        own = set(DoctorConfig.model_fields) - {"extract", "ray_address"} | {"config"}
+        words = [word.replace("--extract.", "--", 1) for word in without_options(argv, own)]
         log_next("the store", "pipeline.extract", *words, "--store", redact(str(config.store)))
     return 0
+
+
+def _gives_extraction(argv: list[str]) -> bool:
+    """True if options of the extraction are on the command line, not only in a file."""
+    return any(word.startswith("--extract.") for word in argv)
 
 
 def _with_worker_count(argv: list[str]) -> list[str]:

@@ -152,7 +152,7 @@ def _check(store: Store, config: InspectConfig) -> int:
         lines = answers_as_table(store, answers)
     print(json.dumps(found) if config.as_json else lines)
     sys.stdout.flush()
-    suitable = next((answer for answer in answers if answer.ok), None)
+    suitable = next((answer for answer in answers if answer.by_options), None)
     if suitable is not None:
         options = ("--config", suitable.config, "--store", store.shown_url, *suitable.options)
         log_next("the training", "jobs/train_haste.py", *options)

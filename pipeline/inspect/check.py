@@ -48,6 +48,12 @@ class Answer(NamedTuple):
     """Command that adds only what is missing; None where another store is needed."""
 
     @property
+    def by_options(self) -> bool:
+        """True if options of the training suffice: streams of ``alignment.others`` are named in the
+        config."""
+        return self.ok and "with alignment.others." not in (self.reason or "")
+
+    @property
     def options(self) -> list[str]:
         """Options that the training needs beside its config."""
         found = re.findall(r"with (--[\w.-]+) ([\w-]+)", self.reason or "")

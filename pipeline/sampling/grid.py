@@ -123,7 +123,7 @@ def _make_folder_of(config: SampleConfig) -> Path:
     """Path of the grid; its folder exists afterwards."""
     assert config.png is not None
     path = Path(config.png).expanduser()
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--png '{path}': '{path.suffix}' is not an image format; use .png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def draw_contact_sheet(store: Store, path: Path) -> int:
     """Draw the first ``COLUMNS`` images of each of the first ``ROWS`` classes with images, or where
     there is one class only as many of that. Returns the number of images. Raises ``UserError``
     where the file cannot be written or the autoencoder is not available."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--png '{path}': '{path.suffix}' is not an image format; use .png")
     table = store.manifest.dataset.classes
     classes = list(table.trained[:ROWS])

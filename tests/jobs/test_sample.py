@@ -362,6 +362,7 @@ def test_a_diverged_student_draws_no_black_images(run: Path) -> None:
             ["--png", "a.jpgg", "--checkpoint", "/"],
             "'.jpgg' is not an image format; use .png",
         ),
+        (["--png", "a.psd", "--checkpoint", "/"], "'.psd' is not an image format"),  # read only
         (["--png", "a.png", "--checkpoint", "memory://a/b"], "'memory://a/b' holds no checkpoint"),
     ],
 )

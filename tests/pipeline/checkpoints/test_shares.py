@@ -110,7 +110,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 class Place:
-    """Where checkpoints are kept, and all that is left there."""
+    """Checkpoints of a run, and the files that are left there."""
 
     def __init__(self, checkpoints: Checkpoints, files: Callable[[], list[str]]) -> None:
         self.checkpoints = checkpoints

@@ -144,7 +144,11 @@ def test_an_inspection_names_the_check_and_the_check_a_training(
     check = proposed(caplog)["pipeline.inspect"]
     assert (check.store, check.check) == (known_store.url, (str(inspection.SHIPPED),))
     config = str(ROOT / "jobs" / "configs" / "demo.yaml")
-    answers = [Answer("no.yaml", False, "with --steps 3"), Answer(config, True, "with --steps 5")]
+    answers = [
+        Answer("no.yaml", False, "with --steps 3"),
+        Answer("no.yaml", True, "with alignment.others.0.stream b"),  # which is not an option
+        Answer(config, True, "with --steps 5"),
+    ]
     monkeypatch.setattr("pipeline.inspect.check.check_configs", lambda *_: answers)
     caplog.clear()
     assert inspection.main([known_store.url, "--check", config]) == 1
@@ -166,7 +170,7 @@ def test_a_training_names_sampling_and_report(
     summary: dict[str, Any] = {"steps": 20, "steps_per_second": {"phase1": 3.806062081268535}}
     monkeypatch.setattr(jobs.train_haste, "train_run", lambda config: summary)
     monkeypatch.setattr("pipeline.sampling.options.require_checkpoint", lambda checkpoint: None)
-    model = ["--student.model", "MMDiT-24"] if captions else []
+    model = ["--student.model", "MMDiT-24", "--diffusion.text-stream", "text_b"] if captions else []
     options = ["--output", "my runs/", "--name", "a", "--store", "s3://a/b", *model]
     assert jobs.train_haste.main(options) == 0
     assert json.loads(capsys.readouterr().out)["steps_per_second"] == {"phase1": 3.806}
@@ -174,6 +178,7 @@ def test_a_training_names_sampling_and_report(
     check_sampling(found[SAMPLES])
     assert (found[SAMPLES].checkpoint, found[SAMPLES].png) == ("my runs/a", "samples.png")
     assert found[SAMPLES].store == ("s3://a/b" if captions else None)
+    assert found[SAMPLES].text.stream == ("text_b" if captions else None)
     assert found["pipeline.report"].runs == ("my runs/a",)
 
 
@@ -189,6 +194,10 @@ def test_sampling_names_the_evaluation(
     check_sampling(many)
     assert (many.num, many.npz, many.png, many.classes) == (50_000, "samples.npz", None, None)
     assert many.sampler.guidance == 2
+    (tmp_path / "grid.yaml").write_text(dump_yaml({"checkpoint": "x", "png": png}))
+    caplog.clear()
+    assert jobs.sample.main(["--config", str(tmp_path / "grid.yaml")]) == 0
+    check_sampling(proposed(caplog)[SAMPLES])
     slow = GridSummary(8, png, 8.0)
     monkeypatch.setattr("pipeline.sampling.grid.draw_grid", lambda config: slow)
     assert jobs.sample.main(grid) == 0
@@ -249,7 +258,7 @@ def test_an_export_names_pictures_from_the_file(
 
 
 def test_an_examined_cluster_gets_its_training(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     status = "ok"
     monkeypatch.setattr(
@@ -271,6 +280,17 @@ def test_an_examined_cluster_gets_its_training(
         "demo",
         "small",
     )
+    config = tmp_path / "train.yaml"
+    for extracts in (False, True):
+        file: dict[str, Any] = {"extract": {"dataset": "demo"}} if extracts else {"steps": 9}
+        config.write_text(dump_yaml(file))
+        caplog.clear()
+        assert doctor.main([*options, "--config", str(config), "--ray-address", "auto"]) == 0
+        found = proposed(caplog)
+        if extracts:  # the extraction has no file of its own
+            assert found == {}
+        else:
+            assert found["pipeline.extract"].ray_address == "auto"
     caplog.clear()
     status = "fail"
     assert doctor.main(options) == 1
