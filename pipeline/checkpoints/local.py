@@ -92,13 +92,21 @@ class LocalCheckpoints:
         run leaves nothing behind."""
         end = time.monotonic() + FOLDER_SECONDS
         # a listing, because network file systems remember for long that a name did not exist
-        while not self.folder.is_dir() or temporary.name not in os.listdir(self.folder):
+        while temporary.name not in self._listed():
             if time.monotonic() > end:
                 raise StorageError(
                     f"'{temporary}', which the first worker makes, is not seen by this one: "
                     "--output must be a folder that all nodes share, or a URL"
                 )
             time.sleep(POLL_SECONDS)
+
+    def _listed(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:  # such as a stale handle of a network file system
+            raise StorageError(f"'{self.folder}': {error.strerror}") from None
 
     def _check_sizes(self, temporary: Path, files: Files) -> None:
         """Raises ``StorageError`` where a file that another worker wrote is not here as it was."""

@@ -25,9 +25,9 @@ from schemas.errors import plain_text
 MIN_BYTES = 1 << 28
 """Bytes of a share at least, on average. A worker hashes and writes them within a second or two; a
 smaller one would cost about as much in files, requests and waiting as it saves."""
-LIMIT_SECONDS = 1800.0
+LIMIT_SECONDS = 480.0
 """Seconds that the main rank, when it has written its own share, waits for the others, which are of
-equal size."""
+equal size; less than the ten minutes after which NCCL ends workers that wait for each other."""
 POLL_SECONDS = 0.5
 
 Piece = tuple[str, Any]

@@ -79,6 +79,10 @@ def test_rounding_may_grow_as_in_an_undisturbed_run(tmp_path: Path) -> None:
     drill = Drill(steps=STEPS, rounding_loss=0.005, rounding_weights=0.005)
     compare(drill, found, rows(), final, whole)
     assert drill.problems == ["losses differ", "weights differ"]
+    far = [row | {"denoising": row["denoising"] * 1.2} for row in rows()]
+    drill = Drill(steps=STEPS, rounding_loss=1.0, rounding_weights=1.0)
+    compare(drill, far, rows(), final, whole)
+    assert drill.problems == ["losses differ"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
