@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
     run = redact(f"{config.output.rstrip('/')}/{config.name}")
     captions = ("--store", redact(str(config.store))) if config.student.family == "MMDiT" else ()
     log_next("pictures", "jobs/sample.py", "--checkpoint", run, "--png", "samples.png", *captions)
-    log_next("curves and samples on a page", "pipeline.report", run, "--html", "report.html")
+    what = "curves and samples" if config.samples.every else "curves"
+    log_next(f"{what} on a page", "pipeline.report", run, "--html", "report.html")
     return 0
 
 
