@@ -65,7 +65,8 @@ def main(argv: list[str]) -> int:
     if config.diffusion.text_stream is not None:  # of several in the store
         captions += ["--text.stream", config.diffusion.text_stream]
     log_next("pictures", "jobs/sample.py", "--checkpoint", run, "--png", "samples.png", *captions)
-    log_next("curves and samples on a page", "pipeline.report", run, "--html", "report.html")
+    what = "curves and samples" if config.samples.every else "curves"
+    log_next(f"{what} on a page", "pipeline.report", run, "--html", "report.html")
     return 0
 
 

@@ -96,7 +96,9 @@ def advise(costs: Sequence[Cost], scenario: Scenario, currency: str = "USD") -> 
     if best.cut == ONLINE:
         verdict = f"The online teacher is cheaper than {store.name}"
     runs = store.break_even_runs
-    pays = "never cheaper" if runs is None else f"cheaper from run {runs:,} on"
+    # A store that costs more per run, but less once, is cheaper until the runs add up.
+    never = "cheaper for few runs only" if store.cost < online.cost else "never cheaper"
+    pays = never if runs is None else f"cheaper from run {runs:,} on"
     sentences = [
         f"The online teacher takes {100 * online.teacher_share_of_step:,.1f}% of a vanilla step: "
         "a store saves at most this share.",

@@ -36,12 +36,16 @@ def main(argv: list[str]) -> int:
     from pipeline.storage.files import redact
     from pipeline.store import Store
 
-    findings = examine(config, run_known=bool(config.model_fields_set & OF_THE_RUN))
+    run_known = bool(config.model_fields_set & OF_THE_RUN)
+    findings = examine(config, run_known=run_known)
     print(json.dumps(as_json(findings)) if config.as_json else describe(findings))
     if any(finding.status == "fail" for finding in findings):
         return 1
     sys.stdout.flush()
-    if Store.exists(str(config.store)):
+    if Store.exists(str(config.store)) and not run_known:  # the default run may not fit
+        store = redact(str(config.store))
+        log_next("configs that it can train", "pipeline.inspect", store, "--check")
+    elif Store.exists(str(config.store)):
         own = {"json", *DoctorConfig.model_fields} - set(RunConfig.model_fields)
         words = without_options(_with_worker_count(argv), own)
         log_next("the training", "jobs/train_haste.py", *words)

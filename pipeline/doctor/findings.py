@@ -67,7 +67,7 @@ def judge_clocks(answers: Answers[tuple[float, float]]) -> list[Finding]:
             "fail" if abs(answer[0]) - answer[1] > MAX_CLOCK else "ok",
             "clock",
             node,
-            f"{answer[0]:+.3f} s to the driver's, to {answer[1]:.3f} s"
+            f"{answer[0]:+.3f} s to the driver's, within {answer[1]:.3f} s"
             + (": set it by NTP" if abs(answer[0]) - answer[1] > MAX_CLOCK else ""),
         )
         for node, answer in answers.items()
@@ -97,7 +97,7 @@ def judge_free(check: str, answers: Answers[int], need: float, what: str) -> lis
         if isinstance(answer, Failure):
             findings.append(Finding("fail", check, node, answer.message))
             continue
-        found = f"{describe_bytes(answer)} free of {describe_bytes(need)} for {what}"
+        found = f"{describe_bytes(answer)} free, {describe_bytes(need)} needed for {what}"
         findings.append(Finding("ok" if answer >= need else "fail", check, node, found))
     return findings
 

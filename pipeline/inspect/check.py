@@ -31,7 +31,7 @@ from schemas.run import RunConfig
 from schemas.store import Manifest
 from schemas.validation import validate
 
-MAX_REASON = 120
+MAX_REASON = 160
 """Characters of a reason in a table."""
 MISFIT = "it does not fit this store: "
 

@@ -18,7 +18,7 @@ from pipeline.storage.files import TEMPORARY, is_local, list_tree, remove
 from pipeline.store import Store
 from pipeline.store.arrays import stream_parts
 from pipeline.store.layout import INDEX, MANIFEST, chunk_path, commit_path, tar_path
-from pipeline.text import describe_bytes
+from pipeline.text import describe_bytes, describe_hours
 from schemas.errors import plain_text
 from schemas.fields import COMMITS
 
@@ -102,7 +102,7 @@ def remove_orphans(store: Store, *, hours: float) -> Removal:
     for file in orphans.removable:
         age = _age_in_hours(store, file.path)
         if age is None or age < hours:
-            age_text = "its age is unknown" if age is None else f"only {age:.1f} h old"
+            age_text = "its age is unknown" if age is None else f"only {describe_hours(age, 2)} old"
             kept.append(file._replace(reason=f"{file.reason}; {age_text}"))
             continue
         with contextlib.suppress(FileNotFoundError):  # its writer may have renamed it

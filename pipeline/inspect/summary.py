@@ -197,11 +197,12 @@ def _describe_counts(summary: StoreSummary) -> list[str]:
     if counts is None:
         return [f"  images       {summary.samples:,}"]
     order = sorted(range(len(counts)), key=lambda number: -counts[number])
-    shown = [
-        f"{counts[n]:,} {shortened(names[n], MAX_NAME) if names else f'of class {n}'}"
-        for n in order
-        if counts[n]
-    ]
+    labels = [f"of class {number}" for number in range(len(counts))]
+    if names:  # a name that is a number looks like a second count
+        labels = [
+            f"of class {name}" if name.isdecimal() else shortened(name, MAX_NAME) for name in names
+        ]
+    shown = [f"{counts[n]:,} {labels[n]}" for n in order if counts[n]]
     kinds = f"class{'es' * (len(shown) != 1)}"
     return [f"  images       {summary.samples:,} in {len(shown)} {kinds}: {_first(shown)}"]
 

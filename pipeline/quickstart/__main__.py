@@ -91,9 +91,8 @@ def main(argv: list[str]) -> int:
             _run(command.name, command.line)
         logger.info("pictures: %s", work / "samples.png")
         page = str(work / "report.html")
-        log_next(
-            "curves and samples on a page", "pipeline.report", str(work / "run"), "--html", page
-        )
+        run = str(work / "run")
+        log_next("curves and attention on a page", "pipeline.report", run, "--html", page)
     return 0
 
 

@@ -29,7 +29,7 @@ from pipeline.report.series import (
 )
 from pipeline.runs.reader import Record, Row, number, read_run
 from pipeline.storage.files import absolute_url, open_url, redact, write_atomic
-from pipeline.text import describe_bytes, shortened
+from pipeline.text import counted, describe_bytes, shortened
 from schemas.errors import UserError
 from schemas.fields import CLASS
 from schemas.report import Attention, ReportConfig
@@ -218,7 +218,7 @@ def write_report(
             raise UserError(f"RUN '{redact(run)}' is named {count} times")
     filesystem, path = open_url(absolute_url(config.html), what="--html")
     records = [read_run(run) for run in config.runs]
-    logger.info("drawing the page of %d runs", len(records))
+    logger.info("drawing the page of %s", counted(len(records), "run"))
     report = Report(records, attention=config.attention, introduction=introduction)
     data = report.html().encode()
     write_atomic(filesystem, path, data)

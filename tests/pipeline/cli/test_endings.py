@@ -271,6 +271,9 @@ def test_an_examined_cluster_gets_its_training(
     assert doctor.main([*options, *more]) == 0
     training = proposed(caplog)["jobs/train_haste.py"]
     assert (training.store, training.workers.count, training.steps) == ("s3://a/b", 3, 9)
+    caplog.clear()
+    assert doctor.main(options[:4]) == 0
+    assert list(proposed(caplog)) == ["pipeline.inspect"]  # the default run may not fit the store
     monkeypatch.setattr("pipeline.store.Store.exists", lambda url: False)
     caplog.clear()
     assert doctor.main([*options, *more]) == 0

@@ -122,6 +122,8 @@ def test_advice_for_the_online_teacher() -> None:
     advice = advise(costs, scenario)
     assert any("online teacher is cheaper than" in sentence for sentence in advice)
     assert any("never cheaper" in sentence for sentence in advice)
+    few = [replace(costs[0], cost=costs[1].cost / 2), *costs[1:]]  # dearer per run only
+    assert any("cheaper for few runs only" in sentence for sentence in advise(few, scenario))
 
 
 def test_only_candidates_are_recommended() -> None:

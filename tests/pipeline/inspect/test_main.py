@@ -116,7 +116,7 @@ def test_a_page_begins_with_the_images_of_each_class(digits_store: Store, capsys
     most = max(sorted(set(labels)), key=labels.count)
     assert main([digits_store.url]) == 0
     line = capsys.readouterr().out.splitlines()[1]
-    start = f"  images       24 in {len(set(labels))} classes: {labels.count(most)} "
+    start = f"  images       24 in {len(set(labels))} classes: {labels.count(most)} of class "
     assert line.startswith(start)
 
 

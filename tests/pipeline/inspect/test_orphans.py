@@ -109,7 +109,7 @@ def test_json_lists_what_became_of_everything(known_store: Store, capsys: Captur
         {"path": "maps/.tmp-old", "bytes": 5, "reason": "temporary file of an interrupted writer"}
     ]
     assert [file["path"] for file in found["kept"]] == ["maps/.tmp-new"]
-    assert "only 0.5 h old" in found["kept"][0]["reason"]
+    assert "only 30 min old" in found["kept"][0]["reason"]
     assert [file["path"] for file in found["unknown"]] == ["notes.txt"]
 
 
