@@ -323,18 +323,6 @@ def _bytes_per_weight(parts: Sequence[Part], student: StudentConfig) -> float:
     return total / _weights(student)
 
 
-def _weights(student: StudentConfig) -> int:
-    from pipeline.models import make_student
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in make_student(student).parameters())
-
-
-def _bytes_per_weight(parts: Sequence[Part], student: StudentConfig) -> float:
-    total = sum(traffic.bytes for name, _, traffic in parts if name in UPDATE)
-    return total / _weights(student)
-
-
 class Counting(TorchDispatchMode):
     """Operations that would launch a kernel, and their bytes, by name."""
 
