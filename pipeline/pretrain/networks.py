@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,12 @@ from pipeline.pretrain.options import (
     BackboneConfig,
     SelfDistillConfig,
 )
-from pipeline.pretrain.self_distillation import knn_accuracies, save_teacher, self_distill
+from pipeline.pretrain.self_distillation import (
+    RAW_PIXELS,
+    knn_accuracies,
+    save_teacher,
+    self_distill,
+)
 from pipeline.storage.files import TEMPORARY, redact
 from pipeline.text import counted
 from schemas.errors import UserError
@@ -41,6 +46,8 @@ MAX_SCORED = 2000
 FEWEST = 16
 """Images of a training; fewer ones are repeated, because batch norms need several."""
 NEIGHBOURS = 20
+BLURRED_DB = 20.0
+"""PSNR of decoded images below which objects lose their outlines."""
 
 
 def train_missing(config: ExtractConfig) -> None:
@@ -131,6 +138,7 @@ def _make_teacher(path: Path, images: _Images, config: SelfDistillConfig) -> dic
             values,
             100 * chance,
         )
+        warn_of_weak_teacher(knn)
         return {"knn": knn, "guessing": chance, "images": len(labels)}
     logger.info("teacher: one class only, so no k-NN accuracy is measured")
     return {"knn": None}
@@ -147,7 +155,28 @@ def _make_autoencoder(path: Path, images: _Images, config: AutoencoderConfig) ->
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     logger.info("autoencoder: held-out images are decoded at %.1f dB (PSNR)", report.psnr_db)
+    warn_of_blur(report.psnr_db)
     return report.model_dump()
+
+
+def warn_of_weak_teacher(knn: Mapping[str, float]) -> None:
+    """Log that a teacher's features tell classes apart no better than pixels do."""
+    features = max(value for name, value in knn.items() if name != RAW_PIXELS)
+    if features <= knn[RAW_PIXELS]:
+        logger.warning(
+            "this teacher knows no more of the classes than raw pixels do, so that alignment may "
+            "not help: train it longer, or give weights of DINOv2 (--teacher.weights)"
+        )
+
+
+def warn_of_blur(psnr_db: float) -> None:
+    """Log that decoded images will lack detail."""
+    if psnr_db < BLURRED_DB:
+        logger.warning(
+            "below %g dB pictures are blurred, whatever the student learns: train the autoencoder "
+            "longer, or give another (--autoencoder)",
+            BLURRED_DB,
+        )
 
 
 def _backbone(config: ExtractConfig) -> BackboneConfig:

@@ -31,6 +31,9 @@ from pipeline.pretrain.common import (
 )
 from pipeline.pretrain.options import AugmentationConfig, BackboneConfig, SelfDistillConfig
 
+RAW_PIXELS = "raw pixels"
+"""Baseline of k-NN accuracies."""
+
 
 class Head(nn.Module):
     """DINO's projection head: three layers, an l2-normed bottleneck, unit-norm prototypes.
@@ -239,7 +242,7 @@ def knn_accuracies(backbone: Any, images: Tensor, labels: Tensor, k: int = 20) -
     features = {
         "class token": classes,
         "mean patch": patches,
-        "raw pixels": pixels - pixels.mean(),
+        RAW_PIXELS: pixels - pixels.mean(),
     }
     return {name: knn_accuracy(feature, labels, k) for name, feature in features.items()}
 

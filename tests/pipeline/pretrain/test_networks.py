@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline.autoencoders import Autoencoder
-from pipeline.pretrain.networks import _common, train_missing
+from pipeline.pretrain.networks import _common, train_missing, warn_of_blur, warn_of_weak_teacher
 from pipeline.teachers import Teacher
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
@@ -69,6 +69,20 @@ def test_both_networks_are_trained_once_and_can_be_loaded(images: Path, tmp_path
     again = Teacher(config.teacher, resolution=16, layers=(0, 1))
     first, second = teacher.vit.state_dict(), again.vit.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_weak_networks_are_named_before_hours_are_spent_on_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    knn = {"class token": 0.27, "mean patch": 0.26, "raw pixels": 0.32}
+    warn_of_weak_teacher(knn | {"mean patch": 0.33})
+    warn_of_blur(20.1)
+    assert not caplog.messages
+    warn_of_weak_teacher(knn)
+    warn_of_blur(13.2)
+    teacher, autoencoder = caplog.messages
+    assert teacher.startswith("this teacher knows no more of the classes than raw pixels do")
+    assert autoencoder.startswith("below 20 dB pictures are blurred")
 
 
 def test_networks_of_other_options_are_refused(images: Path, tmp_path: Path) -> None:
