@@ -27,7 +27,8 @@ MIN_BYTES = 1 << 28
 smaller one would cost about as much in files, requests and waiting as it saves."""
 LIMIT_SECONDS = 480.0
 """Seconds that the main rank, when it has written its own share, waits for the others, which are of
-equal size; less than the ten minutes after which NCCL ends workers that wait for each other."""
+equal size. Workers that wait for this one in a collective meanwhile are ended after 30 minutes, the
+limit that Ray Train sets."""
 POLL_SECONDS = 0.5
 
 Piece = tuple[str, Any]
