@@ -135,8 +135,14 @@ def test_the_digest_is_of_this_source() -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
-    code = main([*words, "--json", "--read-seconds", "0.05", "--all-reduce-mb", "1"])
+    """The report for a run of the demo, whose checkpoints fit the disk of any machine."""
+    demo = ("--config", str(ROOT / "jobs/configs/demo.yaml"), "--read-seconds", "0.05")
+    code = main([*words, *demo, "--json", "--all-reduce-mb", "1"])
     return code, json.loads(capsys.readouterr().out)
+
+
+def failures(report: dict[str, Any]) -> list[dict[str, str]]:
+    return [one for one in report["checks"] if one["status"] == "fail"]
 
 
 @pytest.mark.usefixtures("two_cpus")
@@ -144,9 +150,8 @@ def test_a_healthy_cluster(
     digits_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--store", digits_store.url, "--output", str(tmp_path / "runs"), "--workers", "2")
-    run_options = ("--config", str(ROOT / "jobs/configs/demo.yaml"), "--plan.tflops", "0.000001")
-    code, report = run(capsys, *words, *run_options)
-    assert (code, report["ok"]) == (0, True), report
+    code, report = run(capsys, *words, "--plan.tflops", "0.000001")
+    assert (code, report["ok"]) == (0, True), failures(report)
     checks = {one["check"]: one["status"] for one in report["checks"]}
     assert checks.pop("all-reduce") == "note"
     assert set(checks.values()) == {"ok"}
@@ -166,10 +171,9 @@ def test_a_cluster_with_faults(
     faster device than the store feeds."""
     words = ("--store", digits_store.url, "--output", "/proc/runs", "--workers", "3")
     words += ("--data.cache-dir", str(tmp_path), "--data.cache-gb", "1e9")
-    words += ("--config", str(ROOT / "jobs/configs/demo.yaml"), "--plan.tflops", "1e9")
-    code, report = run(capsys, *words, "--models", "false")
+    code, report = run(capsys, *words, "--plan.tflops", "1e9", "--models", "false")
     assert code == 1
-    failed = {one["check"]: one["found"] for one in report["checks"] if one["status"] == "fail"}
+    failed = {one["check"]: one["found"] for one in failures(report)}
     assert failed.keys() == {
         "output write",
         "cache disk",
@@ -195,7 +199,7 @@ def test_nodes_reduce_and_share_the_output(
 ) -> None:
     words = ("--store", digits_store.url, "--output", str(tmp_path), "--models", "false")
     code, report = run(capsys, *words)
-    assert code == 0, report
+    assert code == 0, failures(report)
     found = [one for one in report["checks"] if one["check"] == "all-reduce"]
     assert [one["status"] for one in found] == ["ok", "ok"]
     assert "gloo, 2 nodes" in found[0]["found"]
@@ -219,7 +223,7 @@ def test_folders_that_are_not_shared_are_found(
     words = ("--store", digits_store.url, "--output", str(tmp_path), "--models", "false")
     code, report = run(capsys, *words)
     assert code == 1
-    (failed,) = [one for one in report["checks"] if one["status"] == "fail"]
+    (failed,) = failures(report)
     assert failed["check"] == "output shared"
     assert "2 of 2 nodes made the same new file" in failed["found"]
 
@@ -232,7 +236,7 @@ def test_without_a_store_the_models_of_the_extraction_are_loaded(
     extraction = ("--extract.dataset", "demo", "--extract.teacher.weights", "/no/weights.pth")
     code, report = run(capsys, *words, *extraction)
     assert code == 1
-    (failed,) = [one for one in report["checks"] if one["status"] == "fail"]
+    (failed,) = failures(report)
     assert failed["check"] == "teacher"
     assert "/no/weights.pth" in failed["found"]
 
