@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,24 +45,40 @@ class Answer(NamedTuple):
     """Reason why it cannot be trained; if it can, an option to set."""
     command: str | None = None
     """Command that adds only what is missing; None where another store is needed."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Keys and values that the training needs beside its config."""
 
     @property
     def by_options(self) -> bool:
         """True if options of the training suffice: streams of ``alignment.others`` are named in the
         config."""
-        return self.ok and "with alignment.others." not in (self.reason or "")
+        return self.ok and all(_is_option(key) for key, _ in self.settings)
 
     @property
     def options(self) -> list[str]:
         """Options that the training needs beside its config."""
-        found = re.findall(r"with (--[\w.-]+) ([\w-]+)", self.reason or "")
-        return [word for pair in found for word in pair] if self.ok else []
+        return [word for key, value in self.settings for word in (_shown(key), value)]
 
     def __str__(self) -> str:
         line = f"{'yes' if self.ok else 'no ':<4} {self.config}"
         if self.reason is not None:
             line += f" ({self.reason})" if self.ok else f": {self.reason}"
         return line if self.command is None else f"{line}; add it with: {self.command}"
+
+
+def _is_option(key: str) -> bool:
+    """False for entries of a list, which only a config can set."""
+    return not key.startswith("alignment.others.")
+
+
+def _shown(key: str) -> str:
+    """A key as users set it."""
+    return f"--{key.replace('_', '-')}" if _is_option(key) else key
+
+
+def _chosen(setting: tuple[str, str]) -> str:
+    key, value = setting
+    return f"with {_shown(key)} {value}"
 
 
 def check_configs(store: Store, files: tuple[str, ...]) -> list[Answer]:
@@ -97,7 +112,7 @@ def config_files(named: tuple[str, ...]) -> tuple[str, ...]:
 def answers_as_json(answers: list[Answer]) -> dict[str, Any]:
     """All answers; "ok" if every config can be trained."""
     return {
-        "configs": [answer._asdict() for answer in answers],
+        "configs": [{**one._asdict(), "settings": dict(one.settings)} for one in answers],
         "ok": all(answer.ok for answer in answers),
     }
 
@@ -161,7 +176,6 @@ def _answer_captions(store: Store, file: str, config: RunConfig, incomplete: set
     """The answer for the text stream of a student that reads captions."""
     manifest, stated = store.manifest, config.diffusion.text_stream
     held = manifest.text_streams
-    option = "--diffusion.text-stream"
     failed: UserError | None = None
     for name in held if stated is None else [stated]:
         try:
@@ -170,8 +184,10 @@ def _answer_captions(store: Store, file: str, config: RunConfig, incomplete: set
             failed = error
             continue
         if name not in incomplete:
-            note = f"with {option} {name}" if stated is None and len(held) > 1 else None
-            return Answer(file, True, note)
+            if stated is not None or len(held) == 1:
+                return Answer(file, True)
+            setting = ("diffusion.text_stream", name)
+            return Answer(file, True, _chosen(setting), settings=(setting,))
         reason = f"text stream '{name}' lacks {len(store.missing_shards(name))} shards"
         return Answer(file, False, reason, _stream_command(store, name))
     if failed is not None:
@@ -240,6 +256,7 @@ def _combine(answers: list[Answer]) -> Answer:
         not failed,
         separator.join(reasons) or None,
         " && ".join(commands) or None,
+        tuple(setting for answer in chosen for setting in answer.settings),
     )
 
 
@@ -247,7 +264,7 @@ def _answer_stream(
     store: Store, file: str, alignment: StreamAlignment, incomplete: set[str], at: str
 ) -> Answer:
     """The answer for the options of one stream; ``at``: their key."""
-    option = "--alignment.stream" if at == "alignment" else f"{at}.stream"
+    key = f"{at}.stream"
     manifest = store.manifest
     held = manifest.teacher_streams
     requested = alignment.stream
@@ -257,12 +274,13 @@ def _answer_stream(
     complete = [name for name in suitable if name not in incomplete]
     if complete:
         # with one stream, or a stream in the config, there is nothing to choose
-        notes = [f"with {option} {complete[0]}"] if requested is None and len(held) > 1 else []
+        settings = ((key, complete[0]),) if requested is None and len(held) > 1 else ()
         try:
             warning = coarse_codec(store, complete[0], alignment)
         except UserError as error:  # a file of the stream cannot be read
             return Answer(file, False, str(error))
-        return Answer(file, True, "; ".join([*notes, *([warning] if warning else [])]) or None)
+        notes = [*map(_chosen, settings), *([warning] if warning else [])]
+        return Answer(file, True, "; ".join(notes) or None, settings=settings)
     if suitable:
         name = suitable[0]
         reason = f"stream '{name}' lacks {len(store.missing_shards(name))} shards"
@@ -285,7 +303,7 @@ def _answer_stream(
     except UserError as error:
         return Answer(file, False, f"{reason}; {error}")
     if held and suggested.stream != requested:
-        reason += f"; once it is added, train with {option} {suggested.stream}"
+        reason += f"; once it is added, train {_chosen((key, suggested.stream))}"
     return Answer(file, False, reason, suggested.command)
 
 

@@ -145,9 +145,10 @@ def test_an_inspection_names_the_check_and_the_check_a_training(
     assert (check.store, check.check) == (known_store.url, (str(inspection.SHIPPED),))
     config = str(ROOT / "jobs" / "configs" / "demo.yaml")
     answers = [
-        Answer("no.yaml", False, "with --steps 3"),
-        Answer("no.yaml", True, "with alignment.others.0.stream b"),  # which is not an option
-        Answer(config, True, "with --steps 5"),
+        Answer("no.yaml", False, settings=(("steps", "3"),)),
+        # which is not an option
+        Answer("no.yaml", True, settings=(("alignment.others.0.stream", "b"),)),
+        Answer(config, True, settings=(("steps", "5"),)),
     ]
     monkeypatch.setattr("pipeline.inspect.check.check_configs", lambda *_: answers)
     caplog.clear()

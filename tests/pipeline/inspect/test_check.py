@@ -133,7 +133,14 @@ def test_a_missing_layer_is_named_with_the_command_that_adds_it(
 def test_after_the_addition_the_answer_is_yes(store: Store, config: WriteConfig) -> None:
     file = config(alignment={"teacher_layers": [0, 3]})
     store = add_random_stream(store, "maps_0_3", layers=(0, 3))
-    assert check(store, file) == Answer(file, True, "with --alignment.stream maps_0_3")
+    setting = ("alignment.stream", "maps_0_3")
+    expected = Answer(file, True, "with --alignment.stream maps_0_3", settings=(setting,))
+    assert check(store, file) == expected
+    assert (expected.options, expected.by_options) == (["--alignment.stream", "maps_0_3"], True)
+    other = {"feature_depth": 2, "teacher_layers": [0, 3], "student_layers": [0, 1]}
+    several = check(store, config(alignment={"stream": "maps", "others": [other]}))
+    assert several.reason == "with alignment.others.0.stream maps_0_3"
+    assert (several.ok, several.by_options) == (True, False)  # an option cannot set it
     named = config(alignment={"teacher_layers": [0, 3], "stream": "maps_0_3"})
     assert check(store, named) == Answer(named, True)
     values = yaml.safe_load(Path(named).read_text())
@@ -257,7 +264,8 @@ def test_the_page_has_a_line_for_each_and_the_exit_code_tells(
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found.keys() == {"configs", "ok"}
-    assert found["configs"][0] == {"config": good, "ok": True, "reason": None, "command": None}
+    expected = {"config": good, "ok": True, "reason": None, "command": None, "settings": {}}
+    assert found["configs"][0] == expected
     assert [answer["ok"] for answer in found["configs"]] == [True, False]
     assert found["ok"] is False
     assert main(["--check", good, "--json", store.url]) == 0
