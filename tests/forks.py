@@ -14,6 +14,7 @@ As a program:
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -111,6 +112,7 @@ def _import(names: tuple[str, ...]) -> None:
         with suppress(Exception):  # missing or broken; without this server, clusters would hang
             __import__(name)
     assert "ray" not in sys.modules
+    gc.freeze()  # a collection in a fork would write to, and so copy, all memory shared with this
 
 
 def _run(values: dict[str, Any], files: list[int]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import socket
 import threading
@@ -26,8 +27,9 @@ from pipeline.train.trainer import Trainer
 from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
-PRELOADED = ["tests.processes", "timm"]
-"""Modules that the fork server imports, one for all tests of a process."""
+PRELOADED = ["tests.processes", "timm", "pytest", "ray.train", "torch.utils.tensorboard"]
+"""Modules that the fork server imports, once for all tests of a process; those that need Ray are
+imported beside it."""
 Around = Callable[[int], AbstractContextManager[object]]
 
 
@@ -50,9 +52,21 @@ def train_on(
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     values = config.model_dump(mode="json")
     arguments = (world_size, address, values, folder, resume, stop_at, around)
-    # the fork server imports torch, and timm and the compiler on first use, once for all processes
+    start_processes(_process, world_size, *arguments)
+
+
+def start_processes(function: Callable[..., None], world_size: int, *arguments: Any) -> None:
+    """Call ``function(rank, *arguments)`` in ``world_size`` processes, which have imported
+    ``PRELOADED``, and wait for them."""
     multiprocessing.set_forkserver_preload(PRELOADED)
-    mp.start_processes(_process, arguments, nprocs=world_size, start_method="forkserver")
+    given = (function, *arguments)
+    mp.start_processes(_started, given, nprocs=world_size, start_method="forkserver")
+
+
+def _started(rank: int, function: Callable[..., None], *arguments: Any) -> None:
+    gc.freeze()  # a collection would write to, and so copy, all memory shared with the server
+    torch.set_num_threads(1)
+    function(rank, *arguments)
 
 
 @contextmanager
@@ -81,7 +95,6 @@ def _process(
     stop_at: int | None,
     around: Around | None,
 ) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=address,

@@ -8,6 +8,7 @@ forward pass, so a training step is three.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def count(call: Callable[[], Any]) -> tuple[Any, int]:
     return result, int(counter.get_total_flops())
 
 
+@lru_cache(maxsize=64)  # counting takes as long as several steps of a small student
 def student_flops(config: StudentConfig) -> int:
     """Forward FLOPs of one image, extrapolated from one and two blocks, which are equal."""
     one, two = (_student(config.model_copy(update={"depth": depth})) for depth in (1, 2))

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from pipeline.distributed.process_group import ProcessGroup
@@ -30,6 +29,7 @@ from pipeline.train.local import train_here
 from pipeline.train.loop import TrainingLoop
 from schemas.errors import StoppedError, UserError
 from schemas.run import RunConfig
+from tests.processes import start_processes
 from tests.stores import add_class_stream, make_random_store
 
 Make = Callable[..., RunConfig]
@@ -221,7 +221,6 @@ def test_each_worker_reads_its_part_of_the_records(
 
 
 def _worker(rank: int, world: int, values: dict[str, Any], folder: str) -> None:
-    torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group(
             "gloo", f"file://{folder}/store-{world}", rank=rank, world_size=world
@@ -239,9 +238,9 @@ def test_any_number_of_workers_measures_the_same_bits(run_config: Make, tmp_path
     """With weights divided among them too."""
     values = run_config(**ON).model_dump(mode="json")
     _worker(0, 1, values, str(tmp_path))
-    mp.spawn(_worker, (3, values, str(tmp_path)), nprocs=3)
+    start_processes(_worker, 3, 3, values, str(tmp_path))
     divided = {**values, "global_batch": 6, "compute": {"shard": "fsdp2"}}
-    mp.spawn(_worker, (2, divided, str(tmp_path)), nprocs=2)
+    start_processes(_worker, 2, 2, divided, str(tmp_path))
     texts = {path.read_text() for path in tmp_path.glob("event-*.json")}
     assert len(list(tmp_path.glob("event-*.json"))) == 6
     assert len(texts) == 1
