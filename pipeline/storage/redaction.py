@@ -16,9 +16,10 @@ _USER_INFO_WITH_SLASH = re.compile(r"(?<=://)[^/\s:@]+:(?!\d{1,5}(?:[/\s\"']|$))
 _BARE_USER_INFO = re.compile(r"(?<![^\s\"'(=])[^\s\"'/:@(=]+:(?!//|:)[^\s\"']+@(?=[\w.-])")
 _QUERY = re.compile(r"\?\S*?(?=[\"')>]*(?:\s|$))")
 _TAGGED = re.compile(rf"<(\w*{_SECRET_NAME}\w*)>[^<]*<", re.IGNORECASE)
-# NAME=value, 'name': 'value', Name: value; a value runs to its quote, else to the next space.
+# NAME=value, 'name': 'value', Name: value; a value runs to its quote, else to the next space. Names
+# are tried from their beginning alone, because from each letter of a long text it takes minutes.
 _ASSIGNED = re.compile(
-    rf"""([\w.-]*{_SECRET_NAME}[\w.-]*["']?\s*[=:]\s*)("[^"]*"|'[^']*'|(?:Bearer\s+)?[^\s,;&"']+)""",
+    rf"""((?<![\w.-])(?=[\w.-]*?{_SECRET_NAME})[\w.-]++["']?\s*[=:]\s*)("[^"]*"|'[^']*'|(?:Bearer\s+)?[^\s,;&"']+)""",
     re.IGNORECASE,
 )
 _AUTHORIZATION = re.compile(r"(authorization[\"']?\s*[=:]\s*)[^\n]*", re.IGNORECASE)
