@@ -1,8 +1,9 @@
 # `make demo` and `make test` share one virtual environment at .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Several processes with one thread each; files are not divided among them, and keep their order.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Several processes with one thread each; files are not divided among them, and keep their order. The
+# many processes that tests start must not compile the project again where bytecode is switched off.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-quick test-slow lint types schema install lock
 
