@@ -42,7 +42,7 @@ class BackgroundCheckpoints:
         self._save = save
         self._memory = HostMemory(device)
         self._enabled = enabled
-        self._written: Future[None] | None = None
+        self._writing: tuple[Future[None], threading.Thread] | None = None
 
     def __enter__(self) -> BackgroundCheckpoints:
         return self
@@ -85,23 +85,27 @@ class BackgroundCheckpoints:
             else:
                 written.set_result(None)
 
-        self._written = written
-        threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True).start()
+        thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
+        self._writing = written, thread
+        thread.start()
         return event
 
     def check(self) -> None:
         """Raise the error of a write that has failed. Does not wait."""
-        if self._written is not None and self._written.done():
+        if self._writing is not None and self._writing[0].done():
             self.wait()
 
     def wait(self) -> None:
         """Wait until nothing is being written. Raises the error of the write."""
-        if self._written is not None:
+        if self._writing is not None:
+            written, thread = self._writing
             try:
-                self._written.result()
+                written.result()
             finally:
-                if self._written.done():
-                    self._written = None
+                if written.done():
+                    self._writing = None
+                    # its last act is to free tensors, which aborts a process that is ending
+                    thread.join()
 
 
 class HostMemory:

@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,6 +357,21 @@ def test_termination_validation_and_summary_wait(
     assert order("written 4") < order("validated")
     assert order("written 6") == len(steps.events) - 1
     assert (tmp_path / "summary.json").exists()
+
+
+def test_no_thread_outlives_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that frees tensors while the interpreter ends would abort the process."""
+
+    class Slow(Future[None]):
+        def set_result(self, result: None) -> None:
+            super().set_result(result)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(background, "Future", Slow)
+    checkpoints = BackgroundCheckpoints(lambda step, contents: None, torch.device("cpu"))
+    checkpoints.save(7, CheckpointContents({}, {"a": torch.ones(3)}, {}, None))
+    checkpoints.wait()
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint-7"]
 
 
 @pytest.mark.parametrize(("failing", "last"), [(2, 4), (6, 6)])
