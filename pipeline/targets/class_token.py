@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.store import Store, StreamReader
 from pipeline.store.codecs import decoder_of
+from schemas.alignment import AlignmentConfig
 from schemas.store import Manifest
 
 
@@ -20,7 +21,7 @@ class ClassTokens:
         """``name``: a class stream, or a teacher stream whose teacher's tokens are wanted. Raises
         ``UserError`` where the store has none."""
         self.stream, info = manifest.class_stream(name)
-        self.width = info.teacher.width
+        self.teacher = info.teacher
         # looked up here, because the compiler cannot trace the lookup
         self._decode = decoder_of("class_token", info.columns["class_token"])
 
@@ -28,6 +29,17 @@ class ClassTokens:
         """float32 (B, D) from the stream's stored arrays (B, ...), neither scaled nor normalised
         (REG, arXiv 2507.01467, section 3)."""
         return self._decode(columns).float()
+
+    def aligned_streams(self, alignment: AlignmentConfig, manifest: Manifest) -> list[int]:
+        """Numbers of the aligned streams whose feature loss aligns the token too: of the same
+        teacher, and with a place for it."""
+        return [
+            number
+            for number, options in enumerate(alignment.streams)
+            # a convolution has no place for it, and the token is that after the final norm
+            if (options.projector, options.target) == ("mlp", "final")
+            and manifest.teacher_stream(options.stream)[1].teacher.same_network(self.teacher)
+        ]
 
 
 def read_class_tokens(

@@ -114,7 +114,7 @@ def build_run(
         config, store, group, measure_entropy=trigger.needs_entropy, initialise=not resumes
     )
     meter = StepMeter(group, config.global_batch, trainer.module.losses)
-    tokens, captions = trainer.class_tokens, trainer.captions
+    tokens, captions = trainer.inputs.class_tokens, trainer.inputs.captions
     identity = store_identity(
         store,
         config.alignment,
@@ -214,7 +214,7 @@ def _open_loader(
     needed_until = {} if last is None else dict.fromkeys(teacher_streams, last)
     loader = BatchLoader(
         store,
-        [*trainer.data_streams, *teacher_streams],
+        [*trainer.inputs.streams, *teacher_streams],
         order,
         global_batch=config.global_batch,
         rank=group.rank,
@@ -222,7 +222,7 @@ def _open_loader(
         start_step=trainer.step,
         needed_until=needed_until,
         agree=group.union,
-        allocate=trainer.feed.allocate,
+        allocate=trainer.inputs.feed.allocate,
         caption_drop=config.diffusion.label_drop,
         **loader_options(config.data),
     )
@@ -240,7 +240,7 @@ def _open_validation_loss(
 
 
 def _open_validator(trainer: Trainer, store: Store, folder: Path) -> Validator | None:
-    config, captions = trainer.config, trainer.captions
+    config, captions = trainer.config, trainer.inputs.captions
     if config.samples.every is None and config.samples.evaluate.images is None:
         return None
     from pipeline.train.validation.runner import Validator  # diffusers takes seconds to import

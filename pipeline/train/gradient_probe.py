@@ -66,8 +66,8 @@ class GradientProbe:
         begin, end = rank_slice(total, trainer.group.rank, trainer.group.world_size)
         reader = SampleReader(
             self.store,
-            [*trainer.data_streams, *trainer.teacher_streams],
-            trainer.captions,
+            [*trainer.inputs.streams, *trainer.teacher_streams],
+            trainer.inputs.captions,
             seed=trainer.config.seed,
             drop=trainer.config.diffusion.label_drop,
         )

@@ -367,7 +367,7 @@ class TrainingLoop:
     def _text_encoder(self) -> dict[str, Any]:
         """The entry of ``state.json`` for a student that reads captions, so that it can be given
         others without its store."""
-        captions = self.trainer.captions
+        captions = self.trainer.inputs.captions
         return {} if captions is None else {TEXT_ENCODER: captions.encoder_info.model_dump()}
 
     def _bytes_read(self) -> dict[str, dict[str, int]]:

@@ -60,7 +60,7 @@ class TrainerSteps:
         self.trainer = trainer
         self.data = data
         if trainer.group.device.type == "cuda":  # the loader reads into memory that is pinned
-            self.data = data._replace(columns=pinned(data.columns, trainer.feed))
+            self.data = data._replace(columns=pinned(data.columns, trainer.inputs.feed))
 
     def take(self, count: int) -> None:
         size = self.data.batch

@@ -80,11 +80,11 @@ class Steps:
         self.teacher_streams = self.trainer.teacher_streams
         self.loader = BatchLoader(
             store,
-            [*self.trainer.data_streams, *self.teacher_streams],
+            [*self.trainer.inputs.streams, *self.teacher_streams],
             self.order,
             global_batch=config.global_batch,
             threads=config.data.threads,
-            allocate=self.trainer.feed.allocate,
+            allocate=self.trainer.inputs.feed.allocate,
         )
         self.probe = GradientProbe(self.trainer, store, self.order)
         self._batches: Iterator[Batch] = iter(self.loader)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.store import Store
+from pipeline.train.optimizer import ClippedAdamW
 from pipeline.train.trainer import Trainer
 from tests.gpu.steps import open_steps
 
@@ -21,7 +22,7 @@ def trained(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Results of 3 steps, then weights, and moments and step counts."""
     with monkeypatch.context() as patch, open_steps(store, CPU, changes) as steps:
-        patch.setattr(Trainer, "_clips_in_optimizer", folded)
+        patch.setattr(ClippedAdamW, "clips_in_update", folded)
         results = steps.take(3)
         optimizer = steps.trainer.optimizer
         assert (getattr(optimizer, "grad_scale", None) is not None) == folded
@@ -60,7 +61,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     stores: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     total = Trainer.total
-    monkeypatch.setattr(Trainer, "_clips_in_optimizer", True)
+    monkeypatch.setattr(ClippedAdamW, "clips_in_update", True)
     with open_steps(stores("maps"), CPU, {"train": {"on_nan": "skip_step"}}) as steps:
         steps.take(1)
         trainer = steps.trainer

@@ -19,6 +19,7 @@ from pipeline.models.ema import Ema
 from pipeline.models.sit import SiT
 from pipeline.store import Store
 from pipeline.targets.cuts import encode_values
+from pipeline.train.inputs import InputBuilder
 from schemas.diffusion import SamplerConfig
 from schemas.student import StudentConfig
 from tests.encoded import encode
@@ -30,7 +31,7 @@ pytestmark = needs_cuda_build
 Patch = tuple[Any, str, Callable[..., Any]]
 total_norm = torch.nn.utils.get_total_norm
 forward = SiT.forward
-inputs = trainer.Trainer._inputs
+build = InputBuilder.build
 
 
 def norm_is_read(gradients: Any) -> Tensor:
@@ -80,9 +81,9 @@ STEP_FAULTS: dict[str, tuple[Patch, Literal["wait", "race", "device"]]] = {
     "a buffer on the CPU": ((SiT, "forward", table_on_the_cpu), "device"),
     "times on the CPU": (
         (
-            trainer.Trainer,
-            "_inputs",
-            lambda self, *args, **kw: inputs(self, *args, **kw)._replace(time=torch.zeros(4)),
+            InputBuilder,
+            "build",
+            lambda self, *args: build(self, *args)._replace(time=torch.zeros(4)),
         ),
         "device",
     ),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.store import Store
+from pipeline.train.optimizer import ClippedAdamW
 from pipeline.train.step_graph import WARM_UP, StepGraph
-from pipeline.train.trainer import Trainer
 from schemas.errors import UserError
 from tests.gpu.cpu_graph import cpu_graphs
 from tests.gpu.fake_gpu import CUDA, FakeGpu, needs_cuda_build
@@ -66,7 +66,7 @@ def test_replayed_steps_are_those_of_python(
     if cut in {"reg", "text"}:
         store, options = {"reg": reg, "text": text}[cut](store)
     changes = {**options, **changes, "steps": 2 * PHASE, "optimizer": {"max_grad_norm": 0.05}}
-    monkeypatch.setattr(Trainer, "_clips_in_optimizer", clips)
+    monkeypatch.setattr(ClippedAdamW, "clips_in_update", clips)
     with open_steps(store, CPU, changes) as steps:
         expected = both_phases(steps)
     with open_steps(store, CPU, changes) as steps, cpu_graphs() as graphs:

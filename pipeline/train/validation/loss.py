@@ -20,8 +20,9 @@ from pipeline.store import Batch, Store
 from pipeline.store.errors import DamagedShardError
 from pipeline.store.reading.holdout import RankedSamples, ranked_samples
 from pipeline.train.captions import SampleReader
+from pipeline.train.inputs import Inputs
 from pipeline.train.noise import SampleNoise, draw
-from pipeline.train.trainer import Inputs, Trainer
+from pipeline.train.trainer import Trainer
 from pipeline.train.validation.schedule import Pause, is_due
 from schemas.alignment import AlignmentConfig
 from schemas.errors import UserError
@@ -79,7 +80,7 @@ class ValidationLoss:
         loss of the class token. A loss that is not finite, or of no readable sample, is None."""
         trainer, times = self.trainer, self.options.times
         students = {"ema": trainer.averaged_student(), "model": trainer.trained_student()}
-        kinds = ["", "_class_token"][: 1 if trainer.class_tokens is None else 2]
+        kinds = ["", "_class_token"][: 1 if trainer.inputs.class_tokens is None else 2]
         shape = (len(students), len(kinds), len(times), len(self.samples.ranks))
         table = torch.zeros(shape, device=trainer.group.device)
         if self._batches is None:
@@ -135,10 +136,8 @@ class ValidationLoss:
         """This rank's batches, with their places in the order of ranks."""
         group, config = self.trainer.group, self.trainer.config
         batches = plan_batches(len(self.samples.ranks), self.options.batch_size)
-        trainer, seed = self.trainer, self.options.seed  # no caption is dropped
-        reader = SampleReader(
-            self.store, trainer.data_streams, trainer.captions, seed=seed, drop=0.0
-        )
+        inputs, seed = self.trainer.inputs, self.options.seed  # no caption is dropped
+        reader = SampleReader(self.store, inputs.streams, inputs.captions, seed=seed, drop=0.0)
         for batch in batches[group.rank :: group.world_size]:
             places = np.arange(batch.first, batch.first + batch.count)
             columns, places = self._readable(reader, places)
@@ -191,10 +190,10 @@ class ValidationLoss:
                 f"validation.store {other.shown_url} holds the images that the run is trained on: "
                 "set data.holdout instead"
             )
-        tokens = self.trainer.class_tokens
-        stream = None if tokens is None else tokens.stream
+        inputs = self.trainer.inputs
+        stream = None if inputs.class_tokens is None else inputs.class_tokens.stream
         other.require_complete("latents", *([] if stream is None else [stream]))
-        captions = None if self.trainer.captions is None else self.trainer.captions.stream
+        captions = None if inputs.captions is None else inputs.captions.stream
         wanted, found = (_identity(store, stream, captions) for store in (own, other))
         for name in {**wanted, **found}:
             if not name.startswith(STORE_ONLY) and wanted.get(name) != found.get(name):

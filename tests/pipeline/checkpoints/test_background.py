@@ -32,6 +32,7 @@ from pipeline.storage.files import StorageError, publish
 from pipeline.train import ray_trainer
 from pipeline.train.local import train_here
 from pipeline.train.loop import TrainingLoop, run_training, train
+from pipeline.train.optimizer import ClippedAdamW
 from pipeline.train.trainer import Trainer
 from schemas.errors import NonFiniteError, StoppedError, UserError
 from schemas.run import RunConfig
@@ -474,12 +475,12 @@ def test_the_next_update_waits_for_the_copy_on_the_device(
     event: Any = SimpleNamespace(
         wait=lambda: order.append("wait"), synchronize=lambda: order.append("copied")
     )
-    update, losses, copy = Trainer._optimizer_step, Trainer.losses, HostMemory.copy
+    update, losses, copy = ClippedAdamW.update, Trainer.losses, HostMemory.copy
 
     def noted(name: str, call: Any) -> Any:
-        def noting(*arguments: Any) -> Any:
+        def noting(*arguments: Any, **options: Any) -> Any:
             order.append(name)
-            return call(*arguments)
+            return call(*arguments, **options)
 
         return noting
 
@@ -489,7 +490,7 @@ def test_the_next_update_waits_for_the_copy_on_the_device(
         order.append("copy")
         return held[0], event
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", noted("update", update))
+    monkeypatch.setattr(ClippedAdamW, "update", noted("update", update))
     monkeypatch.setattr(Trainer, "losses", noted("losses", losses))
     monkeypatch.setattr(HostMemory, "copy", on_a_stream)
     off = {"feature_weight": 0, "attention_weight": 0, "termination": None}

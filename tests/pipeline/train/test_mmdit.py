@@ -304,9 +304,9 @@ def test_token_ids_are_encoded_by_the_trainer(
         batch = batch_of(store, config, ["latents", "text"])
         found[keep] = trainer.inputs(batch).condition, trainer.module.student.null_context
         assert batch.columns["text"]["dropped"].any()
-        assert trainer.captions.encoder_info.weights_sha256 is not None
+        assert trainer.inputs.captions.encoder_info.weights_sha256 is not None
         if keep == "tokens":
-            encoder = trainer.captions.encoder
+            encoder = trainer.inputs.captions.encoder
             monkeypatch.delattr("pipeline.sampling.prompts.open_recorded")  # it loads another
             embedder = _open_validator(trainer, store, tmp_path).grids.sampler.embedder
             assert torch.equal(embedder(range(1)).captions, encoder(["a red car"]))

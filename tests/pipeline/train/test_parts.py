@@ -73,7 +73,7 @@ def test_students_see_latents_normalised_by_the_manifest(
     trainer = Trainer(run_config(), store, ProcessGroup())
     order = SampleOrder(0, random_store.index().samples_per_shard)
     (batch,) = GradientProbe(trainer, store, order)._batches(22)
-    draws = trainer.draws(batch.positions)
+    draws = trainer.inputs.draws(batch.positions)
     found = trainer.inputs(batch, draws, time=0.0).noisy  # without noise
     stored = batch.columns["latents"]
     z = stored["mean"].astype(float) + stored["std"].astype(float) * draws.posterior.numpy()

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from pipeline.runs.metrics import read_metrics
 from pipeline.store import Batch, BatchLoader, SampleOrder, Store
 from pipeline.store.reading.batch_loader import rank_slice
+from pipeline.train.inputs import split_batch
 from pipeline.train.noise import draw
-from pipeline.train.trainer import split_batch
 from schemas.run import RunConfig
 from tests.processes import train_on
 
