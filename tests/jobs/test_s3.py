@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.extract.__main__ import main
 from pipeline.store import Store
 from schemas.extract import PRESETS
 from tests.forks import COMMAND
@@ -54,7 +55,8 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def extract(source: Path, store: str, **environment: str) -> subprocess.Popen[str]:
+def options_of(source: Path, store: str) -> list[str]:
+    """Options of an extraction of ``source``."""
     demo = PRESETS["demo"]
     options = {
         "dataset": "folder",
@@ -74,8 +76,11 @@ def extract(source: Path, store: str, **environment: str) -> subprocess.Popen[st
             for k, v in demo["teacher"]["model_args"].items()
         },
     }
-    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return command("-m", "pipeline.extract", *arguments, **environment)
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def extract(source: Path, store: str, **environment: str) -> subprocess.Popen[str]:
+    return command("-m", "pipeline.extract", *options_of(source, store), **environment)
 
 
 def train(store: str, output: str, steps: int) -> subprocess.Popen[str]:
@@ -98,6 +103,7 @@ def train(store: str, output: str, steps: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("two_cpus")
 def test_extract_through_an_outage_then_train_resume_and_inspect(
     s3: SeaweedFS, source: Path, tmp_path: Path
 ) -> None:
@@ -114,8 +120,7 @@ def test_extract_through_an_outage_then_train_resume_and_inspect(
     assert "trying again for up to" in output
     assert store.missing_shards() == []
 
-    undisturbed = extract(source, str(tmp_path / "local"))
-    assert undisturbed.wait(240) == 0, finish(undisturbed)
+    assert main(options_of(source, str(tmp_path / "local"))) == 0  # undisturbed
     local = all_files(tmp_path / "local")
     remote = {
         path.removeprefix(f"{store.root}/"): store.filesystem.cat_file(path)
