@@ -20,6 +20,8 @@ from pydantic import BaseModel
 import jobs.evaluate
 import jobs.experiments.matrix
 import jobs.export
+import jobs.pretrain.autoencoder
+import jobs.pretrain.self_distill
 import jobs.sample
 import jobs.train_haste
 import pipeline.convert.__main__ as conversion
@@ -310,6 +312,26 @@ def test_an_experiment_names_its_page(
     words = proposed(caplog)["jobs/experiments/page.py"]
     with pytest.raises(SystemExit):
         parse(PageConfig, words)
+
+
+def test_a_pretraining_names_an_extraction_with_its_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "of mine"
+    report = SimpleNamespace(model_dump_json=lambda indent: "{}")
+    network = SimpleNamespace(parameters=lambda: [], save_pretrained=lambda path: None)
+    module = "pipeline.pretrain.self_distillation"
+    monkeypatch.setattr(
+        "pipeline.pretrain.kl_autoencoder.train_autoencoder", lambda *_: (network, report)
+    )
+    monkeypatch.setattr(f"{module}.self_distill", lambda *_: network)
+    monkeypatch.setattr(f"{module}.knn_accuracies", lambda *_: {})
+    monkeypatch.setattr(f"{module}.save_teacher", lambda *_: None)
+    assert jobs.pretrain.autoencoder.main(["--out", str(path)]) == 0
+    assert proposed(caplog)["pipeline.extract"].autoencoder == str(path)
+    caplog.clear()
+    assert jobs.pretrain.self_distill.main(["--out", str(path)]) == 0
+    assert proposed(caplog)["pipeline.extract"].teacher.weights == str(path)
 
 
 def test_lines_run_in_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

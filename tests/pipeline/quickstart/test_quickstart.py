@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli.config_files import read_yaml
+from pipeline.cli.options import parse_options
 from pipeline.datasets import list_images, open_reader
 from pipeline.quickstart import proposal
 from pipeline.quickstart.__main__ import _name, main
@@ -31,6 +32,7 @@ from pipeline.quickstart.machine import Machine
 from pipeline.quickstart.survey import survey_source
 from schemas.errors import UserError
 from schemas.extract import ExtractConfig
+from schemas.report import ReportConfig
 from schemas.run import RunConfig
 from schemas.validation import validate
 
@@ -461,6 +463,26 @@ def test_the_printed_plan_knows_networks_that_are_not_trained_yet(
     assert extract([*words[3:], "--json"]) == 0
     estimate = json.loads(capsys.readouterr().out)
     assert any("networks/autoencoder' is trained first" in note for note in estimate["notes"])
+
+
+def test_a_whole_run_ends_on_the_page_of_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    grey_digits(tmp_path / "g")
+    ran: list[str] = []
+    monkeypatch.setattr("pipeline.quickstart.machine.look_at_machine", lambda work: CPU)
+    monkeypatch.setattr("pipeline.quickstart.__main__._run", lambda name, line: ran.append(name))
+    monkeypatch.setattr(proposal, "at_hand", lambda *_: "is not in the cache")
+    caplog.set_level("INFO")
+    work = tmp_path / "of mine"
+    options = ["--source", str(tmp_path / "g"), "--work", str(work), "--hours", "0.01", "--run"]
+    assert main(options) == 0
+    assert ran == ["extract", "train", "sample"]
+    line = caplog.messages[-1].removeprefix("next, curves and attention on a page: ")
+    words = shlex.split(line)
+    assert words[1:3] == ["-m", "pipeline.report"]
+    page = parse_options(ReportConfig, words[3:], command="test", about="", positional="runs")
+    assert (page.runs, page.html) == ((str(work / "run"),), str(work / "report.html"))
 
 
 @pytest.mark.slow
