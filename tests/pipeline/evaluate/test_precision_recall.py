@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
+from pipeline.evaluate import precision_recall as module
 from pipeline.evaluate.precision_recall import precision_recall
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Products as on CPUs with and without bfloat16."""
+    chosen: torch.dtype = request.param
+    monkeypatch.setattr(module, "_dtype", lambda device: chosen)
+    return chosen
 
 
 def _brute_force(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, float]:
@@ -24,10 +34,9 @@ def _brute_force(samples: np.ndarray, reference: np.ndarray, k: int) -> tuple[fl
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_blocks_agree_with_brute_force_and_torch_fidelity(
-    k: int, monkeypatch: pytest.MonkeyPatch
+    k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_ROWS", 7)
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_COLUMNS", 11)
+    monkeypatch.setattr(module, "BLOCK", 7)
     rng = np.random.default_rng(k)
     samples = rng.standard_normal((50, 4)).astype(np.float32)
     reference = (1.3 * rng.standard_normal((64, 4)) + 0.7).astype(np.float32)
@@ -56,7 +65,7 @@ def test_one_of_two_modes_has_full_precision_and_half_recall() -> None:
     assert precision_recall(reference, one) == (0.5, 1)
 
 
-def test_copies_are_at_distance_zero() -> None:
+def test_copies_are_at_distance_zero(dtype: torch.dtype) -> None:
     """A generator that repeats one image: balls of radius 0 contain only that image."""
     rng = np.random.default_rng(2)
     reference = (rng.standard_normal((20, 300)) + 50).astype(np.float32)
@@ -75,13 +84,14 @@ def test_memory_maps_are_accepted_and_few_points_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("pairs", [1.0, 0.0])
-def test_ties_are_decided_in_float64(k: int, pairs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_are_decided_in_float64(
+    k: int, pairs: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Points of a coarse lattice far from zero: most distances equal a radius, and many points
     have copies. ``pairs`` 1 compares pair by pair, 0 whole blocks."""
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_ROWS", 16)
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.BLOCK_COLUMNS", 40)
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.PAIRS", 32)
-    monkeypatch.setattr("pipeline.evaluate.precision_recall.MAX_PAIRS", pairs)
+    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(module, "ROWS", 32)
+    monkeypatch.setattr(module, "MAX_PAIRS", pairs)
     rng = np.random.default_rng(k)
     samples = rng.integers(0, 4, (90, 3)).astype(np.float32) + 4096
     reference = rng.integers(1, 6, (70, 3)).astype(np.float32) + 4096
@@ -90,7 +100,7 @@ def test_ties_are_decided_in_float64(k: int, pairs: float, monkeypatch: pytest.M
     assert 0 < found[1] < found[0]
 
 
-def test_float64_decides_what_float32_cannot() -> None:
+def test_float64_decides_what_float32_cannot(dtype: torch.dtype) -> None:
     """A point that is 1e-9 nearer, or farther, than the radius of a ball among points that are
     100 away, for which float32 has errors of 1e-3."""
     reference = np.array([[0.0], [1.0], [100.0], [103.0]])
@@ -100,3 +110,105 @@ def test_float64_decides_what_float32_cannot() -> None:
         found.append(precision_recall(samples, reference, 1))
         assert found[-1] == _brute_force(samples, reference, 1)
     assert [precision for precision, _ in found] == [0.25, 0]
+
+
+def _points(kind: str, count: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    points = rng.standard_normal((count, width))
+    if kind == "copies":
+        points = points[rng.integers(0, count // 4, count)]
+    elif kind == "one point":
+        points = np.full_like(points, 7)
+    elif kind == "far from zero":
+        points += 1e4
+    elif kind == "huge":
+        points *= 1e25
+    elif kind == "tiny":
+        points *= 1e-30
+    elif kind == "outliers":
+        points[::9] *= 1e3
+    elif kind == "two modes":
+        points += 1e3 * rng.integers(0, 2, (count, 1))
+    elif kind == "lattices far apart":
+        points = rng.integers(0, 3, (count, width)) + 4096.0 * rng.integers(0, 2, (count, 1))
+    else:
+        assert kind == "normal"
+    return points
+
+
+@pytest.mark.parametrize("candidates", [0, 2, 100])
+@pytest.mark.parametrize(
+    "kind",
+    ["normal", "copies", "one point", "far from zero", "huge", "tiny", "outliers", "two modes"]
+    + ["lattices far apart"],
+)
+def test_all_kinds_of_points_agree_with_brute_force(
+    kind: str, candidates: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets with points in common, of one and of many blocks, down to one point more than k;
+    ``candidates`` 0 computes all radii by products in float64."""
+    monkeypatch.setattr(module, "MAX_CANDIDATES", candidates)
+    rng = np.random.default_rng(len(kind))
+    for k, count, width, block in ((1, 40, 3, 16), (3, 61, 200, 13), (4, 5, 2, 64), (5, 50, 1, 64)):
+        monkeypatch.setattr(module, "BLOCK", block)
+        samples, reference = (
+            _points(kind, size, width, rng).astype(np.float32) for size in (count, count + 17)
+        )
+        reference[: count // 3] = samples[: count // 3]
+        expected = _brute_force(samples.astype(np.float64), reference.astype(np.float64), k)
+        assert precision_recall(samples, reference, k) == expected
+        assert precision_recall(samples, samples, k) == (1, 1)
+
+
+@pytest.mark.parametrize("width", [1, 3, 2048, 50_000])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_bounds_enclose_the_distances(width: int, mean: float, dtype: torch.dtype) -> None:
+    """Exactly, for points near the centre and for points for which a product loses most digits; in
+    bfloat16 half of the bound is reached."""
+    rng = np.random.default_rng(width)
+    one, other = (rng.standard_normal((n, width)).astype(np.float32) + mean for n in (30, 20))
+    points = [
+        module._Points(array.astype(np.float32), torch.zeros(width), 1 / 64, dtype)
+        for array in (one, other)
+    ]
+    rows, columns = slice(4, 30), slice(1, 20)
+    products = points[0].rounded(rows) @ points[1].rounded(columns).T
+    block = module._Block.of(points[0], rows, points[1], columns, products)
+    mode = "donot_use_mm_for_euclid_dist"
+    exact = torch.cdist(points[0].exact(rows), points[1].exact(columns), compute_mode=mode).square()
+    slack_A, slack_B = block.slack()
+    assert (block.least <= exact).all()
+    assert (block.least + slack_A[:, None] + slack_B >= exact).all()
+    i, j = torch.ones_like(products).nonzero(as_tuple=True)
+    least, most = module._bounds(points[0], i + 4, points[1], j + 1, products.flatten())
+    assert (least <= exact.flatten()).all()
+    assert (most >= exact.flatten()).all()
+    assert (least >= block.least.flatten()).all()
+    if dtype == torch.bfloat16 and width == 3:
+        middle, half = (least + most) / 2, (most - least) / 2
+        assert ((exact.flatten() - middle).abs() / half).max() > 0.5
+
+
+def test_few_pairs_need_float64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+    distances = module._distances
+
+    def counted(left: Any, i: torch.Tensor, right: Any, j: torch.Tensor) -> torch.Tensor:
+        nonlocal compared
+        compared += len(i)
+        return distances(left, i, right, j)
+
+    monkeypatch.setattr(module, "_distances", counted)
+    rng = np.random.default_rng(0)
+    samples, reference = rng.standard_normal((2, 1500, 64)).astype(np.float32)
+    precision_recall(samples, reference)
+    assert 3000 <= compared <= 3000 * (1.1 if dtype == torch.float32 else 3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
+    points = np.ones((5, 2), np.float32)
+    damaged = points.copy()
+    damaged[4, 1] = value
+    for sets in ((points, damaged), (damaged, points)):
+        with pytest.raises(ValueError, match="not finite"):
+            precision_recall(*sets)
