@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
+from tqdm import tqdm
 
 from pipeline.evaluate import precision_recall as module
 from pipeline.evaluate.precision_recall import precision_recall
@@ -118,7 +119,7 @@ def _points(kind: str, count: int, width: int, rng: np.random.Generator) -> np.n
         points = points[rng.integers(0, count // 4, count)]
     elif kind == "one point":
         points = np.full_like(points, 7)
-    elif kind == "far from zero":
+    elif kind == "far":
         points += 1e4
     elif kind == "huge":
         points *= 1e25
@@ -128,7 +129,7 @@ def _points(kind: str, count: int, width: int, rng: np.random.Generator) -> np.n
         points[::9] *= 1e3
     elif kind == "two modes":
         points += 1e3 * rng.integers(0, 2, (count, 1))
-    elif kind == "lattices far apart":
+    elif kind == "lattices":
         points = rng.integers(0, 3, (count, width)) + 4096.0 * rng.integers(0, 2, (count, 1))
     else:
         assert kind == "normal"
@@ -138,8 +139,7 @@ def _points(kind: str, count: int, width: int, rng: np.random.Generator) -> np.n
 @pytest.mark.parametrize("candidates", [0, 2, 100])
 @pytest.mark.parametrize(
     "kind",
-    ["normal", "copies", "one point", "far from zero", "huge", "tiny", "outliers", "two modes"]
-    + ["lattices far apart"],
+    ["normal", "copies", "one point", "far", "huge", "tiny", "outliers", "two modes", "lattices"],
 )
 def test_all_kinds_of_points_agree_with_brute_force(
     kind: str, candidates: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -148,7 +148,13 @@ def test_all_kinds_of_points_agree_with_brute_force(
     ``candidates`` 0 computes all radii by products in float64."""
     monkeypatch.setattr(module, "MAX_CANDIDATES", candidates)
     rng = np.random.default_rng(len(kind))
-    for k, count, width, block in ((1, 40, 3, 16), (3, 61, 200, 13), (4, 5, 2, 64), (5, 50, 1, 64)):
+    for k, count, width, block in (
+        (1, 40, 3, 16),
+        (3, 61, 200, 13),
+        (4, 5, 2, 64),
+        (5, 50, 1, 64),
+        (5, 8, 2, 3),
+    ):
         monkeypatch.setattr(module, "BLOCK", block)
         samples, reference = (
             _points(kind, size, width, rng).astype(np.float32) for size in (count, count + 17)
@@ -157,6 +163,17 @@ def test_all_kinds_of_points_agree_with_brute_force(
         expected = _brute_force(samples.astype(np.float64), reference.astype(np.float64), k)
         assert precision_recall(samples, reference, k) == expected
         assert precision_recall(samples, samples, k) == (1, 1)
+
+
+def test_points_are_not_their_own_neighbours_in_blocks_smaller_than_k(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", 3)
+    array = np.random.default_rng(0).standard_normal((10, 2)).astype(np.float32)
+    points = module._Points(array, torch.zeros(2), 1 / 8, dtype)
+    points.find_radii(5, tqdm(disable=True))
+    distances = np.linalg.norm(array[:, None].astype(np.float64) - array, axis=-1)
+    assert points.radii.sqrt().numpy() * 8 == pytest.approx(np.sort(distances, 1)[:, 5])
 
 
 @pytest.mark.parametrize("width", [1, 3, 2048, 50_000])
