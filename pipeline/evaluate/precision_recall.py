@@ -108,6 +108,7 @@ class _Points:
         """(N,) float64: squared lengths."""
         self.lengths, self.errors = self.squares.sqrt(), errors.sqrt()
         single = torch.finfo(torch.float32).eps
+        # twice the bound by D roundings; a result is rounded once more to the dtype
         self.sum_error = array_ND.shape[1] * single
         self.product_error = 0.51 * torch.finfo(dtype).eps
         ratio = float((self.errors / self.lengths.clamp(min=TINY)).max())
@@ -120,9 +121,11 @@ class _Points:
         """(N,): the points that are known to be in a ball of the other set."""
 
     def rounded(self, rows: slice) -> Tensor:
+        """(A, D) in ``dtype``."""
         return _read(self.array, rows, self.centre).mul_(self.scale).to(self.dtype)
 
     def exact(self, rows: slice | Tensor) -> Tensor:
+        """(A, D) float64."""
         return _read(self.array, rows, self.centre.double()).mul_(self.scale)
 
     def find_radii(self, k: int, bar: tqdm[Any]) -> None:
@@ -138,9 +141,8 @@ class _Points:
                 block = _Block.of(self, rows, self, columns, left @ right.T)
                 if columns == rows:
                     block.least.fill_diagonal_(torch.inf)
-                    found.append(block.candidates(nearest, counts))
-                else:
-                    found.append(block.candidates(nearest, counts))
+                found.append(block.candidates(nearest, counts))
+                if columns != rows:
                     found.append(block.transposed().candidates(nearest, counts))
             bar.update()
         i, j, products = (torch.cat(parts) for parts in zip(*found, strict=True))
