@@ -1,9 +1,11 @@
 # `make demo` and `make test` share one virtual environment at .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# Several processes with one thread each; files are not divided among them, and keep their order. The
-# many processes that tests start must not compile the project again where bytecode is switched off.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One thread for each process. The many processes that tests start must not compile the project again
+# where bytecode is switched off.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest
+# Several processes: files are not divided among them, and keep their order.
+SHARED := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-quick test-slow lint types schema install lock
 
@@ -11,14 +13,14 @@ demo: .venv/.installed
 	$(BIN)/python jobs/demo.py
 
 test: .venv/.installed lint types
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(SHARED) -m "not slow"
 
 # For a change at hand: no clusters, servers, trainings, extractions, compilers or references.
 test-quick: .venv/.installed
-	$(PYTEST) -m "not slow and not cluster and not long"
+	$(PYTEST) $(SHARED) -m "not slow and not cluster and not long"
 
 test-slow: .venv/.installed
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -28,8 +28,8 @@ from schemas.errors import StoppedError
 from schemas.run import RunConfig
 
 PRELOADED = ["tests.processes", "timm", "pytest", "ray.train", "torch.utils.tensorboard"]
-"""Modules that the fork server imports, once for all tests of a process; those that need Ray are
-imported beside it."""
+"""Modules that the fork server imports, once for all tests of a process. Ray is among them for
+tests that import it; none may start or join a cluster in a fork."""
 Around = Callable[[int], AbstractContextManager[object]]
 
 

@@ -86,12 +86,12 @@ class BackgroundCheckpoints:
                 written.set_result(None)
 
         thread = threading.Thread(target=write, name=f"checkpoint-{step}", daemon=True)
-        self._writing = written, thread
         thread.start()
+        self._writing = written, thread
         return event
 
     def check(self) -> None:
-        """Raise the error of a write that has failed. Does not wait."""
+        """Raise the error of a write that has failed. Waits for none that goes on."""
         if self._writing is not None and self._writing[0].done():
             self.wait()
 

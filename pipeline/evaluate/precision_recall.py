@@ -219,8 +219,9 @@ class _Block(NamedTuple):
         nearest_NK[self.rows] = nearest.topk(k, 1, largest=False).values
         limits = nearest_NK[self.rows, -1].float()
         limits[counts_N[self.rows] > MAX_CANDIDATES * k] = -torch.inf
-        i, j = (self.least < limits[:, None]).nonzero(as_tuple=True)
-        counts_N[self.rows] += torch.bincount(i, minlength=len(limits))
+        near = self.least < limits[:, None]
+        counts_N[self.rows] += near.sum(1)
+        i, j = near.nonzero(as_tuple=True)
         few = counts_N[self.rows][i] <= MAX_CANDIDATES * k
         i, j = i[few], j[few]
         return i + self.rows.start, j + self.columns.start, self.products[i, j]

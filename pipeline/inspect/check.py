@@ -56,7 +56,9 @@ class Answer(NamedTuple):
 
     @property
     def options(self) -> list[str]:
-        """Options that the training needs beside its config."""
+        """Options that the training needs beside its config; none where they do not suffice."""
+        if not self.by_options:
+            return []
         return [word for key, value in self.settings for word in (_shown(key), value)]
 
     def __str__(self) -> str:
@@ -77,6 +79,7 @@ def _shown(key: str) -> str:
 
 
 def _chosen(setting: tuple[str, str]) -> str:
+    """A setting as part of a reason."""
     key, value = setting
     return f"with {_shown(key)} {value}"
 

@@ -15,7 +15,7 @@ _USER_INFO = re.compile(r"(?<=://)[^/\s]*@")
 _USER_INFO_WITH_SLASH = re.compile(r"(?<=://)[^/\s:@]+:(?!\d{1,5}(?:[/\s\"']|$))[^\s\"']*@")
 _BARE_USER_INFO = re.compile(r"(?<![^\s\"'(=])[^\s\"'/:@(=]+:(?!//|:)[^\s\"']+@(?=[\w.-])")
 _QUERY = re.compile(r"\?\S*?(?=[\"')>]*(?:\s|$))")
-_TAGGED = re.compile(rf"<(\w*{_SECRET_NAME}\w*)>[^<]*<", re.IGNORECASE)
+_TAGGED = re.compile(rf"<(?=\w*?{_SECRET_NAME})(\w++)>[^<]*<", re.IGNORECASE)
 # NAME=value, 'name': 'value', Name: value; a value runs to its quote, else to the next space. Names
 # are tried from their beginning alone, because from each letter of a long text it takes minutes.
 _ASSIGNED = re.compile(
@@ -35,8 +35,9 @@ def redact(text: str) -> str:
     for value in _credentials_of_environment():
         text = text.replace(value, HIDDEN)
     text = _USER_INFO.sub("", text)
-    text = _USER_INFO_WITH_SLASH.sub("", text)
-    text = _BARE_USER_INFO.sub("", text)
+    if "@" in text:  # without one, each search would read to the end of the text
+        text = _USER_INFO_WITH_SLASH.sub("", text)
+        text = _BARE_USER_INFO.sub("", text)
     if "://" in text:
         text = _QUERY.sub("", text)
     text = _AUTHORIZATION.sub(rf"\g<1>{HIDDEN}", text)

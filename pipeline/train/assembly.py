@@ -137,10 +137,6 @@ def build_run(
                 f"run '{config.name}': its checkpoint was removed while it was to be read; run the "
                 "same command again"
             )
-    metrics = None
-    if group.is_main:
-        metrics = MetricsLog(folder, config, start_step=trainer.step, rows=progress.metrics_rows)
-        write_config(folder, config)
     shards = store.index().samples_per_shard
     held_out = None
     if config.data.holdout:
@@ -157,6 +153,13 @@ def build_run(
         dict(progress.damaged),
         None if held_out is None else held_out.by_shard(),
     )
+    validation_loss = _open_validation_loss(trainer, store, held_out)
+    validator = _open_validator(trainer, store, folder)
+    # last, because nothing may fail once threads read ahead and a log is open
+    metrics = None
+    if group.is_main:
+        metrics = MetricsLog(folder, config, start_step=trainer.step, rows=progress.metrics_rows)
+        write_config(folder, config)
     loader, teacher_streams = _open_loader(config, store, order, group, trainer, trigger)
     return RunParts(
         config=config,
@@ -175,8 +178,8 @@ def build_run(
         clock=PhaseClock(),
         trace=StepTrace(folder, group, config.profile),
         consensus=StopConsensus(group, poll),
-        validation_loss=_open_validation_loss(trainer, store, held_out),
-        validator=_open_validator(trainer, store, folder),
+        validation_loss=validation_loss,
+        validator=validator,
         metrics=metrics,
     )
 

@@ -78,7 +78,7 @@ class ClippedAdamW(torch.optim.AdamW):
                 self.found_inf = skipped.float()
             elif skipped:  # waits for the device, as the plain form has no such flag
                 return
-        # the fused kernel always is; a flag that is left would be saved
+        # the fused kernel can always be captured; a flag that is left would be saved
         for group in self.param_groups:
             group["capturable"] = capturing
         self.step()

@@ -8,6 +8,7 @@ resumes from the latest valid one there.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import random
 import shutil
@@ -53,6 +54,8 @@ POLL_SECONDS = 1.0
 """Seconds between two polls of the main rank for requests."""
 RESIZE_SECONDS = 600.0
 """Seconds that a worker group may take to save before it is resized."""
+SHUTDOWN_SECONDS = 5.0
+"""Seconds that a process waits at its end for Ray's answer."""
 
 
 class CheckpointBeforeResize(ControllerCallback, WorkerGroupCallback):
@@ -228,7 +231,8 @@ def _fit_and_watch(trainer: TorchTrainer, control: Any, signals: StopSignals) ->
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
     stop_sent = False
     polled = time.monotonic()
     while True:
@@ -241,6 +245,8 @@ def _fit_and_watch(trainer: TorchTrainer, control: Any, signals: StopSignals) ->
             polled = time.monotonic()
             failure = ray.get(control.failure.remote())
             if failure is not None:
+                # C++ code that is still running when the interpreter ends aborts the process
+                atexit.register(thread.join, SHUTDOWN_SECONDS)
                 raise UserError(failure)
         if signals.received is not None and not stop_sent:
             control.stop.remote()

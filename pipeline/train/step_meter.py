@@ -141,7 +141,7 @@ class Throughput:
 
     @cached_property
     def _flops(self) -> float:
-        """Counted when it is needed, because that takes as long as several small steps."""
+        """Counted when it is needed, because that takes longer than a small step."""
         return STEP * student_flops(self._student)
 
     def rates(self, images_per_second: float) -> dict[str, float]:

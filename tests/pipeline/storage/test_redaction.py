@@ -109,10 +109,12 @@ def test_what_filesystems_say_is_cleaned(url: str, text: str, shown: str) -> Non
     assert without_secrets(text, url) == shown
 
 
-@pytest.mark.parametrize("word", ["a", "a.b-", "token", "://", "a:b@"])
-def test_a_long_text_takes_no_longer_than_its_length(word: str) -> None:
+@pytest.mark.parametrize(
+    "word", ["a", "a.b-", "token", "<token", "://", "a:b@", "=a:", "://a:", "(a:b", "://?", "?"]
+)
+def test_time_grows_with_the_length_of_a_text(word: str) -> None:
     """With time that grows as the square of the length, this test would not end."""
-    text = word * 300_000
+    text = "<" + word * 200_000
     assert len(redact(text)) <= len(text)
 
 

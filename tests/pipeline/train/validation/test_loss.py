@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -237,7 +238,7 @@ def _worker(rank: int, world: int, values: dict[str, Any], folder: str) -> None:
 def test_any_number_of_workers_measures_the_same_bits(run_config: Make, tmp_path: Path) -> None:
     """With weights divided among them too."""
     values = run_config(**ON).model_dump(mode="json")
-    _worker(0, 1, values, str(tmp_path))
+    start_processes(_worker, 1, 1, values, str(tmp_path))
     start_processes(_worker, 3, 3, values, str(tmp_path))
     divided = {**values, "global_batch": 6, "compute": {"shard": "fsdp2"}}
     start_processes(_worker, 2, 2, divided, str(tmp_path))
@@ -249,8 +250,11 @@ def test_any_number_of_workers_measures_the_same_bits(run_config: Make, tmp_path
 def test_another_store(run_config: Make, tmp_path: Path) -> None:
     other = make_random_store(tmp_path / "other", samples=9)
     options = {"validation": {**ON["validation"], "store": other.url}}
+    before = set(threading.enumerate())
     with pytest.raises(UserError, match=r"validation.store .* holds the images that the run is tr"):
         train_here(run_config(**options), tmp_path / "same")
+    assert set(threading.enumerate()) <= before  # nothing is read ahead, and no log is open
+    assert not (tmp_path / "same" / "metrics.jsonl").exists()
     manifest = Path(other.root, "manifest.json")
     manifest.write_text(manifest.read_text().replace("0" * 64, "9" * 64))
     train_here(run_config(**options), tmp_path / "run")
