@@ -375,6 +375,19 @@ def test_no_thread_outlives_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> N
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint-7"]
 
 
+def test_a_thread_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    checkpoints = BackgroundCheckpoints(lambda step, contents: None, torch.device("cpu"))
+    contents = CheckpointContents({}, {"a": torch.ones(3)}, {}, None)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"), checkpoints:
+        checkpoints.save(7, contents)
+
+
 @pytest.mark.parametrize(("failing", "last"), [(2, 4), (6, 6)])
 def test_an_error_of_the_background_ends_the_run_as_it_is(
     run_config: Make, tmp_path: Path, steps: Steps, failing: int, last: int
