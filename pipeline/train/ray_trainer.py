@@ -55,7 +55,7 @@ POLL_SECONDS = 1.0
 RESIZE_SECONDS = 600.0
 """Seconds that a worker group may take to save before it is resized."""
 SHUTDOWN_SECONDS = 5.0
-"""Seconds that a process waits at its end for Ray's answer."""
+"""Seconds that a process waits at its end for the thread of Ray's training."""
 
 
 class CheckpointBeforeResize(ControllerCallback, WorkerGroupCallback):
